@@ -1,0 +1,160 @@
+"""The manifest: what an artifact is, where it came from, and how it measured. One JSON file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from ffsplit.config import JobConfig, Record
+from ffsplit.errors import ArtifactError
+from ffsplit.ffn import LayerLayout
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+class FileEntry(Record):
+    """One file of the artifact. `path` is relative to the attempt's directory, with forward slashes."""
+
+    path: str
+    size_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class SourceModel(Record):
+    """The model that was compressed."""
+
+    id: str
+    revision: str | None
+    digest: str
+    tokenizer_digest: str
+    model_type: str
+    architecture: str
+    license: str | None
+
+
+class CalibrationRecord(Record):
+    """The text the statistics were collected on."""
+
+    sources: tuple[str, ...]
+    text_digest: str
+    num_rows: int
+    num_tokens: int
+    max_length: int
+    num_shards: int
+    held_out_rows: int
+    held_out_is_disjoint: bool = Field(description="False where the text was too short to keep rows apart")
+
+
+class LayerRecord(Record):
+    """One compressed layer. `relative_error` is |y' - y| / |y| over the sampled FFN inputs."""
+
+    layer: int
+    layout: LayerLayout
+    num_heavy_hitters: int
+    num_elements: int
+    size_bytes: int
+    relative_error: float | None
+    energy_in_top_5_percent: float | None
+
+
+class Latency(Record):
+    """Forward passes at one shape, original and compressed in turn in one process."""
+
+    batch_size: int
+    num_tokens: int = Field(description="tokens a row")
+    original_p50_ms: float
+    original_p95_ms: float
+    compressed_p50_ms: float
+    compressed_p95_ms: float
+    original_tokens_per_s: float
+    compressed_tokens_per_s: float
+    speedup: float = Field(description="median over pairs of original / compressed")
+    num_pairs: int
+
+
+class Size(Record):
+    """Parameters and bytes of a model."""
+
+    num_parameters: int
+    num_parameters_without_embeddings: int
+    ffn_elements: int
+    ffn_bytes: int
+    file_bytes: int = Field(description="all safetensors files")
+
+
+class Measurements(Record):
+    """What was measured, and on what. Fidelity maps a metric's name to its value on held-out text."""
+
+    original_size: Size
+    compressed_size: Size
+    fidelity: dict[str, float]
+    latency: tuple[Latency, ...]
+    original_peak_memory_bytes: int | None
+    compressed_peak_memory_bytes: int | None
+    device: str
+    dtype: str
+    num_threads: int
+
+
+class Stage(Record):
+    """One stage of the run: its key, how many results it had, how many of them were already there."""
+
+    name: str
+    key: str
+    num_items: int
+    num_reused: int
+    wall_s: float
+
+
+class Environment(Record):
+    """Where the run took place."""
+
+    versions: dict[str, str]
+    hardware: dict[str, str | int]
+
+
+class Manifest(Record):
+    """Everything a consumer may ask of an artifact. Digests and sizes of every other file included."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: Literal["model", "statistics"]
+    run_key: str
+    attempt: str
+    created_at: str = Field(description="UTC, ISO 8601")
+    ffsplit_version: str
+    plain: bool | None = Field(description="loads with transformers alone; None for statistics")
+    config: JobConfig
+    recipe: dict[str, Any] = Field(description="the recipe as resolved")
+    keep: float | None
+    nonce: str | None = Field(default=None, description="set by --fresh, part of the run key")
+    model: SourceModel
+    calibration: CalibrationRecord
+    layers: tuple[LayerRecord, ...]
+    measurements: Measurements | None
+    stages: tuple[Stage, ...]
+    environment: Environment
+    files: tuple[FileEntry, ...]
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """Parse a manifest. Raises ArtifactError when it is not one, or is of a newer schema."""
+        try:
+            fields = json.loads(text)
+            version = fields.get("schema_version")
+        except (ValueError, AttributeError):
+            raise ArtifactError("manifest.json is not a JSON object") from None
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            newer = f"manifest schema {version} is newer than {SCHEMA_VERSION}, the newest this version reads"
+            raise ArtifactError(f"{newer}: upgrade ffsplit")
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise ArtifactError(f"manifest.json: {where}: {first['msg']}") from None

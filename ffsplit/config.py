@@ -1,0 +1,78 @@
+"""What a run is asked to do, and the deterministic keys that name its results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ffsplit.errors import ConfigError
+
+ALGORITHM_VERSION = 1
+"""Raised whenever the same configuration would give other statistics or weights; part of every key."""
+
+Device = Literal["auto", "cpu", "cuda"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class Record(BaseModel):
+    """A frozen pydantic model that refuses fields it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class JobConfig(Record):
+    """One compression run. Fields carry the names of the command-line flags.
+
+    `samples`, `max_length` and `keep` left at None take the recipe's own value.
+    """
+
+    model: str = Field(min_length=1, description="a local directory or a hub id")
+    out: str = Field(min_length=1, description="a directory or s3://bucket/prefix")
+    recipe: str = Field(default="fast", description="a shipped recipe's name or a YAML file")
+    keep: float | None = Field(default=None, gt=0, le=1, description="FFN elements kept, as a fraction")
+    calibration: tuple[str, ...] = Field(default=("builtin:pydoc",), min_length=1)
+    samples: int | None = Field(default=None, ge=1, description="calibration rows")
+    max_length: int | None = Field(default=None, ge=1, description="tokens a row is cut to")
+    revision: str | None = None
+    seed: int = Field(default=0, ge=0)
+    workers: int | None = Field(default=None, ge=1, description="default: one per CPU core")
+    gpus_per_worker: float = Field(default=0.0, ge=0)
+    threads_per_worker: int = Field(default=1, ge=1)
+    device: Device = "auto"
+    dtype: DType = "auto"
+    address: str | None = Field(default=None, description="a Ray cluster; default: one started on the spot")
+    runner: Literal["ray", "serial"] = "ray"
+    fresh: bool = Field(default=False, description="run again even when this run key is published")
+
+    @classmethod
+    def checked(cls, **fields: Any) -> JobConfig:
+        """Build a config, turning pydantic's report into one clear ConfigError."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            raise ConfigError(describe_validation_error(error)) from None
+
+
+def describe_validation_error(error: ValidationError, prefix: str = "--") -> str:
+    """The first complaint of pydantic as one line that names the field as the user wrote it."""
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    flag = prefix + path.replace("_", "-") if prefix == "--" else prefix + path
+    given = "" if first["type"] == "missing" else f", not {first['input']!r}"
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{flag} {message}{given}"
+
+
+def digest_of(value: Mapping[str, Any]) -> str:
+    """sha256 of a JSON value in canonical form (sorted keys, no spaces), as 64 hex digits."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stage_key(stage: str, inputs: Mapping[str, Any]) -> str:
+    """The name of a stage's results: 16 hex digits of the hash of everything that can change them."""
+    return digest_of({"stage": stage, "algorithm": ALGORITHM_VERSION, "inputs": dict(inputs)})[:16]

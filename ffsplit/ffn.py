@@ -1,0 +1,116 @@
+"""A feed-forward network as data: its shape, its parts, and what each part costs.
+
+A layer's FFN is a sum over parts, each a subset of its neurons; a part holds two or three linear
+maps (up, gate where the FFN is gated, down), each stored in some format. Layouts are plain records:
+they say exactly how many elements and bytes a layer takes before any tensor exists, and they are
+what `config.json` of an artifact carries so that the layer can be built again.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ffsplit.config import Record
+
+
+class Dense(Record):
+    """A weight matrix as it was."""
+
+    format: Literal["dense"] = "dense"
+
+    def num_elements(self, num_rows: int, num_columns: int) -> int:
+        return num_rows * num_columns
+
+    def size_bytes(self, num_rows: int, num_columns: int, itemsize: int) -> int:
+        return self.num_elements(num_rows, num_columns) * itemsize
+
+
+class LowRank(Record):
+    """Two factors, left [rows, rank] and right [rank, columns]."""
+
+    format: Literal["low_rank"] = "low_rank"
+    rank: int = Field(ge=1)
+
+    def num_elements(self, num_rows: int, num_columns: int) -> int:
+        return self.rank * (num_rows + num_columns)
+
+    def size_bytes(self, num_rows: int, num_columns: int, itemsize: int) -> int:
+        return self.num_elements(num_rows, num_columns) * itemsize
+
+
+Format = Annotated[Dense | LowRank, Field(discriminator="format")]
+
+
+class FFNShape(Record):
+    """The shape of one layer's dense FFN."""
+
+    num_neurons: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    gated: bool
+    up_bias: bool
+    down_bias: bool
+
+    @property
+    def elements_per_neuron(self) -> int:
+        """Elements that a dense neuron takes: a row of each input matrix, a column of down, its biases."""
+        inputs = 2 if self.gated else 1
+        return inputs * (self.hidden_size + self.up_bias) + self.hidden_size
+
+    @property
+    def num_elements(self) -> int:
+        return self.num_neurons * self.elements_per_neuron + self.hidden_size * self.down_bias
+
+
+class PartLayout(Record):
+    """How one subset of the neurons is stored."""
+
+    num_neurons: int = Field(ge=1)
+    up: Format = Dense()
+    gate: Format | None = None
+    down: Format = Dense()
+
+    @property
+    def is_dense(self) -> bool:
+        return all(isinstance(linear, Dense | None) for linear in (self.up, self.gate, self.down))
+
+    def _maps(self, shape: FFNShape) -> list[tuple[Dense | LowRank, int, int]]:
+        maps = [(self.up, self.num_neurons, shape.hidden_size), (self.down, shape.hidden_size, self.num_neurons)]
+        if self.gate is not None:
+            maps.append((self.gate, self.num_neurons, shape.hidden_size))
+        return maps
+
+    def num_biases(self, shape: FFNShape) -> int:
+        return self.num_neurons * shape.up_bias * (2 if shape.gated else 1)
+
+    def num_elements(self, shape: FFNShape) -> int:
+        maps = sum(linear.num_elements(rows, columns) for linear, rows, columns in self._maps(shape))
+        return maps + self.num_biases(shape)
+
+    def size_bytes(self, shape: FFNShape, itemsize: int) -> int:
+        maps = sum(linear.size_bytes(rows, columns, itemsize) for linear, rows, columns in self._maps(shape))
+        return maps + self.num_biases(shape) * itemsize
+
+
+class LayerLayout(Record):
+    """How one layer's FFN is stored: its parts, and whether its output has a bias."""
+
+    parts: tuple[PartLayout, ...]
+    down_bias: bool
+
+    @property
+    def is_dense(self) -> bool:
+        """One dense part: the shape of an ordinary FFN with fewer neurons."""
+        return len(self.parts) == 1 and self.parts[0].is_dense
+
+    @property
+    def num_neurons(self) -> int:
+        return sum(part.num_neurons for part in self.parts)
+
+    def num_elements(self, shape: FFNShape) -> int:
+        return sum(part.num_elements(shape) for part in self.parts) + shape.hidden_size * self.down_bias
+
+    def size_bytes(self, shape: FFNShape, itemsize: int) -> int:
+        parts = sum(part.size_bytes(shape, itemsize) for part in self.parts)
+        return parts + shape.hidden_size * self.down_bias * itemsize
