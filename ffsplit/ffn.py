@@ -71,12 +71,19 @@ class PartLayout(Record):
     gate: Format | None = None
     down: Format = Dense()
 
+    @classmethod
+    def dense(cls, shape: FFNShape, num_neurons: int) -> PartLayout:
+        return cls(num_neurons=num_neurons, gate=Dense() if shape.gated else None)
+
     @property
     def is_dense(self) -> bool:
         return all(isinstance(linear, Dense | None) for linear in (self.up, self.gate, self.down))
 
     def _maps(self, shape: FFNShape) -> list[tuple[Dense | LowRank, int, int]]:
-        maps = [(self.up, self.num_neurons, shape.hidden_size), (self.down, shape.hidden_size, self.num_neurons)]
+        maps = [
+            (self.up, self.num_neurons, shape.hidden_size),
+            (self.down, shape.hidden_size, self.num_neurons),
+        ]
         if self.gate is not None:
             maps.append((self.gate, self.num_neurons, shape.hidden_size))
         return maps
@@ -94,14 +101,25 @@ class PartLayout(Record):
 
 
 class LayerLayout(Record):
-    """How one layer's FFN is stored: its parts, and whether its output has a bias."""
+    """How one layer's FFN is stored: its heavy hitters, the rest, and whether its output has a bias."""
 
-    parts: tuple[PartLayout, ...]
+    heavy: PartLayout | None
+    light: PartLayout | None
     down_bias: bool
+
+    @classmethod
+    def dense(cls, shape: FFNShape, num_neurons: int | None = None) -> LayerLayout:
+        """An ordinary FFN of `num_neurons` neurons, all of them when None."""
+        part = PartLayout.dense(shape, num_neurons or shape.num_neurons)
+        return cls(heavy=part, light=None, down_bias=shape.down_bias)
+
+    @property
+    def parts(self) -> tuple[PartLayout, ...]:
+        return tuple(part for part in (self.heavy, self.light) if part is not None)
 
     @property
     def is_dense(self) -> bool:
-        """One dense part: the shape of an ordinary FFN with fewer neurons."""
+        """One dense part: the form of an ordinary FFN, perhaps with fewer neurons."""
         return len(self.parts) == 1 and self.parts[0].is_dense
 
     @property

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
+from ffsplit.artifacts.paths import is_safe_path
 from ffsplit.config import JobConfig, Record
 from ffsplit.errors import ArtifactError
 from ffsplit.ffn import LayerLayout
@@ -21,6 +23,14 @@ class FileEntry(Record):
     path: str
     size_bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @field_validator("path")
+    @classmethod
+    def _stays_inside(cls, path: str) -> str:
+        if not is_safe_path(path):
+            message = "{path} is not a plain relative path inside the artifact"
+            raise PydanticCustomError("unsafe_path", message, {"path": repr(path)})
+        return path
 
 
 class SourceModel(Record):
@@ -79,7 +89,7 @@ class Size(Record):
     """Parameters and bytes of a model."""
 
     num_parameters: int
-    num_parameters_without_embeddings: int
+    num_parameters_without_embeddings: int = Field(description="of the blocks: no embeddings, no heads")
     ffn_elements: int
     ffn_bytes: int
     file_bytes: int = Field(description="all safetensors files")

@@ -1,0 +1,23 @@
+"""Where stages run. Nothing outside this package imports ray."""
+
+from __future__ import annotations
+
+from ffsplit.config import JobConfig
+from ffsplit.distributed.runner import Runner, SerialRunner
+
+
+def make_runner(config: JobConfig) -> Runner:
+    """The runner a job asks for; Ray is imported only where it is used."""
+    if config.runner == "serial":
+        return SerialRunner()
+    from ffsplit.distributed.ray_runner import RayRunner
+
+    gpus = config.gpus_per_worker
+    if config.device == "cuda" and gpus == 0:
+        gpus = 1.0
+    return RayRunner(
+        address=config.address,
+        num_workers=config.workers,
+        threads_per_worker=config.threads_per_worker,
+        gpus_per_worker=gpus,
+    )

@@ -1,0 +1,75 @@
+"""Sizes and sha256 digests of the files of a directory."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ffsplit.artifacts.manifest import MANIFEST_NAME, FileEntry
+from ffsplit.artifacts.paths import is_safe_path
+from ffsplit.errors import ArtifactError
+
+CHUNK_BYTES = 1 << 20
+
+
+def read_chunks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, at most CHUNK_BYTES at a time. Raises OSError."""
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file as 64 hex digits, read in chunks. Raises OSError."""
+    digest = hashlib.sha256()
+    for chunk in read_chunks(path):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def file_entries(directory: Path) -> tuple[FileEntry, ...]:
+    """Every file below a directory but its manifest.json, sorted by path, with size and digest.
+
+    Raises ArtifactError for anything that no artifact may hold: a symbolic link, a socket, a pipe,
+    or a name that is not safe in every store; and when the directory cannot be read.
+    """
+    entries = []
+    for name, path in list_files(directory).items():
+        if name == MANIFEST_NAME:
+            continue
+        try:
+            entries.append(FileEntry(path=name, size_bytes=path.stat().st_size, sha256=sha256_file(path)))
+        except OSError as error:
+            raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    return tuple(entries)
+
+
+def list_files(directory: Path) -> dict[str, Path]:
+    """Relative posix name to path of every file below a directory, sorted by name.
+
+    Raises ArtifactError as `file_entries` does.
+    """
+    found: dict[str, Path] = {}
+    try:
+        _collect(directory, "", found)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {error.filename or directory}: {error.strerror}") from error
+    return dict(sorted(found.items()))
+
+
+def _collect(directory: Path, prefix: str, found: dict[str, Path]) -> None:
+    with os.scandir(directory) as children:
+        for child in children:
+            name = prefix + child.name
+            if not is_safe_path(name):
+                raise ArtifactError(f"{name!r} in {directory} is not a name an artifact's file may have")
+            if child.is_symlink():
+                raise ArtifactError(f"{child.path} is a symbolic link: put the file itself into the artifact")
+            if child.is_dir():
+                _collect(Path(child.path), name + "/", found)
+            elif child.is_file():
+                found[name] = Path(child.path)
+            else:
+                raise ArtifactError(f"{child.path} is neither a file nor a directory")

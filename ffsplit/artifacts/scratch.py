@@ -1,0 +1,84 @@
+"""Results of a run that is not committed yet, so that a crash costs at most the work in hand.
+
+The scratch of a run is `<out>/.scratch/<run key>/`; each finished piece of work is one record,
+`<stage>/<name>.json`, written after its files and with their digests. A record whose files do not
+match their digests counts as work not done. The pipeline removes the scratch once the run is
+committed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+
+from pydantic import JsonValue, ValidationError
+
+from ffsplit.artifacts.digests import sha256_file
+from ffsplit.artifacts.manifest import FileEntry
+from ffsplit.artifacts.stores import MissingKey, Store, open_store
+from ffsplit.config import Record
+
+SCRATCH_PREFIX = ".scratch"
+
+
+class Result(Record):
+    """A finished piece of work. File paths are keys of the store; facts are small JSON values."""
+
+    name: str
+    files: tuple[FileEntry, ...]
+    facts: dict[str, JsonValue]
+    reused: bool = False
+
+
+class Scratch(Record):
+    """Where the results of one stage go. Small and picklable: workers open the store themselves."""
+
+    uri: str
+    prefix: str
+
+    def key(self, name: str) -> str:
+        return f"{self.prefix}/{name}"
+
+    def save(self, name: str, files: Mapping[str, Path], *, facts: Mapping[str, JsonValue]) -> Result:
+        """Store files (by their names) and then the record that makes them count."""
+        store = _store(self.uri)
+        entries = []
+        for file_name, path in files.items():
+            key = self.key(file_name)
+            store.put_file(key, path)
+            entries.append(FileEntry(path=key, size_bytes=path.stat().st_size, sha256=sha256_file(path)))
+        result = Result(name=name, files=tuple(entries), facts=dict(facts))
+        store.put_bytes(self.key(f"{name}.json"), result.model_dump_json().encode())
+        return result
+
+    def load(self, name: str) -> Result | None:
+        """An earlier result, or None when there is none or its files are not what the record says."""
+        try:
+            record = Result.model_validate_json(_store(self.uri).get_bytes(self.key(f"{name}.json")))
+            for entry in record.files:
+                if not self._matches(entry):
+                    return None
+        except (MissingKey, ValidationError):
+            return None
+        return record.model_copy(update={"reused": True})
+
+    def path(self, entry: FileEntry) -> Path:
+        """A local file with a result's bytes."""
+        return _store(self.uri).fetch(entry.path, _downloads())
+
+    def _matches(self, entry: FileEntry) -> bool:
+        path = self.path(entry)
+        return path.stat().st_size == entry.size_bytes and sha256_file(path) == entry.sha256
+
+
+@cache
+def _store(uri: str) -> Store:
+    return open_store(uri)
+
+
+@cache
+def _downloads() -> Path:
+    """This process's folder for what a remote store holds; removed by the system's own clean-up."""
+    return Path(tempfile.mkdtemp(prefix="ffsplit-"))

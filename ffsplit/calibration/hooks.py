@@ -1,0 +1,119 @@
+"""Hooks that watch every FFN of a model while it reads calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.errors import CalibrationError
+from ffsplit.models.architectures import Architecture
+
+
+class _NeuronSums:
+    """Running sums of one layer's neuron activations, in float64 on the model's device."""
+
+    def __init__(self, down_weight_DN: Tensor) -> None:
+        def zeros() -> Tensor:
+            return torch.zeros(down_weight_DN.shape[1], dtype=torch.float64, device=down_weight_DN.device)
+
+        self.down_norm = down_weight_DN.double().norm(dim=0)
+        self.num_tokens = 0
+        self.sum_abs, self.sum, self.sum_squares, self.max_abs, self.num_active = (zeros() for _ in range(5))
+
+    def add(self, activation_TN: Tensor) -> None:
+        a_TN = activation_TN.float()
+        absolute_TN = a_TN.abs()
+        self.num_tokens += len(a_TN)
+        self.sum += a_TN.sum(0)
+        self.sum_abs += absolute_TN.sum(0)
+        self.sum_squares += torch.linalg.vector_norm(a_TN, dim=0).double().square()
+        self.max_abs = torch.maximum(self.max_abs, absolute_TN.amax(0).double())
+        self.num_active += (a_TN > 0).sum(0)
+
+    def result(self) -> NeuronStats:
+        def array(values: Tensor) -> Any:
+            return values.cpu().numpy()
+
+        return NeuronStats(
+            num_tokens=self.num_tokens,
+            sum_abs=array(self.sum_abs),
+            sum=array(self.sum),
+            sum_squares=array(self.sum_squares),
+            max_abs=array(self.max_abs),
+            num_active=array(self.num_active.long()),
+            down_norm=array(self.down_norm),
+        )
+
+
+class FFNObserver:
+    """Collects neuron statistics, and a sample of the FFN inputs, of every layer of a base model.
+
+    Use as a context manager around the forward passes, and call `next_batch` before each. Token
+    positions are counted over the non-padding tokens of all batches, in order; `sampled` are the
+    ascending positions whose FFN inputs are kept.
+    """
+
+    def __init__(self, base_model: nn.Module, architecture: Architecture, *, sampled: Tensor) -> None:
+        blocks = base_model.get_submodule(architecture.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        self._handles: list[Any] = []
+        self._blocks, self._row = blocks, architecture
+        self._sampled = sampled
+        self._start = self._stop = 0
+        self._is_token: Tensor | None = None
+        self._sums = [_NeuronSums(block.get_submodule(architecture.down).weight.detach()) for block in blocks]  # type: ignore[arg-type]
+        self._inputs: list[list[Tensor]] = [[] for _ in blocks]
+
+    def __enter__(self) -> FFNObserver:
+        for layer, block in enumerate(self._blocks):
+            up, down = block.get_submodule(self._row.up), block.get_submodule(self._row.down)
+            self._handles.append(up.register_forward_pre_hook(self._input_hook(layer)))
+            self._handles.append(down.register_forward_pre_hook(self._activation_hook(layer)))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip
+        for handle in self._handles:
+            handle.remove()
+
+    def next_batch(self, attention_mask: Tensor) -> None:
+        """Announce the batch about to be run by its mask [rows, length]; padding is never counted."""
+        self._is_token = None if bool(attention_mask.all()) else attention_mask.bool().flatten()
+        self._start = self._stop
+        self._stop += int(attention_mask.sum())
+
+    def _tokens(self, values: Tensor) -> Tensor:
+        flat = values.detach().flatten(0, -2)
+        return flat if self._is_token is None else flat[self._is_token]
+
+    def _activation_hook(self, layer: int) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            self._sums[layer].add(self._tokens(arguments[0]))
+
+        return hook
+
+    def _input_hook(self, layer: int) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            first, last = torch.searchsorted(self._sampled, torch.tensor([self._start, self._stop])).tolist()
+            if first < last:
+                rows = self._sampled[first:last] - self._start
+                self._inputs[layer].append(self._tokens(arguments[0])[rows].cpu())
+
+        return hook
+
+    def statistics(self) -> tuple[NeuronStats, ...]:
+        """The statistics of every layer. Raises CalibrationError when one saw not exactly every token."""
+        for layer, sums in enumerate(self._sums):
+            if sums.num_tokens != self._stop:
+                raise CalibrationError(
+                    f"layer {layer} saw {sums.num_tokens} of {self._stop} tokens: the model bypasses its FFN's hooks"
+                )
+        return tuple(sums.result() for sums in self._sums)
+
+    def inputs(self) -> Sequence[Tensor]:
+        """The sampled FFN inputs of every layer, [T, D] in the model's dtype."""
+        return [torch.cat(parts) for parts in self._inputs if parts]

@@ -1,0 +1,79 @@
+"""Neuron statistics as Parquet: one row a neuron, units and lineage in the metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.errors import CalibrationError
+
+SCHEMA_VERSION = 1
+COLUMNS: dict[str, tuple[pa.DataType, str]] = {
+    "layer": (pa.int32(), "index of the layer, from 0"),
+    "neuron": (pa.int32(), "index of the neuron in its layer, from 0"),
+    "num_tokens": (pa.int64(), "tokens observed, padding left out"),
+    "sum_abs": (pa.float64(), "sum over tokens of |a|"),
+    "sum": (pa.float64(), "sum over tokens of a"),
+    "sum_squares": (pa.float64(), "sum over tokens of a^2"),
+    "max_abs": (pa.float64(), "largest |a|"),
+    "num_active": (pa.int64(), "tokens with a > 0"),
+    "down_norm": (pa.float64(), "L2 norm of the neuron's column of the down projection"),
+}
+
+
+def write_statistics(path: Path, layers: Sequence[NeuronStats], *, lineage: Mapping[str, str]) -> None:
+    """Write the statistics of all layers as one file, whose bytes depend on its arguments alone."""
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
+    for index, stats in enumerate(layers):
+        n = stats.num_neurons
+        columns["layer"].append(np.full(n, index, dtype=np.int32))
+        columns["neuron"].append(np.arange(n, dtype=np.int32))
+        columns["num_tokens"].append(np.full(n, stats.num_tokens, dtype=np.int64))
+        for name in ("sum_abs", "sum", "sum_squares", "max_abs", "num_active", "down_norm"):
+            columns[name].append(getattr(stats, name))
+    fields = [pa.field(name, type, metadata={"unit": unit}) for name, (type, unit) in COLUMNS.items()]
+    metadata = {
+        "ffsplit.schema_version": str(SCHEMA_VERSION),
+        "ffsplit.lineage": json.dumps(dict(lineage), sort_keys=True),
+    }
+    schema = pa.schema(fields, metadata=metadata)
+    table = pa.table([np.concatenate(columns[name]) for name in COLUMNS], schema=schema)
+    pq.write_table(table, path, compression="zstd")
+
+
+def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
+    """The statistics of every layer, in order. Raises CalibrationError when the file is not such a table."""
+    try:
+        table = pq.read_table(path)
+        values = {name: table.column(name).to_numpy() for name in COLUMNS}
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise CalibrationError(f"{path} holds no neuron statistics: {error}") from None
+    boundaries = np.flatnonzero(np.diff(values["layer"])) + 1
+    layers = []
+    for rows in np.split(np.arange(len(values["layer"])), boundaries):
+        part = {name: column[rows] for name, column in values.items()}
+        layers.append(
+            NeuronStats(
+                num_tokens=int(part["num_tokens"][0]),
+                sum_abs=part["sum_abs"],
+                sum=part["sum"],
+                sum_squares=part["sum_squares"],
+                max_abs=part["max_abs"],
+                num_active=part["num_active"],
+                down_norm=part["down_norm"],
+            )
+        )
+    return tuple(layers)
+
+
+def read_lineage(path: Path) -> dict[str, str]:
+    """What the statistics in a file were made from."""
+    metadata = pq.read_schema(path).metadata or {}
+    lineage: dict[str, str] = json.loads(metadata.get(b"ffsplit.lineage", b"{}"))
+    return lineage

@@ -1,0 +1,103 @@
+"""Which texts a run calibrates on, and which it holds out to judge the result by."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ffsplit.errors import ConfigError
+
+_SPACE = re.compile(r"\s")
+_NOT_SPACE = re.compile(r"\S")
+
+
+@dataclass(frozen=True)
+class TextSample:
+    """Calibration and held-out rows, each in a seeded shuffled order, without duplicates."""
+
+    calibration: tuple[str, ...]
+    held_out: tuple[str, ...]
+    held_out_is_disjoint: bool
+    """False only when there was a single distinct text, which then serves for both."""
+    digest: str
+    """sha256 over both lists, 64 hex digits."""
+
+
+def sample_texts(texts: Sequence[str], *, num_samples: int, num_held_out: int, seed: int) -> TextSample:
+    """Split the distinct texts into at most `num_samples` for calibration and a held-out part.
+
+    Held out are `num_held_out` texts, or a tenth of them (at least one) where that is fewer; the
+    choice does not depend on `num_samples`, and a larger sample begins with the smaller one. The
+    same arguments give the same bytes on every platform. Raises ConfigError when there is no text.
+    """
+    assert num_samples >= 1 and num_held_out >= 1, "both parts need at least one text"
+    distinct = list(dict.fromkeys(texts))
+    if not distinct:
+        raise ConfigError("no text to sample: name a calibration source with text in it")
+    order = random.Random(seed).sample(range(len(distinct)), len(distinct))
+    shuffled = tuple(distinct[index] for index in order)
+    size = min(num_held_out, max(1, len(distinct) // 10))
+    is_disjoint = len(distinct) > 1
+    held_out = shuffled[:size]
+    calibration = shuffled[size : size + num_samples] if is_disjoint else shuffled
+    return TextSample(calibration, held_out, is_disjoint, _digest(calibration, held_out))
+
+
+def passages(texts: Sequence[str], *, max_characters: int) -> list[str]:
+    """Running text in windows, for causal models: consecutive texts joined by a newline.
+
+    Every passage but the last has `max_characters` at least and twice that at most. A text longer
+    than `max_characters` is cut, at white space where there is some; only white space is ever lost.
+    """
+    assert max_characters >= 1, "a passage needs at least one character"
+    windows: list[str] = []
+    pending = ""
+    for text in texts:
+        joined = f"{pending}\n{text}" if pending else text
+        pieces = _cut(joined, size=max_characters) if len(text) > max_characters else [joined]
+        *full, pending = pieces
+        windows += full
+        if len(pending) >= max_characters:
+            windows.append(pending)
+            pending = ""
+    return [*windows, pending] if pending else windows
+
+
+def shard(rows: Sequence[str], *, shard_size: int) -> list[tuple[str, ...]]:
+    """Consecutive rows in groups of `shard_size`; the last group may be smaller."""
+    assert shard_size >= 1, "a shard needs at least one row"
+    return [tuple(rows[start : start + shard_size]) for start in range(0, len(rows), shard_size)]
+
+
+def _cut(text: str, *, size: int) -> list[str]:
+    """Pieces of `size` characters, each run on to the next white space or to the end.
+
+    Where neither comes within another `size` characters (some scripts write no spaces), the piece is
+    cut at `size`.
+    """
+    pieces = []
+    start = 0
+    while len(text) - start > size:
+        limit = start + 2 * size
+        space = _SPACE.search(text, start + size, limit)
+        end = space.start() if space else len(text) if len(text) <= limit else start + size
+        pieces.append(text[start:end])
+        following = _NOT_SPACE.search(text, end)
+        start = following.start() if following else len(text)
+    if start < len(text):
+        pieces.append(text[start:])
+    return pieces
+
+
+def _digest(*groups: Sequence[str]) -> str:
+    """sha256 over groups of texts. Counts and lengths go in as 8 bytes, so no two splits collide."""
+    state = hashlib.sha256()
+    for group in groups:
+        state.update(len(group).to_bytes(8, "big"))
+        for text in group:
+            data = text.encode("utf-8", "surrogatepass")
+            state.update(len(data).to_bytes(8, "big") + data)
+    return state.hexdigest()

@@ -1,0 +1,170 @@
+"""The command line. Heavy imports happen inside the commands, so that --help answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from ffsplit import __version__
+from ffsplit.errors import ConfigError, FFSplitError
+
+EXIT_CODES = """\
+exit codes:
+  0    done
+  1    a failure while running
+  2    a mistake in the command, a file or a setting
+  3    finished, but refused by a gate
+  130  interrupted; nothing was committed
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ffsplit",
+        description="Compress transformer models by splitting their feed-forward networks.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ffsplit {__version__}")
+    commands = parser.add_subparsers(metavar="command", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=EXIT_CODES,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    _add_job_flags(command("compress", _compress, "calibrate, split, compress, measure and publish a model"))
+    _add_job_flags(command("calibrate", _calibrate, "collect and publish neuron statistics alone"))
+    verify = command("verify", _verify, "recompute every digest of an artifact")
+    verify.add_argument("uri")
+    report = command("report", _report, "write the HTML report of an artifact")
+    report.add_argument("uri")
+    report.add_argument("--out", required=True, metavar="FILE")
+    benchmark = command("benchmark", _benchmark, "time an artifact and its original, in turn")
+    benchmark.add_argument("uri", metavar="URI_OR_MODEL")
+    benchmark.add_argument("--against", metavar="MODEL", help="default: the model the artifact was made from")
+    inspect = command("inspect", _inspect, "show a model's FFNs and what budgets would give")
+    inspect.add_argument("model")
+    inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
+    return parser
+
+
+def _add_job_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", help="a local directory or a hub id")
+    add("--out", required=True, metavar="URI", help="a directory or s3://bucket/prefix")
+    add("--recipe", default="fast", metavar="NAME|FILE.yaml", help="default: fast")
+    add("--keep", type=float, metavar="F", help="fraction of the FFN elements to keep, in (0, 1]")
+    add(
+        "--calibration",
+        action="append",
+        metavar="SPEC",
+        help="file.txt, file.jsonl#field, file.csv#column, file.tsv#column, file.parquet#column, "
+        "hf:dataset[:config]#column@split or builtin:pydoc (the default); may be repeated",
+    )
+    add("--samples", type=int, metavar="N", help="rows of calibration text")
+    add("--max-length", type=int, metavar="N", help="tokens a row is cut to")
+    add("--workers", type=int, metavar="N", help="default: one per CPU core of the cluster")
+    add("--gpus-per-worker", type=float, default=0.0, metavar="F", help="fractions are allowed")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="to compute in")
+    add("--address", metavar="RAY", help="a Ray cluster; default: RAY_ADDRESS, or one started on the spot")
+    add("--runner", default="ray", choices=("ray", "serial"))
+    add("--revision", metavar="R", help="of a hub id")
+    add("--seed", type=int, default=0, metavar="N")
+    add("--fresh", action="store_true", help="run again even when this run is committed already")
+    add("--json", action="store_true", help="print the manifest alone on stdout")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        parsed = build_parser().parse_args(arguments)
+        code: int = parsed.run(parsed)
+        return code
+    except ConfigError as error:
+        print(f"ffsplit: {error}", file=sys.stderr)
+        return 2
+    except FFSplitError as error:
+        print(f"ffsplit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("ffsplit: interrupted, nothing was committed", file=sys.stderr)
+        return 130
+
+
+def _job(parsed: argparse.Namespace, *, calibrate_only: bool) -> int:
+    from ffsplit import pipeline
+    from ffsplit.config import JobConfig
+    from ffsplit.summary import print_manifest
+
+    fields = {name: value for name, value in vars(parsed).items() if name not in ("run", "json")}
+    fields["calibration"] = tuple(fields["calibration"] or ("builtin:pydoc",))
+    config = JobConfig.checked(**fields)
+    manifest = pipeline.calibrate(config) if calibrate_only else pipeline.compress(config)
+    if parsed.json:
+        print(manifest.to_json(), end="")
+    else:
+        print_manifest(manifest)
+    return 0
+
+
+def _compress(parsed: argparse.Namespace) -> int:
+    return _job(parsed, calibrate_only=False)
+
+
+def _calibrate(parsed: argparse.Namespace) -> int:
+    return _job(parsed, calibrate_only=True)
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from ffsplit.artifacts.verify import verify
+
+    report = verify(parsed.uri)
+    for problem in report.problems:
+        print(problem)
+    verdict = "verified" if report.ok else f"NOT whole, {len(report.problems)} problems"
+    print(f"{report.location}: {report.num_files} files, {report.total_bytes:,} bytes, {verdict}")
+    return 0 if report.ok else 1
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    from ffsplit.publication import render_published
+
+    print(render_published(parsed.uri, out=parsed.out))
+    return 0
+
+
+def _benchmark(parsed: argparse.Namespace) -> int:
+    from ffsplit.measurement.benchmark import benchmark
+    from ffsplit.summary import print_timings
+
+    print_timings(benchmark(parsed.uri, against=parsed.against))
+    return 0
+
+
+def _inspect(parsed: argparse.Namespace) -> int:
+    from ffsplit.inspection import inspect_model
+    from ffsplit.summary import print_inspection
+
+    print_inspection(inspect_model(parsed.model, recipe=parsed.recipe))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

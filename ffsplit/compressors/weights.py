@@ -1,0 +1,119 @@
+"""The tensors of one FFN, whole or split, as immutable records that can be run.
+
+Shape suffixes: T tokens, D hidden size, N neurons, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ffsplit.ffn import Dense, Format, LayerLayout, LowRank, PartLayout
+from ffsplit.models.activations import Activation
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """y = W x + bias, with W [rows, columns] stored in some format."""
+
+    format: Format
+    tensors: Mapping[str, Tensor]
+    bias: Tensor | None = None
+
+    @classmethod
+    def dense(cls, weight: Tensor, bias: Tensor | None = None) -> LinearMap:
+        return cls(Dense(), {"weight": weight}, bias)
+
+    @classmethod
+    def low_rank(cls, left: Tensor, right: Tensor, bias: Tensor | None = None) -> LinearMap:
+        """W = left [rows, R] @ right [R, columns]."""
+        return cls(LowRank(rank=right.shape[0]), {"left": left, "right": right}, bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """W as one matrix, whatever its format."""
+        if isinstance(self.format, LowRank):
+            return self.tensors["left"] @ self.tensors["right"]
+        return self.tensors["weight"]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if isinstance(self.format, LowRank):
+            y = x @ self.tensors["right"].T @ self.tensors["left"].T
+        else:
+            y = x @ self.tensors["weight"].T
+        return y if self.bias is None else y + self.bias
+
+
+@dataclass(frozen=True)
+class FFNPart:
+    """Some of an FFN's neurons: `neurons` [N] are their indices in the original, ascending."""
+
+    neurons: Tensor
+    up: LinearMap
+    gate: LinearMap | None
+    down: LinearMap
+
+    @property
+    def layout(self) -> PartLayout:
+        gate = None if self.gate is None else self.gate.format
+        return PartLayout(num_neurons=len(self.neurons), up=self.up.format, gate=gate, down=self.down.format)
+
+    def hidden(self, x_TD: Tensor, activation: Activation) -> Tensor:
+        """Neuron activations a_n, the input of the down projection: [T, N]."""
+        up_TN = self.up(x_TD)
+        return activation(up_TN) if self.gate is None else activation(self.gate(x_TD)) * up_TN
+
+    def select(self, positions: Tensor) -> FFNPart:
+        """The neurons at `positions` [n] of this part, which must be dense."""
+
+        def rows(linear: LinearMap) -> LinearMap:
+            bias = None if linear.bias is None else linear.bias[positions]
+            return LinearMap.dense(linear.weight[positions], bias)
+
+        gate = None if self.gate is None else rows(self.gate)
+        down = LinearMap.dense(self.down.weight[:, positions])
+        return FFNPart(self.neurons[positions], rows(self.up), gate, down)
+
+
+@dataclass(frozen=True)
+class FFNWeights:
+    """An FFN as heavy hitters plus the rest; a dense one has all its neurons in `heavy`."""
+
+    heavy: FFNPart | None
+    light: FFNPart | None
+    down_bias: Tensor | None
+    activation: Activation
+
+    @property
+    def parts(self) -> tuple[FFNPart, ...]:
+        return tuple(part for part in (self.heavy, self.light) if part is not None)
+
+    @property
+    def layout(self) -> LayerLayout:
+        return LayerLayout(
+            heavy=None if self.heavy is None else self.heavy.layout,
+            light=None if self.light is None else self.light.layout,
+            down_bias=self.down_bias is not None,
+        )
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        """The FFN's output [T, D]."""
+        y_TD = torch.zeros_like(x_TD) if self.down_bias is None else self.down_bias.expand_as(x_TD)
+        for part in self.parts:
+            y_TD = y_TD + part.down(part.hidden(x_TD, self.activation))
+        return y_TD
+
+    def split(self, heavy_neurons: Tensor) -> FFNWeights:
+        """Split a dense FFN: `heavy_neurons` [n] ascending indices go to `heavy`, the rest to `light`."""
+        assert self.heavy is not None and self.light is None, "only a dense FFN is split"
+        is_light = torch.ones(len(self.heavy.neurons), dtype=torch.bool)
+        is_light[heavy_neurons] = False
+        light_neurons = is_light.nonzero().flatten()
+        return replace(
+            self,
+            heavy=self.heavy.select(heavy_neurons) if len(heavy_neurons) else None,
+            light=self.heavy.select(light_neurons) if len(light_neurons) else None,
+        )

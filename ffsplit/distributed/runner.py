@@ -1,0 +1,70 @@
+"""How stages are run: one small protocol, and its serial twin, which gives the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+Worker = Callable[[Item], Answer]
+
+
+class Runner(Protocol):
+    """Runs a stage's items somewhere. Answers come as they are ready, each with its item's index."""
+
+    def __enter__(self) -> Runner: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    @property
+    def num_workers(self) -> int:
+        """How many items are worked on at once."""
+        ...
+
+    def map_tasks(
+        self, stage: str, function: Worker[Item, Answer], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Answer]]:
+        """Call a function on every item, each call a task of its own."""
+        ...
+
+    def map_workers(
+        self, stage: str, factory: Callable[[], Worker[Item, Answer]], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Answer]]:
+        """Share the items out over workers that keep their state, each made once by the factory."""
+        ...
+
+    def run_alone(self, stage: str, function: Worker[Item, Answer], item: Item) -> Answer:
+        """Call a function on one item while nothing else of this runner's is running."""
+        ...
+
+
+class SerialRunner:
+    """Everything in this process, one item after the other."""
+
+    num_workers = 1
+
+    def __enter__(self) -> SerialRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def map_tasks(
+        self, stage: str, function: Worker[Item, Answer], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Answer]]:
+        for index, item in enumerate(items):
+            yield index, function(item)
+
+    def map_workers(
+        self, stage: str, factory: Callable[[], Worker[Item, Answer]], items: Sequence[Item]
+    ) -> Iterator[tuple[int, Answer]]:
+        yield from self.map_tasks(stage, factory(), items)
+
+    def run_alone(self, stage: str, function: Worker[Item, Answer], item: Item) -> Answer:
+        return function(item)

@@ -1,0 +1,42 @@
+"""Which versions and which hardware a run took place on."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+from ffsplit.artifacts.manifest import Environment
+
+PACKAGES = ("ffsplit", "torch", "transformers", "ray", "numpy", "pyarrow", "safetensors", "tokenizers")
+
+
+def package_versions() -> dict[str, str]:
+    """The versions of everything that can change a result."""
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+
+
+def describe_environment() -> Environment:
+    """Versions, and the processor, its cores, memory in bytes and GPU of this machine."""
+    import psutil
+    import torch
+
+    hardware: dict[str, str | int] = {
+        "system": platform.platform(),
+        "processor": _processor(),
+        "num_cpus": os.cpu_count() or 1,
+        "memory_bytes": int(psutil.virtual_memory().total),
+    }
+    if torch.cuda.is_available():
+        hardware["gpu"] = torch.cuda.get_device_name()
+    return Environment(versions=package_versions(), hardware=hardware)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text("utf-8", "replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

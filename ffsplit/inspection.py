@@ -1,0 +1,75 @@
+"""What there is to compress in a model, from its config and safetensors headers alone."""
+
+from __future__ import annotations
+
+from ffsplit.config import Record
+from ffsplit.errors import BudgetError
+from ffsplit.ffn import FFNShape, LayerLayout
+from ffsplit.measurement.size import compressed_size, original_size
+from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.locate import locate_model
+from ffsplit.recipes.recipe import load_recipe
+from ffsplit.runtime.assemble import is_plain
+from ffsplit.splitting.budget import fit_layers
+
+BUDGETS = (0.75, 0.5, 0.3535, 0.25, 0.125)
+
+
+class BudgetPreview(Record):
+    """What one budget would give: the first layer's layout, and the model's size."""
+
+    keep: float
+    layout: LayerLayout
+    plain: bool
+    num_parameters: int
+    num_parameters_without_embeddings: int
+
+
+class Inspection(Record):
+    """A model's FFNs: one shape a layer, and their share of all parameters."""
+
+    model_type: str
+    architecture: str
+    activation: str
+    shapes: tuple[FFNShape, ...]
+    num_parameters: int
+    num_parameters_without_embeddings: int
+    ffn_elements: int
+    recipe: str
+    budgets: tuple[BudgetPreview, ...]
+
+
+def inspect_model(model: str, *, recipe: str = "fast") -> Inspection:
+    """Look at a model without loading a weight. Raises ConfigError when it is not one to compress."""
+    chosen = load_recipe(recipe)
+    checkpoint = open_checkpoint(locate_model(model).directory)
+    size = original_size(checkpoint)
+    budgets = []
+    for keep in BUDGETS:
+        try:
+            layouts = fit_layers(
+                checkpoint.shapes, keep=keep, heavy_share=chosen.heavy_share, steps=chosen.steps
+            )
+        except BudgetError:
+            continue
+        after = compressed_size(checkpoint, layouts, file_bytes=0)
+        budgets.append(
+            BudgetPreview(
+                keep=keep,
+                layout=layouts[0],
+                plain=is_plain(checkpoint, layouts),
+                num_parameters=after.num_parameters,
+                num_parameters_without_embeddings=after.num_parameters_without_embeddings,
+            )
+        )
+    return Inspection(
+        model_type=checkpoint.architecture.model_type,
+        architecture=checkpoint.class_name,
+        activation=checkpoint.activation,
+        shapes=checkpoint.shapes,
+        num_parameters=size.num_parameters,
+        num_parameters_without_embeddings=size.num_parameters_without_embeddings,
+        ffn_elements=size.ffn_elements,
+        recipe=chosen.name,
+        budgets=tuple(budgets),
+    )

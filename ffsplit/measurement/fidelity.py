@@ -1,0 +1,71 @@
+"""How close a compressed model stays to its original on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ffsplit.calibration.batches import Batch
+from ffsplit.models.architectures import ModelKind
+
+
+def fidelity(
+    original: Any, compressed: Any, batches: Iterable[Batch], *, kind: ModelKind
+) -> dict[str, float]:
+    """Encoders: mean cosine of token and of mean-pooled states. Causal LMs: KL, agreement, perplexity."""
+    measure = encoder_fidelity if kind == "encoder" else causal_fidelity
+    return measure(original, compressed, batches)
+
+
+@torch.no_grad()
+def encoder_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    """Means over tokens (`token_cosine`) and over rows (`pooled_cosine`) of base-model states, in [-1, 1]."""
+    token_sum = pooled_sum = 0.0
+    num_tokens = num_rows = 0
+    for batch in batches:
+        mask_BT1 = batch.attention_mask.unsqueeze(-1)
+        states = [_hidden_states(model, batch) for model in (original, compressed)]
+        cosine_BT = functional.cosine_similarity(*states, dim=-1)
+        pooled = [(state * mask_BT1).sum(1) / mask_BT1.sum(1) for state in states]
+        token_sum += float((cosine_BT * batch.attention_mask).sum(dtype=torch.float64))
+        pooled_sum += float(functional.cosine_similarity(*pooled, dim=-1).sum(dtype=torch.float64))
+        num_tokens += batch.num_tokens
+        num_rows += len(batch.input_ids)
+    return {"token_cosine": token_sum / num_tokens, "pooled_cosine": pooled_sum / num_rows}
+
+
+def _hidden_states(model: Any, batch: Batch) -> Tensor:
+    base = getattr(model, model.base_model_prefix, model)
+    states: Tensor = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+    return states.float()
+
+
+@torch.no_grad()
+def causal_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    """Means over predicted tokens, in nats: KL(original | compressed), top-1 agreement, perplexities."""
+    sums = torch.zeros(4, dtype=torch.float64)
+    num_tokens = 0
+    for batch in batches:
+        is_target = batch.attention_mask[:, 1:].bool()
+        targets = batch.input_ids[:, 1:][is_target]
+        logits = []
+        for model in (original, compressed):
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            logits.append(functional.log_softmax(output[:, :-1][is_target].float(), dim=-1))
+        kl = functional.kl_div(logits[1], logits[0], log_target=True, reduction="sum")
+        agreement = (logits[0].argmax(-1) == logits[1].argmax(-1)).sum()
+        losses = [functional.nll_loss(each, targets, reduction="sum") for each in logits]
+        sums += torch.stack([value.double().cpu() for value in (kl, agreement, *losses)])
+        num_tokens += len(targets)
+    kl, agreement, *losses = (sums / max(1, num_tokens)).tolist()
+    original_loss, compressed_loss = losses
+    return {
+        "kl_divergence": kl,
+        "top1_agreement": agreement,
+        "original_perplexity": float(torch.tensor(original_loss).exp()),
+        "compressed_perplexity": float(torch.tensor(compressed_loss).exp()),
+    }

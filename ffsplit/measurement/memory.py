@@ -1,0 +1,53 @@
+"""Peak memory of loading and running a model, in a fresh process of its own.
+
+`python -m ffsplit.measurement.memory DIRECTORY CLASS ROWS TOKENS DEVICE DTYPE` prints the bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from ffsplit.errors import FFSplitError
+
+
+def peak_memory_bytes(
+    directory: Path, class_name: str, *, shape: tuple[int, int], device: str, dtype: str, vocab_size: int
+) -> int:
+    """Peak resident memory on the CPU, over that of a process with its libraries loaded and no model;
+    on CUDA the peak that the allocator handed out. For one load and one forward at `shape`."""
+    arguments = [str(directory), class_name, *map(str, shape), device, dtype, str(vocab_size)]
+    done = subprocess.run(
+        [sys.executable, "-m", "ffsplit.measurement.memory", *arguments], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise FFSplitError(f"measuring the memory of {directory} failed: {last}")
+    return int(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _measure(
+    directory: str, class_name: str, rows: str, tokens: str, device: str, dtype: str, vocab: str
+) -> int:
+    import psutil
+    import torch
+
+    from ffsplit.models.load import load_whole_model
+
+    getattr(__import__("transformers"), class_name or "AutoModel")
+    before = psutil.Process().memory_info().rss
+    model = load_whole_model(Path(directory), class_name, dtype=getattr(torch, dtype)).to(device)
+    ids = torch.randint(int(vocab), (int(rows), int(tokens)), device=device)
+    with torch.inference_mode():
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure(*sys.argv[1:])))

@@ -1,0 +1,42 @@
+"""Parameters and bytes of a checkpoint, from its headers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ffsplit.artifacts.manifest import Size
+from ffsplit.ffn import LayerLayout
+from ffsplit.models.checkpoint import Checkpoint
+
+PARAMETER_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def original_size(checkpoint: Checkpoint) -> Size:
+    """The size of a dense checkpoint."""
+    layouts = [LayerLayout.dense(shape) for shape in checkpoint.shapes]
+    return compressed_size(checkpoint, layouts, file_bytes=_file_bytes(checkpoint))
+
+
+def compressed_size(original: Checkpoint, layouts: Sequence[LayerLayout], *, file_bytes: int) -> Size:
+    """The size of a compressed checkpoint: the original's other tensors and the layouts' elements."""
+    shapes = original.shapes
+    dense_elements = sum(shape.num_elements for shape in shapes)
+    elements = sum(layout.num_elements(shape) for layout, shape in zip(layouts, shapes, strict=True))
+    blocks = f"{original.prefix}{original.architecture.blocks}."
+    parameters = {n: info for n, info in original.tensors.items() if info.dtype in PARAMETER_DTYPES}
+    total = sum(info.num_elements for info in parameters.values())
+    in_blocks = sum(info.num_elements for name, info in parameters.items() if name.startswith(blocks))
+    itemsize = original.itemsize
+    return Size(
+        num_parameters=total - dense_elements + elements,
+        num_parameters_without_embeddings=in_blocks - dense_elements + elements,
+        ffn_elements=elements,
+        ffn_bytes=sum(
+            layout.size_bytes(shape, itemsize) for layout, shape in zip(layouts, shapes, strict=True)
+        ),
+        file_bytes=file_bytes,
+    )
+
+
+def _file_bytes(checkpoint: Checkpoint) -> int:
+    return sum((checkpoint.directory / name).stat().st_size for name in checkpoint.weight_files)

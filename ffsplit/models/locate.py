@@ -1,0 +1,56 @@
+"""From what a user calls a model, a directory or a hub id, to a directory on disk."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from ffsplit.errors import ConfigError
+
+HUB_ID = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
+WANTED_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.txt",
+    "*.model",
+    "*.tiktoken",
+    "*.jinja",
+    "README.md",
+    "LICENSE*",
+]
+
+
+class LocatedModel(NamedTuple):
+    """A model's directory, and the hub revision it was resolved to (None for a local one)."""
+
+    directory: Path
+    revision: str | None
+
+
+def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
+    """Find a local directory, or download a snapshot of a hub id into the hub's cache.
+
+    Raises ConfigError when there is no such directory and the hub does not have it either.
+    """
+    directory = Path(model).expanduser()
+    if directory.is_dir():
+        if revision is not None:
+            raise ConfigError(f"--revision is for hub ids; {model} is a local directory")
+        return LocatedModel(directory.resolve(), None)
+    if directory.exists():
+        raise ConfigError(f"model {model} is a file; give the directory that holds config.json")
+    if not HUB_ID.match(model) or model.startswith("."):
+        raise ConfigError(f"model directory {model} does not exist")
+    return _download(model, revision)
+
+
+def _download(model: str, revision: str | None) -> LocatedModel:
+    from huggingface_hub import snapshot_download
+
+    try:
+        path = snapshot_download(model, revision=revision, allow_patterns=WANTED_FILES)
+    except Exception as error:  # the hub client raises a score of types, requests' and its own
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"model {model}: no such directory, and not had from the hub ({reason})") from None
+    return LocatedModel(Path(path), Path(path).name)

@@ -1,0 +1,115 @@
+"""Progress of a run, stage by stage: bars on a terminal, plain lines in a log. Always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+from ffsplit.artifacts.manifest import Stage
+from ffsplit.artifacts.scratch import Result
+
+LINE_EVERY_S = 10.0
+
+
+class Progress:
+    """Tells whoever runs the job what it is doing. Use as a context manager."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bars: RichProgress | None = None
+        self._stage, self._total, self._done = "", 0, 0
+        self._started = self._last_line = 0.0
+        if stream.isatty():
+            columns = (
+                TextColumn("{task.description:<12}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            self._bars = RichProgress(*columns, console=Console(file=stream))
+
+    @classmethod
+    def to_stderr(cls) -> Progress:
+        return cls(sys.stderr)
+
+    def __enter__(self) -> Progress:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def note(self, message: str) -> None:
+        """One line about something that happened."""
+        if self._bars is not None:
+            self._bars.console.print(message, highlight=False, markup=False)
+        else:
+            print(message, file=self._stream, flush=True)
+
+    def start(self, stage: str, total: int) -> None:
+        """A stage of `total` items begins."""
+        self._stage, self._total, self._done = stage, total, 0
+        self._started = time.monotonic()
+        self._last_line = self._started
+        if self._bars is not None:
+            self._task = self._bars.add_task(stage, total=total)
+
+    def advance(self) -> None:
+        """One more item of the stage is done."""
+        self._done += 1
+        if self._bars is not None:
+            self._bars.advance(self._task)
+            return
+        now = time.monotonic()
+        if self._done < self._total and now - self._last_line < LINE_EVERY_S:
+            return
+        self._last_line = now
+        elapsed = now - self._started
+        left = elapsed / self._done * (self._total - self._done)
+        self.note(f"{self._stage}: {self._done}/{self._total}, {elapsed:.0f} s gone, about {left:.0f} s left")
+
+
+class StageLog:
+    """Shows the stages of a run as they go, and remembers them for the manifest."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self.stages: list[Stage] = []
+
+    def collect(self, name: str, key: str, total: int, answers: Iterator[tuple[int, Result]]) -> list[Result]:
+        """All results of a stage, in the order of its items."""
+        results: dict[int, Result] = {}
+        started = time.monotonic()
+        self._progress.start(name, total)
+        for index, result in answers:
+            results[index] = result
+            self._progress.advance()
+        num_reused = sum(result.reused for result in results.values())
+        self._remember(name, key, total, num_reused, started)
+        return [results[index] for index in range(total)]
+
+    @contextmanager
+    def stage(self, name: str, key: str, *, num_items: int) -> Iterator[None]:
+        """A stage that is one piece of work."""
+        started = time.monotonic()
+        self._progress.start(name, num_items)
+        yield
+        for _ in range(num_items):
+            self._progress.advance()
+        self._remember(name, key, num_items, 0, started)
+
+    def _remember(self, name: str, key: str, num_items: int, num_reused: int, started: float) -> None:
+        wall_s = round(time.monotonic() - started, 3)
+        stage = Stage(name=name, key=key, num_items=num_items, num_reused=num_reused, wall_s=wall_s)
+        self.stages.append(stage)

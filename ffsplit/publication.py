@@ -1,0 +1,184 @@
+"""The documents of an artifact: its model card, its report and its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from ffsplit import __version__
+from ffsplit.artifacts.digests import file_entries
+from ffsplit.artifacts.locate import locate, materialize, read_manifest
+from ffsplit.artifacts.manifest import (
+    MANIFEST_NAME,
+    CalibrationRecord,
+    LayerRecord,
+    Manifest,
+    Measurements,
+    SourceModel,
+    Stage,
+)
+from ffsplit.artifacts.publish import Kind
+from ffsplit.calibration.parquet import read_statistics
+from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.environment import describe_environment
+from ffsplit.errors import ConfigError
+from ffsplit.ffn import LayerLayout
+from ffsplit.prepare import PreparedRun, model_name
+from ffsplit.report.html import render_report
+from ffsplit.report.plots import energy_curve
+from ffsplit.runtime.assemble import is_plain
+from ffsplit.splitting.plan import LayerPlan
+from ffsplit.splitting.scores import energy_share, output_energy
+
+STATISTICS_PATH = "stats/neurons.parquet"
+REPORT_NAME = "report.html"
+CARD_NAME = "README.md"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run computed. A run of statistics alone has no plans, errors or measurements."""
+
+    kind: Kind
+    statistics: tuple[NeuronStats, ...]
+    num_tokens: int
+    num_shards: int
+    plans: tuple[LayerPlan, ...] = ()
+    errors: tuple[float, ...] = ()
+    measurements: Measurements | None = None
+
+
+def write_documents(
+    run: PreparedRun,
+    outcome: Outcome,
+    directory: Path,
+    *,
+    run_key: str,
+    attempt: str,
+    stages: Sequence[Stage],
+) -> Manifest:
+    """Write the card, the report and, last, the manifest that lists every file of the directory."""
+    draft = _draft(run, outcome, run_key=run_key, attempt=attempt, stages=stages)
+    if outcome.kind == "model":
+        (directory / CARD_NAME).write_text(model_card(draft), "utf-8")
+    draft = draft.model_copy(update={"files": file_entries(directory)})
+    (directory / REPORT_NAME).write_text(report_of(draft, outcome.statistics), "utf-8")
+    manifest = draft.model_copy(update={"files": file_entries(directory)})
+    (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
+    return manifest
+
+
+def report_of(manifest: Manifest, statistics: Sequence[NeuronStats]) -> str:
+    """The HTML report of an artifact."""
+    curves = [energy_curve(layer, output_energy(stats)) for layer, stats in enumerate(statistics)]
+    return render_report(manifest, curves=curves)
+
+
+def _draft(
+    run: PreparedRun, outcome: Outcome, *, run_key: str, attempt: str, stages: Sequence[Stage]
+) -> Manifest:
+    checkpoint, text = run.checkpoint, run.text
+    is_model = outcome.kind == "model"
+    return Manifest(
+        kind=outcome.kind,
+        run_key=run_key,
+        attempt=attempt,
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        ffsplit_version=__version__,
+        plain=is_plain(checkpoint, run.layouts) if is_model else None,
+        config=run.config,
+        recipe=run.recipe.model_dump(mode="json"),
+        keep=run.keep if is_model else None,
+        nonce=run.nonce,
+        model=SourceModel(
+            id=model_name(run.config.model),
+            revision=run.revision,
+            digest=run.digests["model"],
+            tokenizer_digest=run.digests["tokenizer"],
+            model_type=checkpoint.architecture.model_type,
+            architecture=checkpoint.class_name,
+            license=checkpoint.license,
+        ),
+        calibration=CalibrationRecord(
+            sources=run.config.calibration,
+            text_digest=text.digest,
+            num_rows=len(text.calibration),
+            num_tokens=outcome.num_tokens,
+            max_length=run.recipe.calibration.max_length,
+            num_shards=outcome.num_shards,
+            held_out_rows=len(text.held_out),
+            held_out_is_disjoint=text.held_out_is_disjoint,
+        ),
+        layers=tuple(_layers(run, outcome)),
+        measurements=outcome.measurements,
+        stages=tuple(stages),
+        environment=describe_environment(),
+        files=(),
+    )
+
+
+def _layers(run: PreparedRun, outcome: Outcome) -> list[LayerRecord]:
+    records = []
+    shapes, itemsize = run.checkpoint.shapes, run.checkpoint.itemsize
+    for layer, (stats, shape) in enumerate(zip(outcome.statistics, shapes, strict=True)):
+        plan = outcome.plans[layer] if outcome.plans else None
+        layout = plan.layout if plan is not None else LayerLayout.dense(shape)
+        records.append(
+            LayerRecord(
+                layer=layer,
+                layout=layout,
+                num_heavy_hitters=len(plan.heavy_neurons) if plan is not None else 0,
+                num_elements=layout.num_elements(shape),
+                size_bytes=layout.size_bytes(shape, itemsize),
+                relative_error=outcome.errors[layer] if outcome.errors else None,
+                energy_in_top_5_percent=energy_share(stats, fraction=0.05),
+            )
+        )
+    return records
+
+
+def model_card(manifest: Manifest) -> str:
+    """The artifact's README.md: licence and origin, what was done to it, how to load it, how it measured."""
+    model, measured = manifest.model, manifest.measurements
+    front = ["---", f"base_model: {model.id}", "library_name: transformers", "tags: [ffsplit, compressed]"]
+    front += [f"license: {model.license}"] if model.license else []
+    loader = "AutoModel.from_pretrained(directory)"
+    how = (
+        f"An ordinary checkpoint: `transformers.{loader}` loads it."
+        if manifest.plain
+        else f"`import ffsplit`, then `transformers.{loader}`; without ffsplit the load fails."
+    )
+    body = [
+        f"# {model.id}, compressed with FFSplit",
+        "",
+        f"The feed-forward networks keep {manifest.keep:.4g} of their elements (recipe "
+        f"`{manifest.recipe['name']}`: {manifest.recipe['description']})",
+        "",
+        how,
+    ]
+    if measured is not None:
+        before, after = measured.original_size, measured.compressed_size
+        body += ["", "| | original | compressed |", "|---|---|---|"]
+        body += [f"| parameters | {before.num_parameters:,} | {after.num_parameters:,} |"]
+        body += [f"| bytes | {before.file_bytes:,} | {after.file_bytes:,} |"]
+        body += [
+            f"| forward {each.batch_size} x {each.num_tokens}, p50 ms | {each.original_p50_ms:.2f} "
+            f"| {each.compressed_p50_ms:.2f} |"
+            for each in measured.latency
+        ]
+        body += ["", *(f"- {name}: {value:.5f}" for name, value in measured.fidelity.items())]
+    return "\n".join([*front, "---", "", *body, ""])
+
+
+def render_published(uri: str, *, out: str) -> Path:
+    """Write the report of a published artifact to a file, from its manifest and statistics."""
+    directory = materialize(uri)
+    manifest = read_manifest(locate(uri))
+    target = Path(out)
+    try:
+        target.write_text(report_of(manifest, read_statistics(directory / STATISTICS_PATH)), "utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+    return target

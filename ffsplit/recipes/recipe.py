@@ -1,0 +1,116 @@
+"""A recipe: how a model is calibrated, split, compressed and measured. Read from YAML."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from ffsplit.compressors import AnyCompressor
+from ffsplit.config import Record, describe_validation_error
+from ffsplit.errors import ConfigError
+from ffsplit.splitting.scores import ScoreName
+
+
+class CalibrationSettings(Record):
+    """How much text is read, and how. Every field changes the statistics' bytes."""
+
+    samples: int = Field(default=2048, ge=1, description="rows of text")
+    max_length: int = Field(default=128, ge=1, description="tokens a row is cut to")
+    shard_size: int = Field(default=128, ge=1, description="rows a shard")
+    batch_tokens: int = Field(default=4096, ge=1, description="tokens a batch, padding included")
+    sampled_tokens: int = Field(
+        default=32768, ge=1, description="tokens whose FFN inputs are kept for refits"
+    )
+    held_out: int = Field(default=256, ge=1, description="rows kept apart to measure fidelity on")
+
+
+class MeasurementSettings(Record):
+    """What is timed: forward passes of (rows, tokens a row), original and compressed in turn."""
+
+    latency_shapes: tuple[tuple[int, int], ...] = ((1, 128), (8, 128))
+    latency_pairs: int = Field(default=20, ge=1)
+
+
+class Recipe(Record):
+    """`heavy_share` of the budget goes to heavy hitters by `score`; `steps` shrink the rest, in order."""
+
+    name: str
+    description: str
+    source: str | None = Field(default=None, description="the paper's address")
+    keep: float = Field(default=0.3535, gt=0, le=1, description="used where --keep is not given")
+    score: ScoreName = "rms"
+    heavy_share: float = Field(ge=0, le=1)
+    steps: tuple[AnyCompressor, ...] = Field(min_length=1)
+    calibration: CalibrationSettings = CalibrationSettings()
+    measurement: MeasurementSettings = MeasurementSettings()
+
+
+def shipped_recipes() -> dict[str, str]:
+    """The YAML text of every recipe in the package, by name."""
+    folder = resources.files("ffsplit.recipes")
+    files = sorted(
+        (item for item in folder.iterdir() if item.name.endswith(".yaml")), key=lambda item: item.name
+    )
+    return {item.name.removesuffix(".yaml"): item.read_text("utf-8") for item in files}
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by its name, or one from a YAML file.
+
+    Raises ConfigError in one line, which names the wrong field and suggests the nearest right one.
+    """
+    shipped = shipped_recipes()
+    if name in shipped:
+        return parse_recipe(shipped[name], where=f"recipe {name}")
+    path = Path(name).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        near = _suggestion(name, list(shipped))
+        raise ConfigError(
+            f"unknown recipe {name!r}{near} (shipped: {', '.join(shipped)}; or give a .yaml file)"
+        )
+    if not path.is_file():
+        raise ConfigError(f"recipe file {name} does not exist")
+    try:
+        return parse_recipe(path.read_text("utf-8"), where=name)
+    except UnicodeDecodeError:
+        raise ConfigError(f"recipe file {name} is not UTF-8 text") from None
+
+
+def parse_recipe(text: str, *, where: str) -> Recipe:
+    try:
+        fields = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        raise ConfigError(f"{where}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{where} must be a YAML mapping with the fields {', '.join(Recipe.model_fields)}")
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_describe(error)}") from None
+
+
+def _describe(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if first["type"] != "extra_forbidden":
+        return describe_validation_error(error, prefix="")
+    name = str(first["loc"][-1])
+    path = ".".join(str(part) for part in first["loc"])
+    return f"unknown field {path}{_suggestion(name, _all_fields())}"
+
+
+def _all_fields() -> list[str]:
+    records: list[Any] = [Recipe, CalibrationSettings, MeasurementSettings]
+    records += AnyCompressor.__origin__.__args__  # type: ignore[attr-defined]
+    return sorted({field for record in records for field in record.model_fields})
+
+
+def _suggestion(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,210 @@
+"""The report: one HTML page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Final
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from ffsplit.artifacts.manifest import LayerRecord, Manifest, Measurements
+from ffsplit.report import humanize
+from ffsplit.report.plots import (
+    NARROW,
+    WIDE,
+    EnergyCurve,
+    change_figure,
+    energy_figure,
+    error_figure,
+)
+
+TEMPLATE_NAME: Final = "report.html"
+
+_HEADLINE_METRICS: Final = ("pooled_cosine", "top1_agreement")
+"""The fidelity to quote first, where it was measured; else whichever metric comes first."""
+
+_METRIC_NAMES: Final = {
+    "token_cosine": "cosine of token states",
+    "pooled_cosine": "cosine of mean-pooled states",
+    "kl_divergence": "KL divergence, nats a token",
+    "top1_agreement": "top-1 agreement",
+    "original_perplexity": "perplexity, original",
+    "compressed_perplexity": "perplexity, compressed",
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number of the headline: what it is, the number, and what to read it against."""
+
+    label: str
+    value: str
+    note: str
+    is_warning: bool = False
+
+
+def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
+    """The report of one run as HTML: the same bytes for the same manifest and curves.
+
+    Sections whose numbers are absent (no measurements, no curves, no layers) are left out. Whatever the
+    user wrote is escaped, and the page loads nothing from anywhere.
+    """
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(
+        size=humanize.size,
+        count=humanize.count,
+        exact=lambda value: f"{value:,}",
+        percent=humanize.percent,
+        number=humanize.number,
+        times=humanize.times,
+        duration=humanize.duration,
+        layout=humanize.layout,
+        metric=_metric_name,
+    )
+    template = environment.from_string(
+        resources.files(__package__).joinpath(TEMPLATE_NAME).read_text("utf-8")
+    )
+    return template.render(
+        manifest=manifest,
+        measured=manifest.measurements,
+        recipe_name=str(manifest.recipe.get("name") or manifest.config.recipe),
+        tiles=_tiles(manifest),
+        figures=_figures(manifest, curves),
+        layouts=_layouts(manifest.layers),
+        hardware=_hardware(manifest),
+        total_s=sum(stage.wall_s for stage in manifest.stages),
+        total_bytes=sum(file.size_bytes for file in manifest.files),
+        recipe_json=_pretty(manifest.recipe),
+        config_json=_pretty(manifest.config.model_dump(mode="json")),
+        shape=humanize.shape,
+    )
+
+
+def _pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
+
+
+def _metric_name(name: str) -> str:
+    return _METRIC_NAMES.get(name, name.replace("_", " "))
+
+
+def _tiles(manifest: Manifest) -> list[Tile]:
+    if manifest.measurements is None:
+        return _statistics_tiles(manifest)
+    return _measured_tiles(manifest, manifest.measurements)
+
+
+def _measured_tiles(manifest: Manifest, measured: Measurements) -> list[Tile]:
+    before, after = measured.original_size, measured.compressed_size
+    without = humanize.change(
+        before.num_parameters_without_embeddings, after=after.num_parameters_without_embeddings
+    )
+    change = humanize.change(before.num_parameters, after=after.num_parameters)
+    file_change = humanize.change(before.file_bytes, after=after.file_bytes)
+    tiles = [
+        Tile(
+            "Size on disk",
+            humanize.size(after.file_bytes),
+            f"from {humanize.size(before.file_bytes)}, {file_change}",
+        ),
+        Tile(
+            "Parameters",
+            humanize.count(after.num_parameters),
+            f"from {humanize.count(before.num_parameters)}, {change}; {without} without embeddings",
+        ),
+        _speed_tile(measured),
+    ]
+    if measured.fidelity:
+        name = next(
+            (name for name in _HEADLINE_METRICS if name in measured.fidelity), next(iter(measured.fidelity))
+        )
+        disjoint = manifest.calibration.held_out_is_disjoint
+        where = "held\u2011out text" if disjoint else "on calibration text"
+        value = humanize.number(measured.fidelity[name])
+        tiles.append(Tile("Fidelity", value, f"{_metric_name(name)}, {where}", is_warning=not disjoint))
+    else:
+        tiles.append(Tile("Fidelity", "\u2013", "not measured"))
+    return tiles
+
+
+def _speed_tile(measured: Measurements) -> Tile:
+    if not measured.latency:
+        return Tile("Speed-up", "\u2013", "not measured")
+    main = max(measured.latency, key=lambda latency: latency.batch_size * latency.num_tokens)
+    note = f"at {humanize.shape(main.batch_size, num_tokens=main.num_tokens)} tokens, {measured.device}"
+    slowest = min(latency.speedup for latency in measured.latency)
+    fastest = max(latency.speedup for latency in measured.latency)
+    if len(measured.latency) > 1:
+        note += f"; {humanize.times(slowest)} to {humanize.times(fastest)} over all shapes"
+    if slowest < 1:
+        note += "; slower than the original" if fastest < 1 else "; slower at some"
+    return Tile("Speed-up", humanize.times(main.speedup), note, is_warning=slowest < 1)
+
+
+def _statistics_tiles(manifest: Manifest) -> list[Tile]:
+    calibration = manifest.calibration
+    tiles = [
+        Tile("Layers", humanize.count(len(manifest.layers)), "observed") if manifest.layers else None,
+        Tile("Tokens", humanize.count(calibration.num_tokens), "counted in each layer's statistics"),
+        Tile("Rows of text", f"{calibration.num_rows:,}", f"{calibration.num_shards} shards"),
+    ]
+    shares = [share for layer in manifest.layers if (share := layer.energy_in_top_5_percent) is not None]
+    if shares:
+        note = f"at most, {humanize.percent(min(shares))} at least"
+        tiles.append(Tile("Energy in the top 5\u00a0%", humanize.percent(max(shares)), note))
+    return [tile for tile in tiles if tile is not None]
+
+
+def _figures(manifest: Manifest, curves: Sequence[EnergyCurve]) -> dict[str, Markup | None]:
+    """Every figure by name; None where its numbers are absent."""
+    figures: dict[str, Markup | None] = dict.fromkeys(("energy", "error", "change"))
+    if curves:
+        figures["energy"] = _both_widths(
+            "energy", lambda width, name: energy_figure(curves, width=width, name=name)
+        )
+    layers = manifest.layers
+    if any(layer.relative_error is not None for layer in layers):
+        figures["error"] = _both_widths(
+            "error", lambda width, name: error_figure(layers, width=width, name=name)
+        )
+    measured = manifest.measurements
+    if measured is not None:
+        figures["change"] = _both_widths(
+            "change", lambda width, name: change_figure(measured, width=width, name=name)
+        )
+    return figures
+
+
+def _both_widths(name: str, draw: Callable[[float, str], str]) -> Markup:
+    """A figure for wide pages and one for narrow ones; the page shows one of them."""
+    wide, narrow = draw(WIDE, name), draw(NARROW, f"{name}-narrow")
+    return Markup(f'<div class="wide">{wide}</div>\n<div class="narrow">{narrow}</div>')
+
+
+def _layouts(layers: Sequence[LayerRecord]) -> str:
+    """The layouts in one phrase where they are few: `width 512 in all 6 layers`."""
+    counted = Counter(humanize.layout(layer.layout) for layer in layers)
+    if len(counted) == 1:
+        (only,) = counted
+        return f"{only} in every layer" if len(layers) > 1 else only
+    if 1 < len(counted) <= 3:
+        return "; ".join(f"{layout} in {number} layers" for layout, number in counted.items())
+    return "differs from layer to layer" if counted else ""
+
+
+def _hardware(manifest: Manifest) -> dict[str, str]:
+    facts = {}
+    for name, value in manifest.environment.hardware.items():
+        is_size = isinstance(value, int) and name.endswith("_bytes")
+        label = name.removesuffix("_bytes") if is_size else name
+        facts[label.replace("_", " ")] = (
+            humanize.size(value) if isinstance(value, int) and is_size else str(value)
+        )
+    return facts

@@ -1,0 +1,110 @@
+"""Numbers as people read them: three significant digits, a unit, and a space that does not break."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from ffsplit.ffn import Dense, LayerLayout, LowRank, PartLayout
+
+SPACE: Final = "\u00a0"
+MINUS: Final = "\u2212"
+TIMES: Final = "\u00d7"
+
+_BYTES: Final = ("B", "kB", "MB", "GB", "TB", "PB")
+_COUNTS: Final = ("", "k", "M", "B", "T")
+
+
+def number(value: float) -> str:
+    """Three significant digits and never an exponent; just below 1, four decimals, rounded down.
+
+    A cosine of 0.99996 must not read as 1.00.
+    """
+    if 0.99 <= abs(value) < 1:
+        text = f"{math.floor(abs(value) * 1e4) / 1e4:.4f}"
+    else:
+        rounded = abs(float(f"{value:.3g}"))
+        decimals = 0 if rounded == 0 else max(0, 2 - math.floor(math.log10(rounded)))
+        text = f"{rounded:,.{min(decimals, 12)}f}" if rounded < 1000 else f"{abs(value):,.0f}"
+    return MINUS + text if value < 0 else text
+
+
+def _scaled(value: float, *, units: tuple[str, ...]) -> str:
+    """`value` in the largest unit (steps of 1000) that keeps the number at 1 or more."""
+    if abs(value) < 1000:
+        text = str(int(value)) if float(value).is_integer() else number(value)
+        return text + SPACE + units[0] if units[0] else text
+    rounded = float(f"{value:.3g}")
+    step = min(math.floor(math.log10(abs(rounded)) / 3), len(units) - 1)
+    return number(rounded / 1000**step) + SPACE + units[step]
+
+
+def size(num_bytes: float) -> str:
+    """Bytes in decimal units: 90.9 MB."""
+    return _scaled(num_bytes, units=_BYTES)
+
+
+def count(value: float) -> str:
+    """Things counted: 812, 22.7 M."""
+    return _scaled(value, units=_COUNTS)
+
+
+def percent(share: float) -> str:
+    """A share of 1 as a percentage."""
+    return number(share * 100) + SPACE + "%"
+
+
+def change(before: float, *, after: float) -> str:
+    """How far `after` is from `before`, signed, in percent of `before`."""
+    if before == 0 or after == before:
+        return "unchanged" if after == before else "from nothing"
+    share = (after - before) / before
+    return ("+" if share > 0 else MINUS) + percent(abs(share))
+
+
+def times(ratio: float) -> str:
+    """A speed-up: 1.71x, with the proper sign."""
+    return number(ratio) + TIMES
+
+
+def milliseconds(value: float) -> str:
+    return number(value) + SPACE + "ms"
+
+
+def duration(seconds: float) -> str:
+    """A stage's wall time: 820 ms, 12.3 s, 4 min 12 s, 3 h 5 min."""
+    if seconds < 1:
+        return number(round(seconds * 1000)) + SPACE + "ms"
+    if round(seconds) < 60:
+        return number(seconds) + SPACE + "s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}{SPACE}min {rest}{SPACE}s"
+    return f"{minutes // 60}{SPACE}h {minutes % 60}{SPACE}min"
+
+
+def shape(batch_size: int, *, num_tokens: int) -> str:
+    """Rows and tokens a row of one forward pass: 8 x 128, with the proper sign."""
+    return f"{batch_size}{SPACE}{TIMES}{SPACE}{num_tokens}"
+
+
+def layout(layer: LayerLayout) -> str:
+    """One layer's layout in words: its width, and the rank of what is factored."""
+    if layer.is_dense:
+        return f"width {layer.num_neurons:,}"
+    return " + ".join(_part(part) for part in layer.parts) or "nothing kept"
+
+
+def _part(part: PartLayout) -> str:
+    if part.is_dense:
+        return f"{part.num_neurons:,} dense"
+    names: list[str] = []
+    for linear in (part.up, part.gate, part.down):
+        if linear is None or isinstance(linear, Dense):
+            continue
+        name = (
+            f"rank {linear.rank:,}" if isinstance(linear, LowRank) else str(linear.format).replace("_", " ")
+        )
+        if name not in names:
+            names.append(name)
+    return f"{part.num_neurons:,} at {' / '.join(names)}"

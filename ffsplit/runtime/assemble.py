@@ -1,0 +1,199 @@
+"""From the original checkpoint and the compressed layers to a checkpoint that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
+from ffsplit.ffn import LayerLayout
+from ffsplit.models.checkpoint import INDEX_NAME, Checkpoint, opened
+
+MAX_SHARD_BYTES = 5 * 10**9
+COMPANIONS = re.compile(r".*\.(json|txt|model|tiktoken|jinja)$|(LICEN[CS]E|NOTICE).*")
+"""Files beside the weights that an artifact keeps: configs, tokenizers, licences."""
+
+
+def is_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
+    """Whether stock modelling code can load it: one width for all layers, dense, no added bias."""
+    widths = {layout.num_neurons for layout in layouts}
+    biases = zip(layouts, checkpoint.shapes, strict=True)
+    return (
+        len(widths) == 1
+        and all(layout.is_dense for layout in layouts)
+        and all(layout.down_bias == shape.down_bias for layout, shape in biases)
+    )
+
+
+def load_ffn(checkpoint: Checkpoint, layer: int, *, activation: Any, device: torch.device) -> FFNWeights:
+    """One layer's dense FFN in float32, read from its tensors alone."""
+    names = checkpoint.ffn_names(layer)
+
+    def tensor(name: str | None) -> Tensor | None:
+        if name is None:
+            return None
+        with opened(checkpoint.directory / checkpoint.tensors[name].file, "pt") as file:
+            loaded: Tensor = file.get_tensor(name).to(device=device, dtype=torch.float32)
+            return loaded
+
+    def linear(weight: str, bias: str | None) -> LinearMap:
+        loaded = tensor(weight)
+        assert loaded is not None
+        return LinearMap.dense(loaded, tensor(bias))
+
+    part = FFNPart(
+        neurons=torch.arange(checkpoint.ffn_shape(layer).num_neurons),
+        up=linear(names.up, names.up_bias),
+        gate=None if names.gate is None else linear(names.gate, names.gate_bias),
+        down=linear(names.down, None),
+    )
+    return FFNWeights(heavy=part, light=None, down_bias=tensor(names.down_bias), activation=activation)
+
+
+def layer_tensors(
+    checkpoint: Checkpoint, layer: int, weights: FFNWeights, *, plain: bool
+) -> dict[str, Tensor]:
+    """A compressed layer's tensors under the names that the artifact gives them, in the original's dtype."""
+    names = checkpoint.ffn_names(layer)
+    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[
+        checkpoint.tensors[names.down].dtype
+    ]
+    if plain:
+        tensors = _plain_tensors(checkpoint, layer, weights)
+    else:
+        row = checkpoint.architecture
+        base = f"{checkpoint.prefix}{checkpoint.block(layer)}.{row.split_path}."
+        tensors = {base + name: tensor for name, tensor in _split_tensors(weights)}
+        tensors[base + row.guard] = torch.zeros(1)
+    return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+
+
+def _plain_tensors(checkpoint: Checkpoint, layer: int, weights: FFNWeights) -> dict[str, Tensor]:
+    names, (part,) = checkpoint.ffn_names(layer), weights.parts
+    tensors = {
+        names.up: part.up.weight,
+        names.gate: None if part.gate is None else part.gate.weight,
+        names.down: part.down.weight,
+        names.up_bias: part.up.bias,
+        names.gate_bias: None if part.gate is None else part.gate.bias,
+        names.down_bias: weights.down_bias,
+    }
+    return {name: tensor for name, tensor in tensors.items() if name is not None and tensor is not None}
+
+
+def _split_tensors(weights: FFNWeights) -> Iterator[tuple[str, Tensor]]:
+    for role, part in (("heavy", weights.heavy), ("light", weights.light)):
+        if part is None:
+            continue
+        for path, linear in (("up", part.up), ("gate", part.gate), ("down", part.down)):
+            if linear is None:
+                continue
+            for name, tensor in linear.tensors.items():
+                yield f"{role}.{path}.{name}", tensor
+            if linear.bias is not None:
+                yield f"{role}.{path}.bias", linear.bias
+    if weights.down_bias is not None:
+        yield "down_bias", weights.down_bias
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    layer_files: Sequence[Path],
+    layouts: Sequence[LayerLayout],
+    directory: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write the checkpoint: every tensor that is no FFN's as it was, the compressed layers beside them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    replaced = {
+        name for layer in range(checkpoint.num_layers) for name in checkpoint.ffn_names(layer) if name
+    }
+    sources: dict[str, tuple[Path, int]] = {
+        name: (checkpoint.directory / info.file, info.size_bytes)
+        for name, info in checkpoint.tensors.items()
+        if name not in replaced
+    }
+    for path in layer_files:
+        with opened(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                view = file.get_slice(name)
+                sources[name] = (path, _size_bytes(view))
+    _write_shards(sources, directory, max_shard_bytes=max_shard_bytes)
+    config = artifact_config(checkpoint, layouts)
+    _copy_companions(checkpoint.directory, directory)
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def artifact_config(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> dict[str, Any]:
+    """The original's config with the new width, or with the layout of every layer."""
+    config = dict(checkpoint.config)
+    if is_plain(checkpoint, layouts):
+        config[checkpoint.architecture.width_field] = layouts[0].num_neurons
+    else:
+        config["quantization_config"] = {
+            "quant_method": "ffsplit",
+            "version": 1,
+            "layers": [layout.model_dump(mode="json") for layout in layouts],
+            "shapes": [shape.model_dump(mode="json") for shape in checkpoint.shapes],
+        }
+    return config
+
+
+def _size_bytes(view: Any) -> int:
+    from ffsplit.models.checkpoint import TensorInfo
+
+    return TensorInfo("", view.get_dtype(), tuple(view.get_shape())).size_bytes
+
+
+def _write_shards(sources: Mapping[str, tuple[Path, int]], directory: Path, *, max_shard_bytes: int) -> None:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name in sorted(sources):
+        size = sources[name][1]
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        files = ["model.safetensors"]
+    else:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        save_file({name: _read(sources[name][0], name) for name in names}, directory / file, {"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(size for _, size in sources.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with opened(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+def _copy_companions(source: Path, directory: Path) -> None:
+    """Copy what belongs to the model beside its weights; the folders that modules.json names too."""
+    for path in sorted(source.iterdir()):
+        if path.is_file() and COMPANIONS.match(path.name) and path.name != INDEX_NAME:
+            shutil.copyfile(path, directory / path.name)
+    modules = source / "modules.json"
+    if not modules.is_file():
+        return
+    for module in json.loads(modules.read_text("utf-8")):
+        folder = source / str(module.get("path", ""))
+        if folder != source and folder.is_dir() and folder.parent == source:
+            (directory / folder.name).mkdir(exist_ok=True)
+            for path in sorted(folder.glob("*.json")):
+                shutil.copyfile(path, directory / folder.name / path.name)

@@ -1,0 +1,65 @@
+"""How much each neuron matters, from its statistics alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from ffsplit.calibration.statistics import Floats, Ints, NeuronStats
+from ffsplit.errors import CalibrationError
+
+ScoreName = Literal["mean", "rms", "centred"]
+
+
+def _checked(stats: NeuronStats) -> int:
+    if stats.num_tokens == 0:
+        raise CalibrationError("a layer saw no token, so its neurons cannot be judged")
+    return stats.num_tokens
+
+
+def expected_output_norm(stats: NeuronStats) -> Floats:
+    """Mean L2 norm of each neuron's output, E|a_n| * |W_down[:, n]|: [N], in units of the residual stream.
+
+    Source: arXiv:2401.04044, section 3. Raises CalibrationError when no token was observed.
+    """
+    return stats.sum_abs / _checked(stats) * stats.down_norm
+
+
+def rms_output_norm(stats: NeuronStats) -> Floats:
+    """Root mean square norm of each neuron's output, sqrt(E a_n^2) * |W_down[:, n]|: [N]."""
+    return np.sqrt(output_energy(stats))
+
+
+def centred_output_norm(stats: NeuronStats) -> Floats:
+    """Standard deviation of each neuron's output: [N]. What is left once a bias takes up the mean."""
+    num_tokens = _checked(stats)
+    variance = stats.sum_squares / num_tokens - (stats.sum / num_tokens) ** 2
+    return np.sqrt(np.maximum(variance, 0.0)) * stats.down_norm
+
+
+def output_energy(stats: NeuronStats) -> Floats:
+    """Mean squared norm of each neuron's output, E a_n^2 * |W_down[:, n]|^2: [N]."""
+    return stats.sum_squares / _checked(stats) * stats.down_norm**2
+
+
+SCORES: dict[ScoreName, Callable[[NeuronStats], Floats]] = {
+    "mean": expected_output_norm,
+    "rms": rms_output_norm,
+    "centred": centred_output_norm,
+}
+
+
+def top_neurons(scores: Floats, *, count: int) -> Ints:
+    """Indices of the `count` highest scores, ascending; of equal scores the lower index comes first."""
+    order = np.argsort(-scores, kind="stable")
+    return np.sort(order[:count])
+
+
+def energy_share(stats: NeuronStats, *, fraction: float) -> float:
+    """Share of the layer's output energy that the top `fraction` of its neurons hold, in [0, 1]."""
+    energy = np.sort(output_energy(stats))[::-1]
+    total = float(energy.sum())
+    count = max(1, round(fraction * len(energy)))
+    return float(energy[:count].sum()) / total if total > 0 else 0.0

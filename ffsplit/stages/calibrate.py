@@ -1,0 +1,112 @@
+"""The calibration stage: each worker holds the model and turns shards of text into statistics."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from ffsplit.artifacts.scratch import Result, Scratch
+from ffsplit.calibration.batches import padded_batches, tokenize_rows
+from ffsplit.calibration.hooks import FFNObserver
+from ffsplit.calibration.parquet import write_statistics
+from ffsplit.config import Record
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.load import load_base_model, load_tokenizer
+from ffsplit.recipes.recipe import CalibrationSettings
+from ffsplit.stages.profile import ComputeProfile
+
+MAX_SAMPLED_SHARDS = 64
+"""FFN inputs are sampled from at most this many shards, evenly spaced, however many there are."""
+
+
+class Shard(NamedTuple):
+    """Some rows of calibration text."""
+
+    index: int
+    rows: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.index:05d}"
+
+
+class CalibrationJob(Record):
+    """Everything that a calibration worker needs to know, but for its shards."""
+
+    model_directory: str
+    settings: CalibrationSettings
+    num_shards: int
+    seed: int
+    lineage: dict[str, str]
+    profile: ComputeProfile
+    scratch: Scratch
+
+    def num_sampled(self, shard: int) -> int:
+        """How many tokens of a shard have their FFN inputs kept."""
+        step = max(1, -(-self.num_shards // MAX_SAMPLED_SHARDS))
+        num_sampled_shards = -(-self.num_shards // step)
+        return -(-self.settings.sampled_tokens // num_sampled_shards) if shard % step == 0 else 0
+
+
+class CalibrationWorker:
+    """Holds the model, which is loaded when the first shard that is not finished yet arrives."""
+
+    def __init__(self, job: CalibrationJob) -> None:
+        job.profile.apply()
+        self._job = job
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return open_checkpoint(Path(self._job.model_directory))
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self._checkpoint)
+
+    @cached_property
+    def _model(self) -> Any:
+        profile = self._job.profile
+        device, dtype = torch.device(profile.device), getattr(torch, profile.dtype)
+        return load_base_model(self._checkpoint.directory, device=device, dtype=dtype)
+
+    def __call__(self, shard: Shard) -> Result:
+        """Statistics and sampled inputs of one shard, in the scratch."""
+        return self._job.scratch.load(shard.name) or self._collect(shard)
+
+    @torch.no_grad()
+    def _collect(self, shard: Shard) -> Result:
+        job, model = self._job, self._model
+        rows = tokenize_rows(self._tokenizer, shard.rows, max_length=job.settings.max_length)
+        sampled = self._sampled_positions(shard, num_tokens=sum(map(len, rows)))
+        pad_id = self._tokenizer.pad_token_id or 0
+        with FFNObserver(model, self._checkpoint.architecture, sampled=sampled) as observer:
+            for batch in padded_batches(rows, batch_tokens=job.settings.batch_tokens, pad_id=pad_id):
+                batch = batch.to(model.device)
+                observer.next_batch(batch.attention_mask)
+                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        return self._save(shard, observer, num_tokens=sum(map(len, rows)), num_rows=len(rows))
+
+    def _sampled_positions(self, shard: Shard, *, num_tokens: int) -> torch.Tensor:
+        count = min(num_tokens, self._job.num_sampled(shard.index))
+        generator = torch.Generator().manual_seed(self._job.seed * 1_000_003 + shard.index)
+        return torch.randperm(num_tokens, generator=generator)[:count].sort().values
+
+    def _save(self, shard: Shard, observer: FFNObserver, *, num_tokens: int, num_rows: int) -> Result:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            statistics = folder / f"{shard.name}.parquet"
+            write_statistics(
+                statistics, observer.statistics(), lineage={**self._job.lineage, "shard": str(shard.index)}
+            )
+            files = {statistics.name: statistics}
+            for layer, input_TD in enumerate(observer.inputs()):
+                path = folder / f"layer-{layer:03d}.safetensors"
+                save_file({"input": input_TD.contiguous()}, path)
+                files[f"inputs/{path.stem}/{shard.name}.safetensors"] = path
+            facts = {"index": shard.index, "num_tokens": num_tokens, "num_rows": num_rows}
+            return self._job.scratch.save(shard.name, files, facts=facts)

@@ -1,0 +1,64 @@
+"""The compression stage: one task a layer, which reads that layer's tensors and sampled inputs alone."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ffsplit.artifacts.manifest import FileEntry
+from ffsplit.artifacts.scratch import Result, Scratch
+from ffsplit.compressors import AnyCompressor
+from ffsplit.compressors.layer import compress_layer
+from ffsplit.config import Record
+from ffsplit.models.activations import activation_named
+from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.runtime.assemble import layer_tensors, load_ffn
+from ffsplit.splitting.plan import LayerPlan
+from ffsplit.stages.profile import ComputeProfile
+
+
+class LayerJob(Record):
+    """One layer's plan and where its inputs are."""
+
+    model_directory: str
+    plan: LayerPlan
+    steps: tuple[AnyCompressor, ...]
+    plain: bool
+    inputs: tuple[FileEntry, ...]
+    scratch: Scratch
+    profile: ComputeProfile
+
+    @property
+    def name(self) -> str:
+        return f"layer-{self.plan.layer:03d}"
+
+
+def compress_layer_job(job: LayerJob) -> Result:
+    """Compress one layer into one safetensors file in the scratch."""
+    return job.scratch.load(job.name) or _compress(job)
+
+
+def _compress(job: LayerJob) -> Result:
+    job.profile.apply()
+    device = torch.device(job.profile.device)
+    checkpoint = open_checkpoint(Path(job.model_directory))
+    inputs = [
+        load_file(job.scratch.path(entry), device=job.profile.device)["input"].float() for entry in job.inputs
+    ]
+    activation = activation_named(checkpoint.activation)
+    compressed = compress_layer(
+        load_ffn(checkpoint, job.plan.layer, activation=activation, device=device),
+        heavy_neurons=job.plan.heavy_neurons,
+        layout=job.plan.layout,
+        steps=job.steps,
+        inputs=inputs,
+    )
+    tensors = layer_tensors(checkpoint, job.plan.layer, compressed.weights, plain=job.plain)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{job.name}.safetensors"
+        save_file(tensors, path, {"format": "pt"})
+        facts = {"layer": job.plan.layer, "relative_error": compressed.relative_error}
+        return job.scratch.save(job.name, {path.name: path}, facts=facts)

@@ -1,0 +1,38 @@
+"""The compute profile: what hardware a worker uses and how, as far as it can change a result's bytes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ffsplit.config import JobConfig, Record
+from ffsplit.errors import ConfigError
+
+
+class ComputeProfile(Record):
+    """One worker's device, the dtype it runs the model in, and its CPU threads."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    threads: int
+
+    @classmethod
+    def resolve(cls, config: JobConfig) -> ComputeProfile:
+        """CUDA where GPUs are asked for, in bfloat16; otherwise the CPU, in float32."""
+        if config.device == "cpu" and config.gpus_per_worker > 0:
+            raise ConfigError("--device cpu and --gpus-per-worker contradict each other")
+        device: Literal["cpu", "cuda"] = "cpu"
+        if config.device == "cuda" or config.gpus_per_worker > 0:
+            device = "cuda"
+        if config.dtype != "auto":
+            return cls(device=device, dtype=config.dtype, threads=config.threads_per_worker)
+        dtype: Literal["float32", "bfloat16"] = "bfloat16" if device == "cuda" else "float32"
+        return cls(device=device, dtype=dtype, threads=config.threads_per_worker)
+
+    def apply(self) -> None:
+        """Pin this process to the profile. Raises ConfigError when it has no such device."""
+        import torch
+
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: this worker sees no CUDA device")
+        torch.set_num_threads(self.threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,0 +1,112 @@
+"""What the command line prints: tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from ffsplit.artifacts.manifest import Latency, Manifest, Measurements
+from ffsplit.inspection import Inspection
+from ffsplit.publication import REPORT_NAME
+from ffsplit.report.humanize import layout, milliseconds, number, percent, size, times
+
+WIDTH = 100
+
+
+def print_manifest(manifest: Manifest) -> None:
+    """Before and after, and where the artifact and its report are."""
+    where = f"{manifest.config.out.rstrip('/')}/{manifest.run_key}/{manifest.attempt}"
+    if manifest.measurements is not None:
+        _print(_before_after(manifest, manifest.measurements))
+    print(f"artifact: {where}")
+    print(f"report:   {where}/{REPORT_NAME}")
+
+
+def _before_after(manifest: Manifest, measured: Measurements) -> Table:
+    title = f"{manifest.model.id}, recipe {manifest.recipe['name']}, keep {manifest.keep:g}"
+    table = _table(title, "", "original", "compressed", "")
+    before, after = measured.original_size, measured.compressed_size
+    pairs = (
+        ("parameters", before.num_parameters, after.num_parameters),
+        (
+            "  in the blocks",
+            before.num_parameters_without_embeddings,
+            after.num_parameters_without_embeddings,
+        ),
+    )
+    for name, a, b in pairs:
+        table.add_row(name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}")
+    table.add_row(
+        "weights",
+        size(before.file_bytes),
+        size(after.file_bytes),
+        _change(before.file_bytes, after.file_bytes),
+    )
+    peaks = (measured.original_peak_memory_bytes, measured.compressed_peak_memory_bytes)
+    if peaks[0] is not None and peaks[1] is not None:
+        table.add_row("peak memory", size(peaks[0]), size(peaks[1]), _change(peaks[0], peaks[1]))
+    for each in measured.latency:
+        _add_latency(table, each)
+    for name, value in measured.fidelity.items():
+        table.add_row(name.replace("_", " "), "", f"{value:.5f}", "")
+    return table
+
+
+def print_timings(latencies: Sequence[Latency]) -> None:
+    """Paired latencies, one shape after the other."""
+    table = _table("forward passes, in turn", "", "original", "compressed", "speed-up")
+    for each in latencies:
+        _add_latency(table, each)
+        p95 = (each.original_p95_ms, each.compressed_p95_ms)
+        table.add_row("  p95", milliseconds(p95[0]), milliseconds(p95[1]), "")
+        rates = (each.original_tokens_per_s, each.compressed_tokens_per_s)
+        table.add_row("  tokens/s", number(rates[0]), number(rates[1]), "")
+    _print(table)
+
+
+def print_inspection(found: Inspection) -> None:
+    """The FFNs of a model, and what budgets would give."""
+    first = found.shapes[0]
+    gated = "gated " if first.gated else ""
+    share = found.ffn_elements / found.num_parameters
+    print(
+        f"{found.architecture} ({found.model_type}): {len(found.shapes)} layers, {gated}{found.activation} FFNs"
+    )
+    print(f"each {first.hidden_size} -> {first.num_neurons} -> {first.hidden_size}, up bias: {first.up_bias}, "
+          f"down bias: {first.down_bias}")  # fmt: skip
+    print(f"parameters {found.num_parameters:,}, FFNs {found.ffn_elements:,} ({percent(share)})")
+    table = _table(
+        f"recipe {found.recipe}", "--keep", "a layer becomes", "parameters", "in the blocks", "plain"
+    )
+    for each in found.budgets:
+        blocks = each.num_parameters_without_embeddings / found.num_parameters_without_embeddings - 1
+        plain = "yes" if each.plain else "no"
+        row = (f"{each.keep:g}", layout(each.layout), f"{each.num_parameters:,}", f"{blocks:+.1%}", plain)
+        table.add_row(*row)
+    _print(table)
+
+
+def _add_latency(table: Table, each: Latency) -> None:
+    name = f"{each.batch_size} x {each.num_tokens} tokens, p50"
+    table.add_row(
+        name, milliseconds(each.original_p50_ms), milliseconds(each.compressed_p50_ms), times(each.speedup)
+    )
+
+
+def _change(before: int, after: int) -> str:
+    return f"{after / before - 1:+.1%}" if before else ""
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(first)
+    for name in others:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _print(table: Table) -> None:
+    console = Console()
+    Console(width=max(console.width, WIDTH)).print(table)

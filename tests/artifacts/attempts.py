@@ -1,0 +1,93 @@
+"""A tiny attempt to publish: three files and a manifest that lists them."""
+
+import hashlib
+from pathlib import Path
+
+from ffsplit.artifacts.digests import file_entries
+from ffsplit.artifacts.manifest import (
+    CalibrationRecord,
+    Environment,
+    FileEntry,
+    Manifest,
+    SourceModel,
+)
+from ffsplit.artifacts.publish import Commit, Kind, publish_attempt
+from ffsplit.artifacts.stores import Store
+from ffsplit.config import JobConfig
+
+RUN_KEY = "0123456789abcdef"
+ATTEMPT = "0123456789ab"
+FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 1000, "nested/deep/notes.txt": b"notes\n"}
+
+
+def make_manifest(
+    *, run_key: str, attempt: str, kind: Kind = "model", files: tuple[FileEntry, ...] = ()
+) -> Manifest:
+    return Manifest(
+        kind=kind,
+        run_key=run_key,
+        attempt=attempt,
+        created_at="2025-01-01T00:00:00+00:00",
+        ffsplit_version="0",
+        plain=True,
+        config=JobConfig(model="m", out="o"),
+        recipe={},
+        keep=0.5,
+        model=SourceModel(
+            id="m",
+            revision=None,
+            digest="d",
+            tokenizer_digest="t",
+            model_type="bert",
+            architecture="BertModel",
+            license=None,
+        ),
+        calibration=CalibrationRecord(
+            sources=("s",),
+            text_digest="d",
+            num_rows=1,
+            num_tokens=1,
+            max_length=1,
+            num_shards=1,
+            held_out_rows=0,
+            held_out_is_disjoint=True,
+        ),
+        layers=(),
+        measurements=None,
+        stages=(),
+        environment=Environment(versions={}, hardware={}),
+        files=files,
+    )
+
+
+def write_attempt(
+    directory: Path,
+    *,
+    run_key: str = RUN_KEY,
+    attempt: str = ATTEMPT,
+    kind: Kind = "model",
+    files: dict[str, bytes] | None = None,
+) -> Path:
+    """Write an attempt's files and their manifest into a new directory."""
+    for name, data in (FILES if files is None else files).items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    manifest = make_manifest(run_key=run_key, attempt=attempt, kind=kind, files=file_entries(directory))
+    (directory / "manifest.json").write_text(manifest.to_json())
+    return directory
+
+
+def publish(
+    store: Store, directory: Path, *, run_key: str = RUN_KEY, attempt: str = ATTEMPT, kind: Kind = "model"
+) -> Commit:
+    """Write an attempt into a directory and publish it."""
+    write_attempt(directory, run_key=run_key, attempt=attempt, kind=kind)
+    return publish_attempt(
+        store, run_key=run_key, attempt=attempt, directory=directory, kind=kind, move_latest=True
+    )
+
+
+def contents(store: Store) -> dict[str, str]:
+    """Every key of a store and the digest of its value."""
+    return {key: hashlib.sha256(store.get_bytes(key)).hexdigest() for key in store.list("")}

@@ -1,0 +1,54 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from ffsplit.artifacts.manifest import FileEntry, Manifest
+from ffsplit.artifacts.paths import is_safe_path
+from ffsplit.errors import ArtifactError
+
+from .attempts import ATTEMPT, RUN_KEY, make_manifest
+
+DIGEST = "0" * 64
+
+
+def test_a_manifest_survives_json() -> None:
+    entry = FileEntry(path="a/b", size_bytes=1, sha256=DIGEST)
+    manifest = make_manifest(run_key=RUN_KEY, attempt=ATTEMPT, files=(entry,))
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "../up", "a/../../b", "a\\b", "", "a//b", "./a", "a/", "a\0b", "a\nb", "\x1b[2J"]
+)
+def test_an_unsafe_path_is_named(path: str) -> None:
+    fields = json.loads(make_manifest(run_key=RUN_KEY, attempt=ATTEMPT).to_json())
+    fields["files"] = [{"path": path, "size_bytes": 0, "sha256": DIGEST}]
+    with pytest.raises(ArtifactError, match="is not a plain relative path inside the artifact") as caught:
+        Manifest.from_json(json.dumps(fields))
+    assert repr(path) in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@given(st.text(alphabet="ab./\\\n\0 ", max_size=10) | st.text(max_size=20))
+def test_only_safe_paths_become_entries(path: str) -> None:
+    try:
+        entry = FileEntry(path=path, size_bytes=0, sha256=DIGEST)
+    except ValidationError:
+        assert not is_safe_path(path)
+    else:
+        assert is_safe_path(path)
+        assert FileEntry.model_validate_json(entry.model_dump_json()) == entry
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '"text"', "\xff"])
+def test_what_is_no_manifest_is_an_artifact_error(text: str) -> None:
+    with pytest.raises(ArtifactError, match=r"manifest\.json"):
+        Manifest.from_json(text)
+
+
+def test_a_newer_schema_asks_for_an_upgrade() -> None:
+    with pytest.raises(ArtifactError, match="upgrade ffsplit"):
+        Manifest.from_json('{"schema_version": 2}')

@@ -1,0 +1,227 @@
+"""What is special about S3: replies that are lost, conflicts, broken connections, refusals, settings."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.exceptions import ClientError, ResponseStreamingError
+
+from ffsplit.artifacts import s3 as s3_module
+from ffsplit.artifacts.s3 import S3Store
+from ffsplit.artifacts.s3_errors import explain
+from ffsplit.artifacts.stores import MissingKey, open_store
+from ffsplit.errors import ConfigError, StoreError
+
+pytestmark = pytest.mark.s3
+
+
+@pytest.fixture
+def store(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> S3Store:
+    monkeypatch.setattr(s3_module, "_backoff_s", lambda attempt: 0.0)
+    opened = open_store(s3_uri)
+    assert isinstance(opened, S3Store)
+    return opened
+
+
+def refusal(code: str, status: int) -> ClientError:
+    reply: Any = {
+        "Error": {"Code": code, "Message": "said\nthe server."},
+        "ResponseMetadata": {"HTTPStatusCode": status},
+    }
+    return ClientError(reply, "PutObject")
+
+
+def before_put(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch, act: Callable[..., None]
+) -> list[dict[str, Any]]:
+    """Run something before each put_object of a store, and record the calls."""
+    put, calls = store._client.put_object, []
+
+    def spy(**arguments: Any) -> Any:
+        calls.append(arguments)
+        act(put, arguments)
+        return put(**arguments)
+
+    monkeypatch.setattr(store._client, "put_object", spy)
+    return calls
+
+
+def test_a_lost_reply_that_was_retried_counts_as_success(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_put(
+        store, monkeypatch, lambda put, arguments: put(**arguments)
+    )  # landed, then sent again: a real 412
+    assert store.put_if_absent("commit.json", b"mine")
+
+
+def test_anothers_write_in_between_is_a_loss(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    before_put(store, monkeypatch, lambda put, arguments: put(**arguments | {"Body": b"theirs"}))
+    assert not store.put_if_absent("commit.json", b"mine")
+    assert store.get_bytes("commit.json") == b"theirs"
+
+
+def test_a_conflict_is_retried(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def conflict_twice(put: object, arguments: object) -> None:
+        if len(calls) < 3:
+            raise refusal("ConditionalRequestConflict", 409)
+
+    calls = before_put(store, monkeypatch, conflict_twice)
+    assert store.put_if_absent("commit.json", b"mine")
+    assert len(calls) == 3 and all(call["IfNoneMatch"] == "*" for call in calls)
+
+
+def test_an_endless_conflict_is_an_error(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def conflict(put: object, arguments: object) -> None:
+        raise refusal("ConditionalRequestConflict", 409)
+
+    calls = before_put(store, monkeypatch, conflict)
+    with pytest.raises(StoreError, match="ConditionalRequestConflict"):
+        store.put_if_absent("commit.json", b"mine")
+    assert len(calls) == 5
+
+
+def test_a_server_without_conditional_writes_is_refused(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before_put(store, monkeypatch, lambda put, arguments: arguments.pop("IfNoneMatch", None))
+    with pytest.raises(ConfigError, match="ignores If-None-Match"):
+        store.check_writable()
+    assert list(store.list("")) == []
+
+
+def break_once(body: Any, after_bytes: int) -> Iterator[bytes]:
+    yield body.read(after_bytes)
+    raise ResponseStreamingError(error="connection broken")
+
+
+def test_a_broken_connection_is_taken_up_where_it_broke(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = bytes(range(256)) * 8000
+    store.put_bytes("key", data)
+    get, calls = store._client.get_object, []
+
+    def breaking(**arguments: Any) -> Any:
+        calls.append(arguments)
+        reply = get(**arguments)
+        if len(calls) <= 2:
+            body = reply["Body"]
+            monkeypatch.setattr(body, "iter_chunks", lambda size: break_once(body, 300_001))
+        return reply
+
+    monkeypatch.setattr(store._client, "get_object", breaking)
+    assert b"".join(store.open_stream("key")) == data
+    assert [call.get("Range") for call in calls] == [None, "bytes=300001-", "bytes=600002-"]
+
+
+def test_a_failed_download_leaves_nothing(
+    store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_midway(bucket: str, key: str, path: str, **_: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise ResponseStreamingError(error="connection broken")
+
+    monkeypatch.setattr(store._client, "download_file", fail_midway)
+    with pytest.raises(StoreError, match="connection broken"):
+        store.fetch("a/key", tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_an_upload_that_lost_bytes_is_noticed(
+    store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source").write_bytes(b"whole")
+    monkeypatch.setattr(
+        store._client, "upload_file", lambda path, bucket, key, **_: store._put("key", b"who")
+    )
+    with pytest.raises(StoreError, match="has 3 of the 5 bytes"):
+        store.put_file("key", tmp_path / "source")
+
+
+def test_no_such_bucket(s3_uri: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"cannot write to s3://nowhere/x: .*NoSuchBucket.*create the bucket"
+    ):
+        open_store("s3://nowhere/x").check_writable()
+
+
+def test_no_credentials(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(ConfigError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"):
+        open_store(s3_uri).check_writable()
+
+
+def test_an_unknown_profile(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(ConfigError, match="nobody"):
+        open_store(s3_uri)
+
+
+def test_an_unreachable_endpoint(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    store = open_store(s3_uri)
+    with pytest.raises(ConfigError, match="check the network, AWS_ENDPOINT_URL_S3") as caught:
+        store.check_writable()
+    assert "\n" not in str(caught.value)
+    with pytest.raises(StoreError, match=r"127\.0\.0\.1:9"):
+        store.get_bytes("key")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("AWS_ENDPOINT_URL_S3", "nonsense"), ("FFSPLIT_S3_CHECKSUM", "never")]
+)
+def test_a_mistaken_setting_is_named(
+    s3_uri: str, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=value):
+        open_store(s3_uri)
+
+
+def test_settings_reach_the_client(s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FFSPLIT_S3_PATH_STYLE", "1")
+    monkeypatch.setenv("FFSPLIT_S3_CHECKSUM", "when_required")
+    monkeypatch.setenv("FFSPLIT_S3_SSE_KMS_KEY_ID", "key-1")
+    store = open_store(s3_uri)
+    assert isinstance(store, S3Store)
+    config: Any = store._client.meta.config
+    assert config.s3["addressing_style"] == "path"
+    assert config.request_checksum_calculation == config.response_checksum_validation == "when_required"
+    (tmp_path / "file").write_bytes(b"x")
+    store.put_file("file", tmp_path / "file")
+    store.put_bytes("bytes", b"x")
+    for key in ("file", "bytes"):
+        head = store._client.head_object(Bucket=store._bucket, Key=store._name(key))
+        assert (head["ServerSideEncryption"], head["SSEKMSKeyId"]) == ("aws:kms", "key-1")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind", "mend"),
+    [
+        ("AccessDenied", 403, StoreError, "policy must allow s3:GetObject"),
+        ("NoSuchBucket", 404, ConfigError, "create the bucket"),
+        ("ExpiredToken", 400, ConfigError, "check AWS_ACCESS_KEY_ID"),
+        ("PermanentRedirect", 301, ConfigError, "set AWS_REGION"),
+        ("NoSuchKey", 404, MissingKey, ""),
+        ("SlowDown", 503, StoreError, ""),
+    ],
+)
+def test_refusals_are_one_line_with_the_mend(
+    code: str, status: int, kind: type[Exception], mend: str
+) -> None:
+    error = explain(refusal(code, status), action="write s3://b/k")
+    assert type(error) is kind
+    assert str(error).startswith(f"cannot write s3://b/k: said the server. ({code})")
+    assert mend in str(error) and "\n" not in str(error)
+
+
+def test_a_refused_upload_is_not_hidden_by_the_transfer_manager(
+    store: S3Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    monkeypatch.setattr(store, "_bucket", "nowhere")
+    with pytest.raises(ConfigError, match="create the bucket"):
+        store.put_file("file", tmp_path / "file")

@@ -1,0 +1,188 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from ffsplit.report.html import render_report
+
+HOSTILE = '<script>alert("x")</script><img src=//evil.example/x onerror=alert(1)>'
+VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """What a browser would see: every tag with its attributes, the ids, and whether tags are balanced."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.stack: list[str] = []
+        self.text = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data + " "
+
+    @property
+    def ids(self) -> list[str]:
+        return [attributes["id"] for _, attributes in self.tags if attributes.get("id")]
+
+
+def read(html: str) -> str:
+    return re.sub(r"\s+", " ", Page(html).text)
+
+
+def test_the_headline_numbers_are_there(make_manifest, make_curves):
+    text = read(render_report(make_manifest(), curves=make_curves(6)))
+    for expected in (
+        "sentence-transformers/all-MiniLM-L6-v2",
+        "9f2c51e07ab3d846",
+        "35.0 % of the FFN",
+        "72.0 MB from 90.9 MB, \u221220.7 %",
+        "18.0 M from 22.7 M, \u221220.8 %; \u221243.7 % without embeddings",
+        "1.45\u00d7 at 32 \u00d7 128 tokens, cpu; 1.18\u00d7 to 1.45\u00d7 over all shapes",
+        "0.988 cosine of mean-pooled states, held\u2011out text",
+    ):
+        assert (
+            expected in text
+            or expected.replace(" from", "from")
+            .replace(" at 32", "at 32")
+            .replace(" cosine of mean-pooled states", "cosine of mean-pooled states")
+            in text
+        )
+
+
+def test_every_fact_of_the_manifest_is_there(make_manifest, make_curves):
+    manifest = make_manifest()
+    text = read(render_report(manifest, curves=make_curves(6)))
+    facts = [manifest.model.revision, manifest.model.digest, manifest.model.tokenizer_digest, "apache-2.0"]
+    facts += [manifest.calibration.text_digest, "builtin:pydoc", "2,048 in 8 shards", manifest.attempt]
+    facts += [stage.key for stage in manifest.stages] + ["1 min 14 s", "2 min 34 s"]
+    facts += [*manifest.environment.versions.values(), "AMD EPYC 7763", "8.32 GB"]
+    facts += [fact for file in manifest.files for fact in (file.path, file.sha256)]
+    facts += ["width 512", "77 dense + 1,459 at rank 64"]
+    assert [fact for fact in facts if fact not in text] == []
+
+
+def test_the_page_is_well_formed_and_its_ids_are_unique(make_manifest, make_curves):
+    page = Page(render_report(make_manifest(), curves=make_curves(6)))
+    assert page.stack == []
+    assert len(page.ids) == len(set(page.ids))
+    references = {
+        reference
+        for _, attributes in page.tags
+        for name, value in attributes.items()
+        for reference in re.findall(r"url\(#([^)]+)\)", value or "") + [value[1:]] * (name == "href")
+    }
+    assert references and references <= set(page.ids)
+
+
+def test_nothing_is_loaded_from_anywhere(make_manifest, make_curves):
+    html = render_report(make_manifest(), curves=make_curves(6))
+    assert "http://" not in html and "https://" not in html and "@import" not in html
+    page = Page(html)
+    assert not {"script", "link", "img", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        assert "src" not in attributes
+        assert (attributes.get("href") or "#").startswith("#")
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+
+
+def test_hostile_strings_are_escaped(make_manifest, make_curves):
+    fields = make_manifest().model_dump()
+    fields["model"] |= dict.fromkeys(("id", "revision", "digest", "architecture", "license"), HOSTILE)
+    fields["config"] |= {"model": HOSTILE, "out": HOSTILE}
+    fields["recipe"] = {"name": HOSTILE, HOSTILE: [HOSTILE]}
+    fields["calibration"] |= {"sources": (HOSTILE,), "text_digest": HOSTILE}
+    fields["stages"] = [stage | {"name": HOSTILE, "key": HOSTILE} for stage in fields["stages"]]
+    fields["environment"] = {"versions": {HOSTILE: HOSTILE}, "hardware": {HOSTILE: HOSTILE}}
+    fields["measurements"] |= {"fidelity": {HOSTILE: 0.5}, "device": HOSTILE, "dtype": HOSTILE}
+    fields |= {"run_key": HOSTILE, "attempt": HOSTILE, "created_at": HOSTILE, "nonce": HOSTILE}
+    html = render_report(make_manifest(**fields), curves=make_curves(6))
+    assert "<script" not in html and "<img" not in html
+    assert "&lt;script&gt;" in html
+    assert not {"script", "img"} & {tag for tag, _ in Page(html).tags}
+
+
+def test_the_same_run_gives_the_same_bytes(make_manifest, make_curves):
+    import matplotlib
+
+    first = render_report(make_manifest(), curves=make_curves(6))
+    with matplotlib.rc_context({"font.size": 30, "axes.grid": True, "svg.fonttype": "path"}):
+        assert render_report(make_manifest(), curves=make_curves(6)) == first
+
+
+def test_statistics_alone_leave_out_what_was_not_measured(make_manifest, make_curves):
+    layers = [layer | {"relative_error": None} for layer in make_manifest().model_dump()["layers"]]
+    manifest = make_manifest(kind="statistics", plain=None, keep=None, measurements=None, layers=layers)
+    html = render_report(manifest, curves=make_curves(6))
+    page = Page(html)
+    sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
+    assert sections == ["heavy-hitters", "layers", "lineage", "run"]
+    assert "Speed-up" not in page.text and "fidelity" not in page.text.lower() and "None" not in page.text
+    assert "183\u00a0k" in page.text
+
+
+def test_a_report_without_curves_layers_or_files(make_manifest):
+    manifest = make_manifest(kind="statistics", keep=None, plain=None, measurements=None, layers=(), files=())
+    html = render_report(manifest, curves=[])
+    assert "<svg" not in html and "All 0 layers" not in html
+
+
+def test_overlap_with_calibration_is_said_in_the_headline_and_by_the_numbers(make_manifest, make_curves):
+    calibration = make_manifest().calibration.model_dump()
+    overlapping = make_manifest(calibration=calibration | {"held_out_is_disjoint": False})
+    text = read(render_report(overlapping, curves=make_curves(6)))
+    assert "cosine of mean-pooled states, on calibration text" in text
+    assert "The held-out text was not disjoint from the calibration text." in text
+    assert "NOT disjoint from calibration" in text
+    assert "none of which was used for calibration" in read(render_report(make_manifest(), curves=[]))
+
+
+def test_a_model_that_became_slower_is_not_praised(make_manifest):
+    measurements = make_manifest().measurements.model_dump()
+    measurements["latency"] = [measurements["latency"][0] | {"speedup": 0.934}]
+    text = read(render_report(make_manifest(measurements=measurements), curves=[]))
+    assert "0.934\u00d7" in text and "slower than the original" in text
+
+
+def test_a_language_model_is_judged_by_its_agreement(make_manifest):
+    measurements = make_manifest().measurements.model_dump()
+    values = {
+        "kl_divergence": 0.0521,
+        "top1_agreement": 0.99996,
+        "original_perplexity": 23.41,
+        "my_score": 0.5,
+    }
+    text = read(render_report(make_manifest(measurements=measurements | {"fidelity": values}), curves=[]))
+    assert "Fidelity 0.9999 top-1 agreement, held\u2011out text" in text
+    assert "KL divergence, nats a token 0.0521" in text and "my score 0.500" in text
+
+
+def test_missing_memory_fidelity_and_latency(make_manifest):
+    measurements = make_manifest().measurements.model_dump()
+    measurements |= {"fidelity": {}, "latency": (), "compressed_peak_memory_bytes": None}
+    text = read(render_report(make_manifest(measurements=measurements), curves=[]))
+    assert text.count("not measured") == 2
+    assert "Peak memory" not in text and "Latency and throughput" not in text
+
+
+@pytest.mark.parametrize("num_layers", [1, 80])
+def test_one_layer_and_eighty(make_manifest, make_curves, num_layers):
+    html = render_report(make_manifest(num_layers), curves=make_curves(num_layers))
+    page = Page(html)
+    assert ("The layer as a table" if num_layers == 1 else "All 80 layers as a table") in page.text
+    assert len(html) < 700_000

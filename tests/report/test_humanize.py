@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import pytest
+
+from ffsplit.ffn import LayerLayout, LowRank, PartLayout
+from ffsplit.report import humanize
+
+
+def plain(text: str) -> str:
+    return text.replace("\u00a0", " ").replace("\u2212", "-").replace("\u00d7", "x")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (2e-7, "0.000000200"),
+        (0.0713, "0.0713"),
+        (0.988, "0.988"),
+        (0.99996, "0.9999"),
+        (1, "1.00"),
+        (-2.345, "-2.35"),
+        (99.96, "100"),
+        (999.6, "1,000"),
+        (12345.6, "12,346"),
+        (-0.99999, "-0.9999"),
+    ],
+)
+def test_number(value, text):
+    assert plain(humanize.number(value)) == text
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (812, "812 B"),
+        (1000, "1.00 kB"),
+        (90_867_864, "90.9 MB"),
+        (999_600, "1.00 MB"),
+        (2e18, "2,000 PB"),
+    ],
+)
+def test_size(num_bytes, text):
+    assert plain(humanize.size(num_bytes)) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(6, "6"), (999, "999"), (22_713_216, "22.7 M"), (1e9, "1.00 B")])
+def test_count(value, text):
+    assert plain(humanize.count(value)) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0 ms"),
+        (0.41, "410 ms"),
+        (12.34, "12.3 s"),
+        (59.7, "1 min 0 s"),
+        (252, "4 min 12 s"),
+        (11100, "3 h 5 min"),
+    ],
+)
+def test_duration(seconds, text):
+    assert plain(humanize.duration(seconds)) == text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        (100, 60, "-40.0 %"),
+        (100, 102, "+2.00 %"),
+        (5, 5, "unchanged"),
+        (0, 0, "unchanged"),
+        (0, 3, "from nothing"),
+    ],
+)
+def test_change(before, after, text):
+    assert plain(humanize.change(before, after=after)) == text
+
+
+def test_a_speed_up_just_below_one_is_not_rounded_up_in_silence():
+    assert plain(humanize.times(0.934)) == "0.934x"
+    assert plain(humanize.times(1.7234)) == "1.72x"
+    assert plain(humanize.times(0.9961)) == "0.9961x"
+
+
+def test_layouts_in_words():
+    dense, rest = PartLayout(num_neurons=77), LowRank(rank=64)
+    factored = PartLayout(num_neurons=1459, up=rest, down=LowRank(rank=80))
+    assert humanize.layout(LayerLayout(heavy=dense, light=None, down_bias=True)) == "width 77"
+    both = LayerLayout(heavy=dense, light=factored, down_bias=True)
+    assert humanize.layout(both) == "77 dense + 1,459 at rank 64 / rank 80"
