@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(_HOMES[name]), name)
 
 
-@wrapt.when_imported("transformers.quantizers.auto")  # type: ignore[untyped-decorator]
+@wrapt.when_imported("transformers.quantizers.auto")
 def _register_with_transformers(_: Any) -> None:
     """Teach transformers to load split checkpoints: at once where it is imported, else when it is."""
     from importlib import import_module

@@ -91,10 +91,17 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print the manifest alone on stdout")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int:
+    """Run one command and return its exit code.
+
+    `in_job` refuses a relative --out, which would go with the job's working directory.
+    """
     try:
         parsed = build_parser().parse_args(arguments)
+        if in_job and "://" not in parsed.out and not parsed.out.startswith(("/", "~")):
+            raise ConfigError(
+                f"--out {parsed.out} must be absolute in a job, whose working directory is a copy"
+            )
         code: int = parsed.run(parsed)
         return code
     except ConfigError as error:

@@ -71,11 +71,10 @@ def print_inspection(found: Inspection) -> None:
     first = found.shapes[0]
     gated = "gated " if first.gated else ""
     share = found.ffn_elements / found.num_parameters
-    print(
-        f"{found.architecture} ({found.model_type}): {len(found.shapes)} layers, {gated}{found.activation} FFNs"
-    )
-    print(f"each {first.hidden_size} -> {first.num_neurons} -> {first.hidden_size}, up bias: {first.up_bias}, "
-          f"down bias: {first.down_bias}")  # fmt: skip
+    family = f"{found.architecture} ({found.model_type})"
+    print(f"{family}: {len(found.shapes)} layers, {gated}{found.activation} FFNs")
+    biases = f"up bias: {first.up_bias}, down bias: {first.down_bias}"
+    print(f"each {first.hidden_size} -> {first.num_neurons} -> {first.hidden_size}, {biases}")
     print(f"parameters {found.num_parameters:,}, FFNs {found.ffn_elements:,} ({percent(share)})")
     table = _table(
         f"recipe {found.recipe}", "--keep", "a layer becomes", "parameters", "in the blocks", "plain"

@@ -8,4 +8,4 @@ import sys
 from ffsplit.cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main(["compress", *sys.argv[1:]]))
+    raise SystemExit(main(["compress", *sys.argv[1:]], in_job=True))

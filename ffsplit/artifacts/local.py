@@ -113,22 +113,16 @@ class LocalStore:
 
     def check_writable(self) -> None:
         probe = f"ffsplit-probe-{secrets.token_hex(8)}"
-        made: list[Path] = []
+        missing = [path for path in (self._root, *self._root.parents) if not os.path.lexists(path)]
         try:
-            for directory in [*reversed(self._root.parents), self._root]:
-                if not directory.is_dir():
-                    directory.mkdir()
-                    made.append(directory)
             self.put_if_absent(probe, b"")
             self.delete(probe)
-        except OSError as error:
-            raise ConfigError(f"cannot write to {self.uri}: {_reason(error)}") from error
         except StoreError as error:
             cause = error.__cause__
             reason = _reason(cause) if isinstance(cause, OSError) else str(error)
             raise ConfigError(f"cannot write to {self.uri}: {reason}") from error
         finally:
-            for directory in reversed(made):
+            for directory in missing:
                 with suppress(OSError):
                     directory.rmdir()
 
@@ -177,7 +171,7 @@ def _create(path: Path) -> int:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # mkdir says "exists" of one that is gone a moment later
             if attempt + 1 == _MKDIR_ATTEMPTS:
                 raise
     raise AssertionError("unreachable")

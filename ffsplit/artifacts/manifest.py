@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
@@ -13,7 +13,7 @@ from ffsplit.config import JobConfig, Record
 from ffsplit.errors import ArtifactError
 from ffsplit.ffn import LayerLayout
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
 
 
@@ -168,3 +168,7 @@ class Manifest(Record):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ArtifactError(f"manifest.json: {where}: {first['msg']}") from None
+
+
+if __name__ == "__main__":
+    print(json.dumps(Manifest.model_json_schema(), indent=2, sort_keys=True))

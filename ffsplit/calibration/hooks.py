@@ -50,6 +50,12 @@ class _NeuronSums:
         )
 
 
+def _down_weight(block: nn.Module, architecture: Architecture) -> Tensor:
+    weight = block.get_submodule(architecture.down).weight
+    assert isinstance(weight, Tensor)
+    return weight.detach()
+
+
 class FFNObserver:
     """Collects neuron statistics, and a sample of the FFN inputs, of every layer of a base model.
 
@@ -66,7 +72,7 @@ class FFNObserver:
         self._sampled = sampled
         self._start = self._stop = 0
         self._is_token: Tensor | None = None
-        self._sums = [_NeuronSums(block.get_submodule(architecture.down).weight.detach()) for block in blocks]  # type: ignore[arg-type]
+        self._sums = [_NeuronSums(_down_weight(block, architecture)) for block in blocks]
         self._inputs: list[list[Tensor]] = [[] for _ in blocks]
 
     def __enter__(self) -> FFNObserver:
@@ -76,7 +82,9 @@ class FFNObserver:
             self._handles.append(down.register_forward_pre_hook(self._activation_hook(layer)))
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for handle in self._handles:
             handle.remove()
 
@@ -110,7 +118,8 @@ class FFNObserver:
         for layer, sums in enumerate(self._sums):
             if sums.num_tokens != self._stop:
                 raise CalibrationError(
-                    f"layer {layer} saw {sums.num_tokens} of {self._stop} tokens: the model bypasses its FFN's hooks"
+                    f"layer {layer} saw {sums.num_tokens} of {self._stop} tokens: "
+                    "the model bypasses the hooks on its FFN"
                 )
         return tuple(sums.result() for sums in self._sums)
 

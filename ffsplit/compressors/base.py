@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ffsplit.compressors.weights import FFNWeights
@@ -28,7 +29,7 @@ class LayerContext:
     def chunks(self) -> Iterator[Tensor]:
         """The sampled inputs, at most CHUNK_TOKENS rows at a time, always cut at the same places."""
         for shard_TD in self.inputs:
-            yield from shard_TD.split(CHUNK_TOKENS)
+            yield from torch.split(shard_TD, CHUNK_TOKENS)
 
 
 class Compressor(Protocol):

@@ -48,10 +48,11 @@ def refit_down(ffn: FFNWeights, *, context: LayerContext, ridge: float) -> FFNWe
     float64. Nothing but `heavy` may be left of the FFN.
     """
     assert ffn.heavy is not None and ffn.light is None, "only heavy hitters are refitted"
+    weight = ffn.heavy.down.weight
     num_neurons, has_bias = len(ffn.heavy.neurons), ffn.down_bias is not None
     size = num_neurons + has_bias
-    gram = torch.zeros(size, size, dtype=torch.float64)
-    cross = torch.zeros(size, len(ffn.heavy.down.weight), dtype=torch.float64)
+    gram = weight.new_zeros(size, size, dtype=torch.float64)
+    cross = weight.new_zeros(size, len(weight), dtype=torch.float64)
     for x_TD in context.chunks():
         a_TN = ffn.heavy.hidden(x_TD, ffn.activation)
         if has_bias:
@@ -60,7 +61,6 @@ def refit_down(ffn: FFNWeights, *, context: LayerContext, ridge: float) -> FFNWe
         gram += (a_TN.T @ a_TN).double()
         cross += (a_TN.T @ residual_TD).double()
     change = _solve_ridge(gram, cross, ridge=ridge, num_ridged=num_neurons)
-    weight = ffn.heavy.down.weight
     down = LinearMap.dense((weight.double() + change[:num_neurons].T).to(weight.dtype))
     bias = ffn.down_bias
     if bias is not None:
@@ -73,4 +73,5 @@ def _solve_ridge(gram: Tensor, cross: Tensor, *, ridge: float, num_ridged: int) 
     diagonal = gram.diagonal()
     damping = torch.zeros_like(diagonal)
     damping[:num_ridged] = max(ridge, 1e-10) * diagonal[:num_ridged].mean()
-    return torch.linalg.solve(gram + damping.diag(), cross)
+    solution: Tensor = torch.linalg.solve(gram + damping.diag(), cross)
+    return solution

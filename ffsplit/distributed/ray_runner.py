@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -17,6 +18,7 @@ from ffsplit.errors import ConfigError, FFSplitError
 LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
 """Enough for a local cluster: tensors never pass through the object store."""
 MAX_RETRIES = 3
+CONNECT_TIMEOUT_S = 10.0
 
 
 class _Host:
@@ -88,11 +90,11 @@ class RayRunner:
         else:
             options["address"] = self._address
         try:
+            _probe(options["address"])
             ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            where = self._address or "a local cluster"
-            raise ConfigError(f"Ray at {where} cannot be reached: {reason}") from None
+            raise ConfigError(f"Ray at {options['address']} cannot be reached: {reason}") from None
 
     def map_tasks(
         self, stage: str, function: Worker[Item, Answer], items: Sequence[Item]
@@ -148,6 +150,13 @@ class RayRunner:
         finally:
             for reference in running:
                 ray.cancel(reference, force=False)
+
+
+def _probe(address: str) -> None:
+    """Raise OSError unless something listens at host:port, where Ray itself would try for minutes."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
 
 
 def _get(reference: Any) -> Any:

@@ -28,11 +28,11 @@ def encoder_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -
     num_tokens = num_rows = 0
     for batch in batches:
         mask_BT1 = batch.attention_mask.unsqueeze(-1)
-        states = [_hidden_states(model, batch) for model in (original, compressed)]
-        cosine_BT = functional.cosine_similarity(*states, dim=-1)
-        pooled = [(state * mask_BT1).sum(1) / mask_BT1.sum(1) for state in states]
+        a_BTD, b_BTD = (_hidden_states(model, batch) for model in (original, compressed))
+        cosine_BT = functional.cosine_similarity(a_BTD, b_BTD, dim=-1)
+        a_BD, b_BD = ((state * mask_BT1).sum(1) / mask_BT1.sum(1) for state in (a_BTD, b_BTD))
         token_sum += float((cosine_BT * batch.attention_mask).sum(dtype=torch.float64))
-        pooled_sum += float(functional.cosine_similarity(*pooled, dim=-1).sum(dtype=torch.float64))
+        pooled_sum += float(functional.cosine_similarity(a_BD, b_BD, dim=-1).sum(dtype=torch.float64))
         num_tokens += batch.num_tokens
         num_rows += len(batch.input_ids)
     return {"token_cosine": token_sum / num_tokens, "pooled_cosine": pooled_sum / num_rows}

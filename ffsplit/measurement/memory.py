@@ -29,24 +29,33 @@ def peak_memory_bytes(
 
 
 def _measure(
-    directory: str, class_name: str, rows: str, tokens: str, device: str, dtype: str, vocab: str
+    directory: str, class_name: str, rows: str, tokens: str, device: str, dtype: str, vocab_size: str
 ) -> int:
-    import psutil
     import torch
+    import transformers
 
     from ffsplit.models.load import load_whole_model
 
-    getattr(__import__("transformers"), class_name or "AutoModel")
-    before = psutil.Process().memory_info().rss
+    getattr(transformers, class_name or "AutoModel")  # imports the modelling code, which is no model's memory
+    before = _resident_peak_bytes()
     model = load_whole_model(Path(directory), class_name, dtype=getattr(torch, dtype)).to(device)
-    ids = torch.randint(int(vocab), (int(rows), int(tokens)), device=device)
+    ids = torch.randint(int(vocab_size), (int(rows), int(tokens)), device=device)
     with torch.inference_mode():
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    if device == "cuda":
-        return int(torch.cuda.max_memory_allocated())
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident_peak_bytes() - before
+
+
+def _resident_peak_bytes() -> int:
+    """The process's own high-water mark; on Linux getrusage's would begin at the parent's."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ ITEM_SIZES = {
     "BOOL": 1,
 }
 INDEX_NAME = "model.safetensors.index.json"
+TOKENIZER_FILE = re.compile(
+    r"(tokenizer.*|vocab.*|merges|special_tokens_map|added_tokens|spiece|sentencepiece.*)\.(json|txt|model)$"
+    r"|.*\.tiktoken$"
+)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -150,9 +154,7 @@ class Checkpoint:
 
 def tokenizer_files(directory: Path) -> tuple[str, ...]:
     """The files a tokenizer is made from, sorted by name."""
-    pattern = re.compile(r"(tokenizer.*|vocab.*|merges|special_tokens_map|added_tokens|spiece|sentencepiece.*)"
-                         r"\.(json|txt|model)$|.*\.tiktoken$")  # fmt: skip
-    return tuple(sorted(path.name for path in directory.iterdir() if pattern.match(path.name)))
+    return tuple(sorted(path.name for path in directory.iterdir() if TOKENIZER_FILE.match(path.name)))
 
 
 def _digest_files(directory: Path, names: tuple[str, ...]) -> str:
@@ -218,12 +220,12 @@ def _read_json(path: Path, missing: str) -> dict[str, Any]:
 def _read_headers(directory: Path) -> dict[str, TensorInfo]:
     index = directory / INDEX_NAME
     if index.is_file():
-        weight_map = _read_json(index, "").get("weight_map")
+        weight_map: dict[str, str] = _read_json(index, "").get("weight_map") or {}
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConfigError(f"{index} has no weight_map")
         files = sorted(set(weight_map.values()))
     elif (directory / "model.safetensors").is_file():
-        weight_map, files = None, ["model.safetensors"]
+        weight_map, files = {}, ["model.safetensors"]
     elif any(path.suffix in PICKLE_SUFFIXES for path in directory.iterdir()):
         raise ConfigError(
             f"{directory} holds only pickled weights, which can run code: convert them to safetensors "
@@ -237,7 +239,7 @@ def _read_headers(directory: Path) -> dict[str, TensorInfo]:
             for tensor in file.keys():  # noqa: SIM118
                 view = file.get_slice(tensor)
                 tensors[tensor] = TensorInfo(name, view.get_dtype(), tuple(view.get_shape()))
-    absent = [name for name in weight_map or () if name not in tensors]
+    absent = [name for name in weight_map if name not in tensors]
     if absent:
         raise ConfigError(f"{index} names {absent[0]}, which {weight_map[absent[0]]} does not hold")
     return tensors

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ffsplit.errors import ConfigError
-from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.checkpoint import Checkpoint, tokenizer_files
 
 
 @contextmanager
@@ -54,6 +54,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises ConfigError when it has none that works."""
     from transformers import AutoTokenizer
 
+    if not tokenizer_files(checkpoint.directory):  # transformers would make an empty one up
+        raise ConfigError(f"{checkpoint.directory} has no tokenizer: put its tokenizer.json beside the model")
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True)

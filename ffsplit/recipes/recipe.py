@@ -34,6 +34,7 @@ class MeasurementSettings(Record):
 
     latency_shapes: tuple[tuple[int, int], ...] = ((1, 128), (8, 128))
     latency_pairs: int = Field(default=20, ge=1)
+    peak_memory: bool = Field(default=True, description="load each model once more, in a process of its own")
 
 
 class Recipe(Record):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,7 +25,8 @@ MAX_SAMPLED_SHARDS = 64
 """FFN inputs are sampled from at most this many shards, evenly spaced, however many there are."""
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True)
+class Shard:
     """Some rows of calibration text."""
 
     index: int
@@ -57,7 +59,6 @@ class CalibrationWorker:
     """Holds the model, which is loaded when the first shard that is not finished yet arrives."""
 
     def __init__(self, job: CalibrationJob) -> None:
-        job.profile.apply()
         self._job = job
 
     @cached_property
@@ -76,7 +77,8 @@ class CalibrationWorker:
 
     def __call__(self, shard: Shard) -> Result:
         """Statistics and sampled inputs of one shard, in the scratch."""
-        return self._job.scratch.load(shard.name) or self._collect(shard)
+        with self._job.profile.applied():
+            return self._job.scratch.load(shard.name) or self._collect(shard)
 
     @torch.no_grad()
     def _collect(self, shard: Shard) -> Result:

@@ -38,11 +38,11 @@ class LayerJob(Record):
 
 def compress_layer_job(job: LayerJob) -> Result:
     """Compress one layer into one safetensors file in the scratch."""
-    return job.scratch.load(job.name) or _compress(job)
+    with job.profile.applied():
+        return job.scratch.load(job.name) or _compress(job)
 
 
 def _compress(job: LayerJob) -> Result:
-    job.profile.apply()
     device = torch.device(job.profile.device)
     checkpoint = open_checkpoint(Path(job.model_directory))
     inputs = [

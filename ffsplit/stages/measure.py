@@ -14,10 +14,13 @@ from ffsplit.measurement.fidelity import fidelity
 from ffsplit.measurement.latency import paired_latency
 from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.measurement.size import compressed_size, original_size
-from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.recipes.recipe import MeasurementSettings
 from ffsplit.stages.profile import ComputeProfile
+
+RESERVED_POSITIONS = 2
+"""Positions that the RoBERTa family counts before its first token."""
 
 
 class MeasureJob(Record):
@@ -35,7 +38,11 @@ class MeasureJob(Record):
 
 def measure_job(job: MeasureJob) -> Measurements:
     """Size, fidelity on held-out text, latency and peak memory of both models."""
-    job.profile.apply()
+    with job.profile.applied():
+        return _measure(job)
+
+
+def _measure(job: MeasureJob) -> Measurements:
     checkpoint = open_checkpoint(Path(job.original_directory))
     directories = (checkpoint.directory, Path(job.compressed_directory))
     dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
@@ -46,27 +53,19 @@ def measure_job(job: MeasureJob) -> Measurements:
     tokenizer = load_tokenizer(checkpoint)
     rows = tokenize_rows(tokenizer, job.held_out, max_length=job.max_length)
     batches = padded_batches(rows, batch_tokens=job.batch_tokens, pad_id=tokenizer.pad_token_id or 0)
-    scores = fidelity(
-        original, compressed, (batch.to(device) for batch in batches), kind=checkpoint.architecture.kind
-    )
+    on_device = (batch.to(device) for batch in batches)
+    kind = checkpoint.architecture.kind
+    scores = fidelity(original, compressed, on_device, kind=kind) if rows else {}
     vocab_size = int(original.config.vocab_size)
-    longest = int(getattr(original.config, "max_position_embeddings", 1 << 20)) - 2
-    shapes = [(rows, min(tokens, longest)) for rows, tokens in job.settings.latency_shapes]
     latency = paired_latency(
-        original, compressed, shapes=shapes, num_pairs=job.settings.latency_pairs, vocab_size=vocab_size
+        original,
+        compressed,
+        shapes=_shapes(job, checkpoint),
+        num_pairs=job.settings.latency_pairs,
+        vocab_size=vocab_size,
     )
     del original, compressed
-    peaks = [
-        peak_memory_bytes(
-            directory,
-            checkpoint.class_name,
-            shape=shapes[-1],
-            device=job.profile.device,
-            dtype=job.profile.dtype,
-            vocab_size=vocab_size,
-        )
-        for directory in directories
-    ]
+    peaks = _peak_memory(job, checkpoint, directories, vocab_size=vocab_size)
     weights = directories[1].glob("*.safetensors")
     return Measurements(
         original_size=original_size(checkpoint),
@@ -81,3 +80,29 @@ def measure_job(job: MeasureJob) -> Measurements:
         dtype=job.profile.dtype,
         num_threads=job.profile.threads,
     )
+
+
+def _peak_memory(
+    job: MeasureJob, checkpoint: Checkpoint, directories: tuple[Path, Path], *, vocab_size: int
+) -> tuple[int | None, int | None]:
+    """Peak bytes of the original and of the compressed model at the largest shape."""
+    if not job.settings.peak_memory:
+        return None, None
+    original, compressed = (
+        peak_memory_bytes(
+            directory,
+            checkpoint.class_name,
+            shape=_shapes(job, checkpoint)[-1],
+            device=job.profile.device,
+            dtype=job.profile.dtype,
+            vocab_size=vocab_size,
+        )
+        for directory in directories
+    )
+    return original, compressed
+
+
+def _shapes(job: MeasureJob, checkpoint: Checkpoint) -> list[tuple[int, int]]:
+    """The shapes to time, no row longer than the model can read."""
+    longest = int(checkpoint.config.get("max_position_embeddings", 1 << 20)) - RESERVED_POSITIONS
+    return [(rows, min(tokens, longest)) for rows, tokens in job.settings.latency_shapes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from ffsplit.config import JobConfig, Record
@@ -28,11 +30,18 @@ class ComputeProfile(Record):
         dtype: Literal["float32", "bfloat16"] = "bfloat16" if device == "cuda" else "float32"
         return cls(device=device, dtype=dtype, threads=config.threads_per_worker)
 
-    def apply(self) -> None:
-        """Pin this process to the profile. Raises ConfigError when it has no such device."""
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Pin this process to the profile for a while. Raises ConfigError when it has no such device."""
         import torch
 
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: this worker sees no CUDA device")
+        before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
         torch.set_num_threads(self.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before[0])
+            torch.use_deterministic_algorithms(before[1])

@@ -23,6 +23,13 @@ def test_check_writable_removes_the_directories_it_made(tmp_path: Path) -> None:
     assert tree(tmp_path) == {"a"}
 
 
+def test_checking_from_many_threads_at_once(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        for check in [pool.submit(LocalStore(tmp_path / "a" / "b").check_writable) for _ in range(100)]:
+            check.result()
+    assert tree(tmp_path) <= {"a", "a/b"}  # a check may find directories that another has just made
+
+
 def test_check_writable_when_a_parent_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     for root in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "new" / ".." / "file"):

@@ -178,6 +178,14 @@ class TestFromS3:
         assert len(directories) == 1 and is_whole(directories.pop())
 
 
+def test_a_download_that_differs_never_appears(store: Store, store_uri: str, tmp_path: Path) -> None:
+    publish(store, tmp_path / "attempt")
+    store.put_bytes(f"{RUN_KEY}/{ATTEMPT}/config.json", b"[]")
+    with pytest.raises(ArtifactError, match=r"config\.json is not what its manifest says"):
+        download(locate(store_uri), directory=tmp_path / "here" / "copy")
+    assert list((tmp_path / "here").iterdir()) == []
+
+
 def test_download_into_a_directory_of_ones_own(store: Store, store_uri: str, tmp_path: Path) -> None:
     publish(store, tmp_path / "attempt")
     (tmp_path / "here").mkdir()

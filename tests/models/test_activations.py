@@ -1,0 +1,30 @@
+"""The table's functions are the ones that transformers gives the same names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.activations import ACT2FN
+
+from ffsplit.errors import UnsupportedModelError
+from ffsplit.models.activations import ACTIVATIONS, activation_named
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_equals_transformers(name: str) -> None:
+    x = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
+    torch.testing.assert_close(activation_named(name)(x), ACT2FN[name](x), rtol=1e-6, atol=1e-6)
+    x = x.float()
+    torch.testing.assert_close(activation_named(name)(x), ACT2FN[name](x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_input_is_left_as_it_was(name: str) -> None:
+    x = torch.linspace(-2, 2, 50)
+    activation_named(name)(x)
+    assert torch.equal(x, torch.linspace(-2, 2, 50))
+
+
+def test_an_unknown_activation_lists_the_known_ones() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"'mish' is not supported \(known: gelu, .*swish\)"):
+        activation_named("mish")

@@ -1,0 +1,172 @@
+"""Every bad model is refused in one line that says what, where and how to mend it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ffsplit.errors import ConfigError, UnsupportedModelError
+from ffsplit.models.checkpoint import INDEX_NAME, open_checkpoint
+from ffsplit.models.load import load_tokenizer, load_whole_model
+from tests.conftest import CheckpointFactory
+from tests.tiny_models import FAMILIES
+
+FFN_UP = "encoder.layer.1.intermediate.dense.weight"
+FFN_DOWN = "encoder.layer.1.output.dense.weight"
+
+
+@pytest.fixture
+def bert(checkpoint_of: CheckpointFactory, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(checkpoint_of("bert"), tmp_path / "bert"))
+
+
+def refused(directory: Path, kind: type[ConfigError] = ConfigError) -> str:
+    with pytest.raises(ConfigError) as caught:
+        open_checkpoint(directory)
+    assert type(caught.value) is kind
+    message = str(caught.value)
+    assert "\n" not in message and str(directory) in message
+    return message
+
+
+def configure(directory: Path, **changes: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+
+
+def test_no_config(tmp_path: Path) -> None:
+    assert refused(tmp_path) == f"{tmp_path} is not a model: it has no config.json"
+
+
+@pytest.mark.parametrize(("text", "complaint"), [("{", "is not JSON"), ("[1]", "is not a JSON object")])
+def test_a_config_that_is_none(bert: Path, text: str, complaint: str) -> None:
+    (bert / "config.json").write_text(text)
+    assert complaint in refused(bert)
+
+
+def test_a_config_that_is_not_text(bert: Path) -> None:
+    (bert / "config.json").write_bytes(b"\xff\xfe\x00binary")
+    assert "config.json is not JSON" in refused(bert)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", None, 3, ["bert"]])
+def test_an_unknown_model_type_lists_the_known_ones(bert: Path, model_type: object) -> None:
+    configure(bert, model_type=model_type)
+    message = refused(bert, UnsupportedModelError)
+    assert f"model type {model_type!r} is not supported" in message
+    assert all(family in message for family in FAMILIES)
+
+
+def test_no_weights(bert: Path) -> None:
+    (bert / "model.safetensors").unlink()
+    assert "has no model.safetensors" in refused(bert)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.ckpt"])
+def test_pickled_weights_alone(bert: Path, name: str) -> None:
+    (bert / "model.safetensors").rename(bert / name)
+    message = refused(bert)
+    assert "only pickled weights" in message and "save_pretrained" in message
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_weights(bert: Path, fraction: float) -> None:
+    path = bert / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(fraction * len(data))])
+    assert f"{path} is not a whole safetensors file" in refused(bert)
+
+
+def test_already_quantized(bert: Path) -> None:
+    configure(bert, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "already compressed or quantized" in refused(bert, UnsupportedModelError)
+
+
+def test_integer_weights_are_no_ffn_to_split(bert: Path) -> None:
+    """Weights quantized by hand, with no word of it in the config."""
+    path = bert / "model.safetensors"
+    tensors = {
+        name: tensor.mul(10).to(torch.int8) if "dense.weight" in name else tensor
+        for name, tensor in load_file(path).items()
+    }
+    save_file(tensors, path, {"format": "pt"})
+    assert "dense.weight" in refused(bert, UnsupportedModelError)
+
+
+@pytest.mark.parametrize("name", [FFN_UP, FFN_DOWN])
+def test_a_layer_without_an_ffn_tensor(bert: Path, name: str) -> None:
+    path = bert / "model.safetensors"
+    tensors = load_file(path)
+    del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+    assert name in refused(bert, UnsupportedModelError)
+
+
+def test_an_ffn_tensor_that_is_no_matrix(bert: Path) -> None:
+    path = bert / "model.safetensors"
+    tensors = load_file(path)
+    tensors[FFN_UP] = tensors[FFN_UP].flatten()
+    save_file(tensors, path, {"format": "pt"})
+    assert FFN_UP in refused(bert, UnsupportedModelError)
+
+
+def test_weights_of_something_else(bert: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, bert / "model.safetensors")
+    assert "where a bert keeps its first FFN" in refused(bert, UnsupportedModelError)
+
+
+def sharded(checkpoint_of: CheckpointFactory, tmp_path: Path) -> Path:
+    source = checkpoint_of("llama", max_shard_size="30KB")
+    return Path(shutil.copytree(source, tmp_path / "sharded"))
+
+
+def test_an_index_that_names_an_absent_tensor(checkpoint_of: CheckpointFactory, tmp_path: Path) -> None:
+    directory = sharded(checkpoint_of, tmp_path)
+    index = json.loads((directory / INDEX_NAME).read_text())
+    file = next(iter(index["weight_map"].values()))
+    index["weight_map"]["layers.9.ghost"] = file
+    (directory / INDEX_NAME).write_text(json.dumps(index))
+    assert f"names layers.9.ghost, which {file} does not hold" in refused(directory)
+
+
+def test_an_index_that_names_an_absent_file(checkpoint_of: CheckpointFactory, tmp_path: Path) -> None:
+    directory = sharded(checkpoint_of, tmp_path)
+    file = sorted(directory.glob("model-*.safetensors"))[1]
+    file.unlink()
+    assert refused(directory) == f"{file} is missing"
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", '{"weight_map": {}}', '{"weight_map": 3}', '{"weight_map": {"a": 1}}']
+)
+def test_an_index_without_a_map(checkpoint_of: CheckpointFactory, tmp_path: Path, text: str) -> None:
+    directory = sharded(checkpoint_of, tmp_path)
+    (directory / INDEX_NAME).write_text(text)
+    assert "weight_map" in refused(directory)
+
+
+def test_no_tokenizer(bert: Path) -> None:
+    for path in bert.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="has no tokenizer") as caught:
+        load_tokenizer(open_checkpoint(bert))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model": {"type": "Nothing"}}'])
+def test_a_broken_tokenizer(bert: Path, text: str) -> None:
+    (bert / "tokenizer.json").write_text(text)
+    with pytest.raises(ConfigError, match="has no tokenizer") as caught:
+        load_tokenizer(open_checkpoint(bert))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_that_transformers_has_not(bert: Path) -> None:
+    with pytest.raises(ConfigError, match="has no class BertForEverything"):
+        load_whole_model(bert, "BertForEverything")

@@ -1,0 +1,64 @@
+"""What a user calls a model is found, or one line says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ffsplit.errors import ConfigError
+from ffsplit.models.locate import LocatedModel, locate_model
+
+
+def refused(model: str, **options: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        locate_model(model, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_directory_is_itself_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    expected = LocatedModel((tmp_path / "model").resolve(), None)
+    assert locate_model(str(tmp_path / "model")) == expected
+    monkeypatch.chdir(tmp_path)
+    assert locate_model("model") == locate_model("./model") == expected
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate_model("~/model") == expected
+
+
+def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:
+    assert "--revision is for hub ids" in refused(str(tmp_path), revision="main")
+
+
+def test_a_file_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.touch()
+    assert "is a file" in refused(str(file))
+
+
+@pytest.mark.parametrize("model", ["./absent", "../absent", "/no/such/folder", "a/b/c", "has space/model"])
+def test_what_cannot_be_a_hub_id_is_a_missing_directory(model: str) -> None:
+    assert refused(model) == f"model directory {model} does not exist"
+
+
+def test_a_hub_id_without_the_hub_says_both() -> None:
+    message = refused("nobody/no-such-model")
+    assert message.startswith("model nobody/no-such-model: no such directory, and not had from the hub (")
+
+
+def test_a_snapshot_in_the_cache_is_found_with_its_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub id resolves to the cached snapshot, whose folder is the revision, without the network."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--model"
+    snapshot = repository / "snapshots" / revision
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = locate_model("someone/model")
+    assert found.revision == revision
+    assert found.directory.samefile(snapshot)

@@ -1,0 +1,173 @@
+"""A compressed checkpoint loaded through transformers equals the model that was compressed in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import ffsplit  # noqa: F401  (registers the split format with transformers)
+from ffsplit.errors import UnsupportedModelError
+from ffsplit.models.load import load_whole_model
+from ffsplit.recipes.recipe import shipped_recipes
+from tests.conftest import CheckpointFactory
+from tests.runtime.compressed import compress, head_of, outputs, reference
+from tests.runtime.conftest import CompressedFactory
+from tests.tiny_models import FAMILIES, model_class
+
+RECIPES = sorted(shipped_recipes())
+HEADS = [
+    ("bert", ""),
+    ("bert", "ForMaskedLM"),
+    ("bert", "ForTokenClassification"),
+    ("roberta", "ForMaskedLM"),
+    ("electra", "ForQuestionAnswering"),
+    ("distilbert", ""),
+    ("distilbert", "ForMaskedLM"),
+    ("opt", ""),
+    ("opt", "ForSequenceClassification"),
+    ("llama", ""),
+    ("llama", "ForSequenceClassification"),
+    ("qwen3", "ForTokenClassification"),
+]
+
+
+def dense_outputs(directory: Path, class_name: str) -> torch.Tensor:
+    return outputs(load_whole_model(directory, class_name))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_equals_the_reference(compressed_of: CompressedFactory, family: str, recipe: str) -> None:
+    compressed = compressed_of(family, recipe=recipe)
+    assert compressed.plain == (recipe in ("demo", "fast", "norm-prune"))
+    model = model_class(family, head_of(family)).from_pretrained(compressed.directory).eval()
+    found = outputs(model)
+    torch.testing.assert_close(found, outputs(reference(compressed)), atol=1e-5, rtol=1e-4)
+    dense = dense_outputs(compressed.source.directory, compressed.source.class_name)
+    assert (found - dense).abs().max() > 1e-2, "the test could not tell it from the dense model"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_automodel_loads_the_base_model(compressed_of: CompressedFactory, family: str) -> None:
+    compressed = compressed_of(family, recipe="paper")
+    base = transformers.AutoModel.from_pretrained(compressed.directory).eval()
+    expected = reference(compressed)
+    expected = getattr(expected, expected.base_model_prefix)
+    torch.testing.assert_close(outputs(base), outputs(expected), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("family", "head"), HEADS)
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_other_task_heads(compressed_of: CompressedFactory, family: str, head: str, recipe: str) -> None:
+    compressed = compressed_of(family, recipe=recipe, head=head)
+    model = load_whole_model(compressed.directory, compressed.source.class_name)
+    assert type(model).__name__.endswith(head or "Model")
+    torch.testing.assert_close(outputs(model), outputs(reference(compressed)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "opt", "llama"])
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_no_tensor_is_missing_or_unexpected(
+    compressed_of: CompressedFactory, family: str, recipe: str
+) -> None:
+    compressed = compressed_of(family, recipe=recipe)
+    _, info = model_class(family, head_of(family)).from_pretrained(
+        compressed.directory, output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_keep_1_is_the_original_byte_for_byte(
+    compressed_of: CompressedFactory, family: str, recipe: str
+) -> None:
+    compressed = compressed_of(family, recipe=recipe, keep=1.0)
+    assert compressed.plain
+    before, after = (
+        load_file(directory / "model.safetensors")
+        for directory in (compressed.source.directory, compressed.directory)
+    )
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert tensor.view(torch.uint8).equal(after[name].view(torch.uint8)), name
+    found = dense_outputs(compressed.directory, compressed.source.class_name)
+    assert torch.equal(found, dense_outputs(compressed.source.directory, compressed.source.class_name))
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "opt", "llama", "qwen3"])
+@pytest.mark.parametrize("recipe", ["svd", "paper"])
+def test_save_pretrained_and_load_again(
+    compressed_of: CompressedFactory, family: str, recipe: str, tmp_path: Path
+) -> None:
+    compressed = compressed_of(family, recipe=recipe)
+    model = load_whole_model(compressed.directory, compressed.source.class_name)
+    model.save_pretrained(tmp_path)
+    again = load_whole_model(tmp_path, compressed.source.class_name)
+    assert torch.equal(outputs(again), outputs(model))
+    first, second = (load_file(each / "model.safetensors") for each in (compressed.directory, tmp_path))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("family", ["bert", "opt", "llama"])
+def test_layers_of_different_widths(compressed_of: CompressedFactory, family: str) -> None:
+    """Dense parts, but no stock model has a width of its own for each layer."""
+    compressed = compressed_of(family, recipe="fast", keep=(0.5, 0.25, 1.0))
+    assert not compressed.plain
+    model = load_whole_model(compressed.directory, compressed.source.class_name)
+    torch.testing.assert_close(outputs(model), outputs(reference(compressed)), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize(("recipe", "keep"), [("paper", 0.3535), ("fast", 0.3535), ("svd", 1.0)])
+def test_the_checkpoints_dtype_is_kept(
+    checkpoint_of: CheckpointFactory,
+    tmp_path: Path,
+    dtype: torch.dtype,
+    family: str,
+    recipe: str,
+    keep: float,
+) -> None:
+    source = checkpoint_of(family, head=head_of(family), dtype=dtype)
+    compressed = compress(source, tmp_path / "artifact", recipe=recipe, keep=keep)
+    tensors = load_file(compressed.directory / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    if keep == 1.0:
+        original = load_file(source / "model.safetensors")
+        assert all(torch.equal(tensors[name], original[name]) for name in original)
+    class_name = compressed.source.class_name
+    model = load_whole_model(compressed.directory, class_name)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert outputs(model).isfinite().all()
+    model = load_whole_model(compressed.directory, class_name, dtype=torch.float32)
+    torch.testing.assert_close(outputs(model), outputs(reference(compressed)), atol=0.1, rtol=0.05)
+
+
+def test_a_float64_checkpoint_is_refused_or_kept_to_the_last_bit(
+    checkpoint_of: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = checkpoint_of("bert", dtype=torch.float64)
+    try:
+        compressed = compress(source, tmp_path / "artifact", recipe="fast", keep=1.0)
+    except UnsupportedModelError:
+        return
+    before, after = (load_file(each / "model.safetensors") for each in (source, compressed.directory))
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+@pytest.mark.parametrize("recipe", ["paper", "fast"])
+def test_a_compressed_model_trains(compressed_of: CompressedFactory, recipe: str) -> None:
+    """Every weight of a split FFN gets a gradient, so that the result can be fine-tuned."""
+    compressed = compressed_of("bert", recipe=recipe)
+    model: Any = load_whole_model(compressed.directory, compressed.source.class_name)
+    model(input_ids=torch.arange(5, 25).reshape(2, 10)).logits.square().sum().backward()
+    blocks = {name: value for name, value in model.named_parameters() if ".layer." in name}
+    assert all(value.grad is not None and value.grad.any() for value in blocks.values())

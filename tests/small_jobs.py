@@ -1,0 +1,71 @@
+"""Compression jobs small enough to run many times in the tests."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ffsplit import JobConfig
+from tests.tiny_models import WORDS
+
+RECIPE = """\
+name: small
+description: What tests run.
+heavy_share: {heavy_share}
+steps: [{step}]
+calibration: {{shard_size: 8, held_out: 8, sampled_tokens: 256}}
+measurement: {{latency_shapes: [[1, 8], [2, 8]], latency_pairs: 1, peak_memory: false}}
+"""
+PRUNE = "{kind: prune, compensation: least_squares}"
+LOW_RANK = "{kind: low_rank}"
+
+
+class SmallJob:
+    """Makes configs of one tiny model, whose recipe and calibration text lie in a folder."""
+
+    def __init__(self, folder: Path, model: Path) -> None:
+        generator = random.Random(0)
+        sentences = [" ".join(generator.choices(WORDS, k=generator.randint(3, 12))) for _ in range(60)]
+        self.text = folder / "text.txt"
+        self.text.write_text("\n".join(sentences), "utf-8")
+        self.folder, self.model = folder, model
+
+    def recipe(self, *, heavy_share: float = 1, step: str = PRUNE) -> str:
+        path = self.folder / f"recipe-{hashlib.sha256(f'{heavy_share}{step}'.encode()).hexdigest()[:8]}.yaml"
+        path.write_text(RECIPE.format(heavy_share=heavy_share, step=step), "utf-8")
+        return str(path)
+
+    def config(self, out: Path | str, **fields: Any) -> JobConfig:
+        defaults: dict[str, Any] = {
+            "model": str(self.model),
+            "out": str(out),
+            "recipe": self.recipe(),
+            "keep": 0.5,
+            "calibration": (str(self.text),),
+            "samples": 40,
+            "max_length": 16,
+            "runner": "serial",
+        }
+        return JobConfig(**(defaults | fields))
+
+    def arguments(self, out: Path | str, *more: str) -> list[str]:
+        """The same as a command line."""
+        given = [str(self.model), "--out", str(out), "--recipe", self.recipe(), "--keep", "0.5"]
+        return [*given, "--calibration", str(self.text), "--samples", "40", "--max-length", "16", *more]
+
+
+def digests(out: Path, *patterns: str) -> dict[str, str]:
+    """sha256 by name of the files of the one attempt below `out`."""
+    (attempt,) = (path.parent for path in out.glob("*/*/manifest.json"))
+    paths = [path for pattern in patterns for path in attempt.glob(pattern)]
+    assert paths, f"no {patterns} in {attempt}"
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+@pytest.fixture
+def small_job(tmp_path: Path, checkpoint_of: Any) -> SmallJob:
+    return SmallJob(tmp_path, checkpoint_of("bert"))

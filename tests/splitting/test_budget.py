@@ -1,0 +1,155 @@
+"""A budget is never exceeded, widths are rounded by the rule, and the smallest budget is the smallest."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from ffsplit.errors import BudgetError
+from ffsplit.ffn import FFNShape, LayerLayout, LowRank
+from ffsplit.recipes.recipe import Recipe, load_recipe, shipped_recipes
+from ffsplit.splitting.budget import fit_layer, fit_layers
+
+RECIPES = {name: load_recipe(name) for name in shipped_recipes()}
+MINILM = FFNShape(num_neurons=1536, hidden_size=384, gated=False, up_bias=True, down_bias=True)
+LLAMA = FFNShape(num_neurons=11008, hidden_size=4096, gated=True, up_bias=False, down_bias=False)
+shapes = st.builds(
+    FFNShape,
+    num_neurons=st.integers(8, 400),
+    hidden_size=st.integers(4, 96),
+    gated=st.booleans(),
+    up_bias=st.booleans(),
+    down_bias=st.booleans(),
+)
+
+
+def fit(shape: FFNShape, keep: float, recipe: Recipe, num_layers: int = 2) -> tuple[LayerLayout, ...]:
+    return fit_layers([shape] * num_layers, keep=keep, heavy_share=recipe.heavy_share, steps=recipe.steps)
+
+
+def smallest_named(error: BudgetError) -> float:
+    found = re.search(r"smallest is (\d\.\d{6})", str(error))
+    assert found, f"no smallest keep in: {error}"
+    return float(found.group(1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "keep", "width"),
+    [
+        (MINILM, 0.3535, 536),  # 542 fit; 528 would give up 2.6 %, 536 gives up 1.1 %
+        (MINILM, 0.35, 528),  # 537 fit; 528 is 16 * 33 and gives up 1.7 %
+        (MINILM, 0.5, 752),  # 767 fit, for the output bias is kept whole
+        (MINILM, 0.25, 376),  # 383 fit; 368 would give up 3.9 %, 376 gives up 1.8 %
+        (MINILM, 0.2, 304),  # 306 fit; 288 is too far, 304 is 16 * 19
+        (MINILM, 0.01, 14),  # no multiple of 8 is within 2 %
+        (LLAMA, 0.3535, 3840),  # 3891 fit
+        (LLAMA, 0.5, 5504),
+    ],
+)
+def test_the_width_is_rounded_by_the_rule(shape: FFNShape, keep: float, width: int) -> None:
+    for layout in fit(shape, keep, RECIPES["fast"]):
+        assert layout == LayerLayout.dense(shape, width)
+
+
+@given(shape=shapes, keep=st.floats(0.02, 0.999))
+def test_rounding_gives_up_less_than_two_percent_and_takes_the_largest_multiple(
+    shape: FFNShape, keep: float
+) -> None:
+    budget = int(keep * shape.num_elements)
+    recipe = RECIPES["fast"]
+    layout = fit_layer(shape, budget=budget, heavy_share=1.0, steps=recipe.steps)
+    assume(layout is not None and layout.num_neurons < shape.num_neurons)
+    assert layout is not None
+    fitting = (budget - shape.hidden_size * shape.down_bias) // shape.elements_per_neuron
+    cheap = [
+        fitting // multiple * multiple
+        for multiple in (64, 32, 16, 8)
+        if fitting // multiple > 0 and (fitting % multiple) * shape.elements_per_neuron < 0.02 * budget
+    ]
+    assert layout.num_neurons == (cheap[0] if cheap else fitting)
+
+
+@settings(deadline=None)
+@given(shape=shapes, keep=st.floats(0.001, 1.0), name=st.sampled_from(sorted(RECIPES)))
+def test_never_over_budget(shape: FFNShape, keep: float, name: str) -> None:
+    try:
+        layouts = fit(shape, keep, RECIPES[name])
+    except BudgetError:
+        return
+    for layout in layouts:
+        assert layout.num_elements(shape) <= keep * shape.num_elements + 1e-6
+        assert layout == layouts[0]
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("shape", [MINILM, LLAMA], ids=["minilm", "llama"])
+def test_keep_1_is_the_dense_layout(shape: FFNShape, name: str) -> None:
+    assert fit(shape, 1.0, RECIPES[name]) == (LayerLayout.dense(shape),) * 2
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+@settings(deadline=None, max_examples=40)
+@given(shape=shapes)
+def test_the_error_names_the_smallest_keep_that_works(name: str, shape: FFNShape) -> None:
+    recipe = RECIPES[name]
+    with pytest.raises(BudgetError) as caught:
+        fit(shape, 1e-9, recipe)
+    smallest = smallest_named(caught.value)
+    assert fit(shape, smallest, recipe)
+    with pytest.raises(BudgetError) as caught:
+        fit(shape, smallest - 1.5e-6, recipe)
+    assert smallest_named(caught.value) == smallest
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("shape", [MINILM, LLAMA], ids=["minilm", "llama"])
+def test_the_error_names_the_smallest_keep_of_real_shapes(shape: FFNShape, name: str) -> None:
+    with pytest.raises(BudgetError) as caught:
+        fit(shape, 1e-9, RECIPES[name])
+    smallest = smallest_named(caught.value)
+    assert fit(shape, smallest, RECIPES[name])
+    with pytest.raises(BudgetError):
+        fit(shape, smallest - 2e-6, RECIPES[name])
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+@pytest.mark.parametrize("num_neurons", [64, 96])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_larger_budget_always_fits_where_a_smaller_one_does(
+    name: str, num_neurons: int, gated: bool
+) -> None:
+    shape = FFNShape(num_neurons=num_neurons, hidden_size=32, gated=gated, up_bias=True, down_bias=True)
+    recipe = RECIPES[name]
+    fits = [
+        fit_layer(shape, budget=budget, heavy_share=recipe.heavy_share, steps=recipe.steps) is not None
+        for budget in range(shape.num_elements // 4)
+    ]
+    first = fits.index(True)
+    failing = [budget for budget in range(first, len(fits)) if not fits[budget]]
+    assert not failing, f"{first} elements are enough, {failing[0]} are not"
+
+
+def test_layers_of_different_shapes_keep_the_same_fraction_each() -> None:
+    narrow = FFNShape(num_neurons=512, hidden_size=384, gated=False, up_bias=True, down_bias=True)
+    recipe = RECIPES["fast"]
+    both = fit_layers([MINILM, narrow], keep=0.5, heavy_share=1.0, steps=recipe.steps)
+    assert [layout.num_neurons for layout in both] == [752, 255]
+    with pytest.raises(BudgetError) as caught:
+        fit_layers([MINILM, narrow], keep=0.002, heavy_share=1.0, steps=recipe.steps)
+    smallest = smallest_named(caught.value)
+    assert fit_layers([MINILM, narrow], keep=smallest, heavy_share=1.0, steps=recipe.steps)
+
+
+def test_the_paper_recipe_gives_half_to_heavy_hitters_and_a_rank_to_the_rest() -> None:
+    (layout, _) = fit(MINILM, 0.3535, RECIPES["paper"])
+    assert layout.heavy is not None and layout.light is not None
+    assert layout.num_neurons == 1536
+    heavy_share = layout.heavy.num_elements(MINILM) / (0.3535 * MINILM.num_elements)
+    assert 0.48 < heavy_share <= 0.5
+    assert isinstance(layout.light.up, LowRank) and layout.light.up == layout.light.down
+    one_more = layout.light.up.rank + 1
+    larger = layout.light.model_copy(update={"up": LowRank(rank=one_more), "down": LowRank(rank=one_more)})
+    assert layout.model_copy(update={"light": larger}).num_elements(MINILM) > 0.3535 * MINILM.num_elements

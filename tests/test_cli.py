@@ -1,0 +1,171 @@
+"""The command line: what it prints, its exit codes, and one clear line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ffsplit
+from ffsplit.cli import main
+from tests.small_jobs import SmallJob
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_json_prints_the_manifest_alone(small_job: SmallJob, tmp_path: Path, capsys: Captured) -> None:
+    out = tmp_path / "out"
+    assert main(["compress", *small_job.arguments(out, "--runner", "serial", "--json")]) == 0
+    printed = capsys.readouterr().out
+    (path,) = out.glob("*/*/manifest.json")
+    assert printed == path.read_text()
+    assert json.loads(printed)["config"]["keep"] == 0.5
+
+
+def test_a_run_prints_before_and_after(small_job: SmallJob, tmp_path: Path, capsys: Captured) -> None:
+    assert main(["compress", *small_job.arguments(tmp_path / "out", "--runner", "serial")]) == 0
+    captured = capsys.readouterr()
+    for word in ("parameters", "weights", "p50", "token cosine", "report.html"):
+        assert word in captured.out
+    assert "calibrate: 5/5" in captured.err
+
+
+def test_verify_names_what_is_wrong(small_job: SmallJob, tmp_path: Path, capsys: Captured) -> None:
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out"))
+    attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    (attempt / "vocab-extra.txt").write_text("not listed")
+    (attempt / "config.json").write_text("{}")
+    capsys.readouterr()
+    assert main(["verify", str(attempt)]) == 1
+    printed = capsys.readouterr().out
+    assert "vocab-extra.txt" in printed
+    assert "config.json" in printed
+
+
+def test_report_writes_a_page(small_job: SmallJob, tmp_path: Path) -> None:
+    ffsplit.compress(small_job.config(tmp_path / "out"))
+    page = tmp_path / "page.html"
+    assert main(["report", str(tmp_path / "out"), "--out", str(page)]) == 0
+    assert "<html" in page.read_text()
+
+
+def test_benchmark_times_an_artifact_against_its_original(
+    small_job: SmallJob, tmp_path: Path, capsys: Captured
+) -> None:
+    ffsplit.compress(small_job.config(tmp_path / "out"))
+    assert main(["benchmark", str(tmp_path / "out")]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+    assert main(["benchmark", str(small_job.model)]) == 2
+    assert "--against" in capsys.readouterr().err
+    assert main(["benchmark", str(small_job.model), "--against", str(small_job.model)]) == 0
+
+
+def test_inspect_reads_headers_alone(small_job: SmallJob, capsys: Captured) -> None:
+    assert main(["inspect", str(small_job.model)]) == 0
+    printed = capsys.readouterr().out
+    assert "3 layers" in printed
+    assert "0.3535" in printed
+
+
+def test_help_lists_the_exit_codes(capsys: Captured) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    assert "3    finished, but refused by a gate" in capsys.readouterr().out
+
+
+BAD_FLAGS: dict[str, tuple[list[str], str]] = {
+    "keep above one": (["--keep", "1.5"], "--keep"),
+    "keep zero": (["--keep", "0"], "--keep"),
+    "keep not a number": (["--keep", "half"], "--keep"),
+    "keep is nan": (["--keep", "nan"], "--keep"),
+    "keep too small": (["--keep", "0.001"], "the smallest is 0."),
+    "no samples": (["--samples", "0"], "--samples"),
+    "no workers": (["--workers", "-1"], "--workers"),
+    "no length": (["--max-length", "0"], "--max-length"),
+    "only special tokens fit": (["--max-length", "2"], "--max-length 2"),
+    "unknown recipe": (["--recipe", "fats"], "did you mean 'fast'"),
+    "recipe file missing": (["--recipe", "none.yaml"], "none.yaml does not exist"),
+    "unknown scheme": (["--calibration", "ftp://text"], "unknown scheme"),
+    "calibration missing": (["--calibration", "none.txt"], "none.txt"),
+    "unknown flag": (["--keeep", "0.5"], "--keeep"),
+    "out is below a file": (["--out", "/dev/null/out"], "/dev/null"),
+    "out of an unknown scheme": (["--out", "gs://bucket"], "gs://"),
+    "revision of a directory": (["--revision", "main"], "--revision"),
+    "contradiction": (["--device", "cpu", "--gpus-per-worker", "1"], "contradict"),
+    "no such device": (["--device", "tpu"], "--device"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_a_bad_flag_is_one_line_and_exit_code_2(
+    name: str, small_job: SmallJob, tmp_path: Path, capsys: Captured
+) -> None:
+    flags, expected = BAD_FLAGS[name]
+    out = tmp_path / "out"
+    before = set(tmp_path.rglob("*"))
+    code = main(["compress", *small_job.arguments(out, "--runner", "serial", *flags)])
+    assert_one_line(code, expected, capsys)
+    assert set(tmp_path.rglob("*")) - before <= {Path(small_job.recipe())}
+
+
+def assert_one_line(code: int, expected: str, capsys: Captured) -> None:
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert expected in captured.err
+
+
+BAD_MODELS: dict[str, str] = {
+    "missing": "does not exist",
+    "no config": "config.json",
+    "pickle only": "safetensors",
+    "unknown family": "known: ",
+    "truncated": "not a whole safetensors file",
+    "no tokenizer": "tokenizer",
+    "compressed already": "original",
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_a_bad_model_is_one_line_and_exit_code_2(
+    name: str, small_job: SmallJob, tmp_path: Path, capsys: Captured
+) -> None:
+    model = tmp_path / "model"
+    if name != "missing":
+        shutil.copytree(small_job.model, model)
+        spoil(model, name)
+    small_job.model = model
+    code = main(["compress", *small_job.arguments(tmp_path / "out", "--runner", "serial")])
+    assert_one_line(code, BAD_MODELS[name], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def spoil(model: Path, name: str) -> None:
+    config: dict[str, Any] = json.loads((model / "config.json").read_text())
+    weights = model / "model.safetensors"
+    if name == "no config":
+        (model / "config.json").unlink()
+    elif name == "pickle only":
+        weights.rename(model / "pytorch_model.bin")
+    elif name == "unknown family":
+        (model / "config.json").write_text(json.dumps(config | {"model_type": "resnet"}))
+    elif name == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif name == "no tokenizer":
+        for path in model.glob("*token*"):
+            path.unlink()
+    elif name == "compressed already":
+        quantized = config | {"quantization_config": {"quant_method": "ffsplit"}}
+        (model / "config.json").write_text(json.dumps(quantized))
+
+
+def test_padding_alone_is_refused(small_job: SmallJob, tmp_path: Path, capsys: Captured) -> None:
+    small_job.text.write_text("[PAD] [PAD]\n[PAD]\n")
+    code = main(["compress", *small_job.arguments(tmp_path / "out", "--runner", "serial")])
+    assert_one_line(code, "nothing but padding", capsys)
+    assert not (tmp_path / "out").exists()

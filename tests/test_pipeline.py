@@ -1,0 +1,190 @@
+"""Whole runs on tiny models: what is published, what a second run does, and what a failure leaves."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel
+
+import ffsplit
+from ffsplit import pipeline
+from ffsplit.artifacts.verify import verify
+from ffsplit.calibration.parquet import read_lineage, read_statistics
+from ffsplit.errors import ConfigError, FFSplitError
+from tests.small_jobs import LOW_RANK, SmallJob, digests
+
+WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")
+
+
+def test_a_run_is_published_whole(small_job: SmallJob, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    manifest = ffsplit.compress(small_job.config(out))
+    attempt = out / manifest.run_key / manifest.attempt
+    names = {path.relative_to(attempt).as_posix() for path in attempt.rglob("*") if path.is_file()}
+    assert {"config.json", "model.safetensors", "README.md", "report.html", "stats/neurons.parquet"} <= names
+    assert names == {entry.path for entry in manifest.files} | {"manifest.json"}
+    assert verify(str(out)).ok
+    assert json.loads((out / "latest.json").read_text())["attempt"] == manifest.attempt
+    assert not (out / ".scratch").exists()
+    assert manifest.calibration.num_rows == 40
+    assert manifest.calibration.held_out_is_disjoint
+    assert [stage.name for stage in manifest.stages] == ["calibrate", "compress", "measure"]
+
+
+def test_every_way_to_name_an_artifact_loads_one_model(small_job: SmallJob, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = small_job.recipe(heavy_share=0.5, step=LOW_RANK)
+    manifest = ffsplit.compress(small_job.config(out, recipe=recipe))
+    assert manifest.plain is False
+    run = out / manifest.run_key
+    attempt = run / manifest.attempt
+    ids = torch.arange(6, 30).view(2, 12)
+    with torch.no_grad():
+        outputs = [ffsplit.load(str(uri))(ids)[0] for uri in (out, run, attempt)]
+        outputs.append(AutoModel.from_pretrained(attempt)(ids)[0])
+    assert all(torch.equal(outputs[0], each) for each in outputs[1:])
+
+
+def test_keep_one_changes_nothing(small_job: SmallJob, tmp_path: Path) -> None:
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out", keep=1.0))
+    assert manifest.plain
+    ids = torch.arange(6, 30).view(2, 12)
+    with torch.no_grad():
+        original = AutoModel.from_pretrained(small_job.model)(ids)[0]
+        assert torch.equal(ffsplit.load(str(tmp_path / "out"))(ids)[0], original)
+    assert manifest.measurements is not None
+    assert manifest.measurements.fidelity["token_cosine"] == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_second_call_does_nothing(
+    small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_job.config(tmp_path / "out")
+    first = ffsplit.compress(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    capsys.readouterr()
+    second = ffsplit.compress(config)
+    assert second == first
+    assert "committed already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_the_run_key_names_what_is_computed(small_job: SmallJob, tmp_path: Path) -> None:
+    def key(**fields: Any) -> str:
+        return pipeline.prepare(small_job.config(**({"out": tmp_path / "out"} | fields))).run_key
+
+    base = key()
+    assert key(workers=7, out=tmp_path / "elsewhere") == base
+    changes: list[dict[str, Any]] = [
+        {"keep": 0.4},
+        {"samples": 39},
+        {"max_length": 15},
+        {"seed": 1},
+        {"dtype": "bfloat16"},
+        {"threads_per_worker": 2},
+        {"recipe": small_job.recipe(heavy_share=0.5, step=LOW_RANK)},
+        {"fresh": True},
+    ]
+    keys = [key(**change) for change in changes]
+    small_job.text.write_text(small_job.text.read_text() + "\nthe one more of these", "utf-8")
+    assert len({base, *keys, key()}) == len(changes) + 2
+
+
+def test_fresh_runs_beside_the_committed_run(small_job: SmallJob, tmp_path: Path) -> None:
+    first = ffsplit.compress(small_job.config(tmp_path / "out"))
+    second = ffsplit.compress(small_job.config(tmp_path / "out", fresh=True))
+    assert second.run_key != first.run_key
+    assert second.nonce is not None
+    assert verify(f"{tmp_path}/out/{first.run_key}").ok
+
+
+def test_a_failed_run_is_resumed_and_what_is_damaged_is_redone(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = ffsplit.compress(small_job.config(tmp_path / "undisturbed"))
+    out = tmp_path / "out"
+
+    def fail(*_: Any) -> None:
+        raise FFSplitError("measured nothing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "measure_job", fail)
+        with pytest.raises(FFSplitError, match="measured nothing"):
+            ffsplit.compress(small_job.config(out))
+    assert not list(out.glob("*/commit.json"))
+    scratch = out / ".scratch" / undisturbed.run_key
+    for path in (scratch / "calibrate/shard-00001.parquet", scratch / "compress/layer-002.safetensors"):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    resumed = ffsplit.compress(small_job.config(out))
+    assert [(stage.name, stage.num_items, stage.num_reused) for stage in resumed.stages] == [
+        ("calibrate", 5, 4),
+        ("compress", 3, 2),
+        ("measure", 1, 0),
+    ]
+    assert digests(out, *WEIGHTS) == digests(tmp_path / "undisturbed", *WEIGHTS)
+    assert not (out / ".scratch").exists()
+
+
+def test_an_interrupted_run_commits_nothing(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "assemble", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ffsplit.compress(small_job.config(tmp_path / "out"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".scratch"}
+    with pytest.raises(ConfigError):
+        verify(str(tmp_path / "out"))
+
+
+def test_statistics_alone_never_move_latest(small_job: SmallJob, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    model = ffsplit.compress(small_job.config(out))
+    hint = (out / "latest.json").read_bytes()
+    statistics = pipeline.calibrate(small_job.config(out))
+    assert (out / "latest.json").read_bytes() == hint
+    attempt = out / statistics.run_key / statistics.attempt
+    assert {path.name for path in attempt.iterdir()} == {"manifest.json", "report.html", "stats"}
+    of_model = out / model.run_key / model.attempt / "stats/neurons.parquet"
+    assert of_model.read_bytes() == (attempt / "stats/neurons.parquet").read_bytes()
+
+
+def test_published_statistics_say_what_they_are_of(small_job: SmallJob, tmp_path: Path) -> None:
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out"))
+    path = tmp_path / "out" / manifest.run_key / manifest.attempt / "stats/neurons.parquet"
+    layers = read_statistics(path)
+    assert {layer.num_tokens for layer in layers} == {manifest.calibration.num_tokens}
+    lineage = read_lineage(path)
+    assert lineage["model"] == manifest.model.digest
+    assert lineage["text"] == manifest.calibration.text_digest
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "distilbert"])
+def test_other_families_run_end_to_end(
+    family: str, small_job: SmallJob, tmp_path: Path, checkpoint_of: Any
+) -> None:
+    head = "" if family == "distilbert" else "ForCausalLM"
+    config = small_job.config(tmp_path / "out", model=str(checkpoint_of(family, head=head)))
+    manifest = ffsplit.compress(config)
+    assert manifest.measurements is not None
+    expected = {"token_cosine"} if family == "distilbert" else {"kl_divergence", "compressed_perplexity"}
+    assert expected <= set(manifest.measurements.fidelity)
+    assert type(ffsplit.load(str(tmp_path / "out"))).__name__ == manifest.model.architecture
+
+
+@pytest.mark.s3
+def test_a_run_is_published_to_s3(small_job: SmallJob, s3_uri: str) -> None:
+    manifest = ffsplit.compress(small_job.config(s3_uri))
+    assert verify(f"{s3_uri}/{manifest.run_key}").ok
+    ids = torch.arange(6, 30).view(2, 12)
+    with torch.no_grad():
+        assert torch.isfinite(ffsplit.load(s3_uri)(ids)[0]).all()
+    assert ffsplit.compress(small_job.config(s3_uri)) == manifest
