@@ -103,7 +103,10 @@ def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint,
 
 
 def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) -> None:
-    """Raise ConfigError when no row has a token to learn from."""
+    """Raise ConfigError when rows are longer than the model reads, or none has a token to learn from."""
+    longest = checkpoint.max_positions
+    if longest is not None and max_length > longest:
+        raise ConfigError(f"--max-length {max_length} is more than the model's {longest} positions")
     tokenizer = load_tokenizer(checkpoint)
     for start in range(0, len(rows), 256):
         if tokenize_rows(tokenizer, rows[start : start + 256], max_length=max_length):

@@ -35,6 +35,9 @@ def load_base_model(directory: Path, *, device: torch.device, dtype: torch.dtype
 
     with quiet_transformers():
         model = AutoModel.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    for module in model.modules():
+        if getattr(module, "chunk_size_feed_forward", 0):
+            module.chunk_size_feed_forward = 0  # the same result, and hooks see whole rows
     return model.to(device).eval()
 
 

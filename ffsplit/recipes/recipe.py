@@ -98,9 +98,10 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
 
 
 def _describe(error: ValidationError) -> str:
-    first = error.errors()[0]
-    if first["type"] != "extra_forbidden":
+    unknown = [each for each in error.errors() if each["type"] == "extra_forbidden"]
+    if not unknown:
         return describe_validation_error(error, prefix="")
+    first = unknown[0]
     name = str(first["loc"][-1])
     path = ".".join(str(part) for part in first["loc"])
     return f"unknown field {path}{_suggestion(name, _all_fields())}"

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.ffn import LayerLayout
-from ffsplit.models.checkpoint import INDEX_NAME, Checkpoint, opened
+from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.headers import INDEX_NAME, TensorInfo, opened
 
 MAX_SHARD_BYTES = 5 * 10**9
 COMPANIONS = re.compile(r".*\.(json|txt|model|tiktoken|jinja)$|(LICEN[CS]E|NOTICE).*")
@@ -149,8 +150,6 @@ def artifact_config(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> d
 
 
 def _size_bytes(view: Any) -> int:
-    from ffsplit.models.checkpoint import TensorInfo
-
     return TensorInfo("", view.get_dtype(), tuple(view.get_shape())).size_bytes
 
 

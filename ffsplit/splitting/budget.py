@@ -39,6 +39,16 @@ def fit_layer(
         if width == 0:
             return None
         width = rounded_width(width, elements_per_neuron=shape.elements_per_neuron, budget=budget)
+    fewest = 1 if heavy_share > 0 else 0
+    for fewer in range(width, fewest - 1, -1):  # near the smallest budget the rest may not fit beside them
+        layout = _planned(shape, width=fewer, budget=budget, steps=steps)
+        if layout is not None:
+            return layout
+    return None
+
+
+def _planned(shape: FFNShape, *, width: int, budget: int, steps: Sequence[Compressor]) -> LayerLayout | None:
+    """The layout with `width` heavy hitters, None where the steps cannot fit the rest."""
     layout: LayerLayout | None = LayerLayout(
         heavy=PartLayout.dense(shape, width) if width else None,
         light=PartLayout.dense(shape, shape.num_neurons - width),

@@ -19,9 +19,6 @@ from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.recipes.recipe import MeasurementSettings
 from ffsplit.stages.profile import ComputeProfile
 
-RESERVED_POSITIONS = 2
-"""Positions that the RoBERTa family counts before its first token."""
-
 
 class MeasureJob(Record):
     """What to compare, and on which text."""
@@ -104,5 +101,6 @@ def _peak_memory(
 
 def _shapes(job: MeasureJob, checkpoint: Checkpoint) -> list[tuple[int, int]]:
     """The shapes to time, no row longer than the model can read."""
-    longest = int(checkpoint.config.get("max_position_embeddings", 1 << 20)) - RESERVED_POSITIONS
-    return [(rows, min(tokens, longest)) for rows, tokens in job.settings.latency_shapes]
+    longest = checkpoint.max_positions
+    shapes = job.settings.latency_shapes
+    return [(rows, tokens if longest is None else min(tokens, longest)) for rows, tokens in shapes]

@@ -11,7 +11,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ffsplit.models.checkpoint import INDEX_NAME, open_checkpoint, tokenizer_files
+from ffsplit.models.checkpoint import open_checkpoint, tokenizer_files
+from ffsplit.models.headers import INDEX_NAME
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import CAUSAL, FAMILIES, NUM_LAYERS
 
