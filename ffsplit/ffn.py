@@ -40,7 +40,22 @@ class LowRank(Record):
         return self.num_elements(num_rows, num_columns) * itemsize
 
 
-Format = Annotated[Dense | LowRank, Field(discriminator="format")]
+class Integer(Record):
+    """Integers of 4 or 8 bits with one float16 scale an output row, or a group of `group_size` columns."""
+
+    format: Literal["integer"] = "integer"
+    num_bits: Literal[4, 8]
+    group_size: int | None = None
+
+    def num_elements(self, num_rows: int, num_columns: int) -> int:
+        return num_rows * num_columns
+
+    def size_bytes(self, num_rows: int, num_columns: int, itemsize: int) -> int:
+        num_groups = 1 if self.group_size is None else -(-num_columns // self.group_size)
+        return num_rows * (-(-num_columns * self.num_bits // 8) + 2 * num_groups)
+
+
+Format = Annotated[Dense | LowRank | Integer, Field(discriminator="format")]
 
 
 class FFNShape(Record):
@@ -79,7 +94,7 @@ class PartLayout(Record):
     def is_dense(self) -> bool:
         return all(isinstance(linear, Dense | None) for linear in (self.up, self.gate, self.down))
 
-    def _maps(self, shape: FFNShape) -> list[tuple[Dense | LowRank, int, int]]:
+    def _maps(self, shape: FFNShape) -> list[tuple[Dense | LowRank | Integer, int, int]]:
         maps = [
             (self.up, self.num_neurons, shape.hidden_size),
             (self.down, shape.hidden_size, self.num_neurons),

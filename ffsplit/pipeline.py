@@ -17,6 +17,7 @@ from ffsplit.calibration.statistics import NeuronStats, merge_layers, reduce_tre
 from ffsplit.config import JobConfig, stage_key
 from ffsplit.distributed import make_runner
 from ffsplit.distributed.runner import Runner
+from ffsplit.ffn import LayerLayout
 from ffsplit.prepare import PreparedRun, prepare
 from ffsplit.progress import Progress, StageLog
 from ffsplit.publication import STATISTICS_PATH, Outcome, write_documents
@@ -78,8 +79,12 @@ def _compute(
         return Outcome(kind=kind, statistics=statistics, num_tokens=num_tokens, num_shards=len(shards))
     plans = plan_split(statistics, run.layouts, score=run.recipe.score)
     layers = _compress(run, scratch, plans, shards, runner, log)
-    assemble(run.checkpoint, [scratch.path(layer.files[0]) for layer in layers], run.layouts, staging)
-    measured = _measure(run, staging, runner, log)
+    layouts = tuple(LayerLayout.model_validate(layer.facts["layout"]) for layer in layers)
+    plans = tuple(
+        plan.model_copy(update={"layout": layout}) for plan, layout in zip(plans, layouts, strict=True)
+    )
+    assemble(run.checkpoint, [scratch.path(layer.files[0]) for layer in layers], layouts, staging)
+    measured = _measure(run, staging, layouts, runner, log)
     return Outcome(
         kind=kind,
         statistics=statistics,
@@ -146,11 +151,13 @@ def _compress(
     return log.collect("compress", key, len(jobs), runner.map_tasks("compress", compress_layer_job, jobs))
 
 
-def _measure(run: PreparedRun, staging: Path, runner: Runner, log: StageLog) -> Measurements:
+def _measure(
+    run: PreparedRun, staging: Path, layouts: tuple[LayerLayout, ...], runner: Runner, log: StageLog
+) -> Measurements:
     job = MeasureJob(
         original_directory=str(run.checkpoint.directory),
         compressed_directory=str(staging),
-        layouts=run.layouts,
+        layouts=layouts,
         held_out=run.text.held_out,
         max_length=run.recipe.calibration.max_length,
         batch_tokens=run.recipe.calibration.batch_tokens,

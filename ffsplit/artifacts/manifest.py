@@ -59,7 +59,11 @@ class CalibrationRecord(Record):
 
 
 class LayerRecord(Record):
-    """One compressed layer. `relative_error` is |y' - y| / |y| over the sampled FFN inputs."""
+    """One compressed layer.
+
+    `relative_error` is |z' - z| / |z| over the sampled FFN inputs, where z is what the next layer sees:
+    the FFN's output y, or norm(x + y) in families that normalise there.
+    """
 
     layer: int
     layout: LayerLayout

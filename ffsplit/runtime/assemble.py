@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ffsplit.compressors.base import OutputNorm
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.ffn import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint
@@ -39,11 +40,7 @@ def load_ffn(checkpoint: Checkpoint, layer: int, *, activation: Any, device: tor
     names = checkpoint.ffn_names(layer)
 
     def tensor(name: str | None) -> Tensor | None:
-        if name is None:
-            return None
-        with opened(checkpoint.directory / checkpoint.tensors[name].file, "pt") as file:
-            loaded: Tensor = file.get_tensor(name).to(device=device, dtype=torch.float32)
-            return loaded
+        return None if name is None else _read_float(checkpoint, name, device=device)
 
     def linear(weight: str, bias: str | None) -> LinearMap:
         loaded = tensor(weight)
@@ -57,6 +54,22 @@ def load_ffn(checkpoint: Checkpoint, layer: int, *, activation: Any, device: tor
         down=linear(names.down, None),
     )
     return FFNWeights(heavy=part, light=None, down_bias=tensor(names.down_bias), activation=activation)
+
+
+def load_output_norm(checkpoint: Checkpoint, layer: int, *, device: torch.device) -> OutputNorm | None:
+    """The layer norm of x + FFN(x), in float32, where the family has one."""
+    path = checkpoint.architecture.output_norm
+    base = f"{checkpoint.prefix}{checkpoint.block(layer)}.{path}"
+    if path is None or f"{base}.weight" not in checkpoint.tensors:
+        return None
+    weight, bias = (_read_float(checkpoint, f"{base}.{name}", device=device) for name in ("weight", "bias"))
+    return OutputNorm(weight, bias, eps=float(checkpoint.config.get("layer_norm_eps", 1e-12)))
+
+
+def _read_float(checkpoint: Checkpoint, name: str, *, device: torch.device) -> Tensor:
+    with opened(checkpoint.directory / checkpoint.tensors[name].file, "pt") as file:
+        tensor: Tensor = file.get_tensor(name).to(device=device, dtype=torch.float32)
+        return tensor
 
 
 def layer_tensors(
@@ -74,7 +87,11 @@ def layer_tensors(
         base = f"{checkpoint.prefix}{checkpoint.block(layer)}.{row.split_path}."
         tensors = {base + name: tensor for name, tensor in _split_tensors(weights)}
         tensors[base + row.guard] = torch.zeros(1)
-    return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    kept = (torch.int8, torch.uint8, torch.float16)  # integers and their scales stay what they are
+    return {
+        name: (tensor.cpu() if tensor.dtype in kept else tensor.to("cpu", dtype)).contiguous()
+        for name, tensor in tensors.items()
+    }
 
 
 def _plain_tensors(checkpoint: Checkpoint, layer: int, weights: FFNWeights) -> dict[str, Tensor]:

@@ -33,7 +33,8 @@ def fit_layer(
     """
     if budget >= shape.num_elements:
         return LayerLayout.dense(shape)
-    for_neurons = budget - shape.hidden_size * shape.down_bias
+    has_bias = shape.down_bias or any(step.adds_down_bias for step in steps)
+    for_neurons = budget - shape.hidden_size * has_bias
     width = max(0, int(heavy_share * for_neurons)) // shape.elements_per_neuron
     if heavy_share > 0:
         if width == 0:

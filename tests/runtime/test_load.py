@@ -44,7 +44,8 @@ def dense_outputs(directory: Path, class_name: str) -> torch.Tensor:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_equals_the_reference(compressed_of: CompressedFactory, family: str, recipe: str) -> None:
     compressed = compressed_of(family, recipe=recipe)
-    assert compressed.plain == (recipe in ("fast", "norm-prune"))
+    has_bias = compressed.source.ffn_shape(0).down_bias
+    assert compressed.plain == (recipe in ("fast", "norm-prune", "demo") or (recipe == "flap" and has_bias))
     model = model_class(family, head_of(family)).from_pretrained(compressed.directory).eval()
     found = outputs(model)
     torch.testing.assert_close(found, outputs(reference(compressed)), atol=1e-5, rtol=1e-4)
@@ -176,4 +177,5 @@ def test_a_compressed_model_trains(compressed_of: CompressedFactory, recipe: str
 def test_demo_takes_the_steps_of_fast() -> None:
     """So that the tests above, which leave it out, hold for it too."""
     demo, fast = load_recipe("demo"), load_recipe("fast")
-    assert (demo.steps, demo.heavy_share, demo.score) == (fast.steps, fast.heavy_share, fast.score)
+    kinds = [[step.kind for step in recipe.steps] for recipe in (demo, fast)]
+    assert (kinds[0], demo.heavy_share, demo.score) == (kinds[1], fast.heavy_share, fast.score)
