@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer
 from ffsplit.models.locate import locate_model
 from ffsplit.recipes.recipe import Recipe, load_recipe
+from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.budget import fit_layers
 from ffsplit.stages.profile import ComputeProfile
 
@@ -68,7 +70,10 @@ def prepare(config: JobConfig) -> PreparedRun:
         "profile": profile.model_dump(mode="json"),
         "nonce": nonce,
     }
-    run_inputs = inputs | {"recipe": recipe.model_dump(mode="json"), "keep": keep}
+    if recipe.healing is not None or recipe.after_healing is not None:
+        check_plain(checkpoint, layouts, recipe=recipe)
+    healing = {"threads": healing_threads(config)} if recipe.healing is not None else None
+    run_inputs = inputs | {"healing": healing} | {"recipe": recipe.model_dump(mode="json"), "keep": keep}
     return PreparedRun(
         config=config,
         recipe=recipe,
@@ -91,6 +96,20 @@ def resolve_recipe(config: JobConfig) -> Recipe:
     given = {"samples": config.samples, "max_length": config.max_length}
     changes = {name: value for name, value in given.items() if value is not None}
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=changes)})
+
+
+def healing_threads(config: JobConfig) -> int:
+    """The threads of the one worker that heals. They can change the result's last bits."""
+    return config.healing_threads or os.cpu_count() or 1
+
+
+def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
+    """Raise ConfigError when a recipe would heal, or quantize afterwards, what is not an ordinary model."""
+    if not is_plain(checkpoint, layouts):
+        raise ConfigError(
+            f"recipe {recipe.name}: healing and after_healing need steps that leave one dense FFN of one width "
+            "a layer, without a bias that the architecture lacks: prune or distill"
+        )
 
 
 def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint, seed: int) -> TextSample:

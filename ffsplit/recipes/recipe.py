@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from ffsplit.compressors import AnyCompressor
+from ffsplit.compressors import AnyCompressor, QuantizeCompressor
 from ffsplit.config import Record, describe_validation_error
 from ffsplit.errors import ConfigError
+from ffsplit.healing.settings import HealingSettings
 from ffsplit.splitting.scores import ScoreName
 
 
@@ -38,7 +39,10 @@ class MeasurementSettings(Record):
 
 
 class Recipe(Record):
-    """`heavy_share` of the budget goes to heavy hitters by `score`; `steps` shrink the rest, in order."""
+    """`heavy_share` of the budget goes to heavy hitters by `score`; `steps` shrink the rest, in order.
+
+    What they leave may be healed end to end, and then quantized; both need a plain result.
+    """
 
     name: str
     description: str
@@ -47,6 +51,8 @@ class Recipe(Record):
     score: ScoreName = "rms"
     heavy_share: float = Field(ge=0, le=1)
     steps: tuple[AnyCompressor, ...] = Field(min_length=1)
+    healing: HealingSettings | None = None
+    after_healing: QuantizeCompressor | None = None
     calibration: CalibrationSettings = CalibrationSettings()
     measurement: MeasurementSettings = MeasurementSettings()
 
@@ -108,7 +114,7 @@ def _describe(error: ValidationError) -> str:
 
 
 def _all_fields() -> list[str]:
-    records: list[Any] = [Recipe, CalibrationSettings, MeasurementSettings]
+    records: list[Any] = [Recipe, CalibrationSettings, MeasurementSettings, HealingSettings]
     records += AnyCompressor.__origin__.__args__  # type: ignore[attr-defined]
     return sorted({field for record in records for field in record.model_fields})
 

@@ -151,6 +151,21 @@ def assemble(
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
+def replace_weights(directory: Path, replacements: Path) -> None:
+    """Rewrite a checkpoint in place with the tensors of another file under the same names."""
+    with opened(replacements, "pt") as new:
+        names = set(new.keys())
+        for path in sorted(directory.glob("*.safetensors")):
+            with opened(path, "pt") as old:
+                tensors = {
+                    name: new.get_tensor(name) if name in names else old.get_tensor(name)
+                    for name in old.keys()  # noqa: SIM118
+                }
+            rewritten = path.with_suffix(".rewritten")
+            save_file(tensors, rewritten, {"format": "pt"})
+            rewritten.replace(path)
+
+
 def artifact_config(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> dict[str, Any]:
     """The original's config with the new width, or with the layout of every layer."""
     config = dict(checkpoint.config)
