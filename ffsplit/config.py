@@ -64,6 +64,8 @@ def describe_validation_error(error: ValidationError, prefix: str = "--") -> str
     flag = prefix + path.replace("_", "-") if prefix == "--" else prefix + path
     given = "" if first["type"] == "missing" else f", not {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not path:
+        return message
     return f"{flag} {message}{given}"
 
 

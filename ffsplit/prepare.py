@@ -52,7 +52,7 @@ def prepare(config: JobConfig) -> PreparedRun:
     checkpoint = open_checkpoint(directory)
     activation_named(checkpoint.activation)
     keep = recipe.keep if config.keep is None else config.keep
-    layouts = fit_layers(checkpoint.shapes, keep=keep, heavy_share=recipe.heavy_share, steps=recipe.steps)
+    layouts = fit_layers(checkpoint.shapes, keep=keep, heavy=recipe.heavy, steps=recipe.steps)
     text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
     check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.max_length)
     digests = {

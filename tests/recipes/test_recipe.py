@@ -116,12 +116,26 @@ def test_an_unknown_field_like_no_other() -> None:
         (GOOD.replace("kind: low_rank", "rank: 3"), "kind"),
         (GOOD.replace("low_rank", "prune\n    compensation: some"), "'some'"),
         (GOOD.replace("name: mine\n", ""), "name Field required"),
-        (GOOD.replace("heavy_share: 0.5\n", ""), "heavy_share Field required"),
+        (
+            GOOD.replace("heavy_share: 0.5\n", ""),
+            "exactly one of heavy_share, heavy_fraction and heavy_energy",
+        ),
+        (GOOD + "heavy_energy: 0.9\n", "heavy_share and heavy_energy is given"),
+        (
+            GOOD.replace("heavy_share: 0.5", "heavy_fraction: 1.5"),
+            "heavy_fraction should be less than or equal",
+        ),
         (GOOD + "measurement:\n  latency_shapes: [[1]]\n", "measurement.latency_shapes.0"),
     ],
 )
 def test_a_bad_value_is_named(wrong: str, expected: str) -> None:
     assert expected in refused(wrong)
+
+
+@pytest.mark.parametrize(("by", "value"), [("share", 0.5), ("fraction", 0.05), ("energy", 0.9)])
+def test_heavy_hitters_by_each_of_three_rules(by: str, value: float) -> None:
+    recipe = parse_recipe(GOOD.replace("heavy_share: 0.5", f"heavy_{by}: {value}"), where="mine.yaml")
+    assert (recipe.heavy.by, recipe.heavy.value) == (by, value)
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "3"])
