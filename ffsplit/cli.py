@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ffsplit import __version__
+from ffsplit.cli_plan import add_budget_flags, add_plan_commands
 from ffsplit.errors import ConfigError, FFSplitError
 
 EXIT_CODES = """\
@@ -48,7 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    _add_job_flags(command("compress", _compress, "calibrate, split, compress, measure and publish a model"))
+    compress = command("compress", _compress, "calibrate, split, compress, measure and publish a model")
+    _add_job_flags(compress)
+    add_budget_flags(compress)
     _add_job_flags(command("calibrate", _calibrate, "collect and publish neuron statistics alone"))
     verify = command("verify", _verify, "recompute every digest of an artifact")
     verify.add_argument("uri")
@@ -61,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "show a model's FFNs and what budgets would give")
     inspect.add_argument("model")
     inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
+    add_plan_commands(command)
     return parser
 
 

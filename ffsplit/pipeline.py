@@ -10,6 +10,7 @@ from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import FileEntry, Manifest, Measurements
 from ffsplit.artifacts.publish import Kind, new_attempt_id, publish_attempt, read_commit
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX, Result, Scratch
+from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.calibration.parquet import read_statistics, write_statistics
 from ffsplit.calibration.sampling import shard
@@ -19,7 +20,7 @@ from ffsplit.distributed import make_runner
 from ffsplit.distributed.runner import Runner
 from ffsplit.prepare import PreparedRun, prepare
 from ffsplit.progress import Progress, StageLog
-from ffsplit.publication import STATISTICS_PATH, Outcome, write_documents
+from ffsplit.publication import Outcome, write_documents
 from ffsplit.runtime.assemble import assemble, is_plain
 from ffsplit.splitting.plan import LayerPlan, plan_split
 from ffsplit.stages.calibrate import CalibrationJob, CalibrationWorker, Shard
@@ -51,7 +52,7 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None) -> Manifes
             shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
             return read_manifest(locate(f"{store.uri}/{key}"))
         store.check_writable()
-        shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, keep {run.keep:g}")
+        shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
         log = StageLog(shown)
         with make_runner(config) as runner, tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
             attempt = new_attempt_id()

@@ -11,15 +11,18 @@ from typing import Any
 from ffsplit.calibration.batches import tokenize_rows
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
 from ffsplit.calibration.sources import read_all
-from ffsplit.config import JobConfig, stage_key
+from ffsplit.config import Budget, JobConfig, digest_of, stage_key
+from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
+from ffsplit.measurement.size import model_shape
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer
 from ffsplit.models.locate import locate_model
 from ffsplit.recipes.recipe import Recipe, load_recipe
-from ffsplit.splitting.budget import fit_layers
+from ffsplit.splitting.latency import read_latency_table
+from ffsplit.splitting.solver import Solver
 from ffsplit.stages.profile import ComputeProfile
 
 CHARACTERS_PER_TOKEN = 6
@@ -28,10 +31,16 @@ CHARACTERS_PER_TOKEN = 6
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A checked run: what it starts from, and the keys of its results."""
+    """A checked run: what it starts from, and the keys of its results.
+
+    `layouts` and `keep` are what the budget comes to; where the statistics have a say in that, they
+    are the least it can come to until the statistics are there.
+    """
 
     config: JobConfig
     recipe: Recipe
+    budget: Budget
+    solver: Solver
     keep: float
     checkpoint: Checkpoint
     revision: str | None
@@ -51,8 +60,11 @@ def prepare(config: JobConfig) -> PreparedRun:
     directory, revision = locate_model(config.model, revision=config.revision)
     checkpoint = open_checkpoint(directory)
     activation_named(checkpoint.activation)
-    keep = recipe.keep if config.keep is None else config.keep
-    layouts = fit_layers(checkpoint.shapes, keep=keep, heavy=recipe.heavy, steps=recipe.steps)
+    budget = config.budget or Budget(kind="keep", limit=recipe.keep)
+    solver = make_solver(config, recipe, checkpoint, profile)
+    recipe = with_target_shape(recipe, solver)
+    layouts = solver.solve(budget)
+    keep = keep_of(budget, solver, layouts)
     text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
     check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.max_length)
     digests = {
@@ -68,10 +80,13 @@ def prepare(config: JobConfig) -> PreparedRun:
         "profile": profile.model_dump(mode="json"),
         "nonce": nonce,
     }
-    run_inputs = inputs | {"recipe": recipe.model_dump(mode="json"), "keep": keep}
+    run_inputs = inputs | {"recipe": recipe.model_dump(mode="json")}
+    run_inputs |= budget_inputs(budget, solver, layouts, keep)
     return PreparedRun(
         config=config,
         recipe=recipe,
+        budget=budget,
+        solver=solver,
         keep=keep,
         checkpoint=checkpoint,
         revision=revision,
@@ -91,6 +106,51 @@ def resolve_recipe(config: JobConfig) -> Recipe:
     given = {"samples": config.samples, "max_length": config.max_length}
     changes = {name: value for name, value in given.items() if value is not None}
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=changes)})
+
+
+def make_solver(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint, profile: ComputeProfile) -> Solver:
+    """What turns budgets into layouts, with the latency table where there is one."""
+    model, table = model_shape(checkpoint), None
+    if config.latency_table is not None:
+        hardware = hardware_fingerprint(profile.device)
+        table = read_latency_table(config.latency_table, model=model, hardware=hardware)
+        if table.dtype != profile.dtype:
+            raise ConfigError(
+                f"--latency-table {config.latency_table} was measured in {table.dtype}, "
+                f"the run computes in {profile.dtype}: give the same --dtype to both"
+            )
+    return Solver(model=model, heavy=recipe.heavy, steps=recipe.steps, latency=table)
+
+
+def with_target_shape(recipe: Recipe, solver: Solver) -> Recipe:
+    """The recipe, which also times the shape that a latency budget is about."""
+    if solver.latency is None:
+        return recipe
+    shape = (solver.latency.batch_size, solver.latency.num_tokens)
+    settings = recipe.measurement
+    if shape in settings.latency_shapes:
+        return recipe
+    timed = settings.model_copy(update={"latency_shapes": (*settings.latency_shapes, shape)})
+    return recipe.model_copy(update={"measurement": timed})
+
+
+def keep_of(budget: Budget, solver: Solver, layouts: Sequence[LayerLayout]) -> float:
+    """The fraction of the FFN elements kept: as given, or what another kind of budget comes to."""
+    if budget.kind == "keep":
+        return float(budget.limit)
+    return solver.model.elements_of(layouts) / solver.model.ffn_elements
+
+
+def budget_inputs(
+    budget: Budget, solver: Solver, layouts: Sequence[LayerLayout], keep: float
+) -> dict[str, Any]:
+    """The budget's part of the run key: what it resolves to, or all it depends on where that comes later."""
+    if solver.heavy.by == "energy":
+        table = None if solver.latency is None else digest_of(solver.latency.model_dump(mode="json"))
+        return {"budget": budget.model_dump(mode="json"), "latency_table": table}
+    if budget.kind == "keep":
+        return {"keep": keep}
+    return {"keep": keep, "layouts": [layout.model_dump(mode="json") for layout in layouts]}
 
 
 def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint, seed: int) -> TextSample:

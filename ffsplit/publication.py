@@ -20,6 +20,7 @@ from ffsplit.artifacts.manifest import (
     Stage,
 )
 from ffsplit.artifacts.publish import Kind
+from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.calibration.parquet import read_statistics
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.environment import describe_environment
@@ -30,9 +31,8 @@ from ffsplit.report.html import render_report
 from ffsplit.report.plots import energy_curve
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.plan import LayerPlan
-from ffsplit.splitting.scores import energy_share, output_energy
+from ffsplit.splitting.scores import energy_counts, energy_share, output_energy
 
-STATISTICS_PATH = "stats/neurons.parquet"
 REPORT_NAME = "report.html"
 CARD_NAME = "README.md"
 
@@ -91,6 +91,7 @@ def _draft(
         config=run.config,
         recipe=run.recipe.model_dump(mode="json"),
         keep=run.keep if is_model else None,
+        budget=run.budget if is_model else None,
         nonce=run.nonce,
         model=SourceModel(
             id=model_name(run.config.model),
@@ -100,6 +101,7 @@ def _draft(
             model_type=checkpoint.architecture.model_type,
             architecture=checkpoint.class_name,
             license=checkpoint.license,
+            shape=run.solver.model,
         ),
         calibration=CalibrationRecord(
             sources=run.config.calibration,
@@ -134,6 +136,7 @@ def _layers(run: PreparedRun, outcome: Outcome) -> list[LayerRecord]:
                 size_bytes=layout.size_bytes(shape, itemsize),
                 relative_error=outcome.errors[layer] if outcome.errors else None,
                 energy_in_top_5_percent=energy_share(stats, fraction=0.05),
+                neurons_for_energy=energy_counts(stats),
             )
         )
     return records

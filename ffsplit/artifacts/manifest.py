@@ -9,9 +9,9 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from ffsplit.artifacts.paths import is_safe_path
-from ffsplit.config import JobConfig, Record
+from ffsplit.config import Budget, JobConfig, Record
 from ffsplit.errors import ArtifactError
-from ffsplit.ffn import LayerLayout
+from ffsplit.ffn import LayerLayout, ModelShape
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
@@ -43,6 +43,7 @@ class SourceModel(Record):
     model_type: str
     architecture: str
     license: str | None
+    shape: ModelShape | None = Field(default=None, description="what `ffsplit plan` sizes budgets by")
 
 
 class CalibrationRecord(Record):
@@ -68,6 +69,9 @@ class LayerRecord(Record):
     size_bytes: int
     relative_error: float | None
     energy_in_top_5_percent: float | None
+    neurons_for_energy: dict[str, int] | None = Field(
+        default=None, description="percent of the output energy -> how few neurons hold it"
+    )
 
 
 class Latency(Record):
@@ -138,7 +142,8 @@ class Manifest(Record):
     plain: bool | None = Field(description="loads with transformers alone; None for statistics")
     config: JobConfig
     recipe: dict[str, Any] = Field(description="the recipe as resolved")
-    keep: float | None
+    keep: float | None = Field(description="as given, or what another budget resolved to")
+    budget: Budget | None = Field(default=None, description="as given, or the recipe's keep")
     nonce: str | None = Field(default=None, description="set by --fresh, part of the run key")
     model: SourceModel
     calibration: CalibrationRecord

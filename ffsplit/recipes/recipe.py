@@ -130,6 +130,14 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
         raise ConfigError(f"{where}: {_describe(error)}") from None
 
 
+def recipe_of(fields: dict[str, Any], *, where: str) -> Recipe:
+    """The recipe that a manifest records. Raises ConfigError when this version cannot read it."""
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: its recipe: {_describe(error)}: give --recipe") from None
+
+
 def _describe(error: ValidationError) -> str:
     first = error.errors()[0]
     if first["type"] != "extra_forbidden":

@@ -91,3 +91,8 @@ def energy_outside(stats: NeuronStats, neurons: Ints | Sequence[int]) -> float:
     total = float(energy.sum())
     inside = float(energy[np.asarray(neurons, dtype=np.int64)].sum())
     return min(1.0, max(0.0, 1 - inside / total)) if total > 0 else 0.0
+
+
+def energy_counts(stats: NeuronStats) -> dict[str, int]:
+    """How few neurons hold 50, 90 and 99 % of a layer's output energy, by percent."""
+    return {f"{share * 100:g}": neurons_for_energy(stats, share=share) for share in ENERGY_SHARES}
