@@ -90,7 +90,7 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
     add("--address", metavar="RAY", help="a Ray cluster; default: RAY_ADDRESS, or one started on the spot")
     add("--runner", default="ray", choices=("ray", "serial"))
     add("--revision", metavar="R", help="of a hub id")
-    add("--seed", type=int, default=0, metavar="N")
+    add("--seed", type=int, metavar="N", help="default: 0")
     add("--fresh", action="store_true", help="run again even when this run is committed already")
     add("--json", action="store_true", help="print the manifest alone on stdout")
 
@@ -125,8 +125,7 @@ def _job(parsed: argparse.Namespace, *, calibrate_only: bool) -> int:
     from ffsplit.summary import print_manifest
 
     fields = {name: value for name, value in vars(parsed).items() if name not in ("run", "json")}
-    fields["calibration"] = tuple(fields["calibration"] or ("builtin:pydoc",))
-    config = JobConfig.checked(**fields)
+    config = JobConfig.checked(**{name: value for name, value in fields.items() if value is not None})
     manifest = pipeline.calibrate(config) if calibrate_only else pipeline.compress(config)
     if parsed.json:
         print(manifest.to_json(), end="")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,11 +20,14 @@ from ffsplit.calibration.statistics import NeuronStats, merge_layers, reduce_tre
 from ffsplit.config import JobConfig, stage_key
 from ffsplit.distributed import make_runner
 from ffsplit.distributed.runner import Runner
-from ffsplit.prepare import PreparedRun, prepare
+from ffsplit.errors import ConfigError
+from ffsplit.prepare import PreparedRun, prepare, settle
 from ffsplit.progress import Progress, StageLog
 from ffsplit.publication import Outcome, write_documents
 from ffsplit.runtime.assemble import assemble, is_plain
+from ffsplit.splitting.allocation import Candidate, propose
 from ffsplit.splitting.plan import LayerPlan, plan_split
+from ffsplit.stages.allocate import Allocation, JudgeJob, allocate
 from ffsplit.stages.calibrate import CalibrationJob, CalibrationWorker, Shard
 from ffsplit.stages.compress import LayerJob, compress_layer_job
 from ffsplit.stages.measure import MeasureJob, measure_job
@@ -44,6 +49,8 @@ def calibrate(config: JobConfig, *, progress: Progress | None = None) -> Manifes
 
 
 def _run(config: JobConfig, *, kind: Kind, progress: Progress | None) -> Manifest:
+    if kind == "statistics" and config.stats is not None:
+        raise ConfigError("--stats is for compress: calibrate collects statistics of its own")
     with progress or Progress.to_stderr() as shown:
         store = open_store(config.out)
         run = prepare(config)
@@ -58,7 +65,7 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None) -> Manifes
             attempt = new_attempt_id()
             staging = Path(folder) / attempt
             (staging / STATISTICS_PATH).parent.mkdir(parents=True)
-            outcome = _compute(run, key, kind=kind, runner=runner, log=log, staging=staging)
+            run, outcome = _compute(run, key, kind=kind, runner=runner, log=log, staging=staging)
             write_documents(run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages)
             publish_attempt(
                 store, run_key=key, attempt=attempt, directory=staging, kind=kind, move_latest=kind == "model"
@@ -69,23 +76,36 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None) -> Manifes
 
 def _compute(
     run: PreparedRun, key: str, *, kind: Kind, runner: Runner, log: StageLog, staging: Path
-) -> Outcome:
-    """Everything between the checks and the publication; the checkpoint ends up in `staging`."""
+) -> tuple[PreparedRun, Outcome]:
+    """Everything between the checks and the publication; the checkpoint ends up in `staging`.
+
+    The run comes back with the layouts that were settled on.
+    """
     scratch = Scratch(uri=open_store(run.config.out).uri, prefix=f"{SCRATCH_PREFIX}/{key}")
     shards = _calibrate(run, scratch, runner, log)
     statistics = _reduce(run, scratch, shards, staging / STATISTICS_PATH)
     num_tokens = sum(int(str(result.facts["num_tokens"])) for result in shards)
     if kind == "statistics":
-        return Outcome(kind=kind, statistics=statistics, num_tokens=num_tokens, num_shards=len(shards))
+        return run, Outcome(kind=kind, statistics=statistics, num_tokens=num_tokens, num_shards=len(shards))
+    run, place, allocation = settle(run, statistics), _stage(scratch, "compress"), None
+    if run.recipe.allocation == "search":
+        found = _allocate(run, scratch, statistics, shards, runner, log, staging.with_name("candidates"))
+        run, allocation = replace(run, layouts=found.chosen.layouts), found.record
+        place = _stage(scratch, f"allocate/{found.chosen.name}")
     plans = plan_split(statistics, run.layouts, score=run.recipe.score)
-    layers = _compress(run, scratch, plans, shards, runner, log)
+    jobs = _layer_jobs(run, place, plans, shards)
+    key = stage_key(
+        "compress", {"run": run.run_key, "plans": [plan.model_dump(mode="json") for plan in plans]}
+    )
+    layers = log.collect("compress", key, len(jobs), runner.map_tasks("compress", compress_layer_job, jobs))
     assemble(run.checkpoint, [scratch.path(layer.files[0]) for layer in layers], run.layouts, staging)
     measured = _measure(run, staging, runner, log)
-    return Outcome(
+    return run, Outcome(
         kind=kind,
         statistics=statistics,
         num_tokens=num_tokens,
         num_shards=len(shards),
+        allocation=allocation,
         plans=plans,
         errors=tuple(float(str(layer.facts["relative_error"])) for layer in layers),
         measurements=measured,
@@ -105,46 +125,86 @@ def _calibrate(run: PreparedRun, scratch: Scratch, runner: Runner, log: StageLog
         lineage=_lineage(run),
         profile=run.profile,
         scratch=_stage(scratch, "calibrate"),
+        inputs_only=run.origin is not None,
     )
-    answers = runner.map_workers("calibrate", partial(CalibrationWorker, job), shards)
-    return log.collect("calibrate", run.calibration_key, len(shards), answers)
+    name = "calibrate"
+    if job.inputs_only:
+        name, shards = "sample", [shard for shard in shards if job.num_sampled(shard.index)]
+    answers = runner.map_workers(name, partial(CalibrationWorker, job), shards)
+    return log.collect(name, run.calibration_key, len(shards), answers)
 
 
 def _reduce(
     run: PreparedRun, scratch: Scratch, shards: list[Result], target: Path
 ) -> tuple[NeuronStats, ...]:
-    """Merge the shards' statistics in their order, along a fixed tree, into one Parquet file."""
+    """Merge the shards' statistics in their order, along a fixed tree, into one Parquet file.
+
+    Statistics of an earlier run are taken as they are, to the byte.
+    """
+    if run.origin is not None:
+        shutil.copyfile(run.origin.path, target)
+        return read_statistics(target)
     per_shard = (read_statistics(scratch.path(_statistics_file(result))) for result in shards)
     statistics = reduce_tree(per_shard, merge_layers)
     write_statistics(target, statistics, lineage=_lineage(run) | {"num_shards": str(len(shards))})
     return statistics
 
 
-def _compress(
-    run: PreparedRun,
-    scratch: Scratch,
-    plans: tuple[LayerPlan, ...],
-    shards: list[Result],
-    runner: Runner,
-    log: StageLog,
-) -> list[Result]:
-    plain = is_plain(run.checkpoint, run.layouts)
-    jobs = [
+def _layer_jobs(
+    run: PreparedRun, place: Scratch, plans: tuple[LayerPlan, ...], shards: list[Result]
+) -> list[LayerJob]:
+    plain = is_plain(run.checkpoint, [plan.layout for plan in plans])
+    return [
         LayerJob(
             model_directory=str(run.checkpoint.directory),
             plan=plan,
             steps=run.recipe.steps,
             plain=plain,
             inputs=tuple(_inputs_files(shards, plan.layer)),
-            scratch=_stage(scratch, "compress"),
+            scratch=place,
             profile=run.profile,
         )
         for plan in plans
     ]
-    key = stage_key(
-        "compress", {"run": run.run_key, "plans": [plan.model_dump(mode="json") for plan in plans]}
-    )
-    return log.collect("compress", key, len(jobs), runner.map_tasks("compress", compress_layer_job, jobs))
+
+
+def _allocate(
+    run: PreparedRun,
+    scratch: Scratch,
+    statistics: tuple[NeuronStats, ...],
+    shards: list[Result],
+    runner: Runner,
+    log: StageLog,
+    folder: Path,
+) -> Allocation:
+    """Search for a better way than uniform to share the budget out over the layers."""
+    candidates = propose(run.solver, run.budget, statistics, uniform=run.layouts)
+
+    def compress(candidate: Candidate) -> list[Result]:
+        plans = plan_split(statistics, candidate.layouts, score=run.recipe.score)
+        jobs = _layer_jobs(run, _stage(scratch, f"allocate/{candidate.name}"), plans, shards)
+        answers = dict(runner.map_tasks("allocate", compress_layer_job, jobs))
+        return [answers[index] for index in range(len(jobs))]
+
+    settings = run.recipe.calibration
+    with log.stage("allocate", stage_key("allocate", {"run": run.run_key}), num_items=len(candidates)):
+        return allocate(
+            candidates,
+            checkpoint=run.checkpoint,
+            model=run.solver.model,
+            compress=compress,
+            layer_file=lambda result: scratch.path(result.files[0]),
+            job=JudgeJob(
+                original_directory=str(run.checkpoint.directory),
+                candidate_directories=(),
+                rows=run.text.judged,
+                max_length=settings.max_length,
+                batch_tokens=settings.batch_tokens,
+                profile=run.profile,
+            ),
+            runner=runner,
+            folder=folder,
+        )
 
 
 def _measure(run: PreparedRun, staging: Path, runner: Runner, log: StageLog) -> Measurements:

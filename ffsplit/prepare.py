@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ffsplit.artifacts.statistics import PublishedStatistics, open_statistics
 from ffsplit.calibration.batches import tokenize_rows
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
 from ffsplit.calibration.sources import read_all
+from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.config import Budget, JobConfig, digest_of, stage_key
 from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
@@ -20,8 +22,10 @@ from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer
 from ffsplit.models.locate import locate_model
+from ffsplit.origin import check_origin, inherit
 from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.splitting.latency import read_latency_table
+from ffsplit.splitting.plan import num_energetic
 from ffsplit.splitting.solver import Solver
 from ffsplit.stages.profile import ComputeProfile
 
@@ -46,6 +50,7 @@ class PreparedRun:
     revision: str | None
     digests: dict[str, str]
     text: TextSample
+    origin: PublishedStatistics | None
     profile: ComputeProfile
     layouts: tuple[LayerLayout, ...]
     calibration_key: str
@@ -55,11 +60,18 @@ class PreparedRun:
 
 def prepare(config: JobConfig) -> PreparedRun:
     """Resolve and check a job. Raises ConfigError for whatever the user can mend; writes nothing."""
+    origin = None if config.stats is None else open_statistics(config.stats)
+    if origin is not None:
+        config = inherit(config, origin)
     recipe = resolve_recipe(config)
     profile = ComputeProfile.resolve(config)
     directory, revision = locate_model(config.model, revision=config.revision)
     checkpoint = open_checkpoint(directory)
     activation_named(checkpoint.activation)
+    digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}
+    if origin is not None:
+        check_origin(origin, digests=digests, revision=revision, profile=profile)
+        digests["statistics"] = origin.sha256
     budget = config.budget or Budget(kind="keep", limit=recipe.keep)
     solver = make_solver(config, recipe, checkpoint, profile)
     recipe = with_target_shape(recipe, solver)
@@ -67,11 +79,7 @@ def prepare(config: JobConfig) -> PreparedRun:
     keep = keep_of(budget, solver, layouts)
     text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
     check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.max_length)
-    digests = {
-        "model": checkpoint.model_digest(),
-        "tokenizer": checkpoint.tokenizer_digest(),
-        "text": text.digest,
-    }
+    digests["text"] = text.digest
     nonce = secrets.token_hex(8) if config.fresh else None
     inputs: dict[str, Any] = {
         "digests": digests,
@@ -80,8 +88,7 @@ def prepare(config: JobConfig) -> PreparedRun:
         "profile": profile.model_dump(mode="json"),
         "nonce": nonce,
     }
-    run_inputs = inputs | {"recipe": recipe.model_dump(mode="json")}
-    run_inputs |= budget_inputs(budget, solver, layouts, keep)
+    run_inputs = inputs | split_inputs(recipe, budget, solver, layouts=layouts, keep=keep)
     return PreparedRun(
         config=config,
         recipe=recipe,
@@ -92,12 +99,20 @@ def prepare(config: JobConfig) -> PreparedRun:
         revision=revision,
         digests=digests,
         text=text,
+        origin=origin,
         profile=profile,
         layouts=layouts,
         calibration_key=stage_key("calibrate", inputs),
         run_key=stage_key("run", run_inputs),
         nonce=nonce,
     )
+
+
+def settle(run: PreparedRun, statistics: Sequence[NeuronStats]) -> PreparedRun:
+    """The run with the layouts that its budget comes to now that the statistics are there."""
+    solver = replace(run.solver, num_energetic=num_energetic(run.recipe.heavy, statistics))
+    layouts = run.layouts if solver.num_energetic is None else solver.solve(run.budget)
+    return replace(run, solver=solver, layouts=layouts, keep=keep_of(run.budget, solver, layouts))
 
 
 def resolve_recipe(config: JobConfig) -> Recipe:
@@ -141,16 +156,17 @@ def keep_of(budget: Budget, solver: Solver, layouts: Sequence[LayerLayout]) -> f
     return solver.model.elements_of(layouts) / solver.model.ffn_elements
 
 
-def budget_inputs(
-    budget: Budget, solver: Solver, layouts: Sequence[LayerLayout], keep: float
+def split_inputs(
+    recipe: Recipe, budget: Budget, solver: Solver, *, layouts: Sequence[LayerLayout], keep: float
 ) -> dict[str, Any]:
-    """The budget's part of the run key: what it resolves to, or all it depends on where that comes later."""
-    if solver.heavy.by == "energy":
+    """The run key's part on the recipe and the budget: what that resolves to, or all that decides it."""
+    inputs: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
+    if solver.heavy.by == "energy" or recipe.allocation == "search":
         table = None if solver.latency is None else digest_of(solver.latency.model_dump(mode="json"))
-        return {"budget": budget.model_dump(mode="json"), "latency_table": table}
+        return inputs | {"budget": budget.model_dump(mode="json"), "latency_table": table}
     if budget.kind == "keep":
-        return {"keep": keep}
-    return {"keep": keep, "layouts": [layout.model_dump(mode="json") for layout in layouts]}
+        return inputs | {"keep": keep}
+    return inputs | {"keep": keep, "layouts": [layout.model_dump(mode="json") for layout in layouts]}
 
 
 def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint, seed: int) -> TextSample:
@@ -159,7 +175,13 @@ def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint,
     settings = recipe.calibration
     if checkpoint.architecture.kind == "causal_lm":
         texts = passages(texts, max_characters=settings.max_length * CHARACTERS_PER_TOKEN)
-    return sample_texts(texts, num_samples=settings.samples, num_held_out=settings.held_out, seed=seed)
+    return sample_texts(
+        texts,
+        num_samples=settings.samples,
+        num_held_out=settings.held_out,
+        seed=seed,
+        num_judged=settings.held_out if recipe.allocation == "search" else 0,
+    )
 
 
 def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) -> None:

@@ -12,6 +12,7 @@ from ffsplit.artifacts.digests import file_entries
 from ffsplit.artifacts.locate import locate, materialize, read_manifest
 from ffsplit.artifacts.manifest import (
     MANIFEST_NAME,
+    AllocationRecord,
     CalibrationRecord,
     LayerRecord,
     Manifest,
@@ -26,6 +27,7 @@ from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.environment import describe_environment
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
+from ffsplit.origin import calibration_record
 from ffsplit.prepare import PreparedRun, model_name
 from ffsplit.report.html import render_report
 from ffsplit.report.plots import energy_curve
@@ -48,6 +50,7 @@ class Outcome:
     plans: tuple[LayerPlan, ...] = ()
     errors: tuple[float, ...] = ()
     measurements: Measurements | None = None
+    allocation: AllocationRecord | None = None
 
 
 def write_documents(
@@ -79,7 +82,7 @@ def report_of(manifest: Manifest, statistics: Sequence[NeuronStats]) -> str:
 def _draft(
     run: PreparedRun, outcome: Outcome, *, run_key: str, attempt: str, stages: Sequence[Stage]
 ) -> Manifest:
-    checkpoint, text = run.checkpoint, run.text
+    checkpoint = run.checkpoint
     is_model = outcome.kind == "model"
     return Manifest(
         kind=outcome.kind,
@@ -103,21 +106,29 @@ def _draft(
             license=checkpoint.license,
             shape=run.solver.model,
         ),
-        calibration=CalibrationRecord(
-            sources=run.config.calibration,
-            text_digest=text.digest,
-            num_rows=len(text.calibration),
-            num_tokens=outcome.num_tokens,
-            max_length=run.recipe.calibration.max_length,
-            num_shards=outcome.num_shards,
-            held_out_rows=len(text.held_out),
-            held_out_is_disjoint=text.held_out_is_disjoint,
-        ),
+        calibration=_calibration(run, outcome),
         layers=tuple(_layers(run, outcome)),
+        allocation=outcome.allocation,
         measurements=outcome.measurements,
         stages=tuple(stages),
         environment=describe_environment(),
         files=(),
+    )
+
+
+def _calibration(run: PreparedRun, outcome: Outcome) -> CalibrationRecord:
+    text = run.text
+    if run.origin is not None:
+        return calibration_record(run.origin, text=text)
+    return CalibrationRecord(
+        sources=run.config.calibration,
+        text_digest=text.digest,
+        num_rows=len(text.calibration),
+        num_tokens=outcome.num_tokens,
+        max_length=run.recipe.calibration.max_length,
+        num_shards=outcome.num_shards,
+        held_out_rows=len(text.held_out),
+        held_out_is_disjoint=text.held_out_is_disjoint,
     )
 
 

@@ -57,6 +57,40 @@ class CalibrationRecord(Record):
     num_shards: int
     held_out_rows: int
     held_out_is_disjoint: bool = Field(description="False where the text was too short to keep rows apart")
+    statistics_from: StatisticsOrigin | None = Field(
+        default=None,
+        description="set where an earlier run lent its statistics; the text named above is then its",
+    )
+
+
+class StatisticsOrigin(Record):
+    """The earlier run that the neuron statistics were taken from."""
+
+    uri: str
+    run_key: str
+    attempt: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of its stats/neurons.parquet")
+    sampled_text_digest: str = Field(
+        description="of this run's rows; where it is not the statistics' text_digest, the rows that "
+        "fidelity is measured on may be among those that the statistics saw"
+    )
+
+
+class CandidateRecord(Record):
+    """One way to share the budget out, judged end to end. `num_elements` are the layers'."""
+
+    name: str
+    num_elements: tuple[int, ...]
+    score: float = Field(description="higher is better: minus the KL divergence, or the mean of both cosines")
+    fidelity: dict[str, float]
+
+
+class AllocationRecord(Record):
+    """A search over the layers' shares, judged on rows apart from calibration and held-out ones."""
+
+    chosen: str
+    num_rows: int
+    candidates: tuple[CandidateRecord, ...]
 
 
 class LayerRecord(Record):
@@ -148,6 +182,7 @@ class Manifest(Record):
     model: SourceModel
     calibration: CalibrationRecord
     layers: tuple[LayerRecord, ...]
+    allocation: AllocationRecord | None = Field(default=None, description="None where layers are uniform")
     measurements: Measurements | None
     stages: tuple[Stage, ...]
     environment: Environment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -56,6 +56,11 @@ class Recipe(Record):
         default=None, ge=0, le=1, description="of a layer's output energy, which so few neurons hold"
     )
     steps: tuple[AnyCompressor, ...] = Field(min_length=1)
+    allocation: Literal["uniform", "search"] = Field(
+        default="uniform",
+        description="of the budget over the layers; a search compresses a few candidates and takes one "
+        "only where it beats uniform end to end",
+    )
     calibration: CalibrationSettings = CalibrationSettings()
     measurement: MeasurementSettings = MeasurementSettings()
 
