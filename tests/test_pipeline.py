@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel
 
 import ffsplit
-from ffsplit import pipeline
+from ffsplit import execution, pipeline
 from ffsplit.artifacts.verify import verify
 from ffsplit.calibration.parquet import read_lineage, read_statistics
 from ffsplit.errors import ConfigError, FFSplitError
@@ -112,7 +112,7 @@ def test_a_failed_run_is_resumed_and_what_is_damaged_is_redone(
         raise FFSplitError("measured nothing")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "measure_job", fail)
+        patch.setattr(execution, "measure_job", fail)
         with pytest.raises(FFSplitError, match="measured nothing"):
             ffsplit.compress(small_job.config(out))
     assert not list(out.glob("*/commit.json"))

@@ -53,6 +53,18 @@ def load_whole_model(directory: Path, class_name: str, **options: Any) -> Any:
     return model.eval()
 
 
+def random_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
+    """A model of the checkpoint's class and shape with random weights, in eval mode."""
+    import transformers
+
+    model_class = getattr(transformers, checkpoint.class_name, transformers.AutoModel)
+    with quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+        make = getattr(model_class, "_from_config", None) or model_class.from_config
+        model = make(config)
+    return model.to(dtype).eval()
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises ConfigError when it has none that works."""
     from transformers import AutoTokenizer

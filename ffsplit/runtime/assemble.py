@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ffsplit.compressors.base import OutputNorm
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
-from ffsplit.ffn import LayerLayout
+from ffsplit.ffn import LayerLayout, is_stock_form
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.headers import INDEX_NAME, TensorInfo, opened
 
@@ -26,13 +26,7 @@ COMPANIONS = re.compile(r".*\.(json|txt|model|tiktoken|jinja)$|(LICEN[CS]E|NOTIC
 
 def is_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
     """Whether stock modelling code can load it: one width for all layers, dense, no added bias."""
-    widths = {layout.num_neurons for layout in layouts}
-    biases = zip(layouts, checkpoint.shapes, strict=True)
-    return (
-        len(widths) == 1
-        and all(layout.is_dense for layout in layouts)
-        and all(layout.down_bias == shape.down_bias for layout, shape in biases)
-    )
+    return is_stock_form(layouts, checkpoint.shapes)
 
 
 def load_ffn(checkpoint: Checkpoint, layer: int, *, activation: Any, device: torch.device) -> FFNWeights:
