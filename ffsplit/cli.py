@@ -48,7 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    _add_job_flags(command("compress", _compress, "calibrate, split, compress, measure and publish a model"))
+    compress = command("compress", _compress, "calibrate, split, compress, measure and publish a model")
+    _add_job_flags(compress)
+    compress.add_argument(
+        "--eval",
+        action="append",
+        metavar="SPEC",
+        help="score both models: sts:file.csv[#first,second,score], classification:file.tsv[#text,label], "
+        "perplexity:file.txt or lm-eval:task[,task]; may be repeated",
+    )
     _add_job_flags(command("calibrate", _calibrate, "collect and publish neuron statistics alone"))
     verify = command("verify", _verify, "recompute every digest of an artifact")
     verify.add_argument("uri")
@@ -122,6 +130,7 @@ def _job(parsed: argparse.Namespace, *, calibrate_only: bool) -> int:
 
     fields = {name: value for name, value in vars(parsed).items() if name not in ("run", "json")}
     fields["calibration"] = tuple(fields["calibration"] or ("builtin:pydoc",))
+    fields["eval"] = tuple(fields.get("eval") or ())
     config = JobConfig.checked(**fields)
     manifest = pipeline.calibrate(config) if calibrate_only else pipeline.compress(config)
     if parsed.json:

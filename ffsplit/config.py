@@ -35,6 +35,7 @@ class JobConfig(Record):
     recipe: str = Field(default="fast", description="a shipped recipe's name or a YAML file")
     keep: float | None = Field(default=None, gt=0, le=1, description="FFN elements kept, as a fraction")
     calibration: tuple[str, ...] = Field(default=("builtin:pydoc",), min_length=1)
+    eval: tuple[str, ...] = Field(default=(), description="tasks to score both models on")
     samples: int | None = Field(default=None, ge=1, description="calibration rows")
     max_length: int | None = Field(default=None, ge=1, description="tokens a row is cut to")
     revision: str | None = None

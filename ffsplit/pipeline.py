@@ -159,6 +159,7 @@ def _measure(
         compressed_directory=str(staging),
         layouts=layouts,
         held_out=run.text.held_out,
+        evaluations=run.evaluations,
         max_length=run.recipe.calibration.max_length,
         batch_tokens=run.recipe.calibration.batch_tokens,
         settings=run.recipe.measurement,

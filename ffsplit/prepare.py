@@ -14,6 +14,7 @@ from ffsplit.calibration.sources import read_all
 from ffsplit.config import JobConfig, stage_key
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
+from ffsplit.measurement.tasks.evaluations import Evaluation, read_evaluations
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer
@@ -37,6 +38,7 @@ class PreparedRun:
     revision: str | None
     digests: dict[str, str]
     text: TextSample
+    evaluations: tuple[Evaluation, ...]
     profile: ComputeProfile
     layouts: tuple[LayerLayout, ...]
     calibration_key: str
@@ -55,6 +57,9 @@ def prepare(config: JobConfig) -> PreparedRun:
     layouts = fit_layers(checkpoint.shapes, keep=keep, heavy_share=recipe.heavy_share, steps=recipe.steps)
     text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
     check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.max_length)
+    evaluations = read_evaluations(
+        config.eval, checkpoint=checkpoint, calibration=text.calibration, max_length=config.max_length
+    )
     digests = {
         "model": checkpoint.model_digest(),
         "tokenizer": checkpoint.tokenizer_digest(),
@@ -69,6 +74,7 @@ def prepare(config: JobConfig) -> PreparedRun:
         "nonce": nonce,
     }
     run_inputs = inputs | {"recipe": recipe.model_dump(mode="json"), "keep": keep}
+    run_inputs |= {"evaluations": [evaluation.key_inputs for evaluation in evaluations]}
     return PreparedRun(
         config=config,
         recipe=recipe,
@@ -77,6 +83,7 @@ def prepare(config: JobConfig) -> PreparedRun:
         revision=revision,
         digests=digests,
         text=text,
+        evaluations=evaluations,
         profile=profile,
         layouts=layouts,
         calibration_key=stage_key("calibrate", inputs),
