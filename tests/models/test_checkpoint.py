@@ -29,10 +29,10 @@ def test_the_longest_row_is_one_that_the_model_can_read(
 ) -> None:
     checkpoint = open_checkpoint(checkpoint_of(family))
     model = transformers.AutoModel.from_pretrained(checkpoint.directory)
-    ids = torch.full((1, checkpoint.max_tokens), 7)
+    ids = torch.full((1, checkpoint.max_positions or 0), 7)
     with torch.no_grad():
         assert model(ids)[0].isfinite().all()
-    assert checkpoint.max_tokens == (MAX_POSITIONS - 2 if "roberta" in family else MAX_POSITIONS)
+    assert checkpoint.max_positions == (MAX_POSITIONS - 2 if "roberta" in family else MAX_POSITIONS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
