@@ -78,9 +78,9 @@ def score(value: float) -> str:
 
 
 def score_change(before: float, *, after: float) -> str:
-    """How far a score is from the original's, signed, in the score's own unit."""
+    """How far a score is from the original's, signed, in its own unit: the difference of what is shown."""
     decimals = 2 if max(abs(before), abs(after)) >= 10 else 4
-    text = f"{abs(after - before):,.{decimals}f}"
+    text = f"{abs(round(after, decimals) - round(before, decimals)):,.{decimals}f}"
     return text if not text.strip("0.,") else ("+" if after > before else MINUS) + text
 
 
