@@ -20,7 +20,8 @@ from matplotlib.figure import Figure
 
 import ffsplit
 from ffsplit.environment import describe_environment
-from ffsplit.measurement.tasks import SentencePair, read_sentence_pairs, sts_score
+from ffsplit.measurement.tasks.sts import SentencePair, read_sentence_pairs, sts_score
+from ffsplit.measurement.tasks.table import TABLES, task_file
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_tokenizer, load_whole_model
 
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--keeps", nargs="+", type=float, default=list(KEEPS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parsed = parser.parse_args(arguments)
-    pairs = read_sentence_pairs(parsed.data / "stsb/dev.csv")
+    pairs = read_sentence_pairs(task_file(f"sts:{parsed.data}/stsb/dev.csv", suffixes=TABLES))
     tokenizer = load_tokenizer(open_checkpoint(MODEL))
     rows = []
     for keep in parsed.keeps:
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def score(
-    recipe: str, keep: float, parsed: argparse.Namespace, pairs: list[SentencePair], tokenizer: object
+    recipe: str, keep: float, parsed: argparse.Namespace, pairs: Sequence[SentencePair], tokenizer: object
 ) -> Row:
     """Run one recipe at one budget with every seed."""
     results = []

@@ -52,6 +52,13 @@ def build_parser() -> argparse.ArgumentParser:
     compress = command("compress", _compress, "calibrate, split, compress, measure and publish a model")
     _add_job_flags(compress)
     add_budget_flags(compress)
+    compress.add_argument(
+        "--eval",
+        action="append",
+        metavar="SPEC",
+        help="score both models: sts:file.csv[#first,second,score], classification:file.tsv[#text,label], "
+        "perplexity:file.txt or lm-eval:task[,task]; may be repeated",
+    )
     _add_job_flags(command("calibrate", _calibrate, "collect and publish neuron statistics alone"))
     verify = command("verify", _verify, "recompute every digest of an artifact")
     verify.add_argument("uri")

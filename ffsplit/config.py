@@ -62,6 +62,7 @@ class JobConfig(Record):
     latency_table: str | None = Field(default=None, description="what `ffsplit latency-table` wrote")
     stats: str | None = Field(default=None, description="an earlier run whose neuron statistics serve again")
     calibration: tuple[str, ...] = Field(default=("builtin:pydoc",), min_length=1)
+    eval: tuple[str, ...] = Field(default=(), description="tasks to score both models on")
     samples: int | None = Field(default=None, ge=1, description="calibration rows")
     max_length: int | None = Field(default=None, ge=1, description="tokens a row is cut to")
     revision: str | None = None

@@ -168,6 +168,7 @@ class Execution:
             compressed_directory=str(compressed),
             layouts=layouts,
             held_out=run.text.held_out,
+            evaluations=run.evaluations,
             max_length=calibration.max_length,
             batch_tokens=calibration.batch_tokens,
             settings=run.recipe.measurement,

@@ -19,6 +19,7 @@ from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
 from ffsplit.measurement.size import model_shape
+from ffsplit.measurement.tasks.evaluations import Evaluation, read_evaluations
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer
@@ -53,6 +54,7 @@ class PreparedRun:
     digests: dict[str, str]
     text: TextSample
     origin: PublishedStatistics | None
+    evaluations: tuple[Evaluation, ...]
     profile: ComputeProfile
     layouts: tuple[LayerLayout, ...]
     calibration_key: str
@@ -81,6 +83,9 @@ def prepare(config: JobConfig) -> PreparedRun:
     keep = keep_of(budget, solver, layouts)
     text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
     check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.max_length)
+    evaluations = read_evaluations(
+        config.eval, checkpoint=checkpoint, calibration=text.calibration, max_length=config.max_length
+    )
     digests["text"] = text.digest
     nonce = secrets.token_hex(8) if config.fresh else None
     inputs: dict[str, Any] = {
@@ -95,6 +100,7 @@ def prepare(config: JobConfig) -> PreparedRun:
     healing = {"threads": healing_threads(config)} if recipe.healing is not None else None
     split = split_inputs(recipe, budget, solver, layouts=layouts, keep=keep)
     run_inputs = inputs | split | {"healing": healing}
+    run_inputs |= {"evaluations": [evaluation.key_inputs for evaluation in evaluations]}
     return PreparedRun(
         config=config,
         recipe=recipe,
@@ -106,6 +112,7 @@ def prepare(config: JobConfig) -> PreparedRun:
         digests=digests,
         text=text,
         origin=origin,
+        evaluations=evaluations,
         profile=profile,
         layouts=layouts,
         calibration_key=stage_key("calibrate", inputs),

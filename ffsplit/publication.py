@@ -182,6 +182,10 @@ def model_card(manifest: Manifest) -> str:
             f"| {each.compressed_p50_ms:.2f} |"
             for each in measured.latency
         ]
+        body += [
+            f"| {task.name}, {task.metric} | {task.original:.4f} | {task.compressed:.4f} |"
+            for task in measured.tasks
+        ]
         body += ["", *(f"- {name}: {value:.5f}" for name, value in measured.fidelity.items())]
     return "\n".join([*front, "---", "", *body, ""])
 

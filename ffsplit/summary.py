@@ -11,7 +11,7 @@ from ffsplit.artifacts.manifest import Latency, Manifest, Measurements
 from ffsplit.inspection import Inspection
 from ffsplit.planning import LayerForecast, Plans
 from ffsplit.publication import REPORT_NAME
-from ffsplit.report.humanize import layout, milliseconds, number, percent, size, times
+from ffsplit.report.humanize import layout, milliseconds, number, percent, score, score_change, size, times
 from ffsplit.splitting.latency import LatencyTable
 
 WIDTH = 100
@@ -22,6 +22,10 @@ def print_manifest(manifest: Manifest) -> None:
     where = f"{manifest.config.out.rstrip('/')}/{manifest.run_key}/{manifest.attempt}"
     if manifest.measurements is not None:
         _print(_before_after(manifest, manifest.measurements))
+        overlaps = {task.spec: task.overlap_with_calibration for task in manifest.measurements.tasks}
+        for spec, count in overlaps.items():
+            if count:
+                print(f"warning: {count:,} evaluation sentences of {spec} are in the calibration text too")
     print(f"artifact: {where}")
     print(f"report:   {where}/{REPORT_NAME}")
 
@@ -53,6 +57,13 @@ def _before_after(manifest: Manifest, measured: Measurements) -> Table:
         _add_latency(table, each)
     for name, value in measured.fidelity.items():
         table.add_row(name.replace("_", " "), "", f"{value:.5f}", "")
+    for task in measured.tasks:
+        table.add_row(
+            f"{task.name}, {task.metric.replace('_', ' ')}",
+            score(task.original),
+            score(task.compressed),
+            score_change(task.original, after=task.compressed),
+        )
     return table
 
 

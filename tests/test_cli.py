@@ -33,6 +33,19 @@ def test_a_run_prints_before_and_after(small_job: SmallJob, tmp_path: Path, caps
     assert "calibrate: 5/5" in captured.err
 
 
+def test_task_scores_are_printed_with_a_warning_where_they_flatter(
+    small_job: SmallJob, tmp_path: Path, capsys: Captured
+) -> None:
+    rows = small_job.text.read_text().splitlines()
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("".join(f"{row},at home,{index}\n" for index, row in enumerate(rows)))
+    arguments = small_job.arguments(tmp_path / "out", "--runner", "serial", "--eval", f"sts:{pairs}")
+    assert main(["compress", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "sts pairs.csv, spearman" in printed
+    assert f"warning: 40 evaluation sentences of sts:{pairs} are in the calibration text too" in printed
+
+
 def test_verify_names_what_is_wrong(small_job: SmallJob, tmp_path: Path, capsys: Captured) -> None:
     manifest = ffsplit.compress(small_job.config(tmp_path / "out"))
     attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
@@ -129,6 +142,33 @@ BAD_MODELS: dict[str, str] = {
     "no tokenizer": "tokenizer",
     "compressed already": "original",
 }
+
+
+BAD_EVALUATIONS: dict[str, tuple[str, str, str]] = {
+    "unknown task": ("stt:", "", "did you mean 'sts:'"),
+    "file missing": ("sts:none-", "", "does not exist"),
+    "file empty": ("sts:", "", "the file is empty"),
+    "wrong columns": ("sts:", "a,b\n", "expected 3 columns"),
+    "score not a number": ("sts:", "a b,c d,1\na b,c d,high\n", ":2: the score 'high' is not a number"),
+    "constant score": ("sts:", "a b,c d,1\ne f,g h,1\n", "a ranking needs scores that differ"),
+    "no head": ("classification:", "a b,1\n", "not BertModel"),
+    "no language model": ("perplexity:", "a b\n", "needs a causal language model"),
+    "no harness for encoders": ("lm-eval:", "", "needs a causal language model"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EVALUATIONS)
+def test_a_bad_evaluation_is_one_line_and_exit_code_2(
+    name: str, small_job: SmallJob, tmp_path: Path, capsys: Captured
+) -> None:
+    prefix, content, expected = BAD_EVALUATIONS[name]
+    path = tmp_path / "eval.csv"
+    path.write_text(content)
+    spec = f"{prefix}{path}".replace("none-/", "/none")
+    out = tmp_path / "out"
+    flags = ["--runner", "serial", "--eval", spec]
+    assert_one_line(main(["compress", *small_job.arguments(out, *flags)]), expected, capsys)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", BAD_MODELS)

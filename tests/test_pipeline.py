@@ -94,6 +94,48 @@ def test_the_run_key_names_what_is_computed(small_job: SmallJob, tmp_path: Path)
     assert len({base, *keys, key()}) == len(changes) + 2
 
 
+def test_tasks_are_scored_for_both_models(small_job: SmallJob, tmp_path: Path) -> None:
+    seen = small_job.text.read_text().splitlines()[0]
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text(f"{seen},at home,2\nmany people,one time,1\nfirst time,two years,4\n")
+    config = small_job.config(tmp_path / "out", samples=60, eval=(f"sts:{pairs}",))
+    manifest = ffsplit.compress(config)
+    assert manifest.measurements is not None
+    (score,) = manifest.measurements.tasks
+    assert (score.name, score.metric, score.num_examples) == ("sts pairs.csv", "spearman", 3)
+    in_sample = seen in pipeline.prepare(config).text.calibration
+    assert score.overlap_with_calibration == int(in_sample)
+    attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
+    assert "| sts pairs.csv, spearman |" in (attempt / "README.md").read_text()
+    assert "Task scores" in (attempt / "report.html").read_text()
+
+
+def test_evaluation_data_is_part_of_the_run_and_not_of_the_statistics(
+    small_job: SmallJob, tmp_path: Path
+) -> None:
+    paths = [tmp_path / name for name in ("a.csv", "b.csv", "same-as-a.csv")]
+    for path, score in zip(paths, (1, 2, 1), strict=True):
+        path.write_text(f"at home,one time,{score}\nmany people,her years,3\n")
+    runs = [pipeline.prepare(small_job.config(tmp_path / "out"))]
+    runs += [pipeline.prepare(small_job.config(tmp_path / "out", eval=(f"sts:{path}",))) for path in paths]
+    assert len({run.run_key for run in runs}) == 3
+    assert runs[1].run_key == runs[3].run_key
+    assert len({run.calibration_key for run in runs}) == 1
+
+
+def test_a_classifier_of_a_causal_family_runs_end_to_end(
+    small_job: SmallJob, tmp_path: Path, checkpoint_of: Any
+) -> None:
+    model = checkpoint_of("llama", head="ForSequenceClassification")
+    labels = tmp_path / "labels.tsv"
+    labels.write_text("at home\t0\nmany people\t1\n")
+    config = small_job.config(tmp_path / "out", model=str(model), eval=(f"classification:{labels}",))
+    measured = ffsplit.compress(config).measurements
+    assert measured is not None
+    assert "token_cosine" in measured.fidelity
+    assert [score.metric for score in measured.tasks] == ["accuracy", "f1"]
+
+
 def test_fresh_runs_beside_the_committed_run(small_job: SmallJob, tmp_path: Path) -> None:
     first = ffsplit.compress(small_job.config(tmp_path / "out"))
     second = ffsplit.compress(small_job.config(tmp_path / "out", fresh=True))

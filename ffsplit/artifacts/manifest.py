@@ -137,6 +137,22 @@ class Size(Record):
     file_bytes: int = Field(description="all safetensors files")
 
 
+class TaskScore(Record):
+    """One metric of one `--eval` task, for both models. Percentages are x 100, as papers print them."""
+
+    name: str = Field(description="the task, and its file or its name in lm-eval")
+    spec: str = Field(description="as it was given to --eval")
+    metric: str
+    higher_is_better: bool | None
+    digest: str = Field(description="sha256 of the evaluation data as read")
+    original: float
+    compressed: float
+    num_examples: int = Field(description="rows, or predicted tokens of running text")
+    overlap_with_calibration: int = Field(
+        description="distinct evaluation sentences that are in the calibration text too: 0 is a clean score"
+    )
+
+
 class Measurements(Record):
     """What was measured, and on what. Fidelity maps a metric's name to its value on held-out text."""
 
@@ -144,6 +160,7 @@ class Measurements(Record):
     compressed_size: Size
     fidelity: dict[str, float]
     latency: tuple[Latency, ...]
+    tasks: tuple[TaskScore, ...] = ()
     original_peak_memory_bytes: int | None
     compressed_peak_memory_bytes: int | None
     device: str
