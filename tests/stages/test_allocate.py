@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -11,9 +12,9 @@ from transformers import AutoModel
 
 import ffsplit
 from ffsplit import pipeline
-from ffsplit.artifacts.manifest import Manifest
+from ffsplit.artifacts.manifest import CandidateRecord, Manifest
 from ffsplit.stages import allocate
-from ffsplit.stages.allocate import score_of
+from ffsplit.stages.allocate import best_of, score_of
 from tests.small_jobs import SmallJob, digests
 
 
@@ -30,14 +31,36 @@ def test_never_worse_than_uniform_on_its_own_judge(
     manifest = searched(small_job, tmp_path / "out", model=str(checkpoint_of(family, head=head)))
     record = manifest.allocation
     assert record is not None and len(record.candidates) > 1
-    scores = {candidate.name: candidate.score for candidate in record.candidates}
-    assert record.candidates[0].name == "uniform"
-    assert scores[record.chosen] == max(scores.values()) >= scores["uniform"]
-    assert all(score_of(candidate.fidelity) == candidate.score for candidate in record.candidates)
+    uniform, *_ = record.candidates
+    assert uniform.name == "uniform"
     (chosen,) = (each for each in record.candidates if each.name == record.chosen)
+    assert chosen.score >= uniform.score
+    for candidate in record.candidates:
+        assert candidate.score == pytest.approx(fmean(candidate.fold_scores))
+        assert candidate.score == pytest.approx(score_of(candidate.fidelity))
     assert chosen.num_elements == tuple(layer.num_elements for layer in manifest.layers)
     assert [stage.name for stage in manifest.stages] == ["calibrate", "allocate", "compress", "measure"]
     assert manifest.stages[2].num_reused == manifest.stages[2].num_items, "the winner is there already"
+
+
+def scored(*fold_scores: float) -> CandidateRecord:
+    return CandidateRecord(
+        name="c", num_elements=(1,), score=fmean(fold_scores), fold_scores=fold_scores, fidelity={}
+    )
+
+
+@pytest.mark.parametrize(
+    ("others", "best"),
+    [
+        ([], 0),
+        ([(0.9, 0.9)], 1),
+        ([(0.5, 0.5)], 0),
+        ([(0.99, 0.5)], 0),
+        ([(0.6, 0.6), (0.7, 0.7), (0.99, 0.1)], 2),
+    ],
+)
+def test_what_wins_beats_uniform_on_every_fold(others: list[tuple[float, ...]], best: int) -> None:
+    assert best_of([scored(0.5, 0.5), *(scored(*each) for each in others)]) == best
 
 
 def test_every_candidate_meets_the_budget(small_job: SmallJob, tmp_path: Path) -> None:
@@ -61,8 +84,7 @@ def test_uniform_stays_unless_one_beats_it(
 def test_layers_of_different_widths_load_through_ffsplit(
     small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([0.0, 1.0, 0.5, 0.5, 0.5])
-    monkeypatch.setattr(allocate, "score_of", lambda fidelity: next(scores))
+    monkeypatch.setattr(allocate, "best_of", lambda records: 1)
     manifest = searched(small_job, tmp_path / "out")
     assert manifest.allocation is not None and manifest.allocation.chosen == "equal-error"
     assert len({layer.layout.num_neurons for layer in manifest.layers}) > 1
