@@ -169,4 +169,8 @@ def print_plans(plans: Plans) -> None:
 
 
 def _forecast(layer: LayerForecast) -> str:
-    return f"{layout(layer.layout)}\n{len(layer.heavy_neurons):,} heavy, {percent(layer.energy_outside)}"
+    """Layout, heavy hitters where they are not all there is, and predicted error, one below the other."""
+    lines = [layout(layer.layout), percent(layer.energy_outside)]
+    if len(layer.heavy_neurons) < layer.layout.num_neurons:
+        lines.insert(1, f"{len(layer.heavy_neurons):,} heavy")
+    return "\n".join(lines)

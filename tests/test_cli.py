@@ -96,6 +96,10 @@ BAD_FLAGS: dict[str, tuple[list[str], str]] = {
     "keep not a number": (["--keep", "half"], "--keep"),
     "keep is nan": (["--keep", "nan"], "--keep"),
     "keep too small": (["--keep", "0.001"], "the smallest is 0."),
+    "two budgets": (["--max-bytes", "9000"], "--keep and --max-bytes are 2 budgets: give one"),
+    "no bytes": (["--max-bytes", "0"], "--max-bytes"),
+    "a table without a target": (["--latency-table", "t.json"], "--latency-table is for --max-latency-ms"),
+    "no statistics": (["--stats", "nowhere"], "nowhere holds no artifact"),
     "no samples": (["--samples", "0"], "--samples"),
     "no workers": (["--workers", "-1"], "--workers"),
     "no length": (["--max-length", "0"], "--max-length"),
@@ -123,6 +127,16 @@ def test_a_bad_flag_is_one_line_and_exit_code_2(
     code = main(["compress", *small_job.arguments(out, "--runner", "serial", *flags)])
     assert_one_line(code, expected, capsys)
     assert set(tmp_path.rglob("*")) - before <= {Path(small_job.recipe())}
+
+
+@pytest.mark.parametrize("flag", ["--max-bytes", "--max-parameters"])
+def test_a_budget_too_small_names_the_smallest(
+    flag: str, small_job: SmallJob, tmp_path: Path, capsys: Captured
+) -> None:
+    given = small_job.arguments(tmp_path / "out", "--runner", "serial", flag, "10")
+    given = [each for each in given if each not in ("--keep", "0.5")]
+    assert_one_line(main(["compress", *given]), f"{flag} 10 is too small", capsys)
+    assert not (tmp_path / "out").exists()
 
 
 def assert_one_line(code: int, expected: str, capsys: Captured) -> None:

@@ -136,6 +136,29 @@ def test_a_classifier_of_a_causal_family_runs_end_to_end(
     assert [score.metric for score in measured.tasks] == ["accuracy", "f1"]
 
 
+def test_the_run_key_has_what_a_budget_resolves_to(small_job: SmallJob, tmp_path: Path) -> None:
+    def run(**fields: Any) -> pipeline.PreparedRun:
+        return pipeline.prepare(small_job.config(tmp_path, keep=None, **fields))
+
+    model = run(max_bytes=40_000).solver.model
+    used = model.bytes_of(run(max_bytes=40_000).layouts)
+    assert run(max_bytes=40_000).run_key == run(max_bytes=used).run_key
+    assert run(max_bytes=used - 1).run_key != run(max_bytes=used).run_key
+    parameters = model.parameters_of(run(max_bytes=40_000).layouts)
+    assert run(max_parameters=parameters).run_key == run(max_bytes=used).run_key
+
+
+def test_heavy_hitters_by_energy_differ_from_layer_to_layer(small_job: SmallJob, tmp_path: Path) -> None:
+    recipe = small_job.recipe(heavy_energy=0.6)
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe, keep=0.9))
+    counts = [layer.num_heavy_hitters for layer in manifest.layers]
+    assert len(set(counts)) > 1 and manifest.plain is False
+    for layer, count in zip(manifest.layers, counts, strict=True):
+        assert layer.neurons_for_energy is not None
+        assert layer.neurons_for_energy["50"] <= count <= layer.neurons_for_energy["90"]
+    assert manifest.keep == 0.9
+
+
 def test_fresh_runs_beside_the_committed_run(small_job: SmallJob, tmp_path: Path) -> None:
     first = ffsplit.compress(small_job.config(tmp_path / "out"))
     second = ffsplit.compress(small_job.config(tmp_path / "out", fresh=True))

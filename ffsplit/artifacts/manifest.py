@@ -82,11 +82,15 @@ class CandidateRecord(Record):
     name: str
     num_elements: tuple[int, ...]
     score: float = Field(description="higher is better: minus the KL divergence, or the mean of both cosines")
-    fidelity: dict[str, float]
+    fold_scores: tuple[float, ...] = Field(description="of parts of the rows; `score` is their mean")
+    fidelity: dict[str, float] = Field(description="mean over the folds")
 
 
 class AllocationRecord(Record):
-    """A search over the layers' shares, judged on rows apart from calibration and held-out ones."""
+    """A search over the layers' shares, judged on rows apart from calibration and held-out ones.
+
+    The best of those that beat the uniform layers on every fold of the rows was chosen, or uniform.
+    """
 
     chosen: str
     num_rows: int

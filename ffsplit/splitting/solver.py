@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ffsplit.config import Budget
 from ffsplit.errors import BudgetError
-from ffsplit.ffn import LayerLayout, ModelShape
+from ffsplit.ffn import FFNShape, LayerLayout, ModelShape
 from ffsplit.splitting.budget import element_budget, fit_layer, fit_layers, last_true
 from ffsplit.splitting.heavy import HeavyRule
 from ffsplit.splitting.latency import LatencyTable
@@ -98,14 +98,20 @@ class Solver:
     def _scaled(self, num_elements: int, weights: Sequence[float]) -> Layouts | None:
         """Layouts of about `num_elements` in all where every weight is 1; None where one has no room."""
         counts = self.num_energetic or (1,) * len(weights)
-        layouts = []
+        share = num_elements / self.model.ffn_elements
+        made: dict[tuple[FFNShape, float, int], LayerLayout | None] = {}
         for shape, weight, count in zip(self.model.shapes, weights, counts, strict=True):
-            size = element_budget(shape, num_elements / self.model.ffn_elements * weight)
-            layout = fit_layer(shape, budget=size, heavy=self.heavy, steps=self.steps, num_energetic=count)
-            if layout is None:
-                return None
-            layouts.append(layout)
-        return tuple(layouts)
+            if (shape, weight, count) in made:
+                continue
+            made[shape, weight, count] = fit_layer(
+                shape,
+                budget=element_budget(shape, share * weight),
+                heavy=self.heavy,
+                steps=self.steps,
+                num_energetic=count,
+            )
+        layouts = [made[each] for each in zip(self.model.shapes, weights, counts, strict=True)]
+        return tuple(each for each in layouts if each is not None) if all(layouts) else None
 
 
 def _rounded_up(budget: Budget, least: float) -> str:
