@@ -64,6 +64,7 @@ class PreparedRun:
 
 def prepare(config: JobConfig) -> PreparedRun:
     """Resolve and check a job. Raises ConfigError for whatever the user can mend; writes nothing."""
+    window = config.max_length  # as asked for, not as inherited
     origin = None if config.stats is None else open_statistics(config.stats)
     if origin is not None:
         config = inherit(config, origin)
@@ -84,7 +85,7 @@ def prepare(config: JobConfig) -> PreparedRun:
     text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
     check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.max_length)
     evaluations = read_evaluations(
-        config.eval, checkpoint=checkpoint, calibration=text.calibration, max_length=config.max_length
+        config.eval, checkpoint=checkpoint, calibration=text.calibration, max_length=window
     )
     digests["text"] = text.digest
     nonce = secrets.token_hex(8) if config.fresh else None
