@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ffsplit import __version__
 from ffsplit.artifacts.digests import file_entries
-from ffsplit.artifacts.locate import locate, materialize, read_manifest
+from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import (
     MANIFEST_NAME,
     CalibrationRecord,
@@ -20,6 +20,7 @@ from ffsplit.artifacts.manifest import (
     Stage,
 )
 from ffsplit.artifacts.publish import Kind
+from ffsplit.artifacts.pull import materialize
 from ffsplit.calibration.parquet import read_statistics
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.environment import describe_environment

@@ -71,10 +71,10 @@ class LocalStore:
     def get_bytes(self, key: str) -> bytes:
         return b"".join(self.open_stream(key))
 
-    def open_stream(self, key: str) -> Iterator[bytes]:
+    def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
         path = self._existing(key)
         with _os_errors(f"read {path}"):
-            yield from read_chunks(path)
+            yield from read_chunks(path, start=start, size_bytes=size_bytes)
 
     def fetch(self, key: str, directory: Path) -> Path:
         return self._existing(key)

@@ -15,6 +15,7 @@ from ffsplit.ffn import LayerLayout
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 64 << 20
 
 
 class FileEntry(Record):

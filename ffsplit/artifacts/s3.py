@@ -22,15 +22,10 @@ from typing import TYPE_CHECKING, Any
 from boto3.s3.transfer import TransferConfig
 from boto3.session import Session
 from botocore.config import Config
-from botocore.exceptions import (
-    ClientError,
-    IncompleteReadError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-)
+from botocore.exceptions import ClientError
 
 from ffsplit.artifacts.digests import CHUNK_BYTES
-from ffsplit.artifacts.s3_errors import explain, http_status, s3_errors
+from ffsplit.artifacts.s3_errors import BROKEN_STREAM, PastTheEnd, explain, http_status, s3_errors
 from ffsplit.artifacts.stores import MissingKey, Names, check_key, check_prefix
 from ffsplit.errors import ConfigError, StoreError
 
@@ -45,7 +40,6 @@ _TRANSFER = TransferConfig(
     max_concurrency=8,
     preferred_transfer_client="classic",  # awscrt ignores endpoint_url
 )
-_BROKEN_STREAM = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 
 
 class S3Store:
@@ -98,26 +92,33 @@ class S3Store:
     def get_bytes(self, key: str) -> bytes:
         return b"".join(self.open_stream(key))
 
-    def open_stream(self, key: str) -> Iterator[bytes]:
-        """The object in chunks; a connection that breaks is taken up where it broke."""
+    def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
+        """The object, or a range, in chunks; a connection that breaks is taken up where it broke."""
+        if size_bytes == 0:
+            return
         action = f"read {self._show(key)}"
         where: dict[str, Any] = {"Bucket": self._bucket, "Key": self._name(key)}
-        offset = failures = 0
-        total = None
-        while total is None or offset < total:
+        offset, failures = start, 0
+        end = None if size_bytes is None else start + size_bytes
+        while end is None or offset < end:
+            if offset or end is not None:
+                where["Range"] = f"bytes={offset}-{'' if end is None else end - 1}"
             try:
                 with s3_errors(action):
                     reply = self._client.get_object(**where)
-                total = offset + reply["ContentLength"]
+                end = offset + reply["ContentLength"]
                 for chunk in reply["Body"].iter_chunks(CHUNK_BYTES):
                     offset += len(chunk)
+                    failures = 0  # of those in a row that brought nothing
                     yield chunk
                 return
-            except _BROKEN_STREAM as error:
+            except PastTheEnd:
+                return
+            except BROKEN_STREAM as error:
                 failures += 1
                 if failures == _MAX_ATTEMPTS:
                     raise explain(error, action=action) from error
-                where |= {"Range": f"bytes={offset}-", "IfMatch": reply["ETag"]}
+                where["IfMatch"] = reply["ETag"]
                 time.sleep(_backoff_s(failures))
 
     def fetch(self, key: str, directory: Path) -> Path:

@@ -32,6 +32,17 @@ _BAD_CREDENTIALS = (
     "TokenRefreshRequired",
 )
 _WRONG_REGION = ("301", "AuthorizationHeaderMalformed", "PermanentRedirect")
+BROKEN_STREAM = (
+    boto.IncompleteReadError,
+    boto.ReadTimeoutError,
+    boto.ResponseStreamingError,
+    boto.ConnectionClosedError,
+)
+"""How a body that was arriving can break off."""
+
+
+class PastTheEnd(StoreError):
+    """A range begins where the object has no bytes."""
 
 
 @contextmanager
@@ -68,6 +79,8 @@ def _explain_reply(error: ClientError, *, action: str) -> FFSplitError:
     said = f"cannot {action}: {message or 'refused'} ({code})"
     if code in _MISSING:
         return MissingKey(said)
+    if code in ("InvalidRange", "416"):
+        return PastTheEnd(said)
     if code == "NoSuchBucket":
         return ConfigError(f"{said}: create the bucket or mend the URI")
     if code in _BAD_CREDENTIALS:

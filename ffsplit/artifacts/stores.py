@@ -51,8 +51,11 @@ class Store(Protocol):
     def get_bytes(self, key: str) -> bytes:
         """A small value. Raises MissingKey."""
 
-    def open_stream(self, key: str) -> Iterator[bytes]:
-        """A value of any size in chunks of about 1 MiB. Raises MissingKey."""
+    def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
+        """A value of any size, or a range of it, in chunks of about 1 MiB. Raises MissingKey.
+
+        A range that reaches beyond the value's end gives what there is.
+        """
 
     def fetch(self, key: str, directory: Path) -> Path:
         """A local file with the value: in place, or downloaded to `directory/key`. Raises MissingKey."""
@@ -74,6 +77,14 @@ class Store(Protocol):
 
     def check_writable(self) -> None:
         """Raise ConfigError, with what to mend, unless values can be written; leave nothing behind."""
+
+
+def read_at_most(store: Store, key: str, max_bytes: int) -> bytes:
+    """A small value that a stranger may have written. Raises MissingKey, and StoreError when it is larger."""
+    data = b"".join(store.open_stream(key, size_bytes=max_bytes + 1))
+    if len(data) > max_bytes:
+        raise StoreError(f"{store.uri}/{key} is larger than {max_bytes:,} bytes")
+    return data
 
 
 def check_key(key: str) -> str:

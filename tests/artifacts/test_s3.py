@@ -113,7 +113,21 @@ def test_a_broken_connection_is_taken_up_where_it_broke(
 
     monkeypatch.setattr(store._client, "get_object", breaking)
     assert b"".join(store.open_stream("key")) == data
-    assert [call.get("Range") for call in calls] == [None, "bytes=300001-", "bytes=600002-"]
+    assert [call.get("Range") for call in calls] == [
+        None,
+        "bytes=300001-2047999",
+        "bytes=600002-2047999",
+    ]
+
+
+def test_ranges_are_exact_and_end_with_the_object(store: S3Store) -> None:
+    data = bytes(range(256))
+    store.put_bytes("key", data)
+    assert b"".join(store.open_stream("key", start=3, size_bytes=5)) == data[3:8]
+    assert b"".join(store.open_stream("key", start=250)) == data[250:]
+    assert b"".join(store.open_stream("key", start=250, size_bytes=50)) == data[250:]
+    assert b"".join(store.open_stream("key", start=300, size_bytes=5)) == b""
+    assert b"".join(store.open_stream("key", start=3, size_bytes=0)) == b""
 
 
 def test_a_failed_download_leaves_nothing(
