@@ -6,9 +6,10 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+from ffsplit.artifacts.commits import Kind, read_commit
 from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import FileEntry, Manifest, Measurements
-from ffsplit.artifacts.publish import Kind, new_attempt_id, publish_attempt, read_commit
+from ffsplit.artifacts.publish import new_attempt_id, publish_attempt
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX, Result, Scratch
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.calibration.parquet import read_statistics, write_statistics

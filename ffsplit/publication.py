@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ffsplit import __version__
+from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.digests import file_entries
 from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import (
@@ -19,7 +20,6 @@ from ffsplit.artifacts.manifest import (
     SourceModel,
     Stage,
 )
-from ffsplit.artifacts.publish import Kind
 from ffsplit.artifacts.pull import materialize
 from ffsplit.calibration.parquet import read_statistics
 from ffsplit.calibration.statistics import NeuronStats

@@ -11,7 +11,6 @@ default. What was used longest ago goes first, but nothing that was used in the 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -20,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ffsplit.artifacts.locks import locked, try_locked
+from ffsplit.artifacts.units import parse_size
 from ffsplit.errors import ConfigError
 
 DEFAULT_LIMIT = "50GB"
 GRACE_S = 600.0
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,8 @@ class Cache:
     def open(cls, root: Path | None = None) -> Cache:
         """The cache of this user, or one elsewhere. Raises ConfigError for a limit that is no size."""
         chosen = root or Path(os.environ.get("FFSPLIT_CACHE") or "~/.cache/ffsplit").expanduser()
-        return cls(chosen.absolute(), parse_size(os.environ.get("FFSPLIT_CACHE_LIMIT") or DEFAULT_LIMIT))
+        limit = os.environ.get("FFSPLIT_CACHE_LIMIT") or DEFAULT_LIMIT
+        return cls(chosen.absolute(), parse_size(limit, name="FFSPLIT_CACHE_LIMIT"))
 
     def find(self, digest: str, *, is_whole: Callable[[Path], bool]) -> Path | None:
         """The directory of a digest, None when it is not there or not whole. Counts as a use of it."""
@@ -89,14 +89,6 @@ class Cache:
 
     def _lock(self, digest: str) -> Path:
         return self.root / "locks" / digest
-
-
-def parse_size(text: str) -> int:
-    """Bytes in a size such as 500MB, 50GB or 1.5T. Raises ConfigError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE | re.ASCII)
-    if not match:
-        raise ConfigError(f"FFSPLIT_CACHE_LIMIT={text}: give a size such as 500MB or 50GB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def _size_bytes(directory: Path) -> int:

@@ -6,9 +6,10 @@ import hashlib
 import re
 from dataclasses import dataclass
 
+from ffsplit.artifacts.commits import Commit, list_commits, read_commit
+from ffsplit.artifacts.index import latest_commit
 from ffsplit.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from ffsplit.artifacts.paths import ATTEMPT_ID, RUN_KEY
-from ffsplit.artifacts.publish import Commit, latest_commit, list_commits, read_commit
 from ffsplit.artifacts.stores import MissingKey, Store, open_store, read_at_most
 from ffsplit.errors import ArtifactError, ConfigError
 

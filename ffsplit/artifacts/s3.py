@@ -15,7 +15,9 @@ import random
 import secrets
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,18 +28,22 @@ from botocore.exceptions import ClientError
 
 from ffsplit.artifacts.digests import CHUNK_BYTES
 from ffsplit.artifacts.s3_errors import BROKEN_STREAM, PastTheEnd, explain, http_status, s3_errors
-from ffsplit.artifacts.stores import MissingKey, Names, check_key, check_prefix
+from ffsplit.artifacts.stores import MissingKey, Names, Stored, check_key, check_prefix
 from ffsplit.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import ObjectTypeDef
+
+    Objects = list[ObjectTypeDef]
 
 _MAX_ATTEMPTS = 5
 _PART_BYTES = 16 << 20
+_NUM_CONNECTIONS = 8
 _TRANSFER = TransferConfig(
     multipart_threshold=_PART_BYTES,
     multipart_chunksize=_PART_BYTES,
-    max_concurrency=8,
+    max_concurrency=_NUM_CONNECTIONS,
     preferred_transfer_client="classic",  # awscrt ignores endpoint_url
 )
 
@@ -142,8 +148,15 @@ class S3Store:
         return True
 
     def list(self, prefix: str) -> Iterator[str]:
-        names = [name for name in self._names(prefix) if not name.endswith("/")]
-        yield from sorted(name.removeprefix(self._base) for name in names)
+        yield from (entry.key for entry in self.list_details(prefix))
+
+    def list_details(self, prefix: str) -> Iterator[Stored]:
+        entries = [
+            Stored(entry["Key"].removeprefix(self._base), entry["Size"], entry["LastModified"])
+            for entry in self._objects(prefix)
+            if not entry["Key"].endswith("/")
+        ]
+        yield from sorted(entries)
 
     def list_directories(self, prefix: str) -> Names:
         directory = self._directory(prefix)
@@ -157,14 +170,30 @@ class S3Store:
         return sorted(name.removesuffix("/") for name in found if name != "/")
 
     def delete(self, key: str) -> None:
-        with s3_errors(f"delete {self._show(key)}"):
-            self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
+        self._delete(self._name(key))
 
     def delete_prefix(self, prefix: str) -> None:
         check_key(check_prefix(prefix))
-        for name in self._names(prefix):
-            with s3_errors(f"delete s3://{self._bucket}/{name}"):
-                self._client.delete_object(Bucket=self._bucket, Key=name)
+        names = [entry["Key"] for entry in self._objects(prefix)]
+        with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
+            for _ in pool.map(self._delete, names):
+                pass
+
+    def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
+        """Unfinished uploads in parts, which cost storage but are listed nowhere else."""
+        old: list[Any] = []
+        with s3_errors(f"list unfinished uploads to {self.uri}"):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=self._base
+            )
+            for page in pages:
+                old += [upload for upload in page.get("Uploads", []) if upload["Initiated"] < before]
+        for upload in [] if dry_run else old:
+            with s3_errors(f"abort an upload to {self.uri}"):
+                self._client.abort_multipart_upload(
+                    Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
+        return len(old)
 
     def check_writable(self) -> None:
         probe = f"ffsplit-probe-{secrets.token_hex(8)}"
@@ -186,15 +215,19 @@ class S3Store:
         name = self._name(key)
         self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **self._extra, **condition)
 
-    def _names(self, prefix: str) -> Names:
-        names: list[str] = []
+    def _delete(self, name: str) -> None:
+        with s3_errors(f"delete s3://{self._bucket}/{name}"):
+            self._client.delete_object(Bucket=self._bucket, Key=name)
+
+    def _objects(self, prefix: str) -> Objects:
+        found: Objects = []
         with s3_errors(f"list {self._show(prefix)}"):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._directory(prefix)
             )
             for page in pages:
-                names += [entry["Key"] for entry in page.get("Contents", [])]
-        return names
+                found += page.get("Contents", [])
+        return found
 
     def _name(self, key: str) -> str:
         return self._base + check_key(key)

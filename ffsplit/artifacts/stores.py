@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from urllib.parse import unquote
 
 from ffsplit.artifacts.paths import is_safe_path
@@ -20,6 +21,14 @@ _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
 class MissingKey(StoreError):
     """The store holds nothing under this key."""
+
+
+class Stored(NamedTuple):
+    """One key of a listing."""
+
+    key: str
+    size_bytes: int
+    modified_at: datetime
 
 
 class Store(Protocol):
@@ -66,6 +75,9 @@ class Store(Protocol):
     def list(self, prefix: str) -> Iterator[str]:
         """All keys below a prefix, sorted; none when it does not exist."""
 
+    def list_details(self, prefix: str) -> Iterator[Stored]:
+        """What `list` gives, with sizes and the times of the last write, by the store's clock."""
+
     def list_directories(self, prefix: str) -> Names:
         """The names of the directories right below a prefix, sorted."""
 
@@ -74,6 +86,9 @@ class Store(Protocol):
 
     def delete_prefix(self, prefix: str) -> None:
         """Remove everything below a prefix, which may not be the root."""
+
+    def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
+        """Remove what writes that were killed before a moment left unseen; returns how many there were."""
 
     def check_writable(self) -> None:
         """Raise ConfigError, with what to mend, unless values can be written; leave nothing behind."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ffsplit.artifacts.cache import Cache, parse_size
+from ffsplit.artifacts.cache import Cache
 from ffsplit.artifacts.locks import locked, try_locked
 from ffsplit.errors import ConfigError
 
@@ -61,17 +61,12 @@ def test_what_is_in_use_stays_whatever_the_limit(tmp_path: Path) -> None:
     assert [path.is_dir() for path in paths] == [True, False]
 
 
-@pytest.mark.parametrize(
-    ("text", "size_bytes"), [("5", 5), ("500MB", 5 * 10**8), ("1.5 g", 15 * 10**8), ("2T", 2 * 10**12)]
-)
-def test_sizes(text: str, size_bytes: int) -> None:
-    assert parse_size(text) == size_bytes
-
-
-@pytest.mark.parametrize("text", ["", "-1", "much", "1 GiB", "1e9", "\u0661GB"])
-def test_no_sizes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="FFSPLIT_CACHE_LIMIT"):
-        parse_size(text)
+def test_a_limit_that_is_no_size_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FFSPLIT_CACHE", str(tmp_path))
+    assert Cache.open() == Cache(tmp_path, 50 * 10**9)
+    monkeypatch.setenv("FFSPLIT_CACHE_LIMIT", "much")
+    with pytest.raises(ConfigError, match="FFSPLIT_CACHE_LIMIT much: give a size"):
+        Cache.open()
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
