@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import FileEntry, Manifest, Measurements
 from ffsplit.artifacts.publish import new_attempt_id, publish_attempt
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX, Result, Scratch
-from ffsplit.artifacts.stores import Store, open_store
+from ffsplit.artifacts.stores import NOT_ATOMIC, Store, open_store
 from ffsplit.calibration.parquet import read_statistics, write_statistics
 from ffsplit.calibration.sampling import shard
 from ffsplit.calibration.statistics import NeuronStats, merge_layers, reduce_tree
@@ -51,7 +52,9 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None) -> Manifes
         if read_commit(store, key) is not None:
             shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
             return read_manifest(locate(f"{store.uri}/{key}"))
-        store.check_writable()
+        guarantees = store.check_writable()
+        if guarantees.conditional_put != "atomic":
+            shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
         shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, keep {run.keep:g}")
         log = StageLog(shown)
         with make_runner(config) as runner, tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
@@ -59,6 +62,7 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None) -> Manifes
             staging = Path(folder) / attempt
             (staging / STATISTICS_PATH).parent.mkdir(parents=True)
             outcome = _compute(run, key, kind=kind, runner=runner, log=log, staging=staging)
+            outcome = replace(outcome, guarantees=guarantees)
             write_documents(run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages)
             publish_attempt(
                 store, run_key=key, attempt=attempt, directory=staging, kind=kind, move_latest=kind == "model"

@@ -19,6 +19,7 @@ from ffsplit.artifacts.manifest import (
     Measurements,
     SourceModel,
     Stage,
+    StoreGuarantees,
 )
 from ffsplit.artifacts.pull import materialize
 from ffsplit.calibration.parquet import read_statistics
@@ -49,6 +50,7 @@ class Outcome:
     plans: tuple[LayerPlan, ...] = ()
     errors: tuple[float, ...] = ()
     measurements: Measurements | None = None
+    guarantees: StoreGuarantees | None = None
 
 
 def write_documents(
@@ -116,6 +118,7 @@ def _draft(
         measurements=outcome.measurements,
         stages=tuple(stages),
         environment=describe_environment(),
+        store=outcome.guarantees,
         files=(),
     )
 

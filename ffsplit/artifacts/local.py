@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ffsplit.artifacts.digests import read_chunks
+from ffsplit.artifacts.manifest import StoreGuarantees
 from ffsplit.artifacts.stores import MissingKey, Names, Stored, check_key, check_prefix
 from ffsplit.errors import ConfigError, StoreError
 
@@ -129,12 +130,13 @@ class LocalStore:
             shutil.rmtree(path)
             self._prune(path.parent)
 
-    def check_writable(self) -> None:
+    def check_writable(self) -> StoreGuarantees:
         probe = f"ffsplit-probe-{secrets.token_hex(8)}"
         missing = [path for path in (self._root, *self._root.parents) if not os.path.lexists(path)]
         try:
             self.put_if_absent(probe, b"")
             self.delete(probe)
+            return StoreGuarantees(conditional_put="atomic", checksums=())
         except StoreError as error:
             cause = error.__cause__
             reason = _reason(cause) if isinstance(cause, OSError) else str(error)

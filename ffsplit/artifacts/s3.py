@@ -27,7 +27,9 @@ from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from ffsplit.artifacts.digests import CHUNK_BYTES
+from ffsplit.artifacts.manifest import StoreGuarantees
 from ffsplit.artifacts.s3_errors import BROKEN_STREAM, PastTheEnd, explain, http_status, s3_errors
+from ffsplit.artifacts.s3_probe import probe
 from ffsplit.artifacts.stores import MissingKey, Names, Stored, check_key, check_prefix
 from ffsplit.errors import ConfigError, StoreError
 
@@ -195,21 +197,12 @@ class S3Store:
                 )
         return len(old)
 
-    def check_writable(self) -> None:
-        probe = f"ffsplit-probe-{secrets.token_hex(8)}"
+    def check_writable(self) -> StoreGuarantees:
         try:
             with s3_errors(f"write to {self.uri}"):
-                self._put(probe, b"first")
-            try:
-                absent = self.put_if_absent(probe, b"second")
-            finally:
-                with s3_errors(f"delete from {self.uri}"):
-                    self._client.delete_object(Bucket=self._bucket, Key=self._name(probe))
+                return probe(self._client, bucket=self._bucket, prefix=self._base, extra=self._extra)
         except StoreError as error:
             raise ConfigError(str(error)) from error
-        if absent:
-            why = "the server ignores If-None-Match, so two runs could commit under one key"
-            raise ConfigError(f"cannot write to {self.uri}: {why}: use one with conditional writes")
 
     def _put(self, key: str, data: bytes, **condition: Any) -> None:
         name = self._name(key)

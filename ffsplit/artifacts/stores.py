@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 from urllib.parse import unquote
 
+from ffsplit.artifacts.manifest import StoreGuarantees
 from ffsplit.artifacts.paths import is_safe_path
 from ffsplit.errors import ConfigError, StoreError
 
 Names = list[str]
 """Spelled out here because `list` inside a store is its method."""
+
+NOT_ATOMIC = "lets two writers create one key at once: of two runs with one key the last commit stands"
+"""What is said of a store whose conditional writes are not atomic."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
@@ -90,8 +94,11 @@ class Store(Protocol):
     def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
         """Remove what writes that were killed before a moment left unseen; returns how many there were."""
 
-    def check_writable(self) -> None:
-        """Raise ConfigError, with what to mend, unless values can be written; leave nothing behind."""
+    def check_writable(self) -> StoreGuarantees:
+        """Try writing, and say what the store guarantees; leave nothing behind.
+
+        Raises ConfigError, with what to mend, when values cannot be written or commits could not work.
+        """
 
 
 def read_at_most(store: Store, key: str, max_bytes: int) -> bytes:
