@@ -1,17 +1,8 @@
-"""A store in an S3 bucket, or in any server that speaks S3 and honours If-None-Match.
-
-boto3 finds credentials, region and endpoint by itself (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION,
-AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_MAX_ATTEMPTS, ...). Three settings are this package's own:
-
-FFSPLIT_S3_PATH_STYLE=1         put the bucket into the path, not into the host name
-FFSPLIT_S3_SSE_KMS_KEY_ID=...   encrypt every object with this KMS key
-FFSPLIT_S3_CHECKSUM=...         when_supported (boto3's default) or when_required, for older servers
-"""
+"""A store in an S3 bucket, or in any server that speaks S3 and honours If-None-Match."""
 
 from __future__ import annotations
 
 import os
-import random
 import secrets
 import time
 from collections.abc import Iterator
@@ -22,24 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from boto3.s3.transfer import TransferConfig
-from boto3.session import Session
-from botocore.config import Config
 from botocore.exceptions import ClientError
 
 from ffsplit.artifacts.digests import CHUNK_BYTES
 from ffsplit.artifacts.manifest import StoreGuarantees
+from ffsplit.artifacts.s3_client import MAX_ATTEMPTS, backoff_s, end_of_range, make_client
 from ffsplit.artifacts.s3_errors import BROKEN_STREAM, PastTheEnd, explain, http_status, s3_errors
 from ffsplit.artifacts.s3_probe import probe
 from ffsplit.artifacts.stores import MissingKey, Names, Stored, check_key, check_prefix
 from ffsplit.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
     from mypy_boto3_s3.type_defs import ObjectTypeDef
 
     Objects = list[ObjectTypeDef]
 
-_MAX_ATTEMPTS = 5
 _PART_BYTES = 16 << 20
 _NUM_CONNECTIONS = 8
 _TRANSFER = TransferConfig(
@@ -56,7 +44,7 @@ class S3Store:
     def __init__(self, bucket: str, *, prefix: str) -> None:
         self._bucket = bucket
         self._base = f"{prefix}/" if prefix else ""
-        self._client = _client(self.uri)
+        self._client = make_client(self.uri)
         kms_key = os.environ.get("FFSPLIT_S3_SSE_KMS_KEY_ID")
         self._extra: dict[str, Any] = (
             {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key} if kms_key else {}
@@ -82,7 +70,7 @@ class S3Store:
             raise StoreError(f"{self._show(key)} has {stored} of the {size_bytes} bytes in {path}: try again")
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        for attempt in range(_MAX_ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 with s3_errors(f"write {self._show(key)}"):
                     self._put(key, data, IfNoneMatch="*")
@@ -92,9 +80,9 @@ class S3Store:
                 if status == "412":
                     with suppress(MissingKey):  # gone again: not ours to report as existing
                         return self.get_bytes(key) == data
-                elif status != "409" or attempt + 1 == _MAX_ATTEMPTS:
+                elif status != "409" or attempt + 1 == MAX_ATTEMPTS:
                     raise
-            time.sleep(_backoff_s(attempt))
+            time.sleep(backoff_s(attempt))
         raise StoreError(f"cannot write {self._show(key)}: it kept appearing and vanishing; try again")
 
     def get_bytes(self, key: str) -> bytes:
@@ -109,12 +97,12 @@ class S3Store:
         offset, failures = start, 0
         end = None if size_bytes is None else start + size_bytes
         while end is None or offset < end:
-            if offset or end is not None:
-                where["Range"] = f"bytes={offset}-{'' if end is None else end - 1}"
+            where["Range"] = f"bytes={offset}-{'' if end is None else end - 1}"
+            reply: Any = {}
             try:
                 with s3_errors(action):
                     reply = self._client.get_object(**where)
-                end = offset + reply["ContentLength"]
+                end = end_of_range(reply, start=offset)
                 for chunk in reply["Body"].iter_chunks(CHUNK_BYTES):
                     offset += len(chunk)
                     failures = 0  # of those in a row that brought nothing
@@ -124,10 +112,11 @@ class S3Store:
                 return
             except BROKEN_STREAM as error:
                 failures += 1
-                if failures == _MAX_ATTEMPTS:
+                if failures == MAX_ATTEMPTS:
                     raise explain(error, action=action) from error
-                where["IfMatch"] = reply["ETag"]
-                time.sleep(_backoff_s(failures))
+                if reply.get("ETag", "").endswith('"'):
+                    where["IfMatch"] = reply["ETag"]
+                time.sleep(backoff_s(failures))
 
     def fetch(self, key: str, directory: Path) -> Path:
         target = directory / check_key(key)
@@ -142,11 +131,15 @@ class S3Store:
         return target
 
     def exists(self, key: str) -> bool:
+        """Asked by reading a byte: a refused HEAD has no body, and so no reason."""
         try:
             with s3_errors(f"read {self._show(key)}"):
-                self._client.head_object(Bucket=self._bucket, Key=self._name(key))
+                where: dict[str, Any] = {"Bucket": self._bucket, "Key": self._name(key)}
+                self._client.get_object(**where, Range="bytes=0-0")["Body"].read()
         except MissingKey:
             return False
+        except PastTheEnd:
+            return True
         return True
 
     def list(self, prefix: str) -> Iterator[str]:
@@ -231,27 +224,3 @@ class S3Store:
 
     def _show(self, key: str) -> str:
         return f"{self.uri}/{key}".rstrip("/")
-
-
-def _client(uri: str) -> S3Client:
-    """A client with bounded retries and time-outs. Raises ConfigError for settings that cannot be meant."""
-    options: dict[str, Any] = {"retries": {"mode": "standard"}}
-    if "AWS_MAX_ATTEMPTS" not in os.environ:
-        options["retries"]["total_max_attempts"] = _MAX_ATTEMPTS
-    if os.environ.get("FFSPLIT_S3_PATH_STYLE", "").lower() in ("1", "true"):
-        options["s3"] = {"addressing_style": "path"}
-    if checksum := os.environ.get("FFSPLIT_S3_CHECKSUM"):
-        if checksum not in ("when_required", "when_supported"):
-            raise ConfigError(f"FFSPLIT_S3_CHECKSUM={checksum}: give when_required or when_supported")
-        options["request_checksum_calculation"] = options["response_checksum_validation"] = checksum
-    try:
-        with s3_errors(f"open {uri}"):
-            config = Config(connect_timeout=10, read_timeout=60, max_pool_connections=16, **options)
-            return Session().client("s3", config=config)
-    except (StoreError, ValueError) as error:
-        raise ConfigError(f"cannot open {uri}: {error}") from error
-
-
-def _backoff_s(attempt: int) -> float:
-    """Seconds to wait before the next attempt: doubling from 0.1, with jitter."""
-    return float(0.1 * 2**attempt * random.uniform(0.5, 1.0))

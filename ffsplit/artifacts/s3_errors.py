@@ -75,7 +75,7 @@ def explain(error: Exception, *, action: str) -> FFSplitError:
 
 def _explain_reply(error: ClientError, *, action: str) -> FFSplitError:
     details = error.response.get("Error", {})
-    code, message = details.get("Code", "unknown"), " ".join(details.get("Message", "").split())
+    code, message = details.get("Code") or "unknown", " ".join((details.get("Message") or "").split())
     said = f"cannot {action}: {message or 'refused'} ({code})"
     if code in _MISSING:
         return MissingKey(said)
@@ -90,7 +90,7 @@ def _explain_reply(error: ClientError, *, action: str) -> FFSplitError:
         return ConfigError(f"{said}: set AWS_REGION to the bucket's region")
     if code in _DENIED:
         allow = "s3:GetObject, s3:PutObject, s3:DeleteObject, s3:AbortMultipartUpload and s3:ListBucket"
-        return StoreError(f"{said}: the bucket's policy must allow {allow}")
+        return ConfigError(f"{said}: the bucket's policy must allow {allow}")
     return StoreError(said)
 
 

@@ -48,10 +48,9 @@ def probe(client: S3Client, *, bucket: str, prefix: str, extra: dict[str, Any]) 
         client.put_object(Bucket=bucket, Key=names[0], Body=_BODY, **extra)
         checksums = [kind for kind, wrong in _WRONG_CHECKSUMS.items() if not put(names[0], **wrong)]
         if put(names[0], IfNoneMatch="*"):
-            why = "the server ignores If-None-Match, so two runs could commit under one key"
-            raise ConfigError(
-                f"cannot write to s3://{bucket}/{prefix}: {why}: use one with conditional writes"
-            )
+            why = "the server ignores If-None-Match here, so two runs could commit under one key"
+            mend = "use a server with conditional writes (older Ceph has them in buckets without versions)"
+            raise ConfigError(f"cannot write to s3://{bucket}/{prefix}: {why}: {mend}")
         atomic = all(_num_winners(put, name) <= 1 for name in names[1:])
     finally:
         for name in names:
