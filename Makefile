@@ -5,7 +5,7 @@ CONSTRAINTS := cluster/constraints.txt
 
 .PHONY: help
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
+	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
 
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
@@ -23,6 +23,14 @@ demo: venv ## Compress all-MiniLM-L6-v2 into out/demo, on a Ray started on the s
 .PHONY: test
 test: venv ## Run the test suite, a real local Ray job included
 	$(BIN)/python -m pytest
+
+.PHONY: test-s3
+test-s3: venv ## Run the store's tests against OpenStack Swift and Ceph, started on loopback
+	FFSPLIT_TEST_SERVERS=1 $(BIN)/python -m pytest tests/s3
+
+.PHONY: apt
+apt: ## Refresh the package lists that `make test-s3` downloads Ceph by (Debian, as root)
+	apt-get update --quiet
 
 .PHONY: lint
 lint: venv ## Check style and types

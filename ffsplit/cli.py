@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from ffsplit import __version__
 from ffsplit.cli_plan import add_budget_flags, add_plan_commands
+from ffsplit.cli_store import add_store_commands
 from ffsplit.errors import ConfigError, FFSplitError
 
 EXIT_CODES = """\
@@ -72,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("model")
     inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
     add_plan_commands(command)
+    add_store_commands(command)
     return parser
 
 
@@ -105,14 +107,13 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int:
     """Run one command and return its exit code.
 
-    `in_job` refuses a relative --out, which would go with the job's working directory.
+    `in_job` refuses a relative output, which would go with the job's working directory.
     """
     try:
         parsed = build_parser().parse_args(arguments)
-        if in_job and "://" not in parsed.out and not parsed.out.startswith(("/", "~")):
-            raise ConfigError(
-                f"--out {parsed.out} must be absolute in a job, whose working directory is a copy"
-            )
+        target: str | None = vars(parsed).get("out", vars(parsed).get("directory"))
+        if in_job and target and "://" not in target and not target.startswith(("/", "~")):
+            raise ConfigError(f"{target} must be absolute in a job, whose working directory is a copy")
         code: int = parsed.run(parsed)
         return code
     except ConfigError as error:

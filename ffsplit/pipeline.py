@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ffsplit.artifacts.commits import Kind, read_commit
 from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import Manifest
-from ffsplit.artifacts.publish import Kind, new_attempt_id, publish_attempt, read_commit
+from ffsplit.artifacts.publish import new_attempt_id, publish_attempt
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX, Result, Scratch
 from ffsplit.artifacts.statistics import STATISTICS_PATH
-from ffsplit.artifacts.stores import open_store
+from ffsplit.artifacts.stores import NOT_ATOMIC, open_store
 from ffsplit.config import JobConfig
 from ffsplit.distributed import make_runner
 from ffsplit.errors import ConfigError
@@ -52,7 +53,9 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None) -> Manifes
         if read_commit(store, key) is not None:
             shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
             return read_manifest(locate(f"{store.uri}/{key}"))
-        store.check_writable()
+        guarantees = store.check_writable()
+        if guarantees.conditional_put != "atomic":
+            shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
         shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
         log = StageLog(shown)
         scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{key}")
@@ -62,6 +65,7 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None) -> Manifes
             (staging / STATISTICS_PATH).parent.mkdir(parents=True)
             compute = _compute_model if kind == "model" else _compute_statistics
             run, outcome = compute(Execution(run, scratch, runner, log), staging)
+            outcome = replace(outcome, guarantees=guarantees)
             write_documents(run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages)
             publish_attempt(
                 store, run_key=key, attempt=attempt, directory=staging, kind=kind, move_latest=kind == "model"

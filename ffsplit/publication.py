@@ -8,8 +8,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ffsplit import __version__
+from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.digests import file_entries
-from ffsplit.artifacts.locate import locate, materialize, read_manifest
+from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import (
     MANIFEST_NAME,
     AllocationRecord,
@@ -19,8 +20,9 @@ from ffsplit.artifacts.manifest import (
     Measurements,
     SourceModel,
     Stage,
+    StoreGuarantees,
 )
-from ffsplit.artifacts.publish import Kind
+from ffsplit.artifacts.pull import materialize
 from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.calibration.parquet import read_statistics
 from ffsplit.calibration.statistics import NeuronStats
@@ -51,6 +53,7 @@ class Outcome:
     errors: tuple[float, ...] = ()
     measurements: Measurements | None = None
     allocation: AllocationRecord | None = None
+    guarantees: StoreGuarantees | None = None
 
 
 def write_documents(
@@ -112,6 +115,7 @@ def _draft(
         measurements=outcome.measurements,
         stages=tuple(stages),
         environment=describe_environment(),
+        store=outcome.guarantees,
         files=(),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,14 @@ from ffsplit.errors import ArtifactError
 CHUNK_BYTES = 1 << 20
 
 
-def read_chunks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, at most CHUNK_BYTES at a time. Raises OSError."""
+def read_chunks(path: Path, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
+    """The bytes of a file, or of a range of it, at most CHUNK_BYTES at a time. Raises OSError."""
+    left = sys.maxsize if size_bytes is None else size_bytes
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
+        file.seek(start)
+        while chunk := file.read(min(CHUNK_BYTES, left)):
             yield chunk
+            left -= len(chunk)
 
 
 def sha256_file(path: Path) -> str:

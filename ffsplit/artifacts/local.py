@@ -7,12 +7,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
 
 from ffsplit.artifacts.digests import read_chunks
-from ffsplit.artifacts.stores import MissingKey, Names, check_key, check_prefix
+from ffsplit.artifacts.manifest import StoreGuarantees
+from ffsplit.artifacts.stores import MissingKey, Names, Stored, check_key, check_prefix
 from ffsplit.errors import ConfigError, StoreError
 
 _TEMPORARY = re.compile(r"\.ffsplit-[0-9a-f]{16}\.tmp")
@@ -71,10 +73,10 @@ class LocalStore:
     def get_bytes(self, key: str) -> bytes:
         return b"".join(self.open_stream(key))
 
-    def open_stream(self, key: str) -> Iterator[bytes]:
+    def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
         path = self._existing(key)
         with _os_errors(f"read {path}"):
-            yield from read_chunks(path)
+            yield from read_chunks(path, start=start, size_bytes=size_bytes)
 
     def fetch(self, key: str, directory: Path) -> Path:
         return self._existing(key)
@@ -84,14 +86,31 @@ class LocalStore:
             return self._path(key).is_file()
 
     def list(self, prefix: str) -> Iterator[str]:
+        yield from (entry.key for entry in self.list_details(prefix))
+
+    def list_details(self, prefix: str) -> Iterator[Stored]:
+        yield from sorted(self._walk(prefix, wanted=lambda name: not _TEMPORARY.fullmatch(name)))
+
+    def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
+        found = self._walk("", wanted=lambda name: bool(_TEMPORARY.fullmatch(name)))
+        old = [self._root / entry.key for entry in found if entry.modified_at < before]
+        for path in [] if dry_run else old:
+            with _os_errors(f"delete {path}"):
+                path.unlink(missing_ok=True)
+        return len(old)
+
+    def _walk(self, prefix: str, *, wanted: Callable[[str], bool]) -> Iterator[Stored]:
+        """Every wanted file below a prefix, but none that vanishes meanwhile."""
         top = self._directory(prefix)
-        keys: list[str] = []
         with _os_errors(f"list {top}"):
             for directory, children, names in os.walk(top, onerror=_raise_unless_missing):
                 links = [name for name in children if os.path.islink(os.path.join(directory, name))]
-                found = [name for name in names + links if not _TEMPORARY.fullmatch(name)]
-                keys += [(Path(directory) / name).relative_to(self._root).as_posix() for name in found]
-        yield from sorted(keys)
+                for name in filter(wanted, names + links):
+                    path = Path(directory) / name
+                    with suppress(FileNotFoundError):
+                        status = path.lstat()
+                        modified = datetime.fromtimestamp(status.st_mtime, tz=timezone.utc)
+                        yield Stored(path.relative_to(self._root).as_posix(), status.st_size, modified)
 
     def list_directories(self, prefix: str) -> Names:
         top = self._directory(prefix)
@@ -111,12 +130,13 @@ class LocalStore:
             shutil.rmtree(path)
             self._prune(path.parent)
 
-    def check_writable(self) -> None:
+    def check_writable(self) -> StoreGuarantees:
         probe = f"ffsplit-probe-{secrets.token_hex(8)}"
         missing = [path for path in (self._root, *self._root.parents) if not os.path.lexists(path)]
         try:
             self.put_if_absent(probe, b"")
             self.delete(probe)
+            return StoreGuarantees(conditional_put="atomic", checksums=())
         except StoreError as error:
             cause = error.__cause__
             reason = _reason(cause) if isinstance(cause, OSError) else str(error)

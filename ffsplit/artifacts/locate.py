@@ -1,21 +1,16 @@
-"""From a URI to an artifact: which attempt it names, and a local directory with its files."""
+"""From a URI to an artifact: which attempt it names, and its manifest, checked against the commit."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import secrets
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
-from ffsplit.artifacts.digests import sha256_file
-from ffsplit.artifacts.local import LocalStore
-from ffsplit.artifacts.manifest import MANIFEST_NAME, Manifest
+from ffsplit.artifacts.commits import Commit, list_commits, read_commit
+from ffsplit.artifacts.index import latest_commit
+from ffsplit.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from ffsplit.artifacts.paths import ATTEMPT_ID, RUN_KEY
-from ffsplit.artifacts.publish import Commit, latest_commit, list_commits, read_commit
-from ffsplit.artifacts.stores import MissingKey, Store, open_store
+from ffsplit.artifacts.stores import MissingKey, Store, open_store, read_at_most
 from ffsplit.errors import ArtifactError, ConfigError
 
 _RUN_URI = re.compile(
@@ -108,7 +103,7 @@ def read_manifest(location: Location) -> Manifest:
 def read_manifest_bytes(location: Location) -> bytes:
     """The manifest's bytes, whose sha256 is the commit's. Raises ArtifactError."""
     try:
-        data = location.store.get_bytes(location.key(MANIFEST_NAME))
+        data = read_at_most(location.store, location.key(MANIFEST_NAME), MAX_MANIFEST_BYTES)
     except MissingKey:
         raise ArtifactError(f"{location.uri}: {MANIFEST_NAME} is missing") from None
     if location.commit and hashlib.sha256(data).hexdigest() != location.commit.manifest_sha256:
@@ -126,92 +121,3 @@ def parse_manifest(location: Location, data: bytes) -> Manifest:
     if named != (manifest.run_key, manifest.attempt):
         raise ArtifactError(f"{location.uri}: {MANIFEST_NAME} is of {manifest.run_key}/{manifest.attempt}")
     return manifest
-
-
-def materialize(uri: str, *, cache: Path | None = None) -> Path:
-    """A local directory with the artifact's files: in place, or a download that is kept in a cache.
-
-    A download is verified, file by file, before its directory appears. The cache is `cache`, else
-    $FFSPLIT_CACHE, else ~/.cache/ffsplit; the directory is artifacts/<manifest's sha256> in it.
-    A directory already there is checked for missing files and wrong sizes only. Raises ConfigError
-    as `locate` does, ArtifactError when the artifact is not whole.
-    """
-    location = locate(uri)
-    data = read_manifest_bytes(location)
-    manifest = parse_manifest(location, data)
-    if isinstance(location.store, LocalStore):
-        directory = Path(location.uri)
-        if problem := _first_problem(directory, manifest):
-            raise ArtifactError(f"{location.uri}: {problem}: publish it again or take another copy")
-        return directory
-    root = cache or Path(os.environ.get("FFSPLIT_CACHE") or "~/.cache/ffsplit").expanduser()
-    target = root.absolute() / "artifacts" / hashlib.sha256(data).hexdigest()
-    if target.is_dir():
-        if (target / MANIFEST_NAME).is_file() and not _first_problem(target, manifest):
-            return target
-        shutil.rmtree(target, ignore_errors=True)
-    download(location, directory=target)
-    return target
-
-
-def download(location: Location, *, directory: Path) -> Manifest:
-    """Copy an artifact into a new directory, which appears only once every sha256 is right.
-
-    Files that the manifest does not list stay behind. A directory that another process put there
-    meanwhile is kept. Raises ConfigError when the directory cannot be made or has other content,
-    ArtifactError when a file is missing or differs.
-    """
-    data = read_manifest_bytes(location)
-    manifest = parse_manifest(location, data)
-    partial = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.partial")
-    try:
-        if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-            raise ConfigError(f"{directory} exists and is not empty: choose another directory")
-        whole = partial / "artifact"
-        whole.mkdir(parents=True)
-        for entry in manifest.files:
-            _copy(location, entry.path, whole=whole, scratch=partial / "fetched")
-            if sha256_file(whole / entry.path) != entry.sha256:
-                raise ArtifactError(f"{location.uri}: {entry.path} is not what its manifest says")
-        (whole / MANIFEST_NAME).write_bytes(data)
-        _rename(whole, directory=directory)
-    except OSError as error:
-        raise ConfigError(f"cannot write {directory}: {error.strerror}: choose another directory") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return manifest
-
-
-def _copy(location: Location, path: str, *, whole: Path, scratch: Path) -> None:
-    """Put one file into `whole`, by way of `scratch` where the store is remote."""
-    target = whole / path
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        source = location.store.fetch(location.key(path), scratch)
-    except MissingKey:
-        raise ArtifactError(f"{location.uri}: {path} is missing") from None
-    if source.is_relative_to(scratch):
-        source.rename(target)
-    else:
-        shutil.copyfile(source, target)
-
-
-def _rename(whole: Path, *, directory: Path) -> None:
-    """Let a finished download appear, unless another process was faster with the same one."""
-    try:
-        whole.rename(directory)
-    except OSError:
-        theirs = directory / MANIFEST_NAME
-        if not theirs.is_file() or theirs.read_bytes() != (whole / MANIFEST_NAME).read_bytes():
-            raise
-
-
-def _first_problem(directory: Path, manifest: Manifest) -> str | None:
-    """A file of the manifest that is missing, a link, or of another size in a directory."""
-    for entry in manifest.files:
-        path = directory / entry.path
-        if path.is_symlink() or not path.is_file():
-            return f"{entry.path} is missing"
-        if path.stat().st_size != entry.size_bytes:
-            return f"{entry.path} has {path.stat().st_size} bytes instead of {entry.size_bytes}"
-    return None

@@ -15,6 +15,7 @@ from ffsplit.ffn import LayerLayout, ModelShape
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
+MAX_MANIFEST_BYTES = 64 << 20
 
 
 class FileEntry(Record):
@@ -189,6 +190,17 @@ class Environment(Record):
     hardware: dict[str, str | int]
 
 
+class StoreGuarantees(Record):
+    """What the store promised when the run began, found out by trying it."""
+
+    conditional_put: Literal["atomic", "not atomic"] = Field(
+        description="whether of several writers that create one key at once exactly one was told yes"
+    )
+    checksums: tuple[str, ...] = Field(
+        description="the kinds of checksum that an upload may carry and that a wrong value of was refused"
+    )
+
+
 class Manifest(Record):
     """Everything a consumer may ask of an artifact. Digests and sizes of every other file included."""
 
@@ -211,6 +223,7 @@ class Manifest(Record):
     measurements: Measurements | None
     stages: tuple[Stage, ...]
     environment: Environment
+    store: StoreGuarantees | None = Field(default=None, description="where it was published first")
     files: tuple[FileEntry, ...]
 
     def to_json(self) -> str:

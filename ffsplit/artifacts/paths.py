@@ -4,20 +4,35 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 
 RUN_KEY = re.compile(r"[0-9a-f]{16}")
 ATTEMPT_ID = re.compile(r"[0-9a-f]{12}")
+MAX_NAME_BYTES = 255
 
-_REFUSED_CATEGORIES = frozenset({"Cc", "Cs", "Zl", "Zp"})
-"""Control characters, lone surrogates and line separators: they break a terminal, JSON or S3."""
+_REFUSED_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Control characters, invisible ones, lone surrogates, line separators: they deceive or break something."""
 
 
 def is_safe_path(path: str) -> bool:
     """Whether a path stays inside the directory it is relative to, on any system and in any store.
 
     Safe is: forward slashes only, no leading or trailing one, no empty, `.` or `..` component, no
-    backslash, no control character.
+    backslash, no control or invisible character, and no component over 255 bytes.
     """
     if "\\" in path or any(unicodedata.category(character) in _REFUSED_CATEGORIES for character in path):
         return False
-    return all(part not in ("", ".", "..") for part in path.split("/"))
+    return all(
+        part not in ("", ".", "..") and len(part.encode()) <= MAX_NAME_BYTES for part in path.split("/")
+    )
+
+
+def colliding(paths: Iterable[str]) -> str | None:
+    """A path that some file system takes for another one: the same but for case or Unicode form."""
+    seen: set[str] = set()
+    for path in paths:
+        folded = unicodedata.normalize("NFC", path).casefold()
+        if folded in seen:
+            return path
+        seen.add(folded)
+    return None

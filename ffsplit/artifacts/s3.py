@@ -1,51 +1,41 @@
-"""A store in an S3 bucket, or in any server that speaks S3 and honours If-None-Match.
-
-boto3 finds credentials, region and endpoint by itself (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION,
-AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_MAX_ATTEMPTS, ...). Three settings are this package's own:
-
-FFSPLIT_S3_PATH_STYLE=1         put the bucket into the path, not into the host name
-FFSPLIT_S3_SSE_KMS_KEY_ID=...   encrypt every object with this KMS key
-FFSPLIT_S3_CHECKSUM=...         when_supported (boto3's default) or when_required, for older servers
-"""
+"""A store in an S3 bucket, or in any server that speaks S3 and honours If-None-Match."""
 
 from __future__ import annotations
 
 import os
-import random
 import secrets
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from boto3.s3.transfer import TransferConfig
-from boto3.session import Session
-from botocore.config import Config
-from botocore.exceptions import (
-    ClientError,
-    IncompleteReadError,
-    ReadTimeoutError,
-    ResponseStreamingError,
-)
+from botocore.exceptions import ClientError
 
 from ffsplit.artifacts.digests import CHUNK_BYTES
-from ffsplit.artifacts.s3_errors import explain, http_status, s3_errors
-from ffsplit.artifacts.stores import MissingKey, Names, check_key, check_prefix
+from ffsplit.artifacts.manifest import StoreGuarantees
+from ffsplit.artifacts.s3_client import MAX_ATTEMPTS, backoff_s, end_of_range, make_client
+from ffsplit.artifacts.s3_errors import BROKEN_STREAM, PastTheEnd, explain, http_status, s3_errors
+from ffsplit.artifacts.s3_probe import probe
+from ffsplit.artifacts.stores import MissingKey, Names, Stored, check_key, check_prefix
 from ffsplit.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
-    from mypy_boto3_s3 import S3Client
+    from mypy_boto3_s3.type_defs import ObjectTypeDef
 
-_MAX_ATTEMPTS = 5
+    Objects = list[ObjectTypeDef]
+
 _PART_BYTES = 16 << 20
+_NUM_CONNECTIONS = 8
 _TRANSFER = TransferConfig(
     multipart_threshold=_PART_BYTES,
     multipart_chunksize=_PART_BYTES,
-    max_concurrency=8,
+    max_concurrency=_NUM_CONNECTIONS,
     preferred_transfer_client="classic",  # awscrt ignores endpoint_url
 )
-_BROKEN_STREAM = (IncompleteReadError, ReadTimeoutError, ResponseStreamingError)
 
 
 class S3Store:
@@ -54,7 +44,7 @@ class S3Store:
     def __init__(self, bucket: str, *, prefix: str) -> None:
         self._bucket = bucket
         self._base = f"{prefix}/" if prefix else ""
-        self._client = _client(self.uri)
+        self._client = make_client(self.uri)
         kms_key = os.environ.get("FFSPLIT_S3_SSE_KMS_KEY_ID")
         self._extra: dict[str, Any] = (
             {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key} if kms_key else {}
@@ -80,7 +70,7 @@ class S3Store:
             raise StoreError(f"{self._show(key)} has {stored} of the {size_bytes} bytes in {path}: try again")
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        for attempt in range(_MAX_ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
             try:
                 with s3_errors(f"write {self._show(key)}"):
                     self._put(key, data, IfNoneMatch="*")
@@ -90,35 +80,43 @@ class S3Store:
                 if status == "412":
                     with suppress(MissingKey):  # gone again: not ours to report as existing
                         return self.get_bytes(key) == data
-                elif status != "409" or attempt + 1 == _MAX_ATTEMPTS:
+                elif status != "409" or attempt + 1 == MAX_ATTEMPTS:
                     raise
-            time.sleep(_backoff_s(attempt))
+            time.sleep(backoff_s(attempt))
         raise StoreError(f"cannot write {self._show(key)}: it kept appearing and vanishing; try again")
 
     def get_bytes(self, key: str) -> bytes:
         return b"".join(self.open_stream(key))
 
-    def open_stream(self, key: str) -> Iterator[bytes]:
-        """The object in chunks; a connection that breaks is taken up where it broke."""
+    def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
+        """The object, or a range, in chunks; a connection that breaks is taken up where it broke."""
+        if size_bytes == 0:
+            return
         action = f"read {self._show(key)}"
         where: dict[str, Any] = {"Bucket": self._bucket, "Key": self._name(key)}
-        offset = failures = 0
-        total = None
-        while total is None or offset < total:
+        offset, failures = start, 0
+        end = None if size_bytes is None else start + size_bytes
+        while end is None or offset < end:
+            where["Range"] = f"bytes={offset}-{'' if end is None else end - 1}"
+            reply: Any = {}
             try:
                 with s3_errors(action):
                     reply = self._client.get_object(**where)
-                total = offset + reply["ContentLength"]
+                end = end_of_range(reply, start=offset)
                 for chunk in reply["Body"].iter_chunks(CHUNK_BYTES):
                     offset += len(chunk)
+                    failures = 0  # of those in a row that brought nothing
                     yield chunk
                 return
-            except _BROKEN_STREAM as error:
+            except PastTheEnd:
+                return
+            except BROKEN_STREAM as error:
                 failures += 1
-                if failures == _MAX_ATTEMPTS:
+                if failures == MAX_ATTEMPTS:
                     raise explain(error, action=action) from error
-                where |= {"Range": f"bytes={offset}-", "IfMatch": reply["ETag"]}
-                time.sleep(_backoff_s(failures))
+                if reply.get("ETag", "").endswith('"'):
+                    where["IfMatch"] = reply["ETag"]
+                time.sleep(backoff_s(failures))
 
     def fetch(self, key: str, directory: Path) -> Path:
         target = directory / check_key(key)
@@ -133,16 +131,27 @@ class S3Store:
         return target
 
     def exists(self, key: str) -> bool:
+        """Asked by reading a byte: a refused HEAD has no body, and so no reason."""
         try:
             with s3_errors(f"read {self._show(key)}"):
-                self._client.head_object(Bucket=self._bucket, Key=self._name(key))
+                where: dict[str, Any] = {"Bucket": self._bucket, "Key": self._name(key)}
+                self._client.get_object(**where, Range="bytes=0-0")["Body"].read()
         except MissingKey:
             return False
+        except PastTheEnd:
+            return True
         return True
 
     def list(self, prefix: str) -> Iterator[str]:
-        names = [name for name in self._names(prefix) if not name.endswith("/")]
-        yield from sorted(name.removeprefix(self._base) for name in names)
+        yield from (entry.key for entry in self.list_details(prefix))
+
+    def list_details(self, prefix: str) -> Iterator[Stored]:
+        entries = [
+            Stored(entry["Key"].removeprefix(self._base), entry["Size"], entry["LastModified"])
+            for entry in self._objects(prefix)
+            if not entry["Key"].endswith("/")
+        ]
+        yield from sorted(entries)
 
     def list_directories(self, prefix: str) -> Names:
         directory = self._directory(prefix)
@@ -156,44 +165,55 @@ class S3Store:
         return sorted(name.removesuffix("/") for name in found if name != "/")
 
     def delete(self, key: str) -> None:
-        with s3_errors(f"delete {self._show(key)}"):
-            self._client.delete_object(Bucket=self._bucket, Key=self._name(key))
+        self._delete(self._name(key))
 
     def delete_prefix(self, prefix: str) -> None:
         check_key(check_prefix(prefix))
-        for name in self._names(prefix):
-            with s3_errors(f"delete s3://{self._bucket}/{name}"):
-                self._client.delete_object(Bucket=self._bucket, Key=name)
+        names = [entry["Key"] for entry in self._objects(prefix)]
+        with ThreadPoolExecutor(_NUM_CONNECTIONS) as pool:
+            for _ in pool.map(self._delete, names):
+                pass
 
-    def check_writable(self) -> None:
-        probe = f"ffsplit-probe-{secrets.token_hex(8)}"
+    def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
+        """Unfinished uploads in parts, which cost storage but are listed nowhere else."""
+        old: list[Any] = []
+        with s3_errors(f"list unfinished uploads to {self.uri}"):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=self._base
+            )
+            for page in pages:
+                old += [upload for upload in page.get("Uploads", []) if upload["Initiated"] < before]
+        for upload in [] if dry_run else old:
+            with s3_errors(f"abort an upload to {self.uri}"):
+                self._client.abort_multipart_upload(
+                    Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"]
+                )
+        return len(old)
+
+    def check_writable(self) -> StoreGuarantees:
         try:
             with s3_errors(f"write to {self.uri}"):
-                self._put(probe, b"first")
-            try:
-                absent = self.put_if_absent(probe, b"second")
-            finally:
-                with s3_errors(f"delete from {self.uri}"):
-                    self._client.delete_object(Bucket=self._bucket, Key=self._name(probe))
+                return probe(self._client, bucket=self._bucket, prefix=self._base, extra=self._extra)
         except StoreError as error:
             raise ConfigError(str(error)) from error
-        if absent:
-            why = "the server ignores If-None-Match, so two runs could commit under one key"
-            raise ConfigError(f"cannot write to {self.uri}: {why}: use one with conditional writes")
 
     def _put(self, key: str, data: bytes, **condition: Any) -> None:
         name = self._name(key)
         self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **self._extra, **condition)
 
-    def _names(self, prefix: str) -> Names:
-        names: list[str] = []
+    def _delete(self, name: str) -> None:
+        with s3_errors(f"delete s3://{self._bucket}/{name}"):
+            self._client.delete_object(Bucket=self._bucket, Key=name)
+
+    def _objects(self, prefix: str) -> Objects:
+        found: Objects = []
         with s3_errors(f"list {self._show(prefix)}"):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._directory(prefix)
             )
             for page in pages:
-                names += [entry["Key"] for entry in page.get("Contents", [])]
-        return names
+                found += page.get("Contents", [])
+        return found
 
     def _name(self, key: str) -> str:
         return self._base + check_key(key)
@@ -204,27 +224,3 @@ class S3Store:
 
     def _show(self, key: str) -> str:
         return f"{self.uri}/{key}".rstrip("/")
-
-
-def _client(uri: str) -> S3Client:
-    """A client with bounded retries and time-outs. Raises ConfigError for settings that cannot be meant."""
-    options: dict[str, Any] = {"retries": {"mode": "standard"}}
-    if "AWS_MAX_ATTEMPTS" not in os.environ:
-        options["retries"]["total_max_attempts"] = _MAX_ATTEMPTS
-    if os.environ.get("FFSPLIT_S3_PATH_STYLE", "").lower() in ("1", "true"):
-        options["s3"] = {"addressing_style": "path"}
-    if checksum := os.environ.get("FFSPLIT_S3_CHECKSUM"):
-        if checksum not in ("when_required", "when_supported"):
-            raise ConfigError(f"FFSPLIT_S3_CHECKSUM={checksum}: give when_required or when_supported")
-        options["request_checksum_calculation"] = options["response_checksum_validation"] = checksum
-    try:
-        with s3_errors(f"open {uri}"):
-            config = Config(connect_timeout=10, read_timeout=60, max_pool_connections=16, **options)
-            return Session().client("s3", config=config)
-    except (StoreError, ValueError) as error:
-        raise ConfigError(f"cannot open {uri}: {error}") from error
-
-
-def _backoff_s(attempt: int) -> float:
-    """Seconds to wait before the next attempt: doubling from 0.1, with jitter."""
-    return float(0.1 * 2**attempt * random.uniform(0.5, 1.0))

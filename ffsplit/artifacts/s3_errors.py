@@ -32,6 +32,17 @@ _BAD_CREDENTIALS = (
     "TokenRefreshRequired",
 )
 _WRONG_REGION = ("301", "AuthorizationHeaderMalformed", "PermanentRedirect")
+BROKEN_STREAM = (
+    boto.IncompleteReadError,
+    boto.ReadTimeoutError,
+    boto.ResponseStreamingError,
+    boto.ConnectionClosedError,
+)
+"""How a body that was arriving can break off."""
+
+
+class PastTheEnd(StoreError):
+    """A range begins where the object has no bytes."""
 
 
 @contextmanager
@@ -64,10 +75,12 @@ def explain(error: Exception, *, action: str) -> FFSplitError:
 
 def _explain_reply(error: ClientError, *, action: str) -> FFSplitError:
     details = error.response.get("Error", {})
-    code, message = details.get("Code", "unknown"), " ".join(details.get("Message", "").split())
+    code, message = details.get("Code") or "unknown", " ".join((details.get("Message") or "").split())
     said = f"cannot {action}: {message or 'refused'} ({code})"
     if code in _MISSING:
         return MissingKey(said)
+    if code in ("InvalidRange", "416"):
+        return PastTheEnd(said)
     if code == "NoSuchBucket":
         return ConfigError(f"{said}: create the bucket or mend the URI")
     if code in _BAD_CREDENTIALS:
@@ -77,7 +90,7 @@ def _explain_reply(error: ClientError, *, action: str) -> FFSplitError:
         return ConfigError(f"{said}: set AWS_REGION to the bucket's region")
     if code in _DENIED:
         allow = "s3:GetObject, s3:PutObject, s3:DeleteObject, s3:AbortMultipartUpload and s3:ListBucket"
-        return StoreError(f"{said}: the bucket's policy must allow {allow}")
+        return ConfigError(f"{said}: the bucket's policy must allow {allow}")
     return StoreError(said)
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ffsplit.artifacts.commits import list_commits
 from ffsplit.artifacts.locate import Location, locate, read_manifest
 from ffsplit.artifacts.manifest import FileEntry, Manifest
-from ffsplit.artifacts.publish import list_commits
 from ffsplit.artifacts.stores import MissingKey, open_store
 from ffsplit.errors import ArtifactError, ConfigError
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 from urllib.parse import unquote
 
+from ffsplit.artifacts.manifest import StoreGuarantees
 from ffsplit.artifacts.paths import is_safe_path
 from ffsplit.errors import ConfigError, StoreError
 
 Names = list[str]
 """Spelled out here because `list` inside a store is its method."""
+
+NOT_ATOMIC = "lets two writers create one key at once: of two runs with one key the last commit stands"
+"""What is said of a store whose conditional writes are not atomic."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
@@ -20,6 +25,14 @@ _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
 class MissingKey(StoreError):
     """The store holds nothing under this key."""
+
+
+class Stored(NamedTuple):
+    """One key of a listing."""
+
+    key: str
+    size_bytes: int
+    modified_at: datetime
 
 
 class Store(Protocol):
@@ -51,8 +64,11 @@ class Store(Protocol):
     def get_bytes(self, key: str) -> bytes:
         """A small value. Raises MissingKey."""
 
-    def open_stream(self, key: str) -> Iterator[bytes]:
-        """A value of any size in chunks of about 1 MiB. Raises MissingKey."""
+    def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
+        """A value of any size, or a range of it, in chunks of about 1 MiB. Raises MissingKey.
+
+        A range that reaches beyond the value's end gives what there is.
+        """
 
     def fetch(self, key: str, directory: Path) -> Path:
         """A local file with the value: in place, or downloaded to `directory/key`. Raises MissingKey."""
@@ -63,6 +79,9 @@ class Store(Protocol):
     def list(self, prefix: str) -> Iterator[str]:
         """All keys below a prefix, sorted; none when it does not exist."""
 
+    def list_details(self, prefix: str) -> Iterator[Stored]:
+        """What `list` gives, with sizes and the times of the last write, by the store's clock."""
+
     def list_directories(self, prefix: str) -> Names:
         """The names of the directories right below a prefix, sorted."""
 
@@ -72,8 +91,22 @@ class Store(Protocol):
     def delete_prefix(self, prefix: str) -> None:
         """Remove everything below a prefix, which may not be the root."""
 
-    def check_writable(self) -> None:
-        """Raise ConfigError, with what to mend, unless values can be written; leave nothing behind."""
+    def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
+        """Remove what writes that were killed before a moment left unseen; returns how many there were."""
+
+    def check_writable(self) -> StoreGuarantees:
+        """Try writing, and say what the store guarantees; leave nothing behind.
+
+        Raises ConfigError, with what to mend, when values cannot be written or commits could not work.
+        """
+
+
+def read_at_most(store: Store, key: str, max_bytes: int) -> bytes:
+    """A small value that a stranger may have written. Raises MissingKey, and StoreError when it is larger."""
+    data = b"".join(store.open_stream(key, size_bytes=max_bytes + 1))
+    if len(data) > max_bytes:
+        raise StoreError(f"{store.uri}/{key} is larger than {max_bytes:,} bytes")
+    return data
 
 
 def check_key(key: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ffsplit.artifacts.locate import locate, materialize, read_manifest
+from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import Latency
+from ffsplit.artifacts.pull import materialize
 from ffsplit.errors import ConfigError
 from ffsplit.measurement.latency import paired_latency
 from ffsplit.models.checkpoint import open_checkpoint

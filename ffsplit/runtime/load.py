@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ffsplit.artifacts.locate import materialize
+from ffsplit.artifacts.pull import materialize
 
 
 def load(uri: str, **options: Any) -> Any:

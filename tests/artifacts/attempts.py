@@ -3,6 +3,7 @@
 import hashlib
 from pathlib import Path
 
+from ffsplit.artifacts.commits import Commit, Kind
 from ffsplit.artifacts.digests import file_entries
 from ffsplit.artifacts.manifest import (
     CalibrationRecord,
@@ -11,7 +12,7 @@ from ffsplit.artifacts.manifest import (
     Manifest,
     SourceModel,
 )
-from ffsplit.artifacts.publish import Commit, Kind, publish_attempt
+from ffsplit.artifacts.publish import publish_attempt
 from ffsplit.artifacts.stores import Store
 from ffsplit.config import JobConfig
 

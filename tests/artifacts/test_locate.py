@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffsplit.artifacts.locate import download, locate, materialize, read_manifest
+from ffsplit.artifacts.locate import locate, read_manifest
+from ffsplit.artifacts.pull import download, materialize
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.errors import ArtifactError, ConfigError, FFSplitError
 
@@ -192,6 +193,11 @@ def test_download_into_a_directory_of_ones_own(store: Store, store_uri: str, tmp
     manifest = download(locate(store_uri), directory=tmp_path / "here")
     assert is_whole(tmp_path / "here") and manifest.run_key == RUN_KEY
     assert not list(tmp_path.glob(".here*"))
+    assert download(locate(store_uri), directory=tmp_path / "here") == manifest
+    (tmp_path / "here" / "config.json").write_bytes(b"[]")
+    with pytest.raises(ConfigError, match=r"damaged \(config\.json differs\): remove it"):
+        download(locate(store_uri), directory=tmp_path / "here")
+    (tmp_path / "here" / "manifest.json").unlink()
     with pytest.raises(ConfigError, match="exists and is not empty"):
         download(locate(store_uri), directory=tmp_path / "here")
     (tmp_path / "file").write_text("mine")

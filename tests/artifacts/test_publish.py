@@ -9,16 +9,10 @@ from typing import Any
 
 import pytest
 
+from ffsplit.artifacts.commits import Commit, Kind, list_commits, read_commit
+from ffsplit.artifacts.index import latest_commit
 from ffsplit.artifacts.paths import ATTEMPT_ID
-from ffsplit.artifacts.publish import (
-    Commit,
-    Kind,
-    latest_commit,
-    list_commits,
-    new_attempt_id,
-    publish_attempt,
-    read_commit,
-)
+from ffsplit.artifacts.publish import new_attempt_id, publish_attempt
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.errors import ArtifactError, StoreError
 
@@ -64,11 +58,13 @@ def test_everything_is_published_and_committed(store: Store, tmp_path: Path) -> 
         *(f"{prefix}/{name}" for name in names),
         f"{RUN_KEY}/commit.json",
         "latest.json",
+        "index.json",
     }
     for name in names:
         assert store.get_bytes(f"{prefix}/{name}") == (directory / name).read_bytes()
     assert read_commit(store, RUN_KEY) == commit == latest_commit(store)
-    assert hint(store) == {"run_key": RUN_KEY, "attempt": ATTEMPT, "committed_at": commit.committed_at}
+    named = {"run_key": RUN_KEY, "attempt": ATTEMPT, "committed_at": commit.committed_at}
+    assert hint(store) == named | {"generation": 1}
     total = sum((directory / name).stat().st_size for name in names)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert len(calls) == len(names) and calls[-1] == (total, total)
@@ -87,7 +83,8 @@ def test_the_manifest_goes_last_and_the_commit_after_it(
 
         monkeypatch.setattr(store, method, record)
     publish(store, tmp_path / "attempt")
-    assert order[-3:] == [f"{RUN_KEY}/{ATTEMPT}/manifest.json", f"{RUN_KEY}/commit.json", "latest.json"]
+    attempt = [f"{RUN_KEY}/{ATTEMPT}/{name}" for name in (*FILES, "manifest.json")]
+    assert order == [*attempt, f"{RUN_KEY}/commit.json", "index.json", "latest.json"]
 
 
 def test_a_run_that_is_committed_keeps_its_winner(store: Store, tmp_path: Path) -> None:
@@ -138,7 +135,7 @@ def test_eight_threads_racing_have_one_winner_and_leave_nothing_else(tmp_path: P
     store = open_store(str(root))
     assert read_commit(store, RUN_KEY) == commits[0]
     assert store.list_directories(RUN_KEY) == [commits[0].attempt]
-    assert {path.name for path in root.iterdir()} == {RUN_KEY, "latest.json"}
+    assert {path.name for path in root.iterdir()} == {RUN_KEY, "latest.json", "index.json"}
     assert hint(store)["attempt"] == commits[0].attempt
 
 

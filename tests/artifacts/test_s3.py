@@ -18,7 +18,7 @@ pytestmark = pytest.mark.s3
 
 @pytest.fixture
 def store(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> S3Store:
-    monkeypatch.setattr(s3_module, "_backoff_s", lambda attempt: 0.0)
+    monkeypatch.setattr(s3_module, "backoff_s", lambda attempt: 0.0)
     opened = open_store(s3_uri)
     assert isinstance(opened, S3Store)
     return opened
@@ -113,7 +113,21 @@ def test_a_broken_connection_is_taken_up_where_it_broke(
 
     monkeypatch.setattr(store._client, "get_object", breaking)
     assert b"".join(store.open_stream("key")) == data
-    assert [call.get("Range") for call in calls] == [None, "bytes=300001-", "bytes=600002-"]
+    assert [call.get("Range") for call in calls] == [
+        "bytes=0-",
+        "bytes=300001-2047999",
+        "bytes=600002-2047999",
+    ]
+
+
+def test_ranges_are_exact_and_end_with_the_object(store: S3Store) -> None:
+    data = bytes(range(256))
+    store.put_bytes("key", data)
+    assert b"".join(store.open_stream("key", start=3, size_bytes=5)) == data[3:8]
+    assert b"".join(store.open_stream("key", start=250)) == data[250:]
+    assert b"".join(store.open_stream("key", start=250, size_bytes=50)) == data[250:]
+    assert b"".join(store.open_stream("key", start=300, size_bytes=5)) == b""
+    assert b"".join(store.open_stream("key", start=3, size_bytes=0)) == b""
 
 
 def test_a_failed_download_leaves_nothing(
@@ -201,7 +215,7 @@ def test_settings_reach_the_client(s3_uri: str, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("code", "status", "kind", "mend"),
     [
-        ("AccessDenied", 403, StoreError, "policy must allow s3:GetObject"),
+        ("AccessDenied", 403, ConfigError, "policy must allow s3:GetObject"),
         ("NoSuchBucket", 404, ConfigError, "create the bucket"),
         ("ExpiredToken", 400, ConfigError, "check AWS_ACCESS_KEY_ID"),
         ("PermanentRedirect", 301, ConfigError, "set AWS_REGION"),
@@ -216,6 +230,12 @@ def test_refusals_are_one_line_with_the_mend(
     assert type(error) is kind
     assert str(error).startswith(f"cannot write s3://b/k: said the server. ({code})")
     assert mend in str(error) and "\n" not in str(error)
+
+
+def test_a_server_that_gives_no_message() -> None:
+    error = refusal("NoSuchKey", 404)
+    error.response["Error"]["Message"] = None  # type: ignore[typeddict-item]
+    assert str(explain(error, action="read s3://b/k")) == "cannot read s3://b/k: refused (NoSuchKey)"
 
 
 def test_a_refused_upload_is_not_hidden_by_the_transfer_manager(

@@ -1,0 +1,96 @@
+"""The local cache of artifacts, shared by the processes of a machine and kept below a size.
+
+<root>/artifacts/<digest>/      a whole artifact, verified before its directory appeared
+<root>/artifacts/.<digest>/     one that is arriving, or whose arrival broke off: it is taken up again
+<root>/locks/<digest>           exists while a process brings or removes that artifact
+
+The root is $FFSPLIT_CACHE, else ~/.cache/ffsplit; the size is $FFSPLIT_CACHE_LIMIT, as in 50GB, the
+default. What was used longest ago goes first, but nothing that was used in the last ten minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from ffsplit.artifacts.locks import locked, try_locked
+from ffsplit.artifacts.units import parse_size
+from ffsplit.errors import ConfigError
+
+DEFAULT_LIMIT = "50GB"
+GRACE_S = 600.0
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Directories by the digest of what is in them."""
+
+    root: Path
+    limit_bytes: int
+
+    @classmethod
+    def open(cls, root: Path | None = None) -> Cache:
+        """The cache of this user, or one elsewhere. Raises ConfigError for a limit that is no size."""
+        chosen = root or Path(os.environ.get("FFSPLIT_CACHE") or "~/.cache/ffsplit").expanduser()
+        limit = os.environ.get("FFSPLIT_CACHE_LIMIT") or DEFAULT_LIMIT
+        return cls(chosen.absolute(), parse_size(limit, name="FFSPLIT_CACHE_LIMIT"))
+
+    def find(self, digest: str, *, is_whole: Callable[[Path], bool]) -> Path | None:
+        """The directory of a digest, None when it is not there or not whole. Counts as a use of it."""
+        directory = self.root / "artifacts" / digest
+        if not is_whole(directory):
+            return None
+        with suppress(OSError):
+            os.utime(directory)
+        return directory
+
+    def get(
+        self, digest: str, *, is_whole: Callable[[Path], bool], bring: Callable[[Path, Path], None]
+    ) -> Path:
+        """The directory of a digest, brought by `bring(target, staging)` when it is not there.
+
+        Of several processes that want the same one, one brings it and the others wait.
+        """
+        if found := self.find(digest, is_whole=is_whole):
+            return found
+        target = self.root / "artifacts" / digest
+        try:
+            with locked(self._lock(digest)):
+                if found := self.find(digest, is_whole=is_whole):
+                    return found
+                shutil.rmtree(target, ignore_errors=True)
+                bring(target, target.with_name(f".{digest}"))
+        except OSError as error:
+            why = f"cannot write the cache in {self.root}: {error.strerror or error}"
+            raise ConfigError(f"{why}: set FFSPLIT_CACHE to another directory") from error
+        self.shrink()
+        return target
+
+    def shrink(self) -> None:
+        """Remove what was used longest ago until the rest is within the limit."""
+        entries = []
+        with suppress(OSError):
+            for path in (self.root / "artifacts").iterdir():
+                with suppress(OSError):
+                    entries.append((path.stat().st_mtime, _size_bytes(path), path))
+        total = sum(size_bytes for _, size_bytes, _ in entries)
+        for used_at, size_bytes, path in sorted(entries):
+            if total <= self.limit_bytes or time.time() - used_at < GRACE_S:
+                return
+            with try_locked(self._lock(path.name.removeprefix("."))) as held:
+                if held:
+                    shutil.rmtree(path, ignore_errors=True)
+                    total -= size_bytes
+
+    def _lock(self, digest: str) -> Path:
+        return self.root / "locks" / digest
+
+
+def _size_bytes(directory: Path) -> int:
+    """Bytes on the disk: a file that is still arriving is sparse."""
+    return sum(path.lstat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())

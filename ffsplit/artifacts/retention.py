@@ -1,0 +1,159 @@
+"""What of a store may go: old runs, attempts that nobody committed, and what broken runs left behind.
+
+Never removed: the newest model, which `latest` names; what a pin names; what is not committed but was
+written to more recently than `min_age`, for somebody may be at work there.
+
+    pins/<run key>.json      keeps that run
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from datetime import datetime, timedelta, timezone
+
+from ffsplit.artifacts.commits import COMMIT_NAME, Commit, Named, read_commit, record_bytes
+from ffsplit.artifacts.index import latest_commit, list_runs
+from ffsplit.artifacts.locate import Location
+from ffsplit.artifacts.paths import ATTEMPT_ID, RUN_KEY
+from ffsplit.artifacts.scratch import SCRATCH_PREFIX
+from ffsplit.artifacts.stores import Store, Stored
+from ffsplit.config import Record
+from ffsplit.errors import ConfigError, FFSplitError
+
+PINS_PREFIX = "pins"
+DEFAULT_MIN_AGE = timedelta(days=1)
+
+
+class Removal(Record):
+    """One prefix that may go, and why. `commit` is what has to go first so that no reader finds it."""
+
+    prefix: str
+    reason: str
+    num_files: int
+    size_bytes: int
+    commit: Commit | None = None
+
+
+class Plan(Record):
+    """What a collection would remove, and what it would keep."""
+
+    kept: tuple[str, ...]
+    removals: tuple[Removal, ...]
+    num_leftovers: int
+    leftovers_before: datetime
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(removal.size_bytes for removal in self.removals)
+
+
+def pin(location: Location) -> str:
+    """Keep a committed run, whatever is collected. Returns its run key. Raises ConfigError if it is none."""
+    if location.commit is None:
+        raise ConfigError(f"{location.uri} is not committed: only a committed run can be pinned")
+    named = location.commit
+    record = Named(run_key=named.run_key, attempt=named.attempt, committed_at=named.committed_at)
+    location.store.put_bytes(_pin_key(named.run_key), record_bytes(record))
+    return named.run_key
+
+
+def unpin(location: Location) -> str:
+    """Let a run go again. Returns its run key. Raises ConfigError when it is not pinned."""
+    run_key = location.run_key or ""
+    if not run_key or not location.store.exists(_pin_key(run_key)):
+        raise ConfigError(f"{location.uri} is not pinned")
+    location.store.delete(_pin_key(run_key))
+    return run_key
+
+
+def pinned_runs(store: Store) -> set[str]:
+    """The run keys that pins name."""
+    names = [key.removeprefix(f"{PINS_PREFIX}/").removesuffix(".json") for key in store.list(PINS_PREFIX)]
+    return {name for name in names if RUN_KEY.fullmatch(name)}
+
+
+def plan(store: Store, *, keep_last: int, min_age: timedelta = DEFAULT_MIN_AGE) -> Plan:
+    """What may go when the `keep_last` newest models, and as many newest statistics, are to stay.
+
+    Raises ConfigError for a negative number.
+    """
+    if keep_last < 0:
+        raise ConfigError(f"--keep-last {keep_last}: give 0 or more")
+    before = datetime.now(timezone.utc) - min_age
+    commits = [run.commit for run in list_runs(store)]
+    latest = latest_commit(store)
+    kept = pinned_runs(store) | ({latest.run_key} if latest else set())
+    for kind in ("model", "statistics"):
+        newest = [commit.run_key for commit in commits if commit.kind == kind]
+        kept |= set(newest[len(newest) - keep_last :] if keep_last < len(newest) else newest)
+    by_prefix = _by_prefix(store.list_details(""))
+    committed = {commit.run_key: commit for commit in commits}
+    removals = []
+    for prefix, entries in sorted(by_prefix.items()):
+        commit = committed.get(prefix.split("/")[0])
+        is_winner = commit is not None and prefix == f"{commit.run_key}/{commit.attempt}"
+        in_use = max(entry.modified_at for entry in entries) >= before
+        if (is_winner and commit and commit.run_key not in kept) or (not is_winner and not in_use):
+            removals.append(_removal(prefix, entries, commit=commit if is_winner else None))
+    leftovers = store.remove_leftovers(before, dry_run=True)
+    going = {removal.commit.run_key for removal in removals if removal.commit}
+    return Plan(
+        kept=tuple(sorted(committed.keys() - going)),
+        removals=tuple(removals),
+        num_leftovers=leftovers,
+        leftovers_before=before,
+    )
+
+
+def collect(store: Store, planned: Plan) -> list[Removal]:
+    """Remove what was planned, and return what was removed.
+
+    A run that was pinned, became the newest or was committed meanwhile stays.
+    """
+    removed = []
+    for removal in planned.removals:
+        run_key, _, attempt = removal.prefix.partition("/")
+        if removal.commit:
+            latest = latest_commit(store)
+            if store.exists(_pin_key(run_key)) or (latest and latest.run_key == run_key):
+                continue
+            store.delete(f"{run_key}/{COMMIT_NAME}")
+        elif RUN_KEY.fullmatch(run_key):
+            standing = read_commit(store, run_key)
+            if standing and standing.attempt == attempt:
+                continue
+        store.delete_prefix(removal.prefix)
+        removed.append(removal)
+    store.remove_leftovers(planned.leftovers_before, dry_run=False)
+    with suppress(FFSplitError):
+        list_runs(store)
+        latest_commit(store)
+    return removed
+
+
+def _by_prefix(entries: Iterable[Stored]) -> dict[str, list[Stored]]:
+    """The files of each attempt and of each run's scratch. Whatever else is there is not ours."""
+    found: dict[str, list[Stored]] = {}
+    for entry in entries:
+        first, _, rest = entry.key.partition("/")
+        second = rest.partition("/")[0]
+        is_attempt = RUN_KEY.fullmatch(first) and ATTEMPT_ID.fullmatch(second)
+        if is_attempt or (first == SCRATCH_PREFIX and RUN_KEY.fullmatch(second)):
+            found.setdefault(f"{first}/{second}", []).append(entry)
+    return found
+
+
+def _removal(prefix: str, entries: list[Stored], *, commit: Commit | None) -> Removal:
+    orphan = "resume state" if prefix.startswith(SCRATCH_PREFIX) else "never committed"
+    return Removal(
+        prefix=prefix,
+        reason=f"{commit.kind} of {commit.committed_at[:10]}" if commit else orphan,
+        num_files=len(entries),
+        size_bytes=sum(entry.size_bytes for entry in entries),
+        commit=commit,
+    )
+
+
+def _pin_key(run_key: str) -> str:
+    return f"{PINS_PREFIX}/{run_key}.json"

@@ -1,0 +1,78 @@
+"""The commands that look after published artifacts. None of them imports torch."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+Run = Callable[[argparse.Namespace], int]
+AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
+
+
+def add_store_commands(command: AddCommand) -> None:
+    pull = command("pull", _pull, "bring an artifact to this machine, every byte verified")
+    pull.add_argument("uri", help="where runs were published, a run or an attempt")
+    pull.add_argument(
+        "directory", nargs="?", metavar="DIR", help="default: the cache, whose directory is printed"
+    )
+    listing = command("list", _list, "show what is committed in a store")
+    listing.add_argument("uri", help="where runs were published")
+    listing.add_argument("--json", action="store_true", help="one JSON array on stdout")
+    pin = command("pin", _pin, "keep a run from being collected")
+    pin.add_argument("uri", help="a run; where runs were published: the newest model")
+    pin.add_argument("--remove", action="store_true", help="let it go again")
+    gc = command("gc", _gc, "remove old runs and what broken ones left; without --delete only say what")
+    gc.add_argument("uri", help="where runs were published")
+    gc.add_argument(
+        "--keep-last", type=int, required=True, metavar="N", help="models, and statistics, to keep"
+    )
+    gc.add_argument(
+        "--min-age", default="1d", metavar="T", help="spare younger attempts without a commit; default: 1d"
+    )
+    gc.add_argument("--delete", action="store_true", help="do it; the default is a dry run")
+
+
+def _pull(parsed: argparse.Namespace) -> int:
+    from ffsplit.artifacts.pull import pull
+    from ffsplit.progress_bytes import bytes_to_stderr
+
+    directory = None if parsed.directory is None else Path(parsed.directory).expanduser()
+    with bytes_to_stderr("pull") as shown:
+        print(pull(parsed.uri, directory, progress=shown))
+    return 0
+
+
+def _list(parsed: argparse.Namespace) -> int:
+    from ffsplit.artifacts.stores import open_store
+    from ffsplit.store_tables import list_to_json, print_list
+
+    store = open_store(parsed.uri)
+    if parsed.json:
+        print(list_to_json(store))
+    else:
+        print_list(store)
+    return 0
+
+
+def _pin(parsed: argparse.Namespace) -> int:
+    from ffsplit.artifacts.locate import locate
+    from ffsplit.artifacts.retention import pin, unpin
+
+    location = locate(parsed.uri)
+    done = f"{unpin(location)} is no longer pinned" if parsed.remove else f"{pin(location)} is pinned"
+    print(done)
+    return 0
+
+
+def _gc(parsed: argparse.Namespace) -> int:
+    from ffsplit.artifacts.retention import collect, plan
+    from ffsplit.artifacts.stores import open_store
+    from ffsplit.artifacts.units import parse_span
+    from ffsplit.store_tables import print_plan
+
+    store = open_store(parsed.uri)
+    planned = plan(store, keep_last=parsed.keep_last, min_age=parse_span(parsed.min_age, name="--min-age"))
+    removed = collect(store, planned) if parsed.delete else None
+    print_plan(planned, removed=removed)
+    return 0

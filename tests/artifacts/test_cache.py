@@ -1,0 +1,104 @@
+"""The cache: one process brings, the others wait; what was used longest ago goes first."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from ffsplit.artifacts.cache import Cache
+from ffsplit.artifacts.locks import locked, try_locked
+from ffsplit.errors import ConfigError
+
+
+def bring(cache: Cache, digest: str, *, size_bytes: int = 0) -> Path:
+    def make(target: Path, staging: Path) -> None:
+        target.mkdir(parents=True)
+        (target / "data").write_bytes(b"x" * size_bytes)
+
+    return cache.get(digest, is_whole=Path.is_dir, bring=make)
+
+
+def test_one_brings_and_the_others_wait(tmp_path: Path) -> None:
+    cache, calls, start = Cache(tmp_path, 10**9), [], threading.Barrier(6)
+
+    def make(target: Path, staging: Path) -> None:
+        calls.append(target)
+        time.sleep(0.05)
+        target.mkdir(parents=True)
+
+    def want(_: int) -> Path:
+        start.wait()
+        return cache.get("digest", is_whole=Path.is_dir, bring=make)
+
+    with ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(want, range(6))) == {tmp_path / "artifacts" / "digest"}
+    assert len(calls) == 1 and list((tmp_path / "locks").iterdir()) == []
+
+
+def test_the_least_recently_used_goes_first(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 250_000)
+    for age, digest in ((5000, "a"), (4000, "b"), (3000, "c")):
+        path = bring(Cache(tmp_path, 10**9), digest, size_bytes=100_000)
+        os.utime(path, (time.time() - age,) * 2)
+    assert cache.find("a", is_whole=Path.is_dir)  # used just now
+    bring(cache, "d", size_bytes=10)
+    assert sorted(path.name for path in (tmp_path / "artifacts").iterdir()) == ["a", "c", "d"]
+
+
+def test_what_is_in_use_stays_whatever_the_limit(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 0)
+    paths = [bring(cache, digest, size_bytes=100_000) for digest in "ab"]
+    assert all(path.is_dir() for path in paths)
+    for path in paths:
+        os.utime(path, (0, 0))
+    with locked(tmp_path / "locks" / "a"):
+        cache.shrink()
+    assert [path.is_dir() for path in paths] == [True, False]
+
+
+def test_a_limit_that_is_no_size_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FFSPLIT_CACHE", str(tmp_path))
+    assert Cache.open() == Cache(tmp_path, 50 * 10**9)
+    monkeypatch.setenv("FFSPLIT_CACHE_LIMIT", "much")
+    with pytest.raises(ConfigError, match="FFSPLIT_CACHE_LIMIT much: give a size"):
+        Cache.open()
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigError, match="set FFSPLIT_CACHE"):
+        bring(Cache(tmp_path / "file", 0), "a")
+
+
+def test_a_lock_holds_between_processes_and_dies_with_them(tmp_path: Path) -> None:
+    code = (
+        "import sys, time, pathlib; from ffsplit.artifacts.locks import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "lock"], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout and holder.stdout.readline() == b"held\n"
+        with try_locked(tmp_path / "lock") as held:
+            assert not held
+        holder.kill()
+    with try_locked(tmp_path / "lock") as held:
+        assert held
+    assert not (tmp_path / "lock").exists()
+
+
+def test_a_lock_that_comes_and_goes_is_never_held_twice(tmp_path: Path) -> None:
+    inside: list[int] = []
+
+    def hold(number: int) -> None:
+        for _ in range(50):
+            with locked(tmp_path / "lock"):
+                inside.append(number)
+                assert len(inside) == 1
+                inside.pop()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(hold, range(4)))

@@ -1,0 +1,50 @@
+"""A file of 2 GB goes up and comes down in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.s3, pytest.mark.slow]
+
+SIZE_BYTES = 2 << 30
+LIMIT_BYTES = 300 << 20
+SCRIPT = """\
+import json, resource, sys
+from pathlib import Path
+from ffsplit.artifacts.digests import sha256_file
+from ffsplit.artifacts.manifest import FileEntry
+from ffsplit.artifacts.stores import open_store
+from ffsplit.artifacts.transfer import Transfer
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+uri, folder = sys.argv[1], Path(sys.argv[2])
+store = open_store(uri)
+store.put_bytes("small", b"x")
+assert store.get_bytes("small") == b"x"
+base, source = peak_bytes(), folder / "source"
+entry = FileEntry(path="weights", size_bytes=source.stat().st_size, sha256=sha256_file(source))
+store.put_file("weights", source)
+up = peak_bytes() - base
+(folder / "staging").mkdir()
+Transfer(store, prefix="", entries=[entry], staging=folder / "staging", label=uri).run()
+print(json.dumps({"base": base, "up": up, "down": peak_bytes() - base}))
+"""
+
+
+def test_two_gigabytes_in_bounded_memory(uri: str, tmp_path: Path) -> None:
+    with (tmp_path / "source").open("wb") as file:
+        for number in range(SIZE_BYTES >> 24):
+            file.write(number.to_bytes(4, "big") * (1 << 22))
+    command = [sys.executable, "-c", SCRIPT, uri, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    peaks = json.loads(done.stdout)
+    print({name: f"{value / 2**20:.0f} MiB" for name, value in peaks.items()})
+    assert peaks["up"] < LIMIT_BYTES and peaks["down"] < LIMIT_BYTES
