@@ -16,6 +16,7 @@ from ffsplit.cli import main
 from ffsplit.errors import ConfigError
 from ffsplit.stages.calibrate import CalibrationJob
 from tests.small_jobs import SmallJob, digests
+from tests.tiny_models import MAX_POSITIONS
 
 WEIGHTS = ("*.safetensors", "config.json", "stats/*.parquet")
 
@@ -108,3 +109,16 @@ def test_statistics_that_do_not_hold_are_refused(
 def test_calibrate_takes_no_statistics(small_job: SmallJob, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--stats is for compress"):
         pipeline.calibrate(small_job.config(tmp_path / "out", stats="anything"))
+
+
+def test_the_window_of_perplexity_is_not_inherited(
+    small_job: SmallJob, tmp_path: Path, checkpoint_of: Any
+) -> None:
+    """Or the same --eval would score otherwise with --stats than without."""
+    small_job.model = checkpoint_of("llama", head="ForCausalLM")
+    pipeline.calibrate(small_job.config(tmp_path / "stats"))
+    spec = (f"perplexity:{small_job.text}",)
+    without = small_job.config(tmp_path / "out", eval=spec, max_length=None)
+    with_statistics = reusing(small_job, tmp_path / "out", tmp_path / "stats", eval=spec)
+    tasks = [pipeline.prepare(config).evaluations[0].task for config in (without, with_statistics)]
+    assert tasks[0].max_length == tasks[1].max_length == MAX_POSITIONS
