@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -122,6 +123,9 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
     except FFSplitError as error:
         print(f"ffsplit: {error}", file=sys.stderr)
         return 1
+    except BrokenPipeError:  # whoever read the output has enough, as in `ffsplit ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("ffsplit: interrupted, nothing was committed", file=sys.stderr)
         return 130
@@ -138,7 +142,7 @@ def _job(parsed: argparse.Namespace, *, calibrate_only: bool) -> int:
     if parsed.json:
         print(manifest.to_json(), end="")
     else:
-        print_manifest(manifest)
+        print_manifest(manifest, out=config.out)
     return 0
 
 

@@ -34,6 +34,8 @@ from ffsplit.stages.profile import ComputeProfile
 
 CHARACTERS_PER_TOKEN = 6
 """More than English text has, so that a causal model's rows are cut by the tokenizer, not too short."""
+GENERIC_NAMES = ("model", "checkpoint", "final", "best")
+"""Directories that do not say which model they hold; their parents do."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,8 @@ def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) 
 
 
 def model_name(model: str) -> str:
-    """What to call a model in a report: a hub id, or a local directory's own name."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
+    """What to call a model in a report: a hub id, or a local directory's own name, with its parent's where it is generic."""
+    path = Path(model).expanduser().resolve()
+    if not path.is_dir():
+        return model
+    return f"{path.parent.name}/{path.name}" if path.name in GENERIC_NAMES else path.name

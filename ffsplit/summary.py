@@ -17,9 +17,9 @@ from ffsplit.splitting.latency import LatencyTable
 WIDTH = 100
 
 
-def print_manifest(manifest: Manifest) -> None:
+def print_manifest(manifest: Manifest, *, out: str) -> None:
     """Before and after, and where the artifact and its report are."""
-    where = f"{manifest.config.out.rstrip('/')}/{manifest.run_key}/{manifest.attempt}"
+    where = f"{out.rstrip('/')}/{manifest.run_key}/{manifest.attempt}"
     if manifest.measurements is not None:
         _print(_before_after(manifest, manifest.measurements))
         overlaps = {task.spec: task.overlap_with_calibration for task in manifest.measurements.tasks}

@@ -78,7 +78,11 @@ def _store(uri: str) -> Store:
     return open_store(uri)
 
 
-@cache
 def _downloads() -> Path:
-    """This process's folder for what a remote store holds; removed by the system's own clean-up."""
-    return Path(tempfile.mkdtemp(prefix="ffsplit-"))
+    """This process's folder for what a remote store holds, which goes with the process."""
+    return Path(_folder().name)
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="ffsplit-")
