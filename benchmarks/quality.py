@@ -3,8 +3,8 @@
     make bench-quality DATA=folder        the folder holds stsb/train.csv and stsb/dev.csv
 
 Every recipe is calibrated on the same text, the unlabelled sentences of the training split that are not
-in dev too; the dev sentences are only scored on. Runs are published below --out, so that an interrupted benchmark goes
-on where it stopped. Figures are medians over the seeds.
+in dev too; the dev sentences are only scored on. Runs are published below --out, so that an interrupted
+benchmark goes on where it stopped. Figures are medians over the seeds.
 """
 
 from __future__ import annotations

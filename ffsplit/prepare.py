@@ -230,7 +230,10 @@ def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) 
 
 
 def model_name(model: str) -> str:
-    """What to call a model in a report: a hub id, or a local directory's own name, with its parent's where it is generic."""
+    """What to call a model in a report: a hub id, or a local directory by its own name.
+
+    Where that is generic, its parent's goes before it.
+    """
     path = Path(model).expanduser().resolve()
     if not path.is_dir():
         return model

@@ -93,7 +93,7 @@ def _draft(
         attempt=attempt,
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         ffsplit_version=__version__,
-        plain=is_plain(checkpoint, run.layouts) if is_model else None,
+        plain=is_plain(checkpoint, [plan.layout for plan in outcome.plans]) if is_model else None,
         config=run.config,
         recipe=run.recipe.model_dump(mode="json"),
         keep=run.keep if is_model else None,

@@ -18,6 +18,7 @@ description: What tests run.
 {rule}
 steps: [{step}]
 allocation: {allocation}
+{more}
 calibration: {{shard_size: 8, held_out: 8, sampled_tokens: 256}}
 measurement: {{latency_shapes: [[1, 8], [2, 8]], latency_pairs: 1, peak_memory: false}}
 """
@@ -42,9 +43,10 @@ class SmallJob:
         step: str = PRUNE,
         heavy_energy: float | None = None,
         allocation: str = "uniform",
+        more: str = "",
     ) -> str:
         rule = f"heavy_share: {heavy_share}" if heavy_energy is None else f"heavy_energy: {heavy_energy}"
-        text = RECIPE.format(rule=rule, step=step, allocation=allocation)
+        text = RECIPE.format(rule=rule, step=step, allocation=allocation, more=more)
         path = self.folder / f"recipe-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
         path.write_text(text, "utf-8")
         return str(path)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +255,60 @@ def test_a_run_is_published_to_s3(small_job: SmallJob, s3_uri: str) -> None:
     with torch.no_grad():
         assert torch.isfinite(ffsplit.load(s3_uri)(ids)[0]).all()
     assert ffsplit.compress(small_job.config(s3_uri)) == manifest
+
+
+HEALING = "healing: {epochs: 2, batch_rows: 8, checkpoint_steps: 4}"
+
+
+def test_healing_and_quantization_end_a_run(small_job: SmallJob, tmp_path: Path) -> None:
+    plain = ffsplit.compress(small_job.config(tmp_path / "plain"))
+    healed = ffsplit.compress(small_job.config(tmp_path / "healed", recipe=small_job.recipe(more=HEALING)))
+    both = small_job.recipe(more=f"{HEALING}\nafter_healing: {{kind: quantize, num_bits: 8}}")
+    tiny = ffsplit.compress(small_job.config(tmp_path / "tiny", recipe=both))
+    assert healed.plain and not tiny.plain
+    assert [stage.name for stage in tiny.stages] == ["calibrate", "compress", "heal", "quantize", "measure"]
+    assert plain.measurements and healed.measurements and tiny.measurements
+    before, after = plain.measurements, healed.measurements
+    assert after.compressed_size == before.compressed_size
+    assert after.fidelity["token_cosine"] > before.fidelity["token_cosine"]
+    assert tiny.measurements.fidelity["token_cosine"] > before.fidelity["token_cosine"]
+    assert tiny.measurements.compressed_size.ffn_elements == before.compressed_size.ffn_elements
+    assert tiny.measurements.compressed_size.ffn_bytes < 0.4 * before.compressed_size.ffn_bytes
+    code = "import sys; from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(attempt_of(tmp_path / "tiny"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "mismatch" in done.stderr
+
+
+def attempt_of(out: Path) -> Path:
+    (manifest,) = out.glob("*/*/manifest.json")
+    return manifest.parent
+
+
+def test_healing_resumes_to_the_same_bytes(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_job.recipe(more=HEALING)
+    ffsplit.compress(small_job.config(tmp_path / "undisturbed", recipe=recipe))
+
+    def stop(*arguments: Any) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    from ffsplit.stages import heal
+
+    save = heal._checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(heal, "_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe))
+    ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe))
+    assert digests(tmp_path / "out", *WEIGHTS) == digests(tmp_path / "undisturbed", *WEIGHTS)
+
+
+def test_healing_what_is_not_an_ordinary_model_is_refused(small_job: SmallJob, tmp_path: Path) -> None:
+    recipe = small_job.recipe(heavy_share=0.5, step=LOW_RANK, more=HEALING)
+    with pytest.raises(ConfigError, match="prune or distill"):
+        ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe))
+    assert not (tmp_path / "out").exists()

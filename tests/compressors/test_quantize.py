@@ -1,0 +1,112 @@
+"""Integers and scales: exact sizes, bounded errors, and a calibrated method that beats rounding."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import pytest
+import torch
+
+from ffsplit.compressors import QuantizeCompressor
+from ffsplit.compressors.layer import CompressedLayer, compress_layer
+from ffsplit.ffn import FFNShape, Integer, LayerLayout
+from ffsplit.quantization import dequantize, fake_quantize, quantize_rows, scales_of
+from tests.compressors.random_ffn import FORMS, random_ffn, random_inputs
+
+forms = pytest.mark.parametrize("shape", FORMS.values(), ids=FORMS)
+BITS: tuple[Literal[4, 8], ...] = (4, 8)
+GROUPS = (None, 8, 12)
+
+
+def correlated_inputs(hidden_size: int) -> list[torch.Tensor]:
+    """Inputs whose channels go together, as real ones do; GPTQ has nothing to gain where they do not."""
+    generator = torch.Generator().manual_seed(5)
+    mixing = torch.randn(hidden_size, hidden_size, generator=generator) * torch.logspace(0, -1, hidden_size)
+    return [x_TD @ mixing.T for x_TD in random_inputs(hidden_size, sizes=(900, 700))]
+
+
+def quantized(shape: FFNShape, step: QuantizeCompressor) -> CompressedLayer:
+    dense = LayerLayout.dense(shape)
+    layout = step.plan(dense, shape=shape, budget=shape.num_elements)
+    assert layout is not None
+    return compress_layer(
+        random_ffn(shape),
+        heavy_neurons=range(shape.num_neurons),
+        layout=layout,
+        steps=[step],
+        inputs=correlated_inputs(shape.hidden_size),
+    )
+
+
+@pytest.mark.parametrize("num_bits", BITS)
+@pytest.mark.parametrize("group_size", GROUPS)
+@pytest.mark.parametrize("num_columns", [32, 33])
+def test_rounding_is_within_half_a_step(num_bits: int, group_size: int | None, num_columns: int) -> None:
+    weight = torch.randn(7, num_columns, generator=torch.Generator().manual_seed(0))
+    scale = scales_of(weight, num_bits=num_bits, group_size=group_size)
+    tensors = quantize_rows(weight, scale, num_bits=num_bits, group_size=group_size)
+    found = dequantize(tensors, num_columns=num_columns, group_size=group_size)
+    size = group_size or num_columns
+    step = scale.float().repeat_interleave(size, dim=1)[:, :num_columns]
+    assert ((found - weight).abs() <= 0.502 * step).all()
+    assert tensors["weight"].dtype == (torch.uint8 if num_bits == 4 else torch.int8)
+    again = fake_quantize(found, num_bits=num_bits, group_size=group_size)
+    torch.testing.assert_close(again, found, rtol=1e-6, atol=1e-7)
+
+
+@forms
+@pytest.mark.parametrize("num_bits", BITS)
+@pytest.mark.parametrize("group_size", GROUPS)
+def test_sizes_are_those_of_the_tensors(
+    shape: FFNShape, num_bits: Literal[4, 8], group_size: int | None
+) -> None:
+    made = quantized(shape, QuantizeCompressor(num_bits=num_bits, group_size=group_size)).weights
+    (part,) = made.parts
+    linears = [linear for linear in (part.up, part.gate, part.down) if linear is not None]
+    stored = sum(t.numel() * t.element_size() for linear in linears for t in linear.tensors.values())
+    biases = [linear.bias for linear in linears] + [made.down_bias]
+    stored += sum(bias.numel() * 4 for bias in biases if bias is not None)
+    assert made.layout.size_bytes(shape, 4) == stored
+    assert made.layout.num_elements(shape) == shape.num_elements
+
+
+@forms
+def test_errors_fall_with_more_bits_and_smaller_groups(shape: FFNShape) -> None:
+    errors = [
+        quantized(shape, QuantizeCompressor(num_bits=bits, group_size=size)).relative_error
+        for bits, size in ((4, None), (4, 8), (8, None))
+    ]
+    assert errors[0] > errors[1] > errors[2]
+    assert errors[2] < 0.02
+
+
+@forms
+def test_gptq_beats_rounding_to_nearest(shape: FFNShape) -> None:
+    rtn, gptq = (
+        quantized(shape, QuantizeCompressor(num_bits=4, method=method)).relative_error
+        for method in ("rtn", "gptq")
+    )
+    assert gptq < rtn
+
+
+@forms
+def test_only_the_named_part_is_quantized(shape: FFNShape) -> None:
+    split = LayerLayout(
+        heavy=LayerLayout.dense(shape, 10).heavy,
+        light=LayerLayout.dense(shape, shape.num_neurons - 10).heavy,
+        down_bias=shape.down_bias,
+    )
+    step = QuantizeCompressor(parts="light")
+    layout = step.plan(split, shape=shape, budget=shape.num_elements)
+    assert layout is not None and layout.heavy is not None and layout.light is not None
+    assert layout.heavy.is_dense
+    assert layout.light.up == Integer(num_bits=8)
+    made = compress_layer(
+        random_ffn(shape),
+        heavy_neurons=range(10),
+        layout=layout,
+        steps=[step],
+        inputs=random_inputs(shape.hidden_size),
+    )
+    assert made.weights.layout == layout
+    assert made.relative_error < 0.02
