@@ -257,14 +257,16 @@ def test_a_run_is_published_to_s3(small_job: SmallJob, s3_uri: str) -> None:
     assert ffsplit.compress(small_job.config(s3_uri)) == manifest
 
 
-HEALING = "healing: {epochs: 2, batch_rows: 8, checkpoint_steps: 4}"
+HEALING = "healing: {epochs: 4, batch_rows: 8, learning_rate: 0.003, checkpoint_steps: 4}"
 
 
 def test_healing_and_quantization_end_a_run(small_job: SmallJob, tmp_path: Path) -> None:
-    plain = ffsplit.compress(small_job.config(tmp_path / "plain"))
-    healed = ffsplit.compress(small_job.config(tmp_path / "healed", recipe=small_job.recipe(more=HEALING)))
-    both = small_job.recipe(more=f"{HEALING}\nafter_healing: {{kind: quantize, num_bits: 8}}")
-    tiny = ffsplit.compress(small_job.config(tmp_path / "tiny", recipe=both))
+    def run(name: str, more: str) -> ffsplit.Manifest:
+        recipe = small_job.recipe(step="{kind: prune}", more=more)
+        return ffsplit.compress(small_job.config(tmp_path / name, recipe=recipe, keep=0.3))
+
+    plain, healed = run("plain", ""), run("healed", HEALING)
+    tiny = run("tiny", f"{HEALING}\nafter_healing: {{kind: quantize, num_bits: 8}}")
     assert healed.plain and not tiny.plain
     assert [stage.name for stage in tiny.stages] == ["calibrate", "compress", "heal", "quantize", "measure"]
     assert plain.measurements and healed.measurements and tiny.measurements
