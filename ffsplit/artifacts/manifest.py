@@ -16,6 +16,9 @@ from ffsplit.ffn import LayerLayout
 SCHEMA_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
+SIGNATURE_NAME = "manifest.json.sig"
+UNLISTED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
+"""What lies beside the files that a manifest lists."""
 
 
 class FileEntry(Record):

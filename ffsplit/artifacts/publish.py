@@ -20,7 +20,7 @@ from pathlib import Path
 from ffsplit.artifacts.commits import COMMIT_NAME, Commit, Kind, read_commit, record_bytes
 from ffsplit.artifacts.digests import list_files
 from ffsplit.artifacts.index import add_to_index, move_hint
-from ffsplit.artifacts.manifest import MANIFEST_NAME, Manifest
+from ffsplit.artifacts.manifest import MANIFEST_NAME, UNLISTED, Manifest
 from ffsplit.artifacts.stores import Store
 from ffsplit.errors import ArtifactError, FFSplitError, StoreError
 
@@ -75,7 +75,7 @@ def _check_attempt(
         raise ArtifactError(f"{directory} has no {MANIFEST_NAME}")
     try:
         data = files[MANIFEST_NAME].read_bytes()
-        present = {name: path.stat().st_size for name, path in files.items() if name != MANIFEST_NAME}
+        present = {name: path.stat().st_size for name, path in files.items() if name not in UNLISTED}
     except OSError as error:
         raise ArtifactError(f"cannot read {error.filename}: {error.strerror}") from error
     manifest = Manifest.from_json(data)
