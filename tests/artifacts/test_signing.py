@@ -1,5 +1,6 @@
 """Signed artifacts: what is unsigned, tampered with or signed by another is not brought."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,8 @@ def test_a_key_that_cannot_sign_is_said_before_the_work(
 def test_without_the_package_it_is_said_how_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "model_signing", None)
+    for name in ("model_signing", "model_signing.verifying"):
+        monkeypatch.setitem(sys.modules, name, None)
     store = open_store(str(tmp_path / "store"))
     publish(store, tmp_path / "attempt")
     store.put_bytes(f"{RUN_KEY}/{ATTEMPT}/manifest.json.sig", b"x")
