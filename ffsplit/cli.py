@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ffsplit import __version__
+from ffsplit.cli_plan import add_budget_flags, add_plan_commands
 from ffsplit.cli_store import add_store_commands
 from ffsplit.errors import ConfigError, FFSplitError
 
@@ -50,7 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    _add_job_flags(command("compress", _compress, "calibrate, split, compress, measure and publish a model"))
+    compress = command("compress", _compress, "calibrate, split, compress, measure and publish a model")
+    _add_job_flags(compress)
+    add_budget_flags(compress)
+    compress.add_argument(
+        "--eval",
+        action="append",
+        metavar="SPEC",
+        help="score both models: sts:file.csv[#first,second,score], classification:file.tsv[#text,label], "
+        "perplexity:file.txt or lm-eval:task[,task]; may be repeated",
+    )
     _add_job_flags(command("calibrate", _calibrate, "collect and publish neuron statistics alone"))
     verify = command("verify", _verify, "recompute every digest of an artifact")
     verify.add_argument("uri")
@@ -63,6 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "show a model's FFNs and what budgets would give")
     inspect.add_argument("model")
     inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
+    add_plan_commands(command)
     add_store_commands(command)
     return parser
 
@@ -89,7 +100,7 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
     add("--address", metavar="RAY", help="a Ray cluster; default: RAY_ADDRESS, or one started on the spot")
     add("--runner", default="ray", choices=("ray", "serial"))
     add("--revision", metavar="R", help="of a hub id")
-    add("--seed", type=int, default=0, metavar="N")
+    add("--seed", type=int, metavar="N", help="default: 0")
     add("--fresh", action="store_true", help="run again even when this run is committed already")
     add("--sign-key", metavar="KEY", help="sign the manifest with this EC private key (PEM)")
     add("--json", action="store_true", help="print the manifest alone on stdout")
@@ -124,8 +135,7 @@ def _job(parsed: argparse.Namespace, *, calibrate_only: bool) -> int:
     from ffsplit.summary import print_manifest
 
     fields = {name: value for name, value in vars(parsed).items() if name not in ("run", "json", "sign_key")}
-    fields["calibration"] = tuple(fields["calibration"] or ("builtin:pydoc",))
-    config = JobConfig.checked(**fields)
+    config = JobConfig.checked(**{name: value for name, value in fields.items() if value is not None})
     sign_key = None if parsed.sign_key is None else Path(parsed.sign_key).expanduser()
     run = pipeline.calibrate if calibrate_only else pipeline.compress
     manifest = run(config, sign_key=sign_key)

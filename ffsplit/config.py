@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ffsplit.errors import ConfigError
 
@@ -24,17 +24,45 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+BudgetKind = Literal["keep", "max_bytes", "max_parameters", "max_latency_ms"]
+BUDGET_KINDS: tuple[BudgetKind, ...] = ("keep", "max_bytes", "max_parameters", "max_latency_ms")
+
+
+class Budget(Record):
+    """What a compressed model may take: a fraction of the FFN elements, the FFNs' bytes, the whole
+    model's parameters, or the milliseconds of a forward pass."""
+
+    kind: BudgetKind
+    limit: int | float = Field(gt=0)
+
+    def __str__(self) -> str:
+        return f"{flag_of(self.kind)} {self.limit:.12g}"
+
+
+def flag_of(field: str) -> str:
+    """The command-line flag of a field."""
+    return "--" + field.replace("_", "-")
+
+
 class JobConfig(Record):
     """One compression run. Fields carry the names of the command-line flags.
 
-    `samples`, `max_length` and `keep` left at None take the recipe's own value.
+    `samples` and `max_length` left at None take the recipe's own value, and so does a job without
+    any budget. With `stats`, the earlier run's calibration, samples, max_length and seed take the
+    place of those that are not given.
     """
 
     model: str = Field(min_length=1, description="a local directory or a hub id")
     out: str = Field(min_length=1, description="a directory or s3://bucket/prefix")
     recipe: str = Field(default="fast", description="a shipped recipe's name or a YAML file")
     keep: float | None = Field(default=None, gt=0, le=1, description="FFN elements kept, as a fraction")
+    max_bytes: int | None = Field(default=None, ge=1, description="bytes of all FFNs, at most")
+    max_parameters: int | None = Field(default=None, ge=1, description="parameters of the model, at most")
+    max_latency_ms: float | None = Field(default=None, gt=0, description="of a forward pass, at most")
+    latency_table: str | None = Field(default=None, description="what `ffsplit latency-table` wrote")
+    stats: str | None = Field(default=None, description="an earlier run whose neuron statistics serve again")
     calibration: tuple[str, ...] = Field(default=("builtin:pydoc",), min_length=1)
+    eval: tuple[str, ...] = Field(default=(), description="tasks to score both models on")
     samples: int | None = Field(default=None, ge=1, description="calibration rows")
     max_length: int | None = Field(default=None, ge=1, description="tokens a row is cut to")
     revision: str | None = None
@@ -42,11 +70,34 @@ class JobConfig(Record):
     workers: int | None = Field(default=None, ge=1, description="default: one per CPU core")
     gpus_per_worker: float = Field(default=0.0, ge=0)
     threads_per_worker: int = Field(default=1, ge=1)
+    healing_threads: int | None = Field(default=None, ge=1, description="default: one per CPU core")
     device: Device = "auto"
     dtype: DType = "auto"
     address: str | None = Field(default=None, description="a Ray cluster; default: one started on the spot")
     runner: Literal["ray", "serial"] = "ray"
     fresh: bool = Field(default=False, description="run again even when this run key is published")
+
+    @model_validator(mode="after")
+    def _has_one_budget(self) -> JobConfig:
+        given = [flag_of(kind) for kind in BUDGET_KINDS if getattr(self, kind) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are {len(given)} budgets: give one")
+        if self.max_latency_ms is not None and self.latency_table is None:
+            raise ValueError(
+                "--max-latency-ms needs --latency-table FILE, which ffsplit latency-table MODEL measures"
+            )
+        if self.max_latency_ms is None and self.latency_table is not None:
+            raise ValueError("--latency-table is for --max-latency-ms, which is not given")
+        return self
+
+    @property
+    def budget(self) -> Budget | None:
+        """The budget given, None where the recipe's `keep` is to be taken."""
+        for kind in BUDGET_KINDS:
+            limit = getattr(self, kind)
+            if limit is not None:
+                return Budget(kind=kind, limit=limit)
+        return None
 
     @classmethod
     def checked(cls, **fields: Any) -> JobConfig:
@@ -64,6 +115,8 @@ def describe_validation_error(error: ValidationError, prefix: str = "--") -> str
     flag = prefix + path.replace("_", "-") if prefix == "--" else prefix + path
     given = "" if first["type"] == "missing" else f", not {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not path:
+        return message
     return f"{flag} {message}{given}"
 
 

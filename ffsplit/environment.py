@@ -33,6 +33,21 @@ def describe_environment() -> Environment:
     return Environment(versions=package_versions(), hardware=hardware)
 
 
+def hardware_fingerprint(device: str) -> dict[str, str | int]:
+    """What a latency depends on and a table of them is refused by: `device` is "cpu" or "cuda"."""
+    named = device
+    if device == "cuda":
+        import torch
+
+        named = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return {
+        "processor": _processor(),
+        "num_cpus": os.cpu_count() or 1,
+        "torch": metadata.version("torch"),
+        "device": named,
+    }
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():

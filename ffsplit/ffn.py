@@ -8,6 +8,7 @@ what `config.json` of an artifact carries so that the layer can be built again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -40,7 +41,22 @@ class LowRank(Record):
         return self.num_elements(num_rows, num_columns) * itemsize
 
 
-Format = Annotated[Dense | LowRank, Field(discriminator="format")]
+class Integer(Record):
+    """Integers of 4 or 8 bits with one float16 scale an output row, or a group of `group_size` columns."""
+
+    format: Literal["integer"] = "integer"
+    num_bits: Literal[4, 8]
+    group_size: int | None = None
+
+    def num_elements(self, num_rows: int, num_columns: int) -> int:
+        return num_rows * num_columns
+
+    def size_bytes(self, num_rows: int, num_columns: int, itemsize: int) -> int:
+        num_groups = 1 if self.group_size is None else -(-num_columns // self.group_size)
+        return num_rows * (-(-num_columns * self.num_bits // 8) + 2 * num_groups)
+
+
+Format = Annotated[Dense | LowRank | Integer, Field(discriminator="format")]
 
 
 class FFNShape(Record):
@@ -79,7 +95,7 @@ class PartLayout(Record):
     def is_dense(self) -> bool:
         return all(isinstance(linear, Dense | None) for linear in (self.up, self.gate, self.down))
 
-    def _maps(self, shape: FFNShape) -> list[tuple[Dense | LowRank, int, int]]:
+    def _maps(self, shape: FFNShape) -> list[tuple[Dense | LowRank | Integer, int, int]]:
         maps = [
             (self.up, self.num_neurons, shape.hidden_size),
             (self.down, shape.hidden_size, self.num_neurons),
@@ -132,3 +148,43 @@ class LayerLayout(Record):
     def size_bytes(self, shape: FFNShape, itemsize: int) -> int:
         parts = sum(part.size_bytes(shape, itemsize) for part in self.parts)
         return parts + shape.hidden_size * self.down_bias * itemsize
+
+
+def is_stock_form(layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape]) -> bool:
+    """Whether stock modelling code can hold these FFNs: dense, one width for all, no added bias."""
+    biases = zip(layouts, shapes, strict=True)
+    return (
+        len({layout.num_neurons for layout in layouts}) == 1
+        and all(layout.is_dense for layout in layouts)
+        and all(layout.down_bias == shape.down_bias for layout, shape in biases)
+    )
+
+
+class ModelShape(Record):
+    """What a budget needs to know of a dense model: its FFNs, and how large the rest is."""
+
+    shapes: tuple[FFNShape, ...] = Field(min_length=1, description="one a layer")
+    itemsize: int = Field(ge=1, description="bytes of an element of the FFNs' weights")
+    num_parameters: int = Field(ge=1)
+    num_parameters_without_embeddings: int = Field(ge=1, description="of the blocks: no embeddings, no heads")
+
+    @property
+    def ffn_elements(self) -> int:
+        return sum(shape.num_elements for shape in self.shapes)
+
+    @property
+    def ffn_bytes(self) -> int:
+        return self.ffn_elements * self.itemsize
+
+    def elements_of(self, layouts: Sequence[LayerLayout]) -> int:
+        """Elements of FFNs stored in these layouts."""
+        return sum(layout.num_elements(shape) for layout, shape in zip(layouts, self.shapes, strict=True))
+
+    def bytes_of(self, layouts: Sequence[LayerLayout]) -> int:
+        """Bytes of FFNs stored in these layouts."""
+        pairs = zip(layouts, self.shapes, strict=True)
+        return sum(layout.size_bytes(shape, self.itemsize) for layout, shape in pairs)
+
+    def parameters_of(self, layouts: Sequence[LayerLayout]) -> int:
+        """Parameters of the whole model with FFNs in these layouts."""
+        return self.num_parameters - self.ffn_elements + self.elements_of(layouts)

@@ -47,9 +47,7 @@ def inspect_model(model: str, *, recipe: str = "fast") -> Inspection:
     budgets = []
     for keep in BUDGETS:
         try:
-            layouts = fit_layers(
-                checkpoint.shapes, keep=keep, heavy_share=chosen.heavy_share, steps=chosen.steps
-            )
+            layouts = fit_layers(checkpoint.shapes, keep=keep, heavy=chosen.heavy, steps=chosen.steps)
         except BudgetError:
             continue
         after = compressed_size(checkpoint, layouts, file_bytes=0)

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from ffsplit.artifacts.commits import Kind, read_commit
 from ffsplit.artifacts.locate import locate, read_manifest
-from ffsplit.artifacts.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileEntry, Manifest, Measurements
+from ffsplit.artifacts.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from ffsplit.artifacts.publish import new_attempt_id, publish_attempt
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX, Result, Scratch
 from ffsplit.artifacts.signing import sign_manifest
-from ffsplit.artifacts.stores import NOT_ATOMIC, Store, open_store
-from ffsplit.calibration.parquet import read_statistics, write_statistics
-from ffsplit.calibration.sampling import shard
-from ffsplit.calibration.statistics import NeuronStats, merge_layers, reduce_tree
-from ffsplit.config import JobConfig, stage_key
+from ffsplit.artifacts.statistics import STATISTICS_PATH
+from ffsplit.artifacts.stores import NOT_ATOMIC, open_store
+from ffsplit.config import JobConfig
 from ffsplit.distributed import make_runner
-from ffsplit.distributed.runner import Runner
-from ffsplit.prepare import PreparedRun, prepare
+from ffsplit.errors import ConfigError
+from ffsplit.execution import Execution, Layers
+from ffsplit.ffn import LayerLayout
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.prepare import PreparedRun, prepare, settle
 from ffsplit.progress import Progress, StageLog
-from ffsplit.publication import STATISTICS_PATH, Outcome, write_documents
-from ffsplit.runtime.assemble import assemble, is_plain
+from ffsplit.publication import Outcome, write_documents
+from ffsplit.recipes.recipe import Recipe
+from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.splitting.plan import LayerPlan, plan_split
-from ffsplit.stages.calibrate import CalibrationJob, CalibrationWorker, Shard
-from ffsplit.stages.compress import LayerJob, compress_layer_job
-from ffsplit.stages.measure import MeasureJob, measure_job
 
 
 def compress(
@@ -51,6 +50,8 @@ def calibrate(
 
 
 def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: Path | None) -> Manifest:
+    if kind == "statistics" and config.stats is not None:
+        raise ConfigError("--stats is for compress: calibrate collects statistics of its own")
     with progress or Progress.to_stderr() as shown:
         store = open_store(config.out)
         if sign_key is not None:
@@ -63,13 +64,15 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         guarantees = store.check_writable()
         if guarantees.conditional_put != "atomic":
             shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
-        shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, keep {run.keep:g}")
+        shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
         log = StageLog(shown)
+        scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{key}")
         with make_runner(config) as runner, tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
             attempt = new_attempt_id()
             staging = Path(folder) / attempt
             (staging / STATISTICS_PATH).parent.mkdir(parents=True)
-            outcome = _compute(run, key, kind=kind, runner=runner, log=log, staging=staging)
+            compute = _compute_model if kind == "model" else _compute_statistics
+            run, outcome = compute(Execution(run, scratch, runner, log), staging)
             outcome = replace(outcome, guarantees=guarantees)
             write_documents(run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages)
             if sign_key is not None:
@@ -78,125 +81,89 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
             publish_attempt(
                 store, run_key=key, attempt=attempt, directory=staging, kind=kind, move_latest=kind == "model"
             )
-        _clean(store, key)
+        store.delete_prefix(scratch.prefix)
         return read_manifest(locate(f"{store.uri}/{key}"))
 
 
-def _compute(
-    run: PreparedRun, key: str, *, kind: Kind, runner: Runner, log: StageLog, staging: Path
-) -> Outcome:
-    """Everything between the checks and the publication; the checkpoint ends up in `staging`."""
-    scratch = Scratch(uri=open_store(run.config.out).uri, prefix=f"{SCRATCH_PREFIX}/{key}")
-    shards = _calibrate(run, scratch, runner, log)
-    statistics = _reduce(run, scratch, shards, staging / STATISTICS_PATH)
-    num_tokens = sum(int(str(result.facts["num_tokens"])) for result in shards)
-    if kind == "statistics":
-        return Outcome(kind=kind, statistics=statistics, num_tokens=num_tokens, num_shards=len(shards))
+def _compute_statistics(execution: Execution, staging: Path) -> tuple[PreparedRun, Outcome]:
+    """Neuron statistics, which end up in `staging`."""
+    shards = execution.calibrate()
+    statistics = execution.reduce(shards, staging / STATISTICS_PATH)
+    return execution.run, Outcome("statistics", statistics, _num_tokens(shards), len(shards))
+
+
+def _compute_model(execution: Execution, staging: Path) -> tuple[PreparedRun, Outcome]:
+    """A compressed checkpoint, which ends up in `staging`, and how it measures.
+
+    The run comes back with the layouts that were settled on.
+    """
+    shards = execution.calibrate()
+    statistics = execution.reduce(shards, staging / STATISTICS_PATH)
+    run, place, allocation = settle(execution.run, statistics), "compress", None
+    if run.recipe.allocation == "search":
+        found = replace(execution, run=run).allocate(
+            statistics, shards, folder=staging.with_name("candidates")
+        )
+        run, allocation = replace(run, layouts=found.chosen.layouts), found.record
+        place = f"allocate/{found.chosen.name}"
+    execution = replace(execution, run=run)
     plans = plan_split(statistics, run.layouts, score=run.recipe.score)
-    layers = _compress(run, scratch, plans, shards, runner, log)
-    assemble(run.checkpoint, [scratch.path(layer.files[0]) for layer in layers], run.layouts, staging)
-    measured = _measure(run, staging, runner, log)
-    return Outcome(
-        kind=kind,
+    layers = execution.compress("compress", run.checkpoint, run.recipe.steps, plans, shards, place=place)
+    layers = _finish(execution, layers, shards, staging)
+    measured = execution.measure(staging, layers.layouts)
+    outcome = Outcome(
+        kind="model",
         statistics=statistics,
-        num_tokens=num_tokens,
+        num_tokens=_num_tokens(shards),
         num_shards=len(shards),
-        plans=plans,
-        errors=tuple(float(str(layer.facts["relative_error"])) for layer in layers),
+        allocation=allocation,
+        plans=_with_layouts(plans, layers.layouts),
+        errors=layers.errors,
         measurements=measured,
     )
+    return run, outcome
 
 
-def _calibrate(run: PreparedRun, scratch: Scratch, runner: Runner, log: StageLog) -> list[Result]:
-    settings = run.recipe.calibration
-    shards = [
-        Shard(i, rows) for i, rows in enumerate(shard(run.text.calibration, shard_size=settings.shard_size))
-    ]
-    job = CalibrationJob(
-        model_directory=str(run.checkpoint.directory),
-        settings=settings,
-        num_shards=len(shards),
-        seed=run.config.seed,
-        lineage=_lineage(run),
-        profile=run.profile,
-        scratch=_stage(scratch, "calibrate"),
+def _finish(execution: Execution, layers: Layers, shards: Sequence[Result], staging: Path) -> Layers:
+    """Assemble the layers in `staging`; heal and then quantize them where the recipe says so."""
+    run, recipe = execution.run, execution.run.recipe
+    if recipe.healing is None and recipe.after_healing is None:
+        assemble(run.checkpoint, layers.files, layers.layouts, staging)
+        return layers
+    whole = staging if recipe.after_healing is None else staging.with_name("healed")
+    assemble(run.checkpoint, layers.files, layers.layouts, whole)
+    if recipe.healing is not None:
+        healed = execution.heal(recipe.healing, whole)
+        replace_weights(whole, execution.scratch.path(healed.files[0]))
+    if recipe.after_healing is None:
+        return layers
+    checkpoint = open_checkpoint(whole)
+    plans = _quantization_plans(checkpoint, recipe)
+    quantized = execution.compress(
+        "quantize", checkpoint, (recipe.after_healing,), plans, shards, place="quantize"
     )
-    answers = runner.map_workers("calibrate", partial(CalibrationWorker, job), shards)
-    return log.collect("calibrate", run.calibration_key, len(shards), answers)
+    assemble(checkpoint, quantized.files, quantized.layouts, staging)
+    return quantized._replace(errors=layers.errors)
 
 
-def _reduce(
-    run: PreparedRun, scratch: Scratch, shards: list[Result], target: Path
-) -> tuple[NeuronStats, ...]:
-    """Merge the shards' statistics in their order, along a fixed tree, into one Parquet file."""
-    per_shard = (read_statistics(scratch.path(_statistics_file(result))) for result in shards)
-    statistics = reduce_tree(per_shard, merge_layers)
-    write_statistics(target, statistics, lineage=_lineage(run) | {"num_shards": str(len(shards))})
-    return statistics
+def _quantization_plans(checkpoint: Checkpoint, recipe: Recipe) -> tuple[LayerPlan, ...]:
+    """Every neuron of every layer, in the format that the recipe ends with."""
+    assert recipe.after_healing is not None
+    plans = []
+    for layer, shape in enumerate(checkpoint.shapes):
+        dense = LayerLayout.dense(shape)
+        layout = recipe.after_healing.plan(dense, shape=shape, budget=shape.num_elements)
+        assert layout is not None, "quantization keeps every element"
+        neurons = tuple(range(shape.num_neurons))
+        plans.append(LayerPlan(layer=layer, layout=layout, heavy_neurons=neurons))
+    return tuple(plans)
 
 
-def _compress(
-    run: PreparedRun,
-    scratch: Scratch,
-    plans: tuple[LayerPlan, ...],
-    shards: list[Result],
-    runner: Runner,
-    log: StageLog,
-) -> list[Result]:
-    plain = is_plain(run.checkpoint, run.layouts)
-    jobs = [
-        LayerJob(
-            model_directory=str(run.checkpoint.directory),
-            plan=plan,
-            steps=run.recipe.steps,
-            plain=plain,
-            inputs=tuple(_inputs_files(shards, plan.layer)),
-            scratch=_stage(scratch, "compress"),
-            profile=run.profile,
-        )
-        for plan in plans
-    ]
-    key = stage_key(
-        "compress", {"run": run.run_key, "plans": [plan.model_dump(mode="json") for plan in plans]}
-    )
-    return log.collect("compress", key, len(jobs), runner.map_tasks("compress", compress_layer_job, jobs))
+def _with_layouts(plans: Sequence[LayerPlan], layouts: Sequence[LayerLayout]) -> tuple[LayerPlan, ...]:
+    """The plans with the layouts that came out of them."""
+    pairs = zip(plans, layouts, strict=True)
+    return tuple(plan.model_copy(update={"layout": layout}) for plan, layout in pairs)
 
 
-def _measure(run: PreparedRun, staging: Path, runner: Runner, log: StageLog) -> Measurements:
-    job = MeasureJob(
-        original_directory=str(run.checkpoint.directory),
-        compressed_directory=str(staging),
-        layouts=run.layouts,
-        held_out=run.text.held_out,
-        max_length=run.recipe.calibration.max_length,
-        batch_tokens=run.recipe.calibration.batch_tokens,
-        settings=run.recipe.measurement,
-        profile=run.profile,
-    )
-    with log.stage("measure", stage_key("measure", {"run": run.run_key}), num_items=1):
-        return runner.run_alone("measure", measure_job, job)
-
-
-def _clean(store: Store, key: str) -> None:
-    """Remove the scratch of a committed run."""
-    store.delete_prefix(f"{SCRATCH_PREFIX}/{key}")
-
-
-def _stage(scratch: Scratch, name: str) -> Scratch:
-    return scratch.model_copy(update={"prefix": f"{scratch.prefix}/{name}"})
-
-
-def _lineage(run: PreparedRun) -> dict[str, str]:
-    """What the statistics are made from: no time, no host, no number of workers."""
-    return run.digests | {"calibration": run.calibration_key}
-
-
-def _statistics_file(result: Result) -> FileEntry:
-    (entry,) = (entry for entry in result.files if entry.path.endswith(".parquet"))
-    return entry
-
-
-def _inputs_files(shards: list[Result], layer: int) -> list[FileEntry]:
-    """The sampled inputs of one layer, in shard order."""
-    folder = f"/inputs/layer-{layer:03d}/"
-    return [entry for result in shards for entry in result.files if folder in entry.path]
+def _num_tokens(shards: Sequence[Result]) -> int:
+    return sum(int(str(result.facts["num_tokens"])) for result in shards)

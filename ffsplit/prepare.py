@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ffsplit.artifacts.statistics import PublishedStatistics, open_statistics
 from ffsplit.calibration.batches import tokenize_rows
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
 from ffsplit.calibration.sources import read_all
-from ffsplit.config import JobConfig, stage_key
+from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.config import Budget, JobConfig, digest_of, stage_key
+from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
+from ffsplit.measurement.size import model_shape
+from ffsplit.measurement.tasks.evaluations import Evaluation, read_evaluations
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer
 from ffsplit.models.locate import locate_model
+from ffsplit.origin import check_origin, inherit
 from ffsplit.recipes.recipe import Recipe, load_recipe
-from ffsplit.splitting.budget import fit_layers
+from ffsplit.runtime.assemble import is_plain
+from ffsplit.splitting.latency import read_latency_table
+from ffsplit.splitting.plan import num_energetic
+from ffsplit.splitting.solver import Solver
 from ffsplit.stages.profile import ComputeProfile
 
 CHARACTERS_PER_TOKEN = 6
@@ -28,15 +38,23 @@ CHARACTERS_PER_TOKEN = 6
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A checked run: what it starts from, and the keys of its results."""
+    """A checked run: what it starts from, and the keys of its results.
+
+    `layouts` and `keep` are what the budget comes to; where the statistics have a say in that, they
+    are the least it can come to until the statistics are there.
+    """
 
     config: JobConfig
     recipe: Recipe
+    budget: Budget
+    solver: Solver
     keep: float
     checkpoint: Checkpoint
     revision: str | None
     digests: dict[str, str]
     text: TextSample
+    origin: PublishedStatistics | None
+    evaluations: tuple[Evaluation, ...]
     profile: ComputeProfile
     layouts: tuple[LayerLayout, ...]
     calibration_key: str
@@ -46,20 +64,30 @@ class PreparedRun:
 
 def prepare(config: JobConfig) -> PreparedRun:
     """Resolve and check a job. Raises ConfigError for whatever the user can mend; writes nothing."""
+    window = config.max_length  # as asked for, not as inherited
+    origin = None if config.stats is None else open_statistics(config.stats)
+    if origin is not None:
+        config = inherit(config, origin)
     recipe = resolve_recipe(config)
     profile = ComputeProfile.resolve(config)
     directory, revision = locate_model(config.model, revision=config.revision)
     checkpoint = open_checkpoint(directory)
     activation_named(checkpoint.activation)
-    keep = recipe.keep if config.keep is None else config.keep
-    layouts = fit_layers(checkpoint.shapes, keep=keep, heavy_share=recipe.heavy_share, steps=recipe.steps)
+    digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}
+    if origin is not None:
+        check_origin(origin, digests=digests, revision=revision, profile=profile)
+        digests["statistics"] = origin.sha256
+    budget = config.budget or Budget(kind="keep", limit=recipe.keep)
+    solver = make_solver(config, recipe, checkpoint, profile)
+    recipe = with_target_shape(recipe, solver)
+    layouts = solver.solve(budget)
+    keep = keep_of(budget, solver, layouts)
     text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
     check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.max_length)
-    digests = {
-        "model": checkpoint.model_digest(),
-        "tokenizer": checkpoint.tokenizer_digest(),
-        "text": text.digest,
-    }
+    evaluations = read_evaluations(
+        config.eval, checkpoint=checkpoint, calibration=text.calibration, max_length=window
+    )
+    digests["text"] = text.digest
     nonce = secrets.token_hex(8) if config.fresh else None
     inputs: dict[str, Any] = {
         "digests": digests,
@@ -68,21 +96,37 @@ def prepare(config: JobConfig) -> PreparedRun:
         "profile": profile.model_dump(mode="json"),
         "nonce": nonce,
     }
-    run_inputs = inputs | {"recipe": recipe.model_dump(mode="json"), "keep": keep}
+    if recipe.healing is not None or recipe.after_healing is not None:
+        check_plain(checkpoint, layouts, recipe=recipe)
+    healing = {"threads": healing_threads(config)} if recipe.healing is not None else None
+    split = split_inputs(recipe, budget, solver, layouts=layouts, keep=keep)
+    run_inputs = inputs | split | {"healing": healing}
+    run_inputs |= {"evaluations": [evaluation.key_inputs for evaluation in evaluations]}
     return PreparedRun(
         config=config,
         recipe=recipe,
+        budget=budget,
+        solver=solver,
         keep=keep,
         checkpoint=checkpoint,
         revision=revision,
         digests=digests,
         text=text,
+        origin=origin,
+        evaluations=evaluations,
         profile=profile,
         layouts=layouts,
         calibration_key=stage_key("calibrate", inputs),
         run_key=stage_key("run", run_inputs),
         nonce=nonce,
     )
+
+
+def settle(run: PreparedRun, statistics: Sequence[NeuronStats]) -> PreparedRun:
+    """The run with the layouts that its budget comes to now that the statistics are there."""
+    solver = replace(run.solver, num_energetic=num_energetic(run.recipe.heavy, statistics))
+    layouts = run.layouts if solver.num_energetic is None else solver.solve(run.budget)
+    return replace(run, solver=solver, layouts=layouts, keep=keep_of(run.budget, solver, layouts))
 
 
 def resolve_recipe(config: JobConfig) -> Recipe:
@@ -93,17 +137,86 @@ def resolve_recipe(config: JobConfig) -> Recipe:
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=changes)})
 
 
+def healing_threads(config: JobConfig) -> int:
+    """The threads of the one worker that heals. They can change the result's last bits."""
+    return config.healing_threads or os.cpu_count() or 1
+
+
+def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
+    """Raise ConfigError when a recipe would heal, or quantize afterwards, what is not an ordinary model."""
+    if not is_plain(checkpoint, layouts):
+        raise ConfigError(
+            f"recipe {recipe.name}: healing and after_healing need steps that leave one dense FFN of one "
+            "width a layer, without a bias that the architecture lacks: prune or distill"
+        )
+
+
+def make_solver(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint, profile: ComputeProfile) -> Solver:
+    """What turns budgets into layouts, with the latency table where there is one."""
+    model, table = model_shape(checkpoint), None
+    if config.latency_table is not None:
+        hardware = hardware_fingerprint(profile.device)
+        table = read_latency_table(config.latency_table, model=model, hardware=hardware)
+        if table.dtype != profile.dtype:
+            raise ConfigError(
+                f"--latency-table {config.latency_table} was measured in {table.dtype}, "
+                f"the run computes in {profile.dtype}: give the same --dtype to both"
+            )
+    return Solver(model=model, heavy=recipe.heavy, steps=recipe.steps, latency=table)
+
+
+def with_target_shape(recipe: Recipe, solver: Solver) -> Recipe:
+    """The recipe, which also times the shape that a latency budget is about."""
+    if solver.latency is None:
+        return recipe
+    shape = (solver.latency.batch_size, solver.latency.num_tokens)
+    settings = recipe.measurement
+    if shape in settings.latency_shapes:
+        return recipe
+    timed = settings.model_copy(update={"latency_shapes": (*settings.latency_shapes, shape)})
+    return recipe.model_copy(update={"measurement": timed})
+
+
+def keep_of(budget: Budget, solver: Solver, layouts: Sequence[LayerLayout]) -> float:
+    """The fraction of the FFN elements kept: as given, or what another kind of budget comes to."""
+    if budget.kind == "keep":
+        return float(budget.limit)
+    return solver.model.elements_of(layouts) / solver.model.ffn_elements
+
+
+def split_inputs(
+    recipe: Recipe, budget: Budget, solver: Solver, *, layouts: Sequence[LayerLayout], keep: float
+) -> dict[str, Any]:
+    """The run key's part on the recipe and the budget: what that resolves to, or all that decides it."""
+    inputs: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
+    if solver.heavy.by == "energy" or recipe.allocation == "search":
+        table = None if solver.latency is None else digest_of(solver.latency.model_dump(mode="json"))
+        return inputs | {"budget": budget.model_dump(mode="json"), "latency_table": table}
+    if budget.kind == "keep":
+        return inputs | {"keep": keep}
+    return inputs | {"keep": keep, "layouts": [layout.model_dump(mode="json") for layout in layouts]}
+
+
 def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint, seed: int) -> TextSample:
     """Calibration and held-out rows: a text each, or a window of running text for a causal LM."""
     texts = read_all(specs)
     settings = recipe.calibration
     if checkpoint.architecture.kind == "causal_lm":
         texts = passages(texts, max_characters=settings.max_length * CHARACTERS_PER_TOKEN)
-    return sample_texts(texts, num_samples=settings.samples, num_held_out=settings.held_out, seed=seed)
+    return sample_texts(
+        texts,
+        num_samples=settings.samples,
+        num_held_out=settings.held_out,
+        seed=seed,
+        num_judged=settings.held_out if recipe.allocation == "search" or recipe.healing else 0,
+    )
 
 
 def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) -> None:
-    """Raise ConfigError when no row has a token to learn from."""
+    """Raise ConfigError when rows are longer than the model reads, or none has a token to learn from."""
+    longest = checkpoint.max_positions
+    if longest is not None and max_length > longest:
+        raise ConfigError(f"--max-length {max_length} is more than the model's {longest} positions")
     tokenizer = load_tokenizer(checkpoint)
     for start in range(0, len(rows), 256):
         if tokenize_rows(tokenizer, rows[start : start + 256], max_length=max_length):

@@ -13,6 +13,7 @@ from ffsplit.artifacts.digests import file_entries
 from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import (
     MANIFEST_NAME,
+    AllocationRecord,
     CalibrationRecord,
     LayerRecord,
     Manifest,
@@ -22,19 +23,20 @@ from ffsplit.artifacts.manifest import (
     StoreGuarantees,
 )
 from ffsplit.artifacts.pull import materialize
+from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.calibration.parquet import read_statistics
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.environment import describe_environment
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
+from ffsplit.origin import calibration_record
 from ffsplit.prepare import PreparedRun, model_name
 from ffsplit.report.html import render_report
 from ffsplit.report.plots import energy_curve
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.plan import LayerPlan
-from ffsplit.splitting.scores import energy_share, output_energy
+from ffsplit.splitting.scores import energy_counts, energy_share, output_energy
 
-STATISTICS_PATH = "stats/neurons.parquet"
 REPORT_NAME = "report.html"
 CARD_NAME = "README.md"
 
@@ -50,6 +52,7 @@ class Outcome:
     plans: tuple[LayerPlan, ...] = ()
     errors: tuple[float, ...] = ()
     measurements: Measurements | None = None
+    allocation: AllocationRecord | None = None
     guarantees: StoreGuarantees | None = None
 
 
@@ -82,7 +85,7 @@ def report_of(manifest: Manifest, statistics: Sequence[NeuronStats]) -> str:
 def _draft(
     run: PreparedRun, outcome: Outcome, *, run_key: str, attempt: str, stages: Sequence[Stage]
 ) -> Manifest:
-    checkpoint, text = run.checkpoint, run.text
+    checkpoint = run.checkpoint
     is_model = outcome.kind == "model"
     return Manifest(
         kind=outcome.kind,
@@ -94,6 +97,7 @@ def _draft(
         config=run.config,
         recipe=run.recipe.model_dump(mode="json"),
         keep=run.keep if is_model else None,
+        budget=run.budget if is_model else None,
         nonce=run.nonce,
         model=SourceModel(
             id=model_name(run.config.model),
@@ -103,23 +107,32 @@ def _draft(
             model_type=checkpoint.architecture.model_type,
             architecture=checkpoint.class_name,
             license=checkpoint.license,
+            shape=run.solver.model,
         ),
-        calibration=CalibrationRecord(
-            sources=run.config.calibration,
-            text_digest=text.digest,
-            num_rows=len(text.calibration),
-            num_tokens=outcome.num_tokens,
-            max_length=run.recipe.calibration.max_length,
-            num_shards=outcome.num_shards,
-            held_out_rows=len(text.held_out),
-            held_out_is_disjoint=text.held_out_is_disjoint,
-        ),
+        calibration=_calibration(run, outcome),
         layers=tuple(_layers(run, outcome)),
+        allocation=outcome.allocation,
         measurements=outcome.measurements,
         stages=tuple(stages),
         environment=describe_environment(),
         store=outcome.guarantees,
         files=(),
+    )
+
+
+def _calibration(run: PreparedRun, outcome: Outcome) -> CalibrationRecord:
+    text = run.text
+    if run.origin is not None:
+        return calibration_record(run.origin, text=text)
+    return CalibrationRecord(
+        sources=run.config.calibration,
+        text_digest=text.digest,
+        num_rows=len(text.calibration),
+        num_tokens=outcome.num_tokens,
+        max_length=run.recipe.calibration.max_length,
+        num_shards=outcome.num_shards,
+        held_out_rows=len(text.held_out),
+        held_out_is_disjoint=text.held_out_is_disjoint,
     )
 
 
@@ -138,6 +151,7 @@ def _layers(run: PreparedRun, outcome: Outcome) -> list[LayerRecord]:
                 size_bytes=layout.size_bytes(shape, itemsize),
                 relative_error=outcome.errors[layer] if outcome.errors else None,
                 energy_in_top_5_percent=energy_share(stats, fraction=0.05),
+                neurons_for_energy=energy_counts(stats),
             )
         )
     return records
@@ -171,6 +185,10 @@ def model_card(manifest: Manifest) -> str:
             f"| forward {each.batch_size} x {each.num_tokens}, p50 ms | {each.original_p50_ms:.2f} "
             f"| {each.compressed_p50_ms:.2f} |"
             for each in measured.latency
+        ]
+        body += [
+            f"| {task.name}, {task.metric} | {task.original:.4f} | {task.compressed:.4f} |"
+            for task in measured.tasks
         ]
         body += ["", *(f"- {name}: {value:.5f}" for name, value in measured.fidelity.items())]
     return "\n".join([*front, "---", "", *body, ""])

@@ -9,8 +9,10 @@ from rich.table import Table
 
 from ffsplit.artifacts.manifest import Latency, Manifest, Measurements
 from ffsplit.inspection import Inspection
+from ffsplit.planning import LayerForecast, Plans
 from ffsplit.publication import REPORT_NAME
-from ffsplit.report.humanize import layout, milliseconds, number, percent, size, times
+from ffsplit.report.humanize import layout, milliseconds, number, percent, score, score_change, size, times
+from ffsplit.splitting.latency import LatencyTable
 
 WIDTH = 100
 
@@ -20,12 +22,16 @@ def print_manifest(manifest: Manifest) -> None:
     where = f"{manifest.config.out.rstrip('/')}/{manifest.run_key}/{manifest.attempt}"
     if manifest.measurements is not None:
         _print(_before_after(manifest, manifest.measurements))
+        overlaps = {task.spec: task.overlap_with_calibration for task in manifest.measurements.tasks}
+        for spec, count in overlaps.items():
+            if count:
+                print(f"warning: {count:,} evaluation sentences of {spec} are in the calibration text too")
     print(f"artifact: {where}")
     print(f"report:   {where}/{REPORT_NAME}")
 
 
 def _before_after(manifest: Manifest, measured: Measurements) -> Table:
-    title = f"{manifest.model.id}, recipe {manifest.recipe['name']}, keep {manifest.keep:g}"
+    title = f"{manifest.model.id}, recipe {manifest.recipe['name']}, keep {manifest.keep:.4g}"
     table = _table(title, "", "original", "compressed", "")
     before, after = measured.original_size, measured.compressed_size
     pairs = (
@@ -51,6 +57,13 @@ def _before_after(manifest: Manifest, measured: Measurements) -> Table:
         _add_latency(table, each)
     for name, value in measured.fidelity.items():
         table.add_row(name.replace("_", " "), "", f"{value:.5f}", "")
+    for task in measured.tasks:
+        table.add_row(
+            f"{task.name}, {task.metric.replace('_', ' ')}",
+            score(task.original),
+            score(task.compressed),
+            score_change(task.original, after=task.compressed),
+        )
     return table
 
 
@@ -109,3 +122,55 @@ def _table(title: str, first: str, *others: str) -> Table:
 def _print(table: Table) -> None:
     console = Console()
     Console(width=max(console.width, WIDTH)).print(table)
+
+
+def print_latency_table(measured: LatencyTable) -> None:
+    """Milliseconds by width."""
+    where = f"{measured.hardware['processor']}, {measured.num_threads} threads, {measured.dtype}"
+    shape = f"{measured.batch_size} x {measured.num_tokens} tokens"
+    table = _table(f"{measured.model}, {shape}\n{where}", "FFN width", "forward", "of the original's")
+    dense = measured.points[-1].ms
+    for point in measured.points:
+        table.add_row(f"{point.width:,}", milliseconds(point.ms), percent(point.ms / dense))
+    _print(table)
+
+
+def print_plans(plans: Plans) -> None:
+    """Budgets side by side, then each layer, and what the predicted error is."""
+    print(f"{plans.model}, recipe {plans.recipe}, uniform layers; from {plans.statistics}")
+    table = _table("budgets", "", "keep", "parameters", "FFN bytes", "forward", "plain", "predicted error")
+    before = (f"{plans.num_parameters:,}", size(plans.ffn_bytes), "", "", "")
+    table.add_row("original", "1", *before)
+    for each in plans.budgets:
+        change = each.num_parameters / plans.num_parameters - 1
+        table.add_row(
+            str(each.budget),
+            f"{each.keep:.4g}",
+            f"{each.num_parameters:,} ({change:+.1%})",
+            size(each.ffn_bytes),
+            "" if each.latency_ms is None else milliseconds(each.latency_ms),
+            "yes" if each.plain else "no",
+            percent(each.energy_outside),
+        )
+    _print(table)
+    budgets = [str(each.budget) for each in plans.budgets]
+    table = _table(
+        "layers: layout, heavy hitters, predicted error", "", "neurons for 50 / 90 / 99 %", *budgets
+    )
+    for spread in plans.concentration:
+        counts = " / ".join(f"{count:,}" for count in spread.neurons_for_energy.values())
+        cells = [_forecast(each.layers[spread.layer]) for each in plans.budgets]
+        table.add_row(f"layer {spread.layer}", f"{counts} of {spread.num_neurons:,}", *cells)
+    _print(table)
+    print(
+        "predicted error: share of a layer's output energy (the sum of its neurons' own) that is not the\n"
+        "heavy hitters'; what refits, factorised parts and later layers make up for is not in it"
+    )
+
+
+def _forecast(layer: LayerForecast) -> str:
+    """Layout, heavy hitters where they are not all there is, and predicted error, one below the other."""
+    lines = [layout(layer.layout), percent(layer.energy_outside)]
+    if len(layer.heavy_neurons) < layer.layout.num_neurons:
+        lines.insert(1, f"{len(layer.heavy_neurons):,} heavy")
+    return "\n".join(lines)

@@ -15,8 +15,9 @@ from tests.tiny_models import WORDS
 RECIPE = """\
 name: small
 description: What tests run.
-heavy_share: {heavy_share}
+{rule}
 steps: [{step}]
+allocation: {allocation}
 calibration: {{shard_size: 8, held_out: 8, sampled_tokens: 256}}
 measurement: {{latency_shapes: [[1, 8], [2, 8]], latency_pairs: 1, peak_memory: false}}
 """
@@ -34,9 +35,18 @@ class SmallJob:
         self.text.write_text("\n".join(sentences), "utf-8")
         self.folder, self.model = folder, model
 
-    def recipe(self, *, heavy_share: float = 1, step: str = PRUNE) -> str:
-        path = self.folder / f"recipe-{hashlib.sha256(f'{heavy_share}{step}'.encode()).hexdigest()[:8]}.yaml"
-        path.write_text(RECIPE.format(heavy_share=heavy_share, step=step), "utf-8")
+    def recipe(
+        self,
+        *,
+        heavy_share: float = 1,
+        step: str = PRUNE,
+        heavy_energy: float | None = None,
+        allocation: str = "uniform",
+    ) -> str:
+        rule = f"heavy_share: {heavy_share}" if heavy_energy is None else f"heavy_energy: {heavy_energy}"
+        text = RECIPE.format(rule=rule, step=step, allocation=allocation)
+        path = self.folder / f"recipe-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
+        path.write_text(text, "utf-8")
         return str(path)
 
     def config(self, out: Path | str, **fields: Any) -> JobConfig:

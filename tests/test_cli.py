@@ -33,6 +33,19 @@ def test_a_run_prints_before_and_after(small_job: SmallJob, tmp_path: Path, caps
     assert "calibrate: 5/5" in captured.err
 
 
+def test_task_scores_are_printed_with_a_warning_where_they_flatter(
+    small_job: SmallJob, tmp_path: Path, capsys: Captured
+) -> None:
+    rows = small_job.text.read_text().splitlines()
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("".join(f"{row},at home,{index}\n" for index, row in enumerate(rows)))
+    arguments = small_job.arguments(tmp_path / "out", "--runner", "serial", "--eval", f"sts:{pairs}")
+    assert main(["compress", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "sts pairs.csv, spearman" in printed
+    assert f"warning: 40 evaluation sentences of sts:{pairs} are in the calibration text too" in printed
+
+
 def test_verify_names_what_is_wrong(small_job: SmallJob, tmp_path: Path, capsys: Captured) -> None:
     manifest = ffsplit.compress(small_job.config(tmp_path / "out"))
     attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
@@ -83,6 +96,10 @@ BAD_FLAGS: dict[str, tuple[list[str], str]] = {
     "keep not a number": (["--keep", "half"], "--keep"),
     "keep is nan": (["--keep", "nan"], "--keep"),
     "keep too small": (["--keep", "0.001"], "the smallest is 0."),
+    "two budgets": (["--max-bytes", "9000"], "--keep and --max-bytes are 2 budgets: give one"),
+    "no bytes": (["--max-bytes", "0"], "--max-bytes"),
+    "a table without a target": (["--latency-table", "t.json"], "--latency-table is for --max-latency-ms"),
+    "no statistics": (["--stats", "nowhere"], "nowhere holds no artifact"),
     "no samples": (["--samples", "0"], "--samples"),
     "no workers": (["--workers", "-1"], "--workers"),
     "no length": (["--max-length", "0"], "--max-length"),
@@ -112,6 +129,16 @@ def test_a_bad_flag_is_one_line_and_exit_code_2(
     assert set(tmp_path.rglob("*")) - before <= {Path(small_job.recipe())}
 
 
+@pytest.mark.parametrize("flag", ["--max-bytes", "--max-parameters"])
+def test_a_budget_too_small_names_the_smallest(
+    flag: str, small_job: SmallJob, tmp_path: Path, capsys: Captured
+) -> None:
+    given = small_job.arguments(tmp_path / "out", "--runner", "serial", flag, "10")
+    given = [each for each in given if each not in ("--keep", "0.5")]
+    assert_one_line(main(["compress", *given]), f"{flag} 10 is too small", capsys)
+    assert not (tmp_path / "out").exists()
+
+
 def assert_one_line(code: int, expected: str, capsys: Captured) -> None:
     captured = capsys.readouterr()
     assert code == 2
@@ -129,6 +156,33 @@ BAD_MODELS: dict[str, str] = {
     "no tokenizer": "tokenizer",
     "compressed already": "original",
 }
+
+
+BAD_EVALUATIONS: dict[str, tuple[str, str, str]] = {
+    "unknown task": ("stt:", "", "did you mean 'sts:'"),
+    "file missing": ("sts:none-", "", "does not exist"),
+    "file empty": ("sts:", "", "the file is empty"),
+    "wrong columns": ("sts:", "a,b\n", "expected 3 columns"),
+    "score not a number": ("sts:", "a b,c d,1\na b,c d,high\n", ":2: the score 'high' is not a number"),
+    "constant score": ("sts:", "a b,c d,1\ne f,g h,1\n", "a ranking needs scores that differ"),
+    "no head": ("classification:", "a b,1\n", "not BertModel"),
+    "no language model": ("perplexity:", "a b\n", "needs a causal language model"),
+    "no harness for encoders": ("lm-eval:", "", "needs a causal language model"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EVALUATIONS)
+def test_a_bad_evaluation_is_one_line_and_exit_code_2(
+    name: str, small_job: SmallJob, tmp_path: Path, capsys: Captured
+) -> None:
+    prefix, content, expected = BAD_EVALUATIONS[name]
+    path = tmp_path / "eval.csv"
+    path.write_text(content)
+    spec = f"{prefix}{path}".replace("none-/", "/none")
+    out = tmp_path / "out"
+    flags = ["--runner", "serial", "--eval", spec]
+    assert_one_line(main(["compress", *small_job.arguments(out, *flags)]), expected, capsys)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("name", BAD_MODELS)

@@ -21,7 +21,18 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 LOWER_ROOMS = ("models", "calibration", "splitting", "compressors", "runtime", "recipes")
-UPPER_ROOMS = ("cli", "pipeline", "prepare", "publication", "distributed", "report", "stages", "measurement")
+UPPER_ROOMS = (
+    "cli",
+    "pipeline",
+    "prepare",
+    "publication",
+    "planning",
+    "origin",
+    "distributed",
+    "report",
+    "stages",
+    "measurement",
+)
 
 
 def _names(node: ast.AST) -> Iterator[str]:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel
 
 import ffsplit
-from ffsplit import pipeline
+from ffsplit import execution, pipeline
 from ffsplit.artifacts.verify import verify
 from ffsplit.calibration.parquet import read_lineage, read_statistics
 from ffsplit.errors import ConfigError, FFSplitError
@@ -94,6 +94,71 @@ def test_the_run_key_names_what_is_computed(small_job: SmallJob, tmp_path: Path)
     assert len({base, *keys, key()}) == len(changes) + 2
 
 
+def test_tasks_are_scored_for_both_models(small_job: SmallJob, tmp_path: Path) -> None:
+    seen = small_job.text.read_text().splitlines()[0]
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text(f"{seen},at home,2\nmany people,one time,1\nfirst time,two years,4\n")
+    config = small_job.config(tmp_path / "out", samples=60, eval=(f"sts:{pairs}",))
+    manifest = ffsplit.compress(config)
+    assert manifest.measurements is not None
+    (score,) = manifest.measurements.tasks
+    assert (score.name, score.metric, score.num_examples) == ("sts pairs.csv", "spearman", 3)
+    in_sample = seen in pipeline.prepare(config).text.calibration
+    assert score.overlap_with_calibration == int(in_sample)
+    attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
+    assert "| sts pairs.csv, spearman |" in (attempt / "README.md").read_text()
+    assert "Task scores" in (attempt / "report.html").read_text()
+
+
+def test_evaluation_data_is_part_of_the_run_and_not_of_the_statistics(
+    small_job: SmallJob, tmp_path: Path
+) -> None:
+    paths = [tmp_path / name for name in ("a.csv", "b.csv", "same-as-a.csv")]
+    for path, score in zip(paths, (1, 2, 1), strict=True):
+        path.write_text(f"at home,one time,{score}\nmany people,her years,3\n")
+    runs = [pipeline.prepare(small_job.config(tmp_path / "out"))]
+    runs += [pipeline.prepare(small_job.config(tmp_path / "out", eval=(f"sts:{path}",))) for path in paths]
+    assert len({run.run_key for run in runs}) == 3
+    assert runs[1].run_key == runs[3].run_key
+    assert len({run.calibration_key for run in runs}) == 1
+
+
+def test_a_classifier_of_a_causal_family_runs_end_to_end(
+    small_job: SmallJob, tmp_path: Path, checkpoint_of: Any
+) -> None:
+    model = checkpoint_of("llama", head="ForSequenceClassification")
+    labels = tmp_path / "labels.tsv"
+    labels.write_text("at home\t0\nmany people\t1\n")
+    config = small_job.config(tmp_path / "out", model=str(model), eval=(f"classification:{labels}",))
+    measured = ffsplit.compress(config).measurements
+    assert measured is not None
+    assert "token_cosine" in measured.fidelity
+    assert [score.metric for score in measured.tasks] == ["accuracy", "f1"]
+
+
+def test_the_run_key_has_what_a_budget_resolves_to(small_job: SmallJob, tmp_path: Path) -> None:
+    def run(**fields: Any) -> pipeline.PreparedRun:
+        return pipeline.prepare(small_job.config(tmp_path, keep=None, **fields))
+
+    model = run(max_bytes=40_000).solver.model
+    used = model.bytes_of(run(max_bytes=40_000).layouts)
+    assert run(max_bytes=40_000).run_key == run(max_bytes=used).run_key
+    assert run(max_bytes=used - 1).run_key != run(max_bytes=used).run_key
+    parameters = model.parameters_of(run(max_bytes=40_000).layouts)
+    assert run(max_parameters=parameters).run_key == run(max_bytes=used).run_key
+
+
+def test_heavy_hitters_by_energy_differ_from_layer_to_layer(small_job: SmallJob, tmp_path: Path) -> None:
+    recipe = small_job.recipe(heavy_energy=0.6)
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe, keep=0.9))
+    counts = [layer.num_heavy_hitters for layer in manifest.layers]
+    assert len(set(counts)) > 1 and manifest.plain is False
+    for layer, count in zip(manifest.layers, counts, strict=True):
+        assert layer.neurons_for_energy is not None
+        assert layer.neurons_for_energy["50"] <= count <= layer.neurons_for_energy["90"]
+    assert manifest.keep == 0.9
+
+
 def test_fresh_runs_beside_the_committed_run(small_job: SmallJob, tmp_path: Path) -> None:
     first = ffsplit.compress(small_job.config(tmp_path / "out"))
     second = ffsplit.compress(small_job.config(tmp_path / "out", fresh=True))
@@ -112,7 +177,7 @@ def test_a_failed_run_is_resumed_and_what_is_damaged_is_redone(
         raise FFSplitError("measured nothing")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "measure_job", fail)
+        patch.setattr(execution, "measure_job", fail)
         with pytest.raises(FFSplitError, match="measured nothing"):
             ffsplit.compress(small_job.config(out))
     assert not list(out.glob("*/commit.json"))

@@ -9,9 +9,9 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
 from ffsplit.artifacts.paths import is_safe_path
-from ffsplit.config import JobConfig, Record
+from ffsplit.config import Budget, JobConfig, Record
 from ffsplit.errors import ArtifactError
-from ffsplit.ffn import LayerLayout
+from ffsplit.ffn import LayerLayout, ModelShape
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
@@ -47,6 +47,7 @@ class SourceModel(Record):
     model_type: str
     architecture: str
     license: str | None
+    shape: ModelShape | None = Field(default=None, description="what `ffsplit plan` sizes budgets by")
 
 
 class CalibrationRecord(Record):
@@ -60,10 +61,52 @@ class CalibrationRecord(Record):
     num_shards: int
     held_out_rows: int
     held_out_is_disjoint: bool = Field(description="False where the text was too short to keep rows apart")
+    statistics_from: StatisticsOrigin | None = Field(
+        default=None,
+        description="set where an earlier run lent its statistics; the text named above is then its",
+    )
+
+
+class StatisticsOrigin(Record):
+    """The earlier run that the neuron statistics were taken from."""
+
+    uri: str
+    run_key: str
+    attempt: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of its stats/neurons.parquet")
+    sampled_text_digest: str = Field(
+        description="of this run's rows; where it is not the statistics' text_digest, the rows that "
+        "fidelity is measured on may be among those that the statistics saw"
+    )
+
+
+class CandidateRecord(Record):
+    """One way to share the budget out, judged end to end. `num_elements` are the layers'."""
+
+    name: str
+    num_elements: tuple[int, ...]
+    score: float = Field(description="higher is better: minus the KL divergence, or the mean of both cosines")
+    fold_scores: tuple[float, ...] = Field(description="of parts of the rows; `score` is their mean")
+    fidelity: dict[str, float] = Field(description="mean over the folds")
+
+
+class AllocationRecord(Record):
+    """A search over the layers' shares, judged on rows apart from calibration and held-out ones.
+
+    The best of those that beat the uniform layers on every fold of the rows was chosen, or uniform.
+    """
+
+    chosen: str
+    num_rows: int
+    candidates: tuple[CandidateRecord, ...]
 
 
 class LayerRecord(Record):
-    """One compressed layer. `relative_error` is |y' - y| / |y| over the sampled FFN inputs."""
+    """One compressed layer.
+
+    `relative_error` is |z' - z| / |z| over the sampled FFN inputs, where z is what the next layer sees:
+    the FFN's output y, or norm(x + y) in families that normalise there.
+    """
 
     layer: int
     layout: LayerLayout
@@ -72,6 +115,9 @@ class LayerRecord(Record):
     size_bytes: int
     relative_error: float | None
     energy_in_top_5_percent: float | None
+    neurons_for_energy: dict[str, int] | None = Field(
+        default=None, description="percent of the output energy -> how few neurons hold it"
+    )
 
 
 class Latency(Record):
@@ -99,6 +145,22 @@ class Size(Record):
     file_bytes: int = Field(description="all safetensors files")
 
 
+class TaskScore(Record):
+    """One metric of one `--eval` task, for both models. Percentages are x 100, as papers print them."""
+
+    name: str = Field(description="the task, and its file or its name in lm-eval")
+    spec: str = Field(description="as it was given to --eval")
+    metric: str
+    higher_is_better: bool | None
+    digest: str = Field(description="sha256 of the evaluation data as read")
+    original: float
+    compressed: float
+    num_examples: int = Field(description="rows, or predicted tokens of running text")
+    overlap_with_calibration: int = Field(
+        description="distinct evaluation sentences that are in the calibration text too: 0 is a clean score"
+    )
+
+
 class Measurements(Record):
     """What was measured, and on what. Fidelity maps a metric's name to its value on held-out text."""
 
@@ -106,6 +168,7 @@ class Measurements(Record):
     compressed_size: Size
     fidelity: dict[str, float]
     latency: tuple[Latency, ...]
+    tasks: tuple[TaskScore, ...] = ()
     original_peak_memory_bytes: int | None
     compressed_peak_memory_bytes: int | None
     device: str
@@ -153,11 +216,13 @@ class Manifest(Record):
     plain: bool | None = Field(description="loads with transformers alone; None for statistics")
     config: JobConfig
     recipe: dict[str, Any] = Field(description="the recipe as resolved")
-    keep: float | None
+    keep: float | None = Field(description="as given, or what another budget resolved to")
+    budget: Budget | None = Field(default=None, description="as given, or the recipe's keep")
     nonce: str | None = Field(default=None, description="set by --fresh, part of the run key")
     model: SourceModel
     calibration: CalibrationRecord
     layers: tuple[LayerRecord, ...]
+    allocation: AllocationRecord | None = Field(default=None, description="None where layers are uniform")
     measurements: Measurements | None
     stages: tuple[Stage, ...]
     environment: Environment

@@ -61,15 +61,22 @@ class FFNObserver:
 
     Use as a context manager around the forward passes, and call `next_batch` before each. Token
     positions are counted over the non-padding tokens of all batches, in order; `sampled` are the
-    ascending positions whose FFN inputs are kept.
+    ascending positions whose FFN inputs are kept. `inputs_only` collects no statistics.
     """
 
-    def __init__(self, base_model: nn.Module, architecture: Architecture, *, sampled: Tensor) -> None:
+    def __init__(
+        self,
+        base_model: nn.Module,
+        architecture: Architecture,
+        *,
+        sampled: Tensor,
+        inputs_only: bool = False,
+    ) -> None:
         blocks = base_model.get_submodule(architecture.blocks)
         assert isinstance(blocks, nn.ModuleList)
         self._handles: list[Any] = []
         self._blocks, self._row = blocks, architecture
-        self._sampled = sampled
+        self._sampled, self._inputs_only = sampled, inputs_only
         self._start = self._stop = 0
         self._is_token: Tensor | None = None
         self._sums = [_NeuronSums(_down_weight(block, architecture)) for block in blocks]
@@ -79,7 +86,8 @@ class FFNObserver:
         for layer, block in enumerate(self._blocks):
             up, down = block.get_submodule(self._row.up), block.get_submodule(self._row.down)
             self._handles.append(up.register_forward_pre_hook(self._input_hook(layer)))
-            self._handles.append(down.register_forward_pre_hook(self._activation_hook(layer)))
+            if not self._inputs_only:
+                self._handles.append(down.register_forward_pre_hook(self._activation_hook(layer)))
         return self
 
     def __exit__(
@@ -94,6 +102,17 @@ class FFNObserver:
         self._start = self._stop
         self._stop += int(attention_mask.sum())
 
+    @property
+    def batch_is_sampled(self) -> bool:
+        """Whether any input of the announced batch is to be kept."""
+        first, last = self._sampled_range()
+        return first < last
+
+    def _sampled_range(self) -> tuple[int, int]:
+        bounds = torch.tensor([self._start, self._stop])
+        first, last = torch.searchsorted(self._sampled, bounds).tolist()
+        return first, last
+
     def _tokens(self, values: Tensor) -> Tensor:
         flat = values.detach().flatten(0, -2)
         return flat if self._is_token is None else flat[self._is_token]
@@ -106,7 +125,7 @@ class FFNObserver:
 
     def _input_hook(self, layer: int) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            first, last = torch.searchsorted(self._sampled, torch.tensor([self._start, self._stop])).tolist()
+            first, last = self._sampled_range()
             if first < last:
                 rows = self._sampled[first:last] - self._start
                 self._inputs[layer].append(self._tokens(arguments[0])[rows].cpu())

@@ -54,6 +54,8 @@ def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
         values = {name: table.column(name).to_numpy() for name in COLUMNS}
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise CalibrationError(f"{path} holds no neuron statistics: {error}") from None
+    if table.num_rows == 0:
+        raise CalibrationError(f"{path} holds no neuron statistics: it has no rows")
     boundaries = np.flatnonzero(np.diff(values["layer"])) + 1
     layers = []
     for rows in np.split(np.arange(len(values["layer"])), boundaries):

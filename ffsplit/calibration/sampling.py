@@ -23,15 +23,21 @@ class TextSample:
     held_out_is_disjoint: bool
     """False only when there was a single distinct text, which then serves for both."""
     digest: str
-    """sha256 over both lists, 64 hex digits."""
+    """sha256 over all lists, 64 hex digits."""
+    judged: tuple[str, ...] = ()
+    """Rows to choose between candidates by, neither calibrated on nor held out; only where asked for."""
 
 
-def sample_texts(texts: Sequence[str], *, num_samples: int, num_held_out: int, seed: int) -> TextSample:
+def sample_texts(
+    texts: Sequence[str], *, num_samples: int, num_held_out: int, seed: int, num_judged: int = 0
+) -> TextSample:
     """Split the distinct texts into at most `num_samples` for calibration and a held-out part.
 
     Held out are `num_held_out` texts, or a tenth of them (at least one) where that is fewer; the
     choice does not depend on `num_samples`, and a larger sample begins with the smaller one. The
-    same arguments give the same bytes on every platform. Raises ConfigError when there is no text.
+    same arguments give the same bytes on every platform. `num_judged` more are what comes after the
+    calibration's, which gives up a tenth at most where too few are left. Raises ConfigError when
+    there is no text, or too little to judge on.
     """
     assert num_samples >= 1 and num_held_out >= 1, "both parts need at least one text"
     distinct = list(dict.fromkeys(texts))
@@ -43,7 +49,17 @@ def sample_texts(texts: Sequence[str], *, num_samples: int, num_held_out: int, s
     is_disjoint = len(distinct) > 1
     held_out = shuffled[:size]
     calibration = shuffled[size : size + num_samples] if is_disjoint else shuffled
-    return TextSample(calibration, held_out, is_disjoint, _digest(calibration, held_out))
+    if not num_judged:
+        return TextSample(calibration, held_out, is_disjoint, _digest(calibration, held_out))
+    rest = shuffled[size:]
+    if len(rest) < 2:
+        raise ConfigError(
+            "a search over the layers needs rows to judge on: give three different ones at least"
+        )
+    spare = min(num_judged, max(len(rest) - num_samples, len(rest) // 10, 1))
+    calibration = rest[: min(num_samples, len(rest) - spare)]
+    judged = rest[len(calibration) : len(calibration) + spare]
+    return TextSample(calibration, held_out, True, _digest(calibration, held_out, judged), judged)
 
 
 def passages(texts: Sequence[str], *, max_characters: int) -> list[str]:

@@ -5,16 +5,22 @@ A source is named by one string, the SPEC of `--calibration`; the forms are list
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ffsplit.errors import ConfigError
+from ffsplit.calibration.text_files import (
+    DIALECTS,
+    checked_text,
+    decoded,
+    delimited_rows,
+    json_records,
+    lines,
+    no_column,
+    source_error,
+)
 
 FORMS = (
     "file.txt, file.jsonl#field, file.csv#column, file.tsv#column, file.parquet#column, "
@@ -24,7 +30,6 @@ FORMS = (
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(.*)", re.DOTALL)  # two characters at least: C:\ is a drive
 _FILE = re.compile(r"(?P<path>.+?(?P<suffix>\.(txt|jsonl|csv|tsv|parquet)))(#(?P<column>.*))?", re.I | re.S)
 _HUB = re.compile(r"(?P<name>[^:#@]+)(?::(?P<config>[^#]+))?#(?P<column>.+)@(?P<split>[^@]+)")
-_MAX_FIELD_CHARACTERS = 2**31 - 1  # what a C long holds everywhere
 
 
 def read_texts(spec: str) -> list[str]:
@@ -34,7 +39,7 @@ def read_texts(spec: str) -> list[str]:
     """
     texts = [text for text in map(str.strip, _read(spec)) if text]
     if not texts:
-        raise _error(spec, "no text left, everything there is empty; name another file or column")
+        raise source_error(spec, "no text left, everything there is empty; name another file or column")
     return texts
 
 
@@ -48,118 +53,59 @@ def _read(spec: str) -> list[str]:
     if scheme:
         reader = _SCHEMES.get(scheme[1])
         if reader is None:
-            raise _error(spec, f"unknown scheme {scheme[1] + ':'!r}; the known forms are {FORMS}")
+            raise source_error(spec, f"unknown scheme {scheme[1] + ':'!r}; the known forms are {FORMS}")
         return reader(spec, scheme[2])
     file = _FILE.fullmatch(spec)
     path = Path(file["path"] if file else spec)
     if spec and path.is_dir():
-        raise _error(spec, "it is a directory; name a file in it")
+        raise source_error(spec, "it is a directory; name a file in it")
     if file is None:
         suffix = f"unknown suffix {path.suffix!r}" if path.suffix else "unknown form"
-        raise _error(spec, f"{suffix}; the known forms are {FORMS}")
+        raise source_error(spec, f"{suffix}; the known forms are {FORMS}")
     if not path.exists():
-        raise _error(spec, "the file does not exist; check the path")
+        raise source_error(spec, "the file does not exist; check the path")
     try:
         return _SUFFIXES[file["suffix"].lower()](spec, path, file["column"] or "")
     except OSError as error:
-        raise _error(spec, f"{error.strerror or _first_line(error)}; check the file") from None
-
-
-def _error(where: object, why: str) -> ConfigError:
-    return ConfigError(f"cannot read texts from {where or 'an empty source'}: {why}")
-
-
-def _no_column(spec: str, column: str, columns: Sequence[str], *, noun: str = "column") -> ConfigError:
-    """The error for a column that is missing from the spec, or from the source."""
-    listed = ", ".join(repr(name[:40]) for name in columns[:20]) + (", ..." if len(columns) > 20 else "")
-    wrong = f"there is no {noun} {column!r}" if column else f"no {noun} is named, write SOURCE#{noun}"
-    return _error(spec, f"{wrong}; the {noun}s there are {listed}")
+        raise source_error(spec, f"{error.strerror or _first_line(error)}; check the file") from None
 
 
 # ---- files: one reader a suffix ------------------------------------------------------------------
 
 
-def _decoded(spec: str, path: Path) -> str:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        bad = error.object[error.start]
-        raise _error(f"{path}:{line}", f"byte 0x{bad:02x} is not UTF-8; save the file as UTF-8") from None
-    if not text.strip():
-        raise _error(spec, "the file is empty; name a file with text in it")
-    return text
-
-
-def _lines(text: str) -> io.StringIO:
-    """Lines ended by LF, CRLF or CR alone; str.splitlines would also cut at U+2028 and form feeds."""
-    return io.StringIO(text, newline=None)
-
-
 def _read_txt(spec: str, path: Path, column: str) -> list[str]:
     if column:
-        raise _error(spec, f"a .txt file has no columns; write {path}")
-    return list(_lines(_decoded(spec, path)))
+        raise source_error(spec, f"a .txt file has no columns; write {path}")
+    return list(lines(decoded(spec, path)))
 
 
 def _read_jsonl(spec: str, path: Path, field: str) -> list[str]:
     texts = []
-    for number, line in enumerate(_lines(_decoded(spec, path)), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            why = error.msg if isinstance(error, json.JSONDecodeError) else "unreadable"
-            raise _error(where, f"invalid JSON ({why}); write one object a line") from None
-        if not isinstance(record, dict):
-            raise _error(where, "not a JSON object; write one object a line")
+    for where, record in json_records(decoded(spec, path), path):
         if field not in record or not field:
-            raise _no_column(where, field, list(record), noun="field")
-        texts.append(_checked_text(where, field, record[field]))
+            raise no_column(where, field, list(record), noun="field")
+        texts.append(checked_text(where, field, record[field]))
     return texts
-
-
-def _checked_text(where: str, field: str, value: object) -> str:
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise _error(where, f"field {field!r} is {kind}, not a string; name a field of text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise _error(where, f"field {field!r} holds half a surrogate pair; mend its \\u escapes")
-    return value
 
 
 def _read_table(spec: str, path: Path, column: str, *, dialect: dict[str, Any]) -> list[str]:
     """One column of a delimited file. Digits are a 0-based index, whatever the header says."""
-    rows = _rows(_decoded(spec, path), path, dialect=dialect)
+    rows = delimited_rows(decoded(spec, path), path, dialect=dialect)
     header = rows[0][1]
     by_index = column.isascii() and column.isdigit()
     if by_index and int(column) >= len(header):
         last = len(header) - 1
-        raise _error(spec, f"no column {column}: its {len(header)} column(s) are numbered 0 to {last}")
+        raise source_error(spec, f"no column {column}: its {len(header)} column(s) are numbered 0 to {last}")
     if not by_index and (column not in header or not column):
-        raise _no_column(spec, column, header)
+        raise no_column(spec, column, header)
     index = int(column) if by_index else header.index(column)
     texts = []
     for number, row in rows if by_index else rows[1:]:
         if index >= len(row):
             why = f"the row has {len(row)} column(s), not {len(header)}; mend its delimiters or quotes"
-            raise _error(f"{path}:{number}", why)
+            raise source_error(f"{path}:{number}", why)
         texts.append(row[index])
     return texts
-
-
-def _rows(text: str, path: Path, *, dialect: dict[str, Any]) -> list[tuple[int, list[str]]]:
-    """The rows that are not blank, each with the number of its last line."""
-    previous_limit = csv.field_size_limit(_MAX_FIELD_CHARACTERS)
-    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
-    try:
-        return [(reader.line_num, row) for row in reader if row]
-    except csv.Error as error:
-        raise _error(f"{path}:{reader.line_num}", f"{error}; mend its quotes, or save it as .tsv") from None
-    finally:
-        csv.field_size_limit(previous_limit)
 
 
 def _read_parquet(spec: str, path: Path, column: str) -> list[str]:
@@ -170,10 +116,10 @@ def _read_parquet(spec: str, path: Path, column: str) -> list[str]:
         with pyarrow.parquet.ParquetFile(path) as file:
             columns: list[str] = file.schema_arrow.names
             if column not in columns or not column:
-                raise _no_column(spec, column, columns)
+                raise no_column(spec, column, columns)
             values = file.read(columns=[column]).column(column).to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
-        raise _error(spec, f"not a Parquet file that can be read ({_first_line(error)})") from None
+        raise source_error(spec, f"not a Parquet file that can be read ({_first_line(error)})") from None
     return _strings(spec, column, values)
 
 
@@ -183,17 +129,17 @@ def _read_parquet(spec: str, path: Path, column: str) -> list[str]:
 def _read_hub(spec: str, rest: str) -> list[str]:
     match = _HUB.fullmatch(rest)
     if match is None:
-        raise _error(spec, "write hf:dataset[:config]#column@split, for example hf:imdb#text@train")
+        raise source_error(spec, "write hf:dataset[:config]#column@split, for example hf:imdb#text@train")
     import datasets
 
     try:
         dataset = datasets.load_dataset(match["name"], match["config"], split=match["split"])
     except Exception as error:  # the hub, the network and every dataset have errors of their own
         why = f"{type(error).__name__}: {_first_line(error)}"
-        raise _error(spec, f"{why}; check the name, the network and HF_TOKEN, or name a file") from None
+        raise source_error(spec, f"{why}; check the name, the network and HF_TOKEN, or name a file") from None
     column = match["column"]
     if column not in dataset.column_names:
-        raise _no_column(spec, column, dataset.column_names)
+        raise no_column(spec, column, dataset.column_names)
     return _strings(spec, column, dataset[column])
 
 
@@ -202,7 +148,9 @@ def _strings(spec: str, column: str, values: Sequence[object]) -> list[str]:
     texts = ["" if value is None else value for value in values]
     for value in texts:
         if not isinstance(value, str):
-            raise _error(spec, f"column {column!r} holds {type(value).__name__}, not text; name another")
+            raise source_error(
+                spec, f"column {column!r} holds {type(value).__name__}, not text; name another"
+            )
     return [text for text in texts if isinstance(text, str)]
 
 
@@ -212,11 +160,11 @@ def _first_line(error: Exception) -> str:
 
 def _read_builtin(spec: str, name: str) -> list[str]:
     if name != "pydoc":
-        raise _error(spec, f"unknown builtin {name!r}; the only one is builtin:pydoc")
+        raise source_error(spec, f"unknown builtin {name!r}; the only one is builtin:pydoc")
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise _error(spec, "this Python came without pydoc_data; name a file") from None
+        raise source_error(spec, "this Python came without pydoc_data; name a file") from None
     sentences = (sentence for _, topic in sorted(topics.items()) for sentence in _prose(topic))
     return list(dict.fromkeys(sentences))  # topics quote one another
 
@@ -250,8 +198,8 @@ def _is_prose(sentence: str) -> bool:
 _SUFFIXES: dict[str, Callable[[str, Path, str], list[str]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
-    ".csv": partial(_read_table, dialect={"strict": True}),
-    ".tsv": partial(_read_table, dialect={"delimiter": "\t", "quoting": csv.QUOTE_NONE}),
+    ".csv": partial(_read_table, dialect=DIALECTS[".csv"]),
+    ".tsv": partial(_read_table, dialect=DIALECTS[".tsv"]),
     ".parquet": _read_parquet,
 }
 _SCHEMES: dict[str, Callable[[str, str], list[str]]] = {"hf": _read_hub, "builtin": _read_builtin}

@@ -8,12 +8,25 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ffsplit.compressors.weights import FFNWeights
 from ffsplit.ffn import FFNShape, LayerLayout
 
 CHUNK_TOKENS = 4096
 """Sampled inputs are run in chunks of this many tokens, which bounds the memory of a [T, N] matrix."""
+
+
+@dataclass(frozen=True)
+class OutputNorm:
+    """The layer norm of x + FFN(x), in families that normalise there: weight and bias [D]."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return functional.layer_norm(x_TD, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,7 @@ class LayerContext:
 
     original: FFNWeights
     inputs: Sequence[Tensor]
+    output_norm: OutputNorm | None = None
 
     def chunks(self) -> Iterator[Tensor]:
         """The sampled inputs, at most CHUNK_TOKENS rows at a time, always cut at the same places."""
@@ -35,10 +49,15 @@ class LayerContext:
 class Compressor(Protocol):
     """One way to make a split FFN smaller."""
 
+    @property
+    def adds_down_bias(self) -> bool:
+        """Whether the output gets a bias even where the architecture has none."""
+        ...
+
     def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
         """The layout that `compress` will give, of at most `budget` elements; None where it cannot."""
         ...
 
     def compress(self, ffn: FFNWeights, *, layout: LayerLayout, context: LayerContext) -> FFNWeights:
-        """Compress to exactly `layout`, as `plan` gave it. Its argument is left as it was."""
+        """Compress to `layout` or something smaller. The argument is left as it was."""
         ...

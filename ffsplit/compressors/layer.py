@@ -8,13 +8,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ffsplit.compressors.base import Compressor, LayerContext
+from ffsplit.compressors.base import Compressor, LayerContext, OutputNorm
 from ffsplit.compressors.weights import FFNWeights
-from ffsplit.ffn import LayerLayout
+from ffsplit.ffn import LayerLayout, LowRank
 
 
 class CompressedLayer(NamedTuple):
-    """The compressed weights in float32, and |y' - y| / |y| over the sampled inputs."""
+    """The compressed weights in float32, and their relative error over the sampled inputs."""
 
     weights: FFNWeights
     relative_error: float
@@ -28,21 +28,42 @@ def compress_layer(
     layout: LayerLayout,
     steps: Sequence[Compressor],
     inputs: Sequence[Tensor],
+    output_norm: OutputNorm | None = None,
 ) -> CompressedLayer:
     """Split a dense FFN and run the steps over it. Pure: the same arguments give the same bytes."""
-    context = LayerContext(original, inputs)
+    context = LayerContext(original, inputs, output_norm)
     ffn = original.split(torch.tensor(heavy_neurons, dtype=torch.long))
     for step in steps:
         ffn = step.compress(ffn, layout=layout, context=context)
-    assert ffn.layout == layout, f"planned {layout}, got {ffn.layout}"
+    got = ffn.layout
+    assert got == layout or _no_larger(got, layout), f"planned {layout}, got {got}"
     return CompressedLayer(ffn, relative_error(ffn, context))
 
 
 def relative_error(ffn: FFNWeights, context: LayerContext) -> float:
-    """|y' - y| / |y| over the sampled inputs, Frobenius norms."""
-    error = norm = 0.0
+    """|z' - z| / |z| over the sampled inputs, Frobenius norms.
+
+    z is what the next layer sees of the FFN: its output y, or norm(x + y) in families that normalise
+    there.
+    """
+    norm = context.output_norm
+    error = total = 0.0
     for x_TD in context.chunks():
-        y_TD = context.original(x_TD)
-        error += float((ffn(x_TD) - y_TD).square().sum(dtype=torch.float64))
-        norm += float(y_TD.square().sum(dtype=torch.float64))
-    return float((error / norm) ** 0.5) if norm > 0 else 0.0
+        original_TD, compressed_TD = context.original(x_TD), ffn(x_TD)
+        if norm is not None:
+            original_TD, compressed_TD = norm(x_TD + original_TD), norm(x_TD + compressed_TD)
+        error += float((compressed_TD - original_TD).square().sum(dtype=torch.float64))
+        total += float(original_TD.square().sum(dtype=torch.float64))
+    return float((error / total) ** 0.5) if total > 0 else 0.0
+
+
+def _no_larger(layout: LayerLayout, planned: LayerLayout) -> bool:
+    """Whether two layouts differ in ranks alone, and none is above the planned one."""
+    if len(layout.parts) != len(planned.parts) or layout.down_bias != planned.down_bias:
+        return False
+    for part, other in zip(layout.parts, planned.parts, strict=True):
+        for mine, theirs in ((part.up, other.up), (part.gate, other.gate), (part.down, other.down)):
+            ranks = isinstance(mine, LowRank) and isinstance(theirs, LowRank) and mine.rank <= theirs.rank
+            if mine != theirs and not ranks:
+                return False
+    return True

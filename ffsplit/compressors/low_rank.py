@@ -1,14 +1,17 @@
-"""Truncated singular value decomposition of the light neurons' matrices.
+"""Truncated singular value decompositions of the light neurons' matrices.
 
-Source: Eckart and Young, 1936 (the best rank-R approximation in the Frobenius norm).
+Sources: Eckart and Young, 1936 (the best rank-R approximation in the Frobenius norm); SVD-LLM,
+arXiv:2403.07378 (the best one of the matrix's outputs, by whitening its inputs).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ffsplit.compressors.base import LayerContext
@@ -18,12 +21,24 @@ from ffsplit.ffn import Dense, FFNShape, Format, LayerLayout, LowRank, PartLayou
 
 
 class LowRankCompressor(Record):
-    """Every matrix of the light part becomes two factors of one common rank."""
+    """Every matrix of the light part becomes two factors, of the largest rank that the budget allows.
+
+    `whiten` keeps the error of the matrices' outputs on the sampled inputs small rather than that of
+    the matrices, with a ridge of `ridge` times the mean squared input. `energy` in (0, 1] stops at
+    the rank that holds this share of the squared singular values, where that is smaller.
+    """
 
     kind: Literal["low_rank"] = "low_rank"
+    whiten: bool = False
+    energy: float = Field(default=1.0, gt=0, le=1)
+    ridge: float = Field(default=1e-4, ge=0)
+
+    @property
+    def adds_down_bias(self) -> bool:
+        return False
 
     def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
-        """The largest rank that fits. A factorisation no smaller than the matrix leaves it dense."""
+        """The largest common rank that fits. A factorisation no smaller than the matrix leaves it dense."""
         if layout.light is None:
             return layout if layout.num_elements(shape) <= budget else None
         num_neurons = layout.light.num_neurons
@@ -41,29 +56,49 @@ class LowRankCompressor(Record):
         return layout.model_copy(update={"light": light})
 
     def compress(self, ffn: FFNWeights, *, layout: LayerLayout, context: LayerContext) -> FFNWeights:
-        if ffn.light is None or layout.light is None:
+        if ffn.light is None or layout.light is None or not isinstance(layout.light.up, LowRank):
             return ffn
-        light = FFNPart(
-            neurons=ffn.light.neurons,
-            up=_factorize(ffn.light.up, layout.light.up),
-            gate=None if ffn.light.gate is None else _factorize(ffn.light.gate, layout.light.up),
-            down=_factorize(ffn.light.down, layout.light.down),
-        )
+        part, rank = ffn.light, layout.light.up.rank
+        roots: tuple[Tensor | None, Tensor | None] = (None, None)
+        if self.whiten:
+            activations = (part.hidden(x_TD, ffn.activation) for x_TD in context.chunks())
+            roots = (_root(context.chunks(), ridge=self.ridge), _root(activations, ridge=self.ridge))
+
+        def factorized(linear: LinearMap, root: Tensor | None) -> LinearMap:
+            left, right = truncated_svd(linear.weight, rank=rank, energy=self.energy, root=root)
+            return LinearMap.low_rank(left, right, linear.bias)
+
+        gate = None if part.gate is None else factorized(part.gate, roots[0])
+        light = FFNPart(part.neurons, factorized(part.up, roots[0]), gate, factorized(part.down, roots[1]))
         return replace(ffn, light=light)
 
 
-def _factorize(linear: LinearMap, format: Format) -> LinearMap:
-    if not isinstance(format, LowRank):
-        return linear
-    left, right = truncated_svd(linear.weight, rank=format.rank)
-    return LinearMap.low_rank(left, right, linear.bias)
+def truncated_svd(
+    weight: Tensor, *, rank: int, energy: float = 1.0, root: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Factors [rows, R] and [R, columns] of a matrix W, with R at most `rank`.
 
-
-def truncated_svd(weight: Tensor, *, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors [rows, R] and [R, columns] of the best rank-R approximation of a matrix.
-
-    The singular values are shared evenly between the two, so that both have entries of one size.
+    They minimise |(W - W') L|, Frobenius norm, where `root` L [columns, columns] is a lower
+    triangular root of the inputs' second moment (None: the identity). The singular values are shared
+    evenly between the two, so that both have entries of one size.
     """
-    u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
-    root = s[:rank].sqrt()
-    return (u[:, :rank] * root).to(weight.dtype), (root[:, None] * vh[:rank]).to(weight.dtype)
+    target = weight.double() if root is None else weight.double() @ root
+    u, s, vh = torch.linalg.svd(target, full_matrices=False)
+    share = s.square().cumsum(0) / s.square().sum()
+    rank = min(rank, int((share < energy - 1e-12).sum()) + 1)
+    scale = s[:rank].sqrt()
+    right = scale[:, None] * vh[:rank]
+    if root is not None:
+        right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
+    return (u[:, :rank] * scale).to(weight.dtype), right.to(weight.dtype)
+
+
+def _root(inputs: Iterator[Tensor], *, ridge: float) -> Tensor:
+    """Lower Cholesky factor [n, n] of the ridged second moment of the rows of `inputs`, in float64."""
+    moment: Tensor | float = 0.0
+    for x_TN in inputs:
+        moment = moment + (x_TN.T @ x_TN).double()
+    assert isinstance(moment, Tensor), "whitening needs inputs"
+    damping = max(ridge, 1e-10) * moment.diagonal().mean()
+    factor: Tensor = torch.linalg.cholesky(moment + damping * torch.eye(len(moment)).to(moment))
+    return factor

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ffsplit.compressors.base import LayerContext
-from ffsplit.compressors.weights import FFNWeights, LinearMap
+from ffsplit.compressors.least_squares import refit_bias, refit_down
+from ffsplit.compressors.weights import FFNWeights
 from ffsplit.config import Record
 from ffsplit.ffn import FFNShape, LayerLayout
 
@@ -18,60 +19,83 @@ from ffsplit.ffn import FFNShape, LayerLayout
 class PruneCompressor(Record):
     """Drop the light part.
 
-    `least_squares` then refits the heavy hitters' down projection, and the output bias where the
-    architecture has one, to the original output on the sampled inputs, with a ridge of `ridge`
-    times the mean squared activation that pulls towards the original weights.
+    With `order: optimal_brain` the neurons to drop are chosen anew, one after the other, as those
+    whose loss the others make up for best; otherwise they are the plan's. `compensation`: `bias` adds
+    the mean of what is dropped to the output bias; `least_squares` refits the down projection, and
+    the bias where the architecture has one, to the original output, with a ridge of `ridge` times
+    the mean squared activation that pulls towards the original weights.
     """
 
     kind: Literal["prune"] = "prune"
-    compensation: Literal["none", "least_squares"] = "none"
+    order: Literal["score", "optimal_brain"] = "score"
+    compensation: Literal["none", "bias", "least_squares"] = "none"
     ridge: float = Field(default=1e-3, ge=0)
+
+    @property
+    def adds_down_bias(self) -> bool:
+        return self.compensation == "bias"
 
     def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
         """Without the light part; where that is all of the FFN, there is nothing left to run."""
-        pruned = layout.model_copy(update={"light": None})
+        down_bias = layout.down_bias or self.adds_down_bias
+        pruned = layout.model_copy(update={"light": None, "down_bias": down_bias})
         return pruned if pruned.heavy is not None and pruned.num_elements(shape) <= budget else None
 
     def compress(self, ffn: FFNWeights, *, layout: LayerLayout, context: LayerContext) -> FFNWeights:
-        if ffn.light is None:
+        if ffn.light is None or ffn.heavy is None:
             return ffn
+        if self.order == "optimal_brain":
+            kept = optimal_brain_neurons(context, count=len(ffn.heavy.neurons), ridge=self.ridge)
+            ffn = context.original.split(kept)
         pruned = replace(ffn, light=None)
-        if self.compensation == "none":
-            return pruned
-        return refit_down(pruned, context=context, ridge=self.ridge)
+        if self.compensation == "bias":
+            return refit_bias(pruned, context=context)
+        if self.compensation == "least_squares":
+            return refit_down(pruned, context=context, ridge=self.ridge)
+        return pruned
 
 
-def refit_down(ffn: FFNWeights, *, context: LayerContext, ridge: float) -> FFNWeights:
-    """Least-squares fit of `heavy`'s down projection (and bias) to the original FFN's output.
+def optimal_brain_neurons(context: LayerContext, *, count: int, ridge: float) -> Tensor:
+    """The ascending indices of `count` neurons left by the structured optimal brain surgeon.
 
-    Minimises the sum over sampled tokens of |y - y'|^2 + ridge * mean(a^2) * T * |W' - W|^2 in
-    float64. Nothing but `heavy` may be left of the FFN.
+    Neurons go one at a time: of the neurons left, the one with the smallest |W_n|^2 / [H^-1]_nn, where
+    H is the (ridged) covariance of the activations; the others' columns W then take up what they can
+    of its output. O(N^3) time and N^2 float64 memory. Source: Hassibi and Stork, 1993; for whole
+    neurons, SlimGPT, arXiv:2412.18110.
     """
-    assert ffn.heavy is not None and ffn.light is None, "only heavy hitters are refitted"
-    weight = ffn.heavy.down.weight
-    num_neurons, has_bias = len(ffn.heavy.neurons), ffn.down_bias is not None
-    size = num_neurons + has_bias
-    gram = weight.new_zeros(size, size, dtype=torch.float64)
-    cross = weight.new_zeros(size, len(weight), dtype=torch.float64)
+    part = context.original.heavy
+    assert part is not None, "the original is dense"
+    covariance = _covariance(context)
+    num_neurons = len(covariance)
+    damping = max(ridge, 1e-10) * covariance.diagonal().mean()
+    inverse = torch.linalg.inv(covariance + damping * torch.eye(num_neurons).to(covariance))
+    weight_DN = part.down.weight.double().clone()
+    is_left = torch.ones(num_neurons, dtype=torch.bool, device=covariance.device)
+    for _ in range(num_neurons - count):
+        loss_N = weight_DN.square().sum(0) / inverse.diagonal()
+        loss_N[~is_left] = torch.inf
+        worst = int(loss_N.argmin())
+        row = inverse[worst] / inverse[worst, worst]
+        weight_DN -= torch.outer(weight_DN[:, worst], row)
+        inverse -= torch.outer(inverse[:, worst].clone(), row)
+        inverse[worst, worst] = 1.0
+        is_left[worst] = False
+    return is_left.nonzero().flatten().cpu()
+
+
+def _covariance(context: LayerContext) -> Tensor:
+    """The covariance [N, N] of the original's activations over the sampled inputs, in float64."""
+    original = context.original
+    assert original.heavy is not None
+    num_neurons = len(original.heavy.neurons)
+    weight = original.heavy.down.weight
+    gram = weight.new_zeros(num_neurons, num_neurons, dtype=torch.float64)
+    total = weight.new_zeros(num_neurons, dtype=torch.float64)
+    num_tokens = 0
     for x_TD in context.chunks():
-        a_TN = ffn.heavy.hidden(x_TD, ffn.activation)
-        if has_bias:
-            a_TN = torch.cat([a_TN, a_TN.new_ones(len(a_TN), 1)], dim=1)
-        residual_TD = context.original(x_TD) - ffn(x_TD)
+        a_TN = original.heavy.hidden(x_TD, original.activation)
         gram += (a_TN.T @ a_TN).double()
-        cross += (a_TN.T @ residual_TD).double()
-    change = _solve_ridge(gram, cross, ridge=ridge, num_ridged=num_neurons)
-    down = LinearMap.dense((weight.double() + change[:num_neurons].T).to(weight.dtype))
-    bias = ffn.down_bias
-    if bias is not None:
-        bias = (bias.double() + change[num_neurons]).to(bias.dtype)
-    return replace(ffn, heavy=replace(ffn.heavy, down=down), down_bias=bias)
-
-
-def _solve_ridge(gram: Tensor, cross: Tensor, *, ridge: float, num_ridged: int) -> Tensor:
-    """Solve (G + ridge * mean(diag G) * I) X = C; the rows past `num_ridged` take no ridge."""
-    diagonal = gram.diagonal()
-    damping = torch.zeros_like(diagonal)
-    damping[:num_ridged] = max(ridge, 1e-10) * diagonal[:num_ridged].mean()
-    solution: Tensor = torch.linalg.solve(gram + damping.diag(), cross)
-    return solution
+        total += a_TN.sum(0, dtype=torch.float64)
+        num_tokens += len(a_TN)
+    mean = total / max(1, num_tokens)
+    return gram / max(1, num_tokens) - torch.outer(mean, mean)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ffsplit.ffn import Dense, Format, LayerLayout, LowRank, PartLayout
+from ffsplit.ffn import Dense, Format, Integer, LayerLayout, LowRank, PartLayout
 from ffsplit.models.activations import Activation
+from ffsplit.quantization import dequantize
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class LinearMap:
     format: Format
     tensors: Mapping[str, Tensor]
     bias: Tensor | None = None
+    num_columns: int | None = None
+    """Set where the tensors do not tell it: two 4-bit integers share a byte."""
 
     @classmethod
     def dense(cls, weight: Tensor, bias: Tensor | None = None) -> LinearMap:
@@ -37,13 +40,16 @@ class LinearMap:
         """W as one matrix, whatever its format."""
         if isinstance(self.format, LowRank):
             return self.tensors["left"] @ self.tensors["right"]
+        if isinstance(self.format, Integer):
+            assert self.num_columns is not None
+            return dequantize(self.tensors, num_columns=self.num_columns, group_size=self.format.group_size)
         return self.tensors["weight"]
 
     def __call__(self, x: Tensor) -> Tensor:
         if isinstance(self.format, LowRank):
             y = x @ self.tensors["right"].T @ self.tensors["left"].T
         else:
-            y = x @ self.tensors["weight"].T
+            y = x @ self.weight.T
         return y if self.bias is None else y + self.bias
 
 

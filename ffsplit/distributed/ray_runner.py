@@ -121,9 +121,15 @@ class RayRunner:
             for actor in actors:
                 ray.kill(actor)
 
-    def run_alone(self, stage: str, function: Worker[Item, Answer], item: Item) -> Answer:
-        ((_, answer),) = self.map_tasks(stage, function, [item])
-        return answer
+    def run_alone(
+        self, stage: str, function: Worker[Item, Answer], item: Item, *, threads: int = 1
+    ) -> Answer:
+        cpus = min(threads, int(ray.cluster_resources().get("CPU", 1)))
+        task = ray.remote(function).options(
+            name=stage, num_cpus=max(cpus, self._threads), num_gpus=self._gpus, max_retries=MAX_RETRIES
+        )
+        ((_, answer),) = self._stream([task.remote], [item])
+        return answer  # type: ignore[no-any-return]
 
     def _stream(
         self, slots: Sequence[Callable[[Any], Any]], items: Sequence[Item]

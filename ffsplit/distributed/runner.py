@@ -37,7 +37,9 @@ class Runner(Protocol):
         """Share the items out over workers that keep their state, each made once by the factory."""
         ...
 
-    def run_alone(self, stage: str, function: Worker[Item, Answer], item: Item) -> Answer:
+    def run_alone(
+        self, stage: str, function: Worker[Item, Answer], item: Item, *, threads: int = 1
+    ) -> Answer:
         """Call a function on one item while nothing else of this runner's is running."""
         ...
 
@@ -66,5 +68,7 @@ class SerialRunner:
     ) -> Iterator[tuple[int, Answer]]:
         yield from self.map_tasks(stage, factory(), items)
 
-    def run_alone(self, stage: str, function: Worker[Item, Answer], item: Item) -> Answer:
+    def run_alone(
+        self, stage: str, function: Worker[Item, Answer], item: Item, *, threads: int = 1
+    ) -> Answer:
         return function(item)

@@ -28,7 +28,7 @@ def encoder_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -
     num_tokens = num_rows = 0
     for batch in batches:
         mask_BT1 = batch.attention_mask.unsqueeze(-1)
-        a_BTD, b_BTD = (_hidden_states(model, batch) for model in (original, compressed))
+        a_BTD, b_BTD = (hidden_states(model, batch) for model in (original, compressed))
         cosine_BT = functional.cosine_similarity(a_BTD, b_BTD, dim=-1)
         a_BD, b_BD = ((state * mask_BT1).sum(1) / mask_BT1.sum(1) for state in (a_BTD, b_BTD))
         token_sum += float((cosine_BT * batch.attention_mask).sum(dtype=torch.float64))
@@ -38,7 +38,8 @@ def encoder_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -
     return {"token_cosine": token_sum / num_tokens, "pooled_cosine": pooled_sum / num_rows}
 
 
-def _hidden_states(model: Any, batch: Batch) -> Tensor:
+def hidden_states(model: Any, batch: Batch) -> Tensor:
+    """The base model's last states, whatever head is on it: [rows, tokens, D] float32."""
     base = getattr(model, model.base_model_prefix, model)
     states: Tensor = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
     return states.float()

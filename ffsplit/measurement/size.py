@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ffsplit.artifacts.manifest import Size
-from ffsplit.ffn import LayerLayout
+from ffsplit.ffn import LayerLayout, ModelShape
 from ffsplit.models.checkpoint import Checkpoint
 
 PARAMETER_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -15,6 +15,17 @@ def original_size(checkpoint: Checkpoint) -> Size:
     """The size of a dense checkpoint."""
     layouts = [LayerLayout.dense(shape) for shape in checkpoint.shapes]
     return compressed_size(checkpoint, layouts, file_bytes=_file_bytes(checkpoint))
+
+
+def model_shape(checkpoint: Checkpoint) -> ModelShape:
+    """What budgets and plans need to know of a dense checkpoint."""
+    size = original_size(checkpoint)
+    return ModelShape(
+        shapes=checkpoint.shapes,
+        itemsize=checkpoint.itemsize,
+        num_parameters=size.num_parameters,
+        num_parameters_without_embeddings=size.num_parameters_without_embeddings,
+    )
 
 
 def compressed_size(original: Checkpoint, layouts: Sequence[LayerLayout], *, file_bytes: int) -> Size:

@@ -2,7 +2,9 @@
 
 Paths are relative to the base model (no task head) and, below `blocks`, to one block. Where the
 whole FFN is one module, `ffn` names it; where it is spread over a block, `ffn` is None and the
-split FFN takes the place of `up` while `activation` and `down` become identities.
+split FFN takes the place of `up` while `activation` and `down` become identities. `output_norm` is
+the layer norm of x + FFN(x), in families that normalise there; `position_offset` counts the positions
+that a family reserves before its first token.
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ class Architecture(Record):
     ffn: str | None = None
     activation: str | None = None
     width_field: str = "intermediate_size"
+    layers_field: str = "num_hidden_layers"
     activation_field: str = "hidden_act"
+    default_activation: str = "gelu"
+    position_offset: int = 0
+    output_norm: str | None = None
 
     @property
     def split_path(self) -> str:
@@ -40,7 +46,7 @@ class Architecture(Record):
         return f"{path}.weight".removeprefix(f"{self.split_path}.")
 
 
-def _bert_like(model_type: str) -> Architecture:
+def _bert_like(model_type: str, *, position_offset: int = 0) -> Architecture:
     return Architecture(
         model_type=model_type,
         kind="encoder",
@@ -48,6 +54,8 @@ def _bert_like(model_type: str) -> Architecture:
         up="intermediate.dense",
         down="output.dense",
         activation="intermediate.intermediate_act_fn",
+        output_norm="output.LayerNorm",
+        position_offset=position_offset,
     )
 
 
@@ -60,6 +68,7 @@ def _llama_like(model_type: str) -> Architecture:
         gate="mlp.gate_proj",
         down="mlp.down_proj",
         ffn="mlp",
+        default_activation="silu",
     )
 
 
@@ -67,8 +76,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     row.model_type: row
     for row in (
         _bert_like("bert"),
-        _bert_like("roberta"),
-        _bert_like("xlm-roberta"),
+        _bert_like("roberta", position_offset=2),
+        _bert_like("xlm-roberta", position_offset=2),
         _bert_like("electra"),
         Architecture(
             model_type="distilbert",
@@ -78,7 +87,9 @@ ARCHITECTURES: dict[str, Architecture] = {
             down="ffn.lin2",
             activation="ffn.activation",
             width_field="hidden_dim",
+            layers_field="n_layers",
             activation_field="activation",
+            output_norm="output_layer_norm",
         ),
         Architecture(
             model_type="opt",
@@ -89,6 +100,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             activation="activation_fn",
             width_field="ffn_dim",
             activation_field="activation_function",
+            default_activation="relu",
         ),
         _llama_like("llama"),
         _llama_like("mistral"),

@@ -3,58 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+import yaml
 
-from ffsplit.errors import ConfigError, UnsupportedModelError
+from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn import FFNShape
 from ffsplit.models.architectures import ARCHITECTURES, Architecture
+from ffsplit.models.headers import ITEM_SIZES, TensorInfo, read_headers, read_json
 
-ITEM_SIZES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}
-INDEX_NAME = "model.safetensors.index.json"
+FFN_DTYPES = ("F32", "F16", "BF16")
 TOKENIZER_FILE = re.compile(
     r"(tokenizer.*|vocab.*|merges|special_tokens_map|added_tokens|spiece|sentencepiece.*)\.(json|txt|model)$"
     r"|.*\.tiktoken$"
 )
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-
-class TensorInfo(NamedTuple):
-    """Where a tensor is and what it looks like; `dtype` in the words of safetensors."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_elements(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
-
-    @property
-    def size_bytes(self) -> int:
-        return self.num_elements * ITEM_SIZES.get(self.dtype, 4)
 
 
 class FFNNames(NamedTuple):
@@ -90,7 +56,14 @@ class Checkpoint:
 
     @property
     def activation(self) -> str:
-        return str(self.config.get(self.architecture.activation_field, "gelu"))
+        row = self.architecture
+        return str(self.config.get(row.activation_field, row.default_activation))
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens that a row may have; None where the config sets no limit."""
+        positions = self.config.get("max_position_embeddings")
+        return positions - self.architecture.position_offset if isinstance(positions, int) else None
 
     @property
     def itemsize(self) -> int:
@@ -139,10 +112,13 @@ class Checkpoint:
         card = self.directory / "README.md"
         if not card.is_file():
             return None
-        found = re.search(
-            r"\A---\n.*?^license:\s*[\"']?([\w.\-]+)", card.read_text("utf-8", "replace"), re.S | re.M
-        )
-        return found.group(1) if found else None
+        front = re.match(r"---\n(.*?\n)---\s*$", card.read_text("utf-8", "replace"), re.S | re.M)
+        try:
+            fields = yaml.safe_load(front.group(1)) if front else None
+        except yaml.YAMLError:
+            return None
+        named = fields.get("license") if isinstance(fields, dict) else None
+        return ", ".join(map(str, named)) if isinstance(named, list) else str(named) if named else None
 
     def model_digest(self) -> str:
         """sha256 over the config and every weight file: 64 hex digits."""
@@ -173,9 +149,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     Raises ConfigError when it is not a safetensors checkpoint, and UnsupportedModelError when its
     family is not in the table or its tensors are not where the table says.
     """
-    config = _read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
+    config = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UnsupportedModelError(
             f"{directory}: model type {model_type!r} is not supported (known: {known})"
@@ -185,7 +161,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             f"{directory} is already compressed or quantized: start from the original"
         )
     architecture = ARCHITECTURES[model_type]
-    tensors = _read_headers(directory)
+    tensors = read_headers(directory)
     tail = f"{architecture.blocks}.0.{architecture.down}.weight"
     first = [name for name in tensors if name == tail or name.endswith(f".{tail}")]
     if len(first) != 1:
@@ -196,62 +172,15 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     num_layers = 0
     while f"{prefix}{architecture.blocks}.{num_layers}.{architecture.down}.weight" in tensors:
         num_layers += 1
+    num_layers = max(num_layers, int(config.get(architecture.layers_field, 0)))
     checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, num_layers)
     for layer in range(num_layers):
         names = checkpoint.ffn_names(layer)
         for name in (names.up, names.gate, names.down):
             if name is not None and (name not in tensors or len(tensors[name].shape) != 2):
                 raise UnsupportedModelError(f"{directory}: {name} is missing or is no matrix")
+            if name is not None and tensors[name].dtype not in FFN_DTYPES:
+                raise UnsupportedModelError(
+                    f"{directory}: {name} is {tensors[name].dtype}; FFNs may be {', '.join(FFN_DTYPES)}"
+                )
     return checkpoint
-
-
-def _read_json(path: Path, missing: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(missing)
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} is not a JSON object")
-    return value
-
-
-def _read_headers(directory: Path) -> dict[str, TensorInfo]:
-    index = directory / INDEX_NAME
-    if index.is_file():
-        weight_map: dict[str, str] = _read_json(index, "").get("weight_map") or {}
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ConfigError(f"{index} has no weight_map")
-        files = sorted(set(weight_map.values()))
-    elif (directory / "model.safetensors").is_file():
-        weight_map, files = {}, ["model.safetensors"]
-    elif any(path.suffix in PICKLE_SUFFIXES for path in directory.iterdir()):
-        raise ConfigError(
-            f"{directory} holds only pickled weights, which can run code: convert them to safetensors "
-            "with save_pretrained"
-        )
-    else:
-        raise ConfigError(f"{directory} has no model.safetensors and no {INDEX_NAME}")
-    tensors: dict[str, TensorInfo] = {}
-    for name in files:
-        with opened(directory / name) as file:
-            for tensor in file.keys():  # noqa: SIM118
-                view = file.get_slice(tensor)
-                tensors[tensor] = TensorInfo(name, view.get_dtype(), tuple(view.get_shape()))
-    absent = [name for name in weight_map if name not in tensors]
-    if absent:
-        raise ConfigError(f"{index} names {absent[0]}, which {weight_map[absent[0]]} does not hold")
-    return tensors
-
-
-@contextmanager
-def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
-    """A safetensors file, memory-mapped. Raises ConfigError when it is missing or truncated."""
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing")
-    try:
-        with safe_open(path, framework=framework) as file:
-            yield file
-    except SafetensorError as error:
-        raise ConfigError(f"{path} is not a whole safetensors file: {error}") from None

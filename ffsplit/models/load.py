@@ -35,6 +35,9 @@ def load_base_model(directory: Path, *, device: torch.device, dtype: torch.dtype
 
     with quiet_transformers():
         model = AutoModel.from_pretrained(directory, dtype=dtype, local_files_only=True)
+    for module in model.modules():
+        if getattr(module, "chunk_size_feed_forward", 0):
+            module.chunk_size_feed_forward = 0  # the same result, and hooks see whole rows
     return model.to(device).eval()
 
 
@@ -48,6 +51,18 @@ def load_whole_model(directory: Path, class_name: str, **options: Any) -> Any:
     with quiet_transformers():
         model = model_class.from_pretrained(directory, local_files_only=True, **options)
     return model.eval()
+
+
+def random_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
+    """A model of the checkpoint's class and shape with random weights, in eval mode."""
+    import transformers
+
+    model_class = getattr(transformers, checkpoint.class_name, transformers.AutoModel)
+    with quiet_transformers():
+        config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+        make = getattr(model_class, "_from_config", None) or model_class.from_config
+        model = make(config)
+    return model.to(dtype).eval()
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

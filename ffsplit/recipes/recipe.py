@@ -5,14 +5,16 @@ from __future__ import annotations
 import difflib
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from ffsplit.compressors import AnyCompressor
+from ffsplit.compressors import AnyCompressor, QuantizeCompressor
 from ffsplit.config import Record, describe_validation_error
 from ffsplit.errors import ConfigError
+from ffsplit.healing.settings import HealingSettings
+from ffsplit.splitting.heavy import HeavyRule
 from ffsplit.splitting.scores import ScoreName
 
 
@@ -38,17 +40,57 @@ class MeasurementSettings(Record):
 
 
 class Recipe(Record):
-    """`heavy_share` of the budget goes to heavy hitters by `score`; `steps` shrink the rest, in order."""
+    """Heavy hitters, chosen by `score`, are kept as they are; `steps` shrink the rest, in order.
+
+    Exactly one of the `heavy_` fields says how many there are; a budget without room for them cuts
+    them down.
+    What the steps leave may be healed end to end, and then quantized; both need a plain result.
+    """
 
     name: str
     description: str
     source: str | None = Field(default=None, description="the paper's address")
     keep: float = Field(default=0.3535, gt=0, le=1, description="used where --keep is not given")
     score: ScoreName = "rms"
-    heavy_share: float = Field(ge=0, le=1)
+    heavy_share: float | None = Field(default=None, ge=0, le=1, description="of the budget")
+    heavy_fraction: float | None = Field(default=None, ge=0, le=1, description="of the neurons")
+    heavy_energy: float | None = Field(
+        default=None, ge=0, le=1, description="of a layer's output energy, which so few neurons hold"
+    )
     steps: tuple[AnyCompressor, ...] = Field(min_length=1)
+    healing: HealingSettings | None = None
+    after_healing: QuantizeCompressor | None = None
+    allocation: Literal["uniform", "search"] = Field(
+        default="uniform",
+        description="of the budget over the layers; a search compresses a few candidates and takes one "
+        "only where it beats uniform end to end",
+    )
     calibration: CalibrationSettings = CalibrationSettings()
     measurement: MeasurementSettings = MeasurementSettings()
+
+    @model_validator(mode="after")
+    def _has_one_rule(self) -> Recipe:
+        if len(self._rules()) != 1:
+            given = " and ".join(f"heavy_{rule.by}" for rule in self._rules()) or "none"
+            raise ValueError(
+                f"exactly one of heavy_share, heavy_fraction and heavy_energy is needed, {given} is given"
+            )
+        return self
+
+    def _rules(self) -> list[HeavyRule]:
+        rules: list[HeavyRule] = []
+        if self.heavy_share is not None:
+            rules.append(HeavyRule(by="share", value=self.heavy_share))
+        if self.heavy_fraction is not None:
+            rules.append(HeavyRule(by="fraction", value=self.heavy_fraction))
+        if self.heavy_energy is not None:
+            rules.append(HeavyRule(by="energy", value=self.heavy_energy))
+        return rules
+
+    @property
+    def heavy(self) -> HeavyRule:
+        """How many of a layer's neurons are heavy hitters."""
+        return self._rules()[0]
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -97,17 +139,26 @@ def parse_recipe(text: str, *, where: str) -> Recipe:
         raise ConfigError(f"{where}: {_describe(error)}") from None
 
 
+def recipe_of(fields: dict[str, Any], *, where: str) -> Recipe:
+    """The recipe that a manifest records. Raises ConfigError when this version cannot read it."""
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: its recipe: {_describe(error)}: give --recipe") from None
+
+
 def _describe(error: ValidationError) -> str:
-    first = error.errors()[0]
-    if first["type"] != "extra_forbidden":
+    unknown = [each for each in error.errors() if each["type"] == "extra_forbidden"]
+    if not unknown:
         return describe_validation_error(error, prefix="")
+    first = unknown[0]
     name = str(first["loc"][-1])
     path = ".".join(str(part) for part in first["loc"])
     return f"unknown field {path}{_suggestion(name, _all_fields())}"
 
 
 def _all_fields() -> list[str]:
-    records: list[Any] = [Recipe, CalibrationSettings, MeasurementSettings]
+    records: list[Any] = [Recipe, CalibrationSettings, MeasurementSettings, HealingSettings]
     records += AnyCompressor.__origin__.__args__  # type: ignore[attr-defined]
     return sorted({field for record in records for field in record.model_fields})
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ffsplit.artifacts.manifest import LayerRecord, Manifest, Measurements
+from ffsplit.artifacts.manifest import LayerRecord, Manifest, Measurements, TaskScore
 from ffsplit.report import humanize
 from ffsplit.report.plots import (
     NARROW,
@@ -35,6 +35,8 @@ _METRIC_NAMES: Final = {
     "top1_agreement": "top-1 agreement",
     "original_perplexity": "perplexity, original",
     "compressed_perplexity": "perplexity, compressed",
+    "f1": "F1",
+    "macro_f1": "macro F1",
 }
 
 
@@ -67,6 +69,7 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
         duration=humanize.duration,
         layout=humanize.layout,
         metric=_metric_name,
+        score=humanize.score,
     )
     template = environment.from_string(
         resources.files(__package__).joinpath(TEMPLATE_NAME).read_text("utf-8")
@@ -84,6 +87,7 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
         recipe_json=_pretty(manifest.recipe),
         config_json=_pretty(manifest.config.model_dump(mode="json")),
         shape=humanize.shape,
+        score_change=humanize.score_change,
     )
 
 
@@ -131,7 +135,19 @@ def _measured_tiles(manifest: Manifest, measured: Measurements) -> list[Tile]:
         tiles.append(Tile("Fidelity", value, f"{_metric_name(name)}, {where}", is_warning=not disjoint))
     else:
         tiles.append(Tile("Fidelity", "\u2013", "not measured"))
+    if len({task.spec for task in measured.tasks}) == 1:
+        tiles.append(_task_tile(measured.tasks[0]))
     return tiles
+
+
+def _task_tile(task: TaskScore) -> Tile:
+    """The first metric of the only task."""
+    change = humanize.score_change(task.original, after=task.compressed)
+    note = f"{_metric_name(task.metric)}, from {humanize.score(task.original)}, {change}"
+    if task.overlap_with_calibration:
+        note += "; partly on calibration text"
+    is_warning = task.overlap_with_calibration > 0
+    return Tile(task.name, humanize.score(task.compressed), note, is_warning=is_warning)
 
 
 def _speed_tile(measured: Measurements) -> Tile:

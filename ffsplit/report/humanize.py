@@ -71,6 +71,19 @@ def milliseconds(value: float) -> str:
     return number(value) + SPACE + "ms"
 
 
+def score(value: float) -> str:
+    """A task's score: two decimals from 10 on, as papers print percentages; four below."""
+    text = f"{abs(value):,.{2 if abs(value) >= 10 else 4}f}"
+    return MINUS + text if value < 0 else text
+
+
+def score_change(before: float, *, after: float) -> str:
+    """How far a score is from the original's, signed, in its own unit: the difference of what is shown."""
+    decimals = 2 if max(abs(before), abs(after)) >= 10 else 4
+    text = f"{abs(round(after, decimals) - round(before, decimals)):,.{decimals}f}"
+    return text if not text.strip("0.,") else ("+" if after > before else MINUS) + text
+
+
 def duration(seconds: float) -> str:
     """A stage's wall time: 820 ms, 12.3 s, 4 min 12 s, 3 h 5 min."""
     if seconds < 1:

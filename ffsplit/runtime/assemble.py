@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ffsplit.compressors.base import OutputNorm
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
-from ffsplit.ffn import LayerLayout
-from ffsplit.models.checkpoint import INDEX_NAME, Checkpoint, opened
+from ffsplit.ffn import LayerLayout, is_stock_form
+from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.headers import INDEX_NAME, TensorInfo, opened
 
 MAX_SHARD_BYTES = 5 * 10**9
 COMPANIONS = re.compile(r".*\.(json|txt|model|tiktoken|jinja)$|(LICEN[CS]E|NOTICE).*")
@@ -24,13 +26,7 @@ COMPANIONS = re.compile(r".*\.(json|txt|model|tiktoken|jinja)$|(LICEN[CS]E|NOTIC
 
 def is_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
     """Whether stock modelling code can load it: one width for all layers, dense, no added bias."""
-    widths = {layout.num_neurons for layout in layouts}
-    biases = zip(layouts, checkpoint.shapes, strict=True)
-    return (
-        len(widths) == 1
-        and all(layout.is_dense for layout in layouts)
-        and all(layout.down_bias == shape.down_bias for layout, shape in biases)
-    )
+    return is_stock_form(layouts, checkpoint.shapes)
 
 
 def load_ffn(checkpoint: Checkpoint, layer: int, *, activation: Any, device: torch.device) -> FFNWeights:
@@ -38,11 +34,7 @@ def load_ffn(checkpoint: Checkpoint, layer: int, *, activation: Any, device: tor
     names = checkpoint.ffn_names(layer)
 
     def tensor(name: str | None) -> Tensor | None:
-        if name is None:
-            return None
-        with opened(checkpoint.directory / checkpoint.tensors[name].file, "pt") as file:
-            loaded: Tensor = file.get_tensor(name).to(device=device, dtype=torch.float32)
-            return loaded
+        return None if name is None else _read_float(checkpoint, name, device=device)
 
     def linear(weight: str, bias: str | None) -> LinearMap:
         loaded = tensor(weight)
@@ -56,6 +48,22 @@ def load_ffn(checkpoint: Checkpoint, layer: int, *, activation: Any, device: tor
         down=linear(names.down, None),
     )
     return FFNWeights(heavy=part, light=None, down_bias=tensor(names.down_bias), activation=activation)
+
+
+def load_output_norm(checkpoint: Checkpoint, layer: int, *, device: torch.device) -> OutputNorm | None:
+    """The layer norm of x + FFN(x), in float32, where the family has one."""
+    path = checkpoint.architecture.output_norm
+    base = f"{checkpoint.prefix}{checkpoint.block(layer)}.{path}"
+    if path is None or f"{base}.weight" not in checkpoint.tensors:
+        return None
+    weight, bias = (_read_float(checkpoint, f"{base}.{name}", device=device) for name in ("weight", "bias"))
+    return OutputNorm(weight, bias, eps=float(checkpoint.config.get("layer_norm_eps", 1e-12)))
+
+
+def _read_float(checkpoint: Checkpoint, name: str, *, device: torch.device) -> Tensor:
+    with opened(checkpoint.directory / checkpoint.tensors[name].file, "pt") as file:
+        tensor: Tensor = file.get_tensor(name).to(device=device, dtype=torch.float32)
+        return tensor
 
 
 def layer_tensors(
@@ -73,7 +81,11 @@ def layer_tensors(
         base = f"{checkpoint.prefix}{checkpoint.block(layer)}.{row.split_path}."
         tensors = {base + name: tensor for name, tensor in _split_tensors(weights)}
         tensors[base + row.guard] = torch.zeros(1)
-    return {name: tensor.to("cpu", dtype).contiguous() for name, tensor in tensors.items()}
+    kept = (torch.int8, torch.uint8, torch.float16)  # integers and their scales stay what they are
+    return {
+        name: (tensor.cpu() if tensor.dtype in kept else tensor.to("cpu", dtype)).contiguous()
+        for name, tensor in tensors.items()
+    }
 
 
 def _plain_tensors(checkpoint: Checkpoint, layer: int, weights: FFNWeights) -> dict[str, Tensor]:
@@ -133,6 +145,21 @@ def assemble(
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
+def replace_weights(directory: Path, replacements: Path) -> None:
+    """Rewrite a checkpoint in place with the tensors of another file under the same names."""
+    with opened(replacements, "pt") as new:
+        names = set(new.keys())
+        for path in sorted(directory.glob("*.safetensors")):
+            with opened(path, "pt") as old:
+                tensors = {
+                    name: new.get_tensor(name) if name in names else old.get_tensor(name)
+                    for name in old.keys()  # noqa: SIM118
+                }
+            rewritten = path.with_suffix(".rewritten")
+            save_file(tensors, rewritten, {"format": "pt"})
+            rewritten.replace(path)
+
+
 def artifact_config(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> dict[str, Any]:
     """The original's config with the new width, or with the layout of every layer."""
     config = dict(checkpoint.config)
@@ -149,8 +176,6 @@ def artifact_config(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> d
 
 
 def _size_bytes(view: Any) -> int:
-    from ffsplit.models.checkpoint import TensorInfo
-
     return TensorInfo("", view.get_dtype(), tuple(view.get_shape())).size_bytes
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ffsplit.ffn import FFNShape, Format, LayerLayout, LowRank, PartLayout
+from ffsplit.ffn import FFNShape, Format, Integer, LayerLayout, LowRank, PartLayout
+from ffsplit.quantization import dequantize
 
 
 class DenseMap(nn.Module):
@@ -34,10 +35,35 @@ class LowRankMap(nn.Module):
         return functional.linear(functional.linear(x, self.right), self.left, self.bias)
 
 
+class IntegerMap(nn.Module):
+    """y = (integers * scales) x + bias, the weight made floating point when it is used."""
+
+    weight: Tensor
+    weight_scale: Tensor
+
+    def __init__(self, format: Integer, num_rows: int, num_columns: int, *, bias: bool) -> None:
+        super().__init__()
+        self.num_columns, self.group_size = num_columns, format.group_size
+        num_groups = 1 if format.group_size is None else -(-num_columns // format.group_size)
+        dtype, stored = (
+            (torch.int8, num_columns) if format.num_bits == 8 else (torch.uint8, -(-num_columns // 2))
+        )
+        self.register_buffer("weight", torch.empty(num_rows, stored, dtype=dtype))
+        self.register_buffer("weight_scale", torch.empty(num_rows, num_groups, dtype=torch.float16))
+        self.bias = nn.Parameter(torch.empty(num_rows)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors = {"weight": self.weight, "weight_scale": self.weight_scale}
+        weight = dequantize(tensors, num_columns=self.num_columns, group_size=self.group_size, dtype=x.dtype)
+        return functional.linear(x, weight, self.bias)
+
+
 def build_map(format: Format, num_rows: int, num_columns: int, *, bias: bool) -> nn.Module:
     """An empty linear map of some format."""
     if isinstance(format, LowRank):
         return LowRankMap(num_rows, num_columns, rank=format.rank, bias=bias)
+    if isinstance(format, Integer):
+        return IntegerMap(format, num_rows, num_columns, bias=bias)
     return DenseMap(num_rows, num_columns, bias=bias)
 
 

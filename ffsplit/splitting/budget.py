@@ -2,43 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from ffsplit.compressors.base import Compressor
 from ffsplit.errors import BudgetError
 from ffsplit.ffn import FFNShape, LayerLayout, PartLayout
+from ffsplit.splitting.heavy import HeavyRule
 
-WIDTH_MULTIPLES = (64, 32, 16, 8)
-MAX_LOSS_TO_ROUNDING = 0.02
-
-
-def rounded_width(width: int, *, elements_per_neuron: int, budget: int) -> int:
-    """Round down to the largest multiple of 64, 32, 16 or 8 that gives up under 2 % of the budget.
-
-    Kernels like such widths. Where no multiple is that close, the width is left as it is.
-    """
-    for multiple in WIDTH_MULTIPLES:
-        rounded = width // multiple * multiple
-        if rounded > 0 and (width - rounded) * elements_per_neuron < MAX_LOSS_TO_ROUNDING * budget:
-            return rounded
-    return width
+if TYPE_CHECKING:
+    from ffsplit.compressors.base import Compressor
 
 
 def fit_layer(
-    shape: FFNShape, *, budget: int, heavy_share: float, steps: Sequence[Compressor]
+    shape: FFNShape,
+    *,
+    budget: int,
+    heavy: HeavyRule,
+    steps: Sequence[Compressor],
+    num_energetic: int = 1,
 ) -> LayerLayout | None:
     """The layout of one layer in at most `budget` elements, or None where there is none.
 
-    `heavy_share` of the budget goes to heavy hitters, kept dense; the steps shrink the rest.
+    Heavy hitters are as many as `heavy` asks for, and fewer where the rest would not fit beside
+    them; they are kept dense, and the steps shrink the rest.
     """
     if budget >= shape.num_elements:
         return LayerLayout.dense(shape)
-    for_neurons = budget - shape.hidden_size * shape.down_bias
-    width = max(0, int(heavy_share * for_neurons)) // shape.elements_per_neuron
-    if heavy_share > 0:
-        if width == 0:
-            return None
-        width = rounded_width(width, elements_per_neuron=shape.elements_per_neuron, budget=budget)
+    adds_bias = not shape.down_bias and any(step.adds_down_bias for step in steps)
+    for_ffn = budget - shape.hidden_size * adds_bias
+    wanted = min(
+        heavy.num_wanted(shape, budget=for_ffn, num_energetic=num_energetic),
+        (for_ffn - shape.hidden_size * shape.down_bias) // shape.elements_per_neuron,
+    )
+    fewest = 1 if heavy.value > 0 else 0
+    if wanted < fewest:
+        return None
+
+    def planned(width: int) -> LayerLayout | None:
+        return _planned(shape, width=width, budget=budget, steps=steps)
+
+    layout = planned(wanted)
+    if layout is not None or planned(fewest) is None:
+        return layout
+    return planned(last_true(lambda width: planned(width) is not None, first=fewest, last=wanted))
+
+
+def _planned(shape: FFNShape, *, width: int, budget: int, steps: Sequence[Compressor]) -> LayerLayout | None:
+    """The layout with `width` heavy hitters, None where the steps cannot fit the rest."""
+    if width >= shape.num_neurons:
+        return None
     layout: LayerLayout | None = LayerLayout(
         heavy=PartLayout.dense(shape, width) if width else None,
         light=PartLayout.dense(shape, shape.num_neurons - width),
@@ -53,20 +65,25 @@ def fit_layer(
 
 
 def fit_layers(
-    shapes: Sequence[FFNShape], *, keep: float, heavy_share: float, steps: Sequence[Compressor]
+    shapes: Sequence[FFNShape],
+    *,
+    keep: float,
+    heavy: HeavyRule,
+    steps: Sequence[Compressor],
+    num_energetic: Sequence[int] | None = None,
 ) -> tuple[LayerLayout, ...]:
     """The same fraction of every layer: one common width where the layers have one shape.
 
-    Raises BudgetError, which says the smallest `keep` that works, when a layer cannot be made so small.
+    `num_energetic`, a number a layer, is what a rule by energy goes by. Raises BudgetError, which
+    says the smallest `keep` that works, when a layer cannot be made so small.
     """
+    counts = num_energetic or [1] * len(shapes)
     layouts = []
-    for shape in shapes:
-        budget = int(keep * shape.num_elements + 1e-9)
-        layout = fit_layer(shape, budget=budget, heavy_share=heavy_share, steps=steps)
+    for shape, count in zip(shapes, counts, strict=True):
+        budget = element_budget(shape, keep)
+        layout = fit_layer(shape, budget=budget, heavy=heavy, steps=steps, num_energetic=count)
         if layout is None:
-            smallest = max(
-                smallest_keep(each, heavy_share=heavy_share, steps=steps) for each in set_of(shapes)
-            )
+            smallest = max(smallest_keep(each, heavy=heavy, steps=steps) for each in set_of(shapes))
             raise BudgetError(
                 f"--keep {keep:g} is too small for one neuron a layer: the smallest is {smallest:.6f}"
             )
@@ -74,16 +91,30 @@ def fit_layers(
     return tuple(layouts)
 
 
+def element_budget(shape: FFNShape, keep: float) -> int:
+    """The elements that a fraction of a layer comes to."""
+    return int(keep * shape.num_elements + 1e-9)
+
+
 def set_of(shapes: Sequence[FFNShape]) -> list[FFNShape]:
     """Each shape once."""
     return list(dict.fromkeys(shapes))
 
 
-def smallest_keep(shape: FFNShape, *, heavy_share: float, steps: Sequence[Compressor]) -> float:
+def smallest_keep(shape: FFNShape, *, heavy: HeavyRule, steps: Sequence[Compressor]) -> float:
     """The smallest fraction at which `fit_layer` succeeds, rounded up to six decimals."""
-    low, high = 0, shape.num_elements
+
+    def too_small(budget: int) -> bool:
+        return fit_layer(shape, budget=budget, heavy=heavy, steps=steps) is None
+
+    high = last_true(too_small, first=0, last=shape.num_elements) + 1
+    return -(-high * 1_000_000 // shape.num_elements) / 1_000_000
+
+
+def last_true(holds: Callable[[int], bool], *, first: int, last: int) -> int:
+    """The largest number below `last` for which `holds`, where it holds at `first` and then no more."""
+    low, high = first, last
     while low + 1 < high:
         middle = (low + high) // 2
-        fits = fit_layer(shape, budget=middle, heavy_share=heavy_share, steps=steps) is not None
-        low, high = (low, middle) if fits else (middle, high)
-    return -(-high * 1_000_000 // shape.num_elements) / 1_000_000
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

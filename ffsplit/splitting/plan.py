@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.config import Record
 from ffsplit.ffn import LayerLayout
-from ffsplit.splitting.scores import SCORES, ScoreName, top_neurons
+from ffsplit.splitting.heavy import HeavyRule
+from ffsplit.splitting.scores import SCORES, ScoreName, neurons_for_energy, top_neurons
 
 
 class LayerPlan(Record):
@@ -28,3 +29,10 @@ def plan_split(
         heavy = top_neurons(SCORES[score](stats), count=width)
         plans.append(LayerPlan(layer=layer, layout=layout, heavy_neurons=tuple(heavy.tolist())))
     return tuple(plans)
+
+
+def num_energetic(heavy: HeavyRule, statistics: Sequence[NeuronStats]) -> tuple[int, ...] | None:
+    """How many neurons a rule by energy asks for in each layer; None under another rule."""
+    if heavy.by != "energy":
+        return None
+    return tuple(neurons_for_energy(stats, share=heavy.value) for stats in statistics)

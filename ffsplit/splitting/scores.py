@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -63,3 +63,36 @@ def energy_share(stats: NeuronStats, *, fraction: float) -> float:
     total = float(energy.sum())
     count = max(1, round(fraction * len(energy)))
     return float(energy[:count].sum()) / total if total > 0 else 0.0
+
+
+ENERGY_SHARES = (0.5, 0.9, 0.99)
+"""The shares of a layer's output energy at which its concentration is quoted."""
+
+
+def neurons_for_energy(stats: NeuronStats, *, share: float) -> int:
+    """How few neurons hold at least `share` of a layer's output energy: at least one, at most all.
+
+    A layer without any energy needs one. `share` is in [0, 1].
+    """
+    assert 0 <= share <= 1, share
+    cumulative = np.cumsum(np.sort(output_energy(stats))[::-1])
+    reached = np.searchsorted(cumulative, share * cumulative[-1] * (1 - 1e-12))
+    return min(int(reached) + 1, len(cumulative))
+
+
+def energy_outside(stats: NeuronStats, neurons: Ints | Sequence[int]) -> float:
+    """Share of the layer's output energy that is not in `neurons`, in [0, 1].
+
+    The energy of a layer is the sum over its neurons of E a_n^2 * |W_down[:, n]|^2: as if their
+    outputs were orthogonal. That is exact for no real layer, and says nothing of what a refit or a
+    factorisation of the other neurons makes up for.
+    """
+    energy = output_energy(stats)
+    total = float(energy.sum())
+    inside = float(energy[np.asarray(neurons, dtype=np.int64)].sum())
+    return min(1.0, max(0.0, 1 - inside / total)) if total > 0 else 0.0
+
+
+def energy_counts(stats: NeuronStats) -> dict[str, int]:
+    """How few neurons hold 50, 90 and 99 % of a layer's output energy, by percent."""
+    return {f"{share * 100:g}": neurons_for_energy(stats, share=share) for share in ENERGY_SHARES}

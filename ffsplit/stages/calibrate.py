@@ -47,6 +47,8 @@ class CalibrationJob(Record):
     lineage: dict[str, str]
     profile: ComputeProfile
     scratch: Scratch
+    inputs_only: bool = False
+    """Sample FFN inputs alone: the statistics are there already."""
 
     def num_sampled(self, shard: int) -> int:
         """How many tokens of a shard have their FFN inputs kept."""
@@ -86,10 +88,13 @@ class CalibrationWorker:
         rows = tokenize_rows(self._tokenizer, shard.rows, max_length=job.settings.max_length)
         sampled = self._sampled_positions(shard, num_tokens=sum(map(len, rows)))
         pad_id = self._tokenizer.pad_token_id or 0
-        with FFNObserver(model, self._checkpoint.architecture, sampled=sampled) as observer:
+        row, inputs_only = self._checkpoint.architecture, job.inputs_only
+        with FFNObserver(model, row, sampled=sampled, inputs_only=inputs_only) as observer:
             for batch in padded_batches(rows, batch_tokens=job.settings.batch_tokens, pad_id=pad_id):
                 batch = batch.to(model.device)
                 observer.next_batch(batch.attention_mask)
+                if inputs_only and not observer.batch_is_sampled:
+                    continue
                 model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
         return self._save(shard, observer, num_tokens=sum(map(len, rows)), num_rows=len(rows))
 
@@ -101,11 +106,12 @@ class CalibrationWorker:
     def _save(self, shard: Shard, observer: FFNObserver, *, num_tokens: int, num_rows: int) -> Result:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            statistics = folder / f"{shard.name}.parquet"
-            write_statistics(
-                statistics, observer.statistics(), lineage={**self._job.lineage, "shard": str(shard.index)}
-            )
-            files = {statistics.name: statistics}
+            files: dict[str, Path] = {}
+            if not self._job.inputs_only:
+                path = folder / f"{shard.name}.parquet"
+                lineage = {**self._job.lineage, "shard": str(shard.index)}
+                write_statistics(path, observer.statistics(), lineage=lineage)
+                files[path.name] = path
             for layer, input_TD in enumerate(observer.inputs()):
                 path = folder / f"layer-{layer:03d}.safetensors"
                 save_file({"input": input_TD.contiguous()}, path)

@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 from safetensors.torch import load_file, save_file
 
 from ffsplit.artifacts.manifest import FileEntry
@@ -15,7 +16,7 @@ from ffsplit.compressors.layer import compress_layer
 from ffsplit.config import Record
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.runtime.assemble import layer_tensors, load_ffn
+from ffsplit.runtime.assemble import layer_tensors, load_ffn, load_output_norm
 from ffsplit.splitting.plan import LayerPlan
 from ffsplit.stages.profile import ComputeProfile
 
@@ -55,10 +56,16 @@ def _compress(job: LayerJob) -> Result:
         layout=job.plan.layout,
         steps=job.steps,
         inputs=inputs,
+        output_norm=load_output_norm(checkpoint, job.plan.layer, device=device),
     )
     tensors = layer_tensors(checkpoint, job.plan.layer, compressed.weights, plain=job.plain)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"{job.name}.safetensors"
         save_file(tensors, path, {"format": "pt"})
-        facts = {"layer": job.plan.layer, "relative_error": compressed.relative_error}
+        layout = compressed.weights.layout.model_dump(mode="json")
+        facts: dict[str, JsonValue] = {
+            "layer": job.plan.layer,
+            "relative_error": compressed.relative_error,
+            "layout": layout,
+        }
         return job.scratch.save(job.name, {path.name: path}, facts=facts)

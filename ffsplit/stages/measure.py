@@ -14,13 +14,12 @@ from ffsplit.measurement.fidelity import fidelity
 from ffsplit.measurement.latency import paired_latency
 from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.measurement.size import compressed_size, original_size
+from ffsplit.measurement.tasks.evaluations import Evaluation, score_evaluations
+from ffsplit.models.architectures import ModelKind
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.recipes.recipe import MeasurementSettings
 from ffsplit.stages.profile import ComputeProfile
-
-RESERVED_POSITIONS = 2
-"""Positions that the RoBERTa family counts before its first token."""
 
 
 class MeasureJob(Record):
@@ -30,6 +29,7 @@ class MeasureJob(Record):
     compressed_directory: str
     layouts: tuple[LayerLayout, ...]
     held_out: tuple[str, ...]
+    evaluations: tuple[Evaluation, ...]
     max_length: int
     batch_tokens: int
     settings: MeasurementSettings
@@ -37,7 +37,7 @@ class MeasureJob(Record):
 
 
 def measure_job(job: MeasureJob) -> Measurements:
-    """Size, fidelity on held-out text, latency and peak memory of both models."""
+    """Size, fidelity on held-out text, latency, task scores and peak memory of both models."""
     with job.profile.applied():
         return _measure(job)
 
@@ -54,7 +54,7 @@ def _measure(job: MeasureJob) -> Measurements:
     rows = tokenize_rows(tokenizer, job.held_out, max_length=job.max_length)
     batches = padded_batches(rows, batch_tokens=job.batch_tokens, pad_id=tokenizer.pad_token_id or 0)
     on_device = (batch.to(device) for batch in batches)
-    kind = checkpoint.architecture.kind
+    kind: ModelKind = "causal_lm" if checkpoint.class_name.endswith("ForCausalLM") else "encoder"
     scores = fidelity(original, compressed, on_device, kind=kind) if rows else {}
     vocab_size = int(original.config.vocab_size)
     latency = paired_latency(
@@ -64,6 +64,7 @@ def _measure(job: MeasureJob) -> Measurements:
         num_pairs=job.settings.latency_pairs,
         vocab_size=vocab_size,
     )
+    tasks = score_evaluations(job.evaluations, original, compressed, tokenizer)
     del original, compressed
     peaks = _peak_memory(job, checkpoint, directories, vocab_size=vocab_size)
     weights = directories[1].glob("*.safetensors")
@@ -74,6 +75,7 @@ def _measure(job: MeasureJob) -> Measurements:
         ),
         fidelity=scores,
         latency=latency,
+        tasks=tasks,
         original_peak_memory_bytes=peaks[0],
         compressed_peak_memory_bytes=peaks[1],
         device=job.profile.device,
@@ -104,5 +106,6 @@ def _peak_memory(
 
 def _shapes(job: MeasureJob, checkpoint: Checkpoint) -> list[tuple[int, int]]:
     """The shapes to time, no row longer than the model can read."""
-    longest = int(checkpoint.config.get("max_position_embeddings", 1 << 20)) - RESERVED_POSITIONS
-    return [(rows, min(tokens, longest)) for rows, tokens in job.settings.latency_shapes]
+    longest = checkpoint.max_positions
+    shapes = job.settings.latency_shapes
+    return [(rows, tokens if longest is None else min(tokens, longest)) for rows, tokens in shapes]

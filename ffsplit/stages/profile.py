@@ -31,14 +31,17 @@ class ComputeProfile(Record):
         return cls(device=device, dtype=dtype, threads=config.threads_per_worker)
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Pin this process to the profile for a while. Raises ConfigError when it has no such device."""
+    def applied(self, *, threads: int | None = None) -> Iterator[None]:
+        """Pin this process to the profile for a while, with other `threads` where they are given.
+
+        Raises ConfigError when the process has no such device.
+        """
         import torch
 
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: this worker sees no CUDA device")
         before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-        torch.set_num_threads(self.threads)
+        torch.set_num_threads(threads or self.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
             yield

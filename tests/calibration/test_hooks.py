@@ -164,3 +164,19 @@ def test_an_ffn_run_in_chunks_is_counted_right(tmp_path: Path) -> None:
         np.testing.assert_allclose(first.sum_abs, second.sum_abs, rtol=1e-5)
     for first_TD, second_TD in zip(expected_inputs, inputs, strict=True):
         torch.testing.assert_close(first_TD, second_TD, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_inputs_alone_are_the_same_inputs_and_batches_without_any_may_be_left_out() -> None:
+    model, sampled = make_model("bert"), torch.tensor([0, 3, 60])
+    _, expected = observe(model, "bert", batch_tokens=30, sampled=sampled)
+    num_run = 0
+    row = ARCHITECTURES["bert"]
+    with FFNObserver(model, row, sampled=sampled, inputs_only=True) as observer:
+        for batch in padded_batches(ROWS, batch_tokens=30, pad_id=0):
+            observer.next_batch(batch.attention_mask)
+            if observer.batch_is_sampled:
+                num_run += 1
+                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    assert num_run == 2
+    assert all(torch.equal(a, b) for a, b in zip(observer.inputs(), expected, strict=True))

@@ -142,3 +142,31 @@ def test_shards_are_full_but_the_last_and_keep_every_row_in_order(rows: list[str
     assert [row for part in shards for row in part] == rows
     assert all(len(part) == shard_size for part in shards[:-1])
     assert all(1 <= len(part) <= shard_size for part in shards[-1:])
+
+
+@given(
+    count=st.integers(3, 100),
+    samples=st.integers(1, 60),
+    held_out=st.integers(1, 30),
+    judged=st.integers(1, 30),
+    seed=st.integers(0, 3),
+)
+def test_rows_to_judge_on_are_apart_and_change_no_other_choice(
+    count: int, samples: int, held_out: int, judged: int, seed: int
+) -> None:
+    plain = sample_texts(TEXTS[:count], num_samples=samples, num_held_out=held_out, seed=seed)
+    sample = sample_texts(
+        TEXTS[:count], num_samples=samples, num_held_out=held_out, seed=seed, num_judged=judged
+    )
+    groups = (sample.calibration, sample.held_out, sample.judged)
+    assert all(groups) and len(set().union(*groups)) == sum(map(len, groups))
+    assert sample.held_out == plain.held_out
+    assert sample.calibration == plain.calibration[: len(sample.calibration)]
+    assert len(sample.calibration) >= 0.9 * len(plain.calibration) - 1
+    assert len(sample.judged) <= judged
+    assert sample.digest != plain.digest
+
+
+def test_too_few_rows_to_judge_on() -> None:
+    with pytest.raises(ConfigError, match="rows to judge on"):
+        sample_texts(TEXTS[:2], num_samples=5, num_held_out=1, seed=0, num_judged=1)

@@ -25,7 +25,7 @@ every_case = pytest.mark.parametrize(
 def compressed(shape: FFNShape, recipe: str, keep: float) -> tuple[CompressedLayer, list[list[torch.Tensor]]]:
     """The result, and the arguments' tensors before and after."""
     chosen = load_recipe(recipe)
-    (layout,) = fit_layers([shape], keep=keep, heavy_share=chosen.heavy_share, steps=chosen.steps)
+    (layout,) = fit_layers([shape], keep=keep, heavy=chosen.heavy, steps=chosen.steps)
     ffn, inputs = random_ffn(shape), random_inputs(shape.hidden_size)
     width = layout.heavy.num_neurons if layout.heavy is not None else 0
     heavy = range(shape.num_neurons - width, shape.num_neurons)

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ffsplit.errors import ConfigError, UnsupportedModelError
-from ffsplit.models.checkpoint import INDEX_NAME, open_checkpoint
+from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import FAMILIES
@@ -106,6 +107,19 @@ def test_a_layer_without_an_ffn_tensor(bert: Path, name: str) -> None:
     del tensors[name]
     save_file(tensors, path, {"format": "pt"})
     assert name in refused(bert, UnsupportedModelError)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "opt", "llama"])
+def test_a_checkpoint_that_lacks_its_last_layer(
+    checkpoint_of: CheckpointFactory, tmp_path: Path, family: str
+) -> None:
+    """As an interrupted conversion leaves it; transformers would make the layer up at random."""
+    directory = Path(shutil.copytree(checkpoint_of(family), tmp_path / family))
+    tensors = load_file(directory / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".2." not in name}
+    assert len(kept) < len(tensors)
+    save_file(kept, directory / "model.safetensors", {"format": "pt"})
+    assert ".2." in refused(directory, UnsupportedModelError)
 
 
 def test_an_ffn_tensor_that_is_no_matrix(bert: Path) -> None:

@@ -11,15 +11,28 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ffsplit.models.checkpoint import INDEX_NAME, open_checkpoint, tokenizer_files
+from ffsplit.models.checkpoint import open_checkpoint, tokenizer_files
+from ffsplit.models.headers import INDEX_NAME
 from tests.conftest import CheckpointFactory
-from tests.tiny_models import CAUSAL, FAMILIES, NUM_LAYERS
+from tests.tiny_models import CAUSAL, FAMILIES, MAX_POSITIONS, NUM_LAYERS
 
 
 @pytest.fixture
 def bert(checkpoint_of: CheckpointFactory, tmp_path: Path) -> Path:
     """A copy that a test may write to."""
     return Path(shutil.copytree(checkpoint_of("bert", head="ForSequenceClassification"), tmp_path / "bert"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_longest_row_is_one_that_the_model_can_read(
+    checkpoint_of: CheckpointFactory, family: str
+) -> None:
+    checkpoint = open_checkpoint(checkpoint_of(family))
+    model = transformers.AutoModel.from_pretrained(checkpoint.directory)
+    ids = torch.full((1, checkpoint.max_positions or 0), 7)
+    with torch.no_grad():
+        assert model(ids)[0].isfinite().all()
+    assert checkpoint.max_positions == (MAX_POSITIONS - 2 if "roberta" in family else MAX_POSITIONS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

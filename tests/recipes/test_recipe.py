@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ffsplit.compressors import LowRankCompressor, PruneCompressor
+from ffsplit.compressors import DistillCompressor, LowRankCompressor, PruneCompressor
 from ffsplit.errors import ConfigError
 from ffsplit.recipes.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
 
@@ -37,8 +37,9 @@ def test_every_shipped_recipe_loads_and_bears_its_own_name(name: str) -> None:
 
 
 def test_the_recipes_that_are_shipped() -> None:
-    assert list(shipped_recipes()) == ["demo", "fast", "norm-prune", "paper", "svd"]
-    assert load_recipe("fast").steps == (PruneCompressor(compensation="least_squares"),)
+    shipped = ["best", "demo", "fast", "flap", "norm-prune", "paper", "svd", "tiny", "whitened-svd"]
+    assert list(shipped_recipes()) == shipped
+    assert load_recipe("fast").steps == (PruneCompressor(compensation="least_squares"), DistillCompressor())
     assert load_recipe("paper").steps == load_recipe("svd").steps == (LowRankCompressor(),)
     assert (load_recipe("paper").heavy_share, load_recipe("svd").heavy_share) == (0.5, 0)
     assert load_recipe("paper").score == "mean"
@@ -61,7 +62,7 @@ def test_a_recipe_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_unknown_name_suggests_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown recipe '{name}', did you mean {near}") as caught:
         load_recipe(name)
-    assert "demo, fast, norm-prune, paper, svd" in str(caught.value)
+    assert "best, demo, fast, flap, norm-prune, paper, svd, tiny, whitened-svd" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -116,12 +117,26 @@ def test_an_unknown_field_like_no_other() -> None:
         (GOOD.replace("kind: low_rank", "rank: 3"), "kind"),
         (GOOD.replace("low_rank", "prune\n    compensation: some"), "'some'"),
         (GOOD.replace("name: mine\n", ""), "name Field required"),
-        (GOOD.replace("heavy_share: 0.5\n", ""), "heavy_share Field required"),
+        (
+            GOOD.replace("heavy_share: 0.5\n", ""),
+            "exactly one of heavy_share, heavy_fraction and heavy_energy",
+        ),
+        (GOOD + "heavy_energy: 0.9\n", "heavy_share and heavy_energy is given"),
+        (
+            GOOD.replace("heavy_share: 0.5", "heavy_fraction: 1.5"),
+            "heavy_fraction should be less than or equal",
+        ),
         (GOOD + "measurement:\n  latency_shapes: [[1]]\n", "measurement.latency_shapes.0"),
     ],
 )
 def test_a_bad_value_is_named(wrong: str, expected: str) -> None:
     assert expected in refused(wrong)
+
+
+@pytest.mark.parametrize(("by", "value"), [("share", 0.5), ("fraction", 0.05), ("energy", 0.9)])
+def test_heavy_hitters_by_each_of_three_rules(by: str, value: float) -> None:
+    recipe = parse_recipe(GOOD.replace("heavy_share: 0.5", f"heavy_{by}: {value}"), where="mine.yaml")
+    assert (recipe.heavy.by, recipe.heavy.value) == (by, value)
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words", "3"])

@@ -110,6 +110,8 @@ def test_hostile_strings_are_escaped(make_manifest, make_curves):
     fields["stages"] = [stage | {"name": HOSTILE, "key": HOSTILE} for stage in fields["stages"]]
     fields["environment"] = {"versions": {HOSTILE: HOSTILE}, "hardware": {HOSTILE: HOSTILE}}
     fields["measurements"] |= {"fidelity": {HOSTILE: 0.5}, "device": HOSTILE, "dtype": HOSTILE}
+    task = dict.fromkeys(("name", "spec", "metric"), HOSTILE)
+    fields["measurements"]["tasks"] = (task_fields(**task, overlap_with_calibration=1),)
     fields |= {"run_key": HOSTILE, "attempt": HOSTILE, "created_at": HOSTILE, "nonce": HOSTILE}
     html = render_report(make_manifest(**fields), curves=make_curves(6))
     assert "<script" not in html and "<img" not in html
@@ -170,6 +172,38 @@ def test_a_language_model_is_judged_by_its_agreement(make_manifest):
     text = read(render_report(make_manifest(measurements=measurements | {"fidelity": values}), curves=[]))
     assert "Fidelity 0.9999 top-1 agreement, held\u2011out text" in text
     assert "KL divergence, nats a token 0.0521" in text and "my score 0.500" in text
+
+
+def task_fields(**changes):
+    fields = {"name": "sts dev.csv", "spec": "sts:/data/dev.csv", "metric": "spearman", "digest": "ab" * 32}
+    fields |= {"higher_is_better": True, "original": 86.72, "compressed": 86.204, "num_examples": 1500}
+    return fields | {"overlap_with_calibration": 0} | changes
+
+
+def test_the_only_task_is_in_the_headline(make_manifest):
+    measurements = make_manifest().measurements.model_dump() | {"tasks": (task_fields(),)}
+    text = read(render_report(make_manifest(measurements=measurements), curves=[]))
+    assert "sts dev.csv 86.20 spearman, from 86.72, \u22120.52" in text
+    assert "sts dev.csv spearman 86.72 86.20 \u22120.52 1,500" in text
+    assert "in the calibration text too" not in text
+    assert "Task scores" not in read(render_report(make_manifest(), curves=[]))
+
+
+def test_several_tasks_are_a_table_alone(make_manifest):
+    classified = {"name": "classification a.tsv", "spec": "classification:a.tsv"}
+    tasks = (
+        task_fields(overlap_with_calibration=3),
+        task_fields(**classified, metric="accuracy"),
+        task_fields(**classified, metric="f1", original=0.5, compressed=0.5),
+    )
+    measurements = make_manifest().measurements.model_dump() | {"tasks": tasks}
+    page = Page(render_report(make_manifest(measurements=measurements), curves=[]))
+    tiles = [attributes for _, attributes in page.tags if attributes.get("class") == "tile"]
+    text = re.sub(r"\s+", " ", page.text)
+    assert len(tiles) == 4
+    assert "classification a.tsv F1 0.5000 0.5000 0.0000" in text
+    assert text.count("in the calibration text too") == 1
+    assert "3 evaluation sentences are in the calibration text too" in text
 
 
 def test_missing_memory_fidelity_and_latency(make_manifest):

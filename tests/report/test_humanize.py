@@ -85,6 +85,22 @@ def test_a_speed_up_just_below_one_is_not_rounded_up_in_silence():
     assert plain(humanize.times(0.9961)) == "0.9961x"
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "shown", "change"),
+    [
+        (86.72, 86.204, "86.20", "-0.52"),
+        (86.72, 86.7205, "86.72", "0.00"),
+        (97.95, 1234.5, "1,234.50", "+1,136.55"),
+        (89.564, 85.206, "85.21", "-4.35"),
+        (0.25, 0.2317, "0.2317", "-0.0183"),
+        (-0.5, -12.0, "-12.00", "-11.50"),
+    ],
+)
+def test_scores_and_their_change(before, after, shown, change):
+    assert plain(humanize.score(after)) == shown
+    assert plain(humanize.score_change(before, after=after)) == change
+
+
 def test_layouts_in_words():
     dense, rest = PartLayout(num_neurons=77), LowRank(rank=64)
     factored = PartLayout(num_neurons=1459, up=rest, down=LowRank(rank=80))

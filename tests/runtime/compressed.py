@@ -77,7 +77,7 @@ def compress(
     checkpoint, chosen = open_checkpoint(source), load_recipe(recipe)
     keeps = [keep] * checkpoint.num_layers if isinstance(keep, float) else keep
     layouts = tuple(
-        fit_layers([shape], keep=each, heavy_share=chosen.heavy_share, steps=chosen.steps)[0]
+        fit_layers([shape], keep=each, heavy=chosen.heavy, steps=chosen.steps)[0]
         for shape, each in zip(checkpoint.shapes, keeps, strict=True)
     )
     statistics, inputs = observed(source)

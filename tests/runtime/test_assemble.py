@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ffsplit.models.checkpoint import INDEX_NAME
+from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.load import load_whole_model
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import compress, head_of, outputs, reference

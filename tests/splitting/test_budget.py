@@ -12,8 +12,10 @@ from ffsplit.errors import BudgetError
 from ffsplit.ffn import FFNShape, LayerLayout, LowRank
 from ffsplit.recipes.recipe import Recipe, load_recipe, shipped_recipes
 from ffsplit.splitting.budget import fit_layer, fit_layers
+from ffsplit.splitting.heavy import HeavyRule
 
 RECIPES = {name: load_recipe(name) for name in shipped_recipes()}
+ALL = HeavyRule(by="share", value=1)
 MINILM = FFNShape(num_neurons=1536, hidden_size=384, gated=False, up_bias=True, down_bias=True)
 LLAMA = FFNShape(num_neurons=11008, hidden_size=4096, gated=True, up_bias=False, down_bias=False)
 shapes = st.builds(
@@ -27,7 +29,7 @@ shapes = st.builds(
 
 
 def fit(shape: FFNShape, keep: float, recipe: Recipe, num_layers: int = 2) -> tuple[LayerLayout, ...]:
-    return fit_layers([shape] * num_layers, keep=keep, heavy_share=recipe.heavy_share, steps=recipe.steps)
+    return fit_layers([shape] * num_layers, keep=keep, heavy=recipe.heavy, steps=recipe.steps)
 
 
 def smallest_named(error: BudgetError) -> float:
@@ -60,7 +62,7 @@ def test_rounding_gives_up_less_than_two_percent_and_takes_the_largest_multiple(
 ) -> None:
     budget = int(keep * shape.num_elements)
     recipe = RECIPES["fast"]
-    layout = fit_layer(shape, budget=budget, heavy_share=1.0, steps=recipe.steps)
+    layout = fit_layer(shape, budget=budget, heavy=ALL, steps=recipe.steps)
     assume(layout is not None and layout.num_neurons < shape.num_neurons)
     assert layout is not None
     fitting = (budget - shape.hidden_size * shape.down_bias) // shape.elements_per_neuron
@@ -124,7 +126,7 @@ def test_a_larger_budget_always_fits_where_a_smaller_one_does(
     shape = FFNShape(num_neurons=num_neurons, hidden_size=32, gated=gated, up_bias=True, down_bias=True)
     recipe = RECIPES[name]
     fits = [
-        fit_layer(shape, budget=budget, heavy_share=recipe.heavy_share, steps=recipe.steps) is not None
+        fit_layer(shape, budget=budget, heavy=recipe.heavy, steps=recipe.steps) is not None
         for budget in range(shape.num_elements // 4)
     ]
     first = fits.index(True)
@@ -135,12 +137,12 @@ def test_a_larger_budget_always_fits_where_a_smaller_one_does(
 def test_layers_of_different_shapes_keep_the_same_fraction_each() -> None:
     narrow = FFNShape(num_neurons=512, hidden_size=384, gated=False, up_bias=True, down_bias=True)
     recipe = RECIPES["fast"]
-    both = fit_layers([MINILM, narrow], keep=0.5, heavy_share=1.0, steps=recipe.steps)
+    both = fit_layers([MINILM, narrow], keep=0.5, heavy=ALL, steps=recipe.steps)
     assert [layout.num_neurons for layout in both] == [752, 255]
     with pytest.raises(BudgetError) as caught:
-        fit_layers([MINILM, narrow], keep=0.002, heavy_share=1.0, steps=recipe.steps)
+        fit_layers([MINILM, narrow], keep=0.002, heavy=ALL, steps=recipe.steps)
     smallest = smallest_named(caught.value)
-    assert fit_layers([MINILM, narrow], keep=smallest, heavy_share=1.0, steps=recipe.steps)
+    assert fit_layers([MINILM, narrow], keep=smallest, heavy=ALL, steps=recipe.steps)
 
 
 def test_the_paper_recipe_gives_half_to_heavy_hitters_and_a_rank_to_the_rest() -> None:

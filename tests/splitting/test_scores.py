@@ -11,8 +11,10 @@ from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
 from ffsplit.splitting.scores import (
     centred_output_norm,
+    energy_outside,
     energy_share,
     expected_output_norm,
+    neurons_for_energy,
     output_energy,
     rms_output_norm,
     top_neurons,
@@ -94,3 +96,25 @@ def test_top_neurons_are_ascending_and_none_left_out_is_higher(
     assert chosen == sorted(chosen) and len(set(chosen)) == count
     expected = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:count]
     assert chosen == sorted(expected)
+
+
+@given(share=st.floats(0, 1))
+def test_so_few_neurons_hold_the_share_and_one_fewer_does_not(share: float) -> None:
+    energy = np.sort(output_energy(STATS))[::-1]
+    count = neurons_for_energy(STATS, share=share)
+    assert energy[:count].sum() >= share * energy.sum() * (1 - 1e-9)
+    assert count == 1 or energy[: count - 1].sum() < share * energy.sum()
+
+
+def test_neurons_for_energy_at_the_ends() -> None:
+    equal = stats_of(np.ones((3, 10)), np.ones((1, 10)))
+    assert [neurons_for_energy(equal, share=share) for share in (0, 0.5, 0.9, 1)] == [1, 5, 9, 10]
+    assert neurons_for_energy(stats_of(np.zeros((5, 4)), DOWN_DN[:, :4]), share=0.9) == 1
+
+
+def test_energy_outside_is_what_the_top_neurons_leave() -> None:
+    top = top_neurons(output_energy(STATS), count=2)
+    assert energy_outside(STATS, top) == pytest.approx(1 - energy_share(STATS, fraction=0.05))
+    assert energy_outside(STATS, ()) == 1.0
+    assert energy_outside(STATS, range(NEURONS)) == pytest.approx(0.0, abs=1e-12)
+    assert energy_outside(stats_of(np.zeros((5, 4)), DOWN_DN[:, :4]), [0]) == 0.0

@@ -1,0 +1,143 @@
+"""A narrower FFN is fitted by gradient descent to its own layer's original outputs.
+
+Each layer is fitted alone, on the inputs it saw in the original model, so layers are independent.
+Where the family normalises x + FFN(x), the error is taken after that norm, which is what the next
+layer sees.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.least_squares import refit_down
+from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
+from ffsplit.config import Record
+from ffsplit.ffn import FFNShape, LayerLayout, PartLayout
+
+WARM_UP_STEPS = 20
+
+
+class DistillCompressor(Record):
+    """Fit `part` with Adam and a cosine schedule: `num_steps` batches of `batch_tokens` sampled inputs.
+
+    `whole` fits all that is left of the FFN, as prune left it. `light` keeps the heavy hitters exact
+    and replaces the light part by its strongest neurons, as many as the budget allows, which are
+    refitted and then fitted to make up for all of it.
+    """
+
+    kind: Literal["distill"] = "distill"
+    part: Literal["whole", "light"] = "whole"
+    num_steps: int = Field(default=400, ge=1)
+    batch_tokens: int = Field(default=2048, ge=1)
+    learning_rate: float = Field(default=4e-3, gt=0)
+    ridge: float = Field(default=1e-3, ge=0)
+
+    @property
+    def adds_down_bias(self) -> bool:
+        return False
+
+    def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
+        """The same layout; for `light`, as many light neurons as are left to the budget."""
+        if self.part == "whole" or layout.light is None:
+            fits = layout.num_elements(shape) <= budget
+            return layout if fits and all(part.is_dense for part in layout.parts) else None
+        without_light = layout.model_copy(update={"light": None}).num_elements(shape)
+        width = min(layout.light.num_neurons, (budget - without_light) // shape.elements_per_neuron)
+        if width < 1:
+            return None
+        return layout.model_copy(update={"light": PartLayout.dense(shape, width)})
+
+    def compress(self, ffn: FFNWeights, *, layout: LayerLayout, context: LayerContext) -> FFNWeights:
+        if sum(len(part.neurons) for part in ffn.parts) == len(context.original.parts[0].neurons):
+            if self.part == "whole" or ffn.light is None or layout.light is None:
+                return ffn
+            if layout.light.num_neurons == len(ffn.light.neurons):
+                return ffn
+        if self.part == "light" and ffn.light is not None and layout.light is not None:
+            ffn = self._narrowed(ffn, count=layout.light.num_neurons, context=context)
+        return self._fit(ffn, context)
+
+    def _narrowed(self, ffn: FFNWeights, *, count: int, context: LayerContext) -> FFNWeights:
+        """The strongest light neurons alone, their down projection refitted beside the heavy hitters."""
+        assert ffn.light is not None
+        strength_N = torch.zeros(len(ffn.light.neurons), dtype=torch.float64)
+        for x_TD in context.chunks():
+            hidden_TN = ffn.light.hidden(x_TD, ffn.activation)
+            strength_N += hidden_TN.square().sum(0, dtype=torch.float64).cpu()
+        strength_N *= ffn.light.down.weight.square().sum(0, dtype=torch.float64).cpu()
+        light = ffn.light.select(strength_N.topk(count).indices.sort().values)
+        swapped = replace(ffn, heavy=light, light=ffn.heavy)
+        refitted = refit_down(swapped, context=context, ridge=self.ridge)
+        return replace(refitted, heavy=refitted.light, light=refitted.heavy)
+
+    @torch.enable_grad()
+    def _fit(self, ffn: FFNWeights, context: LayerContext) -> FFNWeights:
+        trainable = _trainable(ffn, only_light=self.part == "light")
+        parameters = [tensor for tensor in _tensors(trainable) if tensor.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=(0.9, 0.99))
+        inputs_TD = torch.cat(list(context.inputs))
+        with torch.no_grad():
+            targets_TD = torch.cat([context.original(x_TD) for x_TD in context.chunks()])
+        scale = targets_TD.square().mean()
+        generator = torch.Generator().manual_seed(0)
+        for step in range(self.num_steps):
+            for group in optimizer.param_groups:
+                group["lr"] = self.learning_rate * schedule(step, self.num_steps)
+            rows = torch.randint(len(inputs_TD), (self.batch_tokens,), generator=generator)
+            x_TD, y_TD = inputs_TD[rows], targets_TD[rows]
+            if context.output_norm is None:
+                loss = (trainable(x_TD) - y_TD).square().mean() / scale
+            else:
+                norm = context.output_norm
+                loss = (norm(x_TD + trainable(x_TD)) - norm(x_TD + y_TD)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        return _detached(trainable)
+
+
+def schedule(step: int, num_steps: int) -> float:
+    """Linear warm-up, then a half cosine to zero: a factor of the learning rate, in [0, 1]."""
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
+
+
+def _trainable(ffn: FFNWeights, *, only_light: bool) -> FFNWeights:
+    """A copy whose tensors take gradients; with `only_light` the heavy hitters' do not."""
+
+    def leaf(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().clone().requires_grad_()
+
+    def linear(old: LinearMap) -> LinearMap:
+        weight = leaf(old.weight)
+        assert weight is not None
+        return LinearMap.dense(weight, leaf(old.bias))
+
+    def part(old: FFNPart) -> FFNPart:
+        gate = None if old.gate is None else linear(old.gate)
+        return FFNPart(old.neurons, linear(old.up), gate, linear(old.down))
+
+    return FFNWeights(
+        heavy=ffn.heavy if only_light or ffn.heavy is None else part(ffn.heavy),
+        light=None if ffn.light is None else part(ffn.light),
+        down_bias=leaf(ffn.down_bias),
+        activation=ffn.activation,
+    )
+
+
+def _tensors(ffn: FFNWeights) -> list[Tensor]:
+    linears = [linear for part in ffn.parts for linear in (part.up, part.gate, part.down)]
+    tensors = [tensor for linear in linears if linear for tensor in (linear.weight, linear.bias)]
+    return [tensor for tensor in (*tensors, ffn.down_bias) if tensor is not None]
+
+
+def _detached(ffn: FFNWeights) -> FFNWeights:
+    for tensor in _tensors(ffn):
+        tensor.requires_grad_(False)
+    return ffn

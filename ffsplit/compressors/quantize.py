@@ -1,0 +1,107 @@
+"""Weights as small integers with scales, per output channel or per group of input channels.
+
+Sources: round to nearest; GPTQ, arXiv:2210.17323, which rounds one input channel after the other and
+lets the channels that follow make up for the error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
+from ffsplit.config import Record
+from ffsplit.ffn import Dense, FFNShape, Integer, LayerLayout, PartLayout
+from ffsplit.quantization import fake_round, quantize_rows, scales_of
+
+
+class QuantizeCompressor(Record):
+    """Quantize the dense matrices of `parts`; biases stay as they are.
+
+    `group_size` None means one scale an output channel. `method: gptq` uses the sampled inputs, with a
+    ridge of `ridge` times the mean squared input.
+    """
+
+    kind: Literal["quantize"] = "quantize"
+    num_bits: Literal[4, 8] = 8
+    group_size: int | None = Field(default=None, ge=2)
+    method: Literal["rtn", "gptq"] = "rtn"
+    parts: Literal["heavy", "light", "both"] = "both"
+    ridge: float = Field(default=1e-2, ge=0)
+
+    @property
+    def adds_down_bias(self) -> bool:
+        return False
+
+    def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
+        """The same elements in fewer bytes."""
+        planned = layout.model_copy(
+            update={
+                "heavy": self._planned(layout.heavy) if self.parts != "light" else layout.heavy,
+                "light": self._planned(layout.light) if self.parts != "heavy" else layout.light,
+            }
+        )
+        return planned if planned.num_elements(shape) <= budget else None
+
+    def _planned(self, part: PartLayout | None) -> PartLayout | None:
+        if part is None or not part.is_dense:
+            return part
+        format = Integer(num_bits=self.num_bits, group_size=self.group_size)
+        gate = None if part.gate is None else format
+        return part.model_copy(update={"up": format, "gate": gate, "down": format})
+
+    def compress(self, ffn: FFNWeights, *, layout: LayerLayout, context: LayerContext) -> FFNWeights:
+        return replace(
+            ffn,
+            heavy=self._quantized(ffn.heavy, layout.heavy, ffn, context),
+            light=self._quantized(ffn.light, layout.light, ffn, context),
+        )
+
+    def _quantized(
+        self, part: FFNPart | None, layout: PartLayout | None, ffn: FFNWeights, context: LayerContext
+    ) -> FFNPart | None:
+        if part is None or layout is None or not isinstance(layout.up, Integer):
+            return part
+        up = self._linear(part.up, layout.up, context.chunks())
+        gate = None if part.gate is None else self._linear(part.gate, layout.up, context.chunks())
+        hidden = (part.hidden(x_TD, ffn.activation) for x_TD in context.chunks())
+        return FFNPart(part.neurons, up, gate, self._linear(part.down, layout.up, hidden))
+
+    def _linear(self, linear: LinearMap, format: Integer, inputs: Iterator[Tensor]) -> LinearMap:
+        assert isinstance(linear.format, Dense), "only a dense matrix is quantized"
+        weight = linear.weight
+        scales = scales_of(weight, num_bits=format.num_bits, group_size=format.group_size)
+        if self.method == "gptq":
+            weight = _gptq(weight, scales, format, _moment(inputs), ridge=self.ridge)
+        tensors = quantize_rows(weight, scales, num_bits=format.num_bits, group_size=format.group_size)
+        return LinearMap(format, tensors, linear.bias, num_columns=weight.shape[1])
+
+
+def _moment(inputs: Iterator[Tensor]) -> Tensor:
+    total: Tensor | float = 0.0
+    for x_TN in inputs:
+        total = total + (x_TN.T @ x_TN).double()
+    assert isinstance(total, Tensor), "GPTQ needs inputs"
+    return total
+
+
+def _gptq(weight: Tensor, scales: Tensor, format: Integer, moment: Tensor, *, ridge: float) -> Tensor:
+    """A matrix on the grid of `scales` whose outputs on the inputs are close to those of `weight`."""
+    damping = max(ridge, 1e-8) * moment.diagonal().mean()
+    inverse = torch.linalg.inv(moment + damping * torch.eye(len(moment)).to(moment))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    left, result = weight.double().clone(), torch.empty_like(weight)
+    group_size = format.group_size or weight.shape[1]
+    for column in range(weight.shape[1]):
+        scale = scales[:, column // group_size, None]
+        on_grid = fake_round(left[:, column : column + 1].float(), scale, num_bits=format.num_bits)[:, 0]
+        result[:, column] = on_grid
+        error = (left[:, column] - on_grid.double()) / upper[column, column]
+        left[:, column + 1 :] -= torch.outer(error, upper[column, column + 1 :])
+    return result

@@ -1,0 +1,220 @@
+"""The stages of one run, as its runner carries them out."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from ffsplit.artifacts.manifest import FileEntry, Measurements
+from ffsplit.artifacts.scratch import Result, Scratch
+from ffsplit.calibration.parquet import read_statistics, write_statistics
+from ffsplit.calibration.sampling import shard
+from ffsplit.calibration.statistics import NeuronStats, merge_layers, reduce_tree
+from ffsplit.compressors import AnyCompressor
+from ffsplit.config import stage_key
+from ffsplit.distributed.runner import Runner
+from ffsplit.ffn import LayerLayout
+from ffsplit.healing.settings import HealingSettings
+from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.prepare import PreparedRun, healing_threads
+from ffsplit.progress import StageLog
+from ffsplit.runtime.assemble import is_plain
+from ffsplit.splitting.allocation import Candidate, propose
+from ffsplit.splitting.plan import LayerPlan, plan_split
+from ffsplit.stages.allocate import Allocation, JudgeJob, allocate
+from ffsplit.stages.calibrate import CalibrationJob, CalibrationWorker, Shard
+from ffsplit.stages.compress import LayerJob, compress_layer_job
+from ffsplit.stages.heal import HealJob, heal_job
+from ffsplit.stages.measure import MeasureJob, measure_job
+
+
+class Layers(NamedTuple):
+    """The compressed layers of a model: a file each, how it is stored, and its error."""
+
+    files: tuple[Path, ...]
+    layouts: tuple[LayerLayout, ...]
+    errors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Execution:
+    """Runs the stages of a prepared run; their results are kept below `scratch`."""
+
+    run: PreparedRun
+    scratch: Scratch
+    runner: Runner
+    log: StageLog
+
+    def calibrate(self) -> list[Result]:
+        """Statistics and sampled FFN inputs of every shard; the inputs alone where there are statistics."""
+        run, settings = self.run, self.run.recipe.calibration
+        groups = shard(run.text.calibration, shard_size=settings.shard_size)
+        shards = [Shard(index, rows) for index, rows in enumerate(groups)]
+        job = CalibrationJob(
+            model_directory=str(run.checkpoint.directory),
+            settings=settings,
+            num_shards=len(shards),
+            seed=run.config.seed,
+            lineage=lineage(run),
+            profile=run.profile,
+            scratch=self.place("calibrate"),
+            inputs_only=run.origin is not None,
+        )
+        name = "calibrate"
+        if job.inputs_only:
+            name, shards = "sample", [each for each in shards if job.num_sampled(each.index)]
+        answers = self.runner.map_workers(name, partial(CalibrationWorker, job), shards)
+        return self.log.collect(name, run.calibration_key, len(shards), answers)
+
+    def reduce(self, shards: Sequence[Result], target: Path) -> tuple[NeuronStats, ...]:
+        """Merge the shards' statistics in their order, along a fixed tree, into one Parquet file.
+
+        Statistics of an earlier run are taken as they are, to the byte.
+        """
+        if self.run.origin is not None:
+            shutil.copyfile(self.run.origin.path, target)
+            return read_statistics(target)
+        per_shard = (read_statistics(self.scratch.path(_statistics_file(result))) for result in shards)
+        statistics = reduce_tree(per_shard, merge_layers)
+        write_statistics(target, statistics, lineage=lineage(self.run) | {"num_shards": str(len(shards))})
+        return statistics
+
+    def allocate(
+        self, statistics: tuple[NeuronStats, ...], shards: Sequence[Result], *, folder: Path
+    ) -> Allocation:
+        """Search for a better way than uniform to share the budget out over the layers."""
+        run = self.run
+        candidates = propose(run.solver, run.budget, statistics, uniform=run.layouts)
+
+        def compress(candidate: Candidate) -> list[Result]:
+            plans = plan_split(statistics, candidate.layouts, score=run.recipe.score)
+            place = self.place(f"allocate/{candidate.name}")
+            jobs = self._layer_jobs(run.checkpoint, run.recipe.steps, plans, shards, place)
+            answers = dict(self.runner.map_tasks("allocate", compress_layer_job, jobs))
+            return [answers[index] for index in range(len(jobs))]
+
+        settings, key = run.recipe.calibration, stage_key("allocate", {"run": run.run_key})
+        with self.log.stage("allocate", key, num_items=len(candidates)):
+            return allocate(
+                candidates,
+                checkpoint=run.checkpoint,
+                model=run.solver.model,
+                compress=compress,
+                layer_file=lambda result: self.scratch.path(result.files[0]),
+                job=JudgeJob(
+                    original_directory=str(run.checkpoint.directory),
+                    candidate_directories=(),
+                    rows=run.text.judged,
+                    max_length=settings.max_length,
+                    batch_tokens=settings.batch_tokens,
+                    profile=run.profile,
+                ),
+                runner=self.runner,
+                folder=folder,
+            )
+
+    def compress(
+        self,
+        stage: str,
+        checkpoint: Checkpoint,
+        steps: tuple[AnyCompressor, ...],
+        plans: tuple[LayerPlan, ...],
+        shards: Sequence[Result],
+        *,
+        place: str,
+    ) -> Layers:
+        """Compress every layer of a checkpoint, one task each."""
+        jobs = self._layer_jobs(checkpoint, steps, plans, shards, self.place(place))
+        planned = [plan.model_dump(mode="json") for plan in plans]
+        key = stage_key(stage, {"run": self.run.run_key, "plans": planned})
+        answers = self.runner.map_tasks(stage, compress_layer_job, jobs)
+        results = self.log.collect(stage, key, len(jobs), answers)
+        return Layers(
+            files=tuple(self.scratch.path(result.files[0]) for result in results),
+            layouts=tuple(LayerLayout.model_validate(result.facts["layout"]) for result in results),
+            errors=tuple(float(str(result.facts["relative_error"])) for result in results),
+        )
+
+    def heal(self, settings: HealingSettings, compressed: Path) -> Result:
+        """Heal the checkpoint in a directory; the result's file holds its new weights."""
+        run, calibration = self.run, self.run.recipe.calibration
+        threads = healing_threads(run.config)
+        job = HealJob(
+            original_directory=str(run.checkpoint.directory),
+            compressed_directory=str(compressed),
+            rows=run.text.calibration,
+            validation=run.text.judged or run.text.held_out,
+            max_length=calibration.max_length,
+            batch_tokens=calibration.batch_tokens,
+            seed=run.config.seed,
+            settings=settings,
+            quantization=run.recipe.after_healing,
+            scratch=self.place("heal"),
+            profile=run.profile,
+            threads=threads,
+        )
+        with self.log.stage("heal", stage_key("heal", {"run": run.run_key}), num_items=1):
+            return self.runner.run_alone("heal", heal_job, job, threads=threads)
+
+    def measure(self, compressed: Path, layouts: tuple[LayerLayout, ...]) -> Measurements:
+        """Compare the checkpoint in a directory with the original."""
+        run, calibration = self.run, self.run.recipe.calibration
+        job = MeasureJob(
+            original_directory=str(run.checkpoint.directory),
+            compressed_directory=str(compressed),
+            layouts=layouts,
+            held_out=run.text.held_out,
+            evaluations=run.evaluations,
+            max_length=calibration.max_length,
+            batch_tokens=calibration.batch_tokens,
+            settings=run.recipe.measurement,
+            profile=run.profile,
+        )
+        with self.log.stage("measure", stage_key("measure", {"run": run.run_key}), num_items=1):
+            return self.runner.run_alone("measure", measure_job, job)
+
+    def place(self, name: str) -> Scratch:
+        """The part of the scratch that belongs to a stage."""
+        return self.scratch.model_copy(update={"prefix": f"{self.scratch.prefix}/{name}"})
+
+    def _layer_jobs(
+        self,
+        checkpoint: Checkpoint,
+        steps: tuple[AnyCompressor, ...],
+        plans: tuple[LayerPlan, ...],
+        shards: Sequence[Result],
+        place: Scratch,
+    ) -> list[LayerJob]:
+        plain = is_plain(checkpoint, [plan.layout for plan in plans])
+        return [
+            LayerJob(
+                model_directory=str(checkpoint.directory),
+                plan=plan,
+                steps=steps,
+                plain=plain,
+                inputs=tuple(_input_files(shards, plan.layer)),
+                scratch=place,
+                profile=self.run.profile,
+            )
+            for plan in plans
+        ]
+
+
+def lineage(run: PreparedRun) -> dict[str, str]:
+    """What the statistics are made from: no time, no host, no number of workers."""
+    return run.digests | {"calibration": run.calibration_key}
+
+
+def _statistics_file(result: Result) -> FileEntry:
+    (entry,) = (entry for entry in result.files if entry.path.endswith(".parquet"))
+    return entry
+
+
+def _input_files(shards: Sequence[Result], layer: int) -> list[FileEntry]:
+    """The sampled inputs of one layer, in shard order."""
+    folder = f"/inputs/layer-{layer:03d}/"
+    return [entry for result in shards for entry in result.files if folder in entry.path]

@@ -1,0 +1,1 @@
+"""End-to-end distillation of a compressed model from its original."""

@@ -1,0 +1,175 @@
+"""The healing loop: the original teaches the compressed model on unlabelled text, through accelerate."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ffsplit.calibration.batches import Batch, padded_batches
+from ffsplit.healing.losses import distance, mean_distance, outputs
+from ffsplit.healing.settings import HealingSettings
+from ffsplit.healing.state import HealingState
+from ffsplit.models.architectures import ModelKind
+from ffsplit.quantization import fake_quantize
+
+SORTED_BATCHES = 16
+"""Rows are shuffled, then sorted by length within this many batches, so that little is padding."""
+
+
+class FakeQuantize(nn.Module):
+    """A weight as it will be once it is quantized, for gradients that know."""
+
+    def __init__(self, *, num_bits: int, group_size: int | None) -> None:
+        super().__init__()
+        self._options: dict[str, Any] = {"num_bits": num_bits, "group_size": group_size}
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return fake_quantize(weight, **self._options)
+
+
+@dataclass(frozen=True)
+class HealingData:
+    """Token ids of the rows to learn from, and of those that decide when to stop."""
+
+    rows: Sequence[Sequence[int]]
+    validation: Sequence[Sequence[int]]
+    pad_id: int
+    batch_tokens: int
+
+
+def heal(
+    student: Any,
+    teacher: Any,
+    data: HealingData,
+    *,
+    kind: ModelKind,
+    settings: HealingSettings,
+    seed: int,
+    resume: Callable[[dict[str, Tensor], Any], HealingState | None],
+    checkpoint: Callable[[HealingState, dict[str, Tensor], Any], None],
+) -> HealingState:
+    """Train `student` in place and leave the best state it had in it. Returns how it went.
+
+    `resume` reads an earlier state into the weights and the optimizer, or returns None; `checkpoint` is
+    called every `checkpoint_steps` steps. The same arguments give the same bytes on one kind of
+    hardware, resumed or not.
+    """
+    from accelerate import Accelerator
+
+    device = next(student.parameters()).device
+    accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=device.type == "cpu")
+    weights = trainable_weights(student)
+    optimizer = torch.optim.AdamW(list(weights.values()), betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = accelerator.prepare(optimizer)
+    state = resume(weights, optimizer)
+    batches = [batch.to(device) for batch in _validation(data)]
+    if state is None:
+        state = HealingState()
+        _judge(state, student, teacher, batches, weights, kind=kind)
+        state.first_loss = state.best_loss
+    num_steps = settings.epochs * math.ceil(len(data.rows) / settings.batch_rows)
+    evaluate_every = max(1, num_steps // (settings.epochs * settings.evaluations))
+    for step, batch in enumerate(_training(data, settings, seed=seed)):
+        if step < state.step:
+            continue
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * schedule(step, num_steps, warm_up=settings.warm_up)
+        batch = batch.to(device)
+        with torch.no_grad():
+            expected = outputs(teacher, batch, kind=kind)
+        with accelerator.autocast():
+            loss = distance(outputs(student, batch, kind=kind), expected, batch, kind=kind)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(weights.values(), settings.max_gradient_norm)
+        optimizer.step()
+        state.step = step + 1
+        if state.step % evaluate_every == 0 or state.step == num_steps:
+            _judge(state, student, teacher, batches, weights, kind=kind)
+            if state.num_worse >= settings.patience:
+                break
+        if state.step % settings.checkpoint_steps == 0:
+            checkpoint(state, weights, optimizer)
+    for name, tensor in state.best.items():
+        weights[name].data.copy_(tensor)
+    return state
+
+
+def trainable_weights(student: Any) -> dict[str, Tensor]:
+    """Every floating-point parameter but the embeddings (and what is tied to them), set to take gradients."""
+    embeddings = {id(parameter) for parameter in student.get_input_embeddings().parameters()}
+    base = getattr(student, student.base_model_prefix, student)
+    for name, module in base.named_children():
+        if name == "embeddings":
+            embeddings |= {id(parameter) for parameter in module.parameters()}
+    weights = {}
+    for name, parameter in student.named_parameters():
+        is_trained = parameter.is_floating_point() and id(parameter) not in embeddings
+        parameter.requires_grad_(is_trained)
+        if is_trained:
+            weights[name] = parameter
+    return weights
+
+
+def fake_quantized(linears: Sequence[nn.Module], *, num_bits: int, group_size: int | None) -> None:
+    """Make linear layers compute with the weights they will have once quantized."""
+    for linear in linears:
+        parametrize.register_parametrization(
+            linear, "weight", FakeQuantize(num_bits=num_bits, group_size=group_size)
+        )
+
+
+def settle(linears: Sequence[nn.Module]) -> None:
+    """Undo `fake_quantized`; the weights stay on the grid."""
+    for linear in linears:
+        parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+
+
+def schedule(step: int, num_steps: int, *, warm_up: float) -> float:
+    """Linear warm-up over a share of the steps, then a half cosine to zero: a factor in [0, 1]."""
+    rising = min(1.0, (step + 1) / max(1.0, warm_up * num_steps))
+    return rising * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
+
+
+def _judge(
+    state: HealingState,
+    student: Any,
+    teacher: Any,
+    batches: list[Batch],
+    weights: dict[str, Tensor],
+    *,
+    kind: ModelKind,
+) -> None:
+    """Measure the student, and remember its weights when they are the best so far."""
+    loss = mean_distance(student, teacher, batches, kind=kind)
+    if loss < state.best_loss:
+        state.best_loss, state.best_step, state.num_worse = loss, state.step, 0
+        state.best = {name: weight.detach().clone() for name, weight in weights.items()}
+    else:
+        state.num_worse += 1
+
+
+def _validation(data: HealingData) -> Iterator[Batch]:
+    return padded_batches(data.validation, batch_tokens=data.batch_tokens, pad_id=data.pad_id)
+
+
+def _training(data: HealingData, settings: HealingSettings, *, seed: int) -> Iterator[Batch]:
+    """The batches of all epochs, in an order that depends on the seed and the epoch alone."""
+    for epoch in range(settings.epochs):
+        generator = random.Random(f"{seed}/{epoch}")
+        order = generator.sample(range(len(data.rows)), len(data.rows))
+        size = settings.batch_rows
+        for start in range(0, len(order), size * SORTED_BATCHES):
+            chunk = sorted(order[start : start + size * SORTED_BATCHES], key=lambda row: len(data.rows[row]))
+            groups = [chunk[first : first + size] for first in range(0, len(chunk), size)]
+            for group in generator.sample(groups, len(groups)):
+                rows = [data.rows[row] for row in group]
+                whole = len(rows) * max(map(len, rows))
+                yield from padded_batches(rows, batch_tokens=whole, pad_id=data.pad_id)

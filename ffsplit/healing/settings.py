@@ -1,0 +1,27 @@
+"""How a compressed model is healed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ffsplit.config import Record
+
+
+class HealingSettings(Record):
+    """AdamW over every weight but the embeddings, linear warm-up, then a half cosine to zero.
+
+    The model is judged on validation rows `evaluations` times an epoch; healing stops after `patience`
+    of them without a better one, and the best state seen, the first included, is what it returns.
+    """
+
+    epochs: int = Field(default=3, ge=1)
+    batch_rows: int = Field(default=64, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warm_up: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")
+    max_gradient_norm: float = Field(default=1.0, gt=0)
+    evaluations: int = Field(default=2, ge=1)
+    patience: int = Field(default=4, ge=1)
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    checkpoint_steps: int = Field(default=100, ge=1, description="steps between resumable checkpoints")

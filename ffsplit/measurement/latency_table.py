@@ -1,0 +1,155 @@
+"""Measuring a latency table: one model of random weights, its FFNs made narrower and timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ffsplit.environment import hardware_fingerprint
+from ffsplit.errors import ConfigError
+from ffsplit.measurement.size import model_shape
+from ffsplit.models.architectures import Architecture
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.load import random_model
+from ffsplit.models.locate import locate_model
+from ffsplit.prepare import model_name
+from ffsplit.splitting.latency import LatencyPoint, LatencyTable
+from ffsplit.stages.profile import ComputeProfile
+
+FRACTIONS = [Fraction(n, 24) for n in (1, 2, 3, 4, 6, 8, 10, 12, 15, 18, 21, 24)]
+"""Of the original width. Of the usual widths all are multiples of 64 or 32, which kernels like."""
+NUM_ROUNDS = 3
+RUNS_A_ROUND = 4
+RESERVED_POSITIONS = 2
+"""Positions that some families count before the first token."""
+
+
+def measure_latency_table(
+    model: str,
+    *,
+    shape: tuple[int, int],
+    profile: ComputeProfile,
+    revision: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> LatencyTable:
+    """Time a model's forward pass at a dozen FFN widths, at (rows, tokens a row), on this machine.
+
+    Every width is timed once a round, so that drift hits all alike; a point is the median of all its
+    times. Only the model's config is read. Raises ConfigError when it is not one to compress, or
+    reads fewer tokens than a row is to have.
+    """
+    checkpoint = open_checkpoint(locate_model(model, revision=revision).directory)
+    positions = checkpoint.config.get("max_position_embeddings")
+    if isinstance(positions, int) and shape[1] > positions - RESERVED_POSITIONS:
+        raise ConfigError(f"--num-tokens {shape[1]} is more than the model reads, {positions}")
+    dense = model_shape(checkpoint)
+    widths = table_widths({each.num_neurons for each in dense.shapes})
+    with profile.applied():
+        loaded = random_model(checkpoint, dtype=getattr(torch, profile.dtype)).to(profile.device)
+        times = _time_widths(loaded, checkpoint, widths, shape=shape, progress=progress)
+    return LatencyTable(
+        model=model_name(model),
+        model_shape=dense,
+        batch_size=shape[0],
+        num_tokens=shape[1],
+        dtype=profile.dtype,
+        num_threads=profile.threads,
+        hardware=hardware_fingerprint(profile.device),
+        points=tuple(
+            LatencyPoint(width=width, ms=round(float(np.median(times[width])), 4)) for width in widths
+        ),
+    )
+
+
+def table_widths(originals: set[int]) -> list[int]:
+    """The widths to time, ascending, the original last. Raises ConfigError where layers differ."""
+    if len(originals) != 1:
+        raise ConfigError("a latency table is for models whose FFNs all have one width")
+    (original,) = originals
+    return sorted({max(1, round(original * fraction)) for fraction in FRACTIONS})
+
+
+@torch.inference_mode()
+def _time_widths(
+    model: Any,
+    checkpoint: Checkpoint,
+    widths: Sequence[int],
+    *,
+    shape: tuple[int, int],
+    progress: Callable[[int, int], None] | None,
+) -> dict[int, list[float]]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(int(model.config.vocab_size), shape, generator=generator).to(model.device)
+    layers = list(_ffns(model, checkpoint.architecture))
+    times: dict[int, list[float]] = {width: [] for width in widths}
+    done = 0
+    for round_ in range(NUM_ROUNDS):
+        for width in widths if round_ % 2 == 0 else reversed(widths):
+            for layer in layers:
+                layer.narrow(width)
+            _run_ms(model, ids)
+            times[width] += [_run_ms(model, ids) for _ in range(RUNS_A_ROUND)]
+            done += 1
+            if progress is not None:
+                progress(done, NUM_ROUNDS * len(widths))
+    return times
+
+
+class _FFN:
+    """One layer's linear modules, and the weights they had at first."""
+
+    def __init__(self, inputs: Sequence[nn.Linear], down: nn.Linear) -> None:
+        self._inputs, self._down = inputs, down
+        self._weights = [(linear.weight.data, _bias(linear)) for linear in inputs]
+        self._down_weight = down.weight.data
+
+    def narrow(self, width: int) -> None:
+        """Leave the first `width` neurons."""
+        for linear, (weight_ND, bias_N) in zip(self._inputs, self._weights, strict=True):
+            linear.weight.data = weight_ND[:width]
+            if bias_N is not None:
+                linear.bias.data = bias_N[:width]
+        self._down.weight.data = self._down_weight[:, :width].contiguous()
+
+
+def _bias(linear: nn.Linear) -> Tensor | None:
+    return None if linear.bias is None else linear.bias.data
+
+
+def _ffns(model: Any, architecture: Architecture) -> Iterator[_FFN]:
+    base = getattr(model, model.base_model_prefix, model)
+    for block in base.get_submodule(architecture.blocks):
+        names = [name for name in (architecture.up, architecture.gate) if name is not None]
+        yield _FFN([block.get_submodule(name) for name in names], block.get_submodule(architecture.down))
+
+
+def _run_ms(model: Any, ids: Tensor) -> float:
+    start = time.perf_counter()
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def check_target(out: str) -> None:
+    """Raise ConfigError, before anything is measured, where a file plainly cannot be written."""
+    path = Path(out).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"--out {out} cannot be written: give a file in a directory that exists")
+
+
+def write_latency_table(table: LatencyTable, out: str) -> Path:
+    """Write a table. Raises ConfigError when the file cannot be written."""
+    path = Path(out).expanduser()
+    try:
+        path.write_text(table.model_dump_json(indent=2) + "\n", "utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+    return path

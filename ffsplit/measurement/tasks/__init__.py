@@ -1,0 +1,16 @@
+"""Task scores, what users of a model judge it by: one file a task, and one name in the union."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from ffsplit.measurement.tasks.classification import Classification
+from ffsplit.measurement.tasks.harness import HarnessTasks
+from ffsplit.measurement.tasks.perplexity import Perplexity
+from ffsplit.measurement.tasks.sts import SentenceSimilarity
+
+AnyTask = Annotated[
+    SentenceSimilarity | Classification | Perplexity | HarnessTasks, Field(discriminator="kind")
+]
+
+__all__ = ["AnyTask", "Classification", "HarnessTasks", "Perplexity", "SentenceSimilarity"]

@@ -1,0 +1,102 @@
+"""From the SPECs of `--eval` to scores of the original and the compressed model."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ffsplit.artifacts.manifest import TaskScore
+from ffsplit.config import Record
+from ffsplit.errors import FFSplitError
+from ffsplit.measurement.tasks import AnyTask
+from ffsplit.measurement.tasks.classification import read_classification
+from ffsplit.measurement.tasks.harness import read_harness
+from ffsplit.measurement.tasks.overlap import count_overlap
+from ffsplit.measurement.tasks.perplexity import read_perplexity
+from ffsplit.measurement.tasks.scoring import Score
+from ffsplit.measurement.tasks.sts import read_sts
+from ffsplit.measurement.tasks.table import task_error
+from ffsplit.models.checkpoint import Checkpoint
+
+FORMS = (
+    "sts:file.csv[#first,second,score], classification:file.tsv[#text,label], perplexity:file.txt, "
+    "lm-eval:task[,task]"
+)
+
+
+class Evaluation(Record):
+    """A task that is read and checked, and how many of its texts the calibration has seen."""
+
+    spec: str
+    task: AnyTask
+    overlap_with_calibration: int
+
+    @property
+    def key_inputs(self) -> dict[str, Any]:
+        """What its scores depend on, but for the model: no path."""
+        return {"kind": self.task.kind, "digest": self.task.digest, "max_length": self.task.max_length}
+
+
+def read_evaluations(
+    specs: Sequence[str], *, checkpoint: Checkpoint, calibration: Sequence[str], max_length: int | None
+) -> tuple[Evaluation, ...]:
+    """Read and check every task; a SPEC given twice counts once.
+
+    `max_length` is the window of perplexity. Raises ConfigError when a task is unknown, does not fit
+    the model, or its file is not what it should be.
+    """
+    evaluations = []
+    for spec in dict.fromkeys(specs):
+        task = _read(spec, checkpoint, max_length)
+        overlap = count_overlap(task.texts, calibration, running=task.kind == "perplexity")
+        evaluations.append(Evaluation(spec=spec, task=task, overlap_with_calibration=overlap))
+    return tuple(evaluations)
+
+
+def score_evaluations(
+    evaluations: Sequence[Evaluation], original: Any, compressed: Any, tokenizer: Any
+) -> tuple[TaskScore, ...]:
+    """Both models on every task, each of them once. Raises FFSplitError for a score that is no number."""
+    scores = []
+    for evaluation in evaluations:
+        before, after = (_finite(evaluation, model, tokenizer) for model in (original, compressed))
+        for ours, theirs in zip(after, before, strict=True):
+            scores.append(
+                TaskScore(
+                    name=ours.name,
+                    spec=evaluation.spec,
+                    metric=ours.metric,
+                    higher_is_better=ours.higher_is_better,
+                    digest=evaluation.task.digest,
+                    original=theirs.value,
+                    compressed=ours.value,
+                    num_examples=ours.num_examples,
+                    overlap_with_calibration=evaluation.overlap_with_calibration,
+                )
+            )
+    return tuple(scores)
+
+
+def _finite(evaluation: Evaluation, model: Any, tokenizer: Any) -> tuple[Score, ...]:
+    scores = evaluation.task.score(model, tokenizer)
+    for score in scores:
+        if not math.isfinite(score.value):
+            raise FFSplitError(f"{evaluation.spec}: the {score.metric} is {score.value}, not a finite number")
+    return scores
+
+
+def _read(spec: str, checkpoint: Checkpoint, max_length: int | None) -> AnyTask:
+    readers: dict[str, Callable[[], AnyTask]] = {
+        "sts": lambda: read_sts(spec, checkpoint=checkpoint),
+        "classification": lambda: read_classification(spec, checkpoint=checkpoint),
+        "perplexity": lambda: read_perplexity(spec, checkpoint=checkpoint, max_length=max_length),
+        "lm-eval": lambda: read_harness(spec, checkpoint=checkpoint),
+    }
+    name, colon, _ = spec.partition(":")
+    if name in readers and colon:
+        return readers[name]()
+    near = difflib.get_close_matches(name, readers, n=1)
+    hint = f"did you mean {near[0] + ':'!r}? " if near else ""
+    raise task_error(spec or "an empty task", f"unknown task {name!r}; {hint}the known forms are {FORMS}")

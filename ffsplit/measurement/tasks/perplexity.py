@@ -1,0 +1,93 @@
+"""Perplexity of a causal language model on running text, in windows that do not overlap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch.nn import functional
+
+from ffsplit.calibration.batches import padded_batches
+from ffsplit.calibration.text_files import lines
+from ffsplit.config import Record, digest_of
+from ffsplit.errors import FFSplitError
+from ffsplit.measurement.tasks.scoring import Score, longest_row
+from ffsplit.measurement.tasks.table import read_decoded, task_error, task_file
+from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.load import load_tokenizer, quiet_transformers
+
+HEAD = "ForCausalLM"
+LONGEST_WINDOW = 2048
+"""Tokens, where the model reads more and no length is asked for: the length that papers use."""
+LOGITS_AT_ONCE = 1 << 26
+
+
+class Perplexity(Record):
+    """Running text, cut into windows of `max_length` tokens; the last one may be shorter."""
+
+    kind: Literal["perplexity"] = "perplexity"
+    name: str
+    text: str
+    max_length: int
+
+    @property
+    def digest(self) -> str:
+        return digest_of({"text": self.text})
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return (self.text,)
+
+    def score(self, model: Any, tokenizer: Any) -> tuple[Score, ...]:
+        ids = tokenize_text(tokenizer, self.text)
+        windows = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
+        value, num_tokens = windows_perplexity(model, windows)
+        return (Score(self.name, "perplexity", value, num_tokens, higher_is_better=False),)
+
+
+def read_perplexity(spec: str, *, checkpoint: Checkpoint, max_length: int | None) -> Perplexity:
+    """`perplexity:file.txt`, for a causal language model. Raises ConfigError when either does not fit."""
+    if not checkpoint.class_name.endswith(HEAD):
+        what = checkpoint.class_name or "a model without a head"
+        raise task_error(spec, f"perplexity needs a causal language model (...{HEAD}), not {what}")
+    file = task_file(spec, suffixes=(".txt",))
+    if file.columns:
+        raise task_error(spec, f"a .txt file has no columns; write perplexity:{file.path}")
+    window = min(max_length or LONGEST_WINDOW, longest_row(checkpoint))
+    if window < 2:
+        raise task_error(spec, f"windows of {window} token predict nothing; give --max-length 2 at least")
+    text = "".join(lines(read_decoded(file)))
+    if len(tokenize_text(load_tokenizer(checkpoint), text.strip()[:4096])) < 2:
+        raise task_error(spec, "the text is a single token, which predicts nothing; give more text")
+    return Perplexity(name=f"perplexity {file.path.name}", text=text, max_length=window)
+
+
+def tokenize_text(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of all the text, with the special tokens that the tokenizer puts around it."""
+    with quiet_transformers():  # which would warn that no model reads so much at once
+        ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
+
+
+@torch.no_grad()
+def windows_perplexity(model: Any, windows: Sequence[Sequence[int]]) -> tuple[float, int]:
+    """exp of the mean loss in nats, and how many tokens were predicted: all but the first of each window."""
+    longest = max(map(len, windows))
+    batch_tokens = max(longest, LOGITS_AT_ONCE // int(model.config.vocab_size))
+    long_enough = [ids for ids in windows if len(ids) > 1]
+    total, num_tokens = 0.0, 0
+    for batch in padded_batches(long_enough, batch_tokens=batch_tokens, pad_id=0):
+        batch = batch.to(model.device)
+        is_target = batch.attention_mask[:, 1:].bool()
+        targets = batch.input_ids[:, 1:][is_target]
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        losses = functional.cross_entropy(logits[:, :-1][is_target].float(), targets, reduction="none")
+        total += float(losses.sum(dtype=torch.float64))
+        num_tokens += len(targets)
+    loss = total / num_tokens
+    try:
+        return math.exp(loss), num_tokens
+    except OverflowError:
+        raise FFSplitError(f"the perplexity overflows: a mean loss of {loss:.4g} nats a token") from None

@@ -1,0 +1,145 @@
+"""The files that tasks are read from, and their rows: delimited or JSON Lines, with or without a header."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ffsplit.calibration.text_files import (
+    DIALECTS,
+    checked_text,
+    decoded,
+    delimited_rows,
+    json_records,
+    no_column,
+    source_error,
+)
+from ffsplit.errors import ConfigError
+
+TABLES = (".csv", ".tsv", ".jsonl")
+
+_FILE = re.compile(r"(?P<path>.+?(?P<suffix>\.(csv|tsv|jsonl|txt)))(#(?P<columns>.*))?", re.I | re.S)
+_HEADER_CELL = re.compile(r"[A-Za-z_][\w.-]*")  # one word; sentences have several
+
+
+class TaskFile(NamedTuple):
+    """A file as `--eval` names it. `columns` are names or 0-based indices; none stands for the usual ones."""
+
+    spec: str
+    path: Path
+    suffix: str
+    columns: tuple[str, ...]
+
+
+class Row(NamedTuple):
+    """The chosen cells of one row, stripped, and where it is: file and line."""
+
+    where: str
+    cells: tuple[str, ...]
+
+
+def task_error(spec: str, why: str) -> ConfigError:
+    return ConfigError(f"cannot evaluate {spec}: {why}")
+
+
+def task_file(spec: str, *, suffixes: Sequence[str]) -> TaskFile:
+    """Take `task:file.suffix#columns` apart. Raises ConfigError when there is no such file."""
+    rest = spec.partition(":")[2]
+    match = _FILE.fullmatch(rest)
+    suffix = match["suffix"].lower() if match else Path(rest).suffix
+    if match is None or suffix not in suffixes:
+        raise task_error(spec, f"it needs a file that ends in {' or '.join(suffixes)}, not {rest!r}")
+    path = Path(match["path"]).expanduser()
+    if not path.is_file():
+        problem = "is a directory" if path.is_dir() else "does not exist"
+        raise task_error(spec, f"{path} {problem}; check the path")
+    columns = tuple(match["columns"].split(",")) if match["columns"] is not None else ()
+    return TaskFile(spec, path, suffix, columns)
+
+
+def read_decoded(file: TaskFile) -> str:
+    """The file's text. Raises ConfigError when it cannot be read, is not UTF-8 or is empty."""
+    try:
+        return decoded(file.spec, file.path)
+    except OSError as error:
+        raise task_error(file.spec, f"{error.strerror or 'the file cannot be read'}") from None
+
+
+def read_rows(file: TaskFile, *, names: Sequence[str], is_value: Callable[[str], bool]) -> list[Row]:
+    """As many cells of every row as there are `names`, the file's own columns or the ones it names.
+
+    Without named columns JSON Lines has the fields `names`, and a table has just these columns in this
+    order. A table's first row is its header where a column is chosen by name, or where its cells are
+    single words and the last of them is no value. Raises ConfigError for any row that does not fit.
+    """
+    if file.columns and len(file.columns) != len(names):
+        raise task_error(file.spec, f"name {len(names)} columns after #: {','.join(names)}")
+    read = _read_json if file.suffix == ".jsonl" else _read_table
+    rows = read(file, names, is_value)
+    if not rows:
+        raise task_error(file.spec, "the file has no rows; name a file with some")
+    for row in rows:
+        for name, cell in zip(names[:-1], row.cells[:-1], strict=True):
+            if not cell:
+                raise task_error(row.where, f"the {name} is empty; mend or remove the row")
+    return rows
+
+
+def _read_json(file: TaskFile, names: Sequence[str], is_value: Callable[[str], bool]) -> list[Row]:
+    fields = file.columns or tuple(names)
+    rows = []
+    for where, record in json_records(read_decoded(file), file.path):
+        for field in fields:
+            if field not in record:
+                raise no_column(where, field, list(record), noun="field")
+        *texts, last = (record[field] for field in fields)
+        cells = [checked_text(where, field, text) for field, text in zip(fields, texts, strict=False)]
+        rows.append(Row(where, (*(cell.strip() for cell in cells), _value_cell(where, fields[-1], last))))
+    return rows
+
+
+def _value_cell(where: str, field: str, value: object) -> str:
+    """A score or a label as a table would write it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return checked_text(where, field, value).strip()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else repr(value)
+
+
+def _read_table(file: TaskFile, names: Sequence[str], is_value: Callable[[str], bool]) -> list[Row]:
+    numbered = delimited_rows(read_decoded(file), file.path, dialect=DIALECTS[file.suffix])
+    header = numbered[0][1]
+    indices = [_index(file, column, header) for column in file.columns] or list(range(len(names)))
+    rows = []
+    for number, cells in numbered:
+        where = f"{file.path}:{number}"
+        if not file.columns and len(cells) != len(names):
+            expected = f"expected {len(names)} columns ({', '.join(names)}), found {len(cells)}"
+            raise source_error(where, f"{expected}; mend the row, or choose columns with #")
+        if max(indices) >= len(cells):
+            raise source_error(where, f"the row has {len(cells)} column(s), not {len(header)}; mend it")
+        rows.append(Row(where, tuple(cells[index].strip() for index in indices)))
+    by_name = any(not _is_index(column) for column in file.columns)
+    return rows[1:] if by_name or _is_header(rows[0].cells, is_value) else rows
+
+
+def _is_index(column: str) -> bool:
+    return column.isascii() and column.isdigit()
+
+
+def _index(file: TaskFile, column: str, header: Sequence[str]) -> int:
+    if _is_index(column):
+        if int(column) >= len(header):
+            last = len(header) - 1
+            raise source_error(
+                file.spec, f"no column {column}: its {len(header)} column(s) are numbered 0 to {last}"
+            )
+        return int(column)
+    if column not in header or not column:
+        raise no_column(file.spec, column, header)
+    return header.index(column)
+
+
+def _is_header(cells: Sequence[str], is_value: Callable[[str], bool]) -> bool:
+    return not is_value(cells[-1]) and all(_HEADER_CELL.fullmatch(cell) for cell in cells)

@@ -1,0 +1,78 @@
+"""An earlier run whose neuron statistics serve again: what it must share with this one, what it lends it.
+
+Raw activations are never published, so the FFN inputs that refits learn from are sampled again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ffsplit.artifacts.manifest import CalibrationRecord, StatisticsOrigin
+from ffsplit.artifacts.statistics import PublishedStatistics
+from ffsplit.calibration.sampling import TextSample
+from ffsplit.config import JobConfig
+from ffsplit.errors import ConfigError
+from ffsplit.stages.profile import ComputeProfile
+
+
+def inherit(config: JobConfig, origin: PublishedStatistics) -> JobConfig:
+    """The job with the earlier run's text and seed wherever it was given none of its own."""
+    manifest = origin.manifest
+    settings = manifest.recipe.get("calibration", {})
+    lent = {
+        "calibration": manifest.calibration.sources,
+        "seed": manifest.config.seed,
+        "samples": settings.get("samples"),
+        "max_length": settings.get("max_length"),
+    }
+    given = {name for name in config.model_fields_set if getattr(config, name) is not None}
+    return config.model_copy(update={name: value for name, value in lent.items() if name not in given})
+
+
+def check_origin(
+    origin: PublishedStatistics,
+    *,
+    digests: Mapping[str, str],
+    revision: str | None,
+    profile: ComputeProfile,
+) -> None:
+    """Raise ConfigError unless the statistics are of this model and tokenizer, computed as this run is."""
+    model, where = origin.manifest.model, f"--stats {origin.uri}"
+    mend = "give a run of this one, or leave --stats out"
+    if model.digest != digests["model"]:
+        theirs, ours = _name(model.id, model.revision), f"revision {revision}" if revision else "this one"
+        raise ConfigError(f"{where} is of another model or revision, {theirs}, not {ours}: {mend}")
+    if model.tokenizer_digest != digests["tokenizer"]:
+        raise ConfigError(f"{where} was collected with another tokenizer: {mend}")
+    theirs_profile = ComputeProfile.resolve(origin.manifest.config)
+    if theirs_profile != profile:
+        raise ConfigError(
+            f"{where} was computed on {_describe(theirs_profile)}, this run is on {_describe(profile)}: "
+            "give the same --device and --dtype, or leave --stats out"
+        )
+
+
+def calibration_record(origin: PublishedStatistics, *, text: TextSample) -> CalibrationRecord:
+    """What the statistics were collected on, and this run's held-out rows."""
+    manifest = origin.manifest
+    return manifest.calibration.model_copy(
+        update={
+            "held_out_rows": len(text.held_out),
+            "held_out_is_disjoint": text.held_out_is_disjoint,
+            "statistics_from": StatisticsOrigin(
+                uri=origin.uri,
+                run_key=manifest.run_key,
+                attempt=manifest.attempt,
+                sha256=origin.sha256,
+                sampled_text_digest=text.digest,
+            ),
+        }
+    )
+
+
+def _name(model: str, revision: str | None) -> str:
+    return f"{model} at {revision}" if revision else model
+
+
+def _describe(profile: ComputeProfile) -> str:
+    return f"{profile.device} in {profile.dtype} with {profile.threads} threads"

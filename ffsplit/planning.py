@@ -1,0 +1,179 @@
+"""What budgets would give, from an earlier run's statistics and manifest: no model, no forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from ffsplit.artifacts.statistics import open_statistics
+from ffsplit.calibration.parquet import read_statistics
+from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.config import Budget, BudgetKind, JobConfig, Record
+from ffsplit.environment import hardware_fingerprint
+from ffsplit.errors import BudgetError, ConfigError
+from ffsplit.ffn import LayerLayout, is_stock_form
+from ffsplit.recipes.recipe import Recipe, load_recipe, recipe_of
+from ffsplit.splitting.latency import read_latency_table
+from ffsplit.splitting.plan import num_energetic, plan_split
+from ffsplit.splitting.scores import energy_counts, energy_outside
+from ffsplit.splitting.solver import Solver
+from ffsplit.stages.profile import ComputeProfile
+
+DEFAULT_KEEPS = (0.75, 0.5, 0.3535, 0.25, 0.2, 0.125)
+
+
+class LayerForecast(Record):
+    """What one budget makes of one layer."""
+
+    layer: int
+    layout: LayerLayout
+    num_elements: int
+    size_bytes: int
+    heavy_neurons: tuple[int, ...]
+    energy_outside: float = Field(
+        description="the predicted error: share of the layer's output energy, as the sum of its neurons' "
+        "own, that is not the heavy hitters'. Where the rest is dropped, it is dropped; where the rest "
+        "is compressed, it is what the compressed part carries. What a refit makes up for is not in it"
+    )
+
+
+class BudgetForecast(Record):
+    """What one budget makes of the model, with uniform layers."""
+
+    budget: Budget
+    keep: float = Field(description="FFN elements stored over the original's")
+    plain: bool
+    num_parameters: int
+    num_parameters_without_embeddings: int
+    ffn_elements: int
+    ffn_bytes: int
+    latency_ms: float | None = Field(description="by the table, where one is given")
+    energy_outside: float = Field(description="mean over the layers")
+    layers: tuple[LayerForecast, ...]
+
+
+class Concentration(Record):
+    """How a layer's output energy is spread over its neurons."""
+
+    layer: int
+    num_neurons: int
+    neurons_for_energy: dict[str, int] = Field(description="percent of energy -> how few neurons hold it")
+
+
+class Plans(Record):
+    """What an earlier run's model would become under many budgets."""
+
+    model: str
+    statistics: str
+    statistics_sha256: str
+    recipe: str
+    allocation: str = Field(description="forecasts are uniform; a recipe that searches decides while it runs")
+    num_parameters: int
+    num_parameters_without_embeddings: int
+    ffn_elements: int
+    ffn_bytes: int
+    concentration: tuple[Concentration, ...]
+    budgets: tuple[BudgetForecast, ...]
+
+
+def checked_budget(kind: BudgetKind, limit: float, *, latency_table: str | None = None) -> Budget:
+    """A budget under the rules of a job's. Raises ConfigError in one line."""
+    table = latency_table if kind == "max_latency_ms" else None
+    fields = {kind: limit, "latency_table": table}
+    budget = JobConfig.checked(model="-", out="-", **fields).budget
+    assert budget is not None
+    return budget
+
+
+def plan_budgets(
+    uri: str,
+    *,
+    budgets: Sequence[Budget] = (),
+    recipe: str | None = None,
+    latency_table: str | None = None,
+) -> Plans:
+    """Forecast every budget; without any, some usual fractions that the recipe can meet.
+
+    Raises ConfigError when the URI holds no statistics or its manifest not the model's shape, and
+    BudgetError when one of the budgets cannot be met.
+    """
+    published = open_statistics(uri)
+    manifest, model = published.manifest, published.manifest.model.shape
+    if model is None:
+        raise ConfigError(f"{uri} was made by ffsplit {manifest.ffsplit_version}, without the model's shape")
+    statistics = read_statistics(published.path)
+    chosen = load_recipe(recipe) if recipe is not None else recipe_of(manifest.recipe, where=uri)
+    table = None
+    if latency_table is not None:
+        hardware = hardware_fingerprint(ComputeProfile.resolve(manifest.config).device)
+        table = read_latency_table(latency_table, model=model, hardware=hardware)
+    solver = Solver(
+        model=model,
+        heavy=chosen.heavy,
+        steps=chosen.steps,
+        latency=table,
+        num_energetic=num_energetic(chosen.heavy, statistics),
+    )
+    given = budgets or [Budget(kind="keep", limit=keep) for keep in DEFAULT_KEEPS]
+    forecasts = []
+    for budget in given:
+        try:
+            forecasts.append(_forecast(budget, solver, statistics, recipe=chosen))
+        except BudgetError:
+            if budgets:
+                raise
+    return Plans(
+        model=manifest.model.id,
+        statistics=published.uri,
+        statistics_sha256=published.sha256,
+        recipe=chosen.name,
+        allocation="uniform",
+        num_parameters=model.num_parameters,
+        num_parameters_without_embeddings=model.num_parameters_without_embeddings,
+        ffn_elements=model.ffn_elements,
+        ffn_bytes=model.ffn_bytes,
+        concentration=tuple(_concentration(layer, stats) for layer, stats in enumerate(statistics)),
+        budgets=tuple(forecasts),
+    )
+
+
+def _concentration(layer: int, stats: NeuronStats) -> Concentration:
+    return Concentration(layer=layer, num_neurons=stats.num_neurons, neurons_for_energy=energy_counts(stats))
+
+
+def _forecast(
+    budget: Budget, solver: Solver, statistics: Sequence[NeuronStats], *, recipe: Recipe
+) -> BudgetForecast:
+    model, layouts = solver.model, solver.solve(budget)
+    layers = []
+    for plan, shape, stats in zip(
+        plan_split(statistics, layouts, score=recipe.score), model.shapes, statistics, strict=True
+    ):
+        layers.append(
+            LayerForecast(
+                layer=plan.layer,
+                layout=plan.layout,
+                num_elements=plan.layout.num_elements(shape),
+                size_bytes=plan.layout.size_bytes(shape, model.itemsize),
+                heavy_neurons=plan.heavy_neurons,
+                energy_outside=energy_outside(stats, plan.heavy_neurons),
+            )
+        )
+    elements = model.elements_of(layouts)
+    timed = solver.latency is not None and all(layout.is_dense for layout in layouts)
+    in_latency = Budget(kind="max_latency_ms", limit=1)
+    return BudgetForecast(
+        budget=budget,
+        keep=elements / model.ffn_elements,
+        plain=is_stock_form(layouts, model.shapes),
+        num_parameters=model.parameters_of(layouts),
+        num_parameters_without_embeddings=model.num_parameters_without_embeddings
+        - model.ffn_elements
+        + elements,
+        ffn_elements=elements,
+        ffn_bytes=model.bytes_of(layouts),
+        latency_ms=solver.cost(in_latency, layouts) if timed else None,
+        energy_outside=sum(layer.energy_outside for layer in layers) / len(layers),
+        layers=tuple(layers),
+    )

@@ -1,0 +1,92 @@
+"""Integer grids: matrices as int8, or as two 4-bit integers a byte, with float16 scales.
+
+Names follow compressed-tensors: `weight` [rows, columns] or packed, `weight_scale` [rows, groups].
+Grids are symmetric, so there are no zero points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def scales_of(weight: Tensor, *, num_bits: int, group_size: int | None) -> Tensor:
+    """The scale of each row's groups of `group_size` columns (None: all), [rows, groups] float16.
+
+    The largest magnitude of a group lands on the largest integer.
+    """
+    num_columns = weight.shape[1]
+    size = num_columns if group_size is None else min(group_size, num_columns)
+    groups = torch.split(weight, size, dim=1)
+    largest = torch.stack([group.abs().amax(dim=1) for group in groups], dim=1)
+    smallest = torch.finfo(torch.float16).smallest_normal
+    scale: Tensor = (largest.float() / (2 ** (num_bits - 1) - 1)).clamp(min=smallest)
+    return scale.half()
+
+
+def quantize_rows(
+    weight: Tensor, weight_scale: Tensor, *, num_bits: int, group_size: int | None
+) -> dict[str, Tensor]:
+    """Round a matrix [rows, columns] to the grid of its scales [rows, groups].
+
+    Returns `weight`, int8, or uint8 with two values a byte for 4 bits, and `weight_scale`.
+    """
+    limit = 2 ** (num_bits - 1) - 1
+    values = (
+        (weight.float() / _spread(weight_scale, weight.shape[1], group_size)).round().clamp(-limit, limit)
+    )
+    integers = values.to(torch.int8)
+    return {"weight": _packed(integers) if num_bits == 4 else integers, "weight_scale": weight_scale}
+
+
+def dequantize(
+    tensors: Mapping[str, Tensor],
+    *,
+    num_columns: int,
+    group_size: int | None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """The matrix [rows, columns] on the grid, in floating point."""
+    weight, scale = tensors["weight"], tensors["weight_scale"]
+    integers = _unpacked(weight, num_columns) if weight.dtype == torch.uint8 else weight
+    return integers.to(dtype) * _spread(scale, num_columns, group_size).to(dtype)
+
+
+def fake_round(weight: Tensor, weight_scale: Tensor, *, num_bits: int) -> Tensor:
+    """A matrix rounded to the grid of one scale a row, in floating point."""
+    limit = 2 ** (num_bits - 1) - 1
+    scale = weight_scale.to(weight.dtype)
+    return (weight / scale).round().clamp(-limit, limit) * scale
+
+
+def fake_quantize(weight: Tensor, *, num_bits: int, group_size: int | None) -> Tensor:
+    """The matrix as it will be once quantized; gradients pass straight through."""
+    with torch.no_grad():
+        scale = scales_of(weight, num_bits=num_bits, group_size=group_size)
+        tensors = quantize_rows(weight, scale, num_bits=num_bits, group_size=group_size)
+        on_grid = dequantize(tensors, num_columns=weight.shape[1], group_size=group_size, dtype=weight.dtype)
+        change = on_grid - weight
+    return weight + change
+
+
+def _spread(weight_scale: Tensor, num_columns: int, group_size: int | None) -> Tensor:
+    """The scales as one a column, float32; one scale a row is left to broadcast."""
+    if group_size is None or weight_scale.shape[1] == 1:
+        return weight_scale.float()
+    return weight_scale.float().repeat_interleave(group_size, dim=1)[:, :num_columns]
+
+
+def _packed(integers: Tensor) -> Tensor:
+    """Two's-complement nibbles, the even column in the low half; an odd last column gets a zero."""
+    if integers.shape[1] % 2:
+        integers = torch.nn.functional.pad(integers, (0, 1))
+    nibbles = (integers & 0xF).to(torch.uint8)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+
+
+def _unpacked(packed: Tensor, num_columns: int) -> Tensor:
+    low, high = packed & 0xF, packed >> 4
+    nibbles = torch.stack([low, high], dim=2).flatten(1)[:, :num_columns].to(torch.int8)
+    return torch.where(nibbles > 7, nibbles - 16, nibbles)

@@ -1,0 +1,92 @@
+"""Latency tables: how long a forward pass takes on one machine, by the width of the FFNs."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from ffsplit.config import Record
+from ffsplit.errors import ConfigError
+from ffsplit.ffn import ModelShape
+
+Hardware = dict[str, str | int]
+
+
+class LatencyPoint(Record):
+    """A whole forward pass with every FFN of this width: the median of its times."""
+
+    width: int = Field(ge=1)
+    ms: float = Field(gt=0)
+
+
+class LatencyTable(Record):
+    """Forward passes of one model at one shape on one machine. Points are as measured."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    model_shape: ModelShape
+    batch_size: int = Field(ge=1)
+    num_tokens: int = Field(ge=1, description="tokens a row")
+    dtype: str
+    num_threads: int
+    hardware: Hardware = Field(description="a fingerprint: the table is refused where it differs")
+    points: tuple[LatencyPoint, ...] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _rises(self) -> LatencyTable:
+        widths = [point.width for point in self.points]
+        if widths != sorted(set(widths)):
+            raise ValueError("widths must rise")
+        return self
+
+    @cached_property
+    def _monotone(self) -> list[float]:
+        """The times, made to rise with the width: neighbours out of order share their mean.
+
+        Source: pool adjacent violators, Ayer et al., 1955; the least-squares monotone fit.
+        """
+        pools: list[tuple[float, int]] = []
+        for point in self.points:
+            mean, count = point.ms, 1
+            while pools and pools[-1][0] > mean:
+                earlier, size = pools.pop()
+                mean, count = (earlier * size + mean * count) / (size + count), size + count
+            pools.append((mean, count))
+        return [mean for mean, count in pools for _ in range(count)]
+
+    def ms(self, width: int) -> float:
+        """Milliseconds at a width, by linear interpolation; constant beyond the ends."""
+        widths, times = [point.width for point in self.points], self._monotone
+        right = bisect_right(widths, width)
+        if right in (0, len(widths)):
+            return times[min(right, len(widths) - 1)]
+        left = right - 1
+        share = (width - widths[left]) / (widths[right] - widths[left])
+        return times[left] + share * (times[right] - times[left])
+
+
+def read_latency_table(path: str, *, model: ModelShape, hardware: Mapping[str, str | int]) -> LatencyTable:
+    """A table that holds for this model on this machine. Raises ConfigError, in one line, otherwise."""
+    again = "measure one here with ffsplit latency-table"
+    try:
+        table = LatencyTable.model_validate_json(Path(path).expanduser().read_bytes())
+    except OSError as error:
+        raise ConfigError(f"--latency-table {path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "JSON"
+        raise ConfigError(f"--latency-table {path}: {where}: {first['msg']}: {again}") from None
+    for name in sorted({*table.hardware, *hardware}):
+        theirs, ours = table.hardware.get(name), hardware.get(name)
+        if theirs != ours:
+            raise ConfigError(
+                f"--latency-table {path} is from another machine ({name} {theirs!r}, here {ours!r}): {again}"
+            )
+    if table.model_shape != model:
+        raise ConfigError(f"--latency-table {path} is of another model, {table.model}: {again}")
+    return table

@@ -1,0 +1,117 @@
+"""The healing stage: one worker with all threads, which can go on from its own checkpoints."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ffsplit.artifacts.scratch import Result, Scratch
+from ffsplit.calibration.batches import tokenize_rows
+from ffsplit.compressors.quantize import QuantizeCompressor
+from ffsplit.config import Record
+from ffsplit.healing.heal import HealingData, fake_quantized, heal, settle
+from ffsplit.healing.settings import HealingSettings
+from ffsplit.healing.state import HealingState
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.stages.profile import ComputeProfile
+
+RESULT, PROGRESS = "healed", "progress"
+
+
+class HealJob(Record):
+    """What to heal, on which text. The compressed checkpoint must be plain."""
+
+    original_directory: str
+    compressed_directory: str
+    rows: tuple[str, ...]
+    validation: tuple[str, ...]
+    max_length: int
+    batch_tokens: int
+    seed: int
+    settings: HealingSettings
+    quantization: QuantizeCompressor | None
+    scratch: Scratch
+    profile: ComputeProfile
+    threads: int
+
+
+def heal_job(job: HealJob) -> Result:
+    """Heal the compressed model; its new weights are one safetensors file in the scratch."""
+    with job.profile.applied(threads=job.threads):
+        return job.scratch.load(RESULT) or _heal(job)
+
+
+def _heal(job: HealJob) -> Result:
+    original = open_checkpoint(Path(job.original_directory))
+    compressed = open_checkpoint(Path(job.compressed_directory))
+    device = torch.device(job.profile.device)
+    teacher, student = (
+        load_whole_model(each.directory, original.class_name, dtype=torch.float32).to(device)
+        for each in (original, compressed)
+    )
+    linears = _ffn_linears(student, compressed) if job.quantization is not None else []
+    if job.quantization is not None:
+        fake_quantized(linears, num_bits=job.quantization.num_bits, group_size=job.quantization.group_size)
+    tokenizer = load_tokenizer(original)
+    rows, validation = (
+        tokenize_rows(tokenizer, texts, max_length=job.max_length) for texts in (job.rows, job.validation)
+    )
+    data = HealingData(rows, validation, tokenizer.pad_token_id or 0, job.batch_tokens)
+    state = heal(
+        student,
+        teacher,
+        data,
+        kind=original.architecture.kind,
+        settings=job.settings,
+        seed=job.seed,
+        resume=lambda weights, optimizer: _resume(job.scratch, weights, optimizer),
+        checkpoint=lambda state, weights, optimizer: _checkpoint(job.scratch, state, weights, optimizer),
+    )
+    settle(linears)
+    return _save(job.scratch, student, compressed, state)
+
+
+def _ffn_linears(student: Any, checkpoint: Checkpoint) -> list[nn.Module]:
+    row = checkpoint.architecture
+    base = getattr(student, student.base_model_prefix, student)
+    paths = [path for path in (row.up, row.gate, row.down) if path is not None]
+    return [block.get_submodule(path) for block in base.get_submodule(row.blocks) for path in paths]
+
+
+def _resume(scratch: Scratch, weights: dict[str, Tensor], optimizer: Any) -> HealingState | None:
+    record = scratch.load(PROGRESS)
+    return None if record is None else HealingState.load(scratch.path(record.files[0]), weights, optimizer)
+
+
+def _checkpoint(scratch: Scratch, state: HealingState, weights: dict[str, Tensor], optimizer: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{PROGRESS}.safetensors"
+        state.save(path, weights, optimizer)
+        scratch.save(PROGRESS, {path.name: path}, facts={"step": state.step})
+
+
+def _save(scratch: Scratch, student: Any, checkpoint: Checkpoint, state: HealingState) -> Result:
+    """The student's tensors, under the checkpoint's names and in its dtypes."""
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    tensors = {
+        name: tensor.to("cpu", dtypes[checkpoint.tensors[name].dtype]).contiguous()
+        for name, tensor in student.state_dict().items()
+        if name in checkpoint.tensors and checkpoint.tensors[name].dtype in dtypes
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{RESULT}.safetensors"
+        save_file(tensors, path)
+        facts: dict[str, JsonValue] = {
+            "num_steps": state.step,
+            "best_step": state.best_step,
+            "first_loss": state.first_loss,
+            "best_loss": state.best_loss,
+        }
+        return scratch.save(RESULT, {path.name: path}, facts=facts)

@@ -1,0 +1,121 @@
+"""Healing on tiny models: it learns, it never makes a model worse, and it goes on where it was stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ffsplit.healing.heal import HealingData, fake_quantized, heal, settle, trainable_weights
+from ffsplit.healing.losses import mean_distance
+from ffsplit.healing.settings import HealingSettings
+from ffsplit.healing.state import HealingState
+from ffsplit.quantization import fake_quantize
+from tests.tiny_models import make_model, random_rows
+
+KINDS: list[tuple[str, str, Any]] = [("bert", "", "encoder"), ("llama", "ForCausalLM", "causal_lm")]
+
+
+def disturbed(family: str, head: str, *, noise: float = 0.05) -> Any:
+    """A model near `make_model(family)`, as a compressed one is."""
+    model = make_model(family, head=head)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trainable_weights(model).values():
+            parameter += noise * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def data() -> HealingData:
+    rows = random_rows(64, seed=1)
+    return HealingData(rows[:48], rows[48:], pad_id=0, batch_tokens=512)
+
+
+def run(student: Any, teacher: Any, kind: Any, **options: Any) -> HealingState:
+    settings = HealingSettings(**({"epochs": 2, "batch_rows": 8, "learning_rate": 3e-3} | options))
+    return heal(
+        student,
+        teacher,
+        data(),
+        kind=kind,
+        settings=settings,
+        seed=0,
+        resume=lambda weights, optimizer: None,
+        checkpoint=lambda state, weights, optimizer: None,
+    )
+
+
+@pytest.mark.parametrize(("family", "head", "kind"), KINDS)
+def test_the_student_comes_closer(family: str, head: str, kind: Any) -> None:
+    teacher, student = make_model(family, head=head), disturbed(family, head)
+    state = run(student, teacher, kind)
+    assert state.best_loss < 0.8 * state.first_loss
+    batches = [batch for batch in validation_batches()]
+    assert mean_distance(student, teacher, batches, kind=kind) == pytest.approx(state.best_loss, rel=1e-5)
+
+
+def validation_batches() -> list[Any]:
+    from ffsplit.calibration.batches import padded_batches
+
+    return list(padded_batches(data().validation, batch_tokens=512, pad_id=0))
+
+
+def test_a_hopeless_learning_rate_returns_the_model_it_was_given() -> None:
+    teacher, student = make_model("bert"), disturbed("bert", "", noise=0.001)
+    before = {name: weight.detach().clone() for name, weight in trainable_weights(student).items()}
+    state = run(student, teacher, "encoder", learning_rate=10.0, max_gradient_norm=1e6, patience=2)
+    assert state.best_step == 0
+    assert state.step < 12
+    assert all(torch.equal(weight, before[name]) for name, weight in trainable_weights(student).items())
+
+
+def test_embeddings_stay_as_they_are() -> None:
+    teacher, student = make_model("bert"), disturbed("bert", "")
+    before = student.embeddings.word_embeddings.weight.detach().clone()
+    run(student, teacher, "encoder", epochs=1)
+    assert torch.equal(student.embeddings.word_embeddings.weight, before)
+
+
+def test_a_stopped_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    teacher = make_model("bert")
+    whole = disturbed("bert", "")
+    run(whole, teacher, "encoder")
+    path = tmp_path / "state.safetensors"
+
+    class Stopped(Exception):
+        pass
+
+    def stop(state: HealingState, weights: dict[str, torch.Tensor], optimizer: Any) -> None:
+        state.save(path, weights, optimizer)
+        raise Stopped
+
+    settings = HealingSettings(epochs=2, batch_rows=8, learning_rate=3e-3, checkpoint_steps=5)
+    nothing: Callable[..., None] = lambda *_: None  # noqa: E731
+    common: dict[str, Any] = {"kind": "encoder", "settings": settings, "seed": 0}
+    with pytest.raises(Stopped):
+        heal(disturbed("bert", ""), teacher, data(), resume=nothing, checkpoint=stop, **common)
+    resumed = disturbed("bert", "")
+
+    def resume(weights: dict[str, torch.Tensor], optimizer: Any) -> HealingState:
+        state = HealingState.load(path, weights, optimizer)
+        assert state.step == 5
+        return state
+
+    heal(resumed, teacher, data(), resume=resume, checkpoint=nothing, **common)
+    for name, weight in trainable_weights(resumed).items():
+        assert torch.equal(weight, trainable_weights(whole)[name]), name
+
+
+def test_quantization_in_mind_leaves_weights_on_the_grid() -> None:
+    teacher, student = make_model("bert"), disturbed("bert", "")
+    linears = [layer.intermediate.dense for layer in student.encoder.layer]
+    fake_quantized(linears, num_bits=8, group_size=None)
+    state = run(student, teacher, "encoder", epochs=1)
+    settle(linears)
+    assert state.best_loss < state.first_loss
+    for linear in linears:
+        weight = linear.weight.detach()
+        assert torch.equal(fake_quantize(weight, num_bits=8, group_size=None), weight)

@@ -1,0 +1,114 @@
+"""SPECs become tasks, and tasks scores of two models, each scored once."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.measurement.tasks import Classification
+from ffsplit.measurement.tasks.evaluations import Evaluation, read_evaluations, score_evaluations
+from ffsplit.measurement.tasks.scoring import Score
+from ffsplit.models.checkpoint import Checkpoint
+from tests.measurement.tasks.conftest import LoadedFactory
+from tests.tiny_models import make_model
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    path = tmp_path / "pairs.csv"
+    path.write_text("the people,her people,3\nat home,many years,1\none two,first time,2\n")
+    return path
+
+
+def read(spec: str, checkpoint: Checkpoint, **options: Any) -> tuple[Evaluation, ...]:
+    given: dict[str, Any] = {"calibration": (), "max_length": None}
+    return read_evaluations((spec,), checkpoint=checkpoint, **(given | options))
+
+
+def test_the_key_names_the_data_and_no_path(loaded: LoadedFactory, pairs: Path, tmp_path: Path) -> None:
+    checkpoint = loaded("bert").checkpoint
+    (first,) = read(f"sts:{pairs}", checkpoint)
+    elsewhere = tmp_path / "elsewhere.csv"
+    elsewhere.write_text(pairs.read_text())
+    (second,) = read(f"sts:{elsewhere}#0,1,2", checkpoint)
+    assert first.key_inputs == second.key_inputs
+    assert str(tmp_path) not in str(first.key_inputs)
+    elsewhere.write_text(pairs.read_text().replace("3", "4"))
+    (third,) = read(f"sts:{elsewhere}", checkpoint)
+    assert third.key_inputs != first.key_inputs
+
+
+def test_a_window_is_part_of_the_key(loaded: LoadedFactory, tmp_path: Path) -> None:
+    checkpoint = loaded("llama", head="ForCausalLM").checkpoint
+    (tmp_path / "a.txt").write_text("the people of this time " * 20)
+    keys = [read(f"perplexity:{tmp_path}/a.txt", checkpoint, max_length=n)[0].key_inputs for n in (16, 32)]
+    assert keys[0] != keys[1]
+
+
+def test_a_spec_given_twice_counts_once(loaded: LoadedFactory, pairs: Path) -> None:
+    spec = f"sts:{pairs}"
+    options: dict[str, Any] = {"checkpoint": loaded("bert").checkpoint, "calibration": (), "max_length": 8}
+    assert len(read_evaluations((spec, f"{spec}#0,1,2", spec), **options)) == 2
+
+
+def test_sentences_seen_in_calibration_are_counted(loaded: LoadedFactory, pairs: Path) -> None:
+    (found,) = read(f"sts:{pairs}", loaded("bert").checkpoint, calibration=("At home", "many years", "other"))
+    assert found.overlap_with_calibration == 2
+
+
+def test_scores_of_both_models(loaded: LoadedFactory, pairs: Path) -> None:
+    checkpoint, model, tokenizer = loaded("bert")
+    other = make_model("bert", seed=1)
+    evaluations = read(f"sts:{pairs}", checkpoint, calibration=("at home",))
+    (score,) = score_evaluations(evaluations, model, other, tokenizer)
+    task = evaluations[0].task
+    assert score.original == task.score(model, tokenizer)[0].value
+    assert score.compressed == task.score(other, tokenizer)[0].value
+    assert (score.name, score.spec, score.metric) == ("sts pairs.csv", f"sts:{pairs}", "spearman")
+    assert (score.digest, score.num_examples, score.overlap_with_calibration) == (task.digest, 3, 1)
+    assert Evaluation.model_validate_json(evaluations[0].model_dump_json()) == evaluations[0]
+
+
+def test_each_model_is_scored_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Classification(name="c", texts=("a",), labels=(0,), num_labels=2, max_length=8)
+    scored = []
+
+    def score(self: Classification, model: str, tokenizer: Any) -> tuple[Score, ...]:
+        scored.append(model)
+        return tuple(Score("c", metric, len(model), 1) for metric in ("accuracy", "f1"))
+
+    monkeypatch.setattr(Classification, "score", score)
+    evaluation = Evaluation(spec="classification:c.tsv", task=task, overlap_with_calibration=0)
+    scores = score_evaluations((evaluation,), "original", "compressed", None)
+    assert scored == ["original", "compressed"]
+    found = [(each.metric, each.original, each.compressed) for each in scores]
+    assert found == [("accuracy", 8, 10), ("f1", 8, 10)]
+
+
+def test_a_score_that_is_no_number_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Classification(name="c", texts=("a",), labels=(0,), num_labels=2, max_length=8)
+    answer = (Score("c", "accuracy", math.nan, 1),)
+    monkeypatch.setattr(Classification, "score", lambda *_: answer)
+    evaluation = Evaluation(spec="classification:c.tsv", task=task, overlap_with_calibration=0)
+    with pytest.raises(FFSplitError, match=r"classification:c\.tsv: the accuracy is nan"):
+        score_evaluations((evaluation,), None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("stss:a.csv", "unknown task 'stss'; did you mean 'sts:'"),
+        ("clasification:a.csv", "did you mean 'classification:'"),
+        ("glue:cola", "unknown task 'glue'; the known forms are sts:file.csv"),
+        ("sts", "did you mean 'sts:'"),
+        ("a.csv", "unknown task 'a.csv'"),
+        ("", "cannot evaluate an empty task"),
+    ],
+)
+def test_an_unknown_task_gets_a_suggestion(loaded: LoadedFactory, spec: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(spec, loaded("bert").checkpoint)

@@ -1,0 +1,132 @@
+"""Budgets of every kind: never exceeded, the next step would exceed, and the smallest is named."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ffsplit.compressors import LowRankCompressor, PruneCompressor
+from ffsplit.config import Budget, BudgetKind
+from ffsplit.errors import BudgetError
+from ffsplit.ffn import FFNShape, LayerLayout, ModelShape
+from ffsplit.splitting.heavy import HeavyRule
+from ffsplit.splitting.latency import LatencyPoint, LatencyTable
+from ffsplit.splitting.solver import Solver
+
+MINILM = FFNShape(num_neurons=1536, hidden_size=384, gated=False, up_bias=True, down_bias=True)
+MODEL = ModelShape(
+    shapes=(MINILM,) * 6, itemsize=4, num_parameters=22_713_216, num_parameters_without_embeddings=10_646_784
+)
+TABLE = LatencyTable(
+    model="m",
+    model_shape=MODEL,
+    batch_size=8,
+    num_tokens=128,
+    dtype="float32",
+    num_threads=1,
+    hardware={},
+    points=(LatencyPoint(width=64, ms=20), LatencyPoint(width=768, ms=60), LatencyPoint(width=1536, ms=100)),
+)
+ALL, HALF = HeavyRule(by="share", value=1), HeavyRule(by="share", value=0.5)
+PRUNE = Solver(model=MODEL, heavy=ALL, steps=(PruneCompressor(),), latency=TABLE)
+PAPER = Solver(model=MODEL, heavy=HALF, steps=(LowRankCompressor(),))
+
+
+def widths(layouts: tuple[LayerLayout, ...]) -> list[int]:
+    return [layout.num_neurons for layout in layouts]
+
+
+def wider(layouts: tuple[LayerLayout, ...]) -> tuple[LayerLayout, ...]:
+    """The next width that the rule may give: the next multiple of 8."""
+    return tuple(LayerLayout.dense(MINILM, (each.num_neurons // 8 + 1) * 8) for each in layouts)
+
+
+@settings(deadline=None, max_examples=60)
+@given(limit=st.integers(200_000, 28_000_000), solver=st.sampled_from([PRUNE, PAPER]))
+def test_bytes_are_never_exceeded(limit: int, solver: Solver) -> None:
+    layouts = solver.solve(Budget(kind="max_bytes", limit=limit))
+    assert MODEL.bytes_of(layouts) <= limit
+    one_step = 6 * 4 * (MINILM.elements_per_neuron + 2 * (1536 + 384))
+    assert limit - MODEL.bytes_of(layouts) < 0.02 * limit + one_step
+    assert len(set(layouts)) == 1
+
+
+LIMITS: list[tuple[BudgetKind, float]] = [
+    ("max_bytes", 10_000_000),
+    ("max_parameters", 18_000_000),
+    ("max_latency_ms", 47.5),
+]
+
+
+@pytest.mark.parametrize(("kind", "limit"), LIMITS)
+def test_the_next_width_would_exceed(kind: BudgetKind, limit: float) -> None:
+    budget = Budget(kind=kind, limit=limit)
+    layouts = PRUNE.solve(budget)
+    assert PRUNE.cost(budget, layouts) <= limit
+    assert PRUNE.cost(budget, wider(layouts)) > limit
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.3535, 0.2, 0.05, 1.0])
+@pytest.mark.parametrize("kind", ["max_bytes", "max_parameters"])
+def test_what_a_fraction_comes_to_resolves_to_the_same_layouts(keep: float, kind: BudgetKind) -> None:
+    layouts = PRUNE.solve(Budget(kind="keep", limit=keep))
+    limit = PRUNE.cost(Budget(kind=kind, limit=1), layouts)
+    assert PRUNE.solve(Budget(kind=kind, limit=limit)) == layouts
+
+
+def test_a_budget_beyond_the_original_is_the_original() -> None:
+    dense = (LayerLayout.dense(MINILM),) * 6
+    for kind, limit in (("max_bytes", 10**9), ("max_parameters", 10**9), ("max_latency_ms", 1e6)):
+        assert PRUNE.solve(Budget(kind=kind, limit=limit)) == dense
+
+
+@pytest.mark.parametrize("kind", ["max_bytes", "max_parameters", "max_latency_ms"])
+def test_the_error_names_the_smallest_that_works(kind: BudgetKind) -> None:
+    with pytest.raises(BudgetError) as caught:
+        PRUNE.solve(Budget(kind=kind, limit=1))
+    found = re.search(r"smallest is ([\d.]+)$", str(caught.value))
+    assert found and "--" + kind.replace("_", "-") in str(caught.value)
+    smallest = float(found.group(1))
+    assert PRUNE.solve(Budget(kind=kind, limit=smallest))
+    with pytest.raises(BudgetError):
+        PRUNE.solve(Budget(kind=kind, limit=smallest * (1 - 1e-6) - 1e-3))
+
+
+def test_a_latency_budget_is_for_narrower_ffns() -> None:
+    factored = Solver(model=MODEL, heavy=HALF, steps=(LowRankCompressor(),), latency=TABLE)
+    with pytest.raises(BudgetError, match="narrower"):
+        factored.solve(Budget(kind="max_latency_ms", limit=50))
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("keep", 0.3535), *LIMITS])
+def test_a_profile_shares_the_same_budget_out_otherwise(kind: BudgetKind, limit: float) -> None:
+    budget = Budget(kind=kind, limit=limit)
+    layouts = PRUNE.solve(budget, profile=[0.5, 1, 1, 1, 1, 1.5])
+    assert PRUNE.cost(budget, layouts) <= limit
+    first, *middle, last = widths(layouts)
+    assert first < middle[0] < last and len(set(middle)) == 1
+    assert PRUNE.cost(budget, layouts) > 0.9 * limit
+
+
+def test_a_saturated_layer_leaves_its_share_to_the_others() -> None:
+    budget = Budget(kind="keep", limit=0.8)
+    layouts = PRUNE.solve(budget, profile=[10, 1, 1, 1, 1, 1])
+    assert widths(layouts)[0] == 1536
+    assert 0.78 < PRUNE.cost(budget, layouts) <= 0.8
+
+
+def test_heavy_hitters_by_energy_meet_budgets_in_bytes() -> None:
+    solver = Solver(
+        model=MODEL,
+        heavy=HeavyRule(by="energy", value=0.9),
+        steps=(LowRankCompressor(),),
+        num_energetic=(5, 1, 40, 90, 300, 1400),
+    )
+    budget = Budget(kind="max_bytes", limit=8_000_000)
+    layouts = solver.solve(budget)
+    assert MODEL.bytes_of(layouts) <= 8_000_000
+    heavy = [layout.heavy.num_neurons for layout in layouts if layout.heavy]
+    assert heavy[:4] == [5, 1, 40, 90] and heavy[5] < 1400
