@@ -52,7 +52,7 @@ def make_client(uri: str) -> S3Client:
         options["request_checksum_calculation"] = options["response_checksum_validation"] = checksum
     try:
         with s3_errors(f"open {uri}"):
-            config = Config(connect_timeout=10, read_timeout=60, max_pool_connections=16, **options)
+            config = Config(connect_timeout=10, read_timeout=60, max_pool_connections=32, **options)
             session = botocore.session.get_session()
             session.register_component("data_loader", _loader())
             client = Session(botocore_session=session).client("s3", config=config)
