@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from ffsplit import __version__
@@ -102,6 +103,7 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
     add("--revision", metavar="R", help="of a hub id")
     add("--seed", type=int, metavar="N", help="default: 0")
     add("--fresh", action="store_true", help="run again even when this run is committed already")
+    add("--sign-key", metavar="KEY", help="sign the manifest with this EC private key (PEM)")
     add("--json", action="store_true", help="print the manifest alone on stdout")
 
 
@@ -136,9 +138,11 @@ def _job(parsed: argparse.Namespace, *, calibrate_only: bool) -> int:
     from ffsplit.config import JobConfig
     from ffsplit.summary import print_manifest
 
-    fields = {name: value for name, value in vars(parsed).items() if name not in ("run", "json")}
+    fields = {name: value for name, value in vars(parsed).items() if name not in ("run", "json", "sign_key")}
     config = JobConfig.checked(**{name: value for name, value in fields.items() if value is not None})
-    manifest = pipeline.calibrate(config) if calibrate_only else pipeline.compress(config)
+    sign_key = None if parsed.sign_key is None else Path(parsed.sign_key).expanduser()
+    run = pipeline.calibrate if calibrate_only else pipeline.compress
+    manifest = run(config, sign_key=sign_key)
     if parsed.json:
         print(manifest.to_json(), end="")
     else:

@@ -12,10 +12,14 @@ AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
 
 def add_store_commands(command: AddCommand) -> None:
     pull = command("pull", _pull, "bring an artifact to this machine, every byte verified")
-    pull.add_argument("uri", help="where runs were published, a run or an attempt")
+    pull.add_argument("uri", help="where runs were published, a run, an attempt, or a link of `share`")
     pull.add_argument(
         "directory", nargs="?", metavar="DIR", help="default: the cache, whose directory is printed"
     )
+    pull.add_argument("--verify-key", metavar="KEY", help="refuse what this public key's owner did not sign")
+    share = command("share", _share, "make a link by which an artifact is pulled without credentials")
+    share.add_argument("uri", help="where runs were published, a run or an attempt, in s3://")
+    share.add_argument("--expires", default="1h", metavar="T", help="90s, 30m, 12h or 7d; default: 1h")
     listing = command("list", _list, "show what is committed in a store")
     listing.add_argument("uri", help="where runs were published")
     listing.add_argument("--json", action="store_true", help="one JSON array on stdout")
@@ -39,7 +43,16 @@ def _pull(parsed: argparse.Namespace) -> int:
 
     directory = None if parsed.directory is None else Path(parsed.directory).expanduser()
     with bytes_to_stderr("pull") as shown:
-        print(pull(parsed.uri, directory, progress=shown))
+        key = None if parsed.verify_key is None else Path(parsed.verify_key).expanduser()
+        print(pull(parsed.uri, directory, verify_key=key, progress=shown))
+    return 0
+
+
+def _share(parsed: argparse.Namespace) -> int:
+    from ffsplit.artifacts.links import share
+    from ffsplit.artifacts.units import parse_span
+
+    print(share(parsed.uri, expires=parse_span(parsed.expires, name="--expires")))
     return 0
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ffsplit.artifacts.commits import Kind, read_commit
 from ffsplit.artifacts.locate import locate, read_manifest
-from ffsplit.artifacts.manifest import Manifest
+from ffsplit.artifacts.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from ffsplit.artifacts.publish import new_attempt_id, publish_attempt
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX, Result, Scratch
+from ffsplit.artifacts.signing import sign_manifest
 from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.artifacts.stores import NOT_ATOMIC, open_store
 from ffsplit.config import JobConfig
@@ -28,26 +29,33 @@ from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.splitting.plan import LayerPlan, plan_split
 
 
-def compress(config: JobConfig, *, progress: Progress | None = None) -> Manifest:
+def compress(
+    config: JobConfig, *, progress: Progress | None = None, sign_key: Path | None = None
+) -> Manifest:
     """Calibrate, split, compress, measure and publish. Returns the committed manifest.
 
     A run whose key is committed already is not run again. Raises ConfigError for a user's mistake,
     before anything is written, and other FFSplitErrors for failures while running; what was finished
-    by then stays in the scratch, where the next call with the same key finds it.
+    by then stays in the scratch, where the next call with the same key finds it. `sign_key` is a
+    private key to sign the manifest with; it is not recorded anywhere.
     """
-    return _run(config, kind="model", progress=progress)
+    return _run(config, kind="model", progress=progress, sign_key=sign_key)
 
 
-def calibrate(config: JobConfig, *, progress: Progress | None = None) -> Manifest:
+def calibrate(
+    config: JobConfig, *, progress: Progress | None = None, sign_key: Path | None = None
+) -> Manifest:
     """Collect and publish neuron statistics alone; `latest` never moves to them."""
-    return _run(config, kind="statistics", progress=progress)
+    return _run(config, kind="statistics", progress=progress, sign_key=sign_key)
 
 
-def _run(config: JobConfig, *, kind: Kind, progress: Progress | None) -> Manifest:
+def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: Path | None) -> Manifest:
     if kind == "statistics" and config.stats is not None:
         raise ConfigError("--stats is for compress: calibrate collects statistics of its own")
     with progress or Progress.to_stderr() as shown:
         store = open_store(config.out)
+        if sign_key is not None:
+            sign_manifest(b"{}", key=sign_key)  # a key that cannot sign is said before the work
         run = prepare(config)
         key = run.run_key if kind == "model" else run.calibration_key
         if read_commit(store, key) is not None:
@@ -67,6 +75,9 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None) -> Manifes
             run, outcome = compute(Execution(run, scratch, runner, log), staging)
             outcome = replace(outcome, guarantees=guarantees)
             write_documents(run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages)
+            if sign_key is not None:
+                data = (staging / MANIFEST_NAME).read_bytes()
+                (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=sign_key))
             publish_attempt(
                 store, run_key=key, attempt=attempt, directory=staging, kind=kind, move_latest=kind == "model"
             )

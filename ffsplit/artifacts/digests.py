@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ffsplit.artifacts.manifest import MANIFEST_NAME, FileEntry
+from ffsplit.artifacts.manifest import UNLISTED, FileEntry
 from ffsplit.artifacts.paths import is_safe_path
 from ffsplit.errors import ArtifactError
 
@@ -34,14 +34,14 @@ def sha256_file(path: Path) -> str:
 
 
 def file_entries(directory: Path) -> tuple[FileEntry, ...]:
-    """Every file below a directory but its manifest.json, sorted by path, with size and digest.
+    """Every file below a directory but its manifest and signature, sorted, with size and digest.
 
     Raises ArtifactError for anything that no artifact may hold: a symbolic link, a socket, a pipe,
     or a name that is not safe in every store; and when the directory cannot be read.
     """
     entries = []
     for name, path in list_files(directory).items():
-        if name == MANIFEST_NAME:
+        if name in UNLISTED:
             continue
         try:
             entries.append(FileEntry(path=name, size_bytes=path.stat().st_size, sha256=sha256_file(path)))

@@ -91,6 +91,9 @@ class LocalStore:
     def list_details(self, prefix: str) -> Iterator[Stored]:
         yield from sorted(self._walk(prefix, wanted=lambda name: not _TEMPORARY.fullmatch(name)))
 
+    def presign(self, key: str, *, expires_s: int) -> str | None:
+        return None
+
     def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
         found = self._walk("", wanted=lambda name: bool(_TEMPORARY.fullmatch(name)))
         old = [self._root / entry.key for entry in found if entry.modified_at < before]

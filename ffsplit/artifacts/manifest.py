@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any, Final, Literal
 
 from pydantic import Field, ValidationError, field_validator
@@ -16,6 +17,9 @@ from ffsplit.ffn import LayerLayout, ModelShape
 SCHEMA_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 64 << 20
+SIGNATURE_NAME = "manifest.json.sig"
+UNLISTED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
+"""What lies beside the files that a manifest lists."""
 
 
 class FileEntry(Record):
@@ -235,17 +239,21 @@ class Manifest(Record):
         try:
             fields = json.loads(text)
             version = fields.get("schema_version")
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             raise ArtifactError("manifest.json is not a JSON object") from None
         if isinstance(version, int) and version > SCHEMA_VERSION:
             newer = f"manifest schema {version} is newer than {SCHEMA_VERSION}, the newest this version reads"
-            raise ArtifactError(f"{newer}: upgrade ffsplit")
+            needed = str(fields.get("ffsplit_version", ""))
+            known = re.fullmatch(r"\d+(\.\d+){0,3}", needed, re.ASCII)
+            mend = f"pip install 'ffsplit>={needed}'" if known else "upgrade ffsplit"
+            raise ArtifactError(f"{newer}: {mend}")
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise ArtifactError(f"manifest.json: {where}: {first['msg']}") from None
+            shown = where if where.isprintable() else repr(where)
+            raise ArtifactError(f"manifest.json: {shown}: {first['msg']}") from None
 
 
 if __name__ == "__main__":

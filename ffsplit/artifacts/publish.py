@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,9 +22,11 @@ from pathlib import Path
 from ffsplit.artifacts.commits import COMMIT_NAME, Commit, Kind, read_commit, record_bytes
 from ffsplit.artifacts.digests import list_files
 from ffsplit.artifacts.index import add_to_index, move_hint
-from ffsplit.artifacts.manifest import MANIFEST_NAME, Manifest
+from ffsplit.artifacts.manifest import MANIFEST_NAME, UNLISTED, Manifest
 from ffsplit.artifacts.stores import Store
 from ffsplit.errors import ArtifactError, FFSplitError, StoreError
+
+NUM_FILES_AT_ONCE = 4
 
 
 def new_attempt_id() -> str:
@@ -75,7 +79,7 @@ def _check_attempt(
         raise ArtifactError(f"{directory} has no {MANIFEST_NAME}")
     try:
         data = files[MANIFEST_NAME].read_bytes()
-        present = {name: path.stat().st_size for name, path in files.items() if name != MANIFEST_NAME}
+        present = {name: path.stat().st_size for name, path in files.items() if name not in UNLISTED}
     except OSError as error:
         raise ArtifactError(f"cannot read {error.filename}: {error.strerror}") from error
     manifest = Manifest.from_json(data)
@@ -98,13 +102,26 @@ def _put_files(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     sizes = {name: path.stat().st_size for name, path in files.items()}
-    done = 0
-    try:
-        for name, path in files.items():
-            store.put_file(f"{commit.run_key}/{commit.attempt}/{name}", path)
+    done, lock = 0, threading.Lock()
+
+    def put(name: str) -> None:
+        nonlocal done
+        store.put_file(f"{commit.run_key}/{commit.attempt}/{name}", files[name])
+        with lock:
             done += sizes[name]
             if progress:
                 progress(done, sum(sizes.values()))
+
+    try:
+        with ThreadPoolExecutor(NUM_FILES_AT_ONCE) as pool:
+            tasks = [pool.submit(put, name) for name in files if name != MANIFEST_NAME]
+            try:
+                for task in tasks:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+        put(MANIFEST_NAME)
     except BaseException:
         _delete_attempt(store, commit)
         raise

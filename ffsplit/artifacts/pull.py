@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import shutil
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from ffsplit.artifacts.cache import Cache
 from ffsplit.artifacts.digests import sha256_file
+from ffsplit.artifacts.links import LinkedFiles, is_link
 from ffsplit.artifacts.local import LocalStore
 from ffsplit.artifacts.locate import Location, locate, parse_manifest, read_manifest_bytes
 from ffsplit.artifacts.locks import locked
-from ffsplit.artifacts.manifest import MANIFEST_NAME, Manifest
+from ffsplit.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME, UNLISTED, Manifest
 from ffsplit.artifacts.paths import colliding
+from ffsplit.artifacts.signing import MAX_SIGNATURE_BYTES, verify_manifest
+from ffsplit.artifacts.stores import MissingKey, Source, read_at_most
 from ffsplit.artifacts.transfer import Progress, Transfer
 from ffsplit.errors import ArtifactError, ConfigError
 
@@ -22,18 +26,47 @@ _FREE_BYTES = 64 << 20
 """Left free on the disk by a download."""
 
 
-def pull(uri: str, directory: Path | None = None, *, progress: Progress | None = None) -> Path:
+@dataclass(frozen=True)
+class _Origin:
+    """An artifact as it is brought from somewhere: its manifest's bytes are the committed ones."""
+
+    source: Source
+    prefix: str
+    label: str
+    data: bytes
+    manifest: Manifest
+    signature: bytes | None
+    directory: Path | None = None
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+
+def pull(
+    uri: str,
+    directory: Path | None = None,
+    *,
+    verify_key: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
     """Bring an artifact into a directory, or into the cache, and return where it is.
 
-    Every sha256 is checked before the directory appears. A directory that holds this very artifact
-    already is checked in full and kept. Raises ConfigError as `locate` does and when the directory
-    cannot be made or has other content, ArtifactError when the artifact is not whole, StoreError when
-    the store fails: the next pull then takes up what has arrived.
+    `uri` is what `locate` takes, or a link that `ffsplit share` made. Every sha256 is checked before
+    the directory appears. A directory that holds this very artifact already is checked in full and
+    kept. With `verify_key`, a public key, nothing unsigned is brought. Raises ConfigError as `locate`
+    does and when the directory cannot be made or has other content, ArtifactError when the artifact
+    is not whole or not signed, StoreError when the store fails: the next pull then takes up what has
+    arrived.
     """
-    location = locate(uri)
+    origin = _linked(uri) if is_link(uri) else _located(locate(uri))
+    if verify_key is not None:
+        if origin.signature is None:
+            raise ArtifactError(f"{origin.label} is not signed: do not use it, or pull without --verify-key")
+        verify_manifest(origin.data, origin.signature, key=verify_key, label=origin.label)
     if directory is None:
-        return _cached(location, cache=Cache.open(), progress=progress)
-    download(location, directory=directory, progress=progress)
+        return _cached(origin, cache=Cache.open(), progress=progress)
+    _download(origin, directory=directory, progress=progress)
     return directory
 
 
@@ -44,43 +77,64 @@ def materialize(uri: str, *, cache: Path | None = None) -> Path:
     checked for missing files and wrong sizes only. Raises ConfigError as `locate` does, ArtifactError
     when the artifact is not whole.
     """
-    return _cached(locate(uri), cache=Cache.open(cache), progress=None)
-
-
-def _cached(location: Location, *, cache: Cache, progress: Progress | None) -> Path:
-    data = read_manifest_bytes(location)
-    manifest = parse_manifest(location, data)
-    if isinstance(location.store, LocalStore):
-        directory = Path(location.uri)
-        if problem := _first_problem(directory, manifest):
-            raise ArtifactError(f"{location.uri}: {problem}: publish it again or take another copy")
-        return directory
-
-    def bring(target: Path, staging: Path) -> None:
-        _transfer(location, manifest, data, target=target, staging=staging, progress=progress)
-
-    digest = hashlib.sha256(data).hexdigest()
-    return cache.get(digest, is_whole=partial(_is_whole, manifest=manifest), bring=bring)
+    return _cached(_located(locate(uri)), cache=Cache.open(cache), progress=None)
 
 
 def download(location: Location, *, directory: Path, progress: Progress | None = None) -> Manifest:
-    """Copy an artifact into a new directory, which appears only once every sha256 is right.
+    """Copy an artifact into a new directory, as `pull` does."""
+    return _download(_located(location), directory=directory, progress=progress)
 
-    Files that the manifest does not list stay behind. Raises as `pull` does.
-    """
+
+def _located(location: Location) -> _Origin:
     data = read_manifest_bytes(location)
-    manifest = parse_manifest(location, data)
+    signature = None
+    with suppress(MissingKey):
+        signature = read_at_most(location.store, location.key(SIGNATURE_NAME), MAX_SIGNATURE_BYTES)
+    return _Origin(
+        source=location.store,
+        prefix=location.key(""),
+        label=location.uri,
+        data=data,
+        manifest=parse_manifest(location, data),
+        signature=signature,
+        directory=Path(location.uri) if isinstance(location.store, LocalStore) else None,
+    )
+
+
+def _linked(link: str) -> _Origin:
+    files = LinkedFiles(link)
+    data = read_at_most(files, MANIFEST_NAME, MAX_MANIFEST_BYTES)
+    manifest = Manifest.from_json(data)
+    if (manifest.run_key, manifest.attempt) != (files.share.run_key, files.share.attempt):
+        raise ArtifactError(f"{files.uri}: its {MANIFEST_NAME} is of another artifact")
+    signature = None
+    with suppress(MissingKey):
+        signature = read_at_most(files, SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
+    return _Origin(files, "", files.uri, data, manifest, signature)
+
+
+def _cached(origin: _Origin, *, cache: Cache, progress: Progress | None) -> Path:
+    if origin.directory is not None:
+        if problem := _first_problem(origin.directory, origin.manifest):
+            raise ArtifactError(f"{origin.label}: {problem}: publish it again or take another copy")
+        return origin.directory
+
+    def bring(target: Path, staging: Path) -> None:
+        _transfer(origin, target=target, staging=staging, progress=progress)
+
+    return cache.get(origin.digest, is_whole=partial(_is_whole, manifest=origin.manifest), bring=bring)
+
+
+def _download(origin: _Origin, *, directory: Path, progress: Progress | None) -> Manifest:
     directory = directory.absolute()
-    digest = hashlib.sha256(data).hexdigest()
-    staging = directory.with_name(f".{directory.name}.{digest[:16]}.partial")
+    staging = directory.with_name(f".{directory.name}.{origin.digest[:16]}.partial")
     try:
         with locked(staging.with_suffix(".lock")):
-            if not _is_there(directory, manifest, data):
-                source = _from_cache(location, manifest, digest)
-                _transfer(source, manifest, data, target=directory, staging=staging, progress=progress)
+            if not _is_there(directory, origin.manifest, origin.data):
+                _transfer(_from_cache(origin), target=directory, staging=staging, progress=progress)
     except OSError as error:
         raise ConfigError(f"cannot write {directory}: {error.strerror}: choose another directory") from error
-    return manifest
+    return origin.manifest
 
 
 def _is_there(directory: Path, manifest: Manifest, data: bytes) -> bool:
@@ -101,40 +155,30 @@ def _is_there(directory: Path, manifest: Manifest, data: bytes) -> bool:
     return True
 
 
-def _from_cache(location: Location, manifest: Manifest, digest: str) -> Location:
+def _from_cache(origin: _Origin) -> _Origin:
     """The same artifact in the cache, where it is there, else where it was found."""
-    if isinstance(location.store, LocalStore):
-        return location
-    with suppress(ConfigError):
-        found = Cache.open().find(digest, is_whole=partial(_is_whole, manifest=manifest))
-        if found:
-            return Location(LocalStore(found), "", run_key=manifest.run_key, attempt=manifest.attempt)
-    return location
+    if origin.directory is None:
+        with suppress(ConfigError):
+            whole = partial(_is_whole, manifest=origin.manifest)
+            if found := Cache.open().find(origin.digest, is_whole=whole):
+                return replace(origin, source=LocalStore(found), prefix="", label=str(found))
+    return origin
 
 
-def _transfer(
-    location: Location,
-    manifest: Manifest,
-    data: bytes,
-    *,
-    target: Path,
-    staging: Path,
-    progress: Progress | None,
-) -> None:
+def _transfer(origin: _Origin, *, target: Path, staging: Path, progress: Progress | None) -> None:
     """Fetch every file and let the directory appear. Whatever is not as listed leaves nothing behind."""
-    if path := colliding((MANIFEST_NAME, *(entry.path for entry in manifest.files))):
-        raise ArtifactError(f"{location.uri}: {path} is listed twice, or only case tells it from another")
+    manifest = origin.manifest
+    if path := colliding((*UNLISTED, *(entry.path for entry in manifest.files))):
+        raise ArtifactError(f"{origin.label}: {path} is listed twice, or only case tells it from another")
     staging.mkdir(parents=True, exist_ok=True)
     _check_space(staging, manifest)
     try:
         whole = Transfer(
-            location.store,
-            prefix=location.key(""),
-            entries=manifest.files,
-            staging=staging,
-            label=location.uri,
+            origin.source, prefix=origin.prefix, entries=manifest.files, staging=staging, label=origin.label
         ).run(progress=progress)
-        (whole / MANIFEST_NAME).write_bytes(data)
+        (whole / MANIFEST_NAME).write_bytes(origin.data)
+        if origin.signature is not None:
+            (whole / SIGNATURE_NAME).write_bytes(origin.signature)
         whole.rename(target)
     except (ArtifactError, OSError):
         shutil.rmtree(staging, ignore_errors=True)

@@ -14,6 +14,7 @@ from datetime import datetime, timedelta, timezone
 
 from ffsplit.artifacts.commits import COMMIT_NAME, Commit, Named, read_commit, record_bytes
 from ffsplit.artifacts.index import latest_commit, list_runs
+from ffsplit.artifacts.links import SHARES_PREFIX, has_expired
 from ffsplit.artifacts.locate import Location
 from ffsplit.artifacts.paths import ATTEMPT_ID, RUN_KEY
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX
@@ -93,6 +94,10 @@ def plan(store: Store, *, keep_last: int, min_age: timedelta = DEFAULT_MIN_AGE) 
     for prefix, entries in sorted(by_prefix.items()):
         commit = committed.get(prefix.split("/")[0])
         is_winner = commit is not None and prefix == f"{commit.run_key}/{commit.attempt}"
+        if prefix.startswith(SHARES_PREFIX):
+            if has_expired(prefix.partition("/")[2], datetime.now(timezone.utc)):
+                removals.append(_removal(prefix, entries, commit=None))
+            continue
         in_use = max(entry.modified_at for entry in entries) >= before
         if (is_winner and commit and commit.run_key not in kept) or (not is_winner and not in_use):
             removals.append(_removal(prefix, entries, commit=commit if is_winner else None))
@@ -139,13 +144,15 @@ def _by_prefix(entries: Iterable[Stored]) -> dict[str, list[Stored]]:
         first, _, rest = entry.key.partition("/")
         second = rest.partition("/")[0]
         is_attempt = RUN_KEY.fullmatch(first) and ATTEMPT_ID.fullmatch(second)
-        if is_attempt or (first == SCRATCH_PREFIX and RUN_KEY.fullmatch(second)):
+        if is_attempt or (first == SCRATCH_PREFIX and RUN_KEY.fullmatch(second)) or first == SHARES_PREFIX:
             found.setdefault(f"{first}/{second}", []).append(entry)
     return found
 
 
 def _removal(prefix: str, entries: list[Stored], *, commit: Commit | None) -> Removal:
-    orphan = "resume state" if prefix.startswith(SCRATCH_PREFIX) else "never committed"
+    orphan = {SCRATCH_PREFIX: "resume state", SHARES_PREFIX: "expired links"}.get(
+        prefix.partition("/")[0], "never committed"
+    )
     return Removal(
         prefix=prefix,
         reason=f"{commit.kind} of {commit.committed_at[:10]}" if commit else orphan,

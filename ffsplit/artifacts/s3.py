@@ -174,6 +174,11 @@ class S3Store:
             for _ in pool.map(self._delete, names):
                 pass
 
+    def presign(self, key: str, *, expires_s: int) -> str | None:
+        with s3_errors(f"make a link to {self._show(key)}"):
+            where = {"Bucket": self._bucket, "Key": self._name(key)}
+            return self._client.generate_presigned_url("get_object", Params=where, ExpiresIn=expires_s)
+
     def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
         """Unfinished uploads in parts, which cost storage but are listed nowhere else."""
         old: list[Any] = []

@@ -41,7 +41,7 @@ _IN_EVERY_REPLY = {
 
 def make_client(uri: str) -> S3Client:
     """A client with bounded retries and time-outs. Raises ConfigError for settings that cannot be meant."""
-    options: dict[str, Any] = {"retries": {"mode": "standard"}}
+    options: dict[str, Any] = {"retries": {"mode": "standard"}, "signature_version": "s3v4"}
     if "AWSMAX_ATTEMPTS" not in os.environ:
         options["retries"]["total_max_attempts"] = MAX_ATTEMPTS
     if os.environ.get("FFSPLIT_S3_PATH_STYLE", "").lower() in ("1", "true"):
@@ -52,7 +52,7 @@ def make_client(uri: str) -> S3Client:
         options["request_checksum_calculation"] = options["response_checksum_validation"] = checksum
     try:
         with s3_errors(f"open {uri}"):
-            config = Config(connect_timeout=10, read_timeout=60, max_pool_connections=16, **options)
+            config = Config(connect_timeout=10, read_timeout=60, max_pool_connections=32, **options)
             session = botocore.session.get_session()
             session.register_component("data_loader", _loader())
             client = Session(botocore_session=session).client("s3", config=config)

@@ -35,7 +35,17 @@ class Stored(NamedTuple):
     modified_at: datetime
 
 
-class Store(Protocol):
+class Source(Protocol):
+    """What files can be read from: a store, or the links to them."""
+
+    def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
+        """A value of any size, or a range of it, in chunks of about 1 MiB. Raises MissingKey.
+
+        A range that reaches beyond the value's end gives what there is.
+        """
+
+
+class Store(Source, Protocol):
     """Bytes under keys. Keys are relative to the store's root and separated by '/'.
 
     A prefix is a directory's name, with or without a trailing slash; "" is the root. A key appears
@@ -64,12 +74,6 @@ class Store(Protocol):
     def get_bytes(self, key: str) -> bytes:
         """A small value. Raises MissingKey."""
 
-    def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
-        """A value of any size, or a range of it, in chunks of about 1 MiB. Raises MissingKey.
-
-        A range that reaches beyond the value's end gives what there is.
-        """
-
     def fetch(self, key: str, directory: Path) -> Path:
         """A local file with the value: in place, or downloaded to `directory/key`. Raises MissingKey."""
 
@@ -91,6 +95,9 @@ class Store(Protocol):
     def delete_prefix(self, prefix: str) -> None:
         """Remove everything below a prefix, which may not be the root."""
 
+    def presign(self, key: str, *, expires_s: int) -> str | None:
+        """A link that anybody can read a value by for some time, None where there are no links."""
+
     def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
         """Remove what writes that were killed before a moment left unseen; returns how many there were."""
 
@@ -101,11 +108,11 @@ class Store(Protocol):
         """
 
 
-def read_at_most(store: Store, key: str, max_bytes: int) -> bytes:
+def read_at_most(source: Source, key: str, max_bytes: int) -> bytes:
     """A small value that a stranger may have written. Raises MissingKey, and StoreError when it is larger."""
-    data = b"".join(store.open_stream(key, size_bytes=max_bytes + 1))
+    data = b"".join(source.open_stream(key, size_bytes=max_bytes + 1))
     if len(data) > max_bytes:
-        raise StoreError(f"{store.uri}/{key} is larger than {max_bytes:,} bytes")
+        raise StoreError(f"{key} is larger than {max_bytes:,} bytes")
     return data
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from ffsplit.artifacts.digests import CHUNK_BYTES
 from ffsplit.artifacts.manifest import FileEntry
-from ffsplit.artifacts.stores import MissingKey
+from ffsplit.artifacts.stores import MissingKey, Source
 from ffsplit.errors import ArtifactError, StoreError
 
 PART_BYTES = 16 << 20
@@ -27,13 +26,6 @@ FILES_NAME = "artifact"
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
-
-
-class Source(Protocol):
-    """Where files come from: a store, or a list of URLs."""
-
-    def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
-        """A value, or a range of it, in chunks. Raises MissingKey."""
 
 
 @dataclass

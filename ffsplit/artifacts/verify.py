@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 
 from ffsplit.artifacts.locate import Location, locate, parse_manifest
-from ffsplit.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest
+from ffsplit.artifacts.manifest import MANIFEST_NAME, UNLISTED, FileEntry, Manifest
 from ffsplit.artifacts.stores import MissingKey
 from ffsplit.config import Record
 from ffsplit.errors import ArtifactError, StoreError
@@ -95,7 +95,7 @@ def _check_names(location: Location, manifest: Manifest) -> list[str]:
     problems = [f"{path}: is listed {count} times" for path, count in sorted(times.items()) if count > 1]
     if MANIFEST_NAME in times:
         problems.append(f"{MANIFEST_NAME}: lists itself")
-    extra = sorted(present - set(times) - {MANIFEST_NAME})
+    extra = sorted(present - set(times) - UNLISTED)
     return problems + [f"{_printable(path)}: is not listed in {MANIFEST_NAME}" for path in extra]
 
 

@@ -21,6 +21,7 @@ from ffsplit.calibration.text_files import (
     no_column,
     source_error,
 )
+from ffsplit.errors import ConfigError
 
 FORMS = (
     "file.txt, file.jsonl#field, file.csv#column, file.tsv#column, file.parquet#column, "
@@ -143,6 +144,17 @@ def _read_hub(spec: str, rest: str) -> list[str]:
     return _strings(spec, column, dataset[column])
 
 
+def _read_s3(spec: str, rest: str) -> list[str]:
+    from ffsplit.artifacts.inputs import fetch_file
+
+    uri, hash_mark, column = spec.partition("#")
+    path = str(fetch_file(uri))
+    try:
+        return _read(path + hash_mark + column)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(path, uri)) from None
+
+
 def _strings(spec: str, column: str, values: Sequence[object]) -> list[str]:
     """The values of a typed column as texts; a null is an empty text."""
     texts = ["" if value is None else value for value in values]
@@ -202,4 +214,8 @@ _SUFFIXES: dict[str, Callable[[str, Path, str], list[str]]] = {
     ".tsv": partial(_read_table, dialect=DIALECTS[".tsv"]),
     ".parquet": _read_parquet,
 }
-_SCHEMES: dict[str, Callable[[str, str], list[str]]] = {"hf": _read_hub, "builtin": _read_builtin}
+_SCHEMES: dict[str, Callable[[str, str], list[str]]] = {
+    "hf": _read_hub,
+    "builtin": _read_builtin,
+    "s3": _read_s3,
+}

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from ffsplit.artifacts.inputs import fetch_directory, is_remote
 from ffsplit.errors import ConfigError
 
 HUB_ID = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
@@ -20,6 +21,8 @@ WANTED_FILES = [
     "LICENSE*",
 ]
 
+WANTED_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja", ".md", "LICENSE")
+
 
 class LocatedModel(NamedTuple):
     """A model's directory, and the hub revision it was resolved to (None for a local one)."""
@@ -29,10 +32,14 @@ class LocatedModel(NamedTuple):
 
 
 def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
-    """Find a local directory, or download a snapshot of a hub id into the hub's cache.
+    """Find a local directory, or bring one of s3:// or a snapshot of a hub id into a cache.
 
     Raises ConfigError when there is no such directory and the hub does not have it either.
     """
+    if is_remote(model):
+        if revision is not None:
+            raise ConfigError(f"--revision is for hub ids; {model} is in a store")
+        return LocatedModel(fetch_directory(model, suffixes=WANTED_SUFFIXES), None)
     directory = Path(model).expanduser()
     if directory.is_dir():
         if revision is not None:

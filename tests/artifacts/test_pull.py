@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from ffsplit.artifacts.local import LocalStore
 from ffsplit.artifacts.locate import locate
 from ffsplit.artifacts.pull import download, materialize, pull
 from ffsplit.artifacts.stores import Store
+from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
 from ffsplit.errors import ArtifactError, ConfigError, StoreError
 
@@ -107,17 +109,33 @@ def test_a_longer_file_gives_the_listed_bytes(store: Store, store_uri: str, tmp_
     assert is_whole(tmp_path / "copy")
 
 
-def test_any_flipped_byte_is_refused_and_named(tmp_path: Path) -> None:
+def at(position: int, files: dict[str, bytes]) -> tuple[str, int]:
+    """Which file a position in all of them falls into, and where in it."""
+    for name, data in files.items():
+        if position < len(data):
+            return name, position
+        position -= len(data)
+    raise AssertionError
+
+
+def test_any_of_200_flipped_bytes_is_refused_and_named(tmp_path: Path) -> None:
     store = LocalStore(tmp_path / "store")
+    directory = write_attempt(tmp_path / "attempt")
     publish(store, tmp_path / "attempt")
-    for name, data in FILES.items():
-        for position in {0, len(data) // 2, len(data) - 1}:
-            flipped = data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :]
-            store.put_bytes(f"{RUN_KEY}/{ATTEMPT}/{name}", flipped)
-            with pytest.raises(ArtifactError, match=f"{name} is not what"):
-                pull(store.uri, tmp_path / "copy")
-            assert not list(tmp_path.glob("*copy*"))
+    whole = {name: (directory / name).read_bytes() for name in (*FILES, "manifest.json")}
+    generator, total = random.Random(0), sum(map(len, whole.values()))
+    for position in generator.sample(range(total), 200):
+        name, offset = at(position, whole)
+        data = whole[name]
+        flipped = bytearray(data)
+        flipped[offset] ^= 1 << generator.randrange(8)
+        store.put_bytes(f"{RUN_KEY}/{ATTEMPT}/{name}", bytes(flipped))
+        with pytest.raises(ArtifactError, match=f"{name} is not"):
+            pull(store.uri, tmp_path / "copy")
+        assert not list(tmp_path.glob("*copy*"))
+        assert not verify(store.uri).ok
         store.put_bytes(f"{RUN_KEY}/{ATTEMPT}/{name}", data)
+    assert verify(store.uri).ok
 
 
 @pytest.mark.parametrize("names", [("a", "A"), ("a", "a"), ("Manifest.json",), ("é", "e\u0301")], ids=str)

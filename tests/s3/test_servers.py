@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from botocore.exceptions import ClientError
 
+from ffsplit.artifacts.links import share
 from ffsplit.artifacts.locate import locate
 from ffsplit.artifacts.pull import pull
 from ffsplit.artifacts.retention import collect, plan
@@ -157,3 +159,18 @@ def test_what_is_not_there_is_one_line_and_exit_code_2(
     for arguments in (["pull", target, str(tmp_path / "copy")], ["verify", target], ["list", target]):
         assert main(arguments) == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_links_work_until_they_expire(
+    client: S3Client, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(open_store(uri), tmp_path / "attempt")
+    link, brief = share(uri, expires=timedelta(minutes=5)), share(uri, expires=timedelta(seconds=1))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name)
+    assert is_whole(pull(link, tmp_path / "copy"))
+    time.sleep(2.1)
+    with pytest.raises(ConfigError, match="ask for a new link"):
+        pull(brief, tmp_path / "late")
+    with pytest.raises(ConfigError, match="ask for a new link"):
+        pull(link.replace("X-Amz-Signature=", "X-Amz-Signature=0"), tmp_path / "late")

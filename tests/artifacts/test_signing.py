@@ -1,0 +1,114 @@
+"""Signed artifacts: what is unsigned, tampered with or signed by another is not brought."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from ffsplit.artifacts.pull import pull
+from ffsplit.artifacts.signing import sign_manifest, verify_manifest
+from ffsplit.artifacts.stores import open_store
+from ffsplit.artifacts.verify import verify
+from ffsplit.cli import main
+from ffsplit.errors import ArtifactError, ConfigError
+from tests.small_jobs import SmallJob
+
+from .attempts import ATTEMPT, RUN_KEY, publish
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[Path, Path]:
+    pytest.importorskip("model_signing", reason="pip install 'ffsplit[sign]'")
+    return make_keys(tmp_path / "keys")
+
+
+def make_keys(folder: Path) -> tuple[Path, Path]:
+    """A new private key and its public one."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    public = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    folder.mkdir(parents=True)
+    (folder / "private.pem").write_bytes(private)
+    (folder / "public.pem").write_bytes(public)
+    return folder / "private.pem", folder / "public.pem"
+
+
+def test_a_signature_holds_for_these_bytes_and_this_key_alone(
+    keys: tuple[Path, Path], tmp_path: Path
+) -> None:
+    private, public = keys
+    signature = sign_manifest(b"{}", key=private)
+    verify_manifest(b"{}", signature, key=public, label="x")
+    _, other = make_keys(tmp_path / "other")
+    for data, given, key in (
+        (b"{ }", signature, public),
+        (b"{}", signature, other),
+        (b"{}", b"", public),
+        (b"{}", signature[:-9], public),
+        (b"{}", sign_manifest(b"{ }", key=private), public),
+    ):
+        with pytest.raises(ArtifactError, match="x: its signature is not of"):
+            verify_manifest(data, given, key=key, label="x")
+
+
+def test_keys_that_are_none(keys: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no key")
+    for wrong in (tmp_path / "nowhere", tmp_path / "text", keys[1]):
+        with pytest.raises(ConfigError) as caught:
+            sign_manifest(b"{}", key=wrong)
+        assert "\n" not in str(caught.value)
+    for wrong in (tmp_path / "nowhere", tmp_path / "text"):
+        with pytest.raises(ConfigError):
+            verify_manifest(b"{}", b"", key=wrong, label="x")
+
+
+def test_a_signed_run_is_pulled_and_an_unsigned_is_not(
+    keys: tuple[Path, Path], small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    private, public = keys
+    out = str(tmp_path / "out")
+    arguments = ["compress", *small_job.arguments(out, "--runner", "serial", "--sign-key", str(private))]
+    assert main(arguments) == 0 and verify(out).ok
+    check = ["--verify-key", str(public)]
+    assert main(["pull", out, str(tmp_path / "copy"), *check]) == 0
+    assert main(["pull", str(tmp_path / "copy"), str(tmp_path / "copy of copy"), *check]) == 0
+    manifest = next(Path(out).glob("*/*/manifest.json"))
+    assert str(private) not in manifest.read_text()
+    capsys.readouterr()
+    (tmp_path / "copy" / "manifest.json.sig").unlink()
+    assert main(["pull", str(tmp_path / "copy"), str(tmp_path / "third"), *check]) == 1
+    assert "is not signed" in capsys.readouterr().err
+    tampered = tmp_path / "copy of copy" / "manifest.json"
+    tampered.write_text(tampered.read_text().replace('"keep": 0.5', '"keep": 0.4'))
+    assert main(["pull", str(tampered.parent), str(tmp_path / "third"), *check]) == 1
+    assert "its signature is not of" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_key_that_cannot_sign_is_said_before_the_work(
+    small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--runner", "serial", "--sign-key", str(tmp_path / "nowhere.pem")]
+    assert main(["compress", *small_job.arguments(tmp_path / "out", *flags)]) == 2
+    assert "nowhere.pem is no key" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_the_package_it_is_said_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("model_signing", "model_signing.verifying"):
+        monkeypatch.setitem(sys.modules, name, None)
+    store = open_store(str(tmp_path / "store"))
+    publish(store, tmp_path / "attempt")
+    store.put_bytes(f"{RUN_KEY}/{ATTEMPT}/manifest.json.sig", b"x")
+    (tmp_path / "key").write_text("x")
+    with pytest.raises(ConfigError, match=r"pip install 'ffsplit\[sign\]'"):
+        pull(store.uri, tmp_path / "copy", verify_key=tmp_path / "key")
