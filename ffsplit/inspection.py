@@ -55,7 +55,7 @@ def inspect_model(model: str, *, recipe: str = "fast") -> Inspection:
             BudgetPreview(
                 keep=keep,
                 layout=layouts[0],
-                plain=is_plain(checkpoint, layouts),
+                plain=chosen.after_healing is None and is_plain(checkpoint, layouts),
                 num_parameters=after.num_parameters,
                 num_parameters_without_embeddings=after.num_parameters_without_embeddings,
             )

@@ -21,7 +21,7 @@ from ffsplit.errors import ConfigError
 from ffsplit.execution import Execution, Layers
 from ffsplit.ffn import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.prepare import PreparedRun, prepare, settle
+from ffsplit.prepare import PreparedRun, check_plain, prepare, settle
 from ffsplit.progress import Progress, StageLog
 from ffsplit.publication import Outcome, write_documents
 from ffsplit.recipes.recipe import Recipe
@@ -130,6 +130,7 @@ def _finish(execution: Execution, layers: Layers, shards: Sequence[Result], stag
     if recipe.healing is None and recipe.after_healing is None:
         assemble(run.checkpoint, layers.files, layers.layouts, staging)
         return layers
+    check_plain(run.checkpoint, layers.layouts, recipe=recipe)  # a search may have made the layers uneven
     whole = staging if recipe.after_healing is None else staging.with_name("healed")
     assemble(run.checkpoint, layers.files, layers.layouts, whole)
     if recipe.healing is not None:

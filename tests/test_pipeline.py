@@ -257,7 +257,7 @@ def test_a_run_is_published_to_s3(small_job: SmallJob, s3_uri: str) -> None:
     assert ffsplit.compress(small_job.config(s3_uri)) == manifest
 
 
-HEALING = "healing: {epochs: 4, batch_rows: 8, learning_rate: 0.003, checkpoint_steps: 4}"
+HEALING = "healing: {epochs: 10, batch_rows: 8, learning_rate: 0.002, evaluations: 1, checkpoint_steps: 4}"
 
 
 def test_healing_and_quantization_end_a_run(small_job: SmallJob, tmp_path: Path) -> None:

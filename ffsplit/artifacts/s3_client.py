@@ -42,7 +42,7 @@ _IN_EVERY_REPLY = {
 def make_client(uri: str) -> S3Client:
     """A client with bounded retries and time-outs. Raises ConfigError for settings that cannot be meant."""
     options: dict[str, Any] = {"retries": {"mode": "standard"}, "signature_version": "s3v4"}
-    if "AWSMAX_ATTEMPTS" not in os.environ:
+    if "AWS_MAX_ATTEMPTS" not in os.environ:
         options["retries"]["total_max_attempts"] = MAX_ATTEMPTS
     if os.environ.get("FFSPLIT_S3_PATH_STYLE", "").lower() in ("1", "true"):
         options["s3"] = {"addressing_style": "path"}

@@ -54,7 +54,7 @@ def sample_texts(
     rest = shuffled[size:]
     if len(rest) < 2:
         raise ConfigError(
-            "a search over the layers needs rows to judge on: give three different ones at least"
+            "a search over the layers, or healing, needs rows to judge on: give three different ones at least"
         )
     spare = min(num_judged, max(len(rest) - num_samples, len(rest) // 10, 1))
     calibration = rest[: min(num_samples, len(rest) - spare)]

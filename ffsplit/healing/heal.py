@@ -104,11 +104,8 @@ def heal(
 
 def trainable_weights(student: Any) -> dict[str, Tensor]:
     """Every floating-point parameter but the embeddings (and what is tied to them), set to take gradients."""
-    embeddings = {id(parameter) for parameter in student.get_input_embeddings().parameters()}
-    base = getattr(student, student.base_model_prefix, student)
-    for name, module in base.named_children():
-        if name == "embeddings":
-            embeddings |= {id(parameter) for parameter in module.parameters()}
+    tables = [module for module in student.modules() if isinstance(module, nn.Embedding)]
+    embeddings = {id(parameter) for table in tables for parameter in table.parameters()}
     weights = {}
     for name, parameter in student.named_parameters():
         is_trained = parameter.is_floating_point() and id(parameter) not in embeddings

@@ -35,7 +35,8 @@ json.dump(answers, open(sys.argv[2], "w"))
 IDS = [[5, 50, 150, 199, 30, 77], [8, 9, 10, 0, 0, 0]]
 MASK = [[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]
 PLAIN = [(family, recipe) for family in FAMILIES for recipe in ("fast", "norm-prune")]
-SPLIT = [(family, recipe) for family in FAMILIES for recipe in ("svd", "paper")]
+SPLIT = [(family, recipe) for family in FAMILIES for recipe in ("svd", "paper", "whitened-svd")]
+SPLIT += [(family, "flap") for family in ("mistral", "qwen2")]  # a bias where the family has none
 UNEVEN = ("bert", "opt", "llama")
 
 
