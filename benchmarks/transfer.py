@@ -9,6 +9,7 @@ the median over pairs of boto3's seconds over ours.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import statistics
 import tempfile
@@ -103,7 +104,6 @@ def listing(num_runs: int) -> tuple[float, float]:
     def put(number: int) -> None:
         run_key = f"{number:016x}"
         data = make_manifest(run_key=run_key, attempt=ATTEMPT).to_json().encode()
-        import hashlib
 
         commit = Commit(
             run_key=run_key,
