@@ -66,7 +66,7 @@ class JobConfig(Record):
     samples: int | None = Field(default=None, ge=1, description="calibration rows")
     max_length: int | None = Field(default=None, ge=1, description="tokens a row is cut to")
     revision: str | None = None
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
     workers: int | None = Field(default=None, ge=1, description="default: one per CPU core")
     gpus_per_worker: float = Field(default=0.0, ge=0)
     threads_per_worker: int = Field(default=1, ge=1)

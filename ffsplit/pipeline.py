@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from ffsplit.artifacts.commits import Kind, read_commit
+from ffsplit.artifacts.index import latest_commit
 from ffsplit.artifacts.locate import locate, read_manifest
-from ffsplit.artifacts.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
+from ffsplit.artifacts.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, StoreGuarantees
+from ffsplit.artifacts.paths import check_outside_attempts
 from ffsplit.artifacts.publish import new_attempt_id, publish_attempt
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX, Result, Scratch
 from ffsplit.artifacts.signing import sign_manifest
 from ffsplit.artifacts.statistics import STATISTICS_PATH
-from ffsplit.artifacts.stores import NOT_ATOMIC, open_store
+from ffsplit.artifacts.stores import NOT_ATOMIC, Store, open_store
 from ffsplit.config import JobConfig
 from ffsplit.distributed import make_runner
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, FFSplitError, StoreError
 from ffsplit.execution import Execution, Layers
 from ffsplit.ffn import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
@@ -54,35 +57,66 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         raise ConfigError("--stats is for compress: calibrate collects statistics of its own")
     with progress or Progress.to_stderr() as shown:
         store = open_store(config.out)
+        check_outside_attempts(store.uri, flag="--out")
         if sign_key is not None:
             sign_manifest(b"{}", key=sign_key)  # a key that cannot sign is said before the work
         run = prepare(config)
         key = run.run_key if kind == "model" else run.calibration_key
-        if read_commit(store, key) is not None:
-            shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
-            return read_manifest(locate(f"{store.uri}/{key}"))
-        guarantees = store.check_writable()
-        if guarantees.conditional_put != "atomic":
-            shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
-        shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
-        log = StageLog(shown)
         scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{key}")
-        with make_runner(config) as runner, tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
-            attempt = new_attempt_id()
-            staging = Path(folder) / attempt
-            (staging / STATISTICS_PATH).parent.mkdir(parents=True)
-            compute = _compute_model if kind == "model" else _compute_statistics
-            run, outcome = compute(Execution(run, scratch, runner, log), staging)
-            outcome = replace(outcome, guarantees=guarantees)
-            write_documents(run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages)
-            if sign_key is not None:
-                data = (staging / MANIFEST_NAME).read_bytes()
-                (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=sign_key))
-            publish_attempt(
-                store, run_key=key, attempt=attempt, directory=staging, kind=kind, move_latest=kind == "model"
-            )
-        store.delete_prefix(scratch.prefix)
+        if _is_committed(store, key):
+            shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
+        else:
+            guarantees = store.check_writable()
+            if guarantees.conditional_put != "atomic":
+                shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
+            try:
+                _carry_out(run, key, scratch, store, guarantees, kind=kind, sign_key=sign_key, shown=shown)
+            except Exception:
+                if not _is_committed(store, key):
+                    raise
+                shown.note(f"{store.uri}/{key} was committed by another run of the same key meanwhile")
+        with suppress(FFSplitError):  # the artifact stands; the next run of this key cleans up
+            store.delete_prefix(scratch.prefix)
+            latest_commit(store)
         return read_manifest(locate(f"{store.uri}/{key}"))
+
+
+def _is_committed(store: Store, key: str) -> bool:
+    """Whether a run has a commit. A store that cannot be asked is a mistake in --out."""
+    try:
+        return read_commit(store, key) is not None
+    except StoreError as error:
+        raise ConfigError(f"--out: {error}") from None
+
+
+def _carry_out(
+    run: PreparedRun,
+    key: str,
+    scratch: Scratch,
+    store: Store,
+    guarantees: StoreGuarantees,
+    *,
+    kind: Kind,
+    sign_key: Path | None,
+    shown: Progress,
+) -> None:
+    """Compute a run and publish it."""
+    config, log = run.config, StageLog(shown)
+    with make_runner(config) as runner, tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
+        shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
+        attempt = new_attempt_id()
+        staging = Path(folder) / attempt
+        (staging / STATISTICS_PATH).parent.mkdir(parents=True)
+        compute = _compute_model if kind == "model" else _compute_statistics
+        run, outcome = compute(Execution(run, scratch, runner, log), staging)
+        outcome = replace(outcome, guarantees=guarantees)
+        write_documents(run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages)
+        if sign_key is not None:
+            data = (staging / MANIFEST_NAME).read_bytes()
+            (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=sign_key))
+        publish_attempt(
+            store, run_key=key, attempt=attempt, directory=staging, kind=kind, move_latest=kind == "model"
+        )
 
 
 def _compute_statistics(execution: Execution, staging: Path) -> tuple[PreparedRun, Outcome]:

@@ -22,7 +22,7 @@ from ffsplit.measurement.size import model_shape
 from ffsplit.measurement.tasks.evaluations import Evaluation, read_evaluations
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.models.load import load_tokenizer
+from ffsplit.models.load import load_tokenizer, model_class
 from ffsplit.models.locate import locate_model
 from ffsplit.origin import check_origin, inherit
 from ffsplit.recipes.recipe import Recipe, load_recipe
@@ -73,8 +73,11 @@ def prepare(config: JobConfig) -> PreparedRun:
     recipe = resolve_recipe(config)
     profile = ComputeProfile.resolve(config)
     directory, revision = locate_model(config.model, revision=config.revision)
+    if revision is None:
+        config = config.model_copy(update={"model": str(directory)})
     checkpoint = open_checkpoint(directory)
     activation_named(checkpoint.activation)
+    model_class(checkpoint.class_name, where=directory)
     digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}
     if origin is not None:
         check_origin(origin, digests=digests, revision=revision, profile=profile)
@@ -220,6 +223,12 @@ def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) 
     if longest is not None and max_length > longest:
         raise ConfigError(f"--max-length {max_length} is more than the model's {longest} positions")
     tokenizer = load_tokenizer(checkpoint)
+    num_special = tokenizer.num_special_tokens_to_add()
+    if max_length <= num_special:
+        raise ConfigError(
+            f"--max-length {max_length} leaves no room beside {num_special} special tokens: "
+            f"give {num_special + 1} or more"
+        )
     for start in range(0, len(rows), 256):
         if tokenize_rows(tokenizer, rows[start : start + 256], max_length=max_length):
             return

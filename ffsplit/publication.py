@@ -22,6 +22,7 @@ from ffsplit.artifacts.manifest import (
     Stage,
     StoreGuarantees,
 )
+from ffsplit.artifacts.paths import check_outside_attempts
 from ffsplit.artifacts.pull import materialize
 from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.calibration.parquet import read_statistics
@@ -199,6 +200,7 @@ def render_published(uri: str, *, out: str) -> Path:
     directory = materialize(uri)
     manifest = read_manifest(locate(uri))
     target = Path(out)
+    check_outside_attempts(target.resolve().as_posix(), flag="--out")
     try:
         target.write_text(report_of(manifest, read_statistics(directory / STATISTICS_PATH)), "utf-8")
     except OSError as error:

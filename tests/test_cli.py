@@ -72,8 +72,8 @@ def test_benchmark_times_an_artifact_against_its_original(
     ffsplit.compress(small_job.config(tmp_path / "out"))
     assert main(["benchmark", str(tmp_path / "out")]) == 0
     assert "tokens/s" in capsys.readouterr().out
-    assert main(["benchmark", str(small_job.model)]) == 2
-    assert "--against" in capsys.readouterr().err
+    assert main(["benchmark", str(small_job.model)]) == 0
+    assert main(["benchmark", str(tmp_path)]) == 2
     assert main(["benchmark", str(small_job.model), "--against", str(small_job.model)]) == 0
 
 
@@ -104,6 +104,10 @@ BAD_FLAGS: dict[str, tuple[list[str], str]] = {
     "no workers": (["--workers", "-1"], "--workers"),
     "no length": (["--max-length", "0"], "--max-length"),
     "only special tokens fit": (["--max-length", "2"], "--max-length 2"),
+    "not even those fit": (["--max-length", "1"], "give 3 or more"),
+    "seed beyond 32 bits": (["--seed", "99999999999999"], "--seed"),
+    "a name that no disk takes": (["--out", "/tmp/" + "a" * 300], "--out"),
+    "inside an attempt": (["--out", "runs/0123456789abcdef/0123456789ab/x"], "published attempt"),
     "unknown recipe": (["--recipe", "fats"], "did you mean 'fast'"),
     "recipe file missing": (["--recipe", "none.yaml"], "none.yaml does not exist"),
     "unknown scheme": (["--calibration", "ftp://text"], "unknown scheme"),
@@ -155,6 +159,10 @@ BAD_MODELS: dict[str, str] = {
     "truncated": "not a whole safetensors file",
     "no tokenizer": "tokenizer",
     "compressed already": "original",
+    "no number of layers": "num_hidden_layers",
+    "fewer layers": "num_hidden_layers",
+    "another width": "config.json says otherwise",
+    "unknown class": "has no class MyBert",
 }
 
 
@@ -199,6 +207,14 @@ def test_a_bad_model_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+CONFIG_CHANGES: dict[str, dict[str, Any]] = {
+    "no number of layers": {"num_hidden_layers": None},
+    "fewer layers": {"num_hidden_layers": 1},
+    "another width": {"intermediate_size": 1000},
+    "unknown class": {"architectures": ["MyBert"]},
+}
+
+
 def spoil(model: Path, name: str) -> None:
     config: dict[str, Any] = json.loads((model / "config.json").read_text())
     weights = model / "model.safetensors"
@@ -213,6 +229,8 @@ def spoil(model: Path, name: str) -> None:
     elif name == "no tokenizer":
         for path in model.glob("*token*"):
             path.unlink()
+    elif name in CONFIG_CHANGES:
+        (model / "config.json").write_text(json.dumps(config | CONFIG_CHANGES[name]))
     elif name == "compressed already":
         quantized = config | {"quantization_config": {"quant_method": "ffsplit"}}
         (model / "config.json").write_text(json.dumps(quantized))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import ffsplit
 from ffsplit import execution, pipeline
 from ffsplit.artifacts.verify import verify
 from ffsplit.calibration.parquet import read_lineage, read_statistics
-from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.errors import CalibrationError, ConfigError, FFSplitError
+from ffsplit.publication import render_published
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
 WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")
@@ -314,3 +317,61 @@ def test_healing_what_is_not_an_ordinary_model_is_refused(small_job: SmallJob, t
     with pytest.raises(ConfigError, match="prune or distill"):
         ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_another_finishes_first_is_done(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other one cleans up the scratch of both."""
+    config = small_job.config(tmp_path / "out")
+    assemble = pipeline.assemble
+    finished: list[ffsplit.Manifest] = []
+
+    def finish_first(*arguments: Any, **options: Any) -> None:
+        if not finished:
+            finished.append(pipeline.compress(small_job.config(tmp_path / "other")))
+            (tmp_path / "other" / finished[0].run_key).rename(tmp_path / "out" / finished[0].run_key)
+            raise FileNotFoundError("the scratch is gone")
+        assemble(*arguments, **options)
+
+    def finish_other(*arguments: Any, **options: Any) -> None:
+        monkeypatch.setattr(pipeline, "assemble", assemble)
+        finish_first(*arguments, **options)
+
+    monkeypatch.setattr(pipeline, "assemble", finish_other)
+    manifest = ffsplit.compress(config)
+    assert manifest == finished[0]
+    assert "by another run of the same key" in capsys.readouterr().err
+    assert not (tmp_path / "out" / ".scratch").exists()
+
+
+def test_a_second_call_cleans_up_and_mends_the_hint(small_job: SmallJob, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    manifest = ffsplit.compress(small_job.config(out))
+    leftover = out / ".scratch" / manifest.run_key / "calibrate"
+    leftover.mkdir(parents=True)
+    (leftover / "shard-00000.json").write_text("{}")
+    (out / "latest.json").unlink()
+    ffsplit.compress(small_job.config(out))
+    assert not (out / ".scratch").exists()
+    assert json.loads((out / "latest.json").read_text())["attempt"] == manifest.attempt
+
+
+def test_nothing_is_written_into_a_published_attempt(small_job: SmallJob, tmp_path: Path) -> None:
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out"))
+    attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
+    with pytest.raises(ConfigError, match="published attempt"):
+        ffsplit.compress(small_job.config(attempt))
+    with pytest.raises(ConfigError, match="published attempt"):
+        render_published(str(tmp_path / "out"), out=str(attempt / "page.html"))
+    assert verify(str(attempt)).ok
+
+
+def test_weights_that_are_not_finite_are_named(small_job: SmallJob, tmp_path: Path) -> None:
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(small_job.model, spoilt)
+    tensors = load_file(spoilt / "model.safetensors")
+    tensors["encoder.layer.1.intermediate.dense.weight"][3, 4] = torch.nan
+    save_file(tensors, spoilt / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CalibrationError, match="layer 1 has activations that are not finite"):
+        ffsplit.compress(small_job.config(tmp_path / "out", model=str(spoilt)))

@@ -6,6 +6,8 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
+from ffsplit.errors import ConfigError
+
 RUN_KEY = re.compile(r"[0-9a-f]{16}")
 ATTEMPT_ID = re.compile(r"[0-9a-f]{12}")
 MAX_NAME_BYTES = 255
@@ -36,3 +38,9 @@ def colliding(paths: Iterable[str]) -> str | None:
             return path
         seen.add(folded)
     return None
+
+
+def check_outside_attempts(path: str, *, flag: str) -> None:
+    """Raise ConfigError when a path or URI lies in a published attempt, into which nothing is written."""
+    if re.search(rf"(^|/){RUN_KEY.pattern}/{ATTEMPT_ID.pattern}(/|$)", path):
+        raise ConfigError(f"{flag} {path} lies in a published attempt: choose another place")

@@ -1,13 +1,14 @@
 """Results of a run that is not committed yet, so that a crash costs at most the work in hand.
 
 The scratch of a run is `<out>/.scratch/<run key>/`; each finished piece of work is one record,
-`<stage>/<name>.json`, written after its files and with their digests. A record whose files do not
+`<stage>/<name>.json`, written after its files and with their digests and its own. A record whose files do not
 match their digests counts as work not done. The pipeline removes the scratch once the run is
 committed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Mapping
 from functools import cache
@@ -17,8 +18,9 @@ from pydantic import JsonValue, ValidationError
 
 from ffsplit.artifacts.digests import sha256_file
 from ffsplit.artifacts.manifest import FileEntry
-from ffsplit.artifacts.stores import MissingKey, Store, open_store
+from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.config import Record
+from ffsplit.errors import StoreError
 
 SCRATCH_PREFIX = ".scratch"
 
@@ -50,19 +52,22 @@ class Scratch(Record):
             store.put_file(key, path)
             entries.append(FileEntry(path=key, size_bytes=path.stat().st_size, sha256=sha256_file(path)))
         result = Result(name=name, files=tuple(entries), facts=dict(facts))
-        store.put_bytes(self.key(f"{name}.json"), result.model_dump_json().encode())
+        record = result.model_dump_json().encode()
+        store.put_bytes(self.key(f"{name}.json"), record + b"\n" + _sha256(record))
         return result
 
     def load(self, name: str) -> Result | None:
         """An earlier result, or None when there is none or its files are not what the record says."""
         try:
-            record = Result.model_validate_json(_store(self.uri).get_bytes(self.key(f"{name}.json")))
-            for entry in record.files:
-                if not self._matches(entry):
-                    return None
-        except (MissingKey, ValidationError):
+            record, _, digest = _store(self.uri).get_bytes(self.key(f"{name}.json")).partition(b"\n")
+            if digest != _sha256(record):
+                return None
+            result = Result.model_validate_json(record)
+            if not all(self._matches(entry) for entry in result.files):
+                return None
+        except (StoreError, ValidationError):
             return None
-        return record.model_copy(update={"reused": True})
+        return result.model_copy(update={"reused": True})
 
     def path(self, entry: FileEntry) -> Path:
         """A local file with a result's bytes."""
@@ -71,6 +76,10 @@ class Scratch(Record):
     def _matches(self, entry: FileEntry) -> bool:
         path = self.path(entry)
         return path.stat().st_size == entry.size_bytes and sha256_file(path) == entry.sha256
+
+
+def _sha256(record: bytes) -> bytes:
+    return hashlib.sha256(record).hexdigest().encode()
 
 
 @cache

@@ -133,12 +133,17 @@ class FFNObserver:
         return hook
 
     def statistics(self) -> tuple[NeuronStats, ...]:
-        """The statistics of every layer. Raises CalibrationError when one saw not exactly every token."""
+        """The statistics of every layer. Raises CalibrationError when one missed a token or is not finite."""
         for layer, sums in enumerate(self._sums):
             if sums.num_tokens != self._stop:
                 raise CalibrationError(
                     f"layer {layer} saw {sums.num_tokens} of {self._stop} tokens: "
                     "the model bypasses the hooks on its FFN"
+                )
+            if not bool(torch.isfinite(sums.sum_squares).all()):
+                raise CalibrationError(
+                    f"layer {layer} has activations that are not finite: look for NaN or infinite weights, "
+                    "or compute in a wider --dtype"
                 )
         return tuple(sums.result() for sums in self._sums)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -66,7 +66,8 @@ class RayRunner:
             raise ConfigError(
                 f"--gpus-per-worker {self._gpus:g}: the cluster has {resources.get('GPU', 0):g} GPUs"
             )
-        self._workers = self._requested or max(1, int(resources.get("CPU", 1)) // self._threads)
+        room = self._room(resources)
+        self._workers = max(1, min(self._requested or room, room))
         return self
 
     def __exit__(
@@ -75,6 +76,14 @@ class RayRunner:
         if self._connected:
             ray.shutdown()
             self._connected = False
+
+    def _room(self, resources: Mapping[str, float]) -> int:
+        """How many workers the cluster can place at once: an actor without a place would wait for ever."""
+        room = int(resources.get("CPU", 1)) // self._threads
+        if self._gpus == 0:
+            return room
+        gpus = int(resources.get("GPU", 0))
+        return min(room, gpus * int(1 / self._gpus) if self._gpus < 1 else int(gpus / self._gpus))
 
     def _connect(self) -> None:
         options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}

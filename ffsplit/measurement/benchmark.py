@@ -25,16 +25,14 @@ def benchmark(uri: str, *, against: str | None = None) -> tuple[Latency, ...]:
     """Paired latencies of the model at `uri` and another one, in this process, on the CPU or the GPU.
 
     `uri` is an artifact or a dense model. An artifact is compared with `against`, or with the model
-    it was made from; a dense model needs `against`. Raises ConfigError when either is missing, or
-    the original is not the one the artifact was made from any more.
+    it was made from; a dense model with `against`, or with itself. Raises ConfigError when either is
+    missing, or the original is not the one the artifact was made from any more.
     """
     try:
         location = locate(uri)
     except ConfigError:
-        if against is None:
-            raise ConfigError(f"{uri} is no artifact: to compare two models, give --against MODEL") from None
-        compressed_directory = locate_model(uri).directory
-        original_directory = locate_model(against).directory
+        compressed_directory = open_checkpoint(locate_model(uri).directory).directory
+        original_directory = locate_model(against or uri).directory
     else:
         compressed_directory = materialize(uri)
         manifest = read_manifest(location)
@@ -48,9 +46,11 @@ def benchmark(uri: str, *, against: str | None = None) -> tuple[Latency, ...]:
                 f"{manifest.config.model} has changed since the artifact was made: give --against MODEL"
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    longest = open_checkpoint(original_directory).max_positions or max(tokens for _, tokens in SHAPES)
+    shapes = tuple(dict.fromkeys((rows, min(tokens, longest)) for rows, tokens in SHAPES))
     models = [_load(directory).to(device) for directory in (original_directory, compressed_directory)]
     vocab_size = min(int(model.config.vocab_size) for model in models)
-    return paired_latency(*models, shapes=SHAPES, num_pairs=NUM_PAIRS, vocab_size=vocab_size)
+    return paired_latency(*models, shapes=shapes, num_pairs=NUM_PAIRS, vocab_size=vocab_size)
 
 
 def _load(directory: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from ffsplit.calibration.batches import Batch
+from ffsplit.errors import FFSplitError
 from ffsplit.models.architectures import ModelKind
+
+LARGEST_LOSS = 700.0
+"""In nats; a perplexity above e^700 is no float, and tells no more."""
 
 
 def fidelity(
@@ -62,11 +67,13 @@ def causal_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) ->
         losses = [functional.nll_loss(each, targets, reduction="sum") for each in logits]
         sums += torch.stack([value.double().cpu() for value in (kl, agreement, *losses)])
         num_tokens += len(targets)
-    kl, agreement, *losses = (sums / max(1, num_tokens)).tolist()
-    original_loss, compressed_loss = losses
+    means: list[float] = (sums / max(1, num_tokens)).tolist()
+    mean_kl, mean_agreement, original_loss, compressed_loss = means
+    if not all(map(math.isfinite, means)):
+        raise FFSplitError("logits on held-out text are not finite: compute in a wider --dtype")
     return {
-        "kl_divergence": kl,
-        "top1_agreement": agreement,
-        "original_perplexity": float(torch.tensor(original_loss).exp()),
-        "compressed_perplexity": float(torch.tensor(compressed_loss).exp()),
+        "kl_divergence": mean_kl,
+        "top1_agreement": mean_agreement,
+        "original_perplexity": math.exp(min(original_loss, LARGEST_LOSS)),
+        "compressed_perplexity": math.exp(min(compressed_loss, LARGEST_LOSS)),
     }

@@ -34,11 +34,13 @@ def _measure(
     import torch
     import transformers
 
+    from ffsplit.measurement.latency import allow_batches
     from ffsplit.models.load import load_whole_model
 
     getattr(transformers, class_name or "AutoModel")  # imports the modelling code, which is no model's memory
     before = _resident_peak_bytes()
     model = load_whole_model(Path(directory), class_name, dtype=getattr(torch, dtype)).to(device)
+    allow_batches(model)
     ids = torch.randint(int(vocab_size), (int(rows), int(tokens)), device=device)
     with torch.inference_mode():
         model(input_ids=ids, attention_mask=torch.ones_like(ids))

@@ -172,7 +172,12 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     num_layers = 0
     while f"{prefix}{architecture.blocks}.{num_layers}.{architecture.down}.weight" in tensors:
         num_layers += 1
-    num_layers = max(num_layers, int(config.get(architecture.layers_field, 0)))
+    width = tensors[first[0]].shape[-1]
+    num_layers = _stated(directory, config, architecture.layers_field, found=num_layers)
+    if _stated(directory, config, architecture.width_field, found=width) != width:
+        raise UnsupportedModelError(
+            f"{directory}: {first[0]} has {width} columns, config.json says otherwise"
+        )
     checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, num_layers)
     for layer in range(num_layers):
         names = checkpoint.ffn_names(layer)
@@ -184,3 +189,13 @@ def open_checkpoint(directory: Path) -> Checkpoint:
                     f"{directory}: {name} is {tensors[name].dtype}; FFNs may be {', '.join(FFN_DTYPES)}"
                 )
     return checkpoint
+
+
+def _stated(directory: Path, config: dict[str, Any], field: str, *, found: int) -> int:
+    """A size as config.json states it, which may be more than was found, not less."""
+    stated = config.get(field, found)
+    if not isinstance(stated, int) or stated < found:
+        raise UnsupportedModelError(
+            f"{directory}: config.json says {field} {stated!r}, the tensors say {found}"
+        )
+    return stated

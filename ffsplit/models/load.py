@@ -34,7 +34,7 @@ def load_base_model(directory: Path, *, device: torch.device, dtype: torch.dtype
     from transformers import AutoModel
 
     with quiet_transformers():
-        model = AutoModel.from_pretrained(directory, dtype=dtype, local_files_only=True)
+        model = AutoModel.from_pretrained(directory, dtype=dtype, local_files_only=True, use_safetensors=True)
     for module in model.modules():
         if getattr(module, "chunk_size_feed_forward", 0):
             module.chunk_size_feed_forward = 0  # the same result, and hooks see whole rows
@@ -43,14 +43,20 @@ def load_base_model(directory: Path, *, device: torch.device, dtype: torch.dtype
 
 def load_whole_model(directory: Path, class_name: str, **options: Any) -> Any:
     """The model as the class it was saved from, in eval mode; options go to from_pretrained."""
+    chosen = model_class(class_name, where=directory)
+    with quiet_transformers():
+        model = chosen.from_pretrained(directory, local_files_only=True, use_safetensors=True, **options)
+    return model.eval()
+
+
+def model_class(class_name: str, *, where: Path) -> Any:
+    """A class of transformers by its name, AutoModel for none. Raises ConfigError when there is no such."""
     import transformers
 
-    model_class = getattr(transformers, class_name or "AutoModel", None)
-    if model_class is None:
-        raise ConfigError(f"{directory}: transformers {transformers.__version__} has no class {class_name}")
-    with quiet_transformers():
-        model = model_class.from_pretrained(directory, local_files_only=True, **options)
-    return model.eval()
+    found = getattr(transformers, class_name or "AutoModel", None)
+    if found is None:
+        raise ConfigError(f"{where}: transformers {transformers.__version__} has no class {class_name}")
+    return found
 
 
 def random_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from ffsplit.compressors import AnyCompressor, QuantizeCompressor
 from ffsplit.config import Record, describe_validation_error
@@ -34,7 +34,9 @@ class CalibrationSettings(Record):
 class MeasurementSettings(Record):
     """What is timed: forward passes of (rows, tokens a row), original and compressed in turn."""
 
-    latency_shapes: tuple[tuple[int, int], ...] = ((1, 128), (8, 128))
+    latency_shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
+        default=((1, 128), (8, 128)), min_length=1
+    )
     latency_pairs: int = Field(default=20, ge=1)
     peak_memory: bool = Field(default=True, description="load each model once more, in a process of its own")
 

@@ -88,6 +88,14 @@ def test_any_number_of_workers_gives_the_serial_bytes(
     assert digests(tmp_path / "ray", *WEIGHTS) == digests(tmp_path / "serial", *WEIGHTS)
 
 
+def test_no_more_workers_than_there_is_room_for(local_ray: None) -> None:
+    """An actor without a place would wait for ever, and its item with it."""
+    with RayRunner(address=None, num_workers=64) as runner:
+        assert runner.num_workers == 4
+        answers = dict(runner.map_workers("sleep", Sleeper, list(range(9))))
+    assert len(answers) == 9
+
+
 def test_more_gpus_than_there_are_are_refused_at_once(local_ray: None) -> None:
     runner: Runner = RayRunner(address=None, num_workers=1, gpus_per_worker=64)
     with pytest.raises(ConfigError, match="the cluster has"), runner:

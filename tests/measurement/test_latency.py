@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ class Sleeper:
     """Takes its time, and remembers what it was asked."""
 
     device = torch.device("cpu")
+    config = SimpleNamespace(pad_token_id=0)
 
     def __init__(self, seconds: float, calls: list[tuple[Sleeper, torch.Tensor]]) -> None:
         self.seconds, self.calls = seconds, calls
