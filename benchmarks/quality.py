@@ -141,6 +141,8 @@ def write(rows: Sequence[Row], dense: float, *, seeds: Sequence[int]) -> None:
         points = sorted((row.ffn_bytes / 1e6, row.score) for row in rows if row.recipe == recipe)
         axes.plot(*zip(*points, strict=True), marker="o", label=recipe)
     axes.axhline(dense, color="grey", linestyle="--", label="dense")
+    largest = max(row.ffn_bytes for row in rows) / 1e6
+    axes.set_xlim(0, 1.1 * largest)
     axes.set(xlabel="FFN size (MB)", ylabel="STS-B dev, Spearman x 100", title="all-MiniLM-L6-v2")
     axes.legend()
     figure.savefig(HERE / "quality.png", dpi=120)
