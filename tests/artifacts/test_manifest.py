@@ -96,3 +96,9 @@ def test_whatever_a_field_holds_is_a_manifest_or_an_artifact_error(field: str, v
 def test_depth_is_no_crash() -> None:
     with pytest.raises(ArtifactError):
         Manifest.from_json("[" * 10**5)
+
+
+def test_the_documented_schema_is_the_manifests() -> None:
+    """`make docs` writes it."""
+    documented = Path(__file__).parents[2] / "docs/manifest.schema.json"
+    assert json.loads(documented.read_text("utf-8")) == Manifest.model_json_schema()
