@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -14,7 +15,11 @@ PACKAGES = ("ffsplit", "torch", "transformers", "ray", "numpy", "pyarrow", "safe
 
 def package_versions() -> dict[str, str]:
     """The versions of everything that can change a result."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):  # run from a source tree, or without Ray
+            versions[name] = metadata.version(name)
+    return versions
 
 
 def describe_environment() -> Environment:

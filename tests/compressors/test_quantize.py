@@ -25,7 +25,9 @@ def correlated_inputs(hidden_size: int) -> list[torch.Tensor]:
     return [x_TD @ mixing.T for x_TD in random_inputs(hidden_size, sizes=(900, 700))]
 
 
-def quantized(shape: FFNShape, step: QuantizeCompressor) -> CompressedLayer:
+def quantized(
+    shape: FFNShape, step: QuantizeCompressor, inputs: list[torch.Tensor] | None = None
+) -> CompressedLayer:
     dense = LayerLayout.dense(shape)
     layout = step.plan(dense, shape=shape, budget=shape.num_elements)
     assert layout is not None
@@ -34,7 +36,7 @@ def quantized(shape: FFNShape, step: QuantizeCompressor) -> CompressedLayer:
         heavy_neurons=range(shape.num_neurons),
         layout=layout,
         steps=[step],
-        inputs=correlated_inputs(shape.hidden_size),
+        inputs=inputs or random_inputs(shape.hidden_size),
     )
 
 
@@ -83,7 +85,11 @@ def test_errors_fall_with_more_bits_and_smaller_groups(shape: FFNShape) -> None:
 @forms
 def test_gptq_beats_rounding_to_nearest(shape: FFNShape) -> None:
     rtn, gptq = (
-        quantized(shape, QuantizeCompressor(num_bits=4, method=method)).relative_error
+        quantized(
+            shape,
+            QuantizeCompressor(num_bits=4, method=method),
+            correlated_inputs(shape.hidden_size),
+        ).relative_error
         for method in ("rtn", "gptq")
     )
     assert gptq < rtn
