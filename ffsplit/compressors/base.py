@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,6 +44,15 @@ class LayerContext:
         """The sampled inputs, at most CHUNK_TOKENS rows at a time, always cut at the same places."""
         for shard_TD in self.inputs:
             yield from torch.split(shard_TD, CHUNK_TOKENS)
+
+
+def second_moment(inputs: Iterable[Tensor]) -> Tensor:
+    """Sum over matrices [T, n] of x^T x: [n, n] in float64. There must be at least one."""
+    total: Tensor | float = 0.0
+    for x_TN in inputs:
+        total = total + (x_TN.T @ x_TN).double()
+    assert isinstance(total, Tensor), "there are no inputs"
+    return total
 
 
 class Compressor(Protocol):

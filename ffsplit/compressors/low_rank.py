@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.base import LayerContext, second_moment
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.config import Record
 from ffsplit.ffn import Dense, FFNShape, Format, LayerLayout, LowRank, PartLayout
@@ -95,10 +95,7 @@ def truncated_svd(
 
 def _root(inputs: Iterator[Tensor], *, ridge: float) -> Tensor:
     """Lower Cholesky factor [n, n] of the ridged second moment of the rows of `inputs`, in float64."""
-    moment: Tensor | float = 0.0
-    for x_TN in inputs:
-        moment = moment + (x_TN.T @ x_TN).double()
-    assert isinstance(moment, Tensor), "whitening needs inputs"
+    moment = second_moment(inputs)
     damping = max(ridge, 1e-10) * moment.diagonal().mean()
     factor: Tensor = torch.linalg.cholesky(moment + damping * torch.eye(len(moment)).to(moment))
     return factor

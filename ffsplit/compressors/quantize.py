@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.base import LayerContext, second_moment
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.config import Record
 from ffsplit.ffn import Dense, FFNShape, Integer, LayerLayout, PartLayout
@@ -78,17 +78,9 @@ class QuantizeCompressor(Record):
         weight = linear.weight
         scales = scales_of(weight, num_bits=format.num_bits, group_size=format.group_size)
         if self.method == "gptq":
-            weight = _gptq(weight, scales, format, _moment(inputs), ridge=self.ridge)
+            weight = _gptq(weight, scales, format, second_moment(inputs), ridge=self.ridge)
         tensors = quantize_rows(weight, scales, num_bits=format.num_bits, group_size=format.group_size)
         return LinearMap(format, tensors, linear.bias, num_columns=weight.shape[1])
-
-
-def _moment(inputs: Iterator[Tensor]) -> Tensor:
-    total: Tensor | float = 0.0
-    for x_TN in inputs:
-        total = total + (x_TN.T @ x_TN).double()
-    assert isinstance(total, Tensor), "GPTQ needs inputs"
-    return total
 
 
 def _gptq(weight: Tensor, scales: Tensor, format: Integer, moment: Tensor, *, ridge: float) -> Tensor:
