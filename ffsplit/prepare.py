@@ -76,7 +76,8 @@ def prepare(config: JobConfig) -> PreparedRun:
     if revision is None:
         config = config.model_copy(update={"model": str(directory)})
     checkpoint = open_checkpoint(directory)
-    activation_named(checkpoint.activation)
+    for index in range(len(checkpoint.ffns)):
+        activation_named(checkpoint.activation_of(index))
     model_class(checkpoint.class_name, where=directory)
     digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}
     if origin is not None:
@@ -206,7 +207,7 @@ def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint,
     """Calibration and held-out rows: a text each, or a window of running text for a causal LM."""
     texts = read_all(specs)
     settings = recipe.calibration
-    if checkpoint.architecture.kind == "causal_lm":
+    if checkpoint.kind == "causal_lm":
         texts = passages(texts, max_characters=settings.max_length * CHARACTERS_PER_TOKEN)
     return sample_texts(
         texts,

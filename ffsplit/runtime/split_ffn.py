@@ -92,11 +92,15 @@ class SplitFFN(nn.Module):
     that cannot match, so that a load without ffsplit fails instead of starting from random weights.
     """
 
-    def __init__(self, layout: LayerLayout, shape: FFNShape, activation: nn.Module, *, guard: str) -> None:
+    def __init__(
+        self, layout: LayerLayout, shape: FFNShape, activation: nn.Module, *, guard: str | None = None
+    ) -> None:
         super().__init__()
         self.heavy = None if layout.heavy is None else FFNPartModule(layout.heavy, shape, activation)
         self.light = None if layout.light is None else FFNPartModule(layout.light, shape, activation)
         self.down_bias = nn.Parameter(torch.empty(shape.hidden_size)) if layout.down_bias else None
+        if guard is None:  # whatever holds this FFN has one
+            return
         owner: nn.Module = self
         *path, name = guard.split(".")
         for part in path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.batches import padded_batches, tokenize_rows
-from ffsplit.calibration.hooks import FFNObserver
+from ffsplit.calibration.hooks import FFNObserver, Sampling
 from ffsplit.calibration.parquet import write_statistics
 from ffsplit.config import Record
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
@@ -86,19 +86,20 @@ class CalibrationWorker:
     def _collect(self, shard: Shard) -> Result:
         job, model = self._job, self._model
         rows = tokenize_rows(self._tokenizer, shard.rows, max_length=job.settings.max_length)
-        sampled = self._sampled_positions(shard, num_tokens=sum(map(len, rows)))
         pad_id = self._tokenizer.pad_token_id or 0
-        row, inputs_only = self._checkpoint.architecture, job.inputs_only
-        with FFNObserver(model, row, sampled=sampled, inputs_only=inputs_only) as observer:
+        ffns, num_tokens = self._checkpoint.ffns, sum(map(len, rows))
+        sampling = Sampling(partial(self._sampled, shard), {"attention_mask": num_tokens}, len(rows))
+        with FFNObserver(model, ffns, sampling=sampling, inputs_only=job.inputs_only) as observer:
             for batch in padded_batches(rows, batch_tokens=job.settings.batch_tokens, pad_id=pad_id):
                 batch = batch.to(model.device)
-                observer.next_batch(batch.attention_mask)
-                if inputs_only and not observer.batch_is_sampled:
+                observer.next_batch(batch.arguments)
+                if job.inputs_only and not observer.batch_is_sampled:
                     continue
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        return self._save(shard, observer, num_tokens=sum(map(len, rows)), num_rows=len(rows))
+                model(**batch.arguments)
+        return self._save(shard, observer, num_tokens=num_tokens, num_rows=len(rows))
 
-    def _sampled_positions(self, shard: Shard, *, num_tokens: int) -> torch.Tensor:
+    def _sampled(self, shard: Shard, num_tokens: int) -> torch.Tensor:
+        """The ascending positions of the tokens of a shard whose FFN inputs are kept."""
         count = min(num_tokens, self._job.num_sampled(shard.index))
         generator = torch.Generator().manual_seed(self._job.seed * 1_000_003 + shard.index)
         return torch.randperm(num_tokens, generator=generator)[:count].sort().values
@@ -112,9 +113,9 @@ class CalibrationWorker:
                 lineage = {**self._job.lineage, "shard": str(shard.index)}
                 write_statistics(path, observer.statistics(), lineage=lineage)
                 files[path.name] = path
-            for layer, input_TD in enumerate(observer.inputs()):
-                path = folder / f"layer-{layer:03d}.safetensors"
-                save_file({"input": input_TD.contiguous()}, path)
+            for index, tensors in observer.inputs().items():
+                path = folder / f"layer-{index:03d}.safetensors"
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
                 files[f"inputs/{path.stem}/{shard.name}.safetensors"] = path
             facts = {"index": shard.index, "num_tokens": num_tokens, "num_rows": num_rows}
             return self._job.scratch.save(shard.name, files, facts=facts)

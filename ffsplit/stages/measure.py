@@ -15,9 +15,9 @@ from ffsplit.measurement.latency import paired_latency
 from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.measurement.size import compressed_size, original_size
 from ffsplit.measurement.tasks.evaluations import Evaluation, score_evaluations
-from ffsplit.models.architectures import ModelKind
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.rows import ModelKind
 from ffsplit.recipes.recipe import MeasurementSettings
 from ffsplit.stages.profile import ComputeProfile
 
