@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ffsplit.artifacts.inputs import StoredFiles
 from ffsplit.artifacts.statistics import PublishedStatistics, open_statistics
 from ffsplit.calibration.batches import tokenize_rows
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
@@ -44,8 +45,10 @@ class PreparedRun:
     """A checked run: what it starts from, and the keys of its results.
 
     `layouts` and `keep` are what the budget comes to; where the statistics have a say in that, they
-    are the least it can come to until the statistics are there. `work_key` names what is computed, and
-    so its scratch; `run_key` is the same, or where there are gates, the hash of it and them.
+    are the least it can come to until the statistics are there. `checkpoint` is in a directory of this
+    machine; where the model is in a store, other nodes have theirs from `stored_model`.
+    `work_key` names what is computed, and so its scratch; `run_key` is the same, or where there are
+    gates, the hash of it and them.
     """
 
     config: JobConfig
@@ -54,6 +57,7 @@ class PreparedRun:
     solver: Solver
     keep: float
     checkpoint: Checkpoint
+    stored_model: StoredFiles | None
     revision: str | None
     digests: dict[str, str]
     text: TextSample
@@ -77,8 +81,8 @@ def prepare(config: JobConfig) -> PreparedRun:
         config = inherit(config, origin)
     recipe = resolve_recipe(config)
     profile = ComputeProfile.resolve(config)
-    directory, revision = locate_model(config.model, revision=config.revision)
-    if revision is None:
+    directory, revision, stored = locate_model(config.model, revision=config.revision)
+    if revision is None and stored is None:
         config = config.model_copy(update={"model": str(directory)})
     checkpoint = open_checkpoint(directory)
     activation_named(checkpoint.activation)
@@ -121,6 +125,7 @@ def prepare(config: JobConfig) -> PreparedRun:
         solver=solver,
         keep=keep,
         checkpoint=checkpoint,
+        stored_model=stored,
         revision=revision,
         digests=digests,
         text=text,
