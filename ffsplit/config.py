@@ -63,6 +63,8 @@ class JobConfig(Record):
     stats: str | None = Field(default=None, description="an earlier run whose neuron statistics serve again")
     calibration: tuple[str, ...] = Field(default=("builtin:pydoc",), min_length=1)
     eval: tuple[str, ...] = Field(default=(), description="tasks to score both models on")
+    gate: tuple[str, ...] = Field(default=(), description="what the result must measure to be published")
+    require_speedup: float | None = Field(default=None, gt=0, description="a gate on every timed shape")
     samples: int | None = Field(default=None, ge=1, description="calibration rows")
     max_length: int | None = Field(default=None, ge=1, description="tokens a row is cut to")
     revision: str | None = None
