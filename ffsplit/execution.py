@@ -63,6 +63,7 @@ class Execution:
             profile=run.profile,
             scratch=self.place("calibrate"),
             inputs_only=run.origin is not None,
+            block_by_block=run.config.block_by_block,
         )
         name = "calibrate"
         if job.inputs_only:

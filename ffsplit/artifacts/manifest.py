@@ -177,6 +177,14 @@ class Measurements(Record):
     num_threads: int
 
 
+class GateResult(Record):
+    """One gate of the run, and the figure that it was judged by."""
+
+    gate: str = Field(description="as in `pooled_cosine >= 0.98`")
+    figure: float | None = Field(description="None where it was not measured: such a gate is not met")
+    met: bool
+
+
 class Stage(Record):
     """One stage of the run: its key, how many results it had, how many of them were already there."""
 
@@ -225,6 +233,7 @@ class Manifest(Record):
     layers: tuple[LayerRecord, ...]
     allocation: AllocationRecord | None = Field(default=None, description="None where layers are uniform")
     measurements: Measurements | None
+    gates: tuple[GateResult, ...] = Field(default=(), description="all met, or it had not been published")
     stages: tuple[Stage, ...]
     environment: Environment
     store: StoreGuarantees | None = Field(default=None, description="where it was published first")
