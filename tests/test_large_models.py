@@ -24,3 +24,10 @@ def test_block_by_block_gives_the_same_bytes_under_the_same_key(
     second = ffsplit.compress(job.config(blocks, dtype=dtype, block_by_block=True))
     assert first.run_key == second.run_key
     assert digests(whole, *WEIGHTS) == digests(blocks, *WEIGHTS)
+    a, b = first.measurements, second.measurements
+    assert a is not None and b is not None
+    assert a.fidelity == b.fidelity and a.compressed_size == b.compressed_size
+    assert a.latency and not a.blocks and not a.skipped
+    assert not b.latency and len(b.blocks) == 3 and "latency" in b.skipped[0]
+    (report,) = blocks.glob("*/*/report.html")
+    assert "Block after block" in report.read_text() and "Not measured: latency" in report.read_text()

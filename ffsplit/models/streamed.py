@@ -35,8 +35,9 @@ class StreamedModel:
 
     `start` takes the batches, as arguments of a forward. Each block is then loaded in turn, in order,
     and each batch is brought through it. After the last block, `finish` gives the model's own output
-    for a batch. Block outputs wait in files without a name, which go with the process; only the pages
-    in use are in memory. Raises ConfigError when a tensor is missing or not finite.
+    for a batch, or `recall` has it wait for the same call from elsewhere. Block outputs wait in files
+    without a name, which go with the process; only the pages in use are in memory. Raises ConfigError
+    when a tensor is missing or not finite.
     """
 
     def __init__(
@@ -110,16 +111,16 @@ class StreamedModel:
             return self._outputs[batch]
         raise AssertionError("the forward did not come to the loaded block")
 
+    def recall(self, batch: int) -> None:
+        """From now on `model` itself, called on this batch, gives what it would give if it were whole."""
+        assert self._loaded >= len(self.blocks) - 1, "there are blocks left to run"
+        self._loaded, self._current = len(self.blocks), batch
+
     @torch.no_grad()
     def finish(self, batch: int) -> Any:
         """What the model gives for a batch that has been through every block."""
-        assert self._loaded == len(self.blocks) - 1, "there are blocks left to run"
-        self._loaded += 1
-        self._current = batch
-        try:
-            return self.model(**self._on_device(batch))
-        finally:
-            self._loaded -= 1
+        self.recall(batch)
+        return self.model(**self._on_device(batch))
 
     def _on_device(self, batch: int) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in self._batches[batch].items()}
