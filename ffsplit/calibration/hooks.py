@@ -119,7 +119,7 @@ class _Stream:
 
 
 class FFNObserver:
-    """Collects statistics of the neurons, and a sample of the inputs, of every FFN of a base model.
+    """Collects statistics of the neurons, and a sample of the inputs, of FFNs of a base model.
 
     Use as a context manager around the forward passes, and call `next_batch` before each. Positions
     are counted over the non-padding tokens of all batches, in order. `inputs_only` collects no
@@ -139,7 +139,7 @@ class FFNObserver:
         self._base, self._ffns, self._inputs_only = base_model, ffns, inputs_only
         towers = dict.fromkeys(ffn.tower for ffn in ffns)
         self._streams = {tower.name: _Stream(tower.mask, sampling) for tower in towers}
-        self._sums = [_NeuronSums(_down_weight(base_model, ffn), ffn.expert) for ffn in ffns]
+        self._sums = {ffn.index: _NeuronSums(_down_weight(base_model, ffn), ffn.expert) for ffn in ffns}
         self._inputs: dict[int, list[dict[str, Tensor]]] = {}
 
     def __enter__(self) -> FFNObserver:
@@ -210,16 +210,19 @@ class FFNObserver:
         self._inputs.setdefault(ffn.unit, []).append(tensors)
 
     def statistics(self) -> tuple[NeuronStats, ...]:
-        """Those of every FFN. Raises CalibrationError when one missed a token or is not finite."""
+        """Those of the FFNs that are watched.
+
+        Raises CalibrationError when one missed a token or is not finite.
+        """
         for unit in dict.fromkeys(ffn.unit for ffn in self._ffns):
             self._check_counts([ffn for ffn in self._ffns if ffn.unit == unit])
-        for ffn, sums in zip(self._ffns, self._sums, strict=True):
-            if not bool(torch.isfinite(sums.sum_squares).all()):
+        for ffn in self._ffns:
+            if not bool(torch.isfinite(self._sums[ffn.index].sum_squares).all()):
                 raise CalibrationError(
                     f"{ffn.name} has activations that are not finite: look for NaN or infinite weights, "
                     "or compute in a wider --dtype"
                 )
-        return tuple(sums.result() for sums in self._sums)
+        return tuple(self._sums[ffn.index].result() for ffn in self._ffns)
 
     def _check_counts(self, ffns: Sequence[FFNPlace]) -> None:
         """One FFN sees every token once; the experts of a block see each as often as each other token."""

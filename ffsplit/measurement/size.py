@@ -34,10 +34,11 @@ def compressed_size(original: Checkpoint, layouts: Sequence[LayerLayout], *, fil
     shapes = original.shapes
     dense_elements = sum(shape.num_elements for shape in shapes)
     elements = sum(layout.num_elements(shape) for layout, shape in zip(layouts, shapes, strict=True))
-    blocks = original.block_prefixes
     parameters = {n: info for n, info in original.tensors.items() if info.dtype in PARAMETER_DTYPES}
     total = sum(info.num_elements for info in parameters.values())
-    in_blocks = sum(info.num_elements for name, info in parameters.items() if name.startswith(blocks))
+    in_blocks = sum(
+        info.num_elements for name, info in parameters.items() if name in original.names_in_blocks
+    )
     itemsize = original.itemsize
     return Size(
         num_parameters=total - dense_elements + elements,

@@ -16,8 +16,9 @@ from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn import FFNShape
 from ffsplit.models.activations import OTHER_NAMES
 from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.find import config_part, find_ffns
 from ffsplit.models.headers import ITEM_SIZES, TensorInfo, read_headers, read_json
-from ffsplit.models.places import FFNPlace, find_ffns
+from ffsplit.models.places import FFNPlace
 from ffsplit.models.rows import Architecture, ModelKind, Tower
 
 FFN_DTYPES = ("F32", "F16", "BF16")
@@ -94,13 +95,28 @@ class Checkpoint:
         return tuple(-1 if ffn.paths.width_field is None else keys.index(ffn.width_key) for ffn in self.ffns)
 
     @property
-    def block_prefixes(self) -> tuple[str, ...]:
-        """What the tensors of the blocks begin with, in files as in modules."""
-        towers = dict.fromkeys(ffn.tower for ffn in self.ffns)
-        paths = [tower.blocks for tower in towers]
+    def blocks(self) -> tuple[str, ...]:
+        """The module paths of the blocks that have FFNs, below the base model, tower by tower."""
+        return tuple(dict.fromkeys(ffn.block for ffn in self.ffns))
+
+    def block_tensors(self, *blocks: str) -> list[str]:
+        """The tensors of some blocks."""
+        paths = [path for block in blocks for path in (block, self._file_path(block))]
+        starts = tuple(f"{self.prefix}{path}." for path in paths)
+        return [name for name in self.tensors if name.startswith(starts)]
+
+    @cached_property
+    def names_in_blocks(self) -> frozenset[str]:
+        """The tensors of all blocks."""
+        return frozenset(self.block_tensors(*self.blocks))
+
+    def _file_path(self, block: str) -> str:
+        """A block's path as files may have it, whatever its module has."""
+        path, _, number = block.rpartition(".")
+        named = f"{path}.*"
         for module_name, file_name in self.architecture.file_names:
-            paths += [path.replace(module_name, file_name) for path in paths]
-        return tuple(f"{self.prefix}{path.removesuffix('*').rstrip('.')}." for path in dict.fromkeys(paths))
+            named = named.replace(module_name, file_name)
+        return named.replace("*", number)
 
     @cached_property
     def license(self) -> str | None:
@@ -158,7 +174,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         )
     architecture = ARCHITECTURES[model_type]
     tensors = read_headers(directory)
-    prefix, ffns = find_ffns(architecture, tensors, where=str(directory))
+    prefix, ffns = find_ffns(architecture, tensors, where=str(directory), config=config)
     for ffn in ffns:
         for place in ffn.matrices:
             info = tensors.get(place.name)
@@ -178,12 +194,6 @@ def activation_name(config: Mapping[str, Any], tower: Tower) -> str:
     stated = config_part(config, tower.config).get(field) if field else None
     name = str(stated or tower.default_activation)
     return OTHER_NAMES.get(name, name)
-
-
-def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
-    """The part of a config that is about one tower; nothing where the config does not have it."""
-    part = config if name is None else config.get(name)
-    return part if isinstance(part, Mapping) else {}
 
 
 def _check_config(directory: Path, config: dict[str, Any], ffns: Sequence[FFNPlace]) -> None:

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ffsplit.errors import ArtifactError
 from ffsplit.ffn import FFNShape, LayerLayout
 from ffsplit.models.checkpoint import activation_name
-from ffsplit.models.places import ffns_of
+from ffsplit.models.find import ffns_of
 from ffsplit.models.rows import FFNPaths
 from ffsplit.runtime.split_experts import SplitExperts
 from ffsplit.runtime.split_ffn import SplitFFN
@@ -90,4 +90,3 @@ def install_split_ffn(block: nn.Module, paths: FFNPaths, split_ffn: nn.Module) -
         block.set_submodule(paths.down, nn.Identity())
         if paths.activation is not None:
             block.set_submodule(paths.activation, nn.Identity())
-

@@ -16,8 +16,8 @@ from ffsplit.calibration.batches import padded_batches
 from ffsplit.calibration.hooks import FFNObserver, Sampling
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
+from ffsplit.models.find import ffns_of
 from ffsplit.models.load import load_base_model
-from ffsplit.models.places import ffns_of
 from tests.tiny_models import FAMILIES, NUM_LAYERS, make_model, random_rows, save_checkpoint
 
 BERT_PATHS = ("encoder.layer.{}.intermediate.dense", "encoder.layer.{}.output.dense")
