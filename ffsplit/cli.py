@@ -94,6 +94,11 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
     add("--runner", default="ray", choices=("ray", "serial"))
     add("--revision", metavar="R", help="of a hub id")
     add("--seed", type=int, metavar="N", help="default: 0")
+    add(
+        "--block-by-block",
+        action="store_true",
+        help="hold one block of the model in memory at a time; default: where the model does not fit",
+    )
     add("--fresh", action="store_true", help="run again even when this run is committed already")
     add("--sign-key", metavar="KEY", help="sign the manifest with this EC private key (PEM)")
     add("--json", action="store_true", help="print the manifest alone on stdout")

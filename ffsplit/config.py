@@ -77,6 +77,7 @@ class JobConfig(Record):
     dtype: DType = "auto"
     address: str | None = Field(default=None, description="a Ray cluster; default: one started on the spot")
     runner: Literal["ray", "serial"] = "ray"
+    block_by_block: bool = Field(default=False, description="hold one block of the model at a time")
     fresh: bool = Field(default=False, description="run again even when this run key is published")
 
     @model_validator(mode="after")

@@ -26,6 +26,8 @@ def print_manifest(manifest: Manifest, *, out: str, refused_report: str | None =
     where = f"{out.rstrip('/')}/{manifest.run_key}/{manifest.attempt}"
     if manifest.measurements is not None:
         _print(_before_after(manifest, manifest.measurements))
+        for skipped in manifest.measurements.skipped:
+            print(f"not measured: {skipped}")
         overlaps = {task.spec: task.overlap_with_calibration for task in manifest.measurements.tasks}
         for spec, count in overlaps.items():
             if count:

@@ -162,6 +162,14 @@ class TaskScore(Record):
     )
 
 
+class BlockFidelity(Record):
+    """How far the hidden states have come apart after a block, over the tokens of the held-out text."""
+
+    layer: int
+    relative_error: float = Field(description="|h' - h| / |h|, Frobenius norms")
+    cosine: float = Field(description="mean over tokens")
+
+
 class Measurements(Record):
     """What was measured, and on what. Fidelity maps a metric's name to its value on held-out text."""
 
@@ -170,6 +178,10 @@ class Measurements(Record):
     fidelity: dict[str, float]
     latency: tuple[Latency, ...]
     tasks: tuple[TaskScore, ...] = ()
+    blocks: tuple[BlockFidelity, ...] = Field(
+        default=(), description="only where the models went through one block at a time"
+    )
+    skipped: tuple[str, ...] = Field(default=(), description="what was not measured, and why")
     original_peak_memory_bytes: int | None
     compressed_peak_memory_bytes: int | None
     device: str
