@@ -8,13 +8,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ffsplit import __version__
+from ffsplit.artifacts.allocation import AllocationRecord
 from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.digests import file_entry
 from ffsplit.artifacts.entries import FileEntry, StoreGuarantees
 from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import (
     MANIFEST_NAME,
-    AllocationRecord,
     CalibrationRecord,
     GateResult,
     LayerRecord,
