@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffsplit.errors import ArtifactError
 from ffsplit.ffn import FFNShape, LayerLayout
+from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.checkpoint import activation_name
 from ffsplit.models.find import ffns_of
 from ffsplit.models.rows import FFNPaths
@@ -68,18 +69,21 @@ def install_split_ffns(model: Any, layouts: list[LayerLayout], shapes: list[FFNS
     if len(places) != len(layouts):
         raise ArtifactError(f"config.json describes {len(layouts)} split FFNs, the model has {len(places)}")
     config = model.config.to_dict()
+    per_token = (
+        ARCHITECTURES[model.config.model_type].kind == "causal_lm"
+    )  # a few tokens of these are very large
     experts: dict[str, SplitExperts] = {}
     for place, layout, shape in zip(places, layouts, shapes, strict=True):
         activation = ACT2FN[activation_name(config, place.tower)]
         guard = place.paths.guard
         if place.expert is None:
-            split_ffn = SplitFFN(layout, shape, activation, guard=guard)
+            split_ffn = SplitFFN(layout, shape, activation, guard=guard, per_token=per_token)
             install_split_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, split_ffn)
             continue
         if place.index == place.unit:
             experts[place.split_path] = SplitExperts(guard=guard)
             model.set_submodule(f"{prefix}{place.split_path}", experts[place.split_path])
-        experts[place.split_path].append(SplitFFN(layout, shape, activation))
+        experts[place.split_path].append(SplitFFN(layout, shape, activation, per_token=per_token))
     return model  # type: ignore[no-any-return]
 
 

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ffsplit.artifacts.manifest import FileEntry
+from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.compressors import AnyCompressor
 from ffsplit.compressors.layer import compress_layer
