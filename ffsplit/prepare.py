@@ -12,6 +12,8 @@ from typing import Any
 from ffsplit.artifacts.inputs import StoredFiles
 from ffsplit.artifacts.statistics import PublishedStatistics, open_statistics
 from ffsplit.calibration.batches import tokenize_rows
+from ffsplit.calibration.media import embedded, read_media, read_pairs
+from ffsplit.calibration.readers import TextReader, make_reader
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
 from ffsplit.calibration.sources import read_all
 from ffsplit.calibration.statistics import NeuronStats
@@ -25,8 +27,9 @@ from ffsplit.measurement.size import model_shape
 from ffsplit.measurement.tasks.evaluations import Evaluation, read_evaluations
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.models.load import load_tokenizer, model_class
+from ffsplit.models.load import model_class
 from ffsplit.models.locate import locate_model
+from ffsplit.models.rows import TEXT_KINDS
 from ffsplit.origin import check_origin, inherit
 from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.runtime.assemble import is_plain
@@ -216,25 +219,34 @@ def split_inputs(
 
 def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint, seed: int) -> TextSample:
     """Calibration and held-out rows: a text each, or a window of running text for a causal LM."""
-    texts = read_all(specs)
-    settings = recipe.calibration
-    if checkpoint.kind == "causal_lm":
+    settings, kind = recipe.calibration, checkpoint.kind
+    if kind in ("encoder", "causal_lm"):
+        texts = read_all(specs)
+    else:
+        texts = read_pairs(specs) if kind == "seq2seq" else read_media(specs, kind=kind)
+    if kind == "causal_lm":
         texts = passages(texts, max_characters=settings.max_length * CHARACTERS_PER_TOKEN)
-    return sample_texts(
+    sample = sample_texts(
         texts,
         num_samples=settings.samples,
         num_held_out=settings.held_out,
         seed=seed,
         num_judged=settings.held_out if recipe.allocation == "search" or recipe.healing else 0,
     )
+    return sample if kind in TEXT_KINDS else sample.mapped(embedded)
 
 
 def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) -> None:
     """Raise ConfigError when rows are longer than the model reads, or none has a token to learn from."""
     longest = checkpoint.max_positions
-    if longest is not None and max_length > longest:
+    if longest is not None and max_length > longest and checkpoint.kind in TEXT_KINDS:
         raise ConfigError(f"--max-length {max_length} is more than the model's {longest} positions")
-    tokenizer = load_tokenizer(checkpoint)
+    reader = make_reader(checkpoint, max_length=max_length, batch_tokens=max_length)
+    if not isinstance(reader, TextReader):
+        if not reader.encode(rows[:8]):
+            raise ConfigError("the calibration rows hold nothing that the model reads: give others")
+        return
+    tokenizer = reader.tokenizer
     num_special = tokenizer.num_special_tokens_to_add()
     if max_length <= num_special:
         raise ConfigError(

@@ -49,8 +49,7 @@ def benchmark(uri: str, *, against: str | None = None) -> tuple[Latency, ...]:
     longest = open_checkpoint(original_directory).max_positions or max(tokens for _, tokens in SHAPES)
     shapes = tuple(dict.fromkeys((rows, min(tokens, longest)) for rows, tokens in SHAPES))
     models = [_load(directory).to(device) for directory in (original_directory, compressed_directory)]
-    vocab_size = min(int(model.config.vocab_size) for model in models)
-    return paired_latency(*models, shapes=shapes, num_pairs=NUM_PAIRS, vocab_size=vocab_size)
+    return paired_latency(*models, shapes=shapes, num_pairs=NUM_PAIRS)
 
 
 def _load(directory: Path) -> Any:

@@ -14,11 +14,11 @@ from ffsplit.errors import FFSplitError
 
 
 def peak_memory_bytes(
-    directory: Path, class_name: str, *, shape: tuple[int, int], device: str, dtype: str, vocab_size: int
+    directory: Path, class_name: str, *, shape: tuple[int, int], device: str, dtype: str
 ) -> int:
     """Peak resident memory on the CPU, over that of a process with its libraries loaded and no model;
     on CUDA the peak that the allocator handed out. For one load and one forward at `shape`."""
-    arguments = [str(directory), class_name, *map(str, shape), device, dtype, str(vocab_size)]
+    arguments = [str(directory), class_name, *map(str, shape), device, dtype]
     done = subprocess.run(
         [sys.executable, "-m", "ffsplit.measurement.memory", *arguments], capture_output=True, text=True
     )
@@ -28,12 +28,11 @@ def peak_memory_bytes(
     return int(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _measure(
-    directory: str, class_name: str, rows: str, tokens: str, device: str, dtype: str, vocab_size: str
-) -> int:
+def _measure(directory: str, class_name: str, rows: str, tokens: str, device: str, dtype: str) -> int:
     import torch
     import transformers
 
+    from ffsplit.measurement.examples import example_inputs
     from ffsplit.measurement.latency import allow_batches
     from ffsplit.models.load import load_whole_model
 
@@ -41,9 +40,9 @@ def _measure(
     before = _resident_peak_bytes()
     model = load_whole_model(Path(directory), class_name, dtype=getattr(torch, dtype)).to(device)
     allow_batches(model)
-    ids = torch.randint(int(vocab_size), (int(rows), int(tokens)), device=device)
+    inputs = example_inputs(model, num_rows=int(rows), num_tokens=int(tokens))
     with torch.inference_mode():
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        model(**inputs)
     return torch.cuda.max_memory_allocated() if device == "cuda" else _resident_peak_bytes() - before
 
 

@@ -19,8 +19,9 @@ from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.find import config_part, find_ffns
 from ffsplit.models.headers import ITEM_SIZES, TensorInfo, read_headers, read_json
 from ffsplit.models.places import FFNPlace
-from ffsplit.models.rows import Architecture, ModelKind, Tower
+from ffsplit.models.rows import TEXT_KINDS, Architecture, ModelKind, Tower
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FFN_DTYPES = ("F32", "F16", "BF16")
 TOKENIZER_FILE = re.compile(
     r"(tokenizer.*|vocab.*|merges|special_tokens_map|added_tokens|spiece|sentencepiece.*)\.(json|txt|model)$"
@@ -54,6 +55,13 @@ class Checkpoint:
         towers = {ffn.tower.name for ffn in self.ffns}
         alone = self.architecture.kind == "seq2seq" and towers == {"encoder"}
         return "encoder" if alone else self.architecture.kind
+
+    @property
+    def compared_as(self) -> ModelKind:
+        """What its outputs are compared as: a causal LM with another head by its hidden states."""
+        if self.kind != "causal_lm" or self.class_name.endswith(("ForCausalLM", "LMHeadModel")):
+            return self.kind
+        return "encoder"
 
     @property
     def is_whole(self) -> bool:
@@ -137,7 +145,11 @@ class Checkpoint:
         return _digest_files(self.directory, ("config.json", *self.weight_files))
 
     def tokenizer_digest(self) -> str:
-        return _digest_files(self.directory, tokenizer_files(self.directory))
+        """sha256 over whatever turns rows into the model's inputs."""
+        names = tokenizer_files(self.directory)
+        if self.kind not in TEXT_KINDS:
+            names += tuple(name for name in PROCESSOR_FILES if (self.directory / name).is_file())
+        return _digest_files(self.directory, names)
 
 
 def tokenizer_files(directory: Path) -> tuple[str, ...]:

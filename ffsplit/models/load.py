@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -31,12 +31,15 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_base_model(directory: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model without its task head, in eval mode."""
-    from transformers import AutoModel
+def load_base_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model without its task head, in eval mode.
 
-    with quiet_transformers():
-        model = AutoModel.from_pretrained(directory, dtype=dtype, local_files_only=True, use_safetensors=True)
+    One that lacks a tower of its family is loaded as the class it was saved from: transformers' base
+    model would make the tower up at random.
+    """
+    class_name = "" if checkpoint.is_whole else checkpoint.class_name
+    model = load_whole_model(checkpoint.directory, class_name, dtype=dtype)
+    model = getattr(model, model.base_model_prefix, model)
     _see_whole_rows(model)
     return model.to(device).eval()
 
@@ -124,6 +127,20 @@ def random_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
         make = getattr(model_class, "_from_config", None) or model_class.from_config
         model = make(config)
     return model.to(dtype).eval()
+
+
+def load_processor(checkpoint: Checkpoint, medium: Literal["image", "sound"]) -> Any:
+    """What turns pictures or sounds into the model's inputs. Raises ConfigError when there is none."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    options: dict[str, Any] = {"backend": "pil"} if medium == "image" else {}
+    chosen = AutoImageProcessor if medium == "image" else AutoFeatureExtractor
+    try:
+        with quiet_transformers():
+            return chosen.from_pretrained(checkpoint.directory, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{checkpoint.directory} has no {medium} processor that loads: {reason}") from None
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

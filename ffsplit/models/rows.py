@@ -15,6 +15,7 @@ from ffsplit.config import Record
 
 ModelKind = Literal["encoder", "causal_lm", "seq2seq", "speech", "image", "image_text", "audio"]
 """What a model reads, and which of its outputs are compared."""
+TEXT_KINDS: tuple[ModelKind, ...] = ("encoder", "causal_lm", "seq2seq")
 
 
 class FFNPaths(Record):
