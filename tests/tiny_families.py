@@ -45,6 +45,7 @@ _T5 |= {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "eos_token_id": 3, "decoder
 _PIXELS = _SIZES | {"image_size": 16, "patch_size": 8}
 _WHISPER = {"max_source_positions": 50, "max_target_positions": 64, "num_mel_bins": 8}
 _WHISPER |= {"suppress_tokens": [], "begin_suppress_tokens": []}
+_WHISPER_HEADS = ("ForConditionalGeneration", "ForAudioClassification")
 _SOUND = {"vocab_size": 32, "conv_dim": [8, 8], "conv_stride": [5, 4], "conv_kernel": [10, 4]}
 _SOUND |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 _MOE = _LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -114,11 +115,17 @@ FAMILIES: dict[str, Family] = {
     "t5": Family("T5", _T5, ("ForConditionalGeneration", "EncoderModel")),
     "t5-gated": Family("T5", _T5 | {"feed_forward_proj": "gated-gelu"}, ("ForConditionalGeneration",), "t5"),
     "bart": Family("Bart", _ENCODER_DECODER | {"max_position_embeddings": 64}, ("ForConditionalGeneration",)),
-    "whisper": Family("Whisper", _ENCODER_DECODER | _WHISPER, ("ForConditionalGeneration",)),
+    "whisper": Family("Whisper", _ENCODER_DECODER | _WHISPER, _WHISPER_HEADS),
     "vit": Family("ViT", _PIXELS, ("ForImageClassification", "ForMaskedImageModeling")),
-    "clip": Family("CLIP", {"text_config": _TEXT, "vision_config": _PIXELS, "projection_dim": 8}, ()),
+    "clip": Family(
+        "CLIP",
+        {"text_config": _TEXT, "vision_config": _PIXELS, "projection_dim": 8},
+        ("Model", "ForImageClassification"),
+    ),
     "siglip": Family(
-        "Siglip", {"text_config": _TEXT | {"projection_size": 16}, "vision_config": _PIXELS}, ()
+        "Siglip",
+        {"text_config": _TEXT | {"projection_size": 16}, "vision_config": _PIXELS},
+        ("Model", "ForImageClassification"),
     ),
     "wav2vec2": Family("Wav2Vec2", _SIZES | _IDS | _SOUND, ("ForCTC", "ForSequenceClassification")),
     "relu2": _decoder("Llama", _LLAMA | {"hidden_act": "relu2"}, ())._replace(model_type="llama"),

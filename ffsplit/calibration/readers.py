@@ -197,7 +197,7 @@ class SoundReader:
                 chunk = rows[start : start + MEDIA_BATCH_ROWS]
                 sounds = [sound for sound, _ in chunk]
                 found = self._processor(sounds, sampling_rate=self._rate, return_tensors="pt")
-                name = "input_values" if self._decoder is None else "input_features"
+                name = "input_values" if "input_values" in found else "input_features"
                 arguments = {name: found[name].to(torch.float32)}
                 if self._decoder is not None:
                     arguments |= self._decoder.arguments([ids for _, ids in chunk])

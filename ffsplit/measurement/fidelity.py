@@ -65,7 +65,7 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
         states: Tensor = base(**batch.arguments, output_hidden_states=True).decoder_hidden_states[-1]
     else:
         states = base(**batch.arguments)[0]
-    return states.float()
+    return (states if states.dim() == 3 else states[:, None]).float()  # a head's logits are one state
 
 
 @torch.no_grad()

@@ -51,10 +51,16 @@ class Checkpoint:
 
     @property
     def kind(self) -> ModelKind:
-        """What it reads. An encoder alone, of a family that has a decoder too, is an encoder."""
+        """What it reads: a model that has one tower of its family's two reads what that tower does."""
         towers = {ffn.tower.name for ffn in self.ffns}
-        alone = self.architecture.kind == "seq2seq" and towers == {"encoder"}
-        return "encoder" if alone else self.architecture.kind
+        alone: dict[ModelKind, dict[str, ModelKind]] = {
+            "seq2seq": {"encoder": "encoder"},
+            "speech": {"encoder": "audio"},
+            "image_text": {"text": "encoder", "vision": "image"},
+        }
+        family = self.architecture.kind
+        first, *others = sorted(towers - {"vision head"})
+        return family if others else alone.get(family, {}).get(first, family)
 
     @property
     def compared_as(self) -> ModelKind:
