@@ -17,7 +17,7 @@ from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.state import HealingState
 from ffsplit.healing.step import Distillation
 from ffsplit.healing.team import Alone, Team
-from ffsplit.models.architectures import ModelKind
+from ffsplit.models.rows import ModelKind
 from ffsplit.quantization import fake_quantize
 
 SORTED_BATCHES = 16

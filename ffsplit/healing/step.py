@@ -13,7 +13,7 @@ from ffsplit.calibration.batches import Batch, padded_batches
 from ffsplit.healing.losses import distance, outputs, total_distance, weight
 from ffsplit.healing.state import HealingState
 from ffsplit.healing.team import Team
-from ffsplit.models.architectures import ModelKind
+from ffsplit.models.rows import ModelKind
 
 
 @dataclass(frozen=True)
