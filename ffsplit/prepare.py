@@ -33,6 +33,7 @@ from ffsplit.models.rows import TEXT_KINDS
 from ffsplit.origin import check_origin, inherit
 from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.runtime.assemble import is_plain
+from ffsplit.runtime.trial import check_by_trial
 from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.plan import num_energetic
 from ffsplit.splitting.solver import Solver
@@ -93,6 +94,8 @@ def prepare(config: JobConfig) -> PreparedRun:
         activation_named(checkpoint.activation_of(index))
     model_class(checkpoint.class_name, where=directory)
     check_capabilities(config, recipe, checkpoint)
+    if checkpoint.is_guessed:
+        check_by_trial(checkpoint)
     digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}
     if origin is not None:
         check_origin(origin, digests=digests, revision=revision, profile=profile)

@@ -16,6 +16,7 @@ from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn import FFNShape
 from ffsplit.models.activations import OTHER_NAMES
 from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.detect import detect_architecture
 from ffsplit.models.find import config_part, find_ffns
 from ffsplit.models.headers import ITEM_SIZES, TensorInfo, read_headers, read_json
 from ffsplit.models.places import FFNPlace
@@ -68,6 +69,15 @@ class Checkpoint:
         if self.kind != "causal_lm" or self.class_name.endswith(("ForCausalLM", "LMHeadModel")):
             return self.kind
         return "encoder"
+
+    @property
+    def is_guessed(self) -> bool:
+        """Whether its family is not in the table, so that its FFNs were found by structure."""
+        return self.architecture.model_type not in ARCHITECTURES
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.get("vocab_size") or 1)
 
     @property
     def is_whole(self) -> bool:
@@ -181,16 +191,12 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """
     config = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise UnsupportedModelError(
-            f"{directory}: model type {model_type!r} is not supported (known: {known})"
-        )
     if config.get("quantization_config"):
         raise UnsupportedModelError(
             f"{directory} is already compressed or quantized: start from the original"
         )
-    architecture = ARCHITECTURES[model_type]
+    row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    architecture = row or detect_architecture(directory, config)
     tensors = read_headers(directory)
     prefix, ffns = find_ffns(architecture, tensors, where=str(directory), config=config)
     for ffn in ffns:

@@ -17,8 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffsplit.errors import ArtifactError
 from ffsplit.ffn import FFNShape, LayerLayout
-from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.checkpoint import activation_name
+from ffsplit.models.detect import architecture_of
 from ffsplit.models.find import ffns_of
 from ffsplit.models.rows import FFNPaths
 from ffsplit.runtime.split_experts import SplitExperts
@@ -69,9 +69,7 @@ def install_split_ffns(model: Any, layouts: list[LayerLayout], shapes: list[FFNS
     if len(places) != len(layouts):
         raise ArtifactError(f"config.json describes {len(layouts)} split FFNs, the model has {len(places)}")
     config = model.config.to_dict()
-    per_token = (
-        ARCHITECTURES[model.config.model_type].kind == "causal_lm"
-    )  # a few tokens of these are very large
+    per_token = architecture_of(model).kind == "causal_lm"  # a few tokens of these are very large
     experts: dict[str, SplitExperts] = {}
     for place, layout, shape in zip(places, layouts, shapes, strict=True):
         activation = ACT2FN[activation_name(config, place.tower)]
