@@ -22,11 +22,15 @@ from ffsplit.artifacts.stores import NOT_ATOMIC, Store, open_store
 from ffsplit.config import JobConfig
 from ffsplit.distributed import make_runner
 from ffsplit.errors import ConfigError, FFSplitError, GateError, StoreError
+from ffsplit.examine import check_plain, examine
 from ffsplit.execution import Execution, Layers
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.prepare import PreparedRun, check_plain, prepare, settle
+from ffsplit.preflight.estimate import estimate
+from ffsplit.preflight.records import Preflight
+from ffsplit.preflight.words import in_one_line
+from ffsplit.prepare import PreparedRun, identify, settle
 from ffsplit.progress import Progress, StageLog
 from ffsplit.publication import Outcome, write_documents
 from ffsplit.recipes.recipe import Recipe
@@ -80,7 +84,11 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         check_outside_attempts(store.uri, flag="--out")
         if sign_key is not None:
             sign_manifest(b"{}", key=sign_key)  # a key that cannot sign is said before the work
-        run = prepare(config)
+        job = examine(config)
+        flight = estimate(job, store_uri=store.uri, statistics_only=kind == "statistics")
+        shown.note(in_one_line(flight))
+        flight.check()
+        run = identify(job)
         key, work = (run.run_key, run.work_key) if kind == "model" else (run.calibration_key,) * 2
         scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{work}")
         refused, is_new = None, not _is_committed(store, key)
@@ -90,7 +98,15 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
                 shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
             try:
                 refused = _carry_out(
-                    run, key, scratch, store, guarantees, kind=kind, sign_key=sign_key, shown=shown
+                    run,
+                    key,
+                    scratch,
+                    store,
+                    guarantees,
+                    flight=flight,
+                    kind=kind,
+                    sign_key=sign_key,
+                    shown=shown,
                 )
             except Exception:
                 if not _is_committed(store, key):
@@ -106,6 +122,15 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
             latest_commit(store)
         manifest = read_manifest(locate(f"{store.uri}/{key}"))
         return Finished(manifest, "published" if is_new else "committed already")
+
+
+def preflight(config: JobConfig, *, kind: Kind = "model") -> Preflight:
+    """What a run would need, from config and headers alone. Raises ConfigError for a user's mistake."""
+    if kind == "statistics":
+        _check_calibrates(config)
+    store = open_store(config.out)
+    check_outside_attempts(store.uri, flag="--out")
+    return estimate(examine(config), store_uri=store.uri, statistics_only=kind == "statistics")
 
 
 def _check_calibrates(config: JobConfig) -> None:
@@ -131,6 +156,7 @@ def _carry_out(
     store: Store,
     guarantees: StoreGuarantees,
     *,
+    flight: Preflight,
     kind: Kind,
     sign_key: Path | None,
     shown: Progress,
@@ -143,7 +169,7 @@ def _carry_out(
         staging = Path(folder) / attempt
         (staging / STATISTICS_PATH).parent.mkdir(parents=True)
         compute = _compute_model if kind == "model" else _compute_statistics
-        run, outcome = compute(Execution(run, scratch, runner, log), staging)
+        run, outcome = compute(Execution(run, scratch, runner, log, flight), staging)
         outcome = replace(outcome, guarantees=guarantees)
         if outcome.measurements is not None:
             outcome = replace(outcome, gates=judge(run.gates, outcome.measurements))

@@ -25,6 +25,8 @@ UPPER_ROOMS = (
     "cli",
     "pipeline",
     "prepare",
+    "examine",
+    "preflight",
     "publication",
     "planning",
     "origin",
