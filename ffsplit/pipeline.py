@@ -6,15 +6,18 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ffsplit.artifacts.commits import Kind, read_commit
+from ffsplit.artifacts.digests import file_entries
+from ffsplit.artifacts.entries import StoreGuarantees
 from ffsplit.artifacts.index import latest_commit
 from ffsplit.artifacts.locate import locate, read_manifest
-from ffsplit.artifacts.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, StoreGuarantees
+from ffsplit.artifacts.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from ffsplit.artifacts.paths import check_outside_attempts
-from ffsplit.artifacts.publish import new_attempt_id, publish_attempt
+from ffsplit.artifacts.publish import Upload, new_attempt_id
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX, Result, Scratch
 from ffsplit.artifacts.signing import sign_manifest
 from ffsplit.artifacts.statistics import STATISTICS_PATH
@@ -32,17 +35,24 @@ from ffsplit.preflight.records import Preflight
 from ffsplit.preflight.words import in_one_line
 from ffsplit.prepare import PreparedRun, identify, settle
 from ffsplit.progress import Progress, StageLog
-from ffsplit.publication import Outcome, write_documents
+from ffsplit.publication import REPORT_NAME, Outcome, write_documents
 from ffsplit.recipes.recipe import Recipe
 from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.splitting.plan import LayerPlan, plan_split
 
+REFUSED_REPORT = f"refused/{REPORT_NAME}"
+"""Where in the scratch the report of a result lies that its gates refused."""
+
 
 class Finished(NamedTuple):
-    """A run that ended. Of one that gates refused nothing was published; `manifest` says how it measured."""
+    """A run that ended. Of one that gates refused nothing was published; `manifest` says how it measured.
+
+    `report` is the key of its report in the store.
+    """
 
     manifest: Manifest
     state: Literal["published", "committed already", "refused"]
+    report: str
 
 
 def compress(
@@ -116,12 +126,13 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         else:
             shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
         if refused is not None:
-            return Finished(refused, "refused")
+            return Finished(refused, "refused", scratch.key(REFUSED_REPORT))
         with suppress(FFSplitError):  # the artifact stands; the next run of this key cleans up
             store.delete_prefix(scratch.prefix)
             latest_commit(store)
         manifest = read_manifest(locate(f"{store.uri}/{key}"))
-        return Finished(manifest, "published" if is_new else "committed already")
+        report = f"{key}/{manifest.attempt}/{REPORT_NAME}"
+        return Finished(manifest, "published" if is_new else "committed already", report)
 
 
 def preflight(config: JobConfig, *, kind: Kind = "model") -> Preflight:
@@ -173,15 +184,19 @@ def _carry_out(
         outcome = replace(outcome, guarantees=guarantees)
         if outcome.measurements is not None:
             outcome = replace(outcome, gates=judge(run.gates, outcome.measurements))
-        manifest = write_documents(run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages)
-        if refusal(outcome.gates) is not None:
-            return manifest
-        if sign_key is not None:
-            data = (staging / MANIFEST_NAME).read_bytes()
-            (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=sign_key))
-        publish_attempt(
-            store, run_key=key, attempt=attempt, directory=staging, kind=kind, move_latest=kind == "model"
+        write = partial(
+            write_documents, run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages
         )
+        if refusal(outcome.gates) is not None:
+            manifest = write(files=file_entries(staging))
+            store.put_file(scratch.key(REFUSED_REPORT), staging / REPORT_NAME)
+            return manifest
+        with Upload(store, run_key=key, attempt=attempt) as upload:
+            write(files=upload.add(staging))
+            if sign_key is not None:
+                data = (staging / MANIFEST_NAME).read_bytes()
+                (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=sign_key))
+            upload.commit(staging, kind=kind, move_latest=kind == "model")
     return None
 
 

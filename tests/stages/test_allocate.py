@@ -11,7 +11,8 @@ import torch
 from transformers import AutoModel
 
 import ffsplit
-from ffsplit.artifacts.manifest import CandidateRecord, Manifest
+from ffsplit.artifacts.allocation import CandidateRecord
+from ffsplit.artifacts.manifest import Manifest
 from ffsplit.prepare import prepare
 from ffsplit.stages import allocate
 from ffsplit.stages.allocate import best_of, score_of
