@@ -194,7 +194,7 @@ def _calibrate(parsed: argparse.Namespace) -> int:
 
 def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> int:
     """Say what a run would need. Raises ConfigError for what cannot be done, after it is said."""
-    from ffsplit.pipeline import preflight
+    from ffsplit.prepare import preflight
 
     flight = preflight(config, kind=kind)
     if parsed.json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.inputs import StoredFiles
 from ffsplit.artifacts.statistics import PublishedStatistics, open_statistics
 from ffsplit.calibration.batches import tokenize_rows
@@ -52,8 +53,10 @@ class Examined:
     gates: tuple[Gate, ...]
 
 
-def examine(config: JobConfig) -> Examined:
+def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
     """Resolve and check a job. Raises ConfigError for whatever the user can mend; writes nothing."""
+    if kind == "statistics":
+        check_calibrates(config)
     window = config.max_length  # as asked for, not as inherited
     gates = parse_gates(config.gate, require_speedup=config.require_speedup)
     origin = None if config.stats is None else open_statistics(config.stats)
@@ -95,6 +98,14 @@ def examine(config: JobConfig) -> Examined:
         layouts=layouts,
         gates=gates,
     )
+
+
+def check_calibrates(config: JobConfig) -> None:
+    """Raise ConfigError for what is for compressed models alone."""
+    if config.stats is not None:
+        raise ConfigError("--stats is for compress: calibrate collects statistics of its own")
+    if config.gate or config.require_speedup is not None:
+        raise ConfigError("gates are for compress: statistics have nothing to judge")
 
 
 def resolve_recipe(config: JobConfig) -> Recipe:

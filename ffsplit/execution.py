@@ -21,7 +21,6 @@ from ffsplit.distributed.runner import Runner
 from ffsplit.ffn import LayerLayout
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.preflight.records import Preflight
 from ffsplit.prepare import PreparedRun, healing_threads
 from ffsplit.progress import StageLog
 from ffsplit.runtime.assemble import is_plain
@@ -50,7 +49,6 @@ class Execution:
     scratch: Scratch
     runner: Runner
     log: StageLog
-    flight: Preflight
 
     def calibrate(self) -> list[Result]:
         """Statistics and sampled FFN inputs of every shard; the inputs alone where there are statistics."""
@@ -66,7 +64,7 @@ class Execution:
             profile=run.profile,
             scratch=self.place("calibrate"),
             inputs_only=run.origin is not None,
-            block_by_block=self.flight.block_by_block,
+            block_by_block=run.flight.block_by_block,
         )
         name = "calibrate"
         if job.inputs_only:
@@ -177,7 +175,7 @@ class Execution:
             batch_tokens=calibration.batch_tokens,
             settings=run.recipe.measurement,
             profile=run.profile,
-            block_by_block=self.flight.measured_block_by_block,
+            block_by_block=run.flight.measured_block_by_block,
         )
         with self.log.stage("measure", stage_key("measure", {"run": run.run_key}), num_items=1):
             return self.runner.run_alone("measure", measure_job, job)

@@ -51,10 +51,12 @@ def _read(path: Path) -> str:
 
 def free_bytes(path: Path) -> int:
     """Free disk where a path is, or would be."""
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    return shutil.disk_usage(existing).free
+    for existing in (path.absolute(), *path.absolute().parents):
+        try:
+            return shutil.disk_usage(existing).free
+        except OSError:  # not there yet, or no name that a disk takes
+            continue
+    return 0
 
 
 def bytes_below(path: Path) -> int:

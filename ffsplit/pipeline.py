@@ -25,15 +25,13 @@ from ffsplit.artifacts.stores import NOT_ATOMIC, Store, open_store
 from ffsplit.config import JobConfig
 from ffsplit.distributed import make_runner
 from ffsplit.errors import ConfigError, FFSplitError, GateError, StoreError
-from ffsplit.examine import check_plain, examine
+from ffsplit.examine import check_plain
 from ffsplit.execution import Execution, Layers
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.preflight.estimate import estimate
-from ffsplit.preflight.records import Preflight
 from ffsplit.preflight.words import in_one_line
-from ffsplit.prepare import PreparedRun, identify, settle
+from ffsplit.prepare import PreparedRun, prepare, settle
 from ffsplit.progress import Progress, StageLog
 from ffsplit.publication import REPORT_NAME, Outcome, write_documents
 from ffsplit.recipes.recipe import Recipe
@@ -87,18 +85,12 @@ def calibrate(
 
 
 def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: Path | None) -> Finished:
-    if kind == "statistics":
-        _check_calibrates(config)
     with progress or Progress.to_stderr() as shown:
         store = open_store(config.out)
         check_outside_attempts(store.uri, flag="--out")
         if sign_key is not None:
             sign_manifest(b"{}", key=sign_key)  # a key that cannot sign is said before the work
-        job = examine(config)
-        flight = estimate(job, store_uri=store.uri, statistics_only=kind == "statistics")
-        shown.note(in_one_line(flight))
-        flight.check()
-        run = identify(job)
+        run = prepare(config, kind=kind)
         key, work = (run.run_key, run.work_key) if kind == "model" else (run.calibration_key,) * 2
         scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{work}")
         refused, is_new = None, not _is_committed(store, key)
@@ -108,15 +100,7 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
                 shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
             try:
                 refused = _carry_out(
-                    run,
-                    key,
-                    scratch,
-                    store,
-                    guarantees,
-                    flight=flight,
-                    kind=kind,
-                    sign_key=sign_key,
-                    shown=shown,
+                    run, key, scratch, store, guarantees, kind=kind, sign_key=sign_key, shown=shown
                 )
             except Exception:
                 if not _is_committed(store, key):
@@ -135,23 +119,6 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         return Finished(manifest, "published" if is_new else "committed already", report)
 
 
-def preflight(config: JobConfig, *, kind: Kind = "model") -> Preflight:
-    """What a run would need, from config and headers alone. Raises ConfigError for a user's mistake."""
-    if kind == "statistics":
-        _check_calibrates(config)
-    store = open_store(config.out)
-    check_outside_attempts(store.uri, flag="--out")
-    return estimate(examine(config), store_uri=store.uri, statistics_only=kind == "statistics")
-
-
-def _check_calibrates(config: JobConfig) -> None:
-    """Raise ConfigError for what is for compressed models alone."""
-    if config.stats is not None:
-        raise ConfigError("--stats is for compress: calibrate collects statistics of its own")
-    if config.gate or config.require_speedup is not None:
-        raise ConfigError("gates are for compress: statistics have nothing to judge")
-
-
 def _is_committed(store: Store, key: str) -> bool:
     """Whether a run has a commit. A store that cannot be asked is a mistake in --out."""
     try:
@@ -167,7 +134,6 @@ def _carry_out(
     store: Store,
     guarantees: StoreGuarantees,
     *,
-    flight: Preflight,
     kind: Kind,
     sign_key: Path | None,
     shown: Progress,
@@ -175,12 +141,13 @@ def _carry_out(
     """Compute a run and publish it. Returns its manifest instead where its gates refuse it."""
     config, log = run.config, StageLog(shown)
     with make_runner(config) as runner, tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
+        shown.note(in_one_line(run.flight))
         shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
         attempt = new_attempt_id()
         staging = Path(folder) / attempt
         (staging / STATISTICS_PATH).parent.mkdir(parents=True)
         compute = _compute_model if kind == "model" else _compute_statistics
-        run, outcome = compute(Execution(run, scratch, runner, log, flight), staging)
+        run, outcome = compute(Execution(run, scratch, runner, log), staging)
         outcome = replace(outcome, guarantees=guarantees)
         if outcome.measurements is not None:
             outcome = replace(outcome, gates=judge(run.gates, outcome.measurements))

@@ -9,8 +9,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.inputs import StoredFiles
+from ffsplit.artifacts.paths import check_outside_attempts
 from ffsplit.artifacts.statistics import PublishedStatistics
+from ffsplit.artifacts.stores import open_store
 from ffsplit.calibration.sampling import TextSample
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.config import Budget, JobConfig, digest_of, stage_key
@@ -21,6 +24,8 @@ from ffsplit.measurement.tasks.evaluations import Evaluation
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.finite import check_all_finite
 from ffsplit.origin import check_origin
+from ffsplit.preflight.estimate import estimate
+from ffsplit.preflight.records import Preflight
 from ffsplit.recipes.recipe import Recipe
 from ffsplit.splitting.plan import num_energetic
 from ffsplit.splitting.solver import Solver
@@ -41,7 +46,7 @@ class PreparedRun:
     are the least it can come to until the statistics are there. `checkpoint` is in a directory of this
     machine; where the model is in a store, other nodes have theirs from `stored_model`.
     `work_key` names what is computed, and so its scratch; `run_key` is the same, or where there are
-    gates, the hash of it and them.
+    gates, the hash of it and them. `flight` says what of the model is held at a time.
     """
 
     config: JobConfig
@@ -62,15 +67,28 @@ class PreparedRun:
     work_key: str
     run_key: str
     gates: tuple[Gate, ...]
+    flight: Preflight
     nonce: str | None
 
 
-def prepare(config: JobConfig) -> PreparedRun:
-    """Resolve and check a job. Raises ConfigError for whatever the user can mend; writes nothing."""
-    return identify(examine(config))
+def prepare(config: JobConfig, *, kind: Kind = "model") -> PreparedRun:
+    """Resolve and check a job. Raises ConfigError for whatever the user can mend; writes nothing.
+
+    What cannot fit is refused before any weight is read.
+    """
+    job = examine(config, kind=kind)
+    flight = estimate(job, kind=kind)
+    flight.check()
+    return identify(job, flight)
 
 
-def identify(job: Examined) -> PreparedRun:
+def preflight(config: JobConfig, *, kind: Kind = "model") -> Preflight:
+    """What a run would need, by its checked settings. Raises ConfigError as `prepare` does."""
+    check_outside_attempts(open_store(config.out).uri, flag="--out")
+    return estimate(examine(config, kind=kind), kind=kind)
+
+
+def identify(job: Examined, flight: Preflight) -> PreparedRun:
     """Read every byte that a run starts from, and name its results by it.
 
     Raises ConfigError where weights are not finite; large ones are looked at when they are first used.
@@ -100,6 +118,7 @@ def identify(job: Examined) -> PreparedRun:
     known["recipe"] = recipe.timing([gate.shape for gate in job.gates if gate.shape])
     return PreparedRun(
         **known,
+        flight=flight,
         digests=digests,
         calibration_key=stage_key("calibrate", inputs),
         work_key=work_key,

@@ -7,7 +7,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX
+from ffsplit.artifacts.stores import open_store
 from ffsplit.examine import Examined
 from ffsplit.machine import bytes_below, free_bytes, operations_per_second
 from ffsplit.preflight import duration, footprint
@@ -17,12 +19,9 @@ from ffsplit.preflight.workload import ITEM_SIZES, Workload
 from ffsplit.stages.profile import ComputeProfile
 
 
-def estimate(job: Examined, *, store_uri: str, statistics_only: bool) -> Preflight:
-    """What a job needs, and whether it goes block by block.
-
-    `statistics_only` is a run that stops after calibration.
-    """
-    config, profile = job.config, job.profile
+def estimate(job: Examined, *, kind: Kind) -> Preflight:
+    """What a job needs, and whether it goes block by block."""
+    config, profile, statistics_only = job.config, job.profile, kind == "statistics"
     machine = Machine.of(config, profile)
     work = Workload(
         checkpoint=job.checkpoint,
@@ -59,7 +58,7 @@ def estimate(job: Examined, *, store_uri: str, statistics_only: bool) -> Preflig
         measured_block_by_block=measures_so and not statistics_only,
         stages=stages,
         temporary=_disk(tempfile.gettempdir(), spilled),
-        store=_disk(store_uri, scratch + artifact),
+        store=_disk(open_store(config.out).uri, scratch + artifact),
         artifact_bytes=artifact,
     )
     problems = find_problems(flight, work=work, num_evaluations=len(config.eval))
