@@ -11,6 +11,7 @@ from ffsplit.artifacts.statistics import PublishedStatistics, open_statistics
 from ffsplit.calibration.batches import tokenize_rows
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
 from ffsplit.calibration.sources import read_all
+from ffsplit.capabilities import check_capabilities
 from ffsplit.config import Budget, JobConfig
 from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
@@ -68,8 +69,10 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
     if revision is None and stored is None:
         config = config.model_copy(update={"model": str(directory)})
     checkpoint = open_checkpoint(directory)
-    activation_named(checkpoint.activation)
+    for index in range(len(checkpoint.ffns)):
+        activation_named(checkpoint.activation_of(index))
     check_model_class(checkpoint.class_name, where=directory)
+    check_capabilities(config, recipe, checkpoint)
     budget = config.budget or Budget(kind="keep", limit=recipe.keep)
     solver = make_solver(config, recipe, checkpoint, profile)
     recipe = with_target_shape(recipe, solver)
@@ -157,7 +160,7 @@ def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint,
     """Calibration and held-out rows: a text each, or a window of running text for a causal LM."""
     texts = read_all(specs)
     settings = recipe.calibration
-    if checkpoint.architecture.kind == "causal_lm":
+    if checkpoint.kind == "causal_lm":
         texts = passages(texts, max_characters=settings.max_length * CHARACTERS_PER_TOKEN)
     return sample_texts(
         texts,

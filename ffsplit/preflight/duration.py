@@ -16,8 +16,7 @@ def digest_seconds(work: Workload) -> float:
 
 
 def calibration_seconds(work: Workload, *, workers: int, speed: float, block_by_block: bool) -> float:
-    blocks = work.num_layers * work.block_elements
-    computed = 2 * blocks * work.calibration_tokens / speed
+    computed = 2 * sum(work.elements_by_block) * work.calibration_tokens / speed
     loads = work.num_shards if block_by_block else workers
     return (computed + loads * work.file_bytes / READ_BYTES_PER_S) / min(workers, work.num_shards)
 
@@ -25,7 +24,7 @@ def calibration_seconds(work: Workload, *, workers: int, speed: float, block_by_
 def compression_seconds(work: Workload, *, workers: int, speed: float) -> float:
     passes = 2 * work.shape.num_elements * work.sampled_tokens * (1 + work.kept) * 3
     layer = passes + sum(_step_operations(step, work) for step in work.recipe.steps)
-    return layer * work.num_layers / (speed * min(workers, work.num_layers))
+    return layer * work.num_ffns / (speed * min(workers, work.num_ffns))
 
 
 def _step_operations(step: object, work: Workload) -> float:

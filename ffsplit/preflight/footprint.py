@@ -15,7 +15,7 @@ LOGIT_COPIES = 6
 def calibration_bytes(work: Workload, *, block_by_block: bool) -> int:
     """One worker with the whole model, or one block and what lies outside the blocks."""
     held = work.outside_elements + work.block_elements if block_by_block else work.num_elements
-    layers_sampled = 1 if block_by_block else work.num_layers
+    layers_sampled = 1 if block_by_block else work.num_blocks
     sampled = min(work.sampled_tokens, work.shard_tokens) * work.shape.hidden_size * layers_sampled
     return PROCESS_BYTES + (held + sampled) * work.itemsize + _batch_bytes(work)
 
@@ -70,7 +70,7 @@ def healing_bytes(work: Workload) -> int:
 
 
 def sampled_input_bytes(work: Workload) -> int:
-    return work.sampled_tokens * work.shape.hidden_size * work.itemsize * work.num_layers
+    return work.sampled_tokens * work.shape.hidden_size * work.itemsize * work.num_blocks
 
 
 def layer_bytes(work: Workload) -> int:

@@ -35,22 +35,22 @@ class Workload:
         return sum(info.num_elements for info in self.checkpoint.tensors.values())
 
     @cached_property
+    def elements_by_block(self) -> tuple[int, ...]:
+        checkpoint = self.checkpoint
+        return tuple(
+            sum(checkpoint.tensors[name].num_elements for name in checkpoint.block_tensors(block))
+            for block in checkpoint.blocks
+        )
+
+    @property
     def block_elements(self) -> int:
         """Of the largest block."""
-        sizes: dict[str, int] = {}
-        prefix = self.checkpoint.prefix
-        bases = {f"{prefix}{self.checkpoint.block(layer)}" for layer in range(self.num_layers)}
-        depth = len(next(iter(bases)).split("."))
-        for name, info in self.checkpoint.tensors.items():
-            base = ".".join(name.split(".")[:depth])
-            if base in bases:
-                sizes[base] = sizes.get(base, 0) + info.num_elements
-        return max(sizes.values())
+        return max(self.elements_by_block)
 
     @property
     def outside_elements(self) -> int:
         """Of embeddings, heads and whatever else is in no block."""
-        return max(0, self.num_elements - self.num_layers * self.block_elements)
+        return self.num_elements - sum(self.elements_by_block)
 
     @property
     def num_logits(self) -> int:
@@ -59,8 +59,12 @@ class Workload:
         return int(self.checkpoint.config.get("vocab_size") or 0) if is_causal else 0
 
     @property
-    def num_layers(self) -> int:
-        return self.checkpoint.num_layers
+    def num_blocks(self) -> int:
+        return len(self.checkpoint.blocks)
+
+    @property
+    def num_ffns(self) -> int:
+        return len(self.checkpoint.shapes)
 
     @cached_property
     def shape(self) -> FFNShape:
