@@ -34,10 +34,10 @@ description: The neurons whose output varies most, the rest replaced by its mean
 score: centred
 heavy_share: 1
 steps: [{kind: prune, compensation: bias}]
-calibration: {shard_size: 8, batch_tokens: 1024, sampled_tokens: 384, held_out: 4}
+calibration: {shard_size: 8, batch_tokens: 1024, sampled_tokens: 256, held_out: 4}
 measurement: {peak_memory: false}
 """
-NUM_ROWS, MAX_LENGTH, KEEP, VOCABULARY, MEMORY = 48, 128, 0.5, 32000, "6GB"
+MAX_LENGTH, KEEP, VOCABULARY, MEMORY = 128, 0.5, 32000, "6GB"
 SAMPLE_EVERY_S = 0.5
 GB = 1e9
 
@@ -62,6 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32, help="fewer for a trial")
+    parser.add_argument("--rows", type=int, default=48, help="sequences; fewer for a trial")
     parser.add_argument("--limit", type=float, default=6.0, help="GB of anonymous memory a process may hold")
     parser.add_argument("--out", type=Path, default=HERE / "large_models.md")
     parser.add_argument("--keep-files", action="store_true")
@@ -69,15 +70,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     folder: Path = parsed.folder.resolve()
     if parsed.drive:
-        return drive(folder)
+        return drive(folder, num_rows=parsed.rows)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         started = time.monotonic()
         write_checkpoint(folder / "model", num_layers=parsed.layers)
         written_s = time.monotonic() - started
         (folder / "recipe.yaml").write_text(RECIPE)
-        runs = [observe(folder, kill_half_way=True), observe(folder, kill_half_way=False)]
-        page, largest = describe(folder, runs, written_s=written_s, num_layers=parsed.layers)
+        runs = [observe(folder, num_rows=parsed.rows, kill_half_way=kill) for kill in (True, False)]
+        page, largest = describe(folder, runs, written_s=written_s, parsed=parsed)
         parsed.out.write_text(page)
         print(page)
         return 0 if largest < parsed.limit * GB else 1
@@ -145,7 +146,7 @@ def write_tokenizer(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-def drive(folder: Path) -> int:
+def drive(folder: Path, *, num_rows: int) -> int:
     """The driver, a process of its own: one run, which tells its stages on stdout."""
     import ffsplit
     from ffsplit.artifacts.units import parse_size
@@ -165,7 +166,7 @@ def drive(folder: Path) -> int:
         out=str(folder / "out"),
         recipe=str(folder / "recipe.yaml"),
         keep=KEEP,
-        samples=NUM_ROWS,
+        samples=num_rows,
         max_length=MAX_LENGTH,
         dtype="bfloat16",
         memory_per_worker=parse_size(MEMORY, name="memory"),
@@ -174,11 +175,11 @@ def drive(folder: Path) -> int:
     return 0
 
 
-def observe(folder: Path, *, kill_half_way: bool) -> Run:
+def observe(folder: Path, *, num_rows: int, kill_half_way: bool) -> Run:
     """Run the driver and watch it and everything it started."""
     (folder / "tmp").mkdir(exist_ok=True)
     environment = os.environ | {"TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, __file__, str(folder), "--drive"]
+    command = [sys.executable, __file__, str(folder), "--rows", str(num_rows), "--drive"]
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert driver.stdout is not None
     os.set_blocking(driver.stdout.fileno(), False)
@@ -253,7 +254,9 @@ NAMES = {
 }
 
 
-def describe(folder: Path, runs: Sequence[Run], *, written_s: float, num_layers: int) -> tuple[str, int]:
+def describe(
+    folder: Path, runs: Sequence[Run], *, written_s: float, parsed: argparse.Namespace
+) -> tuple[str, int]:
     """The page, and the largest anonymous memory of any process."""
     import ffsplit
     from ffsplit.artifacts.verify import verify
@@ -268,8 +271,8 @@ def describe(folder: Path, runs: Sequence[Run], *, written_s: float, num_layers:
     lines = [
         "# Models larger than a worker",
         "",
-        f"`python benchmarks/large_models.py FOLDER`: Llama-7B's shape with {num_layers} of 32 layers, "
-        f"random bf16 weights, {measured.original_size.file_bytes / GB:.1f} GB; {NUM_ROWS} sequences of "
+        f"`python benchmarks/large_models.py FOLDER`: Llama-7B's shape with {parsed.layers} of 32 layers, "
+        f"random bf16 weights, {measured.original_size.file_bytes / GB:.1f} GB; {parsed.rows} sequences of "
         f"{MAX_LENGTH} tokens, bf16, {MEMORY} a worker, so one block at a time; keep {KEEP}, neurons pruned "
         f"with bias compensation. {hardware['processor']}, {hardware['num_cpus']} cores, "
         f"{int(hardware['memory_bytes']) / GB:.0f} GB.",
