@@ -109,7 +109,7 @@ def identify(job: Examined, flight: Preflight) -> PreparedRun:
         "profile": job.profile.model_dump(mode="json"),
         "nonce": nonce,
     }
-    healing = {"threads": healing_threads(config)} if recipe.healing is not None else None
+    healing = healing_inputs(config) if recipe.healing is not None else None
     split = split_inputs(recipe, job.budget, job.solver, layouts=job.layouts, keep=job.keep)
     run_inputs = inputs | split | {"healing": healing}
     run_inputs |= {"evaluations": [evaluation.key_inputs for evaluation in job.evaluations]}
@@ -135,8 +135,14 @@ def settle(run: PreparedRun, statistics: Sequence[NeuronStats]) -> PreparedRun:
 
 
 def healing_threads(config: JobConfig) -> int:
-    """The threads of the one worker that heals. They can change the result's last bits."""
-    return config.healing_threads or os.cpu_count() or 1
+    """The threads of each worker that heals. They can change the result's last bits."""
+    return config.healing_threads or max(1, (os.cpu_count() or 1) // config.healing_workers)
+
+
+def healing_inputs(config: JobConfig) -> dict[str, int]:
+    """What of the job, beside the recipe, can change the last bits of a healed model."""
+    workers = {"workers": config.healing_workers} if config.healing_workers > 1 else {}
+    return {"threads": healing_threads(config)} | workers
 
 
 def split_inputs(
