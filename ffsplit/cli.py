@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
     add_plan_commands(command)
     add_store_commands(command)
-    add_batch_commands(command)
+    add_batch_commands(command, parse=parser.parse_args)
     return parser
 
 
