@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ffsplit.artifacts.manifest import FileEntry, Measurements
+from ffsplit.artifacts.entries import FileEntry
+from ffsplit.artifacts.manifest import Measurements
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.parquet import read_statistics, write_statistics
 from ffsplit.calibration.sampling import shard
@@ -157,9 +158,12 @@ class Execution:
             scratch=self.place("heal"),
             profile=run.profile,
             threads=threads,
+            workers=run.config.healing_workers,
         )
         with self.log.stage("heal", stage_key("heal", {"run": run.run_key}), num_items=1):
-            return self.runner.run_alone("heal", heal_job, job, threads=threads)
+            healed = self.runner.run_together("heal", heal_job, job, size=job.workers, threads=threads)
+        assert healed is not None, "the first worker answers with the result"
+        return healed
 
     def measure(self, compressed: Path, layouts: tuple[LayerLayout, ...]) -> Measurements:
         """Compare the checkpoint in a directory with the original."""
@@ -198,7 +202,7 @@ class Execution:
                 plan=plan,
                 steps=steps,
                 plain=plain,
-                inputs=tuple(_input_files(shards, plan.layer)),
+                inputs=tuple(_input_files(shards, checkpoint.ffns[plan.layer].unit)),
                 scratch=place,
                 profile=self.run.profile,
             )
@@ -216,7 +220,7 @@ def _statistics_file(result: Result) -> FileEntry:
     return entry
 
 
-def _input_files(shards: Sequence[Result], layer: int) -> list[FileEntry]:
-    """The sampled inputs of one layer, in shard order."""
-    folder = f"/inputs/layer-{layer:03d}/"
+def _input_files(shards: Sequence[Result], unit: int) -> list[FileEntry]:
+    """The sampled inputs of one FFN, or of a block's experts, in shard order."""
+    folder = f"/inputs/layer-{unit:03d}/"
     return [entry for result in shards for entry in result.files if folder in entry.path]
