@@ -119,7 +119,7 @@ def prepare(config: JobConfig) -> PreparedRun:
     split = split_inputs(recipe, budget, solver, layouts=layouts, keep=keep)
     run_inputs = inputs | split | {"healing": healing}
     run_inputs |= {"evaluations": [evaluation.key_inputs for evaluation in evaluations]}
-    check_gates(gates, checkpoint=checkpoint, recipe=recipe, evals=config.eval)
+    check_gates(gates, checkpoint=checkpoint, recipe=recipe, config=config)
     work_key = stage_key("run", run_inputs)
     return PreparedRun(
         config=config,
