@@ -97,12 +97,16 @@ def describe(command: str, arguments: Sequence[str], parsed: argparse.Namespace)
 
 def _of_run(command: str, config: JobConfig, entrypoint: str) -> Job:
     """The job of a run whose key can be known: the place of its result is in the name too."""
-    from ffsplit.artifacts.commits import read_commit
+    from ffsplit.artifacts.commits import Kind, read_commit
     from ffsplit.artifacts.stores import open_store
-    from ffsplit.prepare import prepare
+    from ffsplit.examine import examine
+    from ffsplit.preflight.estimate import estimate
+    from ffsplit.prepare import identify
 
-    run = prepare(config)
-    key = run.run_key if command == "compress" else run.calibration_key
+    kind: Kind = "model" if command == "compress" else "statistics"
+    job = examine(config, kind=kind)
+    run = identify(job, estimate(job, kind=kind))  # whether it fits is for the cluster to say, not for here
+    key = run.run_key if kind == "model" else run.calibration_key
     store, is_done = open_store(config.out), False
     with suppress(FFSplitError):  # a store that only the cluster can read: the job will see for itself
         is_done = read_commit(store, key) is not None

@@ -28,6 +28,8 @@ UPPER_ROOMS = (
     "submission",
     "pipeline",
     "prepare",
+    "examine",
+    "preflight",
     "publication",
     "planning",
     "origin",
