@@ -85,7 +85,7 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
     evaluations = read_evaluations(
         config.eval, checkpoint=checkpoint, calibration=text.calibration, max_length=window
     )
-    check_gates(gates, checkpoint=checkpoint, recipe=recipe, evals=config.eval)
+    check_gates(gates, checkpoint=checkpoint, recipe=recipe, config=config)
     return Examined(
         config=config,
         recipe=recipe,
