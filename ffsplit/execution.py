@@ -64,7 +64,7 @@ class Execution:
             profile=run.profile,
             scratch=self.place("calibrate"),
             inputs_only=run.origin is not None,
-            block_by_block=run.config.block_by_block,
+            block_by_block=run.flight.block_by_block,
         )
         name = "calibrate"
         if job.inputs_only:
@@ -158,9 +158,12 @@ class Execution:
             scratch=self.place("heal"),
             profile=run.profile,
             threads=threads,
+            workers=run.config.healing_workers,
         )
         with self.log.stage("heal", stage_key("heal", {"run": run.run_key}), num_items=1):
-            return self.runner.run_alone("heal", heal_job, job, threads=threads)
+            healed = self.runner.run_together("heal", heal_job, job, size=job.workers, threads=threads)
+        assert healed is not None, "the first worker answers with the result"
+        return healed
 
     def measure(self, compressed: Path, layouts: tuple[LayerLayout, ...]) -> Measurements:
         """Compare the checkpoint in a directory with the original."""
@@ -175,7 +178,7 @@ class Execution:
             batch_tokens=calibration.batch_tokens,
             settings=run.recipe.measurement,
             profile=run.profile,
-            block_by_block=run.config.block_by_block,
+            block_by_block=run.flight.measured_block_by_block,
         )
         with self.log.stage("measure", stage_key("measure", {"run": run.run_key}), num_items=1):
             return self.runner.run_alone("measure", measure_job, job)
