@@ -9,18 +9,21 @@ committed.
 from __future__ import annotations
 
 import hashlib
+import socket
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
 from pydantic import JsonValue, ValidationError
 
+from ffsplit import logs
 from ffsplit.artifacts.digests import sha256_file
 from ffsplit.artifacts.manifest import FileEntry
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.config import Record
-from ffsplit.errors import StoreError
+from ffsplit.errors import ConfigError, StoreError
 
 SCRATCH_PREFIX = ".scratch"
 
@@ -39,6 +42,8 @@ class Scratch(Record):
 
     uri: str
     prefix: str
+    witness: str | None = None
+    """A key that whoever sees this very store must find; None where there is one host."""
 
     def key(self, name: str) -> str:
         return f"{self.prefix}/{name}"
@@ -69,9 +74,36 @@ class Scratch(Record):
             return None
         return result.model_copy(update={"reused": True})
 
+    def load_or_compute(self, name: str, compute: Callable[[], Result]) -> Result:
+        """An earlier result, or a new one. Both are logged, with the run and the stage they belong to."""
+        _, run, stage = self.prefix.split("/", 2)
+        with logs.fields(run=run, stage=stage, item=name):
+            self._check_visible()
+            found = self.load(name)
+            if found is not None:
+                logs.log("reused")
+                return found
+            logs.log("started")
+            started = time.monotonic()
+            result = compute()
+            logs.log(
+                "finished",
+                seconds=round(time.monotonic() - started, 3),
+                size_bytes=sum(entry.size_bytes for entry in result.files),
+                num_tokens=int(str(result.facts.get("num_tokens", 0))),
+            )
+            return result
+
     def path(self, entry: FileEntry) -> Path:
         """A local file with a result's bytes."""
         return _store(self.uri).fetch(entry.path, _downloads())
+
+    def _check_visible(self) -> None:
+        if self.witness is not None and not _store(self.uri).exists(self.witness):
+            raise ConfigError(
+                f"--out {self.uri}: host {socket.gethostname()} has joined and does not see it: "
+                "give s3://bucket/prefix or a directory that all hosts share"
+            )
 
     def _matches(self, entry: FileEntry) -> bool:
         path = self.path(entry)

@@ -80,7 +80,7 @@ class CalibrationWorker:
     def __call__(self, shard: Shard) -> Result:
         """Statistics and sampled inputs of one shard, in the scratch."""
         with self._job.profile.applied():
-            return self._job.scratch.load(shard.name) or self._collect(shard)
+            return self._job.scratch.load_or_compute(shard.name, lambda: self._collect(shard))
 
     @torch.no_grad()
     def _collect(self, shard: Shard) -> Result:

@@ -40,7 +40,7 @@ class LayerJob(Record):
 def compress_layer_job(job: LayerJob) -> Result:
     """Compress one layer into one safetensors file in the scratch."""
     with job.profile.applied():
-        return job.scratch.load(job.name) or _compress(job)
+        return job.scratch.load_or_compute(job.name, lambda: _compress(job))
 
 
 def _compress(job: LayerJob) -> Result:

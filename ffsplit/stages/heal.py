@@ -45,7 +45,7 @@ class HealJob(Record):
 def heal_job(job: HealJob) -> Result:
     """Heal the compressed model; its new weights are one safetensors file in the scratch."""
     with job.profile.applied(threads=job.threads):
-        return job.scratch.load(RESULT) or _heal(job)
+        return job.scratch.load_or_compute(RESULT, lambda: _heal(job))
 
 
 def _heal(job: HealJob) -> Result:

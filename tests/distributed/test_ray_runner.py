@@ -63,8 +63,8 @@ def test_every_item_is_answered_once(make: Any, local_ray: None) -> None:
 
 def test_workers_keep_their_state_and_overlap_in_time(local_ray: None) -> None:
     with RayRunner(address=None, num_workers=2) as runner:
-        answers = dict(runner.map_workers("sleep", Sleeper, list(range(6))))
-    assert {index: answer[0] for index, answer in answers.items()} == {i: i * i for i in range(6)}
+        answers = dict(runner.map_workers("sleep", Sleeper, list(range(30))))
+    assert {index: answer[0] for index, answer in answers.items()} == {i: i * i for i in range(30)}
     by_process: dict[int, list[tuple[float, float]]] = {}
     for _, process, started, ended, _ in answers.values():
         by_process.setdefault(process, []).append((started, ended))
