@@ -7,12 +7,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from ffsplit import __version__
 from ffsplit.cli_plan import add_budget_flags, add_plan_commands
 from ffsplit.cli_store import add_store_commands
 from ffsplit.errors import ConfigError, FFSplitError
+
+if TYPE_CHECKING:
+    from ffsplit.artifacts.manifest import Manifest
+    from ffsplit.config import JobConfig
 
 EXIT_CODES = """\
 exit codes:
@@ -55,13 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     compress = command("compress", _compress, "calibrate, split, compress, measure and publish a model")
     _add_job_flags(compress)
     add_budget_flags(compress)
-    compress.add_argument(
-        "--eval",
-        action="append",
-        metavar="SPEC",
-        help="score both models: sts:file.csv[#first,second,score], classification:file.tsv[#text,label], "
-        "perplexity:file.txt or lm-eval:task[,task]; may be repeated",
-    )
+    _add_judging_flags(compress)
     _add_job_flags(command("calibrate", _calibrate, "collect and publish neuron statistics alone"))
     verify = command("verify", _verify, "recompute every digest of an artifact")
     verify.add_argument("uri")
@@ -102,9 +100,38 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
     add("--runner", default="ray", choices=("ray", "serial"))
     add("--revision", metavar="R", help="of a hub id")
     add("--seed", type=int, metavar="N", help="default: 0")
+    add(
+        "--block-by-block",
+        action="store_true",
+        help="hold one block of the model in memory at a time; default: where the model does not fit",
+    )
     add("--fresh", action="store_true", help="run again even when this run is committed already")
     add("--sign-key", metavar="KEY", help="sign the manifest with this EC private key (PEM)")
     add("--json", action="store_true", help="print the manifest alone on stdout")
+
+
+def _add_judging_flags(parser: argparse.ArgumentParser) -> None:
+    """How a result is scored, and what it must reach to be published."""
+    parser.add_argument(
+        "--eval",
+        action="append",
+        metavar="SPEC",
+        help="score both models: sts:file.csv[#first,second,score], classification:file.tsv[#text,label], "
+        "perplexity:file.txt or lm-eval:task[,task]; may be repeated",
+    )
+    parser.add_argument(
+        "--gate",
+        action="append",
+        metavar="SPEC",
+        help="publish only a result with, for example, 'fidelity >= 0.98', 'sts drop <= 0.5', "
+        "'speedup@8x128 >= 1.3' or 'bytes reduction >= 20%%'; may be repeated",
+    )
+    parser.add_argument(
+        "--require-speedup",
+        type=float,
+        metavar="F",
+        help="publish only a result that is so many times as fast here, at every shape that is timed",
+    )
 
 
 def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int:
@@ -133,29 +160,48 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
         return 130
 
 
-def _job(parsed: argparse.Namespace, *, calibrate_only: bool) -> int:
-    from ffsplit import pipeline
+def _job_config(parsed: argparse.Namespace) -> JobConfig:
+    """The job that the flags describe. Raises ConfigError."""
     from ffsplit.config import JobConfig
-    from ffsplit.summary import print_manifest
 
     fields = {name: value for name, value in vars(parsed).items() if name not in ("run", "json", "sign_key")}
-    config = JobConfig.checked(**{name: value for name, value in fields.items() if value is not None})
-    sign_key = None if parsed.sign_key is None else Path(parsed.sign_key).expanduser()
-    run = pipeline.calibrate if calibrate_only else pipeline.compress
-    manifest = run(config, sign_key=sign_key)
-    if parsed.json:
-        print(manifest.to_json(), end="")
-    else:
-        print_manifest(manifest, out=config.out)
-    return 0
+    return JobConfig.checked(**{name: value for name, value in fields.items() if value is not None})
 
 
 def _compress(parsed: argparse.Namespace) -> int:
-    return _job(parsed, calibrate_only=False)
+    config = _job_config(parsed)
+
+    from ffsplit.gates import refusal
+    from ffsplit.pipeline import compress_judged
+
+    finished = compress_judged(config, sign_key=_sign_key(parsed))
+    _show(parsed, finished.manifest, published=finished.state != "refused")
+    if finished.state != "refused":
+        return 0
+    print(f"ffsplit: {refusal(finished.manifest.gates)}", file=sys.stderr)
+    return 3
 
 
 def _calibrate(parsed: argparse.Namespace) -> int:
-    return _job(parsed, calibrate_only=True)
+    config = _job_config(parsed)
+
+    from ffsplit.pipeline import calibrate
+
+    _show(parsed, calibrate(config, sign_key=_sign_key(parsed)), published=True)
+    return 0
+
+
+def _sign_key(parsed: argparse.Namespace) -> Path | None:
+    return None if parsed.sign_key is None else Path(parsed.sign_key).expanduser()
+
+
+def _show(parsed: argparse.Namespace, manifest: Manifest, *, published: bool) -> None:
+    if parsed.json:
+        print(manifest.to_json(), end="")
+        return
+    from ffsplit.summary import print_manifest
+
+    print_manifest(manifest, out=parsed.out, published=published)
 
 
 def _verify(parsed: argparse.Namespace) -> int:

@@ -63,6 +63,8 @@ class JobConfig(Record):
     stats: str | None = Field(default=None, description="an earlier run whose neuron statistics serve again")
     calibration: tuple[str, ...] = Field(default=("builtin:pydoc",), min_length=1)
     eval: tuple[str, ...] = Field(default=(), description="tasks to score both models on")
+    gate: tuple[str, ...] = Field(default=(), description="what the result must measure to be published")
+    require_speedup: float | None = Field(default=None, gt=0, description="a gate on every timed shape")
     samples: int | None = Field(default=None, ge=1, description="calibration rows")
     max_length: int | None = Field(default=None, ge=1, description="tokens a row is cut to")
     revision: str | None = None
@@ -75,6 +77,7 @@ class JobConfig(Record):
     dtype: DType = "auto"
     address: str | None = Field(default=None, description="a Ray cluster; default: one started on the spot")
     runner: Literal["ray", "serial"] = "ray"
+    block_by_block: bool = Field(default=False, description="hold one block of the model at a time")
     fresh: bool = Field(default=False, description="run again even when this run key is published")
 
     @model_validator(mode="after")

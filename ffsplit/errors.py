@@ -27,3 +27,7 @@ class StoreError(FFSplitError):
 
 class ArtifactError(FFSplitError):
     """An artifact is not whole: a file is missing, changed or not listed."""
+
+
+class GateError(FFSplitError):
+    """A run finished, but its result did not pass its gates: nothing was published."""

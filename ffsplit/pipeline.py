@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from ffsplit.artifacts.commits import Kind, read_commit
 from ffsplit.artifacts.index import latest_commit
@@ -20,9 +21,10 @@ from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.artifacts.stores import NOT_ATOMIC, Store, open_store
 from ffsplit.config import JobConfig
 from ffsplit.distributed import make_runner
-from ffsplit.errors import ConfigError, FFSplitError, StoreError
+from ffsplit.errors import ConfigError, FFSplitError, GateError, StoreError
 from ffsplit.execution import Execution, Layers
 from ffsplit.ffn import LayerLayout
+from ffsplit.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.prepare import PreparedRun, check_plain, prepare, settle
 from ffsplit.progress import Progress, StageLog
@@ -32,16 +34,34 @@ from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.splitting.plan import LayerPlan, plan_split
 
 
+class Finished(NamedTuple):
+    """A run that ended. Of one that gates refused nothing was published; `manifest` says how it measured."""
+
+    manifest: Manifest
+    state: Literal["published", "committed already", "refused"]
+
+
 def compress(
     config: JobConfig, *, progress: Progress | None = None, sign_key: Path | None = None
 ) -> Manifest:
     """Calibrate, split, compress, measure and publish. Returns the committed manifest.
 
     A run whose key is committed already is not run again. Raises ConfigError for a user's mistake,
-    before anything is written, and other FFSplitErrors for failures while running; what was finished
-    by then stays in the scratch, where the next call with the same key finds it. `sign_key` is a
-    private key to sign the manifest with; it is not recorded anywhere.
+    before anything is written, GateError for a result that does not pass its gates, and other
+    FFSplitErrors for failures while running; what was finished by then stays in the scratch, where the
+    next call that computes the same finds it. `sign_key` is a private key to sign the manifest with; it
+    is not recorded anywhere.
     """
+    finished = compress_judged(config, progress=progress, sign_key=sign_key)
+    if finished.state == "refused":
+        raise GateError(refusal(finished.manifest.gates) or "refused")
+    return finished.manifest
+
+
+def compress_judged(
+    config: JobConfig, *, progress: Progress | None = None, sign_key: Path | None = None
+) -> Finished:
+    """As `compress`, but a result that does not pass its gates comes back with its measurements."""
     return _run(config, kind="model", progress=progress, sign_key=sign_key)
 
 
@@ -49,36 +69,51 @@ def calibrate(
     config: JobConfig, *, progress: Progress | None = None, sign_key: Path | None = None
 ) -> Manifest:
     """Collect and publish neuron statistics alone; `latest` never moves to them."""
-    return _run(config, kind="statistics", progress=progress, sign_key=sign_key)
+    return _run(config, kind="statistics", progress=progress, sign_key=sign_key).manifest
 
 
-def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: Path | None) -> Manifest:
-    if kind == "statistics" and config.stats is not None:
-        raise ConfigError("--stats is for compress: calibrate collects statistics of its own")
+def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: Path | None) -> Finished:
+    if kind == "statistics":
+        _check_calibrates(config)
     with progress or Progress.to_stderr() as shown:
         store = open_store(config.out)
         check_outside_attempts(store.uri, flag="--out")
         if sign_key is not None:
             sign_manifest(b"{}", key=sign_key)  # a key that cannot sign is said before the work
         run = prepare(config)
-        key = run.run_key if kind == "model" else run.calibration_key
-        scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{key}")
-        if _is_committed(store, key):
-            shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
-        else:
+        key, work = (run.run_key, run.work_key) if kind == "model" else (run.calibration_key,) * 2
+        scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{work}")
+        refused, is_new = None, not _is_committed(store, key)
+        if is_new:
             guarantees = store.check_writable()
             if guarantees.conditional_put != "atomic":
                 shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
             try:
-                _carry_out(run, key, scratch, store, guarantees, kind=kind, sign_key=sign_key, shown=shown)
+                refused = _carry_out(
+                    run, key, scratch, store, guarantees, kind=kind, sign_key=sign_key, shown=shown
+                )
             except Exception:
                 if not _is_committed(store, key):
                     raise
                 shown.note(f"{store.uri}/{key} was committed by another run of the same key meanwhile")
+                is_new = False
+        else:
+            shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
+        if refused is not None:
+            return Finished(refused, "refused")
         with suppress(FFSplitError):  # the artifact stands; the next run of this key cleans up
             store.delete_prefix(scratch.prefix)
             latest_commit(store)
-        return read_manifest(locate(f"{store.uri}/{key}"))
+        manifest = read_manifest(locate(f"{store.uri}/{key}"))
+        return Finished(manifest, "published" if is_new else "committed already")
+
+
+def _check_calibrates(config: JobConfig) -> None:
+    """Raise ConfigError for what is for compressed models alone."""
+    if config.stats is not None:
+        raise ConfigError("--stats is for compress: calibrate collects statistics of its own")
+    if config.gate or config.require_speedup is not None:
+        raise ConfigError("gates are for compress: statistics have nothing to judge")
 
 
 def _is_committed(store: Store, key: str) -> bool:
@@ -99,8 +134,8 @@ def _carry_out(
     kind: Kind,
     sign_key: Path | None,
     shown: Progress,
-) -> None:
-    """Compute a run and publish it."""
+) -> Manifest | None:
+    """Compute a run and publish it. Returns its manifest instead where its gates refuse it."""
     config, log = run.config, StageLog(shown)
     with make_runner(config) as runner, tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
         shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
@@ -110,13 +145,18 @@ def _carry_out(
         compute = _compute_model if kind == "model" else _compute_statistics
         run, outcome = compute(Execution(run, scratch, runner, log), staging)
         outcome = replace(outcome, guarantees=guarantees)
-        write_documents(run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages)
+        if outcome.measurements is not None:
+            outcome = replace(outcome, gates=judge(run.gates, outcome.measurements))
+        manifest = write_documents(run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages)
+        if refusal(outcome.gates) is not None:
+            return manifest
         if sign_key is not None:
             data = (staging / MANIFEST_NAME).read_bytes()
             (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=sign_key))
         publish_attempt(
             store, run_key=key, attempt=attempt, directory=staging, kind=kind, move_latest=kind == "model"
         )
+    return None
 
 
 def _compute_statistics(execution: Execution, staging: Path) -> tuple[PreparedRun, Outcome]:

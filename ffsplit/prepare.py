@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ffsplit.artifacts.inputs import StoredFiles
 from ffsplit.artifacts.statistics import PublishedStatistics, open_statistics
 from ffsplit.calibration.batches import tokenize_rows
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
@@ -18,6 +19,7 @@ from ffsplit.config import Budget, JobConfig, digest_of, stage_key
 from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
+from ffsplit.gates import Gate, check_gates, gated_key, parse_gates
 from ffsplit.measurement.size import model_shape
 from ffsplit.measurement.tasks.evaluations import Evaluation, read_evaluations
 from ffsplit.models.activations import activation_named
@@ -43,7 +45,10 @@ class PreparedRun:
     """A checked run: what it starts from, and the keys of its results.
 
     `layouts` and `keep` are what the budget comes to; where the statistics have a say in that, they
-    are the least it can come to until the statistics are there.
+    are the least it can come to until the statistics are there. `checkpoint` is in a directory of this
+    machine; where the model is in a store, other nodes have theirs from `stored_model`.
+    `work_key` names what is computed, and so its scratch; `run_key` is the same, or where there are
+    gates, the hash of it and them.
     """
 
     config: JobConfig
@@ -52,6 +57,7 @@ class PreparedRun:
     solver: Solver
     keep: float
     checkpoint: Checkpoint
+    stored_model: StoredFiles | None
     revision: str | None
     digests: dict[str, str]
     text: TextSample
@@ -60,20 +66,23 @@ class PreparedRun:
     profile: ComputeProfile
     layouts: tuple[LayerLayout, ...]
     calibration_key: str
+    work_key: str
     run_key: str
+    gates: tuple[Gate, ...]
     nonce: str | None
 
 
 def prepare(config: JobConfig) -> PreparedRun:
     """Resolve and check a job. Raises ConfigError for whatever the user can mend; writes nothing."""
     window = config.max_length  # as asked for, not as inherited
+    gates = parse_gates(config.gate, require_speedup=config.require_speedup)
     origin = None if config.stats is None else open_statistics(config.stats)
     if origin is not None:
         config = inherit(config, origin)
     recipe = resolve_recipe(config)
     profile = ComputeProfile.resolve(config)
-    directory, revision = locate_model(config.model, revision=config.revision)
-    if revision is None:
+    directory, revision, stored = locate_model(config.model, revision=config.revision)
+    if revision is None and stored is None:
         config = config.model_copy(update={"model": str(directory)})
     checkpoint = open_checkpoint(directory)
     activation_named(checkpoint.activation)
@@ -107,13 +116,16 @@ def prepare(config: JobConfig) -> PreparedRun:
     split = split_inputs(recipe, budget, solver, layouts=layouts, keep=keep)
     run_inputs = inputs | split | {"healing": healing}
     run_inputs |= {"evaluations": [evaluation.key_inputs for evaluation in evaluations]}
+    check_gates(gates, checkpoint=checkpoint, recipe=recipe, evals=config.eval)
+    work_key = stage_key("run", run_inputs)
     return PreparedRun(
         config=config,
-        recipe=recipe,
+        recipe=recipe.timing([gate.shape for gate in gates if gate.shape]),
         budget=budget,
         solver=solver,
         keep=keep,
         checkpoint=checkpoint,
+        stored_model=stored,
         revision=revision,
         digests=digests,
         text=text,
@@ -122,7 +134,9 @@ def prepare(config: JobConfig) -> PreparedRun:
         profile=profile,
         layouts=layouts,
         calibration_key=stage_key("calibrate", inputs),
-        run_key=stage_key("run", run_inputs),
+        work_key=work_key,
+        run_key=gated_key(work_key, gates),
+        gates=gates,
         nonce=nonce,
     )
 
@@ -174,12 +188,7 @@ def with_target_shape(recipe: Recipe, solver: Solver) -> Recipe:
     """The recipe, which also times the shape that a latency budget is about."""
     if solver.latency is None:
         return recipe
-    shape = (solver.latency.batch_size, solver.latency.num_tokens)
-    settings = recipe.measurement
-    if shape in settings.latency_shapes:
-        return recipe
-    timed = settings.model_copy(update={"latency_shapes": (*settings.latency_shapes, shape)})
-    return recipe.model_copy(update={"measurement": timed})
+    return recipe.timing([(solver.latency.batch_size, solver.latency.num_tokens)])
 
 
 def keep_of(budget: Budget, solver: Solver, layouts: Sequence[LayerLayout]) -> float:

@@ -15,6 +15,7 @@ from ffsplit.artifacts.manifest import (
     MANIFEST_NAME,
     AllocationRecord,
     CalibrationRecord,
+    GateResult,
     LayerRecord,
     Manifest,
     Measurements,
@@ -30,6 +31,7 @@ from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.environment import describe_environment
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
+from ffsplit.gates import describe_result
 from ffsplit.origin import calibration_record
 from ffsplit.prepare import PreparedRun, model_name
 from ffsplit.report.html import render_report
@@ -53,6 +55,7 @@ class Outcome:
     plans: tuple[LayerPlan, ...] = ()
     errors: tuple[float, ...] = ()
     measurements: Measurements | None = None
+    gates: tuple[GateResult, ...] = ()
     allocation: AllocationRecord | None = None
     guarantees: StoreGuarantees | None = None
 
@@ -114,6 +117,7 @@ def _draft(
         layers=tuple(_layers(run, outcome)),
         allocation=outcome.allocation,
         measurements=outcome.measurements,
+        gates=outcome.gates,
         stages=tuple(stages),
         environment=describe_environment(),
         store=outcome.guarantees,
@@ -192,6 +196,8 @@ def model_card(manifest: Manifest) -> str:
             for task in measured.tasks
         ]
         body += ["", *(f"- {name}: {value:.5f}" for name, value in measured.fidelity.items())]
+    if manifest.gates:
+        body += ["", *(f"- {describe_result(result)}" for result in manifest.gates)]
     return "\n".join([*front, "---", "", *body, ""])
 
 

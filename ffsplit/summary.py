@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ffsplit.artifacts.manifest import Latency, Manifest, Measurements
+from ffsplit.gates import describe_result
 from ffsplit.inspection import Inspection
 from ffsplit.planning import LayerForecast, Plans
 from ffsplit.publication import REPORT_NAME
@@ -17,15 +18,21 @@ from ffsplit.splitting.latency import LatencyTable
 WIDTH = 100
 
 
-def print_manifest(manifest: Manifest, *, out: str) -> None:
-    """Before and after, and where the artifact and its report are."""
+def print_manifest(manifest: Manifest, *, out: str, published: bool = True) -> None:
+    """Before and after, the gates, and where the artifact and its report are."""
     where = f"{out.rstrip('/')}/{manifest.run_key}/{manifest.attempt}"
     if manifest.measurements is not None:
         _print(_before_after(manifest, manifest.measurements))
+        for skipped in manifest.measurements.skipped:
+            print(f"not measured: {skipped}")
         overlaps = {task.spec: task.overlap_with_calibration for task in manifest.measurements.tasks}
         for spec, count in overlaps.items():
             if count:
                 print(f"warning: {count:,} evaluation sentences of {spec} are in the calibration text too")
+    for result in manifest.gates:
+        print(describe_result(result))
+    if not published:
+        return
     print(f"artifact: {where}")
     print(f"report:   {where}/{REPORT_NAME}")
 

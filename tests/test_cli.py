@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,23 @@ def test_task_scores_are_printed_with_a_warning_where_they_flatter(
     printed = capsys.readouterr().out
     assert "sts pairs.csv, spearman" in printed
     assert f"warning: 40 evaluation sentences of sts:{pairs} are in the calibration text too" in printed
+
+
+def test_a_result_that_is_refused_is_reported_and_not_published(
+    small_job: SmallJob, tmp_path: Path, capsys: Captured
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--runner", "serial", "--gate", "token_cosine >= 0.1", "--require-speedup", "1000"]
+    assert main(["compress", *small_job.arguments(out, *flags)]) == 3
+    captured = capsys.readouterr()
+    assert re.search(r"^gate token_cosine >= 0.1: 0\.\d+, met$", captured.out, re.MULTILINE)
+    assert re.search(r"^gate speedup >= 1000: [\d.]+, NOT met$", captured.out, re.MULTILINE)
+    assert "artifact:" not in captured.out
+    assert captured.err.splitlines()[-1].startswith("ffsplit: 1 of 2 gates not met, nothing was published:")
+    assert {path.name for path in out.iterdir()} == {".scratch"}
+    assert main(["compress", *small_job.arguments(out, *flags, "--json")]) == 3
+    gates = json.loads(capsys.readouterr().out)["gates"]
+    assert [gate["met"] for gate in gates] == [False, True]
 
 
 def test_verify_names_what_is_wrong(small_job: SmallJob, tmp_path: Path, capsys: Captured) -> None:
@@ -116,6 +134,15 @@ BAD_FLAGS: dict[str, tuple[list[str], str]] = {
     "out is below a file": (["--out", "/dev/null/out"], "/dev/null"),
     "out of an unknown scheme": (["--out", "gs://bucket"], "gs://"),
     "revision of a directory": (["--revision", "main"], "--revision"),
+    "a gate without a limit": (["--gate", "fidelity"], "the forms are"),
+    "a gate on nothing known": (["--gate", "poled_cosine >= 0.9"], "did you mean 'pooled_cosine'"),
+    "a gate the wrong way": (["--gate", "fidelity <= 0.9"], "write fidelity >= 0.9"),
+    "a gate that is no number": (["--gate", "fidelity >= high"], "'high' is not a number"),
+    "a gate on another kind": (["--gate", "top1_agreement >= 0.9"], "of an encoder pooled_cosine"),
+    "a gate on no task": (["--gate", "sts drop <= 1"], "no --eval scores 'sts'"),
+    "a gate on what is not measured": (["--gate", "memory reduction >= 5%"], "peak_memory"),
+    "a gate on too long rows": (["--gate", "speedup@1x999 >= 1"], "160 tokens a row at most"),
+    "no speed-up": (["--require-speedup", "0"], "--require-speedup"),
     "contradiction": (["--device", "cpu", "--gpus-per-worker", "1"], "contradict"),
     "no such device": (["--device", "tpu"], "--device"),
 }

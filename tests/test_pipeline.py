@@ -16,9 +16,11 @@ from transformers import AutoModel
 
 import ffsplit
 from ffsplit import execution, pipeline
+from ffsplit.artifacts.index import list_runs
+from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.calibration.parquet import read_lineage, read_statistics
-from ffsplit.errors import CalibrationError, ConfigError, FFSplitError
+from ffsplit.errors import CalibrationError, ConfigError, FFSplitError, GateError
 from ffsplit.publication import render_published
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
@@ -162,6 +164,42 @@ def test_heavy_hitters_by_energy_differ_from_layer_to_layer(small_job: SmallJob,
         assert layer.neurons_for_energy is not None
         assert layer.neurons_for_energy["50"] <= count <= layer.neurons_for_energy["90"]
     assert manifest.keep == 0.9
+
+
+def test_gates_are_part_of_the_run_and_not_of_what_it_computes(small_job: SmallJob, tmp_path: Path) -> None:
+    def run(*gates: str, **fields: Any) -> pipeline.PreparedRun:
+        return pipeline.prepare(small_job.config(tmp_path / "out", gate=gates, **fields))
+
+    bare, gated = run(), run("fidelity>=.9", "speedup@4x8 >= 1")
+    assert bare.run_key == bare.work_key == gated.work_key != gated.run_key
+    assert run("speedup@4x8 >= 1.0", "fidelity >= 0.90", "fidelity >= 0.9").run_key == gated.run_key
+    assert run("fidelity >= 0.91", "speedup@4x8 >= 1").run_key != gated.run_key
+    assert run("speedup >= 1.5").run_key == run(require_speedup=1.5).run_key
+    assert (4, 8) in gated.recipe.measurement.latency_shapes
+
+
+def test_a_refused_result_is_taken_up_with_looser_gates(small_job: SmallJob, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    strict = ("token_cosine >= 0.9999", "bytes reduction >= 1%")
+    with pytest.raises(GateError, match=r"1 of 2 gates not met.* token_cosine >= 0.9999: 0\.\d+, NOT met"):
+        ffsplit.compress(small_job.config(out, gate=strict))
+    assert {path.name for path in out.iterdir()} == {".scratch"}
+    manifest = ffsplit.compress(small_job.config(out, gate=("token_cosine >= 0.1", "speedup@4x8 >= 0.001")))
+    assert [(stage.name, stage.num_reused) for stage in manifest.stages] == [
+        ("calibrate", 5),
+        ("compress", 3),
+        ("measure", 0),
+    ]
+    assert [(result.gate, result.met) for result in manifest.gates] == [
+        ("speedup@4x8 >= 0.001", True),
+        ("token_cosine >= 0.1", True),
+    ]
+    attempt = out / manifest.run_key / manifest.attempt
+    for name in ("README.md", "report.html"):
+        assert "token_cosine &gt;= 0.1" in (attempt / name).read_text().replace(">=", "&gt;=")
+    (summary,) = list_runs(open_store(str(out)))
+    assert summary.gates == {"speedup@4x8 >= 0.001": True, "token_cosine >= 0.1": True}
+    assert not (out / ".scratch").exists()
 
 
 def test_fresh_runs_beside_the_committed_run(small_job: SmallJob, tmp_path: Path) -> None:

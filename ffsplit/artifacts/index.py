@@ -70,7 +70,7 @@ def summarize(commit: Commit, manifest: Manifest) -> RunSummary:
         keep=manifest.keep,
         size_bytes=sum(entry.size_bytes for entry in manifest.files),
         scores=measured.fidelity if measured else {},
-        gates={},
+        gates={result.gate: result.met for result in manifest.gates},
     )
 
 

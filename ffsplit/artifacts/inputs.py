@@ -1,21 +1,75 @@
-"""What a run starts from when it lies in a store: a model's directory or a file of text, kept in the cache.
+"""What a run starts from when it lies in a store: a model's directory or a file of text.
 
-What is fetched is named by the keys, sizes and times of writing that the store lists, so a file that
-was replaced is fetched again. What it holds is digested by whoever uses it, as with local files.
+The files are described by their digests. The description is small, so a driver can hand it to workers
+on other nodes, each of which has the very same files in a cache of its own, fetched when first used:
+
+    inputs = stored_files("s3://bucket/model", suffixes=(".json", ".safetensors"))    # the driver
+    directory = inputs.materialize()                                                  # any worker
+
+What a store listed for a description (keys, sizes, times of writing) names it in the cache, so a file
+that was replaced is read and described again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from ffsplit.artifacts.cache import Cache
+from ffsplit.artifacts.digests import sha256_file
+from ffsplit.artifacts.local import LocalStore
+from ffsplit.artifacts.manifest import FileEntry
+from ffsplit.artifacts.paths import is_safe_path
 from ffsplit.artifacts.stores import Store, Stored, open_store
-from ffsplit.errors import ConfigError
+from ffsplit.artifacts.transfer import Transfer, first_problem
+from ffsplit.config import Record
+from ffsplit.errors import ArtifactError, ConfigError
 
 NUM_FILES_AT_ONCE = 4
+_RECORD_NAME = "files.json"
+
+
+class StoredFiles(Record):
+    """Files in a store with their sizes and digests; paths are relative to `uri`."""
+
+    uri: str
+    files: tuple[FileEntry, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of all paths and contents, wherever they are stored."""
+        lines = [f"{entry.path}\0{entry.size_bytes}\0{entry.sha256}" for entry in self.files]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def materialize(self) -> Path:
+        """A directory of this machine with these files: in place, or verified in the cache.
+
+        Of several processes that want them one fetches them and the others wait. Raises ArtifactError
+        when a file is missing or was changed since, StoreError when the store fails, ConfigError when
+        the cache cannot be written.
+        """
+        store = open_store(self.uri)
+        if isinstance(store, LocalStore):
+            directory = Path(store.uri)
+            if problem := first_problem(directory, self.files):
+                raise ArtifactError(f"{directory}: {problem}: it was changed during the run")
+            return directory
+        return self._cached(store, Cache.open())
+
+    def _cached(self, store: Store, cache: Cache) -> Path:
+        def bring(target: Path, staging: Path) -> None:
+            Transfer(store, prefix="", entries=self.files, staging=staging, label=self.uri).into(target)
+
+        return cache.get(self.digest, is_whole=self.are_in, bring=bring)
+
+    def are_in(self, directory: Path) -> bool:
+        """Whether a directory has these files, by their sizes."""
+        return first_problem(directory, self.files) is None
 
 
 def is_remote(uri: str) -> bool:
@@ -23,42 +77,67 @@ def is_remote(uri: str) -> bool:
     return uri.lower().startswith("s3://")
 
 
-def fetch_directory(uri: str, *, suffixes: tuple[str, ...]) -> Path:
-    """A local copy of the wanted files right in a directory. Raises ConfigError when there are none."""
+def stored_files(uri: str, *, suffixes: tuple[str, ...]) -> StoredFiles:
+    """The wanted files right in a directory, which are in the cache from now on.
+
+    Raises ConfigError when there are none.
+    """
     store = open_store(uri)
-    entries = [
-        entry for entry in store.list_details("") if "/" not in entry.key and entry.key.endswith(suffixes)
-    ]
+    entries = [entry for entry in store.list_details("") if "/" not in entry.key and is_safe_path(entry.key)]
+    entries = [entry for entry in entries if entry.key.endswith(suffixes)]
     if not entries:
         raise ConfigError(f"model directory {uri} does not exist, or holds no model")
-    return _fetched(store, entries)
+    return _described(store, entries)
 
 
 def fetch_file(uri: str) -> Path:
     """A local copy of one file. Raises ConfigError when it does not exist."""
     folder, _, name = uri.rpartition("/")
-    if not name or folder.count("/") < 2:
+    if not is_safe_path(name) or folder.count("/") < 2:
         raise ConfigError(f"{uri} names no file: write s3://bucket/prefix/file")
     store = open_store(folder)
     entries = [entry for entry in store.list_details("") if entry.key == name]
     if not entries:
         raise ConfigError(f"{uri}: the file does not exist; check the path")
-    return _fetched(store, entries) / name
+    return _described(store, entries).materialize() / name
 
 
-def _fetched(store: Store, entries: list[Stored]) -> Path:
+def _described(store: Store, entries: Sequence[Stored]) -> StoredFiles:
+    """The files of a listing, fetched to be digested unless this very listing was described before."""
+    cache = Cache.open()
     stamps = [f"{each.key}\0{each.size_bytes}\0{each.modified_at.isoformat()}" for each in entries]
     digest = hashlib.sha256("\n".join([store.uri, *stamps]).encode()).hexdigest()
 
+    def is_whole(directory: Path) -> bool:
+        found = _read_record(directory)
+        return found is not None and cache.find(found.digest, is_whole=found.are_in) is not None
+
     def bring(target: Path, staging: Path) -> None:
         shutil.rmtree(staging, ignore_errors=True)
+
+        def fetch(entry: Stored) -> FileEntry:
+            path = store.fetch(entry.key, staging / "fetched")
+            return FileEntry(path=entry.key, size_bytes=path.stat().st_size, sha256=sha256_file(path))
+
         with ThreadPoolExecutor(NUM_FILES_AT_ONCE) as pool:
-            for path in pool.map(lambda entry: store.fetch(entry.key, staging), entries):
-                assert path.is_relative_to(staging)
+            found = StoredFiles(uri=store.uri, files=tuple(pool.map(fetch, entries)))
+
+        def keep(target: Path, _: Path) -> None:
+            (staging / "fetched").rename(target)
+
+        cache.get(found.digest, is_whole=found.are_in, bring=keep)
+        shutil.rmtree(staging / "fetched", ignore_errors=True)
+        (staging / _RECORD_NAME).write_text(found.model_dump_json())
         staging.rename(target)
 
-    def is_whole(directory: Path) -> bool:
-        paths = [(directory / entry.key, entry.size_bytes) for entry in entries]
-        return all(path.is_file() and path.stat().st_size == size_bytes for path, size_bytes in paths)
+    record = _read_record(cache.get(digest, is_whole=is_whole, bring=bring))
+    assert record is not None
+    return record
 
-    return Cache.open().get(digest, is_whole=is_whole, bring=bring)
+
+def _read_record(directory: Path) -> StoredFiles | None:
+    """The description in a directory of the cache, None when there is none."""
+    try:
+        return StoredFiles.model_validate_json((directory / _RECORD_NAME).read_bytes())
+    except (OSError, ValidationError):
+        return None

@@ -162,6 +162,14 @@ class TaskScore(Record):
     )
 
 
+class BlockFidelity(Record):
+    """How far the hidden states have come apart after a block, over the tokens of the held-out text."""
+
+    layer: int
+    relative_error: float = Field(description="|h' - h| / |h|, Frobenius norms")
+    cosine: float = Field(description="mean over tokens")
+
+
 class Measurements(Record):
     """What was measured, and on what. Fidelity maps a metric's name to its value on held-out text."""
 
@@ -170,11 +178,23 @@ class Measurements(Record):
     fidelity: dict[str, float]
     latency: tuple[Latency, ...]
     tasks: tuple[TaskScore, ...] = ()
+    blocks: tuple[BlockFidelity, ...] = Field(
+        default=(), description="only where the models went through one block at a time"
+    )
+    skipped: tuple[str, ...] = Field(default=(), description="what was not measured, and why")
     original_peak_memory_bytes: int | None
     compressed_peak_memory_bytes: int | None
     device: str
     dtype: str
     num_threads: int
+
+
+class GateResult(Record):
+    """One gate of the run, and the figure that it was judged by."""
+
+    gate: str = Field(description="as in `pooled_cosine >= 0.98`")
+    figure: float | None = Field(description="None where it was not measured: such a gate is not met")
+    met: bool
 
 
 class Stage(Record):
@@ -225,6 +245,7 @@ class Manifest(Record):
     layers: tuple[LayerRecord, ...]
     allocation: AllocationRecord | None = Field(default=None, description="None where layers are uniform")
     measurements: Measurements | None
+    gates: tuple[GateResult, ...] = Field(default=(), description="all met, or it had not been published")
     stages: tuple[Stage, ...]
     environment: Environment
     store: StoreGuarantees | None = Field(default=None, description="where it was published first")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,11 +18,8 @@ from ffsplit.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNAT
 from ffsplit.artifacts.paths import colliding
 from ffsplit.artifacts.signing import MAX_SIGNATURE_BYTES, verify_manifest
 from ffsplit.artifacts.stores import MissingKey, Source, read_at_most
-from ffsplit.artifacts.transfer import Progress, Transfer
+from ffsplit.artifacts.transfer import Progress, Transfer, first_problem
 from ffsplit.errors import ArtifactError, ConfigError
-
-_FREE_BYTES = 64 << 20
-"""Left free on the disk by a download."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +111,7 @@ def _linked(link: str) -> _Origin:
 
 def _cached(origin: _Origin, *, cache: Cache, progress: Progress | None) -> Path:
     if origin.directory is not None:
-        if problem := _first_problem(origin.directory, origin.manifest):
+        if problem := first_problem(origin.directory, origin.manifest.files):
             raise ArtifactError(f"{origin.label}: {problem}: publish it again or take another copy")
         return origin.directory
 
@@ -146,7 +142,7 @@ def _is_there(directory: Path, manifest: Manifest, data: bytes) -> bool:
     theirs = directory / MANIFEST_NAME
     if not directory.is_dir() or not theirs.is_file() or theirs.read_bytes() != data:
         raise ConfigError(f"{directory} exists and is not empty: choose another directory")
-    problem = _first_problem(directory, manifest)
+    problem = first_problem(directory, manifest.files)
     for entry in manifest.files:
         if not problem and sha256_file(directory / entry.path) != entry.sha256:
             problem = f"{entry.path} differs"
@@ -170,43 +166,13 @@ def _transfer(origin: _Origin, *, target: Path, staging: Path, progress: Progres
     manifest = origin.manifest
     if path := colliding((*UNLISTED, *(entry.path for entry in manifest.files))):
         raise ArtifactError(f"{origin.label}: {path} is listed twice, or only case tells it from another")
-    staging.mkdir(parents=True, exist_ok=True)
-    _check_space(staging, manifest)
-    try:
-        whole = Transfer(
-            origin.source, prefix=origin.prefix, entries=manifest.files, staging=staging, label=origin.label
-        ).run(progress=progress)
-        (whole / MANIFEST_NAME).write_bytes(origin.data)
-        if origin.signature is not None:
-            (whole / SIGNATURE_NAME).write_bytes(origin.signature)
-        whole.rename(target)
-    except (ArtifactError, OSError):
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    shutil.rmtree(staging, ignore_errors=True)
-
-
-def _check_space(staging: Path, manifest: Manifest) -> None:
-    """Raise ConfigError when the files cannot fit, before the first byte is asked for."""
-    arrived = sum(path.lstat().st_blocks * 512 for path in staging.rglob("*") if path.is_file())
-    needed = sum(entry.size_bytes for entry in manifest.files) - arrived
-    free = shutil.disk_usage(staging).free - _FREE_BYTES
-    if needed > free:
-        shutil.rmtree(staging, ignore_errors=True)
-        what = f"the artifact needs {needed:,} bytes more and {max(free, 0):,} are free"
-        raise ConfigError(f"{staging.parent}: {what}: choose another directory")
+    beside = {MANIFEST_NAME: origin.data}
+    if origin.signature is not None:
+        beside[SIGNATURE_NAME] = origin.signature
+    Transfer(
+        origin.source, prefix=origin.prefix, entries=manifest.files, staging=staging, label=origin.label
+    ).into(target, beside=beside, progress=progress)
 
 
 def _is_whole(directory: Path, *, manifest: Manifest) -> bool:
-    return (directory / MANIFEST_NAME).is_file() and _first_problem(directory, manifest) is None
-
-
-def _first_problem(directory: Path, manifest: Manifest) -> str | None:
-    """A file of the manifest that is missing, a link, or of another size in a directory."""
-    for entry in manifest.files:
-        path = directory / entry.path
-        if path.is_symlink() or not path.is_file():
-            return f"{entry.path} is missing"
-        if path.stat().st_size != entry.size_bytes:
-            return f"{entry.path} has {path.stat().st_size} bytes instead of {entry.size_bytes}"
-    return None
+    return (directory / MANIFEST_NAME).is_file() and first_problem(directory, manifest.files) is None

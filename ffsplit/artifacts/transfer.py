@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,14 @@ from pathlib import Path
 from ffsplit.artifacts.digests import CHUNK_BYTES
 from ffsplit.artifacts.manifest import FileEntry
 from ffsplit.artifacts.stores import MissingKey, Source
-from ffsplit.errors import ArtifactError, StoreError
+from ffsplit.errors import ArtifactError, ConfigError, StoreError
 
 PART_BYTES = 16 << 20
 NUM_CONNECTIONS = 8
 JOURNAL_NAME = "journal"
 FILES_NAME = "artifact"
+FREE_BYTES = 64 << 20
+"""Left free on the disk by a download."""
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -76,9 +79,10 @@ class _Incoming:
 class Transfer:
     """The copy of one artifact's files into `staging/artifact`, where an earlier one may have left parts.
 
-    `prefix` is put before each file's path to give its key. `run` raises ArtifactError, naming the
-    file, when one is missing or is not what its entry says, and StoreError when the source fails; a
-    later transfer into the same staging directory takes up what has arrived.
+    `prefix` is put before each file's path to give its key. A transfer raises ConfigError when there is
+    no room, before the first byte; ArtifactError, naming the file, when one is missing or is not what its
+    entry says; StoreError when the source fails: a later transfer into the same staging directory then
+    takes up what has arrived.
     """
 
     def __init__(
@@ -95,6 +99,22 @@ class Transfer:
         self._lock = threading.Lock()
         self._stop = threading.Event()
 
+    def into(
+        self, target: Path, *, beside: Mapping[str, bytes] | None = None, progress: Progress | None = None
+    ) -> None:
+        """Let a directory appear that holds the files, and some small ones beside them, all at once."""
+        self._staging.mkdir(parents=True, exist_ok=True)
+        self._check_space()
+        try:
+            whole = self.run(progress=progress)
+            for name, data in (beside or {}).items():
+                (whole / name).write_bytes(data)
+            whole.rename(target)
+        except (ArtifactError, OSError):
+            shutil.rmtree(self._staging, ignore_errors=True)
+            raise
+        shutil.rmtree(self._staging, ignore_errors=True)
+
     def run(self, *, progress: Progress | None = None) -> Path:
         """Fetch what is missing and check every digest. Returns the directory with the files."""
         self._read_journal()
@@ -107,7 +127,9 @@ class Transfer:
         self._fetch(again, progress)
         for file in self._files:
             if not file.is_right:
-                raise ArtifactError(f"{self._label}: {file.entry.path} is not what its manifest says")
+                raise ArtifactError(
+                    f"{self._label}: {file.entry.path} has another sha256 than it should have"
+                )
         return self._staging / FILES_NAME
 
     def _fetch(self, files: Sequence[_Incoming], progress: Progress | None) -> None:
@@ -166,6 +188,15 @@ class Transfer:
             raise ArtifactError(f"{self._label}: {file.entry.path} is shorter than the {size} it should have")
         return True
 
+    def _check_space(self) -> None:
+        """Raise ConfigError when the files cannot fit."""
+        arrived = sum(path.lstat().st_blocks * 512 for path in self._staging.rglob("*") if path.is_file())
+        free = shutil.disk_usage(self._staging).free - FREE_BYTES
+        if (needed := self._total - arrived) > free:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            what = f"the files need {needed:,} bytes more and {max(free, 0):,} are free"
+            raise ConfigError(f"{self._staging.parent}: {what}: choose another directory")
+
     def _read_journal(self) -> None:
         """What an earlier attempt brought, where its file is still there with its size."""
         try:
@@ -190,3 +221,14 @@ def _make_room(file: _Incoming) -> None:
         file.path.unlink(missing_ok=True)
         with file.path.open("xb") as new:
             new.truncate(file.entry.size_bytes)
+
+
+def first_problem(directory: Path, entries: Iterable[FileEntry]) -> str | None:
+    """A listed file that is missing, a link, or of another size in a directory."""
+    for entry in entries:
+        path = directory / entry.path
+        if path.is_symlink() or not path.is_file():
+            return f"{entry.path} is missing"
+        if path.stat().st_size != entry.size_bytes:
+            return f"{entry.path} has {path.stat().st_size} bytes instead of {entry.size_bytes}"
+    return None

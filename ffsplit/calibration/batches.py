@@ -19,6 +19,11 @@ class Batch(NamedTuple):
     def num_tokens(self) -> int:
         return int(self.attention_mask.sum())
 
+    @property
+    def arguments(self) -> dict[str, Tensor]:
+        """What a model's forward takes."""
+        return self._asdict()
+
     def to(self, device: torch.device) -> Batch:
         return Batch(self.input_ids.to(device), self.attention_mask.to(device))
 

@@ -61,7 +61,8 @@ class FFNObserver:
 
     Use as a context manager around the forward passes, and call `next_batch` before each. Token
     positions are counted over the non-padding tokens of all batches, in order; `sampled` are the
-    ascending positions whose FFN inputs are kept. `inputs_only` collects no statistics.
+    ascending positions whose FFN inputs are kept. `inputs_only` collects no statistics. `layers` are
+    the layers to watch, all of them when None.
     """
 
     def __init__(
@@ -71,19 +72,22 @@ class FFNObserver:
         *,
         sampled: Tensor,
         inputs_only: bool = False,
+        layers: Sequence[int] | None = None,
     ) -> None:
         blocks = base_model.get_submodule(architecture.blocks)
         assert isinstance(blocks, nn.ModuleList)
+        self.layers = range(len(blocks)) if layers is None else layers
         self._handles: list[Any] = []
         self._blocks, self._row = blocks, architecture
         self._sampled, self._inputs_only = sampled, inputs_only
         self._start = self._stop = 0
         self._is_token: Tensor | None = None
-        self._sums = [_NeuronSums(_down_weight(block, architecture)) for block in blocks]
-        self._inputs: list[list[Tensor]] = [[] for _ in blocks]
+        self._sums = {layer: _NeuronSums(_down_weight(blocks[layer], architecture)) for layer in self.layers}
+        self._inputs: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
     def __enter__(self) -> FFNObserver:
-        for layer, block in enumerate(self._blocks):
+        for layer in self.layers:
+            block = self._blocks[layer]
             up, down = block.get_submodule(self._row.up), block.get_submodule(self._row.down)
             self._handles.append(up.register_forward_pre_hook(self._input_hook(layer)))
             if not self._inputs_only:
@@ -133,8 +137,11 @@ class FFNObserver:
         return hook
 
     def statistics(self) -> tuple[NeuronStats, ...]:
-        """The statistics of every layer. Raises CalibrationError when one missed a token or is not finite."""
-        for layer, sums in enumerate(self._sums):
+        """The statistics of every watched layer.
+
+        Raises CalibrationError when one missed a token or is not finite.
+        """
+        for layer, sums in self._sums.items():
             if sums.num_tokens != self._stop:
                 raise CalibrationError(
                     f"layer {layer} saw {sums.num_tokens} of {self._stop} tokens: "
@@ -145,8 +152,8 @@ class FFNObserver:
                     f"layer {layer} has activations that are not finite: look for NaN or infinite weights, "
                     "or compute in a wider --dtype"
                 )
-        return tuple(sums.result() for sums in self._sums)
+        return tuple(sums.result() for sums in self._sums.values())
 
     def inputs(self) -> Sequence[Tensor]:
-        """The sampled FFN inputs of every layer, [T, D] in the model's dtype."""
-        return [torch.cat(parts) for parts in self._inputs if parts]
+        """The sampled FFN inputs of every watched layer, [T, D] in the model's dtype."""
+        return [torch.cat(parts) for parts in self._inputs.values() if parts]

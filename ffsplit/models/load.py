@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import Checkpoint, tokenizer_files
+from ffsplit.models.finite import check_finite
+from ffsplit.models.headers import opened
 
 
 @contextmanager
@@ -35,10 +37,15 @@ def load_base_model(directory: Path, *, device: torch.device, dtype: torch.dtype
 
     with quiet_transformers():
         model = AutoModel.from_pretrained(directory, dtype=dtype, local_files_only=True, use_safetensors=True)
+    _see_whole_rows(model)
+    return model.to(device).eval()
+
+
+def _see_whole_rows(model: Any) -> None:
+    """No FFN in chunks: the same result, and hooks see whole rows."""
     for module in model.modules():
         if getattr(module, "chunk_size_feed_forward", 0):
-            module.chunk_size_feed_forward = 0  # the same result, and hooks see whole rows
-    return model.to(device).eval()
+            module.chunk_size_feed_forward = 0
 
 
 def load_whole_model(directory: Path, class_name: str, **options: Any) -> Any:
@@ -57,6 +64,54 @@ def model_class(class_name: str, *, where: Path) -> Any:
     if found is None:
         raise ConfigError(f"{where}: transformers {transformers.__version__} has no class {class_name}")
     return found
+
+
+def empty_model(checkpoint: Checkpoint, *, class_name: str | None, dtype: torch.dtype) -> Any:
+    """The model without its weights, in eval mode: the base model, or one of a class that is named.
+
+    Parameters are on the meta device; buffers that no checkpoint holds are what they should be.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    with quiet_transformers(), init_empty_weights(include_buffers=False):
+        config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+        chosen = model_class(class_name or "", where=checkpoint.directory)
+        make = getattr(chosen, "_from_config", None) or chosen.from_config
+        model = make(config, dtype=dtype)
+        stored = getattr(config, "quantization_config", None)
+        if stored is not None:  # a split checkpoint: its FFNs take the place of the dense ones
+            AutoHfQuantizer.from_config(stored, pre_quantized=True).preprocess_model(model=model)
+    _see_whole_rows(model)
+    return model.eval()
+
+
+def load_tensors(
+    model: Any, checkpoint: Checkpoint, names: Sequence[str], *, device: torch.device, dtype: torch.dtype
+) -> None:
+    """Fill part of an empty model with some of a checkpoint's tensors, as from_pretrained does.
+
+    Raises ConfigError when one of them is not finite.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    settings = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        device_map={"": device},
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    with ExitStack() as stack, quiet_transformers():
+        files: dict[str, Any] = {}
+        for file in sorted({checkpoint.tensors[name].file for name in names}):
+            files[file] = stack.enter_context(opened(checkpoint.directory / file, "pt"))
+        slices = {name: files[checkpoint.tensors[name].file].get_slice(name) for name in names}
+        for name, view in slices.items():
+            check_finite(name, view[...], where=checkpoint.directory)
+        convert_and_load_state_dict_in_model(model=model, state_dict=slices, load_config=settings)
 
 
 def random_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:

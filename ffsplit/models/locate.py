@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from ffsplit.artifacts.inputs import fetch_directory, is_remote
+from ffsplit.artifacts.inputs import StoredFiles, is_remote, stored_files
 from ffsplit.errors import ConfigError
 
 HUB_ID = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
@@ -25,10 +25,14 @@ WANTED_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jin
 
 
 class LocatedModel(NamedTuple):
-    """A model's directory, and the hub revision it was resolved to (None for a local one)."""
+    """A model's directory, the hub revision it was resolved to, and for a model in a store, its files there.
+
+    The directory is one of this machine; other nodes materialize `stored`.
+    """
 
     directory: Path
     revision: str | None
+    stored: StoredFiles | None = None
 
 
 def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
@@ -39,7 +43,8 @@ def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
     if is_remote(model):
         if revision is not None:
             raise ConfigError(f"--revision is for hub ids; {model} is in a store")
-        return LocatedModel(fetch_directory(model, suffixes=WANTED_SUFFIXES), None)
+        stored = stored_files(model, suffixes=WANTED_SUFFIXES)
+        return LocatedModel(stored.materialize(), None, stored)
     directory = Path(model).expanduser()
     if directory.is_dir():
         if revision is not None:

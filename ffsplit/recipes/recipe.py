@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -88,6 +89,13 @@ class Recipe(Record):
         if self.heavy_energy is not None:
             rules.append(HeavyRule(by="energy", value=self.heavy_energy))
         return rules
+
+    def timing(self, shapes: Sequence[tuple[int, int]]) -> Recipe:
+        """This recipe, which times these shapes too."""
+        timed = tuple(dict.fromkeys([*self.measurement.latency_shapes, *shapes]))
+        return self.model_copy(
+            update={"measurement": self.measurement.model_copy(update={"latency_shapes": timed})}
+        )
 
     @property
     def heavy(self) -> HeavyRule:

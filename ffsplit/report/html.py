@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ffsplit.artifacts.manifest import LayerRecord, Manifest, Measurements, TaskScore
+from ffsplit.gates import HEADLINES
 from ffsplit.report import humanize
 from ffsplit.report.plots import (
     NARROW,
@@ -24,9 +25,6 @@ from ffsplit.report.plots import (
 )
 
 TEMPLATE_NAME: Final = "report.html"
-
-_HEADLINE_METRICS: Final = ("pooled_cosine", "top1_agreement")
-"""The fidelity to quote first, where it was measured; else whichever metric comes first."""
 
 _METRIC_NAMES: Final = {
     "token_cosine": "cosine of token states",
@@ -126,9 +124,7 @@ def _measured_tiles(manifest: Manifest, measured: Measurements) -> list[Tile]:
         _speed_tile(measured),
     ]
     if measured.fidelity:
-        name = next(
-            (name for name in _HEADLINE_METRICS if name in measured.fidelity), next(iter(measured.fidelity))
-        )
+        name = next((name for name in HEADLINES if name in measured.fidelity), next(iter(measured.fidelity)))
         disjoint = manifest.calibration.held_out_is_disjoint
         where = "held\u2011out text" if disjoint else "on calibration text"
         value = humanize.number(measured.fidelity[name])

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ffsplit.compressors.base import OutputNorm
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.ffn import LayerLayout, is_stock_form
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.headers import INDEX_NAME, TensorInfo, opened
+from ffsplit.models.headers import INDEX_NAME, opened
+from ffsplit.models.tensor_files import TensorSpan, read_spans, write_spans
 
 MAX_SHARD_BYTES = 5 * 10**9
 COMPANIONS = re.compile(r".*\.(json|txt|model|tiktoken|jinja)$|(LICEN[CS]E|NOTICE).*")
@@ -124,22 +124,21 @@ def assemble(
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write the checkpoint: every tensor that is no FFN's as it was, the compressed layers beside them."""
+    """Write the checkpoint: every tensor that is no FFN's as it was, the compressed layers beside them.
+
+    Bytes are copied from file to file in small pieces, so neither model nor shard is ever in memory.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     replaced = {
         name for layer in range(checkpoint.num_layers) for name in checkpoint.ffn_names(layer) if name
     }
-    sources: dict[str, tuple[Path, int]] = {
-        name: (checkpoint.directory / info.file, info.size_bytes)
-        for name, info in checkpoint.tensors.items()
-        if name not in replaced
-    }
+    spans: dict[str, TensorSpan] = {}
+    for file in checkpoint.weight_files:
+        spans |= read_spans(checkpoint.directory / file)
+    spans = {name: spans[name] for name in checkpoint.tensors if name not in replaced}
     for path in layer_files:
-        with opened(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                view = file.get_slice(name)
-                sources[name] = (path, _size_bytes(view))
-    _write_shards(sources, directory, max_shard_bytes=max_shard_bytes)
+        spans |= read_spans(path)
+    _write_shards(spans, directory, max_shard_bytes=max_shard_bytes)
     config = artifact_config(checkpoint, layouts)
     _copy_companions(checkpoint.directory, directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -147,17 +146,11 @@ def assemble(
 
 def replace_weights(directory: Path, replacements: Path) -> None:
     """Rewrite a checkpoint in place with the tensors of another file under the same names."""
-    with opened(replacements, "pt") as new:
-        names = set(new.keys())
-        for path in sorted(directory.glob("*.safetensors")):
-            with opened(path, "pt") as old:
-                tensors = {
-                    name: new.get_tensor(name) if name in names else old.get_tensor(name)
-                    for name in old.keys()  # noqa: SIM118
-                }
-            rewritten = path.with_suffix(".rewritten")
-            save_file(tensors, rewritten, {"format": "pt"})
-            rewritten.replace(path)
+    new = read_spans(replacements)
+    for path in sorted(directory.glob("*.safetensors")):
+        rewritten = path.with_suffix(".rewritten")
+        write_spans(rewritten, {name: new.get(name, span) for name, span in read_spans(path).items()})
+        rewritten.replace(path)
 
 
 def artifact_config(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> dict[str, Any]:
@@ -175,15 +168,11 @@ def artifact_config(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> d
     return config
 
 
-def _size_bytes(view: Any) -> int:
-    return TensorInfo("", view.get_dtype(), tuple(view.get_shape())).size_bytes
-
-
-def _write_shards(sources: Mapping[str, tuple[Path, int]], directory: Path, *, max_shard_bytes: int) -> None:
+def _write_shards(spans: Mapping[str, TensorSpan], directory: Path, *, max_shard_bytes: int) -> None:
     shards: list[list[str]] = [[]]
     filled = 0
-    for name in sorted(sources):
-        size = sources[name][1]
+    for name in sorted(spans):
+        size = spans[name].size_bytes
         if shards[-1] and filled + size > max_shard_bytes:
             shards.append([])
             filled = 0
@@ -194,18 +183,12 @@ def _write_shards(sources: Mapping[str, tuple[Path, int]], directory: Path, *, m
     else:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
-        save_file({name: _read(sources[name][0], name) for name in names}, directory / file, {"format": "pt"})
+        write_spans(directory / file, {name: spans[name] for name in names})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        total = sum(size for _, size in sources.values())
+        total = sum(span.size_bytes for span in spans.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def _read(path: Path, name: str) -> Tensor:
-    with opened(path, "pt") as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
 
 
 def _copy_companions(source: Path, directory: Path) -> None:

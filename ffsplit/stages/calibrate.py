@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,12 @@ from safetensors.torch import save_file
 
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.batches import padded_batches, tokenize_rows
-from ffsplit.calibration.hooks import FFNObserver
+from ffsplit.calibration.observe import Observed, observe
 from ffsplit.calibration.parquet import write_statistics
 from ffsplit.config import Record
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_base_model, load_tokenizer
+from ffsplit.models.streamed import StreamedModel
 from ffsplit.recipes.recipe import CalibrationSettings
 from ffsplit.stages.profile import ComputeProfile
 
@@ -49,6 +51,8 @@ class CalibrationJob(Record):
     scratch: Scratch
     inputs_only: bool = False
     """Sample FFN inputs alone: the statistics are there already."""
+    block_by_block: bool = False
+    """Hold one block of the model at a time; the results are the same to the byte."""
 
     def num_sampled(self, shard: int) -> int:
         """How many tokens of a shard have their FFN inputs kept."""
@@ -73,48 +77,52 @@ class CalibrationWorker:
 
     @cached_property
     def _model(self) -> Any:
-        profile = self._job.profile
+        profile, checkpoint = self._job.profile, self._checkpoint
         device, dtype = torch.device(profile.device), getattr(torch, profile.dtype)
-        return load_base_model(self._checkpoint.directory, device=device, dtype=dtype)
+        if self._job.block_by_block:
+            return StreamedModel(checkpoint, device=device, dtype=dtype)
+        return load_base_model(checkpoint.directory, device=device, dtype=dtype)
 
     def __call__(self, shard: Shard) -> Result:
         """Statistics and sampled inputs of one shard, in the scratch."""
         with self._job.profile.applied():
             return self._job.scratch.load_or_compute(shard.name, lambda: self._collect(shard))
 
-    @torch.no_grad()
     def _collect(self, shard: Shard) -> Result:
-        job, model = self._job, self._model
-        rows = tokenize_rows(self._tokenizer, shard.rows, max_length=job.settings.max_length)
-        sampled = self._sampled_positions(shard, num_tokens=sum(map(len, rows)))
-        pad_id = self._tokenizer.pad_token_id or 0
-        row, inputs_only = self._checkpoint.architecture, job.inputs_only
-        with FFNObserver(model, row, sampled=sampled, inputs_only=inputs_only) as observer:
-            for batch in padded_batches(rows, batch_tokens=job.settings.batch_tokens, pad_id=pad_id):
-                batch = batch.to(model.device)
-                observer.next_batch(batch.attention_mask)
-                if inputs_only and not observer.batch_is_sampled:
-                    continue
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-        return self._save(shard, observer, num_tokens=sum(map(len, rows)), num_rows=len(rows))
+        job, settings = self._job, self._job.settings
+        rows = tokenize_rows(self._tokenizer, shard.rows, max_length=settings.max_length)
+        num_tokens = sum(map(len, rows))
+        batches = list(
+            padded_batches(rows, batch_tokens=settings.batch_tokens, pad_id=self._tokenizer.pad_token_id or 0)
+        )
+        observed = observe(
+            self._model,
+            self._checkpoint.architecture,
+            batches,
+            sampled=self._sampled_positions(shard, num_tokens=num_tokens),
+            inputs_only=job.inputs_only,
+        )
+        return self._save(shard, observed, num_tokens=num_tokens, num_rows=len(rows))
 
     def _sampled_positions(self, shard: Shard, *, num_tokens: int) -> torch.Tensor:
         count = min(num_tokens, self._job.num_sampled(shard.index))
         generator = torch.Generator().manual_seed(self._job.seed * 1_000_003 + shard.index)
         return torch.randperm(num_tokens, generator=generator)[:count].sort().values
 
-    def _save(self, shard: Shard, observer: FFNObserver, *, num_tokens: int, num_rows: int) -> Result:
+    def _save(self, shard: Shard, observed: Iterable[Observed], *, num_tokens: int, num_rows: int) -> Result:
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            files: dict[str, Path] = {}
+            folder, files = Path(name), {}
+            statistics = []
+            for layer, (stats, input_TD) in enumerate(observed):
+                statistics.append(stats)
+                if input_TD is not None:
+                    path = folder / f"layer-{layer:03d}.safetensors"
+                    save_file({"input": input_TD.contiguous()}, path)
+                    files[f"inputs/{path.stem}/{shard.name}.safetensors"] = path
             if not self._job.inputs_only:
                 path = folder / f"{shard.name}.parquet"
                 lineage = {**self._job.lineage, "shard": str(shard.index)}
-                write_statistics(path, observer.statistics(), lineage=lineage)
-                files[path.name] = path
-            for layer, input_TD in enumerate(observer.inputs()):
-                path = folder / f"layer-{layer:03d}.safetensors"
-                save_file({"input": input_TD.contiguous()}, path)
-                files[f"inputs/{path.stem}/{shard.name}.safetensors"] = path
+                write_statistics(path, tuple(each for each in statistics if each), lineage=lineage)
+                files = {path.name: path} | files
             facts = {"index": shard.index, "num_tokens": num_tokens, "num_rows": num_rows}
             return self._job.scratch.save(shard.name, files, facts=facts)

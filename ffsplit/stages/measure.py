@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ffsplit.artifacts.manifest import Measurements
-from ffsplit.calibration.batches import padded_batches, tokenize_rows
+from ffsplit.calibration.batches import Batch, padded_batches, tokenize_rows
 from ffsplit.config import Record
 from ffsplit.ffn import LayerLayout
 from ffsplit.measurement.fidelity import fidelity
 from ffsplit.measurement.latency import paired_latency
 from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.measurement.size import compressed_size, original_size
+from ffsplit.measurement.streamed_fidelity import streamed_fidelity
 from ffsplit.measurement.tasks.evaluations import Evaluation, score_evaluations
 from ffsplit.models.architectures import ModelKind
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.headers import read_headers
 from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.streamed import StreamedModel
 from ffsplit.recipes.recipe import MeasurementSettings
 from ffsplit.stages.profile import ComputeProfile
+
+NOT_HELD = "latency and peak memory: the models were measured one block at a time, not held whole"
 
 
 class MeasureJob(Record):
@@ -34,6 +41,7 @@ class MeasureJob(Record):
     batch_tokens: int
     settings: MeasurementSettings
     profile: ComputeProfile
+    block_by_block: bool = False
 
 
 def measure_job(job: MeasureJob) -> Measurements:
@@ -44,18 +52,37 @@ def measure_job(job: MeasureJob) -> Measurements:
 
 def _measure(job: MeasureJob) -> Measurements:
     checkpoint = open_checkpoint(Path(job.original_directory))
-    directories = (checkpoint.directory, Path(job.compressed_directory))
+    compressed = Path(job.compressed_directory)
+    weights = compressed.glob("*.safetensors")
+    empty = Measurements(
+        original_size=original_size(checkpoint),
+        compressed_size=compressed_size(
+            checkpoint, job.layouts, file_bytes=sum(path.stat().st_size for path in weights)
+        ),
+        fidelity={},
+        latency=(),
+        original_peak_memory_bytes=None,
+        compressed_peak_memory_bytes=None,
+        device=job.profile.device,
+        dtype=job.profile.dtype,
+        num_threads=job.profile.threads,
+    )
+    measure = _block_by_block if job.block_by_block else _side_by_side
+    return empty.model_copy(update=measure(job, checkpoint, compressed))
+
+
+def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
+    """Everything there is to measure, with both models in memory."""
+    directories = (checkpoint.directory, directory)
     dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
     original, compressed = (
-        load_whole_model(directory, checkpoint.class_name, dtype=dtype).to(device)
-        for directory in directories
+        load_whole_model(each, checkpoint.class_name, dtype=dtype).to(device) for each in directories
     )
     tokenizer = load_tokenizer(checkpoint)
-    rows = tokenize_rows(tokenizer, job.held_out, max_length=job.max_length)
-    batches = padded_batches(rows, batch_tokens=job.batch_tokens, pad_id=tokenizer.pad_token_id or 0)
+    batches = _batches(job, tokenizer)
     on_device = (batch.to(device) for batch in batches)
-    kind: ModelKind = "causal_lm" if checkpoint.class_name.endswith("ForCausalLM") else "encoder"
-    scores = fidelity(original, compressed, on_device, kind=kind) if rows else {}
+    kind = _kind(checkpoint)
+    scores = fidelity(original, compressed, on_device, kind=kind) if batches else {}
     vocab_size = int(original.config.vocab_size)
     latency = paired_latency(
         original,
@@ -67,21 +94,38 @@ def _measure(job: MeasureJob) -> Measurements:
     tasks = score_evaluations(job.evaluations, original, compressed, tokenizer)
     del original, compressed
     peaks = _peak_memory(job, checkpoint, directories, vocab_size=vocab_size)
-    weights = directories[1].glob("*.safetensors")
-    return Measurements(
-        original_size=original_size(checkpoint),
-        compressed_size=compressed_size(
-            checkpoint, job.layouts, file_bytes=sum(path.stat().st_size for path in weights)
-        ),
-        fidelity=scores,
-        latency=latency,
-        tasks=tasks,
-        original_peak_memory_bytes=peaks[0],
-        compressed_peak_memory_bytes=peaks[1],
-        device=job.profile.device,
-        dtype=job.profile.dtype,
-        num_threads=job.profile.threads,
-    )
+    return {
+        "fidelity": scores,
+        "latency": latency,
+        "tasks": tasks,
+        "original_peak_memory_bytes": peaks[0],
+        "compressed_peak_memory_bytes": peaks[1],
+    }
+
+
+def _block_by_block(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
+    """Fidelity alone, with a block of one model in memory at a time."""
+    dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
+    batches = _batches(job, load_tokenizer(checkpoint))
+    measured: dict[str, Any] = {"skipped": (NOT_HELD,)}
+    if batches:
+        both = (checkpoint, replace(checkpoint, directory=directory, tensors=read_headers(directory)))
+        original, compressed = (
+            StreamedModel(each, device=device, dtype=dtype, class_name=checkpoint.class_name) for each in both
+        )
+        scores, blocks = streamed_fidelity(original, compressed, batches, kind=_kind(checkpoint))
+        measured |= {"fidelity": scores, "blocks": blocks}
+    return measured
+
+
+def _batches(job: MeasureJob, tokenizer: Any) -> list[Batch]:
+    rows = tokenize_rows(tokenizer, job.held_out, max_length=job.max_length)
+    pad_id = tokenizer.pad_token_id or 0
+    return list(padded_batches(rows, batch_tokens=job.batch_tokens, pad_id=pad_id))
+
+
+def _kind(checkpoint: Checkpoint) -> ModelKind:
+    return "causal_lm" if checkpoint.class_name.endswith("ForCausalLM") else "encoder"
 
 
 def _peak_memory(

@@ -1,15 +1,18 @@
 """A run whose model, calibration text, resume state and artifact are all in a store."""
 
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 
 import ffsplit
-from ffsplit.artifacts.inputs import fetch_directory, fetch_file
+from ffsplit.artifacts.digests import file_entries
+from ffsplit.artifacts.inputs import StoredFiles, fetch_file, stored_files
 from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ArtifactError, ConfigError
 from tests.small_jobs import SmallJob, digests
 
 from .test_locate import cache
@@ -25,7 +28,7 @@ def test_everything_is_in_the_store(small_job: SmallJob, s3_uri: str, tmp_path: 
     store.put_file("text.txt", small_job.text)
     config = small_job.config(f"{s3_uri}/out", model=f"{s3_uri}/model", calibration=(f"{s3_uri}/text.txt",))
     manifest = ffsplit.compress(config)
-    assert verify(f"{s3_uri}/out").ok
+    assert verify(f"{s3_uri}/out").ok and manifest.config.model == f"{s3_uri}/model"
     local = ffsplit.compress(small_job.config(tmp_path / "out"))
     assert local.run_key == manifest.run_key
     assert [entry for entry in local.files if entry.path.endswith(".safetensors")] == [
@@ -48,9 +51,66 @@ def test_what_is_replaced_is_fetched_again(s3_uri: str, cache: Path) -> None:
     assert fetch_file(f"{s3_uri}/texts/a.txt").read_bytes() == b"three"
 
 
+def test_every_node_fetches_what_the_driver_described(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3_uri)
+    contents = {"config.json": b"{}", "model.safetensors": b"weights" * 1000}
+    for name, data in (
+        contents | {"notes.pdf": b"", "nested/config.json": b"", "a\u202eb.json": b""}
+    ).items():
+        store._client.put_object(Bucket=store._bucket, Key=store._base + "model/" + name, Body=data)
+    described = stored_files(f"{s3_uri}/model", suffixes=(".json", ".safetensors"))
+    handed_over = pickle.loads(pickle.dumps(described))
+    first = described.materialize()
+    for node in ("a", "b"):
+        monkeypatch.setenv("FFSPLIT_CACHE", str(tmp_path / node))
+        directory = handed_over.materialize()
+        assert directory.is_relative_to(tmp_path / node) and directory.name == first.name
+        assert {path.name: path.read_bytes() for path in directory.iterdir()} == contents
+        assert handed_over.materialize() == directory
+
+
+@pytest.mark.parametrize(
+    "change", [b"weights" * 999 + b"changed", b"", None], ids=["same size", "empty", "gone"]
+)
+def test_a_node_refuses_what_changed_since(
+    s3_uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: bytes | None
+) -> None:
+    store = open_store(s3_uri)
+    store.put_bytes("model/model.safetensors", b"weights" * 1000)
+    described = stored_files(f"{s3_uri}/model", suffixes=(".safetensors",))
+    store.delete("model/model.safetensors")
+    if change is not None:
+        store.put_bytes("model/model.safetensors", change)
+    monkeypatch.setenv("FFSPLIT_CACHE", str(tmp_path / "node"))
+    with pytest.raises(ArtifactError, match=r"s3://runs/.*/model: model\.safetensors"):
+        described.materialize()
+    assert not list((tmp_path / "node" / "artifacts").iterdir())
+
+
+def test_files_on_a_shared_disk_are_used_in_place(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b"{}")
+    described = StoredFiles(uri=str(tmp_path), files=file_entries(tmp_path))
+    assert described.materialize() == tmp_path
+    (tmp_path / "config.json").write_bytes(b"{ }")
+    with pytest.raises(ArtifactError, match=r"config\.json has 3 bytes instead of 2"):
+        described.materialize()
+
+
+def test_one_content_is_kept_once(s3_uri: str, cache: Path) -> None:
+    store = open_store(s3_uri)
+    store.put_bytes("one/a.txt", b"text")
+    store.put_bytes("two/a.txt", b"text")
+    assert fetch_file(f"{s3_uri}/one/a.txt") == fetch_file(f"{s3_uri}/two/a.txt")
+    assert len(list(cache.rglob("a.txt"))) == 1
+    shutil.rmtree(fetch_file(f"{s3_uri}/one/a.txt").parent)
+    assert fetch_file(f"{s3_uri}/one/a.txt").read_bytes() == b"text"
+
+
 def test_what_is_not_there(s3_uri: str, small_job: SmallJob, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="holds no model"):
-        fetch_directory(f"{s3_uri}/model", suffixes=(".json",))
+        stored_files(f"{s3_uri}/model", suffixes=(".json",))
     for wrong in ("s3://bucket", f"{s3_uri}/nothing.txt"):
         with pytest.raises(ConfigError):
             fetch_file(wrong)

@@ -1,0 +1,244 @@
+"""Gates: what a result has to measure before it is published.
+
+speedup >= 1.3                 at the slowest of the shapes that are timed
+speedup@8x128 >= 1.3           at 8 rows of 128 tokens, which is then timed
+fidelity >= 0.98               pooled cosine of an encoder, top-1 agreement of a language model
+pooled_cosine >= 0.98          any measure of fidelity by its name
+sts drop <= 0.5                how much worse a task of --eval is, in the task's own unit
+parameters reduction >= 20%    or of blocks (no embeddings, no heads), bytes, memory
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from ffsplit.artifacts.manifest import GateResult, Measurements, TaskScore
+from ffsplit.config import Record, stage_key
+from ffsplit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ffsplit.models.checkpoint import Checkpoint
+    from ffsplit.recipes.recipe import Recipe
+
+Sense = Literal[">=", "<="]
+
+LANGUAGE_FIDELITY: dict[str, Sense] = {
+    "top1_agreement": ">=",
+    "kl_divergence": "<=",
+    "compressed_perplexity": "<=",
+}
+ENCODER_FIDELITY: dict[str, Sense] = {"pooled_cosine": ">=", "token_cosine": ">="}
+"""What is measured of a model, the headline first, and which way is better."""
+HEADLINES = (next(iter(ENCODER_FIDELITY)), next(iter(LANGUAGE_FIDELITY)))
+"""What `fidelity` stands for: whichever of them was measured."""
+REDUCTIONS = ("parameters", "blocks", "bytes", "memory")
+SHARES = ("top1_agreement", "fidelity", *(f"{name} reduction" for name in REDUCTIONS))
+"""What may be given in percent."""
+FORMS = (
+    "speedup >= F, speedup@8x128 >= F, fidelity >= F, pooled_cosine >= F, kl_divergence <= F, TASK drop <= F "
+    "(TASK is sts, classification, perplexity, a file's name or a task of lm-eval, with :METRIC where it has "
+    f"several) or {'|'.join(REDUCTIONS)} reduction >= F"
+)
+
+_SPEC = re.compile(r"(.+?)\s*(>=|<=|=>|=<|≥|≤)\s*([^%]+?)\s*(%?)", re.DOTALL)
+_SENSES: dict[str, Sense] = {">=": ">=", "=>": ">=", "≥": ">=", "<=": "<=", "=<": "<=", "≤": "<="}
+_SPEEDUP = re.compile(r"speedup(?:@(\d{1,6})[x×](\d{1,7}))?")  # noqa: RUF001
+
+
+class Gate(Record):
+    """One limit. `metric` is in the form of the module's examples."""
+
+    metric: str
+    sense: Sense
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.sense} {self.limit:.12g}"
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """The rows and tokens a row that a speed-up is asked of, None for any other gate."""
+        match = _SPEEDUP.fullmatch(self.metric)
+        return (int(match[1]), int(match[2])) if match and match[1] else None
+
+    @property
+    def task(self) -> tuple[str, str] | None:
+        """The task and the metric (or none) whose drop is limited, None for any other gate."""
+        if not self.metric.endswith(" drop"):
+            return None
+        task, _, metric = self.metric.removesuffix(" drop").partition(":")
+        return task, metric
+
+
+def parse_gate(spec: str) -> Gate:
+    """The gate of a SPEC. Raises ConfigError that says what is wrong with it, in one line."""
+    match = _SPEC.fullmatch(spec.strip())
+    if match is None:
+        raise _error(spec, f"the forms are {FORMS}")
+    metric, sense = _canonical(spec, " ".join(match[1].split())), _SENSES[match[2]]
+    better = _better(metric)
+    if sense != better:
+        raise _error(spec, f"write {metric} {better} {match[3]}{match[4]}: the other way keeps nothing out")
+    try:
+        limit = float(match[3])
+    except ValueError:
+        limit = math.nan
+    if not math.isfinite(limit):
+        raise _error(spec, f"{match[3]!r} is not a number")
+    if match[4]:
+        if metric not in SHARES:
+            raise _error(spec, f"{metric} is not measured in percent")
+        limit = float(f"{limit / 100:.12g}")
+    return Gate(metric=metric, sense=sense, limit=limit)
+
+
+def parse_gates(specs: Sequence[str], *, require_speedup: float | None = None) -> tuple[Gate, ...]:
+    """Every gate once, in a fixed order: how they were written does not matter."""
+    gates = {parse_gate(spec) for spec in specs}
+    if require_speedup is not None:
+        gates.add(Gate(metric="speedup", sense=">=", limit=require_speedup))
+    return tuple(sorted(gates, key=lambda gate: (gate.metric, gate.limit)))
+
+
+def gated_key(work_key: str, gates: Sequence[Gate]) -> str:
+    """The run key of what is computed and must pass these gates."""
+    if not gates:
+        return work_key
+    return stage_key("gated", {"work": work_key, "gates": [str(gate) for gate in gates]})
+
+
+def check_gates(
+    gates: Sequence[Gate],
+    *,
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    evals: Sequence[str],
+) -> None:
+    """Raise ConfigError for a gate on what the run is not going to measure."""
+    is_language_model = checkpoint.class_name.endswith("ForCausalLM")
+    longest_row = checkpoint.max_positions
+    measured = LANGUAGE_FIDELITY if is_language_model else ENCODER_FIDELITY
+    for gate in gates:
+        metric = gate.metric
+        if metric in ENCODER_FIDELITY | LANGUAGE_FIDELITY and metric not in measured:
+            kind = "a language model" if is_language_model else "an encoder"
+            raise _error(str(gate), f"of {kind} {', '.join(measured)} are measured")
+        if metric in (*measured, "fidelity") and recipe.calibration.held_out == 0:
+            raise _error(str(gate), "no text is held out to measure it on: the recipe's held_out is 0")
+        if metric == "memory reduction" and not recipe.measurement.peak_memory:
+            raise _error(str(gate), "the recipe does not measure it (peak_memory: false)")
+        if gate.shape and longest_row is not None and gate.shape[1] > longest_row:
+            raise _error(str(gate), f"the model reads {longest_row} tokens a row at most")
+        if gate.task and not any(_names_spec(gate.task[0], spec) for spec in evals):
+            known = f": it is given {', '.join(evals)}" if evals else ": it is not given"
+            raise _error(str(gate), f"no --eval scores {gate.task[0]!r}{known}")
+
+
+def judge(gates: Sequence[Gate], measured: Measurements) -> tuple[GateResult, ...]:
+    """Each gate with the figure it is judged by. What was not measured does not pass."""
+    results = []
+    for gate in gates:
+        figure = _figure(gate, measured)
+        if figure is not None:  # 86.7 - 86.3 is 0.4 here, not a little more
+            figure = float(f"{figure:.12g}") if math.isfinite(figure) else None
+        met = figure is not None and (figure >= gate.limit if gate.sense == ">=" else figure <= gate.limit)
+        results.append(GateResult(gate=str(gate), figure=figure, met=met))
+    return tuple(results)
+
+
+def describe_result(result: GateResult) -> str:
+    """One line: the gate, its figure, and whether it is met."""
+    figure = "not measured" if result.figure is None else f"{result.figure:.6g}"
+    return f"gate {result.gate}: {figure}, {'met' if result.met else 'NOT met'}"
+
+
+def refusal(results: Sequence[GateResult]) -> str | None:
+    """What to say of a result that may not be published, None where every gate is met."""
+    unmet = [result for result in results if not result.met]
+    if not unmet:
+        return None
+    shown = "; ".join(describe_result(result).removeprefix("gate ") for result in unmet)
+    return f"{len(unmet)} of {len(results)} gates not met, nothing was published: {shown}"
+
+
+def _error(spec: str, why: str) -> ConfigError:
+    return ConfigError(f"--gate {spec!r}: {why}")
+
+
+def _canonical(spec: str, metric: str) -> str:
+    if match := _SPEEDUP.fullmatch(metric):
+        if match[1] and 0 in (int(match[1]), int(match[2])):
+            raise _error(spec, "a shape has at least one row and one token")
+        return f"speedup@{int(match[1])}x{int(match[2])}" if match[1] else "speedup"
+    first, _, last = metric.rpartition(" ")
+    if last == "drop" and first:
+        return metric
+    known = ["speedup", "fidelity", *ENCODER_FIDELITY, *LANGUAGE_FIDELITY]
+    known += [f"{name} reduction" for name in REDUCTIONS]
+    if metric in known:
+        return metric
+    near = difflib.get_close_matches(metric, known, n=1)
+    hint = f", did you mean {near[0]!r}?" if near else ""
+    raise _error(spec, f"{metric!r} is not measured{hint or ': the forms are ' + FORMS}")
+
+
+def _better(metric: str) -> Sense:
+    if metric.endswith(" drop"):
+        return "<="
+    return (ENCODER_FIDELITY | LANGUAGE_FIDELITY).get(metric, ">=")
+
+
+def _names_spec(task: str, spec: str) -> bool:
+    """Whether an --eval SPEC may give the scores that a gate calls `task`."""
+    kind, _, rest = spec.partition(":")
+    file_name = rest.partition("#")[0].rstrip("/").rpartition("/")[2]
+    return task in (kind, spec, file_name) or (kind == "lm-eval" and task in rest.split(","))
+
+
+def _names_score(task: str, score: TaskScore) -> bool:
+    return task == score.name.partition(" ")[2] or _names_spec(task, score.spec)
+
+
+def _figure(gate: Gate, measured: Measurements) -> float | None:
+    metric = gate.metric
+    if gate.task is not None:
+        task, name = gate.task
+        named = [score for score in measured.tasks if _names_score(task, score)]
+        by_name = [score for score in named if score.name.partition(" ")[2] == task] or named
+        return max((_drop(score) for score in by_name if name in ("", score.metric)), default=None)
+    if metric.startswith("speedup"):
+        timed = [
+            each.speedup
+            for each in measured.latency
+            if gate.shape in (None, (each.batch_size, each.num_tokens))
+        ]
+        return min(timed, default=None)
+    if metric == "fidelity":
+        return next((measured.fidelity[name] for name in HEADLINES if name in measured.fidelity), None)
+    if metric.endswith(" reduction"):
+        return _reduction(metric.removesuffix(" reduction"), measured)
+    return measured.fidelity.get(metric)
+
+
+def _drop(score: TaskScore) -> float:
+    """How much worse, in the score's unit; where neither way is known to be better, any change counts."""
+    lost = score.original - score.compressed
+    if score.higher_is_better is None:
+        return abs(lost)
+    return lost if score.higher_is_better else -lost
+
+
+def _reduction(name: str, measured: Measurements) -> float | None:
+    before, after = measured.original_size, measured.compressed_size
+    pairs: dict[str, tuple[int | None, int | None]] = {
+        "parameters": (before.num_parameters, after.num_parameters),
+        "blocks": (before.num_parameters_without_embeddings, after.num_parameters_without_embeddings),
+        "bytes": (before.file_bytes, after.file_bytes),
+        "memory": (measured.original_peak_memory_bytes, measured.compressed_peak_memory_bytes),
+    }
+    a, b = pairs[name]
+    return (a - b) / a if a and b is not None else None

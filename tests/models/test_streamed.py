@@ -1,0 +1,137 @@
+"""A model of which one block at a time is loaded gives the bytes of the whole one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ffsplit.calibration.batches import Batch, padded_batches
+from ffsplit.calibration.observe import observe
+from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.errors import ConfigError
+from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.load import load_base_model, load_whole_model
+from ffsplit.models.streamed import StreamedModel, spilled
+from tests.conftest import CheckpointFactory
+from tests.tiny_models import ENCODERS, FAMILIES, random_rows
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16]
+BATCHES = list(padded_batches(random_rows(9), batch_tokens=60, pad_id=0))
+
+
+def streamed(directory: Path, *, dtype: torch.dtype = torch.float32, whole: bool = False) -> StreamedModel:
+    checkpoint = open_checkpoint(directory)
+    class_name = checkpoint.class_name if whole else None
+    return StreamedModel(checkpoint, device=CPU, dtype=dtype, class_name=class_name)
+
+
+def run_through(model: StreamedModel, batches: Sequence[Batch]) -> list[Any]:
+    model.start([batch.arguments for batch in batches])
+    for layer in range(len(model.blocks)):
+        with model.block(layer):
+            for index in range(len(batches)):
+                model.advance(index)
+    return [model.finish(index)[0] for index in range(len(batches))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("headed", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_outputs_are_the_whole_models(
+    checkpoint_of: CheckpointFactory, family: str, headed: bool, dtype: torch.dtype
+) -> None:
+    head = "" if not headed else "ForMaskedLM" if family in ENCODERS else "ForCausalLM"
+    directory = checkpoint_of(family, head=head, dtype=torch.bfloat16)
+    whole = load_whole_model(directory, open_checkpoint(directory).class_name, dtype=dtype)
+    expected = [whole(**batch.arguments)[0] for batch in BATCHES]
+    got = run_through(streamed(directory, dtype=dtype, whole=True), BATCHES)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def same(a: NeuronStats | None, b: NeuronStats | None) -> bool:
+    assert a is not None and b is not None
+    fields = ("sum_abs", "sum", "sum_squares", "max_abs", "num_active", "down_norm")
+    return a.num_tokens == b.num_tokens and all(
+        getattr(a, name).tobytes() == getattr(b, name).tobytes() for name in fields
+    )
+
+
+@pytest.mark.parametrize("inputs_only", [False, True])
+@pytest.mark.parametrize("family", ["bert", "llama", "opt"])
+def test_statistics_and_inputs_are_the_whole_models(
+    checkpoint_of: CheckpointFactory, family: str, inputs_only: bool
+) -> None:
+    directory = checkpoint_of(family, max_shard_size="30KB")
+    row = open_checkpoint(directory).architecture
+    sampled = torch.tensor([0, 3, 7, 61])  # the last batches have none
+    whole, blocks = (
+        list(observe(model, row, BATCHES, sampled=sampled, inputs_only=inputs_only))
+        for model in (load_base_model(directory, device=CPU, dtype=torch.float32), streamed(directory))
+    )
+    assert len(whole) == len(blocks) == 3
+    for a, b in zip(whole, blocks, strict=True):
+        assert a.input_TD is not None and b.input_TD is not None and len(a.input_TD) == 4
+        assert torch.equal(a.input_TD, b.input_TD)
+        assert a.statistics is b.statistics is None if inputs_only else same(a.statistics, b.statistics)
+
+
+def test_one_block_at_a_time_is_loaded(checkpoint_of: CheckpointFactory) -> None:
+    model = streamed(checkpoint_of("llama"))
+    model.start([BATCHES[0].arguments])
+    for layer in range(len(model.blocks)):
+        with model.block(layer):
+            loaded = [not any(p.is_meta for p in block.parameters()) for block in model.blocks]
+            assert loaded == [index == layer for index in range(len(model.blocks))]
+            model.advance(0)
+    assert all(p.is_meta for block in model.blocks for p in block.parameters())
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool])
+def test_a_spilled_tensor_is_the_same(dtype: torch.dtype) -> None:
+    tensor = torch.arange(24).reshape(2, 3, 4).transpose(1, 2).to(dtype)
+    assert torch.equal(spilled(tensor), tensor)
+    assert spilled(tensor[:0]).shape == (0, 4, 3)
+
+
+def damaged(directory: Path, target: Path, name: str, change: Any) -> Path:
+    """A copy of a checkpoint with one tensor changed, or left out where `change` gives None."""
+    import shutil
+
+    shutil.copytree(directory, target)
+    tensors: dict[str, Tensor] = load_file(target / "model.safetensors")
+    changed = change(tensors.pop(name))
+    save_file(
+        tensors | ({} if changed is None else {name: changed}), target / "model.safetensors", {"format": "pt"}
+    )
+    return target
+
+
+@pytest.mark.parametrize("name", ["layers.1.self_attn.q_proj.weight", "embed_tokens.weight", "norm.weight"])
+def test_a_tensor_that_is_missing_is_named(
+    checkpoint_of: CheckpointFactory, tmp_path: Path, name: str
+) -> None:
+    directory = damaged(checkpoint_of("llama"), tmp_path / "model", name, lambda tensor: None)
+    with pytest.raises(ConfigError, match=f"holds no tensor for {name}"):
+        run_through(streamed(directory), BATCHES)
+
+
+@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("-inf"), "infinite")])
+@pytest.mark.parametrize("name", ["layers.2.mlp.up_proj.weight", "norm.weight"])
+def test_a_tensor_that_is_not_finite_is_named(
+    checkpoint_of: CheckpointFactory, tmp_path: Path, name: str, value: float, kind: str
+) -> None:
+    def spoil(tensor: Tensor) -> Tensor:
+        tensor.view(-1)[1] = value
+        return tensor
+
+    directory = damaged(checkpoint_of("llama"), tmp_path / "model", name, spoil)
+    with pytest.raises(ConfigError, match=f"tensor {name} holds {kind}"):
+        run_through(streamed(directory), BATCHES)

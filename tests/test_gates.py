@@ -1,0 +1,157 @@
+"""Gates: how they are written, and what figure each is judged by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from ffsplit.artifacts.manifest import Latency, Measurements, Size, TaskScore
+from ffsplit.calibration.batches import padded_batches
+from ffsplit.errors import ConfigError
+from ffsplit.gates import ENCODER_FIDELITY, LANGUAGE_FIDELITY, describe_result, judge, parse_gate, refusal
+from ffsplit.measurement.fidelity import fidelity
+from tests.tiny_models import make_model, random_rows
+
+
+def size(num_parameters: int, file_bytes: int) -> Size:
+    blocks = num_parameters // 2
+    return Size(
+        num_parameters=num_parameters,
+        num_parameters_without_embeddings=blocks,
+        ffn_elements=blocks,
+        ffn_bytes=4 * blocks,
+        file_bytes=file_bytes,
+    )
+
+
+def latency(batch_size: int, speedup: float) -> Latency:
+    fields = dict.fromkeys(Latency.model_fields, 1.0)
+    return Latency.model_validate(
+        fields | {"batch_size": batch_size, "num_tokens": 128, "num_pairs": 3, "speedup": speedup}
+    )
+
+
+def task(name: str, spec: str, metric: str, scores: tuple[float, float], better: bool | None) -> TaskScore:
+    return TaskScore(
+        name=name,
+        spec=spec,
+        metric=metric,
+        higher_is_better=better,
+        digest="d",
+        original=scores[0],
+        compressed=scores[1],
+        num_examples=9,
+        overlap_with_calibration=0,
+    )
+
+
+MEASURED = Measurements(
+    original_size=size(1000, 4000),
+    compressed_size=size(800, 3000),
+    fidelity={"token_cosine": 0.97, "pooled_cosine": 0.985},
+    latency=(latency(1, 1.4), latency(8, 1.6)),
+    tasks=(
+        task("sts dev.csv", "sts:data/dev.csv", "spearman", (86.7, 86.3), True),
+        task("classification dev.tsv", "classification:dev.tsv#0,1", "accuracy", (92.0, 91.8), True),
+        task("classification dev.tsv", "classification:dev.tsv#0,1", "f1", (91.0, 90.0), True),
+        task("perplexity text.txt", "perplexity:text.txt", "perplexity", (20.0, 21.5), False),
+        task("lm-eval arc_easy", "lm-eval:arc_easy,piqa", "acc", (0.5, 0.4), True),
+        task("lm-eval piqa", "lm-eval:arc_easy,piqa", "bits", (0.5, 0.7), None),
+    ),
+    original_peak_memory_bytes=200,
+    compressed_peak_memory_bytes=None,
+    device="cpu",
+    dtype="float32",
+    num_threads=1,
+)
+
+FIGURES: list[tuple[str, float | None]] = [
+    ("speedup >= 1.3", 1.4),
+    ("speedup@8x128 >= 1.3", 1.6),
+    ("speedup@8×128 >= 1.3", 1.6),  # noqa: RUF001
+    ("speedup@2x64 >= 1.3", None),
+    ("fidelity >= 0.98", 0.985),
+    ("token_cosine >= .98", 0.97),
+    ("top1_agreement >= 90%", None),
+    ("sts drop <= 0.5", 0.4),
+    ("dev.csv drop ≤ 0.4", 0.4),
+    ("classification drop <= 0.5", 1.0),
+    ("classification:accuracy drop <= 0.5", 0.2),
+    ("classification:recall drop <= 0.5", None),
+    ("perplexity drop <= 2", 1.5),
+    ("arc_easy drop <= 0.2", 0.1),
+    ("piqa drop <= 0.1", 0.2),
+    ("lm-eval drop <= 0.3", 0.2),
+    ("parameters reduction >= 20%", 0.2),
+    ("blocks reduction >= 0.2", 0.2),
+    ("bytes reduction >= 30 %", 0.25),
+    ("memory reduction >= 1%", None),
+]
+NOT_MET = {
+    "speedup@2x64 >= 1.3",
+    "token_cosine >= .98",
+    "top1_agreement >= 90%",
+    "classification drop <= 0.5",
+}
+NOT_MET |= {"classification:recall drop <= 0.5", "piqa drop <= 0.1", "bytes reduction >= 30 %"}
+NOT_MET |= {"memory reduction >= 1%"}
+
+
+@pytest.mark.parametrize(("spec", "figure"), FIGURES)
+def test_a_gate_is_judged_by_its_figure(spec: str, figure: float | None) -> None:
+    gate = parse_gate(spec)
+    assert parse_gate(str(gate)) == gate
+    (result,) = judge([gate], MEASURED)
+    assert result.figure == pytest.approx(figure)
+    assert result.met == (spec not in NOT_MET)
+
+
+def test_the_limit_itself_passes_and_what_is_not_finite_does_not() -> None:
+    assert judge([parse_gate("speedup >= 1.4")], MEASURED)[0].met
+    spoilt = MEASURED.model_construct(**{**dict(MEASURED), "fidelity": {"token_cosine": float("nan")}})
+    (result,) = judge([parse_gate("token_cosine >= 0")], spoilt)
+    assert (result.figure, result.met) == (None, False)
+
+
+def test_a_refusal_names_the_gates_with_their_figures() -> None:
+    results = judge([parse_gate(spec) for spec in ("speedup >= 2", "sts drop <= 0.5")], MEASURED)
+    assert describe_result(results[1]) == "gate sts drop <= 0.5: 0.4, met"
+    assert refusal(results) == "1 of 2 gates not met, nothing was published: speedup >= 2: 1.4, NOT met"
+    assert refusal(results[1:]) is None
+
+
+BAD = {
+    "": "the forms are",
+    "speedup": "the forms are",
+    "speedup > 1": "the forms are",
+    "speedup@0x8 >= 1": "at least one row",
+    "speedup >= 130%": "not measured in percent",
+    "sts drop <= 0.5%": "not measured in percent",
+    "sts drop >= 0.5": "write sts drop <= 0.5",
+    "kl_divergence >= 0.1": "write kl_divergence <= 0.1",
+    "fidelity >= nan": "'nan' is not a number",
+    "fidelity >= 1e999": "is not a number",
+    "drop <= 1": "'drop' is not measured",
+    "size reduction >= 0.1": "is not measured",
+}
+
+
+@pytest.mark.parametrize("spec", BAD)
+def test_a_bad_gate_is_named(spec: str) -> None:
+    with pytest.raises(ConfigError, match="--gate") as caught:
+        parse_gate(spec)
+    assert BAD[spec] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_fidelity_has_no_measure_that_a_gate_does_not_know(family: str) -> None:
+    head: Any = "" if family == "bert" else "ForCausalLM"
+    kind: Any = "encoder" if family == "bert" else "causal_lm"
+    batches = padded_batches(random_rows(2), batch_tokens=64, pad_id=0)
+    with torch.no_grad():
+        measured = fidelity(*[make_model(family, head=head) for _ in range(2)], batches, kind=kind)
+    known = ENCODER_FIDELITY if family == "bert" else LANGUAGE_FIDELITY
+    assert set(known) == set(measured) - {"original_perplexity"}
