@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from ffsplit import logs
 from ffsplit.artifacts.commits import Kind, read_commit
 from ffsplit.artifacts.index import latest_commit
 from ffsplit.artifacts.locate import locate, read_manifest
@@ -26,6 +27,8 @@ from ffsplit.execution import Execution, Layers
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.source import ModelSource
+from ffsplit.placement import place
 from ffsplit.prepare import PreparedRun, check_plain, prepare, settle
 from ffsplit.progress import Progress, StageLog
 from ffsplit.publication import Outcome, write_documents
@@ -137,13 +140,19 @@ def _carry_out(
 ) -> Manifest | None:
     """Compute a run and publish it. Returns its manifest instead where its gates refuse it."""
     config, log = run.config, StageLog(shown)
-    with make_runner(config) as runner, tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
+    with (
+        logs.fields(run=key),
+        make_runner(config) as runner,
+        tempfile.TemporaryDirectory(prefix="ffsplit-") as folder,
+    ):
         shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
         attempt = new_attempt_id()
         staging = Path(folder) / attempt
         (staging / STATISTICS_PATH).parent.mkdir(parents=True)
         compute = _compute_model if kind == "model" else _compute_statistics
-        run, outcome = compute(Execution(run, scratch, runner, log), staging)
+        model = ModelSource(path=str(run.checkpoint.directory))
+        execution = place(Execution(run, scratch, runner, log, model), shown)
+        run, outcome = compute(execution, staging)
         outcome = replace(outcome, guarantees=guarantees)
         if outcome.measurements is not None:
             outcome = replace(outcome, gates=judge(run.gates, outcome.measurements))

@@ -12,7 +12,8 @@ import hashlib
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -48,6 +49,10 @@ class Scratch(Record):
     def key(self, name: str) -> str:
         return f"{self.prefix}/{name}"
 
+    def place(self, name: str) -> Scratch:
+        """The part of it that belongs to a stage."""
+        return self.model_copy(update={"prefix": self.key(name)})
+
     def save(self, name: str, files: Mapping[str, Path], *, facts: Mapping[str, JsonValue]) -> Result:
         """Store files (by their names) and then the record that makes them count."""
         store = _store(self.uri)
@@ -76,8 +81,8 @@ class Scratch(Record):
 
     def load_or_compute(self, name: str, compute: Callable[[], Result]) -> Result:
         """An earlier result, or a new one. Both are logged, with the run and the stage they belong to."""
-        _, run, stage = self.prefix.split("/", 2)
-        with logs.fields(run=run, stage=stage, item=name):
+        _, work, stage = self.prefix.split("/", 2)
+        with logs.fields(run=logs.current().get("run", work), stage=stage, item=name):
             self._check_visible()
             found = self.load(name)
             if found is not None:
@@ -97,6 +102,16 @@ class Scratch(Record):
     def path(self, entry: FileEntry) -> Path:
         """A local file with a result's bytes."""
         return _store(self.uri).fetch(entry.path, _downloads())
+
+    @contextmanager
+    def reading(self, entry: FileEntry) -> Iterator[Path]:
+        """A local file with a result's bytes for a while: what was downloaded for it is removed again."""
+        path = self.path(entry)
+        try:
+            yield path
+        finally:
+            if path.is_relative_to(_downloads()):
+                path.unlink(missing_ok=True)
 
     def _check_visible(self) -> None:
         if self.witness is not None and not _store(self.uri).exists(self.witness):

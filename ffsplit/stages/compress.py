@@ -16,6 +16,7 @@ from ffsplit.compressors.layer import compress_layer
 from ffsplit.config import Record
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.source import ModelSource
 from ffsplit.runtime.assemble import layer_tensors, load_ffn, load_output_norm
 from ffsplit.splitting.plan import LayerPlan
 from ffsplit.stages.profile import ComputeProfile
@@ -24,7 +25,7 @@ from ffsplit.stages.profile import ComputeProfile
 class LayerJob(Record):
     """One layer's plan and where its inputs are."""
 
-    model_directory: str
+    model: ModelSource
     plan: LayerPlan
     steps: tuple[AnyCompressor, ...]
     plain: bool
@@ -45,7 +46,7 @@ def compress_layer_job(job: LayerJob) -> Result:
 
 def _compress(job: LayerJob) -> Result:
     device = torch.device(job.profile.device)
-    checkpoint = open_checkpoint(Path(job.model_directory))
+    checkpoint = open_checkpoint(job.model.directory())
     inputs = [
         load_file(job.scratch.path(entry), device=job.profile.device)["input"].float() for entry in job.inputs
     ]

@@ -20,6 +20,7 @@ from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.state import HealingState
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.source import ModelSource
 from ffsplit.stages.profile import ComputeProfile
 
 RESULT, PROGRESS = "healed", "progress"
@@ -28,8 +29,8 @@ RESULT, PROGRESS = "healed", "progress"
 class HealJob(Record):
     """What to heal, on which text. The compressed checkpoint must be plain."""
 
-    original_directory: str
-    compressed_directory: str
+    original: ModelSource
+    compressed: ModelSource
     rows: tuple[str, ...]
     validation: tuple[str, ...]
     max_length: int
@@ -49,8 +50,8 @@ def heal_job(job: HealJob) -> Result:
 
 
 def _heal(job: HealJob) -> Result:
-    original = open_checkpoint(Path(job.original_directory))
-    compressed = open_checkpoint(Path(job.compressed_directory))
+    original = open_checkpoint(job.original.directory())
+    compressed = open_checkpoint(job.compressed.directory())
     device = torch.device(job.profile.device)
     teacher, student = (
         load_whole_model(each.directory, original.class_name, dtype=torch.float32).to(device)
