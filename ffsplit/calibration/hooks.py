@@ -13,6 +13,9 @@ from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
 from ffsplit.models.architectures import Architecture
 
+CHUNK_TOKENS = 256
+"""Rows of activations looked at together on a CPU: few enough to stay in its cache for all the sums."""
+
 
 class _NeuronSums:
     """Running sums of one layer's neuron activations, in float64 on the model's device."""
@@ -25,15 +28,27 @@ class _NeuronSums:
         self.num_tokens = 0
         self.sum_abs, self.sum, self.sum_squares, self.max_abs, self.num_active = (zeros() for _ in range(5))
 
-    def add(self, activation_TN: Tensor) -> None:
-        a_TN = activation_TN.float()
+    def add(self, activation_TN: Tensor, *, tokens: Tensor | None) -> None:
+        """Add the rows at these positions, all of them when None."""
+        count = len(activation_TN) if tokens is None else len(tokens)
+        step = CHUNK_TOKENS if activation_TN.device.type == "cpu" else count
+        self.num_tokens += count
+        for start in range(0, count, max(1, step)):
+            stop = start + step
+            if tokens is None:
+                self._add(activation_TN[start:stop].float())
+            else:
+                self._add(activation_TN.index_select(0, tokens[start:stop]).float())
+
+    def _add(self, a_TN: Tensor) -> None:
+        """Column sums as products with a vector of ones, which is what processors do best."""
+        ones_T = torch.ones(len(a_TN), device=a_TN.device)
+        self.sum += ones_T @ a_TN
         absolute_TN = a_TN.abs()
-        self.num_tokens += len(a_TN)
-        self.sum += a_TN.sum(0)
-        self.sum_abs += absolute_TN.sum(0)
-        self.sum_squares += torch.linalg.vector_norm(a_TN, dim=0).double().square()
+        self.sum_abs += ones_T @ absolute_TN
         self.max_abs = torch.maximum(self.max_abs, absolute_TN.amax(0).double())
-        self.num_active += (a_TN > 0).sum(0)
+        self.sum_squares += ones_T @ absolute_TN.square_()
+        self.num_active += ones_T @ torch.gt(a_TN, 0, out=absolute_TN)
 
     def result(self) -> NeuronStats:
         def array(values: Tensor) -> Any:
@@ -81,7 +96,7 @@ class FFNObserver:
         self._blocks, self._row = blocks, architecture
         self._sampled, self._inputs_only = sampled, inputs_only
         self._start = self._stop = 0
-        self._is_token: Tensor | None = None
+        self._token_rows: Tensor | None = None
         self._sums = {layer: _NeuronSums(_down_weight(blocks[layer], architecture)) for layer in self.layers}
         self._inputs: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
 
@@ -102,9 +117,10 @@ class FFNObserver:
 
     def next_batch(self, attention_mask: Tensor) -> None:
         """Announce the batch about to be run by its mask [rows, length]; padding is never counted."""
-        self._is_token = None if bool(attention_mask.all()) else attention_mask.bool().flatten()
+        rows = attention_mask.flatten().nonzero().flatten()
+        self._token_rows = None if len(rows) == attention_mask.numel() else rows
         self._start = self._stop
-        self._stop += int(attention_mask.sum())
+        self._stop += len(rows)
 
     @property
     def batch_is_sampled(self) -> bool:
@@ -117,13 +133,9 @@ class FFNObserver:
         first, last = torch.searchsorted(self._sampled, bounds).tolist()
         return first, last
 
-    def _tokens(self, values: Tensor) -> Tensor:
-        flat = values.detach().flatten(0, -2)
-        return flat if self._is_token is None else flat[self._is_token]
-
     def _activation_hook(self, layer: int) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self._sums[layer].add(self._tokens(arguments[0]))
+            self._sums[layer].add(arguments[0].detach().flatten(0, -2), tokens=self._token_rows)
 
         return hook
 
@@ -131,8 +143,9 @@ class FFNObserver:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             first, last = self._sampled_range()
             if first < last:
-                rows = self._sampled[first:last] - self._start
-                self._inputs[layer].append(self._tokens(arguments[0])[rows].cpu())
+                rows = (self._sampled[first:last] - self._start).to(arguments[0].device)
+                rows = rows if self._token_rows is None else self._token_rows[rows]
+                self._inputs[layer].append(arguments[0].detach().flatten(0, -2)[rows].cpu())
 
         return hook
 
