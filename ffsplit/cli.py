@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ffsplit import __version__
+from ffsplit.artifacts.paths import check_absolute
+from ffsplit.cli_batch import add_batch_commands
 from ffsplit.cli_plan import add_budget_flags, add_plan_commands
 from ffsplit.cli_store import add_store_commands
-from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.errors import ConfigError
+from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, exit_code_of
 
 if TYPE_CHECKING:
     from ffsplit.artifacts.manifest import Manifest
     from ffsplit.config import JobConfig
-
-EXIT_CODES = """\
-exit codes:
-  0    done
-  1    a failure while running
-  2    a mistake in the command, a file or a setting
-  3    finished, but refused by a gate
-  130  interrupted; nothing was committed
-"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ffsplit",
         description="Compress transformer models by splitting their feed-forward networks.",
-        epilog=EXIT_CODES,
+        epilog=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ffsplit {__version__}")
@@ -50,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
             name,
             help=about,
             description=about,
-            epilog=EXIT_CODES,
+            epilog=DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(run=run)
@@ -74,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
     add_plan_commands(command)
     add_store_commands(command)
+    add_batch_commands(command)
     return parser
 
 
@@ -139,32 +133,24 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
 
     `in_job` refuses a relative output, which would go with the job's working directory.
     """
-    try:
+
+    def run() -> int:
         parsed = build_parser().parse_args(arguments)
+        parsed.in_job = in_job
         target: str | None = vars(parsed).get("out", vars(parsed).get("directory"))
-        if in_job and target and "://" not in target and not target.startswith(("/", "~")):
-            raise ConfigError(f"{target} must be absolute in a job, whose working directory is a copy")
+        if in_job and target:
+            check_absolute(target)
         code: int = parsed.run(parsed)
         return code
-    except ConfigError as error:
-        print(f"ffsplit: {error}", file=sys.stderr)
-        return 2
-    except FFSplitError as error:
-        print(f"ffsplit: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # whoever read the output has enough, as in `ffsplit ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("ffsplit: interrupted, nothing was committed", file=sys.stderr)
-        return 130
+
+    return exit_code_of(run)
 
 
 def _job_config(parsed: argparse.Namespace) -> JobConfig:
     """The job that the flags describe. Raises ConfigError."""
     from ffsplit.config import JobConfig
 
-    fields = {name: value for name, value in vars(parsed).items() if name not in ("run", "json", "sign_key")}
+    fields = {name: value for name, value in vars(parsed).items() if name in JobConfig.model_fields}
     return JobConfig.checked(**{name: value for name, value in fields.items() if value is not None})
 
 
@@ -175,11 +161,12 @@ def _compress(parsed: argparse.Namespace) -> int:
     from ffsplit.pipeline import compress_judged
 
     finished = compress_judged(config, sign_key=_sign_key(parsed))
-    _show(parsed, finished.manifest, published=finished.state != "refused")
-    if finished.state != "refused":
-        return 0
+    refused = finished.state == "refused"
+    _show(parsed, finished.manifest, refused_report=finished.report if refused else None)
+    if not refused:
+        return DONE
     print(f"ffsplit: {refusal(finished.manifest.gates)}", file=sys.stderr)
-    return 3
+    return REFUSED
 
 
 def _calibrate(parsed: argparse.Namespace) -> int:
@@ -187,7 +174,7 @@ def _calibrate(parsed: argparse.Namespace) -> int:
 
     from ffsplit.pipeline import calibrate
 
-    _show(parsed, calibrate(config, sign_key=_sign_key(parsed)), published=True)
+    _show(parsed, calibrate(config, sign_key=_sign_key(parsed)))
     return 0
 
 
@@ -195,13 +182,13 @@ def _sign_key(parsed: argparse.Namespace) -> Path | None:
     return None if parsed.sign_key is None else Path(parsed.sign_key).expanduser()
 
 
-def _show(parsed: argparse.Namespace, manifest: Manifest, *, published: bool) -> None:
+def _show(parsed: argparse.Namespace, manifest: Manifest, *, refused_report: str | None = None) -> None:
     if parsed.json:
         print(manifest.to_json(), end="")
         return
     from ffsplit.summary import print_manifest
 
-    print_manifest(manifest, out=parsed.out, published=published)
+    print_manifest(manifest, out=parsed.out, refused_report=refused_report)
 
 
 def _verify(parsed: argparse.Namespace) -> int:

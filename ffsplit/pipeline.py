@@ -31,17 +31,24 @@ from ffsplit.models.source import ModelSource
 from ffsplit.placement import place
 from ffsplit.prepare import PreparedRun, check_plain, prepare, settle
 from ffsplit.progress import Progress, StageLog
-from ffsplit.publication import Outcome, write_documents
+from ffsplit.publication import REPORT_NAME, Outcome, write_documents
 from ffsplit.recipes.recipe import Recipe
 from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.splitting.plan import LayerPlan, plan_split
 
+REFUSED_REPORT = f"refused/{REPORT_NAME}"
+"""Where in the scratch the report of a result lies that its gates refused."""
+
 
 class Finished(NamedTuple):
-    """A run that ended. Of one that gates refused nothing was published; `manifest` says how it measured."""
+    """A run that ended. Of one that gates refused nothing was published; `manifest` says how it measured.
+
+    `report` is the key of its report in the store.
+    """
 
     manifest: Manifest
     state: Literal["published", "committed already", "refused"]
+    report: str
 
 
 def compress(
@@ -103,12 +110,13 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         else:
             shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
         if refused is not None:
-            return Finished(refused, "refused")
+            return Finished(refused, "refused", scratch.key(REFUSED_REPORT))
         with suppress(FFSplitError):  # the artifact stands; the next run of this key cleans up
             store.delete_prefix(scratch.prefix)
             latest_commit(store)
         manifest = read_manifest(locate(f"{store.uri}/{key}"))
-        return Finished(manifest, "published" if is_new else "committed already")
+        report = f"{key}/{manifest.attempt}/{REPORT_NAME}"
+        return Finished(manifest, "published" if is_new else "committed already", report)
 
 
 def _check_calibrates(config: JobConfig) -> None:
@@ -158,6 +166,7 @@ def _carry_out(
             outcome = replace(outcome, gates=judge(run.gates, outcome.measurements))
         manifest = write_documents(run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages)
         if refusal(outcome.gates) is not None:
+            store.put_file(scratch.key(REFUSED_REPORT), staging / REPORT_NAME)
             return manifest
         if sign_key is not None:
             data = (staging / MANIFEST_NAME).read_bytes()

@@ -8,12 +8,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ffsplit import __version__
+from ffsplit.artifacts.allocation import AllocationRecord
 from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.digests import file_entries
 from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import (
     MANIFEST_NAME,
-    AllocationRecord,
     CalibrationRecord,
     GateResult,
     LayerRecord,

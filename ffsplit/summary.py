@@ -18,8 +18,11 @@ from ffsplit.splitting.latency import LatencyTable
 WIDTH = 100
 
 
-def print_manifest(manifest: Manifest, *, out: str, published: bool = True) -> None:
-    """Before and after, the gates, and where the artifact and its report are."""
+def print_manifest(manifest: Manifest, *, out: str, refused_report: str | None = None) -> None:
+    """Before and after, the gates, and where the artifact and its report are.
+
+    `refused_report` is the report's key below `out` where the gates refused the artifact.
+    """
     where = f"{out.rstrip('/')}/{manifest.run_key}/{manifest.attempt}"
     if manifest.measurements is not None:
         _print(_before_after(manifest, manifest.measurements))
@@ -31,7 +34,8 @@ def print_manifest(manifest: Manifest, *, out: str, published: bool = True) -> N
                 print(f"warning: {count:,} evaluation sentences of {spec} are in the calibration text too")
     for result in manifest.gates:
         print(describe_result(result))
-    if not published:
+    if refused_report is not None:
+        print(f"report:   {out.rstrip('/')}/{refused_report}")
         return
     print(f"artifact: {where}")
     print(f"report:   {where}/{REPORT_NAME}")

@@ -23,6 +23,8 @@ MODULES = {
 LOWER_ROOMS = ("models", "calibration", "splitting", "compressors", "runtime", "recipes")
 UPPER_ROOMS = (
     "cli",
+    "cli_batch",
+    "zoo",
     "pipeline",
     "prepare",
     "publication",

@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
+from ffsplit.artifacts.allocation import AllocationRecord
 from ffsplit.artifacts.paths import is_safe_path
 from ffsplit.config import Budget, JobConfig, Record
 from ffsplit.errors import ArtifactError
@@ -79,27 +80,6 @@ class StatisticsOrigin(Record):
         description="of this run's rows; where it is not the statistics' text_digest, the rows that "
         "fidelity is measured on may be among those that the statistics saw"
     )
-
-
-class CandidateRecord(Record):
-    """One way to share the budget out, judged end to end. `num_elements` are the layers'."""
-
-    name: str
-    num_elements: tuple[int, ...]
-    score: float = Field(description="higher is better: minus the KL divergence, or the mean of both cosines")
-    fold_scores: tuple[float, ...] = Field(description="of parts of the rows; `score` is their mean")
-    fidelity: dict[str, float] = Field(description="mean over the folds")
-
-
-class AllocationRecord(Record):
-    """A search over the layers' shares, judged on rows apart from calibration and held-out ones.
-
-    The best of those that beat the uniform layers on every fold of the rows was chosen, or uniform.
-    """
-
-    chosen: str
-    num_rows: int
-    candidates: tuple[CandidateRecord, ...]
 
 
 class LayerRecord(Record):

@@ -44,3 +44,9 @@ def check_outside_attempts(path: str, *, flag: str) -> None:
     """Raise ConfigError when a path or URI lies in a published attempt, into which nothing is written."""
     if re.search(rf"(^|/){RUN_KEY.pattern}/{ATTEMPT_ID.pattern}(/|$)", path):
         raise ConfigError(f"{flag} {path} lies in a published attempt: choose another place")
+
+
+def check_absolute(target: str) -> None:
+    """Raise ConfigError for an output that would go with a job's working directory, which is a copy."""
+    if "://" not in target and not target.startswith(("/", "~")):
+        raise ConfigError(f"{target} must be absolute in a job, whose working directory is a copy")

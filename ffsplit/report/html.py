@@ -6,15 +6,14 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any, Final
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from ffsplit.artifacts.manifest import LayerRecord, Manifest, Measurements, TaskScore
 from ffsplit.gates import HEADLINES
 from ffsplit.report import humanize
+from ffsplit.report.page import page_template
 from ffsplit.report.plots import (
     NARROW,
     WIDE,
@@ -54,24 +53,7 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
     Sections whose numbers are absent (no measurements, no curves, no layers) are left out. Whatever the
     user wrote is escaped, and the page loads nothing from anywhere.
     """
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(
-        size=humanize.size,
-        count=humanize.count,
-        exact=lambda value: f"{value:,}",
-        percent=humanize.percent,
-        number=humanize.number,
-        times=humanize.times,
-        duration=humanize.duration,
-        layout=humanize.layout,
-        metric=_metric_name,
-        score=humanize.score,
-    )
-    template = environment.from_string(
-        resources.files(__package__).joinpath(TEMPLATE_NAME).read_text("utf-8")
-    )
+    template = page_template(TEMPLATE_NAME, metric=_metric_name)
     return template.render(
         manifest=manifest,
         measured=manifest.measurements,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ffsplit.artifacts.manifest import AllocationRecord, CandidateRecord
+from ffsplit.artifacts.allocation import AllocationRecord, CandidateRecord
 from ffsplit.artifacts.scratch import Result
 from ffsplit.calibration.batches import padded_batches, tokenize_rows
 from ffsplit.config import Record

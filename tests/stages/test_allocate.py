@@ -12,7 +12,8 @@ from transformers import AutoModel
 
 import ffsplit
 from ffsplit import pipeline
-from ffsplit.artifacts.manifest import CandidateRecord, Manifest
+from ffsplit.artifacts.allocation import CandidateRecord
+from ffsplit.artifacts.manifest import Manifest
 from ffsplit.stages import allocate
 from ffsplit.stages.allocate import best_of, score_of
 from tests.small_jobs import SmallJob, digests

@@ -1,0 +1,128 @@
+"""Create the RayJob of a file and wait until it is done: what the CronJob's pod runs.
+
+It talks to the Kubernetes API with nothing but the standard library and YAML. JOB_NAME and JOB_UID are
+those of the Kubernetes Job: the RayJob gets the name, so that a pod which takes the place of a lost one
+finds it and waits on, and the Job as its owner, so that it goes with the Job.
+
+Exit codes: 0 the batch is done, 1 it failed or went, 2 the API refused it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ACCOUNT = Path(os.environ.get("SERVICE_ACCOUNT", "/var/run/secrets/kubernetes.io/serviceaccount"))
+POLL_S = float(os.environ.get("POLL_S", "15"))
+DONE = {"Complete": 0, "Failed": 1, "ValidationFailed": 1}
+
+
+class Refused(Exception):
+    """The API's answer to a request that it will not carry out."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def main(path: str) -> int:
+    manifest = owned(yaml.safe_load(Path(path).read_text("utf-8")))
+    name = manifest["metadata"]["name"]
+    try:
+        create(manifest)
+        return wait(name)
+    except Refused as refusal:
+        print(f"rayjob {name}: {refusal}", file=sys.stderr)
+        return 1 if refusal.status == 404 else 2
+
+
+def owned(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest under the Job's name, in the pod's namespace, with the Job as its owner."""
+    name, uid = os.environ["JOB_NAME"], os.environ["JOB_UID"]
+    owner = {"apiVersion": "batch/v1", "kind": "Job", "name": name, "uid": uid}
+    kept = {key: value for key, value in manifest["metadata"].items() if key != "generateName"}
+    namespace = (ACCOUNT / "namespace").read_text("utf-8").strip()
+    return manifest | {"metadata": kept | {"name": name, "namespace": namespace, "ownerReferences": [owner]}}
+
+
+def create(manifest: dict[str, Any]) -> None:
+    """Create the RayJob, unless a pod before this one has done so."""
+    name = manifest["metadata"]["name"]
+    try:
+        # Strict: a field that this cluster's KubeRay does not know, authOptions above all, is refused
+        # and not dropped without a word.
+        call("POST", "?fieldValidation=Strict", manifest)
+        print(f"rayjob {name}: created", flush=True)
+    except Refused as refusal:
+        if refusal.status != 409:
+            raise
+        print(f"rayjob {name}: exists, waiting for it", flush=True)
+
+
+def wait(name: str) -> int:
+    """Follow the RayJob's status until it is final."""
+    shown = None
+    while True:
+        status = call("GET", f"/{name}").get("status", {})
+        state = status.get("jobDeploymentStatus", "")
+        if state != shown:
+            shown = state
+            why = " ".join(
+                filter(None, (status.get("jobStatus"), status.get("reason"), status.get("message")))
+            )
+            print(f"rayjob {name}: {state or 'New'} {why}".rstrip(), flush=True)
+        if state in DONE:
+            return DONE[state]
+        time.sleep(POLL_S)
+
+
+def call(method: str, rest: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One request about RayJobs. An API that is away or overloaded is asked again, without end."""
+    host = f"{os.environ['KUBERNETES_SERVICE_HOST']}:{os.environ['KUBERNETES_SERVICE_PORT']}"
+    namespace = (ACCOUNT / "namespace").read_text("utf-8").strip()
+    request = urllib.request.Request(
+        f"https://{host}/apis/ray.io/v1/namespaces/{namespace}/rayjobs{rest}",
+        data=None if body is None else json.dumps(body).encode(),
+        method=method,
+    )
+    request.add_header("Content-Type", "application/json")
+    while True:
+        token = (ACCOUNT / "token").read_text("utf-8").strip()  # read each time: it is renewed
+        request.add_header("Authorization", f"Bearer {token}")
+        trust = ssl.create_default_context(cafile=str(ACCOUNT / "ca.crt"))
+        try:
+            with urllib.request.urlopen(request, timeout=30, context=trust) as reply:
+                answer: dict[str, Any] = json.load(reply)
+                return answer
+        except urllib.error.HTTPError as error:
+            text = error.read().decode("utf-8", "replace")
+            if error.code < 500 and error.code != 429:
+                raise Refused(error.code, _message(text) or error.reason) from None
+            print(f"the API answered {error.code}; asking again", file=sys.stderr, flush=True)
+        except OSError as error:
+            print(f"the API cannot be reached ({error}); asking again", file=sys.stderr, flush=True)
+        time.sleep(POLL_S)
+
+
+def _message(text: str) -> str:
+    try:
+        return str(json.loads(text).get("message", ""))
+    except ValueError:
+        return text[:200]
+
+
+if __name__ == "__main__":
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # the first process of a container gets no default
+    raise SystemExit(main(*sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Many models in one batch: each compressed, judged and published on its own."""

@@ -1,0 +1,137 @@
+"""What became of a batch, as records, and where they lie: <destination>/batches/<id>.json."""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import suppress
+from datetime import datetime, timezone
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from ffsplit.artifacts.manifest import GateResult, Manifest, Measurements
+from ffsplit.artifacts.stores import Store, read_at_most
+from ffsplit.config import Record
+from ffsplit.errors import FFSplitError
+from ffsplit.exit_codes import DONE, FAILED, REFUSED
+
+BATCHES_PREFIX = "batches"
+MAX_BATCH_BYTES = 256 << 20
+NUM_PAST_BATCHES = 20
+"""How many batches the index looks back on."""
+
+State = Literal["published", "committed already", "refused", "failed"]
+
+
+class Figures(Record):
+    """What was measured of one model, original and compressed. Task scores are in the task's own unit."""
+
+    parameters: tuple[int, int]
+    size_bytes: tuple[int, int] = Field(description="all safetensors files")
+    speedups: dict[str, float] = Field(description="by shape, as in 8x128")
+    fidelity: dict[str, float]
+    tasks: dict[str, tuple[float, float]] = Field(description="by task and metric")
+
+    @classmethod
+    def of(cls, measured: Measurements) -> Figures:
+        before, after = measured.original_size, measured.compressed_size
+        return cls(
+            parameters=(before.num_parameters, after.num_parameters),
+            size_bytes=(before.file_bytes, after.file_bytes),
+            speedups={f"{each.batch_size}x{each.num_tokens}": each.speedup for each in measured.latency},
+            fidelity=measured.fidelity,
+            tasks={
+                f"{each.name}, {each.metric}": (each.original, each.compressed) for each in measured.tasks
+            },
+        )
+
+
+class Judged(Record):
+    """What one model's process says when it ends: the result, published or refused."""
+
+    state: Literal["published", "committed already", "refused"]
+    run_key: str
+    attempt: str
+    report: str = Field(description="the key of its report, relative to the model's own destination")
+    keep: float | None
+    figures: Figures | None
+    gates: tuple[GateResult, ...]
+
+    @classmethod
+    def of(
+        cls,
+        manifest: Manifest,
+        *,
+        state: Literal["published", "committed already", "refused"],
+        report: str,
+    ) -> Judged:
+        measured = manifest.measurements
+        return cls(
+            state=state,
+            run_key=manifest.run_key,
+            attempt=manifest.attempt,
+            report=report,
+            keep=manifest.keep,
+            figures=None if measured is None else Figures.of(measured),
+            gates=manifest.gates,
+        )
+
+
+class BatchModel(Record):
+    """One model of a batch. What failed has an error and no result."""
+
+    name: str
+    model: str
+    recipe: str
+    state: State
+    result: Judged | None
+    error: str | None
+    num_attempts: int
+    wall_s: float = Field(description="of all attempts, without the waits between them")
+
+
+class Batch(Record):
+    """One pass over a zoo."""
+
+    schema_version: Literal[1] = 1
+    id: str = Field(pattern=r"^\d{8}T\d{6}Z-[0-9a-f]{6}$", description="sorts by the time it began")
+    zoo: str
+    zoo_digest: str
+    destination: str
+    started_at: str = Field(description="UTC, ISO 8601")
+    finished_at: str
+    ffsplit_version: str
+    max_models_in_flight: int
+    models: tuple[BatchModel, ...]
+
+    def count(self, *states: State) -> int:
+        return sum(model.state in states for model in self.models)
+
+    @property
+    def exit_code(self) -> int:
+        """0 where everything is published, 1 where something failed, 3 where gates refused something."""
+        if self.count("failed"):
+            return FAILED
+        return REFUSED if self.count("refused") else DONE
+
+
+def new_batch_id(now: datetime) -> str:
+    return f"{now.astimezone(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+
+
+def batch_key(batch_id: str) -> str:
+    return f"{BATCHES_PREFIX}/{batch_id}.json"
+
+
+def save_batch(store: Store, batch: Batch) -> None:
+    store.put_bytes(batch_key(batch.id), (batch.model_dump_json(indent=2) + "\n").encode())
+
+
+def past_batches(store: Store, *, before: str) -> list[Batch]:
+    """The newest batches that began before one, oldest first; what cannot be read is left out."""
+    keys = [key for key in store.list(BATCHES_PREFIX) if key.endswith(".json") and key < batch_key(before)]
+    batches = []
+    for key in sorted(keys)[-NUM_PAST_BATCHES:]:
+        with suppress(FFSplitError, ValidationError):
+            batches.append(Batch.model_validate_json(read_at_most(store, key, MAX_BATCH_BYTES)))
+    return batches

@@ -1,0 +1,49 @@
+"""One model of a batch, in a process of its own: whatever becomes of it, the batch goes on.
+
+The request is one line on stdin, which stays open: its end is the end of the batch, and so of this.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from ffsplit.config import JobConfig, Record
+from ffsplit.exit_codes import DONE, REFUSED, exit_code_of
+
+
+class Request(Record):
+    """What to run, and the file that the result is written to."""
+
+    job: JobConfig
+    result_file: str
+
+
+def main() -> int:
+    request = Request.model_validate_json(sys.stdin.readline())
+    threading.Thread(target=_follow_the_batch, daemon=True).start()
+    return exit_code_of(lambda: _run(request))
+
+
+def _follow_the_batch() -> None:
+    """Interrupt this process as Ctrl-C would, once the batch is gone."""
+    while os.read(0, 4096):  # not sys.stdin, whose lock this thread would hold when the process ends
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _run(request: Request) -> int:
+    from ffsplit.pipeline import compress_judged
+    from ffsplit.zoo.batch import Judged
+
+    finished = compress_judged(request.job)
+    judged = Judged.of(finished.manifest, state=finished.state, report=finished.report)
+    Path(request.result_file).write_text(judged.model_dump_json(), "utf-8")
+    return REFUSED if finished.state == "refused" else DONE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

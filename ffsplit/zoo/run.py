@@ -1,0 +1,125 @@
+"""A batch: every model in a process of its own, a bounded number of them at once, on one cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Literal
+
+from ffsplit import __version__
+from ffsplit.artifacts.stores import Store, open_store
+from ffsplit.config import JobConfig
+from ffsplit.distributed.shared import share_cluster
+from ffsplit.exit_codes import DONE, MISTAKE, REFUSED
+from ffsplit.zoo.batch import Batch, BatchModel, new_batch_id, past_batches, save_batch
+from ffsplit.zoo.page import INDEX_NAME, render_index
+from ffsplit.zoo.process import Ended, run_process
+from ffsplit.zoo.zoo_file import Zoo, ZooModel
+
+Say = Callable[[str], None]
+
+
+def run_zoo(
+    zoo: Zoo,
+    *,
+    address: str | None = None,
+    runner: Literal["ray", "serial"] = "ray",
+    workers: int | None = None,
+    say: Say | None = None,
+) -> Batch:
+    """Compress every model of a zoo, and publish what passes its gates. Returns the batch as recorded.
+
+    A model that fails is tried again, and never stops the others. Raises ConfigError for a cluster or a
+    destination that cannot be used, before anything is run.
+    """
+    say = say or _to_stderr
+    store = open_store(zoo.destination)
+    store.check_writable()
+    started = datetime.now(timezone.utc)
+    with share_cluster(address, runner=runner) as cluster:
+        share = workers or max(1, cluster.num_cpus // zoo.max_models_in_flight)
+        jobs = [
+            model.job.model_copy(
+                update={"address": cluster.address, "runner": runner, "workers": model.job.workers or share}
+            )
+            for model in zoo.models
+        ]
+        models = asyncio.run(_run_all(zoo, jobs, say))
+    batch = Batch(
+        id=new_batch_id(started),
+        zoo=zoo.name,
+        zoo_digest=zoo.digest,
+        destination=store.uri,
+        started_at=started.isoformat(timespec="seconds"),
+        finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        ffsplit_version=__version__,
+        max_models_in_flight=zoo.max_models_in_flight,
+        models=tuple(models),
+    )
+    _record(store, batch)
+    return batch
+
+
+def _record(store: Store, batch: Batch) -> None:
+    """Write the batch's manifest, and the page over it and those before it."""
+    save_batch(store, batch)
+    page = render_index([*past_batches(store, before=batch.id), batch])
+    store.put_bytes(INDEX_NAME, page.encode())
+
+
+async def _run_all(zoo: Zoo, jobs: list[JobConfig], say: Say) -> list[BatchModel]:
+    """Every model, in the order of the file."""
+    places = asyncio.Semaphore(zoo.max_models_in_flight)
+    pairs = zip(zoo.models, jobs, strict=True)
+    tasks = [asyncio.create_task(_run_model(zoo, model, job, places, say)) for model, job in pairs]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:  # where the batch was interrupted, every process is ended before this returns
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _run_model(
+    zoo: Zoo, model: ZooModel, job: JobConfig, places: asyncio.Semaphore, say: Say
+) -> BatchModel:
+    """One model, tried again while it fails for reasons that are not the user's to mend.
+
+    Who waits for another attempt holds no place.
+    """
+    wall_s, num_attempts = 0.0, 0
+    while True:
+        num_attempts += 1
+        async with places:
+            started = time.monotonic()
+            ended = await run_process(job, lambda line: say(f"{model.name} | {line}"))
+            wall_s += time.monotonic() - started
+        if ended.exit_code in (DONE, REFUSED, MISTAKE) or num_attempts > zoo.retries:
+            break
+        wait_s = zoo.backoff_s * 2 ** (num_attempts - 1)
+        say(f"{model.name} | failed, again in {wait_s:g} s: {ended.last_words}")
+        await asyncio.sleep(wait_s)
+    recorded = _describe(model, ended, num_attempts=num_attempts, wall_s=round(wall_s, 3))
+    say(f"{model.name} | {recorded.state}{f': {recorded.error}' if recorded.error else ''}")
+    return recorded
+
+
+def _describe(model: ZooModel, ended: Ended, *, num_attempts: int, wall_s: float) -> BatchModel:
+    finished = ended.result is not None and ended.exit_code in (DONE, REFUSED)
+    return BatchModel(
+        name=model.name,
+        model=model.job.model,
+        recipe=model.job.recipe,
+        state=ended.result.state if ended.result is not None and finished else "failed",
+        result=ended.result if finished else None,
+        error=None if finished else ended.last_words,
+        num_attempts=num_attempts,
+        wall_s=wall_s,
+    )
+
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,35 @@
+"""What the command line prints of a batch."""
+
+from __future__ import annotations
+
+from ffsplit.gates import describe_result
+from ffsplit.report.humanize import change, number, size, times
+from ffsplit.zoo.batch import Batch, BatchModel, batch_key
+from ffsplit.zoo.page import INDEX_NAME, STATES, headline, slowest
+
+
+def print_batch(batch: Batch) -> None:
+    """A line a model, a line for every gate that was not met, and where the batch's documents are."""
+    for model in batch.models:
+        print(f"{model.name}: {STATES[model.state]}{_facts(model)}")
+        for result in model.result.gates if model.result else ():
+            if not result.met:
+                print(f"  {describe_result(result)}")
+    published = batch.count("published", "committed already")
+    print(
+        f"{published} of {len(batch.models)} published ({batch.count('published')} now), "
+        f"{batch.count('refused')} refused by gates, {batch.count('failed')} failed"
+    )
+    print(f"batch: {batch.destination}/{batch_key(batch.id)}")
+    print(f"index: {batch.destination}/{INDEX_NAME}")
+
+
+def _facts(model: BatchModel) -> str:
+    if model.result is None or model.result.figures is None:
+        return f": {model.error}" if model.error else ""
+    figures = model.result.figures
+    facts = [f"{size(figures.size_bytes[1])} ({change(figures.size_bytes[0], after=figures.size_bytes[1])})"]
+    speedup, fidelity = slowest(figures), headline(figures)
+    facts += [] if speedup is None else [f"speed-up {times(speedup)}"]
+    facts += [] if fidelity is None else [f"fidelity {number(fidelity)}"]
+    return f", {', '.join(facts)}"

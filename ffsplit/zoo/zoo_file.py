@@ -1,0 +1,169 @@
+"""The zoo file: which models to compress, how, and what each has to reach. YAML."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError
+
+from ffsplit.config import BUDGET_KINDS, JobConfig, Record, describe_validation_error, digest_of
+from ffsplit.errors import ConfigError
+from ffsplit.gates import parse_gates
+
+PLACES = ("out", "address", "runner", "fresh")
+"""Fields of a job that the batch decides, not the file."""
+JOB_FIELDS = tuple(name for name in JobConfig.model_fields if name not in PLACES)
+LISTS = ("calibration", "eval", "gate")
+"""Fields that take one value or a list of them."""
+RESERVED_NAMES = ("batches",)
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+class ZooModel(Record):
+    """One model of a zoo: its name, and the job, which publishes to <destination>/<name>."""
+
+    name: str
+    job: JobConfig
+
+
+class ZooFile(Record):
+    """A zoo file's own fields; those of `defaults` and of a model are the flags of `ffsplit compress`."""
+
+    destination: str = Field(min_length=1, description="a directory or s3://bucket/prefix")
+    max_models_in_flight: int = Field(default=2, ge=1, le=1000)
+    retries: int = Field(default=2, ge=0, le=20, description="of a model that failed while running")
+    backoff_s: float = Field(default=30.0, ge=0, le=3600, description="before the first; doubled each time")
+    defaults: dict[str, Any] = Field(default={}, description="fields of every model")
+    models: list[dict[str, Any]] = Field(min_length=1)
+
+
+class Zoo(Record):
+    """A zoo file, read and checked."""
+
+    name: str
+    destination: str
+    max_models_in_flight: int
+    retries: int
+    backoff_s: float
+    models: tuple[ZooModel, ...]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what is asked for, however the file is written."""
+        return digest_of(self.model_dump(mode="json", exclude={"name"}))
+
+
+def load_zoo(path: str) -> Zoo:
+    """Read a zoo file. Raises ConfigError in one line: what is wrong, where, and the nearest right name."""
+    file = Path(path).expanduser()
+    try:
+        text = file.read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"zoo file {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"zoo file {path} is not UTF-8 text") from None
+    return parse_zoo(text, where=path, name=file.stem)
+
+
+def parse_zoo(text: str, *, where: str, name: str) -> Zoo:
+    """The zoo of a YAML text; `where` begins every complaint."""
+    fields = _read_yaml(text, where=where)
+    _check_names(fields, known=tuple(ZooFile.model_fields), where=where)
+    try:
+        file = ZooFile.model_validate(fields)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {describe_validation_error(error, prefix='')}") from None
+    _check_names(file.defaults, known=JOB_FIELDS, where=f"{where}: defaults")
+    models = tuple(_model(file, index, where=where) for index in range(len(file.models)))
+    seen: dict[str, str] = {}
+    for model in models:
+        other = seen.setdefault(model.name.lower(), model.name)
+        if other is not model.name:
+            raise ConfigError(f"{where}: two models are named {model.name!r}: give one another name")
+    return Zoo(
+        name=name,
+        destination=file.destination.rstrip("/"),
+        max_models_in_flight=file.max_models_in_flight,
+        retries=file.retries,
+        backoff_s=file.backoff_s,
+        models=models,
+    )
+
+
+def _model(file: ZooFile, index: int, *, where: str) -> ZooModel:
+    """One entry with the defaults below it."""
+    entry = dict(file.models[index])
+    place = f"{where}: models[{index}]"
+    _check_names(entry, known=("name", *JOB_FIELDS), where=place)
+    name = entry.pop("name", None)
+    fields = _without_other_budgets(file.defaults, entry) | entry
+    if name is None:
+        name = Path(str(fields.get("model", ""))).name
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in RESERVED_NAMES:
+        raise ConfigError(
+            f"{place}: {name!r} is no name for a model: letters, digits, '.', '_' and '-', and not "
+            f"{' or '.join(RESERVED_NAMES)}"
+        )
+    place = f"{place} ({name})"
+    for field in LISTS:
+        if isinstance(fields.get(field), str):
+            fields[field] = [fields[field]]
+    try:
+        job = JobConfig(out=f"{file.destination.rstrip('/')}/{name}", **fields)
+    except ValidationError as error:
+        raise ConfigError(f"{place}: {describe_validation_error(error, prefix='')}") from None
+    try:
+        parse_gates(job.gate, require_speedup=job.require_speedup)
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {str(error).removeprefix('--')}") from None
+    return ZooModel(name=name, job=job)
+
+
+def _without_other_budgets(defaults: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The defaults, without their budget where the entry has one of its own."""
+    budget_fields = (*BUDGET_KINDS, "latency_table")
+    own = any(entry.get(name) is not None for name in BUDGET_KINDS)
+    return {name: value for name, value in defaults.items() if not (own and name in budget_fields)}
+
+
+def _check_names(fields: Mapping[Any, Any], *, known: Collection[str], where: str) -> None:
+    for name in fields:
+        if name in known:
+            continue
+        if name in PLACES:
+            raise ConfigError(f"{where}: {name} is not for a zoo file: give `destination`, or a flag")
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
+        raise ConfigError(f"{where}: unknown field {name}{hint}")
+
+
+def _read_yaml(text: str, *, where: str) -> dict[Any, Any]:
+    try:
+        fields = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{where}{line} is not YAML that can be meant: {problem}") from None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{where} must be a YAML mapping with the fields {', '.join(ZooFile.model_fields)}")
+    return fields
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping that has a key twice, where YAML's own loader takes the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if key != "<<" and keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)

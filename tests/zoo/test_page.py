@@ -1,0 +1,135 @@
+"""The index of a zoo: every model with its figures and gates, and the trend over the batches."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+
+from ffsplit.artifacts.local import LocalStore
+from ffsplit.artifacts.manifest import GateResult
+from ffsplit.zoo.batch import (
+    Batch,
+    BatchModel,
+    Figures,
+    Judged,
+    State,
+    batch_key,
+    past_batches,
+    save_batch,
+)
+from ffsplit.zoo.page import render_index, sparkline
+
+GATE = GateResult(gate="fidelity >= 0.98", figure=0.97, met=False)
+
+
+def model(name: str, state: State, *, fidelity: float = 0.97) -> BatchModel:
+    figures = Figures(
+        parameters=(1000, 800),
+        size_bytes=(4000, 3000),
+        speedups={"1x128": 1.4, "8x128": 1.6},
+        fidelity={"token_cosine": 0.9, "pooled_cosine": fidelity},
+        tasks={"sts dev.csv, spearman": (86.72, 86.5)},
+    )
+    gates = (GATE,) if state == "refused" else ()
+    result = None
+    if state != "failed":
+        result = Judged(
+            state=state,
+            run_key="k",
+            attempt="a",
+            report="k/a/report.html",
+            keep=0.35,
+            figures=figures,
+            gates=gates,
+        )
+    error = "<b>out of memory</b>" if state == "failed" else None
+    return BatchModel(
+        name=name,
+        model=name,
+        recipe="fast",
+        state=state,
+        result=result,
+        error=error,
+        num_attempts=3,
+        wall_s=61,
+    )
+
+
+def batch(day: int, *models: BatchModel) -> Batch:
+    return Batch(
+        id=f"202601{day:02d}T030000Z-abcdef",
+        zoo="nightly",
+        zoo_digest="d",
+        destination="/zoo",
+        started_at=f"2026-01-{day:02d}T03:00:00+00:00",
+        finished_at=f"2026-01-{day:02d}T03:10:00+00:00",
+        ffsplit_version="0.1.0",
+        max_models_in_flight=2,
+        models=models,
+    )
+
+
+ALL = (
+    model("new", "published"),
+    model("old", "committed already"),
+    model("off", "refused"),
+    model("bad", "failed"),
+)
+
+
+def test_every_model_is_there_with_its_figures_and_gates() -> None:
+    page = render_index([batch(1, *ALL)])
+    text = " ".join(re.sub(r"<[^>]+>", " ", page).replace("\u00a0", " ").split())
+    for expected in ("2 of 4", "1 in this batch, 1 before", "refused by gates", "published before"):
+        assert expected in text
+    for expected in ("3.00 kB", "\u221225.0 %", "1.40\u00d7", "1.60\u00d7", "86.50", "\u22120.22", "0.970"):
+        assert expected in text
+    assert "fidelity &gt;= 0.98: 0.97, NOT met" in page
+    assert 'href="new/k/a/report.html"' in page
+    assert "&lt;b&gt;out of memory&lt;/b&gt;" in page and "3 attempts" in text
+
+
+def test_the_page_loads_nothing() -> None:
+    found: list[str] = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            if tag in ("script", "link", "img", "iframe"):
+                found.append(tag)
+            found.extend(value for name, value in attrs if name == "src" and value)
+
+    page = render_index([batch(1, *ALL), batch(2, *ALL)])
+    Reader().feed(page)
+    assert not found and "url(" not in page
+
+
+def test_the_trend_has_a_line_for_every_model_and_gaps_where_it_failed() -> None:
+    earlier = [batch(1, model("new", "published", fidelity=0.95)), batch(2, model("new", "failed"))]
+    page = render_index([*earlier, batch(3, *ALL)])
+    assert "Over the last 3 batches" in page
+    assert "0.950 to 0.970 over 3 batches" in page
+    strip = page[page.index('class="strip"') :].split("</ul>")[0]
+    assert re.findall(r'li class="([\w-]+)"', strip) == ["published", "failed", "published"]
+    assert "Over the last" not in render_index([batch(1, *ALL)])
+
+
+def test_a_sparkline_of_one_value_or_of_equal_ones_is_level() -> None:
+    assert 'points="3.0,13.0"' in sparkline([1.5])
+    assert 'points="3.0,13.0 117.0,13.0"' in sparkline([2.0, 2.0])
+    assert sparkline([None, None]) == "&ndash;"
+
+
+def test_past_batches_come_oldest_first_without_what_cannot_be_read(tmp_path: object) -> None:
+    store = LocalStore(tmp_path)  # type: ignore[arg-type]
+    for day in (3, 1, 2):
+        save_batch(store, batch(day, *ALL))
+    store.put_bytes(batch_key("20260102T000000Z-000000"), b"{}")
+    found = past_batches(store, before=batch(3).id)
+    assert [each.started_at[8:10] for each in found] == ["01", "02"]
+    assert found[0] == batch(1, *ALL)
+
+
+def test_the_exit_code_says_the_worst() -> None:
+    assert batch(1, *ALL[:2]).exit_code == 0
+    assert batch(1, *ALL[:3]).exit_code == 3
+    assert batch(1, *ALL).exit_code == 1

@@ -1,0 +1,124 @@
+"""Batches for real: models in processes of their own, some of which are refused, fail, or are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from ffsplit.artifacts.verify import verify
+from ffsplit.cli import main
+from ffsplit.zoo.run import run_zoo
+from ffsplit.zoo.zoo_file import Zoo, load_zoo
+from tests.small_jobs import SmallJob
+
+
+def zoo_file(small_job: SmallJob, *models: dict[str, Any], **fields: Any) -> Path:
+    path = small_job.folder / "zoo.yaml"
+    defaults = {"model": str(small_job.model), "recipe": small_job.recipe(), "keep": 0.5}
+    defaults |= {"calibration": str(small_job.text), "samples": 40, "max_length": 16}
+    document = {"destination": str(small_job.folder / "zoo"), "defaults": defaults, "models": list(models)}
+    path.write_text(yaml.safe_dump(document | fields), "utf-8")
+    return path
+
+
+def zoo(small_job: SmallJob, *models: dict[str, Any], **fields: Any) -> Zoo:
+    return load_zoo(str(zoo_file(small_job, *models, **fields)))
+
+
+def drivers(process: psutil.Process) -> list[psutil.Process]:
+    return [child for child in process.children() if "ffsplit.zoo.driver" in child.cmdline()]
+
+
+def test_a_killed_model_is_tried_again_and_a_bad_one_stops_nobody(small_job: SmallJob) -> None:
+    lines: list[str] = []
+
+    def kill_once(line: str) -> None:
+        lines.append(line)
+        if "| run " in line and not any("SIGKILL" in each for each in lines):
+            (driver,) = drivers(psutil.Process())
+            driver.kill()
+            lines.append("SIGKILL sent")
+
+    models = [{"name": "killed"}, {"name": "missing", "model": "/none"}]
+    asked = zoo(small_job, *models, max_models_in_flight=1, retries=1, backoff_s=0.1)
+    batch = run_zoo(asked, runner="serial", say=kill_once)
+    killed, missing = batch.models
+    assert (killed.state, killed.num_attempts) == ("published", 2)
+    assert any("killed | failed, again in 0.1 s: its process was ended by SIGKILL" in line for line in lines)
+    assert (missing.state, missing.num_attempts) == ("failed", 1)
+    assert missing.error is not None and "/none does not exist" in missing.error
+    assert batch.exit_code == 1
+    folder = Path(asked.destination)
+    assert verify(str(folder / "killed")).ok
+    assert not drivers(psutil.Process())
+
+    again = run_zoo(zoo(small_job, {"name": "killed"}), runner="serial", say=lines.append)
+    assert [model.state for model in again.models] == ["committed already"]
+    assert again.models[0].result is not None and killed.result is not None
+    assert again.models[0].result.run_key == killed.result.run_key
+    assert again.exit_code == 0
+    names = {path.name for path in (folder / "batches").iterdir()}
+    assert names == {f"{batch.id}.json", f"{again.id}.json"}
+    assert "Over the last 2 batches" in (folder / "index.html").read_text()
+
+
+@pytest.mark.ray
+def test_two_models_share_one_ray_and_only_what_passes_is_published(
+    small_job: SmallJob, capsys: pytest.CaptureFixture[str]
+) -> None:
+    strict = {"name": "strict", "gate": ["fidelity >= 0.99999", "parameters reduction >= 1%"]}
+    file = zoo_file(small_job, {"name": "open", "gate": "fidelity >= 0.1"}, strict, max_models_in_flight=2)
+    assert main(["zoo", str(file), "--json"]) == 3
+    captured = capsys.readouterr()
+    batch = json.loads(captured.out)
+    assert [model["state"] for model in batch["models"]] == ["published", "refused"]
+    assert [gate["met"] for gate in batch["models"][1]["result"]["gates"]] == [False, True]
+    folder = small_job.folder / "zoo"
+    assert verify(str(folder / "open")).ok
+    assert not list((folder / "strict").glob("*/commit.json"))
+    report = batch["models"][1]["result"]["report"]
+    assert "NO" in (folder / "strict" / report).read_text()
+    assert f'href="strict/{report}"' in (folder / "index.html").read_text()
+    stages = [line.split(" | ")[0] for line in captured.err.splitlines() if "| calibrate" in line]
+    ends = [index for index, line in enumerate(captured.err.splitlines()) if "| published" in line]
+    assert set(stages) == {"open", "strict"} and ends
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_the_end_of_a_batch_is_the_end_of_its_models(small_job: SmallJob, sent: signal.Signals) -> None:
+    file = zoo_file(small_job, {"name": "one"})
+    batch = subprocess.Popen(
+        [sys.executable, "-m", "ffsplit.cli", "zoo", str(file), "--runner", "serial"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    )
+    assert batch.stderr is not None
+    assert any("one | run " in line for line in batch.stderr)
+    (driver,) = drivers(psutil.Process(batch.pid))
+    batch.send_signal(sent)
+    assert batch.wait(timeout=30) == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+    deadline = time.monotonic() + 15
+    while driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not driver.is_running() or driver.status() == psutil.STATUS_ZOMBIE
+    assert not list((small_job.folder / "zoo").glob("one/*/commit.json"))
+
+
+def test_a_mistake_in_the_file_is_one_line(small_job: SmallJob, capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["--workers", "0"], []):
+        file = zoo_file(small_job, {"name": "one"} if flags else {"nam": "one"})
+        assert main(["zoo", str(file), "--runner", "serial", *flags]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == "" and captured.err.count("\n") == 1
+    assert not (small_job.folder / "zoo").exists()
