@@ -78,7 +78,8 @@ class Execution:
     def reduce(self, shards: Sequence[Result], target: Path) -> tuple[NeuronStats, ...]:
         """Merge the shards' statistics in their order, along a fixed tree, into one Parquet file.
 
-        More than FAN_IN of them are first made fewer by tasks. Statistics of an earlier run are taken as they are, to the byte.
+        More than FAN_IN of them are first made fewer by tasks. Statistics of an earlier run are taken
+        as they are, to the byte.
         """
         if self.run.origin is not None:
             shutil.copyfile(self.run.origin.path, target)

@@ -61,6 +61,12 @@ def asked_for() -> LogFormat:
     return "json" if wanted == "json" else "text"
 
 
+def ask_for(log_format: LogFormat) -> None:
+    """Have this process, and those that it starts, write lines of a format."""
+    os.environ[VARIABLE] = log_format
+    set_up(log_format)
+
+
 def set_up(log_format: LogFormat) -> None:
     """Write this process's lines, if they are to be JSON. A second call changes nothing."""
     if log_format == "json" and not any(isinstance(each, _Stderr) for each in _logger.handlers):

@@ -81,8 +81,7 @@ class Scratch(Record):
 
     def load_or_compute(self, name: str, compute: Callable[[], Result]) -> Result:
         """An earlier result, or a new one. Both are logged, with the run and the stage they belong to."""
-        _, work, stage = self.prefix.split("/", 2)
-        with logs.fields(run=logs.current().get("run", work), stage=stage, item=name):
+        with logs.fields(stage=self.prefix.split("/", 2)[-1], item=name):
             self._check_visible()
             found = self.load(name)
             if found is not None:
