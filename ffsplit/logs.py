@@ -31,7 +31,7 @@ _fields: ContextVar[dict[str, Field] | None] = ContextVar("ffsplit_log_fields", 
 
 class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        moment = datetime.fromtimestamp(record.created, tz=timezone.utc).isoformat(timespec="milliseconds")
+        moment = datetime.fromtimestamp(record.created, tz=timezone.utc).isoformat(timespec="microseconds")
         line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
         line |= {"host": socket.gethostname(), "pid": str(record.process)}
         return json.dumps(line | getattr(record, "fields", {}), ensure_ascii=False)

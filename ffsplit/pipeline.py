@@ -171,6 +171,7 @@ def _carry_out(
         if sign_key is not None:
             data = (staging / MANIFEST_NAME).read_bytes()
             (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=sign_key))
+        logs.log("publishing", attempt=attempt)
         publish_attempt(
             store, run_key=key, attempt=attempt, directory=staging, kind=kind, move_latest=kind == "model"
         )

@@ -167,8 +167,8 @@ class _Slots(Generic[Slot]):
         wanted = min(self._room, len(self.in_hand) + num_waiting)
         while len(self) < wanted:
             self._opening.add(self._pool.open())
-        while len(self) > wanted and self.idle:
-            self._pool.close(self.idle.pop())
+        while len(self) > wanted and (self._opening or self.idle):  # those that are ready are worth more
+            self._pool.close(self._opening.pop() if self._opening else self.idle.pop())
 
     def ready(self, slot: Slot) -> None:
         if slot in self._opening:
