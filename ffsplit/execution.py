@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from ffsplit.artifacts.manifest import FileEntry, Measurements
+from ffsplit.artifacts.entries import FileEntry
+from ffsplit.artifacts.manifest import Measurements
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.parquet import read_statistics, write_statistics
 from ffsplit.calibration.sampling import shard

@@ -6,16 +6,19 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ffsplit import logs
 from ffsplit.artifacts.commits import Kind, read_commit
+from ffsplit.artifacts.digests import file_entries
+from ffsplit.artifacts.entries import StoreGuarantees
 from ffsplit.artifacts.index import latest_commit
 from ffsplit.artifacts.locate import locate, read_manifest
-from ffsplit.artifacts.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, StoreGuarantees
+from ffsplit.artifacts.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from ffsplit.artifacts.paths import check_outside_attempts
-from ffsplit.artifacts.publish import new_attempt_id, publish_attempt
+from ffsplit.artifacts.publish import Upload, new_attempt_id
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX, Result, Scratch
 from ffsplit.artifacts.signing import sign_manifest
 from ffsplit.artifacts.statistics import STATISTICS_PATH
@@ -164,17 +167,20 @@ def _carry_out(
         outcome = replace(outcome, guarantees=guarantees)
         if outcome.measurements is not None:
             outcome = replace(outcome, gates=judge(run.gates, outcome.measurements))
-        manifest = write_documents(run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages)
+        write = partial(
+            write_documents, run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages
+        )
         if refusal(outcome.gates) is not None:
+            manifest = write(files=file_entries(staging))
             store.put_file(scratch.key(REFUSED_REPORT), staging / REPORT_NAME)
             return manifest
-        if sign_key is not None:
-            data = (staging / MANIFEST_NAME).read_bytes()
-            (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=sign_key))
         logs.log("publishing", attempt=attempt)
-        publish_attempt(
-            store, run_key=key, attempt=attempt, directory=staging, kind=kind, move_latest=kind == "model"
-        )
+        with Upload(store, run_key=key, attempt=attempt) as upload:
+            write(files=upload.add(staging))
+            if sign_key is not None:
+                data = (staging / MANIFEST_NAME).read_bytes()
+                (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=sign_key))
+            upload.commit(staging, kind=kind, move_latest=kind == "model")
     return None
 
 

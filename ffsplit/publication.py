@@ -10,7 +10,8 @@ from pathlib import Path
 from ffsplit import __version__
 from ffsplit.artifacts.allocation import AllocationRecord
 from ffsplit.artifacts.commits import Kind
-from ffsplit.artifacts.digests import file_entries
+from ffsplit.artifacts.digests import file_entry
+from ffsplit.artifacts.entries import FileEntry, StoreGuarantees
 from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import (
     MANIFEST_NAME,
@@ -21,7 +22,6 @@ from ffsplit.artifacts.manifest import (
     Measurements,
     SourceModel,
     Stage,
-    StoreGuarantees,
 )
 from ffsplit.artifacts.paths import check_outside_attempts
 from ffsplit.artifacts.pull import materialize
@@ -68,14 +68,20 @@ def write_documents(
     run_key: str,
     attempt: str,
     stages: Sequence[Stage],
+    files: Sequence[FileEntry],
 ) -> Manifest:
-    """Write the card, the report and, last, the manifest that lists every file of the directory."""
-    draft = _draft(run, outcome, run_key=run_key, attempt=attempt, stages=stages)
+    """Write the card, the report and, last, the manifest, beside the files that are in the directory."""
+    manifest = _draft(run, outcome, run_key=run_key, attempt=attempt, stages=stages)
+    manifest = manifest.model_copy(update={"files": tuple(files)})
+
+    def add(name: str, text: str) -> Manifest:
+        (directory / name).write_text(text, "utf-8")
+        listed = {entry.path: entry for entry in (*manifest.files, file_entry(directory / name, name))}
+        return manifest.model_copy(update={"files": tuple(listed[path] for path in sorted(listed))})
+
     if outcome.kind == "model":
-        (directory / CARD_NAME).write_text(model_card(draft), "utf-8")
-    draft = draft.model_copy(update={"files": file_entries(directory)})
-    (directory / REPORT_NAME).write_text(report_of(draft, outcome.statistics), "utf-8")
-    manifest = draft.model_copy(update={"files": file_entries(directory)})
+        manifest = add(CARD_NAME, model_card(manifest))
+    manifest = add(REPORT_NAME, report_of(manifest, outcome.statistics))
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
     return manifest
 

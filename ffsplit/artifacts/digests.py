@@ -8,7 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ffsplit.artifacts.manifest import UNLISTED, FileEntry
+from ffsplit.artifacts.entries import FileEntry
+from ffsplit.artifacts.manifest import UNLISTED
 from ffsplit.artifacts.paths import is_safe_path
 from ffsplit.errors import ArtifactError
 
@@ -39,15 +40,16 @@ def file_entries(directory: Path) -> tuple[FileEntry, ...]:
     Raises ArtifactError for anything that no artifact may hold: a symbolic link, a socket, a pipe,
     or a name that is not safe in every store; and when the directory cannot be read.
     """
-    entries = []
-    for name, path in list_files(directory).items():
-        if name in UNLISTED:
-            continue
-        try:
-            entries.append(FileEntry(path=name, size_bytes=path.stat().st_size, sha256=sha256_file(path)))
-        except OSError as error:
-            raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
-    return tuple(entries)
+    files = list_files(directory)
+    return tuple(file_entry(path, name) for name, path in files.items() if name not in UNLISTED)
+
+
+def file_entry(path: Path, name: str) -> FileEntry:
+    """Size and digest of one file, under a name of its own. Raises ArtifactError."""
+    try:
+        return FileEntry(path=name, size_bytes=path.stat().st_size, sha256=sha256_file(path))
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
 
 
 def list_files(directory: Path) -> dict[str, Path]:

@@ -84,8 +84,7 @@ def read_index(store: Store) -> Index:
 
 def list_runs(store: Store) -> list[RunSummary]:
     """Every committed run, oldest first. Costs a listing, one read, and two more a run not in the index."""
-    index = read_index(store)
-    present = set(run_keys(store))
+    index, present = _index_and_runs(store)
     known = [run for run in index.runs if run.commit.run_key in present]
     missing = present - {run.commit.run_key for run in known}
     new = _read_summaries(store, read_commits(store, sorted(missing)))
@@ -104,14 +103,16 @@ def add_to_index(store: Store, commit: Commit, manifest: Manifest) -> None:
 
 def latest_commit(store: Store) -> Commit | None:
     """The newest committed model, None when there is none. Mends latest.json where it may be written."""
-    present = set(run_keys(store))
-    known = [run.commit for run in read_index(store).runs if run.commit.run_key in present]
+    with ThreadPoolExecutor(1) as pool:
+        hinted = pool.submit(read_hint, store)
+        index, present = _index_and_runs(store)
+    known = [run.commit for run in index.runs if run.commit.run_key in present]
     missing = present - {commit.run_key for commit in known}
     latest = _newest_model([*known, *read_commits(store, sorted(missing))])
     if latest and read_commit(store, latest.run_key) != latest:
         latest = _newest_model(list_commits(store))
     with suppress(FFSplitError):
-        hint = read_hint(store)
+        hint = hinted.result()
         if latest and (hint is None or hint.order != latest.order or hint.attempt != latest.attempt):
             _write_hint(store, latest, after=hint)
     return latest
@@ -131,6 +132,14 @@ def read_hint(store: Store) -> Latest | None:
         return Latest.model_validate_json(read_at_most(store, LATEST_NAME, MAX_RECORD_BYTES))
     except (MissingKey, ValidationError):
         return None
+
+
+def _index_and_runs(store: Store) -> tuple[Index, set[str]]:
+    """The index, and the keys of the runs that are there."""
+    with ThreadPoolExecutor(1) as pool:
+        index = pool.submit(read_index, store)
+        present = set(run_keys(store))
+    return index.result(), present
 
 
 def _newest_model(commits: Iterable[Commit]) -> Commit | None:

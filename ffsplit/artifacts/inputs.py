@@ -22,8 +22,8 @@ from pydantic import ValidationError
 
 from ffsplit.artifacts.cache import Cache
 from ffsplit.artifacts.digests import sha256_file
+from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.local import LocalStore
-from ffsplit.artifacts.manifest import FileEntry
 from ffsplit.artifacts.paths import is_safe_path
 from ffsplit.artifacts.stores import Store, Stored, open_store
 from ffsplit.artifacts.transfer import Transfer, first_problem

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ffsplit.artifacts.digests import read_chunks
-from ffsplit.artifacts.manifest import StoreGuarantees
+from ffsplit.artifacts.entries import StoreGuarantees
 from ffsplit.artifacts.stores import MissingKey, Names, Stored, check_key, check_prefix
 from ffsplit.errors import ConfigError, StoreError
 

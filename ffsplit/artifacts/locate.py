@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from ffsplit.artifacts.commits import Commit, list_commits, read_commit
 from ffsplit.artifacts.index import latest_commit
 from ffsplit.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from ffsplit.artifacts.paths import ATTEMPT_ID, RUN_KEY
-from ffsplit.artifacts.stores import MissingKey, Store, open_store, read_at_most
+from ffsplit.artifacts.stores import MissingKey, Store, open_store, read_at_most, root_uri
 from ffsplit.errors import ArtifactError, ConfigError
 
 _RUN_URI = re.compile(
@@ -48,13 +49,17 @@ def locate(uri: str) -> Location:
     attempt), or the directory of one attempt. Raises ConfigError, in one line, when it is none of
     these or the run is not committed; ArtifactError when a commit cannot be understood.
     """
-    store = open_store(uri)
-    match = _RUN_URI.fullmatch(store.uri)
+    root = root_uri(uri)
+    match = _RUN_URI.fullmatch(root)
     if match and (location := _locate_run(match)):
         return location
-    if store.exists(MANIFEST_NAME):
+    store = open_store(root)
+    with ThreadPoolExecutor(1) as pool:
+        is_artifact = pool.submit(store.exists, MANIFEST_NAME)
+        commit = latest_commit(store)
+    if is_artifact.result():
         return Location(store, "")
-    if commit := latest_commit(store):
+    if commit:
         return _committed(store, commit)
     raise ConfigError(_why_not(store, uri))
 

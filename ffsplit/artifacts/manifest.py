@@ -6,11 +6,10 @@ import json
 import re
 from typing import Any, Final, Literal
 
-from pydantic import Field, ValidationError, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, ValidationError
 
 from ffsplit.artifacts.allocation import AllocationRecord
-from ffsplit.artifacts.paths import is_safe_path
+from ffsplit.artifacts.entries import FileEntry, StoreGuarantees
 from ffsplit.config import Budget, JobConfig, Record
 from ffsplit.errors import ArtifactError
 from ffsplit.ffn import LayerLayout, ModelShape
@@ -21,22 +20,6 @@ MAX_MANIFEST_BYTES = 64 << 20
 SIGNATURE_NAME = "manifest.json.sig"
 UNLISTED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
 """What lies beside the files that a manifest lists."""
-
-
-class FileEntry(Record):
-    """One file of the artifact. `path` is relative to the attempt's directory, with forward slashes."""
-
-    path: str
-    size_bytes: int = Field(ge=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-    @field_validator("path")
-    @classmethod
-    def _stays_inside(cls, path: str) -> str:
-        if not is_safe_path(path):
-            message = "{path} is not a plain relative path inside the artifact"
-            raise PydanticCustomError("unsafe_path", message, {"path": repr(path)})
-        return path
 
 
 class SourceModel(Record):
@@ -192,17 +175,6 @@ class Environment(Record):
 
     versions: dict[str, str]
     hardware: dict[str, str | int]
-
-
-class StoreGuarantees(Record):
-    """What the store promised when the run began, found out by trying it."""
-
-    conditional_put: Literal["atomic", "not atomic"] = Field(
-        description="whether of several writers that create one key at once exactly one was told yes"
-    )
-    checksums: tuple[str, ...] = Field(
-        description="the kinds of checksum that an upload may carry and that a wrong value of was refused"
-    )
 
 
 class Manifest(Record):

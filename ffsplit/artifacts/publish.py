@@ -14,19 +14,22 @@ import hashlib
 import secrets
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from types import TracebackType
 
 from ffsplit.artifacts.commits import COMMIT_NAME, Commit, Kind, read_commit, record_bytes
-from ffsplit.artifacts.digests import list_files
+from ffsplit.artifacts.digests import file_entry, list_files
+from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.index import add_to_index, move_hint
 from ffsplit.artifacts.manifest import MANIFEST_NAME, UNLISTED, Manifest
 from ffsplit.artifacts.stores import Store
 from ffsplit.errors import ArtifactError, FFSplitError, StoreError
 
 NUM_FILES_AT_ONCE = 4
+NUM_HASHERS = 2
 
 
 def new_attempt_id() -> str:
@@ -34,97 +37,119 @@ def new_attempt_id() -> str:
     return secrets.token_hex(6)
 
 
-def publish_attempt(
-    store: Store,
-    *,
-    run_key: str,
-    attempt: str,
-    directory: Path,
-    kind: Kind,
-    move_latest: bool,
-    progress: Callable[[int, int], None] | None = None,
-) -> Commit:
-    """Publish a directory as the result of a run, and return the commit that stands in the end.
+class Upload:
+    """An attempt on its way into a store: files are hashed while they are sent.
 
-    That is another attempt's when one was first; then nothing of this attempt stays. Nothing stays
-    either when an exception, KeyboardInterrupt included, strikes before the commit. `progress` is
-    called with bytes done and bytes in all. Raises ArtifactError when the directory is not what its
-    manifest says (names and sizes; digests are `verify`'s), StoreError when the store fails.
+        with Upload(store, run_key=run_key, attempt=attempt) as upload:
+            files = upload.add(directory)                  # known once they are hashed; still being sent
+            ...                                            # write the manifest that lists them
+            upload.commit(directory, kind="model", move_latest=True)
+
+    Nothing of the attempt stays when the block is left without a commit, by KeyboardInterrupt too. Where
+    the run was committed before, nothing is sent. `progress` is called with bytes done and bytes in all.
     """
-    manifest, manifest_sha256, files = _check_attempt(directory, run_key=run_key, attempt=attempt, kind=kind)
-    commit = read_commit(store, run_key)
-    if commit is None:
-        commit = Commit(
-            run_key=run_key,
-            attempt=attempt,
-            manifest_sha256=manifest_sha256,
-            kind=kind,
-            committed_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
-        )
-        _put_files(store, commit=commit, files=files, progress=progress)
-        commit = _commit(store, commit)
-        if commit.attempt == attempt:
-            add_to_index(store, commit, manifest)
-    if move_latest and commit.kind == "model":
-        move_hint(store, commit)
-    return commit
 
+    def __init__(
+        self, store: Store, *, run_key: str, attempt: str, progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        self._store, self._run_key, self._attempt, self._progress = store, run_key, attempt, progress
+        self._standing: Commit | None = None
+        self._is_open = True
+        self._entries: dict[str, FileEntry] = {}
+        self._sent: dict[str, Future[None]] = {}
+        self._done = self._total = 0
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(NUM_FILES_AT_ONCE, thread_name_prefix="ffsplit-upload")
 
-def _check_attempt(
-    directory: Path, *, run_key: str, attempt: str, kind: Kind
-) -> tuple[Manifest, str, dict[str, Path]]:
-    """The manifest, its sha256 and the files to publish, manifest.json last."""
-    files = list_files(directory)
-    if MANIFEST_NAME not in files:
-        raise ArtifactError(f"{directory} has no {MANIFEST_NAME}")
-    try:
-        data = files[MANIFEST_NAME].read_bytes()
-        present = {name: path.stat().st_size for name, path in files.items() if name not in UNLISTED}
-    except OSError as error:
-        raise ArtifactError(f"cannot read {error.filename}: {error.strerror}") from error
-    manifest = Manifest.from_json(data)
-    if (manifest.run_key, manifest.attempt, manifest.kind) != (run_key, attempt, kind):
-        found = f"the {manifest.kind} of {manifest.run_key}/{manifest.attempt}"
-        raise ArtifactError(f"{directory} holds {found}, not the {kind} of {run_key}/{attempt}")
-    files[MANIFEST_NAME] = files.pop(MANIFEST_NAME)
-    listed = {entry.path: entry.size_bytes for entry in manifest.files}
-    if listed != present:
-        differing = ", ".join(sorted({name for name, _ in listed.items() ^ present.items()}))
-        raise ArtifactError(f"{directory} is not what its manifest lists: {differing}")
-    return manifest, hashlib.sha256(data).hexdigest(), files
+    def __enter__(self) -> Upload:
+        self._standing = read_commit(self._store, self._run_key)
+        return self
 
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        if self._is_open and self._sent:
+            _delete_attempt(self._store, run_key=self._run_key, attempt=self._attempt)
 
-def _put_files(
-    store: Store,
-    *,
-    commit: Commit,
-    files: dict[str, Path],
-    progress: Callable[[int, int], None] | None,
-) -> None:
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    done, lock = 0, threading.Lock()
+    def add(self, directory: Path) -> tuple[FileEntry, ...]:
+        """Begin to send every file of a directory that was not added before, and hash them meanwhile.
 
-    def put(name: str) -> None:
-        nonlocal done
-        store.put_file(f"{commit.run_key}/{commit.attempt}/{name}", files[name])
-        with lock:
-            done += sizes[name]
-            if progress:
-                progress(done, sum(sizes.values()))
+        Returns what has been added so far, sorted by path. Raises ArtifactError as `file_entries` does.
+        """
+        new = {
+            name: path
+            for name, path in list_files(directory).items()
+            if name not in UNLISTED and name not in self._entries
+        }
+        if self._standing is None:
+            self._send(new)
+        with ThreadPoolExecutor(NUM_HASHERS) as hashers:
+            self._entries |= zip(new, hashers.map(file_entry, new.values(), new), strict=True)
+        return tuple(entry for _, entry in sorted(self._entries.items()))
 
-    try:
-        with ThreadPoolExecutor(NUM_FILES_AT_ONCE) as pool:
-            tasks = [pool.submit(put, name) for name in files if name != MANIFEST_NAME]
-            try:
-                for task in tasks:
-                    task.result()
-            finally:
-                for task in tasks:
-                    task.cancel()
-        put(MANIFEST_NAME)
-    except BaseException:
-        _delete_attempt(store, commit)
-        raise
+    def commit(self, directory: Path, *, kind: Kind, move_latest: bool) -> Commit:
+        """Publish the directory, manifest last, and return the commit that stands in the end.
+
+        That is another attempt's when one was first; then nothing of this attempt stays. Raises
+        ArtifactError when the directory is not what its manifest says, StoreError when the store fails.
+        """
+        manifest, manifest_sha256 = self._check(directory, kind=kind)
+        commit = self._standing
+        if commit is None:
+            commit = Commit(
+                run_key=self._run_key,
+                attempt=self._attempt,
+                manifest_sha256=manifest_sha256,
+                kind=kind,
+                committed_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+            )
+            for sent in self._sent.values():
+                sent.result()
+            last = {name: path for name, path in list_files(directory).items() if name in UNLISTED}
+            for name in sorted(last, key=lambda name: name == MANIFEST_NAME):
+                self._send({name: last[name]})
+                self._sent[name].result()
+            self._is_open = False  # from here on what a commit may name stays
+            self._standing = commit = _commit(self._store, commit)
+        with ThreadPoolExecutor(1) as pool:
+            if commit.attempt == self._attempt:
+                pool.submit(add_to_index, self._store, commit, manifest)
+            if move_latest and commit.kind == "model":
+                move_hint(self._store, commit)
+        return commit
+
+    def _send(self, files: dict[str, Path]) -> None:
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        self._total += sum(sizes.values())
+        for name in sorted(files, key=lambda name: -sizes[name]):
+            self._sent[name] = self._pool.submit(self._put, name, files[name], sizes[name])
+
+    def _put(self, name: str, path: Path, size_bytes: int) -> None:
+        self._store.put_file(f"{self._run_key}/{self._attempt}/{name}", path)
+        with self._lock:
+            self._done += size_bytes
+            if self._progress:
+                self._progress(self._done, self._total)
+
+    def _check(self, directory: Path, *, kind: Kind) -> tuple[Manifest, str]:
+        """The manifest of the directory, and its sha256. Whatever it lists has been added by then."""
+        try:
+            data = (directory / MANIFEST_NAME).read_bytes()
+        except FileNotFoundError:
+            raise ArtifactError(f"{directory} has no {MANIFEST_NAME}") from None
+        except OSError as error:
+            raise ArtifactError(f"cannot read {error.filename}: {error.strerror}") from error
+        manifest = Manifest.from_json(data)
+        if (manifest.run_key, manifest.attempt, manifest.kind) != (self._run_key, self._attempt, kind):
+            found = f"the {manifest.kind} of {manifest.run_key}/{manifest.attempt}"
+            raise ArtifactError(
+                f"{directory} holds {found}, not the {kind} of {self._run_key}/{self._attempt}"
+            )
+        if differing := set(manifest.files) ^ set(self.add(directory)):
+            names = ", ".join(sorted({entry.path for entry in differing}))
+            raise ArtifactError(f"{directory} is not what its manifest lists: {names}")
+        return manifest, hashlib.sha256(data).hexdigest()
 
 
 def _commit(store: Store, commit: Commit) -> Commit:
@@ -143,14 +168,14 @@ def _commit(store: Store, commit: Commit) -> Commit:
         with suppress(FFSplitError):  # where the outcome cannot be learnt, files stay: a commit may name them
             standing = read_commit(store, commit.run_key)
             if standing is None or standing.attempt != commit.attempt:
-                _delete_attempt(store, commit)
+                _delete_attempt(store, run_key=commit.run_key, attempt=commit.attempt)
         raise
     if winner.attempt != commit.attempt:
-        _delete_attempt(store, commit)
+        _delete_attempt(store, run_key=commit.run_key, attempt=commit.attempt)
     return winner
 
 
-def _delete_attempt(store: Store, commit: Commit) -> None:
+def _delete_attempt(store: Store, *, run_key: str, attempt: str) -> None:
     """Delete an attempt that did not win. A failure leaves an invisible orphan and hides no other error."""
     with suppress(FFSplitError):
-        store.delete_prefix(f"{commit.run_key}/{commit.attempt}")
+        store.delete_prefix(f"{run_key}/{attempt}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,17 +83,16 @@ def download(location: Location, *, directory: Path, progress: Progress | None =
 
 
 def _located(location: Location) -> _Origin:
-    data = read_manifest_bytes(location)
-    signature = None
-    with suppress(MissingKey):
-        signature = read_at_most(location.store, location.key(SIGNATURE_NAME), MAX_SIGNATURE_BYTES)
+    with ThreadPoolExecutor(1) as pool:
+        signature = pool.submit(_signature, location.store, location.key(SIGNATURE_NAME))
+        data = read_manifest_bytes(location)
     return _Origin(
         source=location.store,
         prefix=location.key(""),
         label=location.uri,
         data=data,
         manifest=parse_manifest(location, data),
-        signature=signature,
+        signature=signature.result(),
         directory=Path(location.uri) if isinstance(location.store, LocalStore) else None,
     )
 
@@ -103,10 +103,14 @@ def _linked(link: str) -> _Origin:
     manifest = Manifest.from_json(data)
     if (manifest.run_key, manifest.attempt) != (files.share.run_key, files.share.attempt):
         raise ArtifactError(f"{files.uri}: its {MANIFEST_NAME} is of another artifact")
-    signature = None
+    return _Origin(files, "", files.uri, data, manifest, _signature(files, SIGNATURE_NAME))
+
+
+def _signature(source: Source, key: str) -> bytes | None:
+    """The signature of a manifest, None where it is not signed."""
     with suppress(MissingKey):
-        signature = read_at_most(files, SIGNATURE_NAME, MAX_SIGNATURE_BYTES)
-    return _Origin(files, "", files.uri, data, manifest, signature)
+        return read_at_most(source, key, MAX_SIGNATURE_BYTES)
+    return None
 
 
 def _cached(origin: _Origin, *, cache: Cache, progress: Progress | None) -> Path:

@@ -16,7 +16,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
 
 from ffsplit.artifacts.digests import CHUNK_BYTES
-from ffsplit.artifacts.manifest import StoreGuarantees
+from ffsplit.artifacts.entries import StoreGuarantees
 from ffsplit.artifacts.s3_client import MAX_ATTEMPTS, backoff_s, end_of_range, make_client
 from ffsplit.artifacts.s3_errors import BROKEN_STREAM, PastTheEnd, explain, http_status, s3_errors
 from ffsplit.artifacts.s3_probe import probe

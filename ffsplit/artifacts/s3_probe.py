@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from botocore.exceptions import ClientError
 
-from ffsplit.artifacts.manifest import StoreGuarantees
+from ffsplit.artifacts.entries import StoreGuarantees
 from ffsplit.artifacts.s3_errors import http_status
 from ffsplit.errors import ConfigError
 

@@ -21,7 +21,7 @@ from pydantic import JsonValue, ValidationError
 
 from ffsplit import logs
 from ffsplit.artifacts.digests import sha256_file
-from ffsplit.artifacts.manifest import FileEntry
+from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError, StoreError

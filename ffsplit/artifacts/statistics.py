@@ -9,8 +9,9 @@ from functools import cache
 from pathlib import Path
 
 from ffsplit.artifacts.commits import list_commits
+from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.locate import Location, locate, read_manifest
-from ffsplit.artifacts.manifest import FileEntry, Manifest
+from ffsplit.artifacts.manifest import Manifest
 from ffsplit.artifacts.stores import MissingKey, open_store
 from ffsplit.errors import ArtifactError, ConfigError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 from urllib.parse import unquote
 
-from ffsplit.artifacts.manifest import StoreGuarantees
+from ffsplit.artifacts.entries import StoreGuarantees
 from ffsplit.artifacts.paths import is_safe_path
 from ffsplit.errors import ConfigError, StoreError
 
@@ -129,24 +129,34 @@ def check_prefix(prefix: str) -> str:
     return check_key(prefix) if prefix else prefix
 
 
-def open_store(uri: str) -> Store:
-    """The store that a URI names: s3://bucket/prefix, a path, or file:///path.
+def root_uri(uri: str) -> str:
+    """The `uri` of the store that s3://bucket/prefix, a path or file:///path names, without opening it.
 
-    Nothing is read or written yet, save that S3 settings are looked up. Raises ConfigError for a URI
-    or a setting that cannot be meant.
+    Raises ConfigError for a URI that cannot be meant.
     """
     match = _SCHEME.fullmatch(uri)
     scheme, rest = (match[1].lower(), match[2]) if match else ("", uri)
     if scheme == "s3":
-        from ffsplit.artifacts.s3 import S3Store
-
-        bucket, prefix = parse_s3(rest)
-        return S3Store(bucket, prefix=prefix)
+        return "s3://" + "/".join(filter(None, parse_s3(rest)))
     if scheme not in ("", "file"):
         raise ConfigError(f"{scheme}:// is not a supported store: use s3://bucket/prefix or a local path")
+    return str(parse_file_url(rest) if scheme else parse_path(uri))
+
+
+def open_store(uri: str) -> Store:
+    """The store that a URI names, which need not exist. Nothing is read or written yet.
+
+    Raises ConfigError for a URI that cannot be meant, and for S3 settings that cannot.
+    """
+    root = root_uri(uri)
+    if root.startswith("s3://"):
+        from ffsplit.artifacts.s3 import S3Store
+
+        bucket, _, prefix = root.removeprefix("s3://").partition("/")
+        return S3Store(bucket, prefix=prefix)
     from ffsplit.artifacts.local import LocalStore
 
-    return LocalStore(parse_file_url(rest) if scheme else parse_path(uri))
+    return LocalStore(Path(root))
 
 
 def parse_s3(rest: str) -> tuple[str, str]:

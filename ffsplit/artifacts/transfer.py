@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ffsplit.artifacts.digests import CHUNK_BYTES
-from ffsplit.artifacts.manifest import FileEntry
+from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.stores import MissingKey, Source
 from ffsplit.errors import ArtifactError, ConfigError, StoreError
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 
+from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.locate import Location, locate, parse_manifest
-from ffsplit.artifacts.manifest import MANIFEST_NAME, UNLISTED, FileEntry, Manifest
+from ffsplit.artifacts.manifest import MANIFEST_NAME, UNLISTED, Manifest
 from ffsplit.artifacts.stores import MissingKey
 from ffsplit.config import Record
 from ffsplit.errors import ArtifactError, StoreError

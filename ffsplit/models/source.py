@@ -6,8 +6,8 @@ import socket
 from pathlib import Path
 
 from ffsplit.artifacts.digests import sha256_file
+from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.inputs import StoredFiles
-from ffsplit.artifacts.manifest import FileEntry
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError
 from ffsplit.models.locate import WANTED_SUFFIXES

@@ -9,7 +9,7 @@ import torch
 from pydantic import JsonValue
 from safetensors.torch import load_file, save_file
 
-from ffsplit.artifacts.manifest import FileEntry
+from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.compressors import AnyCompressor
 from ffsplit.compressors.layer import compress_layer

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ffsplit.artifacts.manifest import FileEntry
+from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.parquet import read_statistics, write_statistics
 from ffsplit.calibration.statistics import NeuronStats, merge_layers, reduce_tree

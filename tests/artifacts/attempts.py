@@ -5,15 +5,16 @@ from pathlib import Path
 
 from ffsplit.artifacts.commits import Commit, Kind
 from ffsplit.artifacts.digests import file_entries
+from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.manifest import (
     CalibrationRecord,
     Environment,
-    FileEntry,
     Manifest,
     SourceModel,
 )
-from ffsplit.artifacts.publish import publish_attempt
+from ffsplit.artifacts.publish import Upload
 from ffsplit.artifacts.stores import Store
+from ffsplit.artifacts.transfer import Progress
 from ffsplit.config import JobConfig
 
 RUN_KEY = "0123456789abcdef"
@@ -84,9 +85,21 @@ def publish(
 ) -> Commit:
     """Write an attempt into a directory and publish it."""
     write_attempt(directory, run_key=run_key, attempt=attempt, kind=kind)
-    return publish_attempt(
-        store, run_key=run_key, attempt=attempt, directory=directory, kind=kind, move_latest=True
-    )
+    return publish_directory(store, directory, run_key=run_key, attempt=attempt, kind=kind)
+
+
+def publish_directory(
+    store: Store,
+    directory: Path,
+    *,
+    run_key: str = RUN_KEY,
+    attempt: str = ATTEMPT,
+    kind: Kind = "model",
+    progress: Progress | None = None,
+) -> Commit:
+    """Publish a directory that has its manifest already."""
+    with Upload(store, run_key=run_key, attempt=attempt, progress=progress) as upload:
+        return upload.commit(directory, kind=kind, move_latest=True)
 
 
 def contents(store: Store) -> dict[str, str]:

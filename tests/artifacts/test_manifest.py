@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ffsplit.artifacts.manifest import SCHEMA_VERSION, FileEntry, Manifest
+from ffsplit.artifacts.entries import FileEntry
+from ffsplit.artifacts.manifest import SCHEMA_VERSION, Manifest
 from ffsplit.artifacts.paths import is_safe_path
 from ffsplit.errors import ArtifactError
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from ffsplit.artifacts.commits import Commit, Kind, list_commits, read_commit
+from ffsplit.artifacts.digests import file_entries
 from ffsplit.artifacts.index import latest_commit
 from ffsplit.artifacts.paths import ATTEMPT_ID
-from ffsplit.artifacts.publish import new_attempt_id, publish_attempt
+from ffsplit.artifacts.publish import Upload, new_attempt_id
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.errors import ArtifactError, StoreError
 
-from .attempts import ATTEMPT, FILES, RUN_KEY, contents, publish, write_attempt
+from .attempts import ATTEMPT, FILES, RUN_KEY, contents, publish, publish_directory, write_attempt
 
 OTHER_RUN = "fedcba9876543210"
 OTHER_ATTEMPT = "ba9876543210"
@@ -43,15 +44,7 @@ def test_everything_is_published_and_committed(store: Store, tmp_path: Path) -> 
     assert read_commit(store, RUN_KEY) is None
     directory = write_attempt(tmp_path / "attempt")
     calls: list[tuple[int, int]] = []
-    commit = publish_attempt(
-        store,
-        run_key=RUN_KEY,
-        attempt=ATTEMPT,
-        directory=directory,
-        kind="model",
-        move_latest=True,
-        progress=lambda done, total: calls.append((done, total)),
-    )
+    commit = publish_directory(store, directory, progress=lambda done, total: calls.append((done, total)))
     prefix = f"{RUN_KEY}/{ATTEMPT}"
     names = [*FILES, "manifest.json"]
     assert set(contents(store)) == {
@@ -85,7 +78,44 @@ def test_the_manifest_goes_last_and_the_commit_after_it(
     publish(store, tmp_path / "attempt")
     assert set(order[:3]) == {f"{RUN_KEY}/{ATTEMPT}/{name}" for name in FILES}
     manifest = f"{RUN_KEY}/{ATTEMPT}/manifest.json"
-    assert order[3:] == [manifest, f"{RUN_KEY}/commit.json", "index.json", "latest.json"]
+    assert order[3:5] == [manifest, f"{RUN_KEY}/commit.json"]
+    assert sorted(order[5:]) == ["index.json", "latest.json"]
+
+
+def test_files_are_sent_while_the_manifest_is_still_to_be_written(store: Store, tmp_path: Path) -> None:
+    directory = write_attempt(tmp_path / "attempt")
+    text = (directory / "manifest.json").read_text()
+    (directory / "manifest.json").unlink()
+    sent = threading.Event()
+    with Upload(
+        store, run_key=RUN_KEY, attempt=ATTEMPT, progress=lambda done, total: done == total and sent.set()
+    ) as upload:
+        files = upload.add(directory)
+        assert files == file_entries(directory) and sent.wait(30)
+        assert set(contents(store)) == {f"{RUN_KEY}/{ATTEMPT}/{name}" for name in FILES}
+        (directory / "manifest.json").write_text(text)
+        commit = upload.commit(directory, kind="model", move_latest=True)
+    assert latest_commit(store) == commit
+    assert store.exists(f"{RUN_KEY}/{ATTEMPT}/manifest.json")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ArtifactError])
+def test_an_upload_that_is_given_up_leaves_nothing(
+    store: Store, tmp_path: Path, error: type[BaseException]
+) -> None:
+    directory = write_attempt(tmp_path / "attempt")
+    with pytest.raises(error), Upload(store, run_key=RUN_KEY, attempt=ATTEMPT) as upload:
+        upload.add(directory)
+        raise error
+    assert contents(store) == {} and store.list_directories("") == []
+
+
+def test_a_digest_that_is_not_the_files_is_named(store: Store, tmp_path: Path) -> None:
+    directory = write_attempt(tmp_path / "attempt")
+    (directory / "model.safetensors").write_bytes(b"heights" * 1000)
+    with pytest.raises(ArtifactError, match=r"not what its manifest lists: model\.safetensors$"):
+        publish_directory(store, directory)
+    assert contents(store) == {} and store.list_directories("") == []
 
 
 def test_a_run_that_is_committed_keeps_its_winner(store: Store, tmp_path: Path) -> None:
@@ -121,14 +151,7 @@ def test_eight_threads_racing_have_one_winner_and_leave_nothing_else(tmp_path: P
     def race(attempt: str) -> Commit:
         store = open_store(str(root))
         start.wait()
-        return publish_attempt(
-            store,
-            run_key=RUN_KEY,
-            attempt=attempt,
-            directory=tmp_path / attempt,
-            kind="model",
-            move_latest=True,
-        )
+        return publish_directory(store, tmp_path / attempt, attempt=attempt)
 
     with ThreadPoolExecutor(8) as pool:
         commits = list(pool.map(race, attempts))
@@ -289,7 +312,7 @@ def test_a_directory_unlike_its_manifest_is_not_published(tmp_path: Path) -> Non
 
     def attempt(directory: Path, **changes: Any) -> None:
         given: dict[str, Any] = {"run_key": RUN_KEY, "attempt": ATTEMPT, "kind": "model", **changes}
-        publish_attempt(store, directory=directory, move_latest=True, **given)
+        publish_directory(store, directory, **given)
 
     for change in ({"run_key": OTHER_RUN}, {"attempt": OTHER_ATTEMPT}, {"kind": "statistics"}):
         with pytest.raises(ArtifactError, match=f"the model of {RUN_KEY}/{ATTEMPT}, not the"):
@@ -302,4 +325,4 @@ def test_a_directory_unlike_its_manifest_is_not_published(tmp_path: Path) -> Non
     (tmp_path / "a" / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
         attempt(tmp_path / "a")
-    assert not (tmp_path / "store").exists()
+    assert contents(store) == {} and store.list_directories("") == []

@@ -45,7 +45,7 @@ mon max pg per osd = 1000
 mon data avail crit = 1
 auth allow insecure global id reclaim = false
 [client.rgw]
-rgw frontends = beast endpoint=127.0.0.1:{port}
+rgw frontends = beast endpoint=127.0.0.1:{port} tcp_nodelay=1
 rgw thread pool size = 64
 rgw run sync thread = false
 rgw enable usage log = false

@@ -10,12 +10,11 @@ import pytest
 from ffsplit.artifacts import s3 as s3_module
 from ffsplit.artifacts import transfer
 from ffsplit.artifacts.commits import read_commit
-from ffsplit.artifacts.publish import publish_attempt
 from ffsplit.artifacts.pull import pull
 from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.errors import FFSplitError
-from tests.artifacts.attempts import ATTEMPT, RUN_KEY, write_attempt
+from tests.artifacts.attempts import ATTEMPT, RUN_KEY, publish_directory, write_attempt
 from tests.artifacts.test_locate import cache
 from tests.s3.fault_proxy import Fault, FaultProxy
 
@@ -53,14 +52,7 @@ def struck_while(
     proxy.faults[:] = faults
     published = pulled = False
     try:
-        publish_attempt(
-            open_store(uri),
-            run_key=RUN_KEY,
-            attempt=ATTEMPT,
-            directory=directory,
-            kind="model",
-            move_latest=True,
-        )
+        publish_directory(open_store(uri), directory)
         published = True
         pull(uri, copy)
         pulled = True

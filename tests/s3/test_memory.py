@@ -17,7 +17,7 @@ SCRIPT = """\
 import json, re, sys
 from pathlib import Path
 from ffsplit.artifacts.digests import sha256_file
-from ffsplit.artifacts.manifest import FileEntry
+from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.transfer import Transfer
 

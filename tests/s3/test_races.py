@@ -13,12 +13,12 @@ import pytest
 from ffsplit.artifacts.commits import Commit, read_commit
 from ffsplit.artifacts.index import list_runs
 from ffsplit.artifacts.locate import locate
-from ffsplit.artifacts.publish import new_attempt_id, publish_attempt
+from ffsplit.artifacts.publish import new_attempt_id
 from ffsplit.artifacts.pull import download
 from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.errors import ConfigError
-from tests.artifacts.attempts import RUN_KEY, publish, write_attempt
+from tests.artifacts.attempts import RUN_KEY, publish, publish_directory, write_attempt
 from tests.artifacts.test_locate import cache, is_whole
 from tests.s3.loopback import S3Server
 
@@ -80,14 +80,7 @@ def test_eight_writers_race_for_one_run(
     def race(attempt: str) -> Commit:
         store = open_store(uri)
         start.wait()
-        return publish_attempt(
-            store,
-            run_key=RUN_KEY,
-            attempt=attempt,
-            directory=tmp_path / attempt,
-            kind="model",
-            move_latest=True,
-        )
+        return publish_directory(store, tmp_path / attempt, attempt=attempt)
 
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
         told = [commit.attempt for commit in pool.map(race, attempts)]
