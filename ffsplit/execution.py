@@ -33,7 +33,7 @@ from ffsplit.stages.calibrate import CalibrationJob, CalibrationWorker, Shard
 from ffsplit.stages.compress import LayerJob, compress_layer_job
 from ffsplit.stages.heal import HealJob, heal_job
 from ffsplit.stages.measure import MeasureJob, measure_job
-from ffsplit.stages.reduce import FAN_IN, merged, reduce_job, reduce_jobs
+from ffsplit.stages.reduce import ReduceJob, reduce_job, reduced
 
 
 class Layers(NamedTuple):
@@ -85,15 +85,14 @@ class Execution:
         if self.run.origin is not None:
             shutil.copyfile(self.run.origin.path, target)
             return read_statistics(target)
-        parts, facts = [_statistics_file(result) for result in shards], lineage(self.run)
-        level = 0
-        while len(parts) > FAN_IN:
-            level += 1
-            jobs = reduce_jobs(parts, level=level, lineage=facts, scratch=self.place("reduce"))
+        facts = lineage(self.run)
+
+        def run_tasks(jobs: Sequence[ReduceJob]) -> list[Result]:
             answers = self.runner.map_tasks("reduce", reduce_job, jobs)
-            results = self.log.collect("reduce", self.run.calibration_key, len(jobs), answers)
-            parts = [result.files[0] for result in results]
-        statistics = merged(parts, self.scratch)
+            return self.log.collect("reduce", self.run.calibration_key, len(jobs), answers)
+
+        parts = [_statistics_file(result) for result in shards]
+        statistics = reduced(parts, lineage=facts, scratch=self.place("reduce"), run_tasks=run_tasks)
         write_statistics(target, statistics, lineage=facts | {"num_shards": str(len(shards))})
         return statistics
 

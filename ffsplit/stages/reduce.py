@@ -8,7 +8,7 @@ driver either, ever holds more than log2 of the shards' statistics, or reads mor
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ffsplit.artifacts.entries import FileEntry
@@ -34,15 +34,26 @@ class ReduceJob(Record):
         return f"level-{self.level}-{self.index:05d}"
 
 
-def reduce_jobs(
-    parts: Sequence[FileEntry], *, level: int, lineage: dict[str, str], scratch: Scratch
-) -> list[ReduceJob]:
-    """The tasks that make FAN_IN times fewer parts of these."""
-    groups = [tuple(parts[start : start + FAN_IN]) for start in range(0, len(parts), FAN_IN)]
-    return [
-        ReduceJob(level=level, index=index, parts=group, lineage=lineage, scratch=scratch)
-        for index, group in enumerate(groups)
-    ]
+def reduced(
+    parts: Sequence[FileEntry],
+    *,
+    lineage: dict[str, str],
+    scratch: Scratch,
+    run_tasks: Callable[[Sequence[ReduceJob]], Sequence[Result]],
+) -> tuple[NeuronStats, ...]:
+    """The statistics of all parts: by tasks as long as there are more than FAN_IN, then here."""
+    level = 0
+    while len(parts) > FAN_IN:
+        level += 1
+        groups = [tuple(parts[start : start + FAN_IN]) for start in range(0, len(parts), FAN_IN)]
+        results = run_tasks(
+            [
+                ReduceJob(level=level, index=index, parts=group, lineage=lineage, scratch=scratch)
+                for index, group in enumerate(groups)
+            ]
+        )
+        parts = [result.files[0] for result in results]
+    return merged(parts, scratch)
 
 
 def reduce_job(job: ReduceJob) -> Result:
