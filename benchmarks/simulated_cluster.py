@@ -154,7 +154,8 @@ class Reduction(NamedTuple):
     memory_mb: float
 
     def row(self) -> str:
-        return f"| {self.num_shards:,} shards | {self.read_mb:,.0f} | {self.seconds:.1f} | {self.memory_mb:.0f} |"
+        figures = f"{self.read_mb:,.0f} | {self.seconds:.1f} | {self.memory_mb:.0f}"
+        return f"| {self.num_shards:,} shards | {figures} |"
 
 
 def reduce_cost(folder: Path, *, num_shards: int) -> Reduction:
