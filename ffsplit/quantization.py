@@ -38,7 +38,7 @@ def quantize_rows(
         (weight.float() / _spread(weight_scale, weight.shape[1], group_size)).round().clamp(-limit, limit)
     )
     integers = values.to(torch.int8)
-    return {"weight": _packed(integers) if num_bits == 4 else integers, "weight_scale": weight_scale}
+    return {"weight": pack_nibbles(integers) if num_bits == 4 else integers, "weight_scale": weight_scale}
 
 
 def dequantize(
@@ -50,7 +50,7 @@ def dequantize(
 ) -> Tensor:
     """The matrix [rows, columns] on the grid, in floating point."""
     weight, scale = tensors["weight"], tensors["weight_scale"]
-    integers = _unpacked(weight, num_columns) if weight.dtype == torch.uint8 else weight
+    integers = unpack_nibbles(weight, num_columns) if weight.dtype == torch.uint8 else weight
     return integers.to(dtype) * _spread(scale, num_columns, group_size).to(dtype)
 
 
@@ -78,7 +78,7 @@ def _spread(weight_scale: Tensor, num_columns: int, group_size: int | None) -> T
     return weight_scale.float().repeat_interleave(group_size, dim=1)[:, :num_columns]
 
 
-def _packed(integers: Tensor) -> Tensor:
+def pack_nibbles(integers: Tensor) -> Tensor:
     """Two's-complement nibbles, the even column in the low half; an odd last column gets a zero."""
     if integers.shape[1] % 2:
         integers = torch.nn.functional.pad(integers, (0, 1))
@@ -86,7 +86,8 @@ def _packed(integers: Tensor) -> Tensor:
     return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
 
 
-def _unpacked(packed: Tensor, num_columns: int) -> Tensor:
+def unpack_nibbles(packed: Tensor, num_columns: int) -> Tensor:
+    """The int8 matrix that `pack_nibbles` packed."""
     low, high = packed & 0xF, packed >> 4
     nibbles = torch.stack([low, high], dim=2).flatten(1)[:, :num_columns].to(torch.int8)
     return torch.where(nibbles > 7, nibbles - 16, nibbles)

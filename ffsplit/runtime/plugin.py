@@ -66,9 +66,12 @@ def install_split_ffns(model: Any, layouts: list[LayerLayout], shapes: list[FFNS
     blocks = base.get_submodule(row.blocks)
     if len(blocks) != len(layouts):
         raise ArtifactError(f"config.json describes {len(layouts)} split layers, the model has {len(blocks)}")
+    per_token = row.kind == "causal_lm"  # a few tokens of these are very large
     for block, layout, shape in zip(blocks, layouts, shapes, strict=True):
         activation = ACT2FN[getattr(model.config, row.activation_field)]
-        install_split_ffn(block, row, SplitFFN(layout, shape, activation, guard=row.guard))
+        install_split_ffn(
+            block, row, SplitFFN(layout, shape, activation, guard=row.guard, per_token=per_token)
+        )
     return model  # type: ignore[no-any-return]
 
 

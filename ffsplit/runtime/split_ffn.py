@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ffsplit.ffn import FFNShape, Format, Integer, LayerLayout, LowRank, PartLayout
-from ffsplit.quantization import dequantize
+from ffsplit.runtime.integer_map import IntegerMap
 
 
 class DenseMap(nn.Module):
@@ -18,8 +18,8 @@ class DenseMap(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_rows, num_columns))
         self.bias = nn.Parameter(torch.empty(num_rows)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        return linear(x, self.weight, self.bias if plus is None else plus)
 
 
 class LowRankMap(nn.Module):
@@ -31,71 +31,81 @@ class LowRankMap(nn.Module):
         self.right = nn.Parameter(torch.empty(rank, num_columns))
         self.bias = nn.Parameter(torch.empty(num_rows)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(functional.linear(x, self.right), self.left, self.bias)
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        return linear(functional.linear(x, self.right), self.left, self.bias if plus is None else plus)
 
 
-class IntegerMap(nn.Module):
-    """y = (integers * scales) x + bias, the weight made floating point when it is used."""
-
-    weight: Tensor
-    weight_scale: Tensor
-
-    def __init__(self, format: Integer, num_rows: int, num_columns: int, *, bias: bool) -> None:
-        super().__init__()
-        self.num_columns, self.group_size = num_columns, format.group_size
-        num_groups = 1 if format.group_size is None else -(-num_columns // format.group_size)
-        dtype, stored = (
-            (torch.int8, num_columns) if format.num_bits == 8 else (torch.uint8, -(-num_columns // 2))
-        )
-        self.register_buffer("weight", torch.empty(num_rows, stored, dtype=dtype))
-        self.register_buffer("weight_scale", torch.empty(num_rows, num_groups, dtype=torch.float16))
-        self.bias = nn.Parameter(torch.empty(num_rows)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        tensors = {"weight": self.weight, "weight_scale": self.weight_scale}
-        weight = dequantize(tensors, num_columns=self.num_columns, group_size=self.group_size, dtype=x.dtype)
-        return functional.linear(x, weight, self.bias)
+def linear(x: Tensor, weight: Tensor, plus: Tensor | None) -> Tensor:
+    """x W^T + plus in one product; `plus` is a bias, or a tensor of the output's shape."""
+    if plus is None or plus.dim() == 1:
+        return functional.linear(x, weight, plus)
+    rows = torch.addmm(plus.reshape(-1, plus.shape[-1]), x.reshape(-1, x.shape[-1]), weight.t())
+    return rows.view(plus.shape)
 
 
-def build_map(format: Format, num_rows: int, num_columns: int, *, bias: bool) -> nn.Module:
-    """An empty linear map of some format."""
+def build_map(
+    format: Format, num_rows: int, num_columns: int, *, bias: bool, per_token: bool = False
+) -> nn.Module:
+    """An empty linear map of some format; `per_token` is about the inputs of int8 weights."""
     if isinstance(format, LowRank):
         return LowRankMap(num_rows, num_columns, rank=format.rank, bias=bias)
     if isinstance(format, Integer):
-        return IntegerMap(format, num_rows, num_columns, bias=bias)
+        return IntegerMap(format, num_rows, num_columns, bias=bias, per_token=per_token)
     return DenseMap(num_rows, num_columns, bias=bias)
 
 
 class FFNPartModule(nn.Module):
-    """The sum over one part's neurons."""
+    """The sum over one part's neurons, added to `plus`."""
 
-    def __init__(self, layout: PartLayout, shape: FFNShape, activation: nn.Module) -> None:
+    def __init__(
+        self, layout: PartLayout, shape: FFNShape, activation: nn.Module, *, per_token: bool = False
+    ) -> None:
         super().__init__()
         n, d = layout.num_neurons, shape.hidden_size
-        self.up = build_map(layout.up, n, d, bias=shape.up_bias)
-        self.gate = None if layout.gate is None else build_map(layout.gate, n, d, bias=shape.up_bias)
-        self.down = build_map(layout.down, d, n, bias=False)
-        self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        up = self.up(x)
-        hidden = self.activation(up) if self.gate is None else self.activation(self.gate(x)) * up
-        output: Tensor = self.down(hidden)
+        def made(format: Format, num_rows: int, num_columns: int, *, bias: bool) -> nn.Module:
+            return build_map(format, num_rows, num_columns, bias=bias, per_token=per_token)
+
+        self.up = made(layout.up, n, d, bias=shape.up_bias)
+        self.gate = None if layout.gate is None else made(layout.gate, n, d, bias=shape.up_bias)
+        self.down = made(layout.down, d, n, bias=False)
+        first = self.up if self.gate is None else self.gate
+        self.activation = activation
+        if isinstance(first, IntegerMap):
+            first.activation, self.activation = activation, nn.Identity()
+
+    def forward(self, x: Tensor, plus: Tensor | None) -> Tensor:
+        if self.gate is None:
+            hidden = self.activation(self.up(x))
+        else:
+            hidden = self.activation(self.gate(x)) * self.up(x)
+        output: Tensor = self.down(hidden, plus)
         return output
 
 
 class SplitFFN(nn.Module):
-    """FFN(x) = heavy(x) + light(x) + bias.
+    """FFN(x) = heavy(x) + light(x) + bias; the sum is taken by the products themselves.
 
     It also holds a guard: a tensor under the original name of one of the FFN's weights, of a shape
     that cannot match, so that a load without ffsplit fails instead of starting from random weights.
+    `per_token` is for int8 weights: whether each token's inputs get a scale of their own.
     """
 
-    def __init__(self, layout: LayerLayout, shape: FFNShape, activation: nn.Module, *, guard: str) -> None:
+    def __init__(
+        self,
+        layout: LayerLayout,
+        shape: FFNShape,
+        activation: nn.Module,
+        *,
+        guard: str,
+        per_token: bool = False,
+    ) -> None:
         super().__init__()
-        self.heavy = None if layout.heavy is None else FFNPartModule(layout.heavy, shape, activation)
-        self.light = None if layout.light is None else FFNPartModule(layout.light, shape, activation)
+        heavy, light = (
+            None if part is None else FFNPartModule(part, shape, activation, per_token=per_token)
+            for part in (layout.heavy, layout.light)
+        )
+        self.heavy, self.light = heavy, light
         self.down_bias = nn.Parameter(torch.empty(shape.hidden_size)) if layout.down_bias else None
         owner: nn.Module = self
         *path, name = guard.split(".")
@@ -105,6 +115,10 @@ class SplitFFN(nn.Module):
         owner.register_buffer(name, torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        outputs = [part(x) for part in (self.heavy, self.light) if part is not None]
-        y: Tensor = outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
-        return y if self.down_bias is None else y + self.down_bias
+        y: Tensor | None = self.down_bias
+        if self.heavy is not None:
+            y = self.heavy(x, y)
+        if self.light is not None:
+            y = self.light(x, y)
+        assert y is not None
+        return y

@@ -1,0 +1,128 @@
+"""Products with int8 weights, one scale an output row, and inputs that become integers on the way.
+
+Inputs are asymmetric: x is about (q - zero) * scale with q of 8 bits, zero exact in its range. On the CPU
+oneDNN multiplies unsigned inputs by signed weights (VNNI where the processor has it).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+SMALLEST_CUDA_ROWS = 17
+"""cuBLAS multiplies int8 matrices of more than 16 rows."""
+
+NO_OP = ("none", "none")
+POST_OPS = {
+    "GELUActivation": ("gelu", "none"),
+    "GELUTanh": ("gelu", "tanh"),
+    "ReLU": ("relu", "none"),
+}
+"""Activation modules that oneDNN applies to the products on their way out."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix as oneDNN keeps it, and its scales. Calls take and give any floating-point dtype."""
+
+    weight: Tensor
+    scale: Tensor
+    zero_points: Tensor
+    per_token: bool
+
+    def __call__(self, x: Tensor, bias: Tensor | None, activation: nn.Module | None = None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows if rows.dtype == torch.float32 else rows.float()
+        bias = bias if bias is None or bias.dtype == torch.float32 else bias.float()
+        post_op = None if activation is None else POST_OPS.get(type(activation).__name__)
+        if self.per_token and rows.shape[0] > 1:
+            y, post_op = self._by_token(rows, bias), None
+        else:
+            y = self._product(*_as_bytes(rows), bias, post_op=post_op or NO_OP)
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y if activation is None or post_op is not None else activation(y)
+
+    def _by_token(self, rows: Tensor, bias: Tensor | None) -> Tensor:
+        """Each token has a scale of its own; its zero point is 128."""
+        scale_T1 = (rows.abs().amax(1, keepdim=True) / 127).clamp_(min=1e-12)
+        integers = rows.div(scale_T1).round_().add_(128).to(torch.uint8)
+        y = self._product(integers, 1.0, 128, None)
+        return y.mul_(scale_T1) if bias is None else torch.addcmul(bias, y, scale_T1)
+
+    def _product(
+        self,
+        integers: Tensor,
+        scale: float,
+        zero: int,
+        bias: Tensor | None,
+        *,
+        post_op: tuple[str, str] = NO_OP,
+    ) -> Tensor:
+        name, algorithm = post_op
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            integers, scale, zero, self.weight, self.scale, self.zero_points, bias,
+            1.0, 0, torch.float32, name, [], algorithm,
+        )  # fmt: skip
+        return y
+
+    def takes(self, x: Tensor, *, compiling: bool) -> bool:
+        """oneDNN's own layout cannot be traced."""
+        return x.device.type == "cpu" and not compiling
+
+    def integers(self) -> Tensor:
+        """The matrix [rows, columns] as it was stored."""
+        return self.weight.to_dense().t().contiguous()
+
+
+def _as_bytes(rows: Tensor) -> tuple[Tensor, float, int]:
+    """A matrix as bytes with one scale and zero point: x is about (byte - zero) * scale.
+
+    254 steps from the lowest value to the highest, so that rounding the zero point needs no clamp; adding
+    a half and cutting off rounds.
+    """
+    lowest, highest = rows.aminmax()
+    low, high = min(lowest.item(), 0.0), max(highest.item(), 0.0)
+    scale = max(high - low, 1e-12) / 254
+    if not math.isfinite(scale):
+        return torch.zeros_like(rows, dtype=torch.uint8), math.nan, 1
+    zero = round(-low / scale)
+    return torch.rsub(rows, zero + 0.5, alpha=-1 / scale).to(torch.uint8), scale, zero
+
+
+def pack(weight: Tensor, weight_scale: Tensor, *, per_token: bool) -> Packed | None:
+    """Pack a matrix [rows, columns] of int8; None away from the CPU, or where torch lacks the kernel."""
+    if weight.device.type != "cpu" or "onednn" not in torch.backends.quantized.supported_engines:
+        return None
+    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    zero_points = torch.zeros(len(weight), dtype=torch.long)
+    return Packed(packed, weight_scale[:, 0].float().contiguous(), zero_points, per_token)
+
+
+def multiplies(x: Tensor, weight: Tensor) -> bool:
+    """Whether `matmul` takes these: on the CPU anything, on CUDA sizes that cuBLAS knows."""
+    if x.device.type == "cuda":
+        return weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0
+    return x.device.type == "cpu"
+
+
+def matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, per_token: bool) -> Tensor:
+    """The product by plain operations, which torch.compile fuses around one integer GEMM.
+
+    A row of ones below the inputs gives the sums of the weight's rows, which zero points are taken off
+    with; more of them make up the rows that cuBLAS asks for.
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()
+    num_tokens = rows.shape[0]
+    low, high = (rows.amin(1, True), rows.amax(1, True)) if per_token else (rows.amin(), rows.amax())
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    step = (high - low).clamp(min=1e-12) / 254  # as in `_as_bytes`
+    zero = (-low / step).round() - 128
+    integers = (rows / step + (zero + 0.5)).floor().to(torch.int8)
+    ones = integers.new_ones(max(1, SMALLEST_CUDA_ROWS - num_tokens), rows.shape[1])
+    product = torch._int_mm(torch.cat([integers, ones]), weight.t()).float()
+    y = (product[:num_tokens] - zero * product[num_tokens]) * step * scale.float()
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])

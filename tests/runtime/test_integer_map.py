@@ -1,0 +1,181 @@
+"""Integer weights by the machine's kernels equal the same weights in floating point."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.activations import ACT2FN
+
+from ffsplit.ffn import Integer
+from ffsplit.quantization import quantize_rows, scales_of
+from ffsplit.runtime.integer_map import IntegerMap, unpack
+
+SHAPES = [(48, 64), (30, 33), (16, 128), (1, 8), (96, 256)]
+HALF_STEP = 0.51 / 127
+"""What rounding an input to 8 bits moves it by at most, as a part of the largest."""
+
+
+def made(
+    num_bits: Any, rows: int, columns: int, *, group_size: int | None = None, seed: int = 0, **options: Any
+) -> IntegerMap:
+    """A map with random weights, and biases unless `bias=False`."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    scale = scales_of(weight, num_bits=num_bits, group_size=group_size)
+    tensors = quantize_rows(weight, scale, num_bits=num_bits, group_size=group_size)
+    options = {"bias": True} | options
+    result = IntegerMap(Integer(num_bits=num_bits, group_size=group_size), rows, columns, **options)
+    result.weight, result.weight_scale = tensors["weight"], tensors["weight_scale"]
+    if result.bias is not None:
+        result.bias.data = torch.randn(rows, generator=generator)
+    return result.eval()
+
+
+def inputs(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_within_rounding(found: Tensor, x: Tensor, linear: IntegerMap) -> None:
+    """No further from the floating-point product than the inputs' rounding can move it."""
+    weight = linear.float_weight(torch.float32)
+    expected = functional.linear(x, weight, linear.bias)
+    bound = HALF_STEP * x.abs().max() * weight.abs().sum(1) + 1e-4
+    assert ((found - expected).abs() <= bound).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize(("rows", "columns"), SHAPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (40,)])
+def test_int8_is_within_the_rounding_of_its_inputs(
+    rows: int, columns: int, per_token: bool, bias: bool, shape: tuple[int, ...]
+) -> None:
+    linear, x = made(8, rows, columns, bias=bias, per_token=per_token), inputs(*shape, columns)
+    found = linear(x)
+    assert linear.is_packed and found.shape == (*shape, rows)
+    assert_within_rounding(found, x, linear)
+
+
+@torch.no_grad()
+def test_a_large_token_costs_the_others_nothing_where_each_has_a_scale() -> None:
+    x = inputs(6, 64)
+    large = torch.cat([x, 1000 * inputs(1, 64, seed=2)])
+    linear = made(8, 48, 64, per_token=True)
+    assert torch.equal(linear(large)[:6], linear(x))
+    assert_within_rounding(linear(large)[:6], x, linear)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 7, 40])
+def test_int8_by_plain_operations_agrees_with_the_packed_kernel(num_tokens: int, per_token: bool) -> None:
+    """What is traced and what runs on CUDA."""
+    linear, x = made(8, 48, 64, per_token=per_token), inputs(num_tokens, 64)
+    found = linear._plain(x, linear.bias)
+    assert_within_rounding(found, x, linear)
+    if not per_token or num_tokens == 1:
+        torch.testing.assert_close(found, linear(x), atol=0.05, rtol=1e-3)  # ties may go either way
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_inputs_without_a_range(value: float, per_token: bool) -> None:
+    linear, x = made(8, 48, 64, per_token=per_token), torch.full((4, 64), value)
+    for found in (linear(x), (linear.unpack(), linear._plain(x, linear.bias))[1]):
+        assert_within_rounding(found, x, linear)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_a_number_is_not_hidden(value: float) -> None:
+    x = inputs(4, 64)
+    x[2, 5] = value
+    for per_token in (True, False):
+        assert not made(8, 48, 64, per_token=per_token)(x)[2].isfinite().any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gelu", "gelu_pytorch_tanh", "relu", "silu", "gelu_new"])
+@pytest.mark.parametrize("per_token", [True, False])
+def test_an_activation_on_the_way_out(name: str, per_token: bool) -> None:
+    linear, x = made(8, 48, 64, per_token=per_token), inputs(5, 64)
+    plain = linear(x)
+    linear.activation = ACT2FN[name]
+    torch.testing.assert_close(linear(x), ACT2FN[name](plain), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("rows", "columns", "group_size"),
+    [(48, 64, 32), (48, 64, None), (32, 256, 64), (16, 96, 32), (30, 64, 32), (16, 33, 8), (16, 128, 48)],
+)
+def test_int4_equals_its_matrix(rows: int, columns: int, group_size: int | None, dtype: torch.dtype) -> None:
+    """By the kernel where it takes the shape, by floating point where it does not."""
+    linear, x = made(4, rows, columns, group_size=group_size), inputs(3, 5, columns).to(dtype)
+    found = linear(x)
+    assert linear.is_packed == (rows % 16 == 0 and group_size in (32, 64, None) and columns % 32 == 0)
+    expected = functional.linear(x.float(), linear.float_weight(torch.float32), linear.bias)
+    tolerance = 1e-4 if dtype is torch.float32 else 0.1
+    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("num_bits", "group_size"), [(8, None), (8, 32), (4, 32), (4, None), (4, 128)])
+def test_packing_is_undone_to_the_bit(num_bits: int, group_size: int | None) -> None:
+    """In what is saved, copied and cast; and there is one copy at a time."""
+    linear = made(num_bits, 48, 640, group_size=group_size)
+    stored, scale, x = linear.weight, linear.weight_scale, inputs(2, 640)
+    before = linear(x)
+    assert (linear.weight is None) == linear.is_packed
+    saved = linear.state_dict()
+    assert torch.equal(saved["weight"], stored) and torch.equal(saved["weight_scale"], scale)
+    linear(x)
+    twin = copy.deepcopy(linear)
+    assert torch.equal(twin.weight, stored) and torch.equal(twin(x), before)
+    linear(x)
+    assert torch.equal(linear.to("cpu").weight, stored)
+
+
+@pytest.mark.parametrize(("num_bits", "per_token"), [(8, True), (8, False), (4, False)])
+def test_compiles_without_a_break(num_bits: int, per_token: bool) -> None:
+    linear = made(num_bits, 48, 64, per_token=per_token)
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager", dynamic=True)
+    with torch.no_grad():
+        for x in (inputs(4, 64), inputs(2, 9, 64)):
+            assert_within_rounding(compiled(x), x, linear)
+
+
+@torch.no_grad()
+def test_packed_weights_say_how_to_compile_them() -> None:
+    model = nn.Sequential(made(8, 48, 64))
+    model(inputs(3, 64))
+    with pytest.raises(Exception, match="unpack"):
+        torch.compile(model, fullgraph=True, backend="eager")(inputs(3, 64))
+    unpack(model)
+    torch._dynamo.reset()
+    assert torch.compile(model, fullgraph=True, backend="eager")(inputs(3, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize(("num_bits", "group_size"), [(8, None), (4, 32)])
+def test_gradients_go_through_to_the_inputs(num_bits: int, group_size: int | None) -> None:
+    linear, x = made(num_bits, 48, 64, group_size=group_size), inputs(3, 64).requires_grad_()
+    linear(x).sum().backward()
+    torch.testing.assert_close(x.grad, linear.float_weight(torch.float32).sum(0).expand(3, -1))
+    assert linear.bias is not None and linear.bias.grad is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("num_bits", "group_size"), [(8, None), (4, 32)])
+def test_runs_under_autocast(num_bits: int, group_size: int | None) -> None:
+    linear, x = made(num_bits, 48, 64, group_size=group_size), inputs(3, 64)
+    expected = linear(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(linear(x.bfloat16()).float(), expected, atol=0.15, rtol=0.05)
