@@ -38,6 +38,7 @@ from ffsplit.publication import REPORT_NAME, Outcome, write_documents
 from ffsplit.recipes.recipe import Recipe
 from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.splitting.plan import LayerPlan, plan_split
+from ffsplit.temporary import full_disk_explained
 
 REFUSED_REPORT = f"refused/{REPORT_NAME}"
 """Where in the scratch the report of a result lies that its gates refused."""
@@ -153,6 +154,7 @@ def _carry_out(
     config, log = run.config, StageLog(shown)
     with (
         logs.fields(run=key),
+        full_disk_explained(),
         make_runner(config) as runner,
         tempfile.TemporaryDirectory(prefix="ffsplit-") as folder,
     ):

@@ -25,6 +25,7 @@ from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError, StoreError
+from ffsplit.temporary import full_disk_explained
 
 SCRATCH_PREFIX = ".scratch"
 
@@ -89,7 +90,8 @@ class Scratch(Record):
                 return found
             logs.log("started")
             started = time.monotonic()
-            result = compute()
+            with full_disk_explained():
+                result = compute()
             logs.log(
                 "finished",
                 seconds=round(time.monotonic() - started, 3),

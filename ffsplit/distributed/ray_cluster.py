@@ -73,10 +73,10 @@ def connect(address: str | None, *, num_cpus: int) -> None:
         with _own_signals():
             ray.init(**options)
     except (RayError, RuntimeError, ValueError, OSError, AssertionError) as error:
-        raise ConfigError(_refusal(options["address"], str(error).strip() or type(error).__name__)) from None
+        raise ConfigError(refusal(options["address"], str(error).strip() or type(error).__name__)) from None
 
 
-def _refusal(address: str, reason: str) -> str:
+def refusal(address: str, reason: str) -> str:
     """Why a cluster cannot be used, in one line."""
     if "ersion mismatch" in reason:
         found = _VERSIONS.findall(reason)

@@ -22,9 +22,13 @@ def can(*flags: str) -> bool:
     return probe.returncode == 0
 
 
-def isolated(command: Sequence[str], *, mounts: bool = False) -> list[str]:
-    """The command in a network, and if asked for a table of mounts, of its own, where that is allowed."""
-    flags = ["-n", "-m"] if mounts else ["-n"]
+NETWORK = ("-n",)
+EVERYTHING = ("-n", "-m", "-p", "-f", "--mount-proc", "--kill-child")
+"""A network, mounts and processes: what the command starts ends with it, and it sees nothing else."""
+
+
+def isolated(command: Sequence[str], *, flags: Sequence[str] = NETWORK) -> list[str]:
+    """The command in namespaces of its own, where that is allowed."""
     if not can(*flags):
         return list(command)
     return ["unshare", *flags, "bash", "-c", 'ip link set lo up; exec "$@"', "bash", *command]

@@ -29,11 +29,13 @@ ray job submit --address http://127.0.0.1:$DASHBOARD_PORT --working-dir . -- "$@
 
 
 def isolation() -> list[str]:
-    """Ray listens on every interface, so the cluster gets a network of its own where that is allowed."""
+    """Ray listens on every interface, and `ray stop` ends every Ray that it sees: where that is allowed,
+    the cluster gets a network and a table of processes of its own."""
+    own = ["unshare", "-n", "-p", "-f", "--mount-proc", "--kill-child"]
     if shutil.which("unshare") and shutil.which("ip"):
-        probe = subprocess.run(["unshare", "-n", "ip", "link", "set", "lo", "up"], capture_output=True)
+        probe = subprocess.run([*own, "ip", "link", "set", "lo", "up"], capture_output=True)
         if probe.returncode == 0:
-            return ["unshare", "-n"]
+            return own
     return []
 
 
