@@ -1,7 +1,8 @@
 """Two hosts that do not see the same files: a cluster whose second node has mounts of its own.
 
 `python -m tests.faults.hosts FOLDER` must run with a network, mounts and processes of its own, which end
-with it. It prints one JSON object: how a run with a local --out ended, how one into a bucket did, and where late work ran.
+with it. It prints one JSON object: how a run with a local --out ended, how one into a bucket did, and
+where late work ran.
 """
 
 from __future__ import annotations
