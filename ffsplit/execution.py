@@ -21,8 +21,7 @@ from ffsplit.distributed.runner import Runner
 from ffsplit.ffn import LayerLayout
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.source import ModelSource, described
-from ffsplit.placement import stage
+from ffsplit.models.source import ModelSource, described, staged
 from ffsplit.prepare import PreparedRun, healing_threads
 from ffsplit.progress import StageLog
 from ffsplit.runtime.assemble import is_plain
@@ -200,7 +199,7 @@ class Execution:
         """A checkpoint that this process has put together, for a worker on any host."""
         if not self.runner.is_spread:
             return ModelSource(path=str(directory))
-        return stage(described(directory), self.place(f"checkpoints/{directory.name}"), once=False)
+        return staged(described(directory), self.place(f"checkpoints/{directory.name}"), once=False)
 
     def _layer_jobs(
         self,
@@ -219,7 +218,7 @@ class Execution:
                 plan=plan,
                 steps=steps,
                 plain=plain,
-                inputs=tuple(_input_files(shards, plan.layer)),
+                inputs=tuple(_input_files(shards, checkpoint.ffns[plan.layer].unit)),
                 scratch=place,
                 profile=self.run.profile,
             )
@@ -237,7 +236,7 @@ def _statistics_file(result: Result) -> FileEntry:
     return entry
 
 
-def _input_files(shards: Sequence[Result], layer: int) -> list[FileEntry]:
-    """The sampled inputs of one layer, in shard order."""
-    folder = f"/inputs/layer-{layer:03d}/"
+def _input_files(shards: Sequence[Result], unit: int) -> list[FileEntry]:
+    """The sampled inputs of one FFN, or of a block's experts, in shard order."""
+    folder = f"/inputs/layer-{unit:03d}/"
     return [entry for result in shards for entry in result.files if folder in entry.path]

@@ -30,7 +30,6 @@ from ffsplit.execution import Execution, Layers
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.models.source import ModelSource
 from ffsplit.placement import place
 from ffsplit.prepare import PreparedRun, check_plain, prepare, settle
 from ffsplit.progress import Progress, StageLog
@@ -163,9 +162,7 @@ def _carry_out(
         staging = Path(folder) / attempt
         (staging / STATISTICS_PATH).parent.mkdir(parents=True)
         compute = _compute_model if kind == "model" else _compute_statistics
-        model = ModelSource(path=str(run.checkpoint.directory))
-        execution = place(Execution(run, scratch, runner, log, model), shown)
-        run, outcome = compute(execution, staging)
+        run, outcome = compute(place(run, scratch, runner, log, shown=shown), staging)
         outcome = replace(outcome, guarantees=guarantees)
         if outcome.measurements is not None:
             outcome = replace(outcome, gates=judge(run.gates, outcome.measurements))

@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from ffsplit.artifacts.inputs import StoredFiles, is_remote
+from ffsplit.artifacts.inputs import is_remote
 from ffsplit.artifacts.scratch import Scratch
 from ffsplit.artifacts.stores import open_store
+from ffsplit.distributed.runner import Runner
 from ffsplit.errors import ConfigError
-from ffsplit.models.source import ModelSource, described
-from ffsplit.progress import Progress
+from ffsplit.execution import Execution
+from ffsplit.models.source import ModelSource, described, staged
+from ffsplit.prepare import PreparedRun
+from ffsplit.progress import Progress, StageLog
 
-if TYPE_CHECKING:
-    from ffsplit.execution import Execution
 
-
-def place(execution: Execution, shown: Progress) -> Execution:
-    """The execution with a scratch and a model that every host sees. Raises ConfigError without."""
+def place(run: PreparedRun, scratch: Scratch, runner: Runner, log: StageLog, *, shown: Progress) -> Execution:
+    """The run's execution, with a scratch and a model that every host sees. Raises ConfigError without."""
+    execution = Execution(run, scratch, runner, log, ModelSource(path=str(run.checkpoint.directory)))
     if not execution.runner.is_spread:
         return execution
     scratch = _seen_by_all(execution)
@@ -66,20 +65,9 @@ def _model_for_all(execution: Execution, shown: Progress) -> ModelSource:
             f"{path}: {len(blind)} of {len(seen)} hosts do not see this model ({blind[0]} is one): "
             f"it is put into {execution.scratch.uri}/{execution.scratch.prefix} for all"
         )
-        source = stage(source, execution.scratch.place("model"), once=True)
+        source = staged(source, execution.scratch.place("model"), once=True)
     execution.runner.on_every_host("inputs", _fetch, source)
     return source
-
-
-def stage(source: ModelSource, place: Scratch, *, once: bool) -> ModelSource:
-    """A copy in the scratch that every host can have. `once`: what is there already is of this content."""
-    store, prefix = open_store(place.uri), place.prefix
-    there = {entry.key: entry.size_bytes for entry in store.list_details(prefix)} if once else {}
-    for entry in source.files:
-        if there.get(f"{prefix}/{entry.path}") != entry.size_bytes:
-            store.put_file(f"{prefix}/{entry.path}", Path(source.path, entry.path).resolve())
-    stored = StoredFiles(uri=f"{store.uri}/{prefix}", files=source.files)
-    return ModelSource(path=source.path, stored=stored)
 
 
 def _is_visible(scratch: Scratch) -> bool:

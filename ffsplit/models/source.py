@@ -8,6 +8,8 @@ from pathlib import Path
 from ffsplit.artifacts.digests import sha256_file
 from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.inputs import StoredFiles
+from ffsplit.artifacts.scratch import Scratch
+from ffsplit.artifacts.stores import open_store
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError
 from ffsplit.models.locate import WANTED_SUFFIXES
@@ -55,6 +57,17 @@ def described(directory: Path) -> ModelSource:
         if path.is_file()
     )
     return ModelSource(path=str(directory), files=entries)
+
+
+def staged(source: ModelSource, place: Scratch, *, once: bool) -> ModelSource:
+    """A copy in the scratch that every host can have. `once`: what is there already is of this content."""
+    store, prefix = open_store(place.uri), place.prefix
+    there = {entry.key: entry.size_bytes for entry in store.list_details(prefix)} if once else {}
+    for entry in source.files:
+        if there.get(f"{prefix}/{entry.path}") != entry.size_bytes:
+            store.put_file(f"{prefix}/{entry.path}", Path(source.path, entry.path).resolve())
+    stored = StoredFiles(uri=f"{store.uri}/{prefix}", files=source.files)
+    return ModelSource(path=source.path, stored=stored)
 
 
 def _size(path: Path) -> int | None:
