@@ -28,7 +28,7 @@ import torch
 from benchmarks.simulated_cluster import dispatch_cost, ray_cost, reduce_cost
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.batches import padded_batches, tokenize_rows
-from ffsplit.calibration.hooks import FFNObserver
+from ffsplit.calibration.hooks import NOTHING, FFNObserver, Sampling
 from ffsplit.calibration.sources import read_all
 from ffsplit.distributed.ray_runner import RayRunner
 from ffsplit.environment import describe_environment
@@ -180,18 +180,18 @@ def overhead(*, num_rows: int, rounds: int) -> Overhead:
 
     def plain() -> None:
         for batch in batches:
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            model(**batch.arguments)
 
-    def watched(sampled: torch.Tensor) -> None:
-        with FFNObserver(model, checkpoint.architecture, sampled=sampled) as observer:
+    def watched(sampling: Sampling) -> None:
+        with FFNObserver(model, checkpoint.ffns, sampling=sampling) as observer:
             for batch in batches:
-                observer.next_batch(batch.attention_mask)
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+                observer.next_batch(batch.arguments)
+                model(**batch.arguments)
             observer.statistics()
             observer.inputs()
 
-    none, tenth = torch.arange(0), torch.arange(0, num_tokens, 10)
-    ways = [plain, partial(watched, none), partial(watched, tenth)]
+    tenth = Sampling(lambda count: torch.arange(0, count, 10), {"attention_mask": num_tokens})
+    ways = [plain, partial(watched, NOTHING), partial(watched, tenth)]
     seconds: list[list[float]] = [[] for _ in ways]
     with torch.no_grad():
         for turn in range(rounds + 1):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.calibration.sums import NeuronSums
 from ffsplit.errors import CalibrationError
 from ffsplit.models.places import FFNPlace
 
@@ -30,66 +31,6 @@ class Sampling:
 
 NOTHING = Sampling(lambda _: torch.empty(0, dtype=torch.long))
 
-CHUNK_TOKENS = 256
-"""Rows of activations looked at together on a CPU: few enough to stay in its cache for all the sums."""
-
-
-class _NeuronSums:
-    """Running sums of one FFN's neuron activations, in float64 on the model's device."""
-
-    def __init__(self, down_weight_DN: Tensor, expert: int | None) -> None:
-        def zeros() -> Tensor:
-            return torch.zeros(down_weight_DN.shape[1], dtype=torch.float64, device=down_weight_DN.device)
-
-        self._expert = expert
-        self.down_norm = down_weight_DN.double().norm(dim=0)
-        self.num_tokens = 0
-        self.sum_abs, self.sum, self.sum_squares, self.max_abs, self.num_active = (zeros() for _ in range(5))
-
-<<<<<<< HEAD
-    def add(self, activation_TN: Tensor, *, tokens: Tensor | None) -> None:
-        """Add the rows at these positions, all of them when None."""
-        count = len(activation_TN) if tokens is None else len(tokens)
-        step = CHUNK_TOKENS if activation_TN.device.type == "cpu" else count
-        self.num_tokens += count
-        for start in range(0, count, max(1, step)):
-            stop = start + step
-            if tokens is None:
-                self._add(activation_TN[start:stop].float())
-            else:
-                self._add(activation_TN.index_select(0, tokens[start:stop]).float())
-
-    def _add(self, a_TN: Tensor) -> None:
-        """Column sums as products with a vector of ones, which is what processors do best."""
-        ones_T = torch.ones(len(a_TN), device=a_TN.device)
-        self.sum += ones_T @ a_TN
-=======
-    def add(self, activation_TN: Tensor) -> None:
-        if not len(activation_TN):  # an expert that no token of the batch was sent to
-            return
-        a_TN = activation_TN.float()
->>>>>>> main
-        absolute_TN = a_TN.abs()
-        self.sum_abs += ones_T @ absolute_TN
-        self.max_abs = torch.maximum(self.max_abs, absolute_TN.amax(0).double())
-        self.sum_squares += ones_T @ absolute_TN.square_()
-        self.num_active += ones_T @ torch.gt(a_TN, 0, out=absolute_TN)
-
-    def result(self) -> NeuronStats:
-        def array(values: Tensor) -> Any:
-            return values.cpu().numpy()
-
-        return NeuronStats(
-            num_tokens=self.num_tokens,
-            sum_abs=array(self.sum_abs),
-            sum=array(self.sum),
-            sum_squares=array(self.sum_squares),
-            max_abs=array(self.max_abs),
-            num_active=array(self.num_active.long()),
-            down_norm=array(self.down_norm),
-            expert=self._expert,
-        )
-
 
 class _Stream:
     """The tokens that a tower sees, numbered over all batches, and which of them are sampled.
@@ -104,28 +45,35 @@ class _Stream:
         self._is_known = False
         self._sampled = torch.empty(0, dtype=torch.long)
         self.start = self.stop = 0
-        self.is_token: Tensor | None = None
+        self.rows: Tensor | None = None
         if mask is not None and mask in sampling.num_tokens:
             self._sampled = sampling.choose(sampling.num_tokens[mask])
 
     def next_batch(self, arguments: Mapping[str, Tensor]) -> None:
-        self.start, self.is_token = self.stop, None
+        self.start, self.rows = self.stop, None
         self._num_rows = len(next(iter(arguments.values())))
         mask = None if self._mask is None else arguments.get(self._mask)
         self._is_known = mask is not None
         if mask is not None:
-            self.is_token = None if bool(mask.all()) else mask.bool().flatten()
-            self.stop += int(mask.sum())
+            rows = mask.flatten().nonzero().flatten()
+            self.rows = None if len(rows) == mask.numel() else rows
+            self.stop += len(rows)
 
-    def tokens(self, values: Tensor) -> Tensor:
-        """The rows of [..., n] that belong to tokens."""
+    def positions(self, values: Tensor) -> Tensor:
+        """All rows of [..., n]; those of tokens are `rows`, and all where that is None."""
         flat = values.detach().flatten(0, -2)
         if not self._is_known:
             if self.start == 0:
                 total = -(-len(flat) * self._sampling.num_rows // self._num_rows)
                 self._sampled = self._sampling.choose(total)
             self.stop, self._is_known = self.start + len(flat), True
-        return flat if self.is_token is None else flat[self.is_token]
+        self.rows = None if self.rows is None else self.rows.to(flat.device)
+        return flat
+
+    def tokens(self, values: Tensor) -> Tensor:
+        """The rows of [..., n] that belong to tokens."""
+        flat = self.positions(values)
+        return flat if self.rows is None else flat.index_select(0, self.rows)
 
     def sampled_rows(self) -> Tensor:
         """Which of this batch's tokens are sampled."""
@@ -156,20 +104,11 @@ class FFNObserver:
         inputs_only: bool = False,
     ) -> None:
         self._handles: list[Any] = []
-<<<<<<< HEAD
-        self._blocks, self._row = blocks, architecture
-        self._sampled, self._inputs_only = sampled, inputs_only
-        self._start = self._stop = 0
-        self._token_rows: Tensor | None = None
-        self._sums = {layer: _NeuronSums(_down_weight(blocks[layer], architecture)) for layer in self.layers}
-        self._inputs: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
-=======
         self._base, self._ffns, self._inputs_only = base_model, ffns, inputs_only
         towers = dict.fromkeys(ffn.tower for ffn in ffns)
         self._streams = {tower.name: _Stream(tower.mask, sampling) for tower in towers}
-        self._sums = {ffn.index: _NeuronSums(_down_weight(base_model, ffn), ffn.expert) for ffn in ffns}
+        self._sums = {ffn.index: NeuronSums(_down_weight(base_model, ffn), ffn.expert) for ffn in ffns}
         self._inputs: dict[int, list[dict[str, Tensor]]] = {}
->>>>>>> main
 
     def __enter__(self) -> FFNObserver:
         for ffn in self._ffns:
@@ -190,14 +129,6 @@ class FFNObserver:
         for handle in self._handles:
             handle.remove()
 
-<<<<<<< HEAD
-    def next_batch(self, attention_mask: Tensor) -> None:
-        """Announce the batch about to be run by its mask [rows, length]; padding is never counted."""
-        rows = attention_mask.flatten().nonzero().flatten()
-        self._token_rows = None if len(rows) == attention_mask.numel() else rows
-        self._start = self._stop
-        self._stop += len(rows)
-=======
     def _watch(self, module: nn.Module, hook: Any) -> None:
         self._handles.append(module.register_forward_pre_hook(hook))
 
@@ -205,44 +136,25 @@ class FFNObserver:
         """Announce what the model is about to be given, masks [rows, length] among it."""
         for stream in self._streams.values():
             stream.next_batch(arguments)
->>>>>>> main
 
     @property
     def batch_is_sampled(self) -> bool:
         """Whether any input of the announced batch is to be kept."""
         return any(stream.may_be_sampled for stream in self._streams.values())
 
-<<<<<<< HEAD
-    def _sampled_range(self) -> tuple[int, int]:
-        bounds = torch.tensor([self._start, self._stop])
-        first, last = torch.searchsorted(self._sampled, bounds).tolist()
-        return first, last
-
-    def _activation_hook(self, layer: int) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self._sums[layer].add(arguments[0].detach().flatten(0, -2), tokens=self._token_rows)
-=======
     def _activation_hook(self, ffn: FFNPlace, stream: _Stream) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self._sums[ffn.index].add(stream.tokens(arguments[0]))
->>>>>>> main
+            self._sums[ffn.index].add(stream.positions(arguments[0]), rows=stream.rows)
 
         return hook
 
     def _input_hook(self, ffn: FFNPlace, stream: _Stream) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-<<<<<<< HEAD
-            first, last = self._sampled_range()
-            if first < last:
-                rows = (self._sampled[first:last] - self._start).to(arguments[0].device)
-                rows = rows if self._token_rows is None else self._token_rows[rows]
-                self._inputs[layer].append(arguments[0].detach().flatten(0, -2)[rows].cpu())
-=======
-            tokens_TD = stream.tokens(arguments[0])
-            rows = stream.sampled_rows()
+            flat_TD = stream.positions(arguments[0])
+            rows = stream.sampled_rows().to(flat_TD.device)
             if len(rows):
-                self._keep(ffn, {"input": tokens_TD[rows].cpu()})
->>>>>>> main
+                rows = rows if stream.rows is None else stream.rows[rows]
+                self._keep(ffn, {"input": flat_TD[rows].cpu()})
 
         return hook
 

@@ -18,12 +18,8 @@ from ffsplit.compressors.layer import compress_layer
 from ffsplit.config import Record
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import open_checkpoint
-<<<<<<< HEAD
 from ffsplit.models.source import ModelSource
-from ffsplit.runtime.assemble import layer_tensors, load_ffn, load_output_norm
-=======
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn, load_output_norm
->>>>>>> main
 from ffsplit.splitting.plan import LayerPlan
 from ffsplit.splitting.scores import FEWEST_TOKENS
 from ffsplit.stages.profile import ComputeProfile
@@ -65,20 +61,12 @@ def _inputs(shards: Sequence[Mapping[str, Tensor]], expert: int | None) -> list[
 
 def _compress(job: LayerJob) -> Result:
     device = torch.device(job.profile.device)
-<<<<<<< HEAD
     checkpoint = open_checkpoint(job.model.directory())
-    inputs = [
-        load_file(job.scratch.path(entry), device=job.profile.device)["input"].float() for entry in job.inputs
-    ]
-    activation = activation_named(checkpoint.activation)
-=======
-    checkpoint = open_checkpoint(Path(job.model_directory))
     expert = checkpoint.ffns[job.plan.layer].expert
     inputs = _inputs(
         [load_file(job.scratch.path(entry), device=job.profile.device) for entry in job.inputs], expert
     )
     activation = activation_named(checkpoint.activation_of(job.plan.layer))
->>>>>>> main
     compressed = compress_layer(
         load_ffn(checkpoint, job.plan.layer, activation=activation, device=device),
         heavy_neurons=job.plan.heavy_neurons,

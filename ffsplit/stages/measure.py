@@ -21,11 +21,8 @@ from ffsplit.measurement.tasks.evaluations import Evaluation, score_evaluations
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.headers import read_headers
 from ffsplit.models.load import load_tokenizer, load_whole_model
-<<<<<<< HEAD
-from ffsplit.models.source import ModelSource
-=======
 from ffsplit.models.rows import ModelKind
->>>>>>> main
+from ffsplit.models.source import ModelSource
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.recipes.recipe import MeasurementSettings
 from ffsplit.stages.profile import ComputeProfile
