@@ -41,6 +41,7 @@ class Progress:
 
     @classmethod
     def to_stderr(cls) -> Progress:
+        logs.set_up(logs.asked_for())
         return cls(sys.stderr)
 
     def __enter__(self) -> Progress:
