@@ -53,6 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_job_flags(compress)
     add_budget_flags(compress)
     _add_judging_flags(compress)
+    compress.add_argument(
+        "--healing-workers",
+        type=int,
+        metavar="N",
+        help="that share every step of healing, through Ray Train; default: 1",
+    )
     _add_job_flags(command("calibrate", _calibrate, "collect and publish neuron statistics alone"))
     verify = command("verify", _verify, "recompute every digest of an artifact")
     verify.add_argument("uri")

@@ -72,7 +72,8 @@ class JobConfig(Record):
     workers: int | None = Field(default=None, ge=1, description="default: one per CPU core")
     gpus_per_worker: float = Field(default=0.0, ge=0)
     threads_per_worker: int = Field(default=1, ge=1)
-    healing_threads: int | None = Field(default=None, ge=1, description="default: one per CPU core")
+    healing_threads: int | None = Field(default=None, ge=1, description="default: one per CPU core, in all")
+    healing_workers: int = Field(default=1, ge=1, description="that share every step of healing")
     device: Device = "auto"
     dtype: DType = "auto"
     address: str | None = Field(default=None, description="a Ray cluster; default: one started on the spot")

@@ -115,7 +115,7 @@ def prepare(config: JobConfig) -> PreparedRun:
     }
     if recipe.healing is not None or recipe.after_healing is not None:
         check_plain(checkpoint, layouts, recipe=recipe)
-    healing = {"threads": healing_threads(config)} if recipe.healing is not None else None
+    healing = healing_inputs(config) if recipe.healing is not None else None
     split = split_inputs(recipe, budget, solver, layouts=layouts, keep=keep)
     run_inputs = inputs | split | {"healing": healing}
     run_inputs |= {"evaluations": [evaluation.key_inputs for evaluation in evaluations]}
@@ -160,8 +160,14 @@ def resolve_recipe(config: JobConfig) -> Recipe:
 
 
 def healing_threads(config: JobConfig) -> int:
-    """The threads of the one worker that heals. They can change the result's last bits."""
-    return config.healing_threads or os.cpu_count() or 1
+    """The threads of each worker that heals. They can change the result's last bits."""
+    return config.healing_threads or max(1, (os.cpu_count() or 1) // config.healing_workers)
+
+
+def healing_inputs(config: JobConfig) -> dict[str, int]:
+    """What of the job, beside the recipe, can change the last bits of a healed model."""
+    workers = {"workers": config.healing_workers} if config.healing_workers > 1 else {}
+    return {"threads": healing_threads(config)} | workers
 
 
 def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:

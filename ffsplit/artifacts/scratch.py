@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import JsonValue, ValidationError
 
@@ -28,6 +29,7 @@ from ffsplit.errors import ConfigError, StoreError
 from ffsplit.temporary import full_disk_explained
 
 SCRATCH_PREFIX = ".scratch"
+Computed = TypeVar("Computed", bound="Result | None")
 
 
 class Result(Record):
@@ -80,8 +82,11 @@ class Scratch(Record):
             return None
         return result.model_copy(update={"reused": True})
 
-    def load_or_compute(self, name: str, compute: Callable[[], Result]) -> Result:
-        """An earlier result, or a new one. Both are logged, with the run and the stage they belong to."""
+    def load_or_compute(self, name: str, compute: Callable[[], Computed]) -> Result | Computed:
+        """An earlier result, or a new one, which may be another process's to save and is then None.
+
+        Both are logged, with the run and the stage they belong to.
+        """
         with logs.fields(stage=self.prefix.split("/", 2)[-1], item=name):
             self._check_visible()
             found = self.load(name)
@@ -92,12 +97,8 @@ class Scratch(Record):
             started = time.monotonic()
             with full_disk_explained():
                 result = compute()
-            logs.log(
-                "finished",
-                seconds=round(time.monotonic() - started, 3),
-                size_bytes=sum(entry.size_bytes for entry in result.files),
-                num_tokens=int(str(result.facts.get("num_tokens", 0))),
-            )
+            if result is not None:
+                _log_finished(result, seconds=time.monotonic() - started)
             return result
 
     def path(self, entry: FileEntry) -> Path:
@@ -124,6 +125,15 @@ class Scratch(Record):
     def _matches(self, entry: FileEntry) -> bool:
         path = self.path(entry)
         return path.stat().st_size == entry.size_bytes and sha256_file(path) == entry.sha256
+
+
+def _log_finished(result: Result, *, seconds: float) -> None:
+    logs.log(
+        "finished",
+        seconds=round(seconds, 3),
+        size_bytes=sum(entry.size_bytes for entry in result.files),
+        num_tokens=int(str(result.facts.get("num_tokens", 0))),
+    )
 
 
 def _sha256(record: bytes) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +18,7 @@ from ffsplit.distributed.dispatch import Pool, dispatch
 from ffsplit.distributed.observing import Observed
 from ffsplit.distributed.ray_cluster import Share, check_room, connect, hosts, room
 from ffsplit.distributed.ray_pools import ActorPool, TaskPool, error_of, run_task
+from ffsplit.distributed.ray_train import place, run_together
 from ffsplit.distributed.runner import Answer, Item, Worker
 
 PRESENCE, A_LITTLE = f"{IMPLICIT_RESOURCE_PREFIX}ffsplit", 0.0001
@@ -39,7 +41,9 @@ class RayRunner:
         num_workers: int | None,
         threads_per_worker: int = 1,
         gpus_per_worker: float = 0.0,
+        processes_together: int = 1,
     ) -> None:
+        self._together = processes_together
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._requested = num_workers
         self._share = Share(threads_per_worker, gpus_per_worker)
@@ -59,10 +63,12 @@ class RayRunner:
     def __enter__(self) -> RayRunner:
         if not ray.is_initialized():
             workers = self._requested or max(1, (os.cpu_count() or 1) // self._share.cpus)
-            connect(self._address, num_cpus=workers * self._share.cpus)
+            connect(self._address, num_cpus=max(workers * self._share.cpus, self._together))
             self._connected = True
         try:
             check_room(self._share)
+            if self._together > 1:
+                place(lambda item: item, size=self._together, threads=1, use_gpus=self._share.gpus > 0)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -128,6 +134,21 @@ class RayRunner:
             except RayError:
                 continue  # it left meanwhile
         return answers
+
+    def run_together(
+        self, stage: str, function: Worker[Item, Answer], item: Item, *, size: int, threads: int = 1
+    ) -> Answer:
+        if size == 1:
+            return self.run_alone(stage, function, item, threads=threads)
+        together = place(function, size=size, threads=threads, use_gpus=self._share.gpus > 0)
+        pool = TaskPool(
+            partial(run_together, together),
+            stage=stage,
+            room=lambda: 1,
+            options=lambda: {"num_cpus": 0},
+        )
+        ((_, answer),) = self._dispatch(pool, [item], stage=stage)
+        return answer  # type: ignore[no-any-return]
 
     def _dispatch(self, pool: Pool[Any], items: Sequence[Item], *, stage: str) -> Iterator[tuple[int, Any]]:
         """The stream of a stage's answers, which is closed on exit if nobody reads it to its end."""

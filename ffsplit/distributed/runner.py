@@ -65,6 +65,16 @@ class Runner(Protocol):
         """Call a function once on each host that items may run on; the answers by the hosts' names."""
         ...
 
+    def run_together(
+        self, stage: str, function: Worker[Item, Answer], item: Item, *, size: int, threads: int = 1
+    ) -> Answer:
+        """Call a function on one item in `size` processes at once, which torch.distributed connects.
+
+        The answer is the first process's. Where there can be no more than one process, that one is
+        not connected to any, and has to do for all.
+        """
+        ...
+
 
 class SerialRunner:
     """Everything in this process, one item after the other."""
@@ -104,3 +114,8 @@ class SerialRunner:
 
     def on_every_host(self, stage: str, function: Worker[Item, Answer], item: Item) -> dict[str, Answer]:
         return {socket.gethostname(): function(item)}
+
+    def run_together(
+        self, stage: str, function: Worker[Item, Answer], item: Item, *, size: int, threads: int = 1
+    ) -> Answer:
+        return function(item)

@@ -78,9 +78,7 @@ if __name__ == "__main__":
     job, client = SmallJob(folder, save_checkpoint(folder / "model", "bert")), start_store()
     with RayRunner(address="local", num_workers=2):
         manifest = ffsplit.compress(job.config(f"s3://{BUCKET}/out", runner="ray", workers=2))
-        told = exported(
-            ["ffsplit_shards_done calibrate", "ffsplit_tokens calibrate", "ffsplit_bytes compress"]
-        )
+        told = exported([f"ffsplit_{name}" for name in ("tokens calibrate", "bytes compress")])
         session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
         jobs = json.dumps(ray._private.state.jobs(), default=str)
     lines = [
