@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.inputs import StoredFiles
 from ffsplit.artifacts.statistics import PublishedStatistics, open_statistics
-from ffsplit.calibration.batches import tokenize_rows
+from ffsplit.calibration.batches import num_rows_within, tokenize_rows
 from ffsplit.calibration.media import embedded, read_media, read_pairs
 from ffsplit.calibration.readers import TextReader, make_reader
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
@@ -23,7 +23,7 @@ from ffsplit.measurement.size import model_shape
 from ffsplit.measurement.tasks.evaluations import Evaluation, read_evaluations
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.models.load import check_model_class
+from ffsplit.models.load import check_model_class, load_tokenizer
 from ffsplit.models.locate import locate_model
 from ffsplit.models.rows import TEXT_KINDS
 from ffsplit.origin import inherit
@@ -84,10 +84,11 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
         check_plain(checkpoint, layouts, recipe=recipe)
     text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
     check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.max_length)
+    text = within_tokens(text, recipe=recipe, checkpoint=checkpoint)
     evaluations = read_evaluations(
         config.eval, checkpoint=checkpoint, calibration=text.calibration, max_length=window
     )
-    check_gates(gates, checkpoint=checkpoint, recipe=recipe, evals=config.eval)
+    check_gates(gates, checkpoint=checkpoint, recipe=recipe, config=config)
     return Examined(
         config=config,
         recipe=recipe,
@@ -118,7 +119,9 @@ def resolve_recipe(config: JobConfig) -> Recipe:
     """The recipe with the flags that override it."""
     recipe = load_recipe(config.recipe)
     given = {"samples": config.samples, "max_length": config.max_length}
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, int | None] = {name: value for name, value in given.items() if value is not None}
+    if config.samples is not None:
+        changes["max_tokens"] = None  # who names a number of rows gets them
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=changes)})
 
 
@@ -177,6 +180,20 @@ def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint,
         num_judged=settings.held_out if recipe.allocation == "search" or recipe.healing else 0,
     )
     return sample if kind in TEXT_KINDS else sample.mapped(embedded)
+
+
+def within_tokens(text: TextSample, *, recipe: Recipe, checkpoint: Checkpoint) -> TextSample:
+    """The sample with no more calibration rows than the recipe's `max_tokens` have room for."""
+    settings = recipe.calibration
+    if settings.max_tokens is None or checkpoint.kind not in ("encoder", "causal_lm"):
+        return text
+    num_rows = num_rows_within(
+        load_tokenizer(checkpoint),
+        text.calibration,
+        max_length=settings.max_length,
+        max_tokens=settings.max_tokens,
+    )
+    return text.first(num_rows)
 
 
 def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) -> None:

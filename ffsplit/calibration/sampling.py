@@ -6,7 +6,7 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ffsplit.errors import ConfigError
 
@@ -34,6 +34,12 @@ class TextSample:
         )
         digest = _digest(calibration, held_out, judged)
         return TextSample(calibration, held_out, self.held_out_is_disjoint, digest, judged)
+
+    def first(self, num_rows: int) -> TextSample:
+        """The sample with no more than the first `num_rows` to calibrate on."""
+        calibration = self.calibration[:num_rows]
+        judged = (self.judged,) if self.judged else ()
+        return replace(self, calibration=calibration, digest=_digest(calibration, self.held_out, *judged))
 
 
 def sample_texts(
