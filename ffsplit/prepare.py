@@ -29,6 +29,7 @@ from ffsplit.models.locate import locate_model
 from ffsplit.origin import check_origin, inherit
 from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.runtime.assemble import is_plain
+from ffsplit.runtime.linears import attention_linears
 from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.plan import num_energetic
 from ffsplit.splitting.solver import Solver
@@ -112,6 +113,8 @@ def prepare(config: JobConfig) -> PreparedRun:
     }
     if recipe.healing is not None or recipe.after_healing is not None:
         check_plain(checkpoint, layouts, recipe=recipe)
+    if recipe.linears != "kept":
+        attention_linears(checkpoint)
     healing = {"threads": healing_threads(config)} if recipe.healing is not None else None
     split = split_inputs(recipe, budget, solver, layouts=layouts, keep=keep)
     run_inputs = inputs | split | {"healing": healing}

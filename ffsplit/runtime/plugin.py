@@ -18,10 +18,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ffsplit.errors import ArtifactError
 from ffsplit.ffn import FFNShape, LayerLayout
 from ffsplit.models.architectures import ARCHITECTURES, Architecture
+from ffsplit.runtime.linears import install_linears
 from ffsplit.runtime.split_ffn import SplitFFN
 
 METHOD = "ffsplit"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @register_quantization_config(METHOD)
@@ -29,7 +30,12 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a split checkpoint."""
 
     def __init__(
-        self, layers: list[dict[str, Any]], shapes: list[dict[str, Any]], version: int, **_: Any
+        self,
+        layers: list[dict[str, Any]],
+        shapes: list[dict[str, Any]],
+        version: int,
+        linears: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         if version > FORMAT_VERSION:
             raise ArtifactError(
@@ -39,6 +45,7 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.version = version
         self.layers = layers
         self.shapes = shapes
+        self.linears = linears
 
 
 @register_quantizer(METHOD)
@@ -49,7 +56,7 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         layouts = [LayerLayout.model_validate(layer) for layer in config.layers]
         shapes = [FFNShape.model_validate(shape) for shape in config.shapes]
-        return install_split_ffns(model, layouts, shapes)
+        return install_split_ffns(model, layouts, shapes, linears=config.linears)
 
     @property
     def is_trainable(self) -> bool:
@@ -59,8 +66,13 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def install_split_ffns(model: Any, layouts: list[LayerLayout], shapes: list[FFNShape]) -> nn.Module:
-    """Replace every FFN of a model by an empty SplitFFN, on whatever device the model is."""
+def install_split_ffns(
+    model: Any, layouts: list[LayerLayout], shapes: list[FFNShape], *, linears: dict[str, Any] | None = None
+) -> nn.Module:
+    """Replace every FFN of a model by an empty SplitFFN, on whatever device the model is.
+
+    The linear layers that `linears` names become integer maps.
+    """
     row = ARCHITECTURES[model.config.model_type]
     base = getattr(model, model.base_model_prefix, model)
     blocks = base.get_submodule(row.blocks)
@@ -72,6 +84,8 @@ def install_split_ffns(model: Any, layouts: list[LayerLayout], shapes: list[FFNS
         install_split_ffn(
             block, row, SplitFFN(layout, shape, activation, guard=row.guard, per_token=per_token)
         )
+        if linears is not None:
+            install_linears(block, linears, per_token=per_token)
     return model  # type: ignore[no-any-return]
 
 
