@@ -62,7 +62,7 @@ def test_a_recipe_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_unknown_name_suggests_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown recipe '{name}', did you mean {near}") as caught:
         load_recipe(name)
-    assert "best, demo, fast, flap, norm-prune, paper, svd, tiny, whitened-svd" in str(caught.value)
+    assert "best, demo, fast, flap, int8, norm-prune, paper, svd, tiny, whitened-svd" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
