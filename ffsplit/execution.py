@@ -199,7 +199,7 @@ class Execution:
                 plan=plan,
                 steps=steps,
                 plain=plain,
-                inputs=tuple(_input_files(shards, plan.layer)),
+                inputs=tuple(_input_files(shards, checkpoint.ffns[plan.layer].unit)),
                 scratch=place,
                 profile=self.run.profile,
             )
@@ -217,7 +217,7 @@ def _statistics_file(result: Result) -> FileEntry:
     return entry
 
 
-def _input_files(shards: Sequence[Result], layer: int) -> list[FileEntry]:
-    """The sampled inputs of one layer, in shard order."""
-    folder = f"/inputs/layer-{layer:03d}/"
+def _input_files(shards: Sequence[Result], unit: int) -> list[FileEntry]:
+    """The sampled inputs of one FFN, or of a block's experts, in shard order."""
+    folder = f"/inputs/layer-{unit:03d}/"
     return [entry for result in shards for entry in result.files if folder in entry.path]

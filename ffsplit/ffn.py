@@ -150,14 +150,22 @@ class LayerLayout(Record):
         return parts + shape.hidden_size * self.down_bias * itemsize
 
 
-def is_stock_form(layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape]) -> bool:
-    """Whether stock modelling code can hold these FFNs: dense, one width for all, no added bias."""
-    biases = zip(layouts, shapes, strict=True)
-    return (
-        len({layout.num_neurons for layout in layouts}) == 1
-        and all(layout.is_dense for layout in layouts)
-        and all(layout.down_bias == shape.down_bias for layout, shape in biases)
-    )
+def is_stock_form(
+    layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape], *, groups: Sequence[int] | None = None
+) -> bool:
+    """Whether stock modelling code can hold these FFNs: dense, one width for a group, no added bias.
+
+    `groups` are as in `ModelShape.width_groups`.
+    """
+    groups = groups or (0,) * len(layouts)
+    widths: dict[int, set[int]] = {}
+    for layout, shape, group in zip(layouts, shapes, groups, strict=True):
+        if not layout.is_dense or layout.down_bias != shape.down_bias:
+            return False
+        if group < 0 and layout.num_neurons != shape.num_neurons:
+            return False
+        widths.setdefault(group, set()).add(layout.num_neurons)
+    return all(len(each) == 1 for group, each in widths.items() if group >= 0)
 
 
 class ModelShape(Record):
@@ -167,6 +175,11 @@ class ModelShape(Record):
     itemsize: int = Field(ge=1, description="bytes of an element of the FFNs' weights")
     num_parameters: int = Field(ge=1)
     num_parameters_without_embeddings: int = Field(ge=1, description="of the blocks: no embeddings, no heads")
+    width_groups: tuple[int, ...] | None = Field(
+        default=None,
+        description="FFNs of one group have one width in config.json; -1: no field states it. "
+        "None: all are of one group",
+    )
 
     @property
     def ffn_elements(self) -> int:

@@ -166,7 +166,8 @@ def _forecast(
     return BudgetForecast(
         budget=budget,
         keep=elements / model.ffn_elements,
-        plain=recipe.after_healing is None and is_stock_form(layouts, model.shapes),
+        plain=recipe.after_healing is None
+        and is_stock_form(layouts, model.shapes, groups=model.width_groups),
         num_parameters=model.parameters_of(layouts),
         num_parameters_without_embeddings=model.num_parameters_without_embeddings
         - model.ffn_elements

@@ -15,6 +15,7 @@ from ffsplit.calibration.batches import tokenize_rows
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
 from ffsplit.calibration.sources import read_all
 from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.capabilities import check_capabilities
 from ffsplit.config import Budget, JobConfig, digest_of, stage_key
 from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
@@ -86,8 +87,10 @@ def prepare(config: JobConfig) -> PreparedRun:
     if revision is None and stored is None:
         config = config.model_copy(update={"model": str(directory)})
     checkpoint = open_checkpoint(directory)
-    activation_named(checkpoint.activation)
+    for index in range(len(checkpoint.ffns)):
+        activation_named(checkpoint.activation_of(index))
     model_class(checkpoint.class_name, where=directory)
+    check_capabilities(config, recipe, checkpoint)
     digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}
     if origin is not None:
         check_origin(origin, digests=digests, revision=revision, profile=profile)
@@ -218,7 +221,7 @@ def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint,
     """Calibration and held-out rows: a text each, or a window of running text for a causal LM."""
     texts = read_all(specs)
     settings = recipe.calibration
-    if checkpoint.architecture.kind == "causal_lm":
+    if checkpoint.kind == "causal_lm":
         texts = passages(texts, max_characters=settings.max_length * CHARACTERS_PER_TOKEN)
     return sample_texts(
         texts,

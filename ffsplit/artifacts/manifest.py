@@ -87,7 +87,7 @@ class LayerRecord(Record):
 class LinearsRecord(Record):
     """The linear layers of attention, where they have integer weights too."""
 
-    modules: tuple[str, ...] = Field(description="paths below a block")
+    modules: tuple[str, ...] = Field(description="paths below the base model")
     num_bits: Literal[8]
     num_elements: int
     size_bytes: int = Field(description="integers and scales")

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Batch(NamedTuple):
-    """Token ids and their mask (1 = token, 0 = padding), both [rows, longest]."""
+@dataclass(frozen=True)
+class Batch:
+    """What a model's forward takes, by name: token ids, masks (1 = token, 0 = padding), pixels or sound.
 
-    input_ids: Tensor
-    attention_mask: Tensor
+    All of them begin with the rows of the batch.
+    """
+
+    arguments: Mapping[str, Tensor]
+
+    @classmethod
+    def of_tokens(cls, input_ids: Tensor, attention_mask: Tensor) -> Batch:
+        """Token ids and their mask, both [rows, longest]."""
+        return cls({"input_ids": input_ids, "attention_mask": attention_mask})
+
+    @property
+    def input_ids(self) -> Tensor:
+        return self.arguments["input_ids"]
+
+    @property
+    def attention_mask(self) -> Tensor:
+        return self.arguments["attention_mask"]
+
+    @property
+    def num_rows(self) -> int:
+        return len(next(iter(self.arguments.values())))
 
     @property
     def num_tokens(self) -> int:
         return int(self.attention_mask.sum())
 
-    @property
-    def arguments(self) -> dict[str, Tensor]:
-        """What a model's forward takes."""
-        return self._asdict()
-
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device))
+        return Batch({name: tensor.to(device) for name, tensor in self.arguments.items()})
 
 
 def tokenize_rows(tokenizer: Any, rows: Sequence[str], *, max_length: int) -> list[list[int]]:
@@ -51,4 +67,4 @@ def padded_batches(rows: Sequence[Sequence[int]], *, batch_tokens: int, pad_id: 
         for row, tokens in enumerate(chunk):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = 1
-        yield Batch(ids, mask)
+        yield Batch.of_tokens(ids, mask)

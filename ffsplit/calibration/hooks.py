@@ -2,30 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
-from ffsplit.models.architectures import Architecture
+from ffsplit.models.places import FFNPlace
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which tokens have their FFN inputs kept: `choose(n)` gives ascending positions below n.
+
+    `num_tokens` says how many there will be, by the name of the mask that tells them from padding.
+    """
+
+    choose: Callable[[int], Tensor]
+    num_tokens: Mapping[str, int] = field(default_factory=dict)
+    num_rows: int = 1
+
+
+NOTHING = Sampling(lambda _: torch.empty(0, dtype=torch.long))
 
 
 class _NeuronSums:
-    """Running sums of one layer's neuron activations, in float64 on the model's device."""
+    """Running sums of one FFN's neuron activations, in float64 on the model's device."""
 
-    def __init__(self, down_weight_DN: Tensor) -> None:
+    def __init__(self, down_weight_DN: Tensor, expert: int | None) -> None:
         def zeros() -> Tensor:
             return torch.zeros(down_weight_DN.shape[1], dtype=torch.float64, device=down_weight_DN.device)
 
+        self._expert = expert
         self.down_norm = down_weight_DN.double().norm(dim=0)
         self.num_tokens = 0
         self.sum_abs, self.sum, self.sum_squares, self.max_abs, self.num_active = (zeros() for _ in range(5))
 
     def add(self, activation_TN: Tensor) -> None:
+        if not len(activation_TN):  # an expert that no token of the batch was sent to
+            return
         a_TN = activation_TN.float()
         absolute_TN = a_TN.abs()
         self.num_tokens += len(a_TN)
@@ -47,51 +67,92 @@ class _NeuronSums:
             max_abs=array(self.max_abs),
             num_active=array(self.num_active.long()),
             down_norm=array(self.down_norm),
+            expert=self._expert,
         )
 
 
-def _down_weight(block: nn.Module, architecture: Architecture) -> Tensor:
-    weight = block.get_submodule(architecture.down).weight
-    assert isinstance(weight, Tensor)
-    return weight.detach()
+class _Stream:
+    """The tokens that a tower sees, numbered over all batches, and which of them are sampled.
+
+    A tower whose batches have no mask sees every position; how many that are is learned from its first
+    FFN, in the first batch, whose rows count for all.
+    """
+
+    def __init__(self, mask: str | None, sampling: Sampling) -> None:
+        self._mask, self._sampling = mask, sampling
+        self._num_rows = 0
+        self._is_known = False
+        self._sampled = torch.empty(0, dtype=torch.long)
+        self.start = self.stop = 0
+        self.is_token: Tensor | None = None
+        if mask is not None and mask in sampling.num_tokens:
+            self._sampled = sampling.choose(sampling.num_tokens[mask])
+
+    def next_batch(self, arguments: Mapping[str, Tensor]) -> None:
+        self.start, self.is_token = self.stop, None
+        self._num_rows = len(next(iter(arguments.values())))
+        mask = None if self._mask is None else arguments.get(self._mask)
+        self._is_known = mask is not None
+        if mask is not None:
+            self.is_token = None if bool(mask.all()) else mask.bool().flatten()
+            self.stop += int(mask.sum())
+
+    def tokens(self, values: Tensor) -> Tensor:
+        """The rows of [..., n] that belong to tokens."""
+        flat = values.detach().flatten(0, -2)
+        if not self._is_known:
+            if self.start == 0:
+                total = -(-len(flat) * self._sampling.num_rows // self._num_rows)
+                self._sampled = self._sampling.choose(total)
+            self.stop, self._is_known = self.start + len(flat), True
+        return flat if self.is_token is None else flat[self.is_token]
+
+    def sampled_rows(self) -> Tensor:
+        """Which of this batch's tokens are sampled."""
+        bounds = torch.tensor([self.start, self.stop])
+        first, last = torch.searchsorted(self._sampled, bounds).tolist()
+        return self._sampled[first:last] - self.start
+
+    @property
+    def may_be_sampled(self) -> bool:
+        return not self._is_known or len(self.sampled_rows()) > 0
 
 
 class FFNObserver:
-    """Collects neuron statistics, and a sample of the FFN inputs, of every layer of a base model.
+    """Collects statistics of the neurons, and a sample of the inputs, of FFNs of a base model.
 
-    Use as a context manager around the forward passes, and call `next_batch` before each. Token
-    positions are counted over the non-padding tokens of all batches, in order; `sampled` are the
-    ascending positions whose FFN inputs are kept. `inputs_only` collects no statistics. `layers` are
-    the layers to watch, all of them when None.
+    Use as a context manager around the forward passes, and call `next_batch` before each. Positions
+    are counted over the non-padding tokens of all batches, in order. `inputs_only` collects no
+    statistics. Experts are watched through the input of the module that runs them all, and computed
+    anew for the tokens that the router sends them, since how that module runs them is its own affair.
     """
 
     def __init__(
         self,
         base_model: nn.Module,
-        architecture: Architecture,
+        ffns: Sequence[FFNPlace],
         *,
-        sampled: Tensor,
+        sampling: Sampling = NOTHING,
         inputs_only: bool = False,
-        layers: Sequence[int] | None = None,
     ) -> None:
-        blocks = base_model.get_submodule(architecture.blocks)
-        assert isinstance(blocks, nn.ModuleList)
-        self.layers = range(len(blocks)) if layers is None else layers
         self._handles: list[Any] = []
-        self._blocks, self._row = blocks, architecture
-        self._sampled, self._inputs_only = sampled, inputs_only
-        self._start = self._stop = 0
-        self._is_token: Tensor | None = None
-        self._sums = {layer: _NeuronSums(_down_weight(blocks[layer], architecture)) for layer in self.layers}
-        self._inputs: dict[int, list[Tensor]] = {layer: [] for layer in self.layers}
+        self._base, self._ffns, self._inputs_only = base_model, ffns, inputs_only
+        towers = dict.fromkeys(ffn.tower for ffn in ffns)
+        self._streams = {tower.name: _Stream(tower.mask, sampling) for tower in towers}
+        self._sums = {ffn.index: _NeuronSums(_down_weight(base_model, ffn), ffn.expert) for ffn in ffns}
+        self._inputs: dict[int, list[dict[str, Tensor]]] = {}
 
     def __enter__(self) -> FFNObserver:
-        for layer in self.layers:
-            block = self._blocks[layer]
-            up, down = block.get_submodule(self._row.up), block.get_submodule(self._row.down)
-            self._handles.append(up.register_forward_pre_hook(self._input_hook(layer)))
+        for ffn in self._ffns:
+            block, stream = self._base.get_submodule(ffn.block), self._streams[ffn.tower.name]
+            if ffn.expert is not None:
+                if ffn.index == ffn.unit:
+                    experts = block.get_submodule(ffn.split_path.removeprefix(f"{ffn.block}."))
+                    self._watch(experts, self._expert_hook(ffn, stream))
+                continue
+            self._watch(block.get_submodule(ffn.paths.up), self._input_hook(ffn, stream))
             if not self._inputs_only:
-                self._handles.append(down.register_forward_pre_hook(self._activation_hook(layer)))
+                self._watch(block.get_submodule(ffn.paths.down), self._activation_hook(ffn, stream))
         return self
 
     def __exit__(
@@ -100,60 +161,95 @@ class FFNObserver:
         for handle in self._handles:
             handle.remove()
 
-    def next_batch(self, attention_mask: Tensor) -> None:
-        """Announce the batch about to be run by its mask [rows, length]; padding is never counted."""
-        self._is_token = None if bool(attention_mask.all()) else attention_mask.bool().flatten()
-        self._start = self._stop
-        self._stop += int(attention_mask.sum())
+    def _watch(self, module: nn.Module, hook: Any) -> None:
+        self._handles.append(module.register_forward_pre_hook(hook))
+
+    def next_batch(self, arguments: Mapping[str, Tensor]) -> None:
+        """Announce what the model is about to be given, masks [rows, length] among it."""
+        for stream in self._streams.values():
+            stream.next_batch(arguments)
 
     @property
     def batch_is_sampled(self) -> bool:
         """Whether any input of the announced batch is to be kept."""
-        first, last = self._sampled_range()
-        return first < last
+        return any(stream.may_be_sampled for stream in self._streams.values())
 
-    def _sampled_range(self) -> tuple[int, int]:
-        bounds = torch.tensor([self._start, self._stop])
-        first, last = torch.searchsorted(self._sampled, bounds).tolist()
-        return first, last
-
-    def _tokens(self, values: Tensor) -> Tensor:
-        flat = values.detach().flatten(0, -2)
-        return flat if self._is_token is None else flat[self._is_token]
-
-    def _activation_hook(self, layer: int) -> Any:
+    def _activation_hook(self, ffn: FFNPlace, stream: _Stream) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self._sums[layer].add(self._tokens(arguments[0]))
+            self._sums[ffn.index].add(stream.tokens(arguments[0]))
 
         return hook
 
-    def _input_hook(self, layer: int) -> Any:
+    def _input_hook(self, ffn: FFNPlace, stream: _Stream) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            first, last = self._sampled_range()
-            if first < last:
-                rows = self._sampled[first:last] - self._start
-                self._inputs[layer].append(self._tokens(arguments[0])[rows].cpu())
+            tokens_TD = stream.tokens(arguments[0])
+            rows = stream.sampled_rows()
+            if len(rows):
+                self._keep(ffn, {"input": tokens_TD[rows].cpu()})
 
         return hook
+
+    def _expert_hook(self, first: FFNPlace, stream: _Stream) -> Any:
+        def hook(module: Any, arguments: tuple[Tensor, ...]) -> None:
+            tokens_TD, chosen_TK = (stream.tokens(each) for each in arguments[:2])
+            rows = stream.sampled_rows()
+            if len(rows):
+                self._keep(first, {"input": tokens_TD[rows].cpu(), "experts": chosen_TK[rows].cpu()})
+            if self._inputs_only:
+                return
+            for ffn in self._ffns:
+                if ffn.unit != first.unit:
+                    continue
+                x_TD = tokens_TD[chosen_TK.eq(ffn.expert or 0).any(1)]
+                gate_TN, up_TN = functional.linear(x_TD, module.gate_up_proj[ffn.expert]).chunk(2, dim=-1)
+                self._sums[ffn.index].add(module.act_fn(gate_TN) * up_TN)
+
+        return hook
+
+    def _keep(self, ffn: FFNPlace, tensors: dict[str, Tensor]) -> None:
+        self._inputs.setdefault(ffn.unit, []).append(tensors)
 
     def statistics(self) -> tuple[NeuronStats, ...]:
-        """The statistics of every watched layer.
+        """Those of the FFNs that are watched.
 
         Raises CalibrationError when one missed a token or is not finite.
         """
-        for layer, sums in self._sums.items():
-            if sums.num_tokens != self._stop:
+        for unit in dict.fromkeys(ffn.unit for ffn in self._ffns):
+            self._check_counts([ffn for ffn in self._ffns if ffn.unit == unit])
+        for ffn in self._ffns:
+            if not bool(torch.isfinite(self._sums[ffn.index].sum_squares).all()):
                 raise CalibrationError(
-                    f"layer {layer} saw {sums.num_tokens} of {self._stop} tokens: "
-                    "the model bypasses the hooks on its FFN"
-                )
-            if not bool(torch.isfinite(sums.sum_squares).all()):
-                raise CalibrationError(
-                    f"layer {layer} has activations that are not finite: look for NaN or infinite weights, "
+                    f"{ffn.name} has activations that are not finite: look for NaN or infinite weights, "
                     "or compute in a wider --dtype"
                 )
-        return tuple(sums.result() for sums in self._sums.values())
+        return tuple(self._sums[ffn.index].result() for ffn in self._ffns)
 
-    def inputs(self) -> Sequence[Tensor]:
-        """The sampled FFN inputs of every watched layer, [T, D] in the model's dtype."""
-        return [torch.cat(parts) for parts in self._inputs.values() if parts]
+    def _check_counts(self, ffns: Sequence[FFNPlace]) -> None:
+        """One FFN sees every token once; the experts of a block see each as often as each other token."""
+        first = ffns[0]
+        total = self._streams[first.tower.name].stop
+        seen = sum(self._sums[ffn.index].num_tokens for ffn in ffns)
+        expected = seen > 0 and seen % total == 0 if first.expert is not None else seen == total
+        if not expected or not total:
+            what = first.name if first.expert is None else first.name.replace("expert 0", "experts")
+            raise CalibrationError(
+                f"{what} saw {seen} of {total} tokens: the model bypasses the hooks on its FFN"
+            )
+
+    def inputs(self) -> dict[int, dict[str, Tensor]]:
+        """The sampled inputs [T, D], in the model's dtype, by the index of an FFN; of experts together,
+        by the index of the first, with the experts [T, K] that each token was sent to."""
+        return {
+            index: {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            for index, parts in sorted(self._inputs.items())
+        }
+
+
+def _down_weight(base_model: nn.Module, ffn: FFNPlace) -> Tensor:
+    """[D, N], whatever the module keeps it as."""
+    if ffn.expert is not None:
+        stack: Any = base_model.get_submodule(ffn.split_path)
+        return stack.down_proj[ffn.expert].detach()  # type: ignore[no-any-return]
+    weight = base_model.get_submodule(f"{ffn.block}.{ffn.paths.down}").weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if ffn.down.transposed else weight.detach()

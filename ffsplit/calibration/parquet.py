@@ -26,6 +26,10 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "down_norm": (pa.float64(), "L2 norm of the neuron's column of the down projection"),
 }
 
+EXPERT = "expert"
+"""A column that only models with experts have: then each expert is a layer, in the file's words."""
+_NO_EXPERT = -1
+
 
 def write_statistics(path: Path, layers: Sequence[NeuronStats], *, lineage: Mapping[str, str]) -> None:
     """Write the statistics of all layers as one file, whose bytes depend on its arguments alone."""
@@ -44,6 +48,13 @@ def write_statistics(path: Path, layers: Sequence[NeuronStats], *, lineage: Mapp
     }
     schema = pa.schema(fields, metadata=metadata)
     table = pa.table([np.concatenate(columns[name]) for name in COLUMNS], schema=schema)
+    if any(stats.expert is not None for stats in layers):
+        numbers = [_NO_EXPERT if stats.expert is None else stats.expert for stats in layers]
+        rows = [
+            np.full(stats.num_neurons, n, dtype=np.int32) for stats, n in zip(layers, numbers, strict=True)
+        ]
+        unit = {"unit": f"index of the expert in its block, from 0; {_NO_EXPERT}: no expert"}
+        table = table.append_column(pa.field(EXPERT, pa.int32(), metadata=unit), [np.concatenate(rows)])
     pq.write_table(table, path, compression="zstd")
 
 
@@ -51,7 +62,8 @@ def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
     """The statistics of every layer, in order. Raises CalibrationError when the file is not such a table."""
     try:
         table = pq.read_table(path)
-        values = {name: table.column(name).to_numpy() for name in COLUMNS}
+        names = [*COLUMNS, *([EXPERT] if EXPERT in table.column_names else [])]
+        values = {name: table.column(name).to_numpy() for name in names}
     except (OSError, pa.ArrowInvalid, KeyError) as error:
         raise CalibrationError(f"{path} holds no neuron statistics: {error}") from None
     if table.num_rows == 0:
@@ -60,6 +72,7 @@ def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
     layers = []
     for rows in np.split(np.arange(len(values["layer"])), boundaries):
         part = {name: column[rows] for name, column in values.items()}
+        expert = int(part[EXPERT][0]) if EXPERT in part else _NO_EXPERT
         layers.append(
             NeuronStats(
                 num_tokens=int(part["num_tokens"][0]),
@@ -69,6 +82,7 @@ def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
                 max_abs=part["max_abs"],
                 num_active=part["num_active"],
                 down_norm=part["down_norm"],
+                expert=None if expert == _NO_EXPERT else expert,
             )
         )
     return tuple(layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class NeuronStats:
-    """Statistics of the N neurons of one layer, over `num_tokens` tokens that are not padding.
+    """Statistics of the N neurons of one FFN, over `num_tokens` tokens that are not padding.
 
     a_n is a neuron's activation, the input of the down projection. `num_active` counts tokens with
     a_n > 0. `down_norm` is |W_down[:, n]|, the same in every shard.
@@ -31,6 +31,8 @@ class NeuronStats:
     max_abs: Floats
     num_active: Ints
     down_norm: Floats
+    expert: int | None = None
+    """Which of its block's experts it is; None for an FFN that sees every token."""
 
     @property
     def num_neurons(self) -> int:
@@ -48,7 +50,19 @@ class NeuronStats:
             max_abs=np.maximum(self.max_abs, other.max_abs),
             num_active=self.num_active + other.num_active,
             down_norm=self.down_norm,
+            expert=self.expert,
         )
+
+
+def experts_together(statistics: Sequence[NeuronStats]) -> list[list[int]]:
+    """The indices of the FFNs, those of one block's experts in one list."""
+    groups: list[list[int]] = []
+    for index, stats in enumerate(statistics):
+        if stats.expert:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
 
 
 def merge_layers(a: tuple[NeuronStats, ...], b: tuple[NeuronStats, ...]) -> tuple[NeuronStats, ...]:

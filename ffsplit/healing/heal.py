@@ -16,7 +16,7 @@ from ffsplit.calibration.batches import Batch, padded_batches
 from ffsplit.healing.losses import distance, mean_distance, outputs
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.state import HealingState
-from ffsplit.models.architectures import ModelKind
+from ffsplit.models.rows import ModelKind
 from ffsplit.quantization import fake_quantize
 
 SORTED_BATCHES = 16

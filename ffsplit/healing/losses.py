@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ffsplit.calibration.batches import Batch
-from ffsplit.models.architectures import ModelKind
+from ffsplit.models.rows import ModelKind
 
 
 def outputs(model: Any, batch: Batch, *, kind: ModelKind) -> Tensor:

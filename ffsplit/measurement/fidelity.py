@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ffsplit.calibration.batches import Batch
 from ffsplit.errors import FFSplitError
-from ffsplit.models.architectures import ModelKind
+from ffsplit.models.rows import ModelKind
 
 LARGEST_LOSS = 700.0
 """In nats; a perplexity above e^700 is no float, and tells no more."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
 from ffsplit.measurement.size import model_shape
-from ffsplit.models.architectures import Architecture
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import random_model
 from ffsplit.models.locate import locate_model
@@ -87,7 +86,7 @@ def _time_widths(
 ) -> dict[int, list[float]]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(int(model.config.vocab_size), shape, generator=generator).to(model.device)
-    layers = list(_ffns(model, checkpoint.architecture))
+    layers = list(_ffns(model, checkpoint))
     times: dict[int, list[float]] = {width: [] for width in widths}
     done = 0
     for round_ in range(NUM_ROUNDS):
@@ -123,11 +122,16 @@ def _bias(linear: nn.Linear) -> Tensor | None:
     return None if linear.bias is None else linear.bias.data
 
 
-def _ffns(model: Any, architecture: Architecture) -> Iterator[_FFN]:
+def _ffns(model: Any, checkpoint: Checkpoint) -> Iterator[_FFN]:
     base = getattr(model, model.base_model_prefix, model)
-    for block in base.get_submodule(architecture.blocks):
-        names = [name for name in (architecture.up, architecture.gate) if name is not None]
-        yield _FFN([block.get_submodule(name) for name in names], block.get_submodule(architecture.down))
+    for ffn in checkpoint.ffns:
+        block, paths = base.get_submodule(ffn.block), ffn.paths
+        if paths.transposed or paths.fused or paths.experts:
+            raise ConfigError(
+                f"a latency table is for FFNs of separate linear layers, which {ffn.name} is not made of"
+            )
+        names = [name for name in (paths.up, paths.gate) if name is not None]
+        yield _FFN([block.get_submodule(name) for name in names], block.get_submodule(paths.down))
 
 
 def _run_ms(model: Any, ids: Tensor) -> float:

@@ -19,12 +19,13 @@ def original_size(checkpoint: Checkpoint) -> Size:
 
 def model_shape(checkpoint: Checkpoint) -> ModelShape:
     """What budgets and plans need to know of a dense checkpoint."""
-    size = original_size(checkpoint)
+    size, groups = original_size(checkpoint), checkpoint.width_groups
     return ModelShape(
         shapes=checkpoint.shapes,
         itemsize=checkpoint.itemsize,
         num_parameters=size.num_parameters,
         num_parameters_without_embeddings=size.num_parameters_without_embeddings,
+        width_groups=groups if set(groups) != {0} else None,
     )
 
 
@@ -33,10 +34,11 @@ def compressed_size(original: Checkpoint, layouts: Sequence[LayerLayout], *, fil
     shapes = original.shapes
     dense_elements = sum(shape.num_elements for shape in shapes)
     elements = sum(layout.num_elements(shape) for layout, shape in zip(layouts, shapes, strict=True))
-    blocks = f"{original.prefix}{original.architecture.blocks}."
     parameters = {n: info for n, info in original.tensors.items() if info.dtype in PARAMETER_DTYPES}
     total = sum(info.num_elements for info in parameters.values())
-    in_blocks = sum(info.num_elements for name, info in parameters.items() if name.startswith(blocks))
+    in_blocks = sum(
+        info.num_elements for name, info in parameters.items() if name in original.names_in_blocks
+    )
     itemsize = original.itemsize
     return Size(
         num_parameters=total - dense_elements + elements,

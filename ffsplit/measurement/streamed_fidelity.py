@@ -12,7 +12,7 @@ from torch.nn import functional
 from ffsplit.artifacts.manifest import BlockFidelity
 from ffsplit.calibration.batches import Batch
 from ffsplit.measurement.fidelity import fidelity
-from ffsplit.models.architectures import ModelKind
+from ffsplit.models.rows import ModelKind
 from ffsplit.models.streamed import StreamedModel
 
 

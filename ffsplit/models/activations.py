@@ -24,10 +24,14 @@ def _squared_relu(x: Tensor) -> Tensor:
 
 _tanh_gelu = partial(functional.gelu, approximate="tanh")
 
+OTHER_NAMES = {"gated-gelu": "gelu_new", "gated-relu": "relu", "gated-silu": "silu"}
+"""What T5's configs say of the whole FFN, by the name of the activation that it means."""
+
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": functional.gelu,
     "gelu_new": _tanh_gelu,
     "gelu_fast": _tanh_gelu,
+    "gelu_python": functional.gelu,
     "gelu_pytorch_tanh": _tanh_gelu,
     "quick_gelu": _quick_gelu,
     "relu": functional.relu,

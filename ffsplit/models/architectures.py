@@ -1,110 +1,171 @@
-"""Where the feed-forward networks of each model family live, as rows of data.
-
-Paths are relative to the base model (no task head) and, below `blocks`, to one block. Where the
-whole FFN is one module, `ffn` names it; where it is spread over a block, `ffn` is None and the
-split FFN takes the place of `up` while `activation` and `down` become identities. `output_norm` is
-the layer norm of x + FFN(x), in families that normalise there; `position_offset` counts the positions
-that a family reserves before its first token.
-"""
+"""Where the feed-forward networks of each model family live: the table, one row a family."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any
 
-from ffsplit.config import Record
-
-ModelKind = Literal["encoder", "causal_lm"]
+from ffsplit.models.rows import Architecture, FFNPaths, ModelKind, Tower
 
 
-class Architecture(Record):
-    """One model family, by the `model_type` of its config.json."""
-
-    model_type: str
-    kind: ModelKind
-    blocks: str
-    up: str
-    down: str
-    gate: str | None = None
-    ffn: str | None = None
-    activation: str | None = None
-    width_field: str = "intermediate_size"
-    layers_field: str = "num_hidden_layers"
-    activation_field: str = "hidden_act"
-    default_activation: str = "gelu"
-    position_offset: int = 0
-    output_norm: str | None = None
-
-    @property
-    def split_path(self) -> str:
-        """The module, below a block, whose place a split FFN takes."""
-        return self.ffn if self.ffn is not None else self.up
-
-    @property
-    def guard(self) -> str:
-        """The original tensor, below `split_path`, that a split FFN stores with a shape that cannot match."""
-        path = self.down if self.ffn is not None else self.up
-        return f"{path}.weight".removeprefix(f"{self.split_path}.")
+def _row(
+    model_type: str, kind: ModelKind, blocks: str, *ffns: FFNPaths, options: Any = (), **tower: Any
+) -> Architecture:
+    """A family of one tower; `options` are fields of the row, the other ones of its tower."""
+    towers = (Tower(blocks=blocks, ffns=ffns, **tower),)
+    return Architecture(model_type=model_type, kind=kind, towers=towers, **dict(options))
 
 
-def _bert_like(model_type: str, *, position_offset: int = 0) -> Architecture:
-    return Architecture(
-        model_type=model_type,
-        kind="encoder",
-        blocks="encoder.layer",
+def _bert_like(model_type: str, *, norm_eps: float = 1e-12, **options: Any) -> Architecture:
+    ffn = FFNPaths(
         up="intermediate.dense",
         down="output.dense",
         activation="intermediate.intermediate_act_fn",
         output_norm="output.LayerNorm",
-        position_offset=position_offset,
+    )
+    return _row(model_type, "encoder", "encoder.layer.*", ffn, norm_eps=norm_eps, options=options)
+
+
+def _mlp(up: str, down: str, **options: Any) -> FFNPaths:
+    return FFNPaths(up=f"mlp.{up}", down=f"mlp.{down}", **{"module": "mlp", **options})
+
+
+_LLAMA_MLP = _mlp("up_proj", "down_proj", gate="mlp.gate_proj")
+_NEOX_MLP = ("dense_h_to_4h", "dense_4h_to_h")
+
+
+def _llama_like(model_type: str, *more: FFNPaths, **tower: Any) -> Architecture:
+    tower = {"default_activation": "silu", **tower}
+    return _row(model_type, "causal_lm", "layers.*", _LLAMA_MLP, *more, **tower)
+
+
+def _experts(**options: Any) -> FFNPaths:
+    path = "mlp.experts"
+    return FFNPaths(
+        up=f"{path}.*.up_proj",
+        gate=f"{path}.*.gate_proj",
+        down=f"{path}.*.down_proj",
+        experts=True,
+        module=path,
+        **options,
     )
 
 
-def _llama_like(model_type: str) -> Architecture:
-    return Architecture(
-        model_type=model_type,
-        kind="causal_lm",
-        blocks="layers",
-        up="mlp.up_proj",
-        gate="mlp.gate_proj",
-        down="mlp.down_proj",
-        ffn="mlp",
-        default_activation="silu",
+def _shared_expert() -> FFNPaths:
+    path = "mlp.shared_expert"
+    return FFNPaths(
+        up=f"{path}.up_proj",
+        gate=f"{path}.gate_proj",
+        down=f"{path}.down_proj",
+        module=path,
+        width_field="shared_expert_intermediate_size",
+        label="shared expert",
     )
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    row.model_type: row
-    for row in (
-        _bert_like("bert"),
-        _bert_like("roberta", position_offset=2),
-        _bert_like("xlm-roberta", position_offset=2),
-        _bert_like("electra"),
-        Architecture(
-            model_type="distilbert",
-            kind="encoder",
-            blocks="transformer.layer",
+def _fc_ffn(width_field: str, *, output_norm: str | None = None) -> FFNPaths:
+    """Two linear layers right in the block."""
+    return FFNPaths(
+        up="fc1", down="fc2", activation="activation_fn", width_field=width_field, output_norm=output_norm
+    )
+
+
+_GEMMA = {"activation_field": "hidden_activation", "default_activation": "gelu_pytorch_tanh"}
+
+_ROWS = (
+    _bert_like("bert"),
+    _bert_like("roberta", position_offset=2),
+    _bert_like("xlm-roberta", position_offset=2),
+    _bert_like("electra"),
+    _bert_like("mpnet", position_offset=2),
+    _bert_like("deberta-v2", norm_eps=1e-7),
+    _row(
+        "distilbert",
+        "encoder",
+        "transformer.layer.*",
+        FFNPaths(
             up="ffn.lin1",
             down="ffn.lin2",
             activation="ffn.activation",
             width_field="hidden_dim",
-            layers_field="n_layers",
-            activation_field="activation",
             output_norm="output_layer_norm",
         ),
-        Architecture(
-            model_type="opt",
-            kind="causal_lm",
-            blocks="decoder.layers",
-            up="fc1",
-            down="fc2",
-            activation="activation_fn",
-            width_field="ffn_dim",
-            activation_field="activation_function",
-            default_activation="relu",
-        ),
-        _llama_like("llama"),
-        _llama_like("mistral"),
-        _llama_like("qwen2"),
-        _llama_like("qwen3"),
-    )
-}
+        layers_field="n_layers",
+        activation_field="activation",
+    ),
+    _row(
+        "modernbert",
+        "encoder",
+        "layers.*",
+        _mlp("Wi", "Wo", fused=True),
+        activation_field="hidden_activation",
+    ),
+    _row(
+        "gpt2",
+        "causal_lm",
+        "h.*",
+        _mlp("c_fc", "c_proj", transposed=True, width_field="n_inner"),
+        layers_field="n_layer",
+        activation_field="activation_function",
+        default_activation="gelu_new",
+        options={"positions_field": "n_positions"},
+    ),
+    _row("gpt_neox", "causal_lm", "layers.*", _mlp(*_NEOX_MLP)),
+    _row(
+        "falcon",
+        "causal_lm",
+        "h.*",
+        _mlp(*_NEOX_MLP, width_field="ffn_hidden_size"),
+        activation_field="activation",
+    ),
+    _row(
+        "bloom",
+        "causal_lm",
+        "h.*",
+        _mlp(*_NEOX_MLP, module=None, activation="mlp.gelu_impl", width_field=None),
+        layers_field="n_layer",
+        activation_field=None,
+        default_activation="gelu_new",
+    ),
+    _row(
+        "opt",
+        "causal_lm",
+        "decoder.layers.*",
+        _fc_ffn("ffn_dim"),
+        activation_field="activation_function",
+        default_activation="relu",
+    ),
+    _llama_like("llama"),
+    _llama_like("mistral"),
+    _llama_like("qwen2"),
+    _llama_like("qwen3"),
+    _llama_like("gemma2", **_GEMMA),
+    _llama_like("gemma3_text", **_GEMMA),
+    _row(
+        "phi3",
+        "causal_lm",
+        "layers.*",
+        _mlp("gate_up_proj", "down_proj", fused=True),
+        default_activation="silu",
+    ),
+    _row(
+        "starcoder2", "causal_lm", "layers.*", _mlp("c_fc", "c_proj"), default_activation="gelu_pytorch_tanh"
+    ),
+    _row(
+        "mixtral",
+        "causal_lm",
+        "layers.*",
+        _experts(),
+        default_activation="silu",
+        options={
+            "file_names": (
+                ("mlp.experts.*.up_proj", "block_sparse_moe.experts.*.w3"),
+                ("mlp.experts.*.gate_proj", "block_sparse_moe.experts.*.w1"),
+                ("mlp.experts.*.down_proj", "block_sparse_moe.experts.*.w2"),
+            )
+        },
+    ),
+    _llama_like("qwen2_moe", _experts(width_field="moe_intermediate_size"), _shared_expert()),
+    _llama_like("qwen3_moe", _experts(width_field="moe_intermediate_size")),
+)
+
+ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}

@@ -4,34 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn import FFNShape
-from ffsplit.models.architectures import ARCHITECTURES, Architecture
+from ffsplit.models.activations import OTHER_NAMES
+from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.find import config_part, find_ffns
 from ffsplit.models.headers import ITEM_SIZES, TensorInfo, read_headers, read_json
+from ffsplit.models.places import FFNPlace
+from ffsplit.models.rows import Architecture, ModelKind, Tower
 
 FFN_DTYPES = ("F32", "F16", "BF16")
 TOKENIZER_FILE = re.compile(
     r"(tokenizer.*|vocab.*|merges|special_tokens_map|added_tokens|spiece|sentencepiece.*)\.(json|txt|model)$"
     r"|.*\.tiktoken$"
 )
-
-
-class FFNNames(NamedTuple):
-    """The tensors of one layer's FFN, as the checkpoint names them; None where it has none."""
-
-    up: str
-    gate: str | None
-    down: str
-    up_bias: str | None
-    gate_bias: str | None
-    down_bias: str | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +37,7 @@ class Checkpoint:
     architecture: Architecture
     tensors: dict[str, TensorInfo]
     prefix: str
-    num_layers: int
+    ffns: tuple[FFNPlace, ...]
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -55,56 +49,74 @@ class Checkpoint:
         return str((self.config.get("architectures") or [""])[0])
 
     @property
+    def kind(self) -> ModelKind:
+        """What it reads. An encoder alone, of a family that has a decoder too, is an encoder."""
+        towers = {ffn.tower.name for ffn in self.ffns}
+        alone = self.architecture.kind == "seq2seq" and towers == {"encoder"}
+        return "encoder" if alone else self.architecture.kind
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it has every tower that its family may have."""
+        return {ffn.tower for ffn in self.ffns} == set(self.architecture.towers)
+
+    @property
     def activation(self) -> str:
-        row = self.architecture
-        return str(self.config.get(row.activation_field, row.default_activation))
+        """The activation function of the first FFN, by the name that configs give it."""
+        return self.activation_of(0)
+
+    def activation_of(self, index: int) -> str:
+        return activation_name(self.config, self.ffns[index].tower)
 
     @property
     def max_positions(self) -> int | None:
         """The most tokens that a row may have; None where the config sets no limit."""
-        positions = self.config.get("max_position_embeddings")
-        return positions - self.architecture.position_offset if isinstance(positions, int) else None
+        row = self.architecture
+        text = self.config.get("text_config")
+        for config in (self.config, text if isinstance(text, dict) else {}):
+            positions = config.get(row.positions_field)
+            if isinstance(positions, int):
+                return positions - row.position_offset
+        return None
 
     @property
     def itemsize(self) -> int:
         """Bytes of an element of the FFN's weights."""
-        return ITEM_SIZES[self.tensors[self.ffn_names(0).down].dtype]
-
-    def block(self, layer: int) -> str:
-        """The path of a block in the base model, as in `encoder.layer.3`."""
-        return f"{self.architecture.blocks}.{layer}"
-
-    def ffn_names(self, layer: int) -> FFNNames:
-        base = f"{self.prefix}{self.block(layer)}."
-        row = self.architecture
-
-        def bias(path: str | None) -> str | None:
-            name = f"{base}{path}.bias"
-            return name if path is not None and name in self.tensors else None
-
-        return FFNNames(
-            up=f"{base}{row.up}.weight",
-            gate=None if row.gate is None else f"{base}{row.gate}.weight",
-            down=f"{base}{row.down}.weight",
-            up_bias=bias(row.up),
-            gate_bias=bias(row.gate),
-            down_bias=bias(row.down),
-        )
-
-    def ffn_shape(self, layer: int) -> FFNShape:
-        names = self.ffn_names(layer)
-        hidden_size, num_neurons = self.tensors[names.down].shape
-        return FFNShape(
-            num_neurons=num_neurons,
-            hidden_size=hidden_size,
-            gated=names.gate is not None,
-            up_bias=names.up_bias is not None,
-            down_bias=names.down_bias is not None,
-        )
+        return ITEM_SIZES[self.tensors[self.ffns[0].down.name].dtype]
 
     @property
     def shapes(self) -> tuple[FFNShape, ...]:
-        return tuple(self.ffn_shape(layer) for layer in range(self.num_layers))
+        return tuple(ffn.shape for ffn in self.ffns)
+
+    @property
+    def width_groups(self) -> tuple[int, ...]:
+        """FFNs of one group have one width, which the config states; -1: no config can state it."""
+        keys = list(dict.fromkeys(ffn.width_key for ffn in self.ffns))
+        return tuple(-1 if ffn.paths.width_field is None else keys.index(ffn.width_key) for ffn in self.ffns)
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The module paths of the blocks that have FFNs, below the base model, tower by tower."""
+        return tuple(dict.fromkeys(ffn.block for ffn in self.ffns))
+
+    def block_tensors(self, *blocks: str) -> list[str]:
+        """The tensors of some blocks."""
+        paths = [path for block in blocks for path in (block, self._file_path(block))]
+        starts = tuple(f"{self.prefix}{path}." for path in paths)
+        return [name for name in self.tensors if name.startswith(starts)]
+
+    @cached_property
+    def names_in_blocks(self) -> frozenset[str]:
+        """The tensors of all blocks."""
+        return frozenset(self.block_tensors(*self.blocks))
+
+    def _file_path(self, block: str) -> str:
+        """A block's path as files may have it, whatever its module has."""
+        path, _, number = block.rpartition(".")
+        named = f"{path}.*"
+        for module_name, file_name in self.architecture.file_names:
+            named = named.replace(module_name, file_name)
+        return named.replace("*", number)
 
     @cached_property
     def license(self) -> str | None:
@@ -162,40 +174,47 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         )
     architecture = ARCHITECTURES[model_type]
     tensors = read_headers(directory)
-    tail = f"{architecture.blocks}.0.{architecture.down}.weight"
-    first = [name for name in tensors if name == tail or name.endswith(f".{tail}")]
-    if len(first) != 1:
-        raise UnsupportedModelError(
-            f"{directory}: no tensor {tail!r}, where a {model_type} keeps its first FFN"
-        )
-    prefix = first[0].removesuffix(tail)
-    num_layers = 0
-    while f"{prefix}{architecture.blocks}.{num_layers}.{architecture.down}.weight" in tensors:
-        num_layers += 1
-    width = tensors[first[0]].shape[-1]
-    num_layers = _stated(directory, config, architecture.layers_field, found=num_layers)
-    if _stated(directory, config, architecture.width_field, found=width) != width:
-        raise UnsupportedModelError(
-            f"{directory}: {first[0]} has {width} columns, config.json says otherwise"
-        )
-    checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, num_layers)
-    for layer in range(num_layers):
-        names = checkpoint.ffn_names(layer)
-        for name in (names.up, names.gate, names.down):
-            if name is not None and (name not in tensors or len(tensors[name].shape) != 2):
-                raise UnsupportedModelError(f"{directory}: {name} is missing or is no matrix")
-            if name is not None and tensors[name].dtype not in FFN_DTYPES:
+    prefix, ffns = find_ffns(architecture, tensors, where=str(directory), config=config)
+    for ffn in ffns:
+        for place in ffn.matrices:
+            info = tensors.get(place.name)
+            if info is None or len(info.shape) != (2 if place.expert is None else 3):
+                raise UnsupportedModelError(f"{directory}: {place.name} is missing or is no matrix")
+            if info.dtype not in FFN_DTYPES:
                 raise UnsupportedModelError(
-                    f"{directory}: {name} is {tensors[name].dtype}; FFNs may be {', '.join(FFN_DTYPES)}"
+                    f"{directory}: {place.name} is {info.dtype}; FFNs may be {', '.join(FFN_DTYPES)}"
                 )
-    return checkpoint
+    _check_config(directory, config, ffns)
+    return Checkpoint(directory, config, architecture, tensors, prefix, ffns)
 
 
-def _stated(directory: Path, config: dict[str, Any], field: str, *, found: int) -> int:
-    """A size as config.json states it, which may be more than was found, not less."""
-    stated = config.get(field, found)
-    if not isinstance(stated, int) or stated < found:
-        raise UnsupportedModelError(
-            f"{directory}: config.json says {field} {stated!r}, the tensors say {found}"
-        )
-    return stated
+def activation_name(config: Mapping[str, Any], tower: Tower) -> str:
+    """What a tower's part of a config calls its activation function."""
+    field = tower.activation_field
+    stated = config_part(config, tower.config).get(field) if field else None
+    name = str(stated or tower.default_activation)
+    return OTHER_NAMES.get(name, name)
+
+
+def _check_config(directory: Path, config: dict[str, Any], ffns: Sequence[FFNPlace]) -> None:
+    """Raise UnsupportedModelError where config.json states other sizes than the tensors have."""
+    for tower in dict.fromkeys(ffn.tower for ffn in ffns if ffn.tower.is_list):
+        blocks = {ffn.block for ffn in ffns if ffn.tower == tower}
+        stated = config_part(config, tower.config).get(tower.layers_field)
+        if stated is not None and (not isinstance(stated, int) or stated < len(blocks)):
+            raise UnsupportedModelError(
+                f"{directory}: config.json says {tower.layers_field} {stated!r}, "
+                f"the tensors say {len(blocks)}"
+            )
+    for ffn in ffns:
+        part, field = ffn.width_key
+        stated = None if field is None else config_part(config, part).get(field)
+        width = ffn.shape.num_neurons
+        if stated is not None and (not isinstance(stated, int) or stated < width):
+            raise UnsupportedModelError(
+                f"{directory}: config.json says {field} {stated!r}, the tensors say {width}"
+            )
+        if stated is not None and stated != width:
+            raise UnsupportedModelError(
+                f"{directory}: {ffn.down.name} has {width} columns, config.json says otherwise"
+            )

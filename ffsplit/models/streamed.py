@@ -51,14 +51,13 @@ class StreamedModel:
         self.model = empty_model(checkpoint, class_name=class_name, dtype=dtype)
         self.device, self._dtype, self._checkpoint = device, dtype, checkpoint
         self.base_model = getattr(self.model, self.model.base_model_prefix, self.model)
-        blocks = self.base_model.get_submodule(checkpoint.architecture.blocks)
-        assert isinstance(blocks, nn.ModuleList)
-        self.blocks: Sequence[nn.Module] = list(blocks)
+        self.block_paths = checkpoint.blocks
+        self.blocks = blocks = [self.base_model.get_submodule(path) for path in self.block_paths]
         self._forwards = [block.forward for block in blocks]
         for index, block in enumerate(blocks):
             block.forward = self._stand_in(index)
             unload(block)
-        self._load_rest(set(blocks.parameters()))
+        self._load_rest({parameter for block in blocks for parameter in block.parameters()})
         self._batches: list[Inputs] = []
         self._outputs: list[Any] = []
         self._current = 0
@@ -66,8 +65,8 @@ class StreamedModel:
 
     def _load_rest(self, in_blocks: set[nn.Parameter]) -> None:
         """Load everything but the blocks."""
-        inside = f"{self._checkpoint.prefix}{self._checkpoint.architecture.blocks}."
-        self._load([name for name in self._checkpoint.tensors if not name.startswith(inside)])
+        inside = self._checkpoint.names_in_blocks
+        self._load([name for name in self._checkpoint.tensors if name not in inside])
         self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta and parameter not in in_blocks:
@@ -89,9 +88,8 @@ class StreamedModel:
         """Load a block for as long as every batch needs to be brought through it."""
         assert index == self._loaded + 1, "blocks are run in their order"
         block = self.blocks[index]
-        base = f"{self._checkpoint.prefix}{self._checkpoint.block(index)}."
-        names = [name for name in self._checkpoint.tensors if name.startswith(base)]
-        self._load(names)
+        base = f"{self._checkpoint.prefix}{self.block_paths[index]}."
+        self._load(self._checkpoint.block_tensors(self.block_paths[index]))
         absent = [name for name, tensor in block.state_dict().items() if tensor.is_meta]
         if absent:
             raise ConfigError(f"{self._checkpoint.directory} holds no tensor for {base}{absent[0]}")

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ffsplit.compressors.base import OutputNorm
-from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.ffn import LayerLayout, is_stock_form
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.headers import INDEX_NAME, opened
+from ffsplit.models.headers import INDEX_NAME
+from ffsplit.models.places import FFNPlace
 from ffsplit.models.tensor_files import TensorSpan, read_spans, write_spans
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -26,94 +22,7 @@ COMPANIONS = re.compile(r".*\.(json|txt|model|tiktoken|jinja)$|(LICEN[CS]E|NOTIC
 
 def is_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
     """Whether stock modelling code can load it: one width for all layers, dense, no added bias."""
-    return is_stock_form(layouts, checkpoint.shapes)
-
-
-def load_ffn(checkpoint: Checkpoint, layer: int, *, activation: Any, device: torch.device) -> FFNWeights:
-    """One layer's dense FFN in float32, read from its tensors alone."""
-    names = checkpoint.ffn_names(layer)
-
-    def tensor(name: str | None) -> Tensor | None:
-        return None if name is None else _read_float(checkpoint, name, device=device)
-
-    def linear(weight: str, bias: str | None) -> LinearMap:
-        loaded = tensor(weight)
-        assert loaded is not None
-        return LinearMap.dense(loaded, tensor(bias))
-
-    part = FFNPart(
-        neurons=torch.arange(checkpoint.ffn_shape(layer).num_neurons),
-        up=linear(names.up, names.up_bias),
-        gate=None if names.gate is None else linear(names.gate, names.gate_bias),
-        down=linear(names.down, None),
-    )
-    return FFNWeights(heavy=part, light=None, down_bias=tensor(names.down_bias), activation=activation)
-
-
-def load_output_norm(checkpoint: Checkpoint, layer: int, *, device: torch.device) -> OutputNorm | None:
-    """The layer norm of x + FFN(x), in float32, where the family has one."""
-    path = checkpoint.architecture.output_norm
-    base = f"{checkpoint.prefix}{checkpoint.block(layer)}.{path}"
-    if path is None or f"{base}.weight" not in checkpoint.tensors:
-        return None
-    weight, bias = (_read_float(checkpoint, f"{base}.{name}", device=device) for name in ("weight", "bias"))
-    return OutputNorm(weight, bias, eps=float(checkpoint.config.get("layer_norm_eps", 1e-12)))
-
-
-def _read_float(checkpoint: Checkpoint, name: str, *, device: torch.device) -> Tensor:
-    with opened(checkpoint.directory / checkpoint.tensors[name].file, "pt") as file:
-        tensor: Tensor = file.get_tensor(name).to(device=device, dtype=torch.float32)
-        return tensor
-
-
-def layer_tensors(
-    checkpoint: Checkpoint, layer: int, weights: FFNWeights, *, plain: bool
-) -> dict[str, Tensor]:
-    """A compressed layer's tensors under the names that the artifact gives them, in the original's dtype."""
-    names = checkpoint.ffn_names(layer)
-    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[
-        checkpoint.tensors[names.down].dtype
-    ]
-    if plain:
-        tensors = _plain_tensors(checkpoint, layer, weights)
-    else:
-        row = checkpoint.architecture
-        base = f"{checkpoint.prefix}{checkpoint.block(layer)}.{row.split_path}."
-        tensors = {base + name: tensor for name, tensor in _split_tensors(weights)}
-        tensors[base + row.guard] = torch.zeros(1)
-    kept = (torch.int8, torch.uint8, torch.float16)  # integers and their scales stay what they are
-    return {
-        name: (tensor.cpu() if tensor.dtype in kept else tensor.to("cpu", dtype)).contiguous()
-        for name, tensor in tensors.items()
-    }
-
-
-def _plain_tensors(checkpoint: Checkpoint, layer: int, weights: FFNWeights) -> dict[str, Tensor]:
-    names, (part,) = checkpoint.ffn_names(layer), weights.parts
-    tensors = {
-        names.up: part.up.weight,
-        names.gate: None if part.gate is None else part.gate.weight,
-        names.down: part.down.weight,
-        names.up_bias: part.up.bias,
-        names.gate_bias: None if part.gate is None else part.gate.bias,
-        names.down_bias: weights.down_bias,
-    }
-    return {name: tensor for name, tensor in tensors.items() if name is not None and tensor is not None}
-
-
-def _split_tensors(weights: FFNWeights) -> Iterator[tuple[str, Tensor]]:
-    for role, part in (("heavy", weights.heavy), ("light", weights.light)):
-        if part is None:
-            continue
-        for path, linear in (("up", part.up), ("gate", part.gate), ("down", part.down)):
-            if linear is None:
-                continue
-            for name, tensor in linear.tensors.items():
-                yield f"{role}.{path}.{name}", tensor
-            if linear.bias is not None:
-                yield f"{role}.{path}.bias", linear.bias
-    if weights.down_bias is not None:
-        yield "down_bias", weights.down_bias
+    return is_stock_form(layouts, checkpoint.shapes, groups=checkpoint.width_groups)
 
 
 def assemble(
@@ -133,9 +42,7 @@ def assemble(
     Bytes are copied from file to file in small pieces, so neither model nor shard is ever in memory.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    replaced = {
-        name for layer in range(checkpoint.num_layers) for name in checkpoint.ffn_names(layer) if name
-    }
+    replaced = {name for ffn in checkpoint.ffns for name in ffn.tensor_names}
     spans: dict[str, TensorSpan] = {}
     for file in checkpoint.weight_files:
         spans |= read_spans(checkpoint.directory / file)
@@ -163,7 +70,8 @@ def artifact_config(
     """The original's config with the new width, or with the layout of every layer."""
     config = dict(checkpoint.config)
     if is_plain(checkpoint, layouts) and linears is None:
-        config[checkpoint.architecture.width_field] = layouts[0].num_neurons
+        for ffn, layout in zip(checkpoint.ffns, layouts, strict=True):
+            config = _with_width(config, ffn, layout.num_neurons)
     else:
         config["quantization_config"] = {
             "quant_method": "ffsplit",
@@ -174,6 +82,17 @@ def artifact_config(
         if linears is not None:  # which readers of version 1 would pass over
             config["quantization_config"] |= {"version": 2, "linears": linears}
     return config
+
+
+def _with_width(config: dict[str, Any], ffn: FFNPlace, width: int) -> dict[str, Any]:
+    """A config that states an FFN's width where its tower's code looks for it."""
+    part, field = ffn.width_key
+    if field is None:
+        return config
+    if part is None:
+        return config | {field: width}
+    parts = [part, *([f"{part}_dict"] if isinstance(config.get(f"{part}_dict"), dict) else [])]
+    return config | {name: dict(config.get(name) or {}) | {field: width} for name in parts}
 
 
 def _write_shards(spans: Mapping[str, TensorSpan], directory: Path, *, max_shard_bytes: int) -> None:

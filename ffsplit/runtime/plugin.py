@@ -17,8 +17,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffsplit.errors import ArtifactError
 from ffsplit.ffn import FFNShape, LayerLayout
-from ffsplit.models.architectures import ARCHITECTURES, Architecture
+from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.checkpoint import activation_name
+from ffsplit.models.find import ffns_of
+from ffsplit.models.rows import FFNPaths
 from ffsplit.runtime.linears import install_linears
+from ffsplit.runtime.split_experts import SplitExperts
 from ffsplit.runtime.split_ffn import SplitFFN
 
 METHOD = "ffsplit"
@@ -73,26 +77,34 @@ def install_split_ffns(
 
     The linear layers that `linears` names become integer maps.
     """
-    row = ARCHITECTURES[model.config.model_type]
-    base = getattr(model, model.base_model_prefix, model)
-    blocks = base.get_submodule(row.blocks)
-    if len(blocks) != len(layouts):
-        raise ArtifactError(f"config.json describes {len(layouts)} split layers, the model has {len(blocks)}")
-    per_token = row.kind == "causal_lm"  # a few tokens of these are very large
-    for block, layout, shape in zip(blocks, layouts, shapes, strict=True):
-        activation = ACT2FN[getattr(model.config, row.activation_field)]
-        install_split_ffn(
-            block, row, SplitFFN(layout, shape, activation, guard=row.guard, per_token=per_token)
-        )
-        if linears is not None:
-            install_linears(block, linears, per_token=per_token)
+    prefix, places = ffns_of(model)
+    if len(places) != len(layouts):
+        raise ArtifactError(f"config.json describes {len(layouts)} split FFNs, the model has {len(places)}")
+    config = model.config.to_dict()
+    kind = ARCHITECTURES[model.config.model_type].kind
+    per_token = kind != "encoder"  # a few tokens of decoders are very large
+    experts: dict[str, SplitExperts] = {}
+    for place, layout, shape in zip(places, layouts, shapes, strict=True):
+        activation = ACT2FN[activation_name(config, place.tower)]
+        guard = place.paths.guard
+        if place.expert is None:
+            split_ffn = SplitFFN(layout, shape, activation, guard=guard, per_token=per_token)
+            install_split_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, split_ffn)
+            continue
+        if place.index == place.unit:
+            experts[place.split_path] = SplitExperts(guard=guard)
+            model.set_submodule(f"{prefix}{place.split_path}", experts[place.split_path])
+        experts[place.split_path].append(SplitFFN(layout, shape, activation, per_token=per_token))
+    if linears is not None:
+        base = model.get_submodule(prefix.removesuffix("."))
+        install_linears(base, linears, per_token=per_token)
     return model  # type: ignore[no-any-return]
 
 
-def install_split_ffn(block: nn.Module, row: Architecture, split_ffn: nn.Module) -> None:
+def install_split_ffn(block: nn.Module, paths: FFNPaths, split_ffn: nn.Module) -> None:
     """Put a split FFN where a block has its own; whatever ran around it becomes an identity."""
-    block.set_submodule(row.split_path, split_ffn)
-    if row.ffn is None:
-        block.set_submodule(row.down, nn.Identity())
-        if row.activation is not None:
-            block.set_submodule(row.activation, nn.Identity())
+    block.set_submodule(paths.split_path, split_ffn)
+    if paths.module is None:
+        block.set_submodule(paths.down, nn.Identity())
+        if paths.activation is not None:
+            block.set_submodule(paths.activation, nn.Identity())

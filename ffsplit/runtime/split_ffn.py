@@ -97,7 +97,7 @@ class SplitFFN(nn.Module):
         shape: FFNShape,
         activation: nn.Module,
         *,
-        guard: str,
+        guard: str | None = None,
         per_token: bool = False,
     ) -> None:
         super().__init__()
@@ -107,6 +107,8 @@ class SplitFFN(nn.Module):
         )
         self.heavy, self.light = heavy, light
         self.down_bias = nn.Parameter(torch.empty(shape.hidden_size)) if layout.down_bias else None
+        if guard is None:  # whatever holds this FFN has one
+            return
         owner: nn.Module = self
         *path, name = guard.split(".")
         for part in path:

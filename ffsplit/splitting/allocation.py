@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ffsplit.calibration.statistics import Floats, NeuronStats
+from ffsplit.calibration.statistics import Floats, NeuronStats, experts_together
 from ffsplit.config import Budget
 from ffsplit.errors import BudgetError
 from ffsplit.ffn import LayerLayout
@@ -48,6 +48,8 @@ def propose(
         ("energy", top_energy_counts(energies, costs=costs, num_elements=size)),
     ):
         weights = np.array([max(1, n) for n in counts]) / [len(energy) for energy in energies]
+        for group in experts_together(statistics):
+            weights[group] = weights[group].mean()
         weights = np.maximum(weights / weights.mean(), SMALLEST_WEIGHT)
         for suffix, profile in (("", weights), ("-half", (weights + 1) / 2)):
             try:

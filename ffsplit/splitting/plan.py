@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.calibration.statistics import NeuronStats, experts_together
 from ffsplit.config import Record
 from ffsplit.ffn import LayerLayout
 from ffsplit.splitting.heavy import HeavyRule
-from ffsplit.splitting.scores import SCORES, ScoreName, neurons_for_energy, top_neurons
+from ffsplit.splitting.scores import ScoreName, neurons_for_energy, scores_of, top_neurons
 
 
 class LayerPlan(Record):
@@ -26,13 +26,21 @@ def plan_split(
     plans = []
     for layer, (stats, layout) in enumerate(zip(statistics, layouts, strict=True)):
         width = layout.heavy.num_neurons if layout.heavy is not None else 0
-        heavy = top_neurons(SCORES[score](stats), count=width)
+        heavy = top_neurons(scores_of(stats, score=score), count=width)
         plans.append(LayerPlan(layer=layer, layout=layout, heavy_neurons=tuple(heavy.tolist())))
     return tuple(plans)
 
 
 def num_energetic(heavy: HeavyRule, statistics: Sequence[NeuronStats]) -> tuple[int, ...] | None:
-    """How many neurons a rule by energy asks for in each layer; None under another rule."""
+    """How many neurons a rule by energy asks for in each FFN; None under another rule.
+
+    The experts of a block all get what the one that asks for most does: they keep one width.
+    """
     if heavy.by != "energy":
         return None
-    return tuple(neurons_for_energy(stats, share=heavy.value) for stats in statistics)
+    counts = [neurons_for_energy(stats, share=heavy.value) for stats in statistics]
+    for group in experts_together(statistics):
+        most = max(counts[index] for index in group)
+        for index in group:
+            counts[index] = most
+    return tuple(counts)

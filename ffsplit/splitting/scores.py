@@ -44,6 +44,19 @@ def output_energy(stats: NeuronStats) -> Floats:
     return stats.sum_squares / _checked(stats) * stats.down_norm**2
 
 
+FEWEST_TOKENS = 64
+"""An expert that saw fewer is not judged by them."""
+
+
+def scores_of(stats: NeuronStats, *, score: ScoreName) -> Floats:
+    """Each neuron's score: [N]. An expert that saw too few tokens is judged by its weights alone.
+
+    Its neurons then score |W_down[:, n]|, whatever the score asked for.
+    """
+    starved = stats.expert is not None and stats.num_tokens < FEWEST_TOKENS
+    return stats.down_norm if starved else SCORES[score](stats)
+
+
 SCORES: dict[ScoreName, Callable[[NeuronStats], Floats]] = {
     "mean": expected_output_norm,
     "rms": rms_output_norm,

@@ -63,7 +63,7 @@ def judge_job(job: JudgeJob) -> tuple[tuple[Fidelity, ...], ...]:
         def load(directory: Path) -> Any:
             return load_whole_model(directory, checkpoint.class_name, dtype=dtype).to(device)
 
-        original, kind = load(checkpoint.directory), checkpoint.architecture.kind
+        original, kind = load(checkpoint.directory), checkpoint.kind
         judged = []
         for directory in job.candidate_directories:
             candidate = load(Path(directory))

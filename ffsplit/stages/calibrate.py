@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.batches import padded_batches, tokenize_rows
+from ffsplit.calibration.hooks import Sampling
 from ffsplit.calibration.observe import Observed, observe
 from ffsplit.calibration.parquet import write_statistics
 from ffsplit.config import Record
@@ -95,16 +96,14 @@ class CalibrationWorker:
         batches = list(
             padded_batches(rows, batch_tokens=settings.batch_tokens, pad_id=self._tokenizer.pad_token_id or 0)
         )
+        sampling = Sampling(partial(self._sampled, shard), {"attention_mask": num_tokens}, len(rows))
         observed = observe(
-            self._model,
-            self._checkpoint.architecture,
-            batches,
-            sampled=self._sampled_positions(shard, num_tokens=num_tokens),
-            inputs_only=job.inputs_only,
+            self._model, self._checkpoint.ffns, batches, sampling=sampling, inputs_only=job.inputs_only
         )
         return self._save(shard, observed, num_tokens=num_tokens, num_rows=len(rows))
 
-    def _sampled_positions(self, shard: Shard, *, num_tokens: int) -> torch.Tensor:
+    def _sampled(self, shard: Shard, num_tokens: int) -> torch.Tensor:
+        """The ascending positions of the tokens of a shard whose FFN inputs are kept."""
         count = min(num_tokens, self._job.num_sampled(shard.index))
         generator = torch.Generator().manual_seed(self._job.seed * 1_000_003 + shard.index)
         return torch.randperm(num_tokens, generator=generator)[:count].sort().values
@@ -113,11 +112,11 @@ class CalibrationWorker:
         with tempfile.TemporaryDirectory() as name:
             folder, files = Path(name), {}
             statistics = []
-            for layer, (stats, input_TD) in enumerate(observed):
+            for index, (stats, inputs) in enumerate(observed):
                 statistics.append(stats)
-                if input_TD is not None:
-                    path = folder / f"layer-{layer:03d}.safetensors"
-                    save_file({"input": input_TD.contiguous()}, path)
+                if inputs is not None:
+                    path = folder / f"layer-{index:03d}.safetensors"
+                    save_file({each: tensor.contiguous() for each, tensor in inputs.items()}, path)
                     files[f"inputs/{path.stem}/{shard.name}.safetensors"] = path
             if not self._job.inputs_only:
                 path = folder / f"{shard.name}.parquet"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from pydantic import JsonValue
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.scratch import Result, Scratch
@@ -16,8 +18,9 @@ from ffsplit.compressors.layer import compress_layer
 from ffsplit.config import Record
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.runtime.assemble import layer_tensors, load_ffn, load_output_norm
+from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn, load_output_norm
 from ffsplit.splitting.plan import LayerPlan
+from ffsplit.splitting.scores import FEWEST_TOKENS
 from ffsplit.stages.profile import ComputeProfile
 
 
@@ -43,13 +46,26 @@ def compress_layer_job(job: LayerJob) -> Result:
         return job.scratch.load(job.name) or _compress(job)
 
 
+def _inputs(shards: Sequence[Mapping[str, Tensor]], expert: int | None) -> list[Tensor]:
+    """The sampled inputs [T, D] of an FFN in float32; of an expert those of the tokens it was sent.
+
+    Where those are too few, all of its block's serve: they are what it might be sent.
+    """
+    inputs = [shard["input"].float() for shard in shards]
+    if expert is None:
+        return inputs
+    own = [x_TD[shard["experts"].eq(expert).any(1)] for x_TD, shard in zip(inputs, shards, strict=True)]
+    return own if sum(map(len, own)) >= FEWEST_TOKENS else inputs
+
+
 def _compress(job: LayerJob) -> Result:
     device = torch.device(job.profile.device)
     checkpoint = open_checkpoint(Path(job.model_directory))
-    inputs = [
-        load_file(job.scratch.path(entry), device=job.profile.device)["input"].float() for entry in job.inputs
-    ]
-    activation = activation_named(checkpoint.activation)
+    expert = checkpoint.ffns[job.plan.layer].expert
+    inputs = _inputs(
+        [load_file(job.scratch.path(entry), device=job.profile.device) for entry in job.inputs], expert
+    )
+    activation = activation_named(checkpoint.activation_of(job.plan.layer))
     compressed = compress_layer(
         load_ffn(checkpoint, job.plan.layer, activation=activation, device=device),
         heavy_neurons=job.plan.heavy_neurons,

@@ -68,7 +68,7 @@ def _heal(job: HealJob) -> Result:
         student,
         teacher,
         data,
-        kind=original.architecture.kind,
+        kind=original.kind,
         settings=job.settings,
         seed=job.seed,
         resume=lambda weights, optimizer: _resume(job.scratch, weights, optimizer),
@@ -79,10 +79,13 @@ def _heal(job: HealJob) -> Result:
 
 
 def _ffn_linears(student: Any, checkpoint: Checkpoint) -> list[nn.Module]:
-    row = checkpoint.architecture
     base = getattr(student, student.base_model_prefix, student)
-    paths = [path for path in (row.up, row.gate, row.down) if path is not None]
-    return [block.get_submodule(path) for block in base.get_submodule(row.blocks) for path in paths]
+    return [
+        base.get_submodule(f"{ffn.block}.{path}")
+        for ffn in checkpoint.ffns
+        for path in (ffn.paths.up, ffn.paths.gate, ffn.paths.down)
+        if path is not None
+    ]
 
 
 def _resume(scratch: Scratch, weights: dict[str, Tensor], optimizer: Any) -> HealingState | None:

@@ -18,10 +18,10 @@ from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.measurement.size import compressed_size, original_size
 from ffsplit.measurement.streamed_fidelity import streamed_fidelity
 from ffsplit.measurement.tasks.evaluations import Evaluation, score_evaluations
-from ffsplit.models.architectures import ModelKind
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.headers import read_headers
 from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.rows import ModelKind
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.recipes.recipe import MeasurementSettings
 from ffsplit.stages.profile import ComputeProfile

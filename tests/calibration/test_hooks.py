@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ffsplit.calibration.batches import padded_batches
-from ffsplit.calibration.hooks import FFNObserver
+from ffsplit.calibration.hooks import FFNObserver, Sampling
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
-from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.find import ffns_of
 from ffsplit.models.load import load_base_model
 from tests.tiny_models import FAMILIES, NUM_LAYERS, make_model, random_rows, save_checkpoint
 
@@ -41,11 +41,12 @@ def in_batch_order(rows: Sequence[Sequence[int]]) -> list[list[int]]:
 def observe(
     model: Any, family: str, *, batch_tokens: int, sampled: Tensor = NO_SAMPLE
 ) -> tuple[tuple[NeuronStats, ...], Sequence[Tensor]]:
-    with FFNObserver(model, ARCHITECTURES[family], sampled=sampled) as observer:
+    sampling = Sampling(lambda _: sampled, {"attention_mask": NUM_TOKENS})
+    with FFNObserver(model, ffns_of(model)[1], sampling=sampling) as observer:
         for batch in padded_batches(ROWS, batch_tokens=batch_tokens, pad_id=0):
-            observer.next_batch(batch.attention_mask)
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    return observer.statistics(), observer.inputs()
+            observer.next_batch(batch.arguments)
+            model(**batch.arguments)
+    return observer.statistics(), [tensors["input"] for tensors in observer.inputs().values()]
 
 
 @torch.no_grad()
@@ -124,7 +125,7 @@ def test_hooks_are_gone_after_the_run_even_when_it_fails() -> None:
     model = make_model("bert")
     with (
         pytest.raises(RuntimeError, match="out of memory"),
-        FFNObserver(model, ARCHITECTURES["bert"], sampled=NO_SAMPLE),
+        FFNObserver(model, ffns_of(model)[1]),
     ):
         raise RuntimeError("out of memory")
     assert all(not module._forward_pre_hooks for module in model.modules())
@@ -171,12 +172,13 @@ def test_inputs_alone_are_the_same_inputs_and_batches_without_any_may_be_left_ou
     model, sampled = make_model("bert"), torch.tensor([0, 3, 60])
     _, expected = observe(model, "bert", batch_tokens=30, sampled=sampled)
     num_run = 0
-    row = ARCHITECTURES["bert"]
-    with FFNObserver(model, row, sampled=sampled, inputs_only=True) as observer:
+    sampling = Sampling(lambda _: sampled, {"attention_mask": NUM_TOKENS})
+    with FFNObserver(model, ffns_of(model)[1], sampling=sampling, inputs_only=True) as observer:
         for batch in padded_batches(ROWS, batch_tokens=30, pad_id=0):
-            observer.next_batch(batch.attention_mask)
+            observer.next_batch(batch.arguments)
             if observer.batch_is_sampled:
                 num_run += 1
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+                model(**batch.arguments)
     assert num_run == 2
-    assert all(torch.equal(a, b) for a, b in zip(observer.inputs(), expected, strict=True))
+    inputs = [tensors["input"] for tensors in observer.inputs().values()]
+    assert all(torch.equal(a, b) for a, b in zip(inputs, expected, strict=True))

@@ -80,5 +80,5 @@ def test_perplexity_is_the_models_own_loss() -> None:
     ids = torch.tensor([ROWS[0]])
     with torch.no_grad():
         loss = float(model(input_ids=ids, labels=ids).loss)
-    scores = causal_fidelity(model, model, [Batch(ids, torch.ones_like(ids))])
+    scores = causal_fidelity(model, model, [Batch.of_tokens(ids, torch.ones_like(ids))])
     assert scores["original_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)

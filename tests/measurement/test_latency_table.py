@@ -12,10 +12,10 @@ import ffsplit
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
 from ffsplit.measurement.latency_table import measure_latency_table, table_widths
-from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.splitting.latency import LatencyTable
 from ffsplit.stages.profile import ComputeProfile
 from tests.small_jobs import LOW_RANK, SmallJob
+from tests.tiny_models import FAMILIES
 
 CPU = ComputeProfile(device="cpu", dtype="float32", threads=1)
 
@@ -28,7 +28,7 @@ def made_up_table(small_job: SmallJob, path: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("family", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_is_timed_at_every_width(family: str, checkpoint_of: Any) -> None:
     path = checkpoint_of(family)
     table = measure_latency_table(str(path), shape=(1, 8), profile=CPU)

@@ -33,7 +33,7 @@ def test_the_parameters_are_those_of_the_loaded_models(
 ) -> None:
     source = checkpoint_of(family, head=head_of(family))
     compressed = compress(source, tmp_path / "artifact", recipe=recipe)
-    checkpoint, blocks = compressed.source, compressed.source.architecture.blocks
+    checkpoint, blocks = compressed.source, compressed.source.architecture.towers[0].path
     file_bytes = (compressed.directory / "model.safetensors").stat().st_size
     before = original_size(checkpoint)
     after = compressed_size(checkpoint, compressed.layouts, file_bytes=file_bytes)
@@ -52,7 +52,7 @@ def test_the_bytes_of_a_half_precision_ffn(checkpoint_of: CheckpointFactory) -> 
     directory = checkpoint_of("llama", dtype=torch.bfloat16)
     checkpoint = open_checkpoint(directory)
     tensors = load_file(directory / "model.safetensors")
-    names = [name for layer in range(3) for name in checkpoint.ffn_names(layer) if name is not None]
+    names = [name for ffn in checkpoint.ffns for name in ffn.tensor_names]
     size = original_size(checkpoint)
     assert size.ffn_bytes == sum(tensors[name].nbytes for name in names)
     assert size.ffn_elements == sum(tensors[name].numel() for name in names)

@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from torch import nn
 
 from ffsplit.models.architectures import ARCHITECTURES
-from tests.tiny_models import CAUSAL, ENCODERS, FAMILIES, NUM_LAYERS, make_model
+from ffsplit.models.find import ffns_of
+from tests.tiny_families import FAMILIES, make_model
 
 
-def test_every_family_has_a_tiny_model() -> None:
-    assert set(FAMILIES) == set(ARCHITECTURES)
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Any:
+    return make_model(request.param)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_row_finds_the_modules(family: str) -> None:
-    model, row = make_model(family), ARCHITECTURES[family]
-    blocks = model.get_submodule(row.blocks)
-    assert isinstance(blocks, nn.ModuleList) and len(blocks) == NUM_LAYERS
-    width = getattr(model.config, row.width_field)
-    assert isinstance(getattr(model.config, row.activation_field), str)
-    for block in blocks:
-        up, down = block.get_submodule(row.up), block.get_submodule(row.down)
-        assert up.weight.shape == (width, 32) and down.weight.shape == (32, width)
-        if row.gate is not None:
-            assert block.get_submodule(row.gate).weight.shape == up.weight.shape
-        if row.activation is not None:
-            block_activation = block
-            for name in row.activation.split("."):
-                block_activation = getattr(block_activation, name)
-            assert callable(block_activation)
+def test_the_row_finds_the_modules(model: Any) -> None:
+    prefix, ffns = ffns_of(model)
+    assert prefix == ""
+    towers = ARCHITECTURES[model.config.model_type].towers
+    assert {ffn.tower for ffn in ffns} == set(towers)
+    for ffn in ffns:
+        if ffn.expert is not None:
+            assert model.get_submodule(ffn.split_path).down_proj[ffn.expert].shape[1] == ffn.shape.num_neurons
+            continue
+        block = model.get_submodule(ffn.block)
+        down = block.get_submodule(ffn.paths.down).weight
+        sizes = (ffn.shape.hidden_size, ffn.shape.num_neurons)
+        assert tuple(down.T.shape if ffn.paths.transposed else down.shape) == sizes
+        if ffn.paths.activation is not None:
+            assert callable(block.get_submodule(ffn.paths.activation))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_guard_is_an_original_tensor_below_the_split(family: str) -> None:
-    row = ARCHITECTURES[family]
-    names = make_model(family).state_dict()
-    for layer in range(NUM_LAYERS):
-        guard = f"{row.blocks}.{layer}.{row.split_path}.{row.guard}"
-        assert names[guard].dim() == 2
+def test_the_guard_is_an_original_tensor_below_the_split(model: Any) -> None:
+    names = model.state_dict()
+    for ffn in ffns_of(model)[1]:
+        assert ffn.guard.startswith(f"{ffn.split_path}.")
+        assert names[ffn.guard].dim() == (2 if ffn.expert is None else 3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_kind(family: str) -> None:
-    kind = ARCHITECTURES[family].kind
-    assert (kind == "encoder") == (family in ENCODERS) and (kind == "causal_lm") == (family in CAUSAL)
+def test_ffns_are_numbered_and_named_apart(model: Any) -> None:
+    ffns = ffns_of(model)[1]
+    assert [ffn.index for ffn in ffns] == list(range(len(ffns)))
+    assert len({ffn.name for ffn in ffns}) == len(ffns)
+    assert all(ffns[ffn.unit].unit == ffn.unit <= ffn.index for ffn in ffns)

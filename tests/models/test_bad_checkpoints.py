@@ -56,7 +56,7 @@ def test_a_config_that_is_not_text(bert: Path) -> None:
     assert "config.json is not JSON" in refused(bert)
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", None, 3, ["bert"]])
+@pytest.mark.parametrize("model_type", ["made-up", None, 3, ["bert"]])
 def test_an_unknown_model_type_lists_the_known_ones(bert: Path, model_type: object) -> None:
     configure(bert, model_type=model_type)
     message = refused(bert, UnsupportedModelError)

@@ -43,7 +43,7 @@ def test_the_ffns_are_found_with_their_shapes(
     head = "ForCausalLM" if family in CAUSAL else "ForSequenceClassification"
     checkpoint = open_checkpoint(checkpoint_of(family, head=head if with_head else ""))
     tensors = load_file(checkpoint.directory / "model.safetensors")
-    assert checkpoint.num_layers == NUM_LAYERS
+    assert len(checkpoint.ffns) == NUM_LAYERS
     assert checkpoint.class_name.endswith(head if with_head else "Model")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
         name: info.shape for name, info in checkpoint.tensors.items()
@@ -51,10 +51,9 @@ def test_the_ffns_are_found_with_their_shapes(
     assert sum(info.size_bytes for info in checkpoint.tensors.values()) == sum(
         tensor.nbytes for tensor in tensors.values()
     )
-    for layer, shape in enumerate(checkpoint.shapes):
-        names = [name for name in checkpoint.ffn_names(layer) if name is not None]
-        assert shape.num_elements == sum(tensors[name].numel() for name in names)
-        assert tensors[checkpoint.ffn_names(layer).up].shape == (shape.num_neurons, shape.hidden_size)
+    for ffn, shape in zip(checkpoint.ffns, checkpoint.shapes, strict=True):
+        assert shape.num_elements == sum(tensors[name].numel() for name in ffn.tensor_names)
+        assert tensors[ffn.up.name].shape == (shape.num_neurons, shape.hidden_size)
         assert shape.gated == (family in ("llama", "mistral", "qwen2", "qwen3"))
         assert shape.up_bias == shape.down_bias == (family not in ("mistral", "qwen2", "qwen3"))
 
@@ -81,7 +80,8 @@ def test_the_activation_is_the_one_transformers_would_use_where_the_config_is_si
     """Configs written by hand leave out what is a class's default; Llama's is silu, OPT's is relu."""
     shutil.copytree(checkpoint_of(family), tmp_path, dirs_exist_ok=True)
     checkpoint = open_checkpoint(tmp_path)
-    field = checkpoint.architecture.activation_field
+    (tower,) = checkpoint.architecture.towers
+    field = tower.activation_field
     config = {name: value for name, value in checkpoint.config.items() if name != field}
     (tmp_path / "config.json").write_text(json.dumps(config))
     expected = getattr(transformers.AutoConfig.from_pretrained(tmp_path), field)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ffsplit.calibration.batches import Batch, padded_batches
+from ffsplit.calibration.hooks import Sampling
 from ffsplit.calibration.observe import observe
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import ConfigError
@@ -70,16 +71,18 @@ def test_statistics_and_inputs_are_the_whole_models(
     checkpoint_of: CheckpointFactory, family: str, inputs_only: bool
 ) -> None:
     directory = checkpoint_of(family, max_shard_size="30KB")
-    row = open_checkpoint(directory).architecture
-    sampled = torch.tensor([0, 3, 7, 61])  # the last batches have none
+    ffns = open_checkpoint(directory).ffns
+    num_tokens = sum(batch.num_tokens for batch in BATCHES)
+    chosen = torch.tensor([0, 3, 7, 61])  # the last batches have none
+    sampling = Sampling(lambda _: chosen, {"attention_mask": num_tokens})
     whole, blocks = (
-        list(observe(model, row, BATCHES, sampled=sampled, inputs_only=inputs_only))
+        list(observe(model, ffns, BATCHES, sampling=sampling, inputs_only=inputs_only))
         for model in (load_base_model(directory, device=CPU, dtype=torch.float32), streamed(directory))
     )
     assert len(whole) == len(blocks) == 3
     for a, b in zip(whole, blocks, strict=True):
-        assert a.input_TD is not None and b.input_TD is not None and len(a.input_TD) == 4
-        assert torch.equal(a.input_TD, b.input_TD)
+        assert a.inputs is not None and b.inputs is not None and len(a.inputs["input"]) == 4
+        assert torch.equal(a.inputs["input"], b.inputs["input"])
         assert a.statistics is b.statistics is None if inputs_only else same(a.statistics, b.statistics)
 
 

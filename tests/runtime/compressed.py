@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffsplit.calibration.batches import padded_batches
-from ffsplit.calibration.hooks import FFNObserver
+from ffsplit.calibration.hooks import FFNObserver, Sampling
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.compressors.layer import compress_layer
 from ffsplit.compressors.weights import FFNWeights
@@ -21,7 +21,8 @@ from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_base_model, load_whole_model
 from ffsplit.recipes.recipe import load_recipe
-from ffsplit.runtime.assemble import MAX_SHARD_BYTES, assemble, is_plain, layer_tensors, load_ffn
+from ffsplit.runtime.assemble import MAX_SHARD_BYTES, assemble, is_plain
+from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
 from ffsplit.splitting.budget import fit_layers
 from ffsplit.splitting.plan import plan_split
 from tests.tiny_models import CAUSAL, random_rows
@@ -57,12 +58,12 @@ def observed(directory: Path) -> tuple[tuple[NeuronStats, ...], Sequence[Tensor]
     checkpoint = open_checkpoint(directory)
     model = load_base_model(directory, device=CPU, dtype=torch.float32)
     rows = random_rows(40, seed=7)
-    sampled = torch.arange(sum(map(len, rows)))
-    with torch.no_grad(), FFNObserver(model, checkpoint.architecture, sampled=sampled) as observer:
+    sampling = Sampling(torch.arange, {"attention_mask": sum(map(len, rows))}, len(rows))
+    with torch.no_grad(), FFNObserver(model, checkpoint.ffns, sampling=sampling) as observer:
         for batch in padded_batches(rows, batch_tokens=256, pad_id=0):
-            observer.next_batch(batch.attention_mask)
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    return observer.statistics(), observer.inputs()
+            observer.next_batch(batch.arguments)
+            model(**batch.arguments)
+    return observer.statistics(), [tensors["input"] for tensors in observer.inputs().values()]
 
 
 def compress(
@@ -75,7 +76,7 @@ def compress(
 ) -> Compressed:
     """Compress as the pipeline does, in one process; `keep` may differ from layer to layer."""
     checkpoint, chosen = open_checkpoint(source), load_recipe(recipe)
-    keeps = [keep] * checkpoint.num_layers if isinstance(keep, float) else keep
+    keeps = [keep] * len(checkpoint.ffns) if isinstance(keep, float) else keep
     layouts = tuple(
         fit_layers([shape], keep=each, heavy=chosen.heavy, steps=chosen.steps)[0]
         for shape, each in zip(checkpoint.shapes, keeps, strict=True)

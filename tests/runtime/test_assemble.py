@@ -33,7 +33,7 @@ def test_what_is_no_ffn_is_copied_bit_for_bit(
 ) -> None:
     compressed = compressed_of(family, recipe=recipe)
     before, after = all_tensors(compressed.source.directory), all_tensors(compressed.directory)
-    ffn = {name for layer in range(3) for name in compressed.source.ffn_names(layer) if name is not None}
+    ffn = {name for each in compressed.source.ffns for name in each.tensor_names}
     assert all(torch.equal(after[name], before[name]) for name in before if name not in ffn)
     added = [name for name in after if name not in before]
     assert bool(added) == (not compressed.plain)
@@ -49,7 +49,7 @@ def test_every_layer_of_a_split_checkpoint_has_a_guard(compressed_of: Compressed
     compressed = compressed_of(family, recipe="svd")
     before, after = all_tensors(compressed.source.directory), all_tensors(compressed.directory)
     for layer in range(3):
-        names = [name for name in compressed.source.ffn_names(layer) if name is not None]
+        names = compressed.source.ffns[layer].tensor_names
         guards = [name for name in names if name in after]
         assert len(guards) == 1
         assert after[guards[0]].shape == (1,) != before[guards[0]].shape

@@ -44,7 +44,7 @@ def dense_outputs(directory: Path, class_name: str) -> torch.Tensor:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_equals_the_reference(compressed_of: CompressedFactory, family: str, recipe: str) -> None:
     compressed = compressed_of(family, recipe=recipe)
-    has_bias = compressed.source.ffn_shape(0).down_bias
+    has_bias = compressed.source.shapes[0].down_bias
     assert compressed.plain == (recipe in ("fast", "norm-prune", "demo") or (recipe == "flap" and has_bias))
     model = model_class(family, head_of(family)).from_pretrained(compressed.directory).eval()
     found = outputs(model)

@@ -18,7 +18,7 @@ from tests.runtime.compressed import compress, outputs, reference
 @pytest.mark.parametrize("recipe", ["paper", "norm-prune"])
 def test_a_trained_llama_equals_its_reference(development_data: Path, tmp_path: Path, recipe: str) -> None:
     compressed = compress(development_data / "tiny-llama", tmp_path / "artifact", recipe=recipe)
-    assert compressed.source.tensors[compressed.source.ffn_names(0).down].dtype == "F16"
+    assert compressed.source.tensors[compressed.source.ffns[0].down.name].dtype == "F16"
     model = load_whole_model(compressed.directory, "LlamaForCausalLM", dtype=torch.float32)
     torch.testing.assert_close(outputs(model), outputs(reference(compressed)), atol=0.05, rtol=0.01)
 
@@ -30,10 +30,9 @@ def test_the_energy_of_heavy_hitters_of_a_trained_llama(development_data: Path) 
     with (development_data / "corpus" / "heldout.txt").open(encoding="utf-8") as file:
         rows = tokenize_rows(load_tokenizer(checkpoint), file.read(60_000).split("\n\n"), max_length=128)
     model = load_base_model(checkpoint.directory, device=torch.device("cpu"), dtype=torch.float32)
-    nothing = torch.empty(0, dtype=torch.long)
-    with FFNObserver(model, checkpoint.architecture, sampled=nothing) as observer:
+    with FFNObserver(model, checkpoint.ffns) as observer:
         for batch in padded_batches(rows, batch_tokens=2048, pad_id=0):
-            observer.next_batch(batch.attention_mask)
-            model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            observer.next_batch(batch.arguments)
+            model(**batch.arguments)
     shares = [energy_share(stats, fraction=0.05) for stats in observer.statistics()]
     assert min(shares) > 0.13 and max(shares) < 0.36

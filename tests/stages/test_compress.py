@@ -23,7 +23,7 @@ def compressed_layer(model: Path, folder: Path) -> bytes:
     inputs = folder / "inputs.safetensors"
     save_file({"input": torch.randn(50, 32, generator=torch.Generator().manual_seed(0))}, inputs)
     sampled = scratch.save("inputs", {"inputs.safetensors": inputs}, facts={})
-    layout = LayerLayout.dense(open_checkpoint(model).ffn_shape(1), num_neurons=32)
+    layout = LayerLayout.dense(open_checkpoint(model).shapes[1], num_neurons=32)
     job = LayerJob(
         model_directory=str(model),
         plan=LayerPlan(layer=1, layout=layout, heavy_neurons=tuple(range(32))),
@@ -41,7 +41,7 @@ def test_a_layer_is_compressed_from_its_own_tensors_alone(
 ) -> None:
     whole = checkpoint_of("llama")
     holed = Path(shutil.copytree(whole, tmp_path / "holed"))
-    own = {name for name in open_checkpoint(whole).ffn_names(1) if name is not None}
+    own = set(open_checkpoint(whole).ffns[1].tensor_names)
     tensors = load_file(whole / "model.safetensors")
     assert len(own) == 6 < len(tensors)
     holes = {name: tensor if name in own else tensor * torch.nan for name, tensor in tensors.items()}

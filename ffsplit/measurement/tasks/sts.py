@@ -56,7 +56,7 @@ class SentenceSimilarity(Record):
 
 def read_sts(spec: str, *, checkpoint: Checkpoint) -> SentenceSimilarity:
     """`sts:file.csv[#first,second,score]`, for an encoder. Raises ConfigError when either does not fit."""
-    if checkpoint.architecture.kind != "encoder":
+    if checkpoint.kind != "encoder":
         what = checkpoint.class_name or checkpoint.architecture.model_type
         raise task_error(spec, f"sts needs a sentence encoder, and the model is a causal {what}")
     file = task_file(spec, suffixes=TABLES)

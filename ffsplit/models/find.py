@@ -1,0 +1,199 @@
+"""From the names of a checkpoint's or a model's tensors to its FFNs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ffsplit.errors import UnsupportedModelError
+from ffsplit.ffn import FFNShape
+from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.headers import TensorInfo
+from ffsplit.models.places import STACKED, FFNPlace, MatrixPlace, join_paths
+from ffsplit.models.rows import Architecture, FFNPaths, Tower
+
+
+def find_ffns(
+    architecture: Architecture,
+    tensors: Mapping[str, TensorInfo],
+    *,
+    where: str,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[str, tuple[FFNPlace, ...]]:
+    """The prefix of the base model's tensors, and its FFNs.
+
+    A config says how many blocks there should be. Raises UnsupportedModelError when there is no FFN, or
+    one lacks a tensor.
+    """
+    finder = _Finder(architecture, tensors, where)
+    return finder.prefix, tuple(finder.ffns(config or {}))
+
+
+def ffns_of(model: Any) -> tuple[str, tuple[FFNPlace, ...]]:
+    """The path of a model's base model, ending in a dot where it is not empty, and the FFNs below it."""
+    tensors = {
+        name: TensorInfo("", "F32", tuple(tensor.shape))
+        for name, tensor in model.state_dict(keep_vars=True).items()
+    }
+    return find_ffns(ARCHITECTURES[model.config.model_type], tensors, where=type(model).__name__)
+
+
+def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
+    """The part of a config that is about one tower; nothing where the config does not have it."""
+    part = config if name is None else config.get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
+class _Finder:
+    """Looks for the FFNs of one checkpoint among the names of its tensors."""
+
+    def __init__(self, architecture: Architecture, tensors: Mapping[str, TensorInfo], where: str) -> None:
+        self._row, self._tensors, self._where = architecture, tensors, where
+        patterns = [each for tower in architecture.towers for each in self._downs(tower)]
+        regexes = [re.compile(rf"((?:.*\.)?){_regex(pattern)}") for pattern in dict.fromkeys(patterns)]
+        matches = (regex.fullmatch(name) for name in tensors for regex in regexes)
+        prefixes = {match[1] for match in matches if match}
+        if len(prefixes) != 1:
+            tail = patterns[0].replace("*", "0")
+            raise UnsupportedModelError(
+                f"{where}: no tensor {tail!r}, where a {architecture.model_type} keeps its first FFN"
+            )
+        self.prefix = prefixes.pop()
+
+    def ffns(self, config: Mapping[str, Any]) -> list[FFNPlace]:
+        found: list[FFNPlace] = []
+        for tower in self._row.towers:
+            stated = config_part(config, tower.config).get(tower.layers_field)
+            for block in self._blocks(tower, num_stated=stated if isinstance(stated, int) else 0):
+                before = len(found)
+                for paths in tower.ffns:
+                    find = self._stacked if self._is_stacked(paths, block) else self._separate
+                    found += find(tower, paths, block, first=len(found))
+                if len(found) == before:
+                    name = self._name(self._candidates(tower, tower.ffns[0].up)[0], block, 0)
+                    raise UnsupportedModelError(f"{self._where}: {name} is missing or is no matrix")
+        return found
+
+    def _candidates(self, tower: Tower, path: str) -> tuple[str, ...]:
+        """The patterns a module's tensors may go by: as files have it where they differ, as modules do."""
+        pattern = named = join_paths(tower.blocks, path)
+        for module_name, file_name in self._row.file_names:
+            named = named.replace(module_name, file_name)
+        return (named, pattern) if named != pattern else (pattern,)
+
+    def _downs(self, tower: Tower) -> Iterator[str]:
+        for paths in tower.ffns:
+            yield from (f"{each}.weight" for each in self._candidates(tower, paths.down))
+            if paths.experts:
+                yield join_paths(tower.blocks, f"{paths.module}.{STACKED['down']}")
+
+    def _blocks(self, tower: Tower, *, num_stated: int) -> list[str]:
+        """The module paths of a tower's blocks, from the first on; of none where it has no FFN at all."""
+        numbers = [_regex(name).replace(r"\d+", r"(\d+)", int(tower.is_list)) for name in self._downs(tower)]
+        regexes = [re.compile(re.escape(self.prefix) + each) for each in numbers]
+        matches = [match for name in self._tensors for regex in regexes if (match := regex.fullmatch(name))]
+        if not tower.is_list:
+            return [tower.path] if matches else []
+        present = {int(match[1]) for match in matches}
+        count = next(index for index in range(len(present) + 1) if index not in present)
+        return [f"{tower.path}.{index}" for index in range(max(count, num_stated if present else 0))]
+
+    def _is_stacked(self, paths: FFNPaths, block: str) -> bool:
+        name = f"{self.prefix}{join_paths(block, paths.module or '')}.{STACKED['down']}"
+        return paths.experts and name in self._tensors
+
+    def _stacked(self, tower: Tower, paths: FFNPaths, block: str, *, first: int) -> Iterator[FFNPlace]:
+        """Experts that are one tensor."""
+        stack = f"{self.prefix}{join_paths(block, paths.module or '')}."
+        for expert in range(self._tensors[stack + STACKED["down"]].shape[0]):
+            roles = (("up", paths.up, 1), ("gate", paths.gate, 0), ("down", paths.down, None))
+            up, gate, down = (
+                MatrixPlace(
+                    stack + STACKED[role],
+                    expert=expert,
+                    half=half,
+                    alone=self._name(self._candidates(tower, path or "")[0], block, expert),
+                )
+                for role, path, half in roles
+            )
+            yield self._place(tower, paths, block, up, gate, down, first=first, expert=expert)
+
+    def _separate(self, tower: Tower, paths: FFNPaths, block: str, *, first: int) -> Iterator[FFNPlace]:
+        """The FFN that these paths lead to, if any, or as many experts as there are."""
+        expert = 0
+        while True:
+            halves = (1, 0) if paths.fused else (None, None)
+            up = self._matrix(tower, paths, paths.up, block, expert, half=halves[0])
+            gate_path = paths.up if paths.fused else paths.gate
+            if up is None:
+                return
+            gate, down = (
+                None if path is None else self._matrix(tower, paths, path, block, expert, half=half)
+                for path, half in ((gate_path, halves[1]), (paths.down, None))
+            )
+            for path, found in ((gate_path, gate), (paths.down, down)):
+                if path is not None and found is None:
+                    name = self._name(self._candidates(tower, path)[0], block, expert)
+                    raise UnsupportedModelError(f"{self._where}: {name} is missing or is no matrix")
+            assert down is not None
+            yield self._place(
+                tower, paths, block, up, gate, down, first=first, expert=expert if paths.experts else None
+            )
+            expert += 1
+            if not paths.experts:
+                return
+
+    def _matrix(
+        self, tower: Tower, paths: FFNPaths, path: str, block: str, expert: int, *, half: int | None
+    ) -> MatrixPlace | None:
+        for candidate in self._candidates(tower, path):
+            name = self._name(candidate, block, expert)
+            if name in self._tensors:
+                bias = f"{name.removesuffix('weight')}bias"
+                found = bias if bias in self._tensors else None
+                return MatrixPlace(name, found, half=half, transposed=paths.transposed)
+        return None
+
+    def _name(self, pattern: str, block: str, expert: int) -> str:
+        """The weight of a pattern's module, in one block."""
+        for number in (*_numbers(block), expert):
+            pattern = pattern.replace("*", str(number), 1)
+        return f"{self.prefix}{pattern}.weight"
+
+    def _place(
+        self,
+        tower: Tower,
+        paths: FFNPaths,
+        block: str,
+        up: MatrixPlace,
+        gate: MatrixPlace | None,
+        down: MatrixPlace,
+        *,
+        first: int,
+        expert: int | None,
+    ) -> FFNPlace:
+        layer = f"layer {_numbers(block)[-1]}" if tower.is_list else ""
+        number = "" if expert is None else f"expert {expert}"
+        name = " ".join(part for part in (tower.name, layer, paths.label, number) if part)
+        sizes = self._tensors[down.name].shape[-2:]
+        if len(sizes) != 2:
+            raise UnsupportedModelError(f"{self._where}: {down.name} is missing or is no matrix")
+        shape = FFNShape(
+            num_neurons=sizes[0] if down.transposed else sizes[1],
+            hidden_size=sizes[1] if down.transposed else sizes[0],
+            gated=gate is not None,
+            up_bias=up.bias is not None,
+            down_bias=down.bias is not None,
+        )
+        index = first + (expert or 0)
+        return FFNPlace(index, name, tower, paths, block, up, gate, down, shape, expert=expert, unit=first)
+
+
+def _regex(pattern: str) -> str:
+    return re.escape(pattern).replace(r"\*", r"\d+")
+
+
+def _numbers(block: str) -> tuple[int, ...]:
+    """The indices in a module path: at most one, of its block."""
+    return tuple(int(part) for part in block.split(".") if part.isdigit())

@@ -1,0 +1,126 @@
+"""Every family of the table: an exact split is the dense model, a compressed one saves, loads and runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ffsplit
+from ffsplit.ffn import LayerLayout
+from ffsplit.models.activations import activation_named
+from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.load import load_whole_model
+from ffsplit.runtime.assemble import assemble
+from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
+from tests.small_jobs import SmallJob
+from tests.tiny_families import FAMILIES, outputs, save_checkpoint
+
+CPU = torch.device("cpu")
+WITH_HEADS = [(name, head) for name, family in FAMILIES.items() for head in ("", *family.heads)]
+Saved = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """`saved("bert", "ForMaskedLM")`: a checkpoint, made once."""
+    made: dict[Any, Path] = {}
+
+    def make(family: str, head: str = "", dtype: torch.dtype = torch.float32) -> Path:
+        key = (family, head, dtype)
+        if key not in made:
+            made[key] = save_checkpoint(tmp_path_factory.mktemp(family), family, head, dtype=dtype)
+        return made[key]
+
+    return make
+
+
+def test_every_row_has_a_tiny_model() -> None:
+    assert {family.model_type or name for name, family in FAMILIES.items()} == set(ARCHITECTURES)
+
+
+def split_exactly(checkpoint: Checkpoint, directory: Path) -> None:
+    """An artifact whose FFNs are two dense parts each: every other neuron, and the rest."""
+    files, layouts = [], []
+    directory.mkdir()
+    for ffn in checkpoint.ffns:
+        activation = activation_named(checkpoint.activation_of(ffn.index))
+        weights = load_ffn(checkpoint, ffn.index, activation=activation, device=CPU)
+        weights = weights.split(torch.arange(0, ffn.shape.num_neurons, 2))
+        files.append(directory.with_name(f"{directory.name}-{ffn.index}.safetensors"))
+        save_file(layer_tensors(checkpoint, ffn.index, weights, plain=False), files[-1])
+        layouts.append(weights.layout)
+    assemble(checkpoint, files, layouts, directory)
+
+
+@pytest.mark.parametrize(("family", "head"), WITH_HEADS)
+def test_an_exact_split_is_the_dense_model(saved: Saved, tmp_path: Path, family: str, head: str) -> None:
+    checkpoint = open_checkpoint(saved(family, head))
+    split_exactly(checkpoint, tmp_path / "split")
+    dense, split = (
+        load_whole_model(directory, checkpoint.class_name)
+        for directory in (checkpoint.directory, tmp_path / "split")
+    )
+    names = [type(module).__name__ for module in split.modules()]
+    assert names.count("SplitFFN") == len(checkpoint.ffns)
+    assert (outputs(split) - outputs(dense)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_of_it_saves_loads_and_runs(saved: Saved, tmp_path: Path, family: str) -> None:
+    source = saved(family, FAMILIES[family].heads[0])
+    job = SmallJob(tmp_path, source)
+    recipe = job.recipe(step="{kind: prune}")
+    manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, samples=16))
+    assert manifest.measurements is not None
+    kept = (
+        manifest.measurements.compressed_size.ffn_elements / manifest.measurements.original_size.ffn_elements
+    )
+    assert 0.35 < kept <= 0.5
+    assert manifest.plain == (family != "bloom")
+    model = ffsplit.load(str(tmp_path / "out"))
+    found = outputs(model)
+    assert found.isfinite().all()
+    assert (found - outputs(load_whole_model(source, manifest.model.architecture))).abs().max() > 1e-3
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(outputs(load_whole_model(tmp_path / "again", manifest.model.architecture)), found)
+    if model.can_generate():
+        ids = torch.tensor([[5, 50, 150]])
+        generated = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        assert generated.shape[1] > (0 if model.config.is_encoder_decoder else 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "modernbert", "gemma2"])
+def test_dtype_and_tied_weights_are_kept(
+    saved: Saved, tmp_path: Path, family: str, dtype: torch.dtype
+) -> None:
+    checkpoint = open_checkpoint(saved(family, FAMILIES[family].heads[0], dtype))
+    split_exactly(checkpoint, tmp_path / "split")
+    tensors = load_file(tmp_path / "split" / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    model = load_whole_model(tmp_path / "split", checkpoint.class_name)
+    assert model.dtype == dtype
+    if model.config.tie_word_embeddings:
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_everything_changes_no_tensor(saved: Saved, tmp_path: Path, family: str) -> None:
+    checkpoint = open_checkpoint(saved(family, FAMILIES[family].heads[0]))
+    files, layouts = [], [LayerLayout.dense(shape) for shape in checkpoint.shapes]
+    for ffn in checkpoint.ffns:
+        weights = load_ffn(checkpoint, ffn.index, activation=torch.relu, device=CPU)
+        files.append(tmp_path / f"{ffn.index}.safetensors")
+        save_file(layer_tensors(checkpoint, ffn.index, weights, plain=True), files[-1])
+    assemble(checkpoint, files, layouts, tmp_path / "same")
+    before, after = (
+        load_file(each / "model.safetensors") for each in (checkpoint.directory, tmp_path / "same")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
