@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Console
 from rich.table import Table
 
@@ -12,7 +10,7 @@ from ffsplit.gates import describe_result
 from ffsplit.inspection import Inspection
 from ffsplit.planning import LayerForecast, Plans
 from ffsplit.publication import REPORT_NAME
-from ffsplit.report.humanize import layout, milliseconds, number, percent, score, score_change, size, times
+from ffsplit.report.humanize import layout, milliseconds, percent, score, score_change, size, times
 from ffsplit.splitting.latency import LatencyTable
 
 WIDTH = 100
@@ -76,18 +74,6 @@ def _before_after(manifest: Manifest, measured: Measurements) -> Table:
             score_change(task.original, after=task.compressed),
         )
     return table
-
-
-def print_timings(latencies: Sequence[Latency]) -> None:
-    """Paired latencies, one shape after the other."""
-    table = _table("forward passes, in turn", "", "original", "compressed", "speed-up")
-    for each in latencies:
-        _add_latency(table, each)
-        p95 = (each.original_p95_ms, each.compressed_p95_ms)
-        table.add_row("  p95", milliseconds(p95[0]), milliseconds(p95[1]), "")
-        rates = (each.original_tokens_per_s, each.compressed_tokens_per_s)
-        table.add_row("  tokens/s", number(rates[0]), number(rates[1]), "")
-    _print(table)
 
 
 def print_inspection(found: Inspection) -> None:
