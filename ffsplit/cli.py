@@ -54,6 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
     _add_job_flags(compress)
     add_budget_flags(compress)
     _add_judging_flags(compress)
+    compress.add_argument(
+        "--healing-workers",
+        type=int,
+        metavar="N",
+        help="that share every step of healing, through Ray Train; default: 1",
+    )
     _add_job_flags(command("calibrate", _calibrate, "collect and publish neuron statistics alone"))
     verify = command("verify", _verify, "recompute every digest of an artifact")
     verify.add_argument("uri")
@@ -105,6 +111,11 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_judging_flags(parser: argparse.ArgumentParser) -> None:
     """How a result is scored, and what it must reach to be published."""
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="refuse a recipe whose result would need ffsplit to load",
+    )
     parser.add_argument(
         "--eval",
         action="append",

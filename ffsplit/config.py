@@ -72,12 +72,14 @@ class JobConfig(Record):
     workers: int | None = Field(default=None, ge=1, description="default: one per CPU core")
     gpus_per_worker: float = Field(default=0.0, ge=0)
     threads_per_worker: int = Field(default=1, ge=1)
-    healing_threads: int | None = Field(default=None, ge=1, description="default: one per CPU core")
+    healing_threads: int | None = Field(default=None, ge=1, description="default: one per CPU core, in all")
+    healing_workers: int = Field(default=1, ge=1, description="that share every step of healing")
     device: Device = "auto"
     dtype: DType = "auto"
     address: str | None = Field(default=None, description="a Ray cluster; default: one started on the spot")
     runner: Literal["ray", "serial"] = "ray"
     block_by_block: bool = Field(default=False, description="hold one block of the model at a time")
+    plain: bool = Field(default=False, description="refuse a recipe whose result needs ffsplit to load")
     fresh: bool = Field(default=False, description="run again even when this run key is published")
 
     @model_validator(mode="after")

@@ -158,9 +158,12 @@ class Execution:
             scratch=self.place("heal"),
             profile=run.profile,
             threads=threads,
+            workers=run.config.healing_workers,
         )
         with self.log.stage("heal", stage_key("heal", {"run": run.run_key}), num_items=1):
-            return self.runner.run_alone("heal", heal_job, job, threads=threads)
+            healed = self.runner.run_together("heal", heal_job, job, size=job.workers, threads=threads)
+        assert healed is not None, "the first worker answers with the result"
+        return healed
 
     def measure(self, compressed: Path, layouts: tuple[LayerLayout, ...]) -> Measurements:
         """Compare the checkpoint in a directory with the original."""

@@ -29,7 +29,8 @@ from ffsplit.execution import Execution, Layers
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.prepare import PreparedRun, check_plain, prepare, settle
+from ffsplit.plain import check_plain
+from ffsplit.prepare import PreparedRun, prepare, settle
 from ffsplit.progress import Progress, StageLog
 from ffsplit.publication import REPORT_NAME, Outcome, write_documents
 from ffsplit.recipes.recipe import Recipe

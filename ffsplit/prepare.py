@@ -28,8 +28,8 @@ from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer, model_class
 from ffsplit.models.locate import locate_model
 from ffsplit.origin import check_origin, inherit
+from ffsplit.plain import check_plain, check_stays_plain
 from ffsplit.recipes.recipe import Recipe, load_recipe
-from ffsplit.runtime.assemble import is_plain
 from ffsplit.runtime.linears import attention_linears
 from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.plan import num_energetic
@@ -118,7 +118,9 @@ def prepare(config: JobConfig) -> PreparedRun:
         check_plain(checkpoint, layouts, recipe=recipe)
     if recipe.linears != "kept":
         attention_linears(checkpoint)
-    healing = {"threads": healing_threads(config)} if recipe.healing is not None else None
+    if config.plain:
+        check_stays_plain(checkpoint, layouts, recipe=recipe)
+    healing = healing_inputs(config) if recipe.healing is not None else None
     split = split_inputs(recipe, budget, solver, layouts=layouts, keep=keep)
     run_inputs = inputs | split | {"healing": healing}
     run_inputs |= {"evaluations": [evaluation.key_inputs for evaluation in evaluations]}
@@ -163,17 +165,14 @@ def resolve_recipe(config: JobConfig) -> Recipe:
 
 
 def healing_threads(config: JobConfig) -> int:
-    """The threads of the one worker that heals. They can change the result's last bits."""
-    return config.healing_threads or os.cpu_count() or 1
+    """The threads of each worker that heals. They can change the result's last bits."""
+    return config.healing_threads or max(1, (os.cpu_count() or 1) // config.healing_workers)
 
 
-def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
-    """Raise ConfigError when a recipe would heal, or quantize afterwards, what is not an ordinary model."""
-    if not is_plain(checkpoint, layouts):
-        raise ConfigError(
-            f"recipe {recipe.name}: healing and after_healing need steps that leave one dense FFN of one "
-            "width a layer, without a bias that the architecture lacks: prune or distill"
-        )
+def healing_inputs(config: JobConfig) -> dict[str, int]:
+    """What of the job, beside the recipe, can change the last bits of a healed model."""
+    workers = {"workers": config.healing_workers} if config.healing_workers > 1 else {}
+    return {"threads": healing_threads(config)} | workers
 
 
 def make_solver(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint, profile: ComputeProfile) -> Solver:

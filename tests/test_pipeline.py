@@ -21,6 +21,7 @@ from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.calibration.parquet import read_lineage, read_statistics
 from ffsplit.errors import CalibrationError, ConfigError, FFSplitError, GateError
+from ffsplit.prepare import prepare
 from ffsplit.publication import render_published
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
@@ -322,6 +323,23 @@ def test_healing_and_quantization_end_a_run(small_job: SmallJob, tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "mismatch" in done.stderr
+
+
+def test_the_number_of_healing_workers_is_part_of_a_run_that_heals(
+    small_job: SmallJob, tmp_path: Path
+) -> None:
+    """And of no other: one process gives the bytes of as many as it stands in for, so it stays in the key."""
+    healing, plain = small_job.recipe(more=HEALING), small_job.recipe()
+
+    def key(recipe: str, **fields: Any) -> str:
+        config = small_job.config(tmp_path, recipe=recipe, healing_threads=1, **fields)
+        return prepare(config).run_key
+
+    assert key(healing) == key(healing, healing_workers=1) != key(healing, healing_workers=2)
+    assert key(healing, healing_workers=2) == key(healing, healing_workers=2, workers=3, runner="ray")
+    assert key(plain) == key(plain, healing_workers=2)
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out", recipe=healing, healing_workers=2))
+    assert manifest.config.healing_workers == 2
 
 
 def attempt_of(out: Path) -> Path:

@@ -20,4 +20,5 @@ def make_runner(config: JobConfig) -> Runner:
         num_workers=config.workers,
         threads_per_worker=config.threads_per_worker,
         gpus_per_worker=gpus,
+        processes_together=config.healing_workers,
     )

@@ -6,12 +6,14 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
+from ffsplit.distributed.ray_train import place, run_together
 from ffsplit.distributed.runner import Answer, Item, Worker
 from ffsplit.errors import ConfigError, FFSplitError
 
@@ -45,7 +47,9 @@ class RayRunner:
         num_workers: int | None,
         threads_per_worker: int = 1,
         gpus_per_worker: float = 0.0,
+        processes_together: int = 1,
     ) -> None:
+        self._together = processes_together
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._requested = num_workers
         self._threads, self._gpus = threads_per_worker, gpus_per_worker
@@ -66,6 +70,12 @@ class RayRunner:
             raise ConfigError(
                 f"--gpus-per-worker {self._gpus:g}: the cluster has {resources.get('GPU', 0):g} GPUs"
             )
+        if self._together > 1:
+            try:
+                place(_Host, size=self._together, threads=1, use_gpus=self._gpus > 0)
+            except ConfigError:
+                self.__exit__(None, None, None)
+                raise
         room = self._room(resources)
         self._workers = max(1, min(self._requested or room, room))
         return self
@@ -92,7 +102,7 @@ class RayRunner:
             workers = self._requested or max(1, (os.cpu_count() or 1) // self._threads)
             options |= {
                 "address": "local",
-                "num_cpus": workers * self._threads,
+                "num_cpus": max(workers * self._threads, self._together),
                 "include_dashboard": False,
                 "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
             }
@@ -138,6 +148,16 @@ class RayRunner:
             name=stage, num_cpus=max(cpus, self._threads), num_gpus=self._gpus, max_retries=MAX_RETRIES
         )
         ((_, answer),) = self._stream([task.remote], [item])
+        return answer  # type: ignore[no-any-return]
+
+    def run_together(
+        self, stage: str, function: Worker[Item, Answer], item: Item, *, size: int, threads: int = 1
+    ) -> Answer:
+        if size == 1:
+            return self.run_alone(stage, function, item, threads=threads)
+        together = place(function, size=size, threads=threads, use_gpus=self._gpus > 0)
+        task = ray.remote(run_together).options(name=stage, num_cpus=0, max_retries=MAX_RETRIES)
+        ((_, answer),) = self._stream([partial(task.remote, together)], [item])
         return answer  # type: ignore[no-any-return]
 
     def _stream(

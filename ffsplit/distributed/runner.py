@@ -43,6 +43,16 @@ class Runner(Protocol):
         """Call a function on one item while nothing else of this runner's is running."""
         ...
 
+    def run_together(
+        self, stage: str, function: Worker[Item, Answer], item: Item, *, size: int, threads: int = 1
+    ) -> Answer:
+        """Call a function on one item in `size` processes at once, which torch.distributed connects.
+
+        The answer is the first process's. Where there can be no more than one process, that one is
+        not connected to any, and has to do for all.
+        """
+        ...
+
 
 class SerialRunner:
     """Everything in this process, one item after the other."""
@@ -70,5 +80,10 @@ class SerialRunner:
 
     def run_alone(
         self, stage: str, function: Worker[Item, Answer], item: Item, *, threads: int = 1
+    ) -> Answer:
+        return function(item)
+
+    def run_together(
+        self, stage: str, function: Worker[Item, Answer], item: Item, *, size: int, threads: int = 1
     ) -> Answer:
         return function(item)

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ffsplit.calibration.batches import Batch, padded_batches
-from ffsplit.healing.losses import distance, mean_distance, outputs
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.state import HealingState
+from ffsplit.healing.step import Distillation
+from ffsplit.healing.team import Alone, Team
 from ffsplit.models.rows import ModelKind
 from ffsplit.quantization import fake_quantize
 
@@ -54,12 +55,14 @@ def heal(
     seed: int,
     resume: Callable[[dict[str, Tensor], Any], HealingState | None],
     checkpoint: Callable[[HealingState, dict[str, Tensor], Any], None],
+    team: Team | None = None,
 ) -> HealingState:
     """Train `student` in place and leave the best state it had in it. Returns how it went.
 
     `resume` reads an earlier state into the weights and the optimizer, or returns None; `checkpoint` is
     called every `checkpoint_steps` steps. The same arguments give the same bytes on one kind of
-    hardware, resumed or not.
+    hardware, resumed or not. Every process of a `team` calls this with the same arguments and ends with
+    the same weights; `checkpoint` is called in all of them.
     """
     from accelerate import Accelerator
 
@@ -69,30 +72,26 @@ def heal(
     optimizer = torch.optim.AdamW(list(weights.values()), betas=(0.9, 0.99), weight_decay=0.0)
     optimizer = accelerator.prepare(optimizer)
     state = resume(weights, optimizer)
+    distillation = Distillation(student, teacher, weights, kind, team or Alone())
+    distillation.meet(state.step if state else 0)
     batches = [batch.to(device) for batch in _validation(data)]
     if state is None:
         state = HealingState()
-        _judge(state, student, teacher, batches, weights, kind=kind)
+        distillation.judge(state, batches)
         state.first_loss = state.best_loss
     num_steps = settings.epochs * math.ceil(len(data.rows) / settings.batch_rows)
     evaluate_every = max(1, num_steps // (settings.epochs * settings.evaluations))
-    for step, batch in enumerate(_training(data, settings, seed=seed)):
+    for step, rows in enumerate(_training(data, settings, seed=seed)):
         if step < state.step:
             continue
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(step, num_steps, warm_up=settings.warm_up)
-        batch = batch.to(device)
-        with torch.no_grad():
-            expected = outputs(teacher, batch, kind=kind)
-        with accelerator.autocast():
-            loss = distance(outputs(student, batch, kind=kind), expected, batch, kind=kind)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
+        distillation.set_gradient(rows, pad_id=data.pad_id, accelerator=accelerator)
         accelerator.clip_grad_norm_(weights.values(), settings.max_gradient_norm)
         optimizer.step()
         state.step = step + 1
         if state.step % evaluate_every == 0 or state.step == num_steps:
-            _judge(state, student, teacher, batches, weights, kind=kind)
+            distillation.judge(state, batches)
             if state.num_worse >= settings.patience:
                 break
         if state.step % settings.checkpoint_steps == 0:
@@ -135,30 +134,12 @@ def schedule(step: int, num_steps: int, *, warm_up: float) -> float:
     return rising * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
 
 
-def _judge(
-    state: HealingState,
-    student: Any,
-    teacher: Any,
-    batches: list[Batch],
-    weights: dict[str, Tensor],
-    *,
-    kind: ModelKind,
-) -> None:
-    """Measure the student, and remember its weights when they are the best so far."""
-    loss = mean_distance(student, teacher, batches, kind=kind)
-    if loss < state.best_loss:
-        state.best_loss, state.best_step, state.num_worse = loss, state.step, 0
-        state.best = {name: weight.detach().clone() for name, weight in weights.items()}
-    else:
-        state.num_worse += 1
-
-
 def _validation(data: HealingData) -> Iterator[Batch]:
     return padded_batches(data.validation, batch_tokens=data.batch_tokens, pad_id=data.pad_id)
 
 
-def _training(data: HealingData, settings: HealingSettings, *, seed: int) -> Iterator[Batch]:
-    """The batches of all epochs, in an order that depends on the seed and the epoch alone."""
+def _training(data: HealingData, settings: HealingSettings, *, seed: int) -> Iterator[list[Sequence[int]]]:
+    """The rows of every step of all epochs, in an order that depends on the seed and the epoch alone."""
     for epoch in range(settings.epochs):
         generator = random.Random(f"{seed}/{epoch}")
         order = generator.sample(range(len(data.rows)), len(data.rows))
@@ -167,6 +148,4 @@ def _training(data: HealingData, settings: HealingSettings, *, seed: int) -> Ite
             chunk = sorted(order[start : start + size * SORTED_BATCHES], key=lambda row: len(data.rows[row]))
             groups = [chunk[first : first + size] for first in range(0, len(chunk), size)]
             for group in generator.sample(groups, len(groups)):
-                rows = [data.rows[row] for row in group]
-                whole = len(rows) * max(map(len, rows))
-                yield from padded_batches(rows, batch_tokens=whole, pad_id=data.pad_id)
+                yield [data.rows[row] for row in group]

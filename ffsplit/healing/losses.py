@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,13 +34,29 @@ def distance(student: Tensor, teacher: Tensor, batch: Batch, *, kind: ModelKind)
     return functional.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
 
 
-@torch.no_grad()
-def mean_distance(student: Any, teacher: Any, batches: list[Batch], *, kind: ModelKind) -> float:
+def weight(teacher: Tensor, batch: Batch, *, kind: ModelKind) -> Tensor:
+    """What `distance` divides by. Weighted by it, the distances of parts of a batch add up to the whole's."""
+    is_token = batch.attention_mask.bool()
+    if kind == "encoder":
+        return teacher[is_token].float().square().sum()
+    return is_token.sum().float()
+
+
+def mean_distance(student: Any, teacher: Any, batches: Sequence[Batch], *, kind: ModelKind) -> float:
     """The mean distance over batches, weighted by their tokens."""
+    total, num_tokens = total_distance(student, teacher, batches, kind=kind)
+    return total / max(1.0, num_tokens)
+
+
+@torch.no_grad()
+def total_distance(
+    student: Any, teacher: Any, batches: Sequence[Batch], *, kind: ModelKind
+) -> tuple[float, float]:
+    """The sum of the batches' distances, each times its tokens; and the number of tokens."""
     total = num_tokens = 0.0
     for batch in batches:
         found = outputs(student, batch, kind=kind)
         expected = outputs(teacher, batch, kind=kind)
         total += float(distance(found, expected, batch, kind=kind)) * batch.num_tokens
         num_tokens += batch.num_tokens
-    return total / max(1.0, num_tokens)
+    return total, num_tokens

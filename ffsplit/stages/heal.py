@@ -1,8 +1,9 @@
-"""The healing stage: one worker with all threads, which can go on from its own checkpoints."""
+"""The healing stage: one worker or several that share every step; it can go on from its own checkpoints."""
 
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ffsplit.config import Record
 from ffsplit.healing.heal import HealingData, fake_quantized, heal, settle
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.state import HealingState
+from ffsplit.healing.team import Team, find_team
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.stages.profile import ComputeProfile
@@ -40,15 +42,20 @@ class HealJob(Record):
     scratch: Scratch
     profile: ComputeProfile
     threads: int
+    workers: int
 
 
-def heal_job(job: HealJob) -> Result:
-    """Heal the compressed model; its new weights are one safetensors file in the scratch."""
+def heal_job(job: HealJob) -> Result | None:
+    """Heal the compressed model; its new weights are one safetensors file in the scratch.
+
+    Of several workers that are called at once, only the first one writes and answers.
+    """
     with job.profile.applied(threads=job.threads):
-        return job.scratch.load(RESULT) or _heal(job)
+        return job.scratch.load(RESULT) or _heal(job, find_team(job.workers))
 
 
-def _heal(job: HealJob) -> Result:
+def _heal(job: HealJob, team: Team) -> Result | None:
+    writes = team.mine[0] == 0
     original = open_checkpoint(Path(job.original_directory))
     compressed = open_checkpoint(Path(job.compressed_directory))
     device = torch.device(job.profile.device)
@@ -72,10 +79,11 @@ def _heal(job: HealJob) -> Result:
         settings=job.settings,
         seed=job.seed,
         resume=lambda weights, optimizer: _resume(job.scratch, weights, optimizer),
-        checkpoint=lambda state, weights, optimizer: _checkpoint(job.scratch, state, weights, optimizer),
+        checkpoint=partial(_checkpoint, job.scratch) if writes else _keep_nothing,
+        team=team,
     )
     settle(linears)
-    return _save(job.scratch, student, compressed, state)
+    return _save(job.scratch, student, compressed, state) if writes else None
 
 
 def _ffn_linears(student: Any, checkpoint: Checkpoint) -> list[nn.Module]:
@@ -98,6 +106,10 @@ def _checkpoint(scratch: Scratch, state: HealingState, weights: dict[str, Tensor
         path = Path(folder) / f"{PROGRESS}.safetensors"
         state.save(path, weights, optimizer)
         scratch.save(PROGRESS, {path.name: path}, facts={"step": state.step})
+
+
+def _keep_nothing(state: HealingState, weights: dict[str, Tensor], optimizer: Any) -> None:
+    """Another worker has the same state, and writes it."""
 
 
 def _save(scratch: Scratch, student: Any, checkpoint: Checkpoint, state: HealingState) -> Result:

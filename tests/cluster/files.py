@@ -24,7 +24,8 @@ def documents(path: Path) -> list[dict[str, Any]]:
 
 
 def kubernetes_objects() -> list[dict[str, Any]]:
-    return [each for path in sorted(KUBERNETES.glob("*.yaml")) for each in documents(path)]
+    found = [each for path in sorted(KUBERNETES.glob("*.yaml")) for each in documents(path)]
+    return [each for each in found if "kind" in each]  # zoo.yaml is none
 
 
 def of_kind(kind: str) -> dict[str, Any]:

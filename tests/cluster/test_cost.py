@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +12,13 @@ import pytest
 from ffsplit.artifacts.manifest import Stage
 from ffsplit.artifacts.stores import open_store
 from tests.artifacts.attempts import ATTEMPT, RUN_KEY, make_manifest
-from tests.cluster.files import CLUSTER
+from tests.cluster.files import CLUSTER, ROOT
 
 
 def cost(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(CLUSTER / "cost.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 import yaml
 
-from tests.cluster.files import KUBERNETES, documents, kubernetes_objects, of_kind
+from ffsplit.zoo.zoo_file import load_zoo
+from tests.cluster.files import CLUSTER, KUBERNETES, documents, kubernetes_objects, of_kind
 
 PLAIN = [each for each in kubernetes_objects() if not each["apiVersion"].startswith(("ray.io", "kustomize"))]
 KUSTOMIZATION = documents(KUBERNETES / "kustomization.yaml")[0]
@@ -91,6 +93,30 @@ def test_what_is_mounted_is_what_kustomize_makes() -> None:
     assert set(command[1:]) == paths
     for name in [*KUSTOMIZATION["resources"], *(file for files in made.values() for file in files)]:
         assert (KUBERNETES / name).is_file()
+
+
+def test_the_batch_reads_a_zoo_file_that_is_mounted_and_right() -> None:
+    spec = of_kind("RayJob")["spec"]
+    cluster = spec["rayClusterSpec"]
+    path = spec["entrypoint"].split()[-1]
+    head = cluster["headGroupSpec"]["template"]["spec"]["containers"][0]
+    mounts = {mount["mountPath"]: mount["name"] for mount in head["volumeMounts"]}
+    folder, _, name = path.rpartition("/")
+    assert mounts[folder] == "zoo"
+    assert name in {file for made in KUSTOMIZATION["configMapGenerator"] for file in made["files"]}
+    zoo = load_zoo(str(KUBERNETES / name))
+    worker = cluster["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    gpus = int(worker["resources"]["limits"]["nvidia.com/gpu"])
+    assert all(0 < model.job.gpus_per_worker <= gpus for model in zoo.models)
+
+
+@pytest.mark.parametrize("path", sorted(CLUSTER.rglob("zoo.yaml")), ids=lambda path: path.parent.name)
+def test_a_zoo_stays_where_the_policy_lets_it(path: Path) -> None:
+    zoo = load_zoo(str(path))
+    assert zoo.destination == "s3://example-models/zoo"
+    for model in zoo.models:
+        read = [model.job.model, *model.job.calibration, *model.job.eval]
+        assert all(uri.startswith("s3://example-models/originals/") for uri in read)
 
 
 def test_one_image_for_everything() -> None:

@@ -1,0 +1,101 @@
+"""Several processes that work on one item together, started by Ray Train.
+
+They find each other through torch.distributed: gloo on CPUs, NCCL on GPUs. Results and resume state go
+through the stores that the function itself uses, so Ray Train has nothing to keep.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from ffsplit.distributed.runner import Worker
+from ffsplit.errors import ConfigError, FFSplitError
+
+MAX_RETRIES = 3
+"""How often all processes are started again after one of them was lost."""
+
+
+@dataclass(frozen=True)
+class Together:
+    """A function to be called in `size` processes at once, each with its CPUs and GPUs.
+
+    The answer is that of the first process. An error that FFSplit raised in any of them is raised as
+    itself, at once; a process that is lost takes the others with it, and all are started again.
+    """
+
+    function: Worker[Any, Any]
+    size: int
+    cpus: int
+    gpus: float
+
+    def run(self, item: Any) -> Any:
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
+        for attempts_left in reversed(range(1 + MAX_RETRIES)):
+            try:
+                return self._fit(item)
+            except TrainingFailedError as error:
+                known = next((each for each in _causes(error) if isinstance(each, FFSplitError)), None)
+                if known is not None:
+                    raise known from None
+                if not attempts_left:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _fit(self, item: Any) -> Any:
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths are those of whoever started the run
+        os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        each = {"CPU": float(self.cpus)} | ({"GPU": self.gpus} if self.gpus else {})
+        with tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
+            trainer = TorchTrainer(
+                lambda config: self.function(config["item"]),
+                train_loop_config={"item": item},
+                torch_config=TorchConfig(backend="nccl" if self.gpus else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=self.size, use_gpu=bool(self.gpus), resources_per_worker=each
+                ),
+                run_config=RunConfig(storage_path=folder, name="together"),
+            )
+            return trainer.fit().return_value
+
+
+def place(function: Worker[Any, Any], *, size: int, threads: int, use_gpus: bool) -> Together:
+    """As many CPUs a process as it has threads, as far as the cluster has them; a GPU each where asked for.
+
+    Raises ConfigError when the cluster has no room for `size` processes at once.
+    """
+    resources = ray.cluster_resources()
+    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    if size > cpus or (use_gpus and size > gpus):
+        has = f"{cpus} CPUs and {gpus} GPUs" if use_gpus else f"{cpus} CPUs"
+        raise ConfigError(f"--healing-workers {size}: the cluster has {has}")
+    largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    return Together(
+        function, size=size, cpus=max(1, min(threads, largest, cpus // size)), gpus=float(use_gpus)
+    )
+
+
+def run_together(together: Together, item: Any) -> Any:
+    """What a task runs: it starts the processes and waits for them, and they end with it."""
+    return together.run(item)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The errors of the processes, out of the wrappers that Ray Train puts around them."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        yield from _unwrapped(failure)
+
+
+def _unwrapped(error: Any) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = getattr(error, "_base_exc", None) or getattr(error, "cause", None)
