@@ -251,7 +251,7 @@ def _limit(dense: Any, compressed: Any) -> float:
 def decode_page(device: str, *, quick: bool) -> list[str]:
     """A causal model at batch 1: int8 heavy hitters, int4 for the rest, int8 attention."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    config = transformers.LlamaConfig(**LLAMA, **({"num_hidden_layers": 2} if quick else {}))
+    config = transformers.LlamaConfig(**(LLAMA | ({"num_hidden_layers": 2} if quick else {})))
     with quiet_transformers():
         dense = transformers.LlamaForCausalLM(config).to(dtype).to(device).eval()
         shape = shape_of(config, gated=True)
