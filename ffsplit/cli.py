@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from ffsplit import __version__
 from ffsplit.artifacts.paths import check_absolute
+from ffsplit.artifacts.units import parse_size
 from ffsplit.cli_batch import add_batch_commands
 from ffsplit.cli_plan import add_budget_flags, add_plan_commands
 from ffsplit.cli_run import add_run_commands
@@ -18,6 +20,7 @@ from ffsplit.errors import ConfigError
 from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, exit_code_of
 
 if TYPE_CHECKING:
+    from ffsplit.artifacts.commits import Kind
     from ffsplit.artifacts.manifest import Manifest
     from ffsplit.config import JobConfig
 
@@ -104,6 +107,13 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="hold one block of the model in memory at a time; default: where the model does not fit",
     )
+    add(
+        "--memory-per-worker",
+        type=partial(parse_size, name="--memory-per-worker"),
+        metavar="SIZE",
+        help="as in 6GB; default: a worker's share of this machine's",
+    )
+    add("--dry-run", action="store_true", help="say what the run would need, and stop")
     add("--fresh", action="store_true", help="run again even when this run is committed already")
     add("--sign-key", metavar="KEY", help="sign the manifest with this EC private key (PEM)")
     add("--json", action="store_true", help="print the manifest alone on stdout")
@@ -166,6 +176,8 @@ def _job_config(parsed: argparse.Namespace) -> JobConfig:
 
 def _compress(parsed: argparse.Namespace) -> int:
     config = _job_config(parsed)
+    if parsed.dry_run:
+        return _dry_run(parsed, config, kind="model")
 
     from ffsplit.gates import refusal
     from ffsplit.pipeline import compress_judged
@@ -181,10 +193,27 @@ def _compress(parsed: argparse.Namespace) -> int:
 
 def _calibrate(parsed: argparse.Namespace) -> int:
     config = _job_config(parsed)
+    if parsed.dry_run:
+        return _dry_run(parsed, config, kind="statistics")
 
     from ffsplit.pipeline import calibrate
 
     _show(parsed, calibrate(config, sign_key=_sign_key(parsed)))
+    return 0
+
+
+def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> int:
+    """Say what a run would need. Raises ConfigError for what cannot be done, after it is said."""
+    from ffsplit.prepare import preflight
+
+    flight = preflight(config, kind=kind)
+    if parsed.json:
+        print(flight.model_dump_json(indent=2))
+    else:
+        from ffsplit.summary import print_preflight
+
+        print_preflight(flight)
+    flight.check()
     return 0
 
 

@@ -80,6 +80,9 @@ class JobConfig(Record):
     runner: Literal["ray", "serial"] = "ray"
     block_by_block: bool = Field(default=False, description="hold one block of the model at a time")
     plain: bool = Field(default=False, description="refuse a recipe whose result needs ffsplit to load")
+    memory_per_worker: int | None = Field(
+        default=None, ge=1, description="bytes one worker may use; default: its share of this machine's"
+    )
     fresh: bool = Field(default=False, description="run again even when this run key is published")
 
     @model_validator(mode="after")

@@ -64,7 +64,7 @@ class Execution:
             profile=run.profile,
             scratch=self.place("calibrate"),
             inputs_only=run.origin is not None,
-            block_by_block=run.config.block_by_block,
+            block_by_block=run.flight.block_by_block,
         )
         name = "calibrate"
         if job.inputs_only:
@@ -178,7 +178,7 @@ class Execution:
             batch_tokens=calibration.batch_tokens,
             settings=run.recipe.measurement,
             profile=run.profile,
-            block_by_block=run.config.block_by_block,
+            block_by_block=run.flight.measured_block_by_block,
         )
         with self.log.stage("measure", stage_key("measure", {"run": run.run_key}), num_items=1):
             return self.runner.run_alone("measure", measure_job, job)

@@ -30,6 +30,7 @@ from ffsplit.ffn import LayerLayout
 from ffsplit.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.plain import check_plain
+from ffsplit.preflight.words import in_one_line
 from ffsplit.prepare import PreparedRun, prepare, settle
 from ffsplit.progress import Progress, StageLog
 from ffsplit.publication import REPORT_NAME, Outcome, write_documents
@@ -85,14 +86,12 @@ def calibrate(
 
 
 def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: Path | None) -> Finished:
-    if kind == "statistics":
-        _check_calibrates(config)
     with progress or Progress.to_stderr() as shown:
         store = open_store(config.out)
         check_outside_attempts(store.uri, flag="--out")
         if sign_key is not None:
             sign_manifest(b"{}", key=sign_key)  # a key that cannot sign is said before the work
-        run = prepare(config)
+        run = prepare(config, kind=kind)
         key, work = (run.run_key, run.work_key) if kind == "model" else (run.calibration_key,) * 2
         scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{work}")
         refused, is_new = None, not _is_committed(store, key)
@@ -121,14 +120,6 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         return Finished(manifest, "published" if is_new else "committed already", report)
 
 
-def _check_calibrates(config: JobConfig) -> None:
-    """Raise ConfigError for what is for compressed models alone."""
-    if config.stats is not None:
-        raise ConfigError("--stats is for compress: calibrate collects statistics of its own")
-    if config.gate or config.require_speedup is not None:
-        raise ConfigError("gates are for compress: statistics have nothing to judge")
-
-
 def _is_committed(store: Store, key: str) -> bool:
     """Whether a run has a commit. A store that cannot be asked is a mistake in --out."""
     try:
@@ -151,6 +142,7 @@ def _carry_out(
     """Compute a run and publish it. Returns its manifest instead where its gates refuse it."""
     config, log = run.config, StageLog(shown)
     with make_runner(config) as runner, tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
+        shown.note(in_one_line(run.flight))
         shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
         attempt = new_attempt_id()
         staging = Path(folder) / attempt

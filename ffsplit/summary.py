@@ -9,8 +9,18 @@ from ffsplit.artifacts.manifest import Latency, Manifest, Measurements
 from ffsplit.gates import describe_result
 from ffsplit.inspection import Inspection
 from ffsplit.planning import LayerForecast, Plans
+from ffsplit.preflight.records import Preflight
 from ffsplit.publication import REPORT_NAME
-from ffsplit.report.humanize import layout, milliseconds, percent, score, score_change, size, times
+from ffsplit.report.humanize import (
+    duration,
+    layout,
+    milliseconds,
+    percent,
+    score,
+    score_change,
+    size,
+    times,
+)
 from ffsplit.splitting.latency import LatencyTable
 
 WIDTH = 100
@@ -74,6 +84,25 @@ def _before_after(manifest: Manifest, measured: Measurements) -> Table:
             score_change(task.original, after=task.compressed),
         )
     return table
+
+
+def print_preflight(flight: Preflight) -> None:
+    """What a run would need: memory and time by stage, and disk."""
+    table = _table(
+        f"a model of {size(flight.model_bytes)}", "stage", "workers", "memory of one", "is there", "about"
+    )
+    for stage in flight.stages:
+        available = "not known" if stage.available_bytes is None else size(stage.available_bytes)
+        about = "not known" if stage.seconds is None else duration(stage.seconds)
+        streamed = {"calibrate": flight.block_by_block, "measure": flight.measured_block_by_block}
+        name = f"{stage.name}, block by block" if streamed.get(stage.name) else stage.name
+        table.add_row(name, str(stage.num_workers), size(stage.memory_bytes), available, about)
+    _print(table)
+    for what, disk in (("temporary files", flight.temporary), ("the run's files", flight.store)):
+        free = "" if disk.free_bytes is None else f", {size(disk.free_bytes)} free"
+        print(f"{what}: {size(disk.needed_bytes)} in {disk.place}{free}".replace("\u00a0", " "))
+    if flight.artifact_bytes:
+        print(f"the artifact: {size(flight.artifact_bytes)} of weights".replace("\u00a0", " "))
 
 
 def print_inspection(found: Inspection) -> None:

@@ -27,6 +27,8 @@ UPPER_ROOMS = (
     "zoo",
     "pipeline",
     "prepare",
+    "examine",
+    "preflight",
     "publication",
     "planning",
     "origin",

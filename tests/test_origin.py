@@ -14,6 +14,7 @@ from ffsplit import JobConfig, pipeline
 from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
+from ffsplit.prepare import prepare
 from ffsplit.stages.calibrate import CalibrationJob
 from tests.small_jobs import SmallJob, digests
 from tests.tiny_models import MAX_POSITIONS
@@ -57,7 +58,7 @@ def test_the_run_key_has_the_digest_of_the_statistics(small_job: SmallJob, tmp_p
     for name, seed in (("one", 0), ("two", 1)):
         pipeline.calibrate(small_job.config(tmp_path / name, seed=seed))
     keys = {
-        pipeline.prepare(small_job.config(tmp_path / "out", stats=str(tmp_path / name))).run_key
+        prepare(small_job.config(tmp_path / "out", stats=str(tmp_path / name))).run_key
         for name in ("one", "two", "one")
     }
     assert len(keys) == 2
@@ -120,5 +121,5 @@ def test_the_window_of_perplexity_is_not_inherited(
     spec = (f"perplexity:{small_job.text}",)
     without = small_job.config(tmp_path / "out", eval=spec, max_length=None)
     with_statistics = reusing(small_job, tmp_path / "out", tmp_path / "stats", eval=spec)
-    tasks = [pipeline.prepare(config).evaluations[0].task for config in (without, with_statistics)]
+    tasks = [prepare(config).evaluations[0].task for config in (without, with_statistics)]
     assert tasks[0].max_length == tasks[1].max_length == MAX_POSITIONS

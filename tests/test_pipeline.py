@@ -20,8 +20,8 @@ from ffsplit.artifacts.index import list_runs
 from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.calibration.parquet import read_lineage, read_statistics
-from ffsplit.errors import CalibrationError, ConfigError, FFSplitError, GateError
-from ffsplit.prepare import prepare
+from ffsplit.errors import ConfigError, FFSplitError, GateError
+from ffsplit.prepare import PreparedRun, prepare
 from ffsplit.publication import render_published
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
@@ -83,7 +83,7 @@ def test_a_second_call_does_nothing(
 
 def test_the_run_key_names_what_is_computed(small_job: SmallJob, tmp_path: Path) -> None:
     def key(**fields: Any) -> str:
-        return pipeline.prepare(small_job.config(**({"out": tmp_path / "out"} | fields))).run_key
+        return prepare(small_job.config(**({"out": tmp_path / "out"} | fields))).run_key
 
     base = key()
     assert key(workers=7, out=tmp_path / "elsewhere") == base
@@ -111,7 +111,7 @@ def test_tasks_are_scored_for_both_models(small_job: SmallJob, tmp_path: Path) -
     assert manifest.measurements is not None
     (score,) = manifest.measurements.tasks
     assert (score.name, score.metric, score.num_examples) == ("sts pairs.csv", "spearman", 3)
-    in_sample = seen in pipeline.prepare(config).text.calibration
+    in_sample = seen in prepare(config).text.calibration
     assert score.overlap_with_calibration == int(in_sample)
     attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
     assert "| sts pairs.csv, spearman |" in (attempt / "README.md").read_text()
@@ -124,8 +124,8 @@ def test_evaluation_data_is_part_of_the_run_and_not_of_the_statistics(
     paths = [tmp_path / name for name in ("a.csv", "b.csv", "same-as-a.csv")]
     for path, score in zip(paths, (1, 2, 1), strict=True):
         path.write_text(f"at home,one time,{score}\nmany people,her years,3\n")
-    runs = [pipeline.prepare(small_job.config(tmp_path / "out"))]
-    runs += [pipeline.prepare(small_job.config(tmp_path / "out", eval=(f"sts:{path}",))) for path in paths]
+    runs = [prepare(small_job.config(tmp_path / "out"))]
+    runs += [prepare(small_job.config(tmp_path / "out", eval=(f"sts:{path}",))) for path in paths]
     assert len({run.run_key for run in runs}) == 3
     assert runs[1].run_key == runs[3].run_key
     assert len({run.calibration_key for run in runs}) == 1
@@ -145,8 +145,8 @@ def test_a_classifier_of_a_causal_family_runs_end_to_end(
 
 
 def test_the_run_key_has_what_a_budget_resolves_to(small_job: SmallJob, tmp_path: Path) -> None:
-    def run(**fields: Any) -> pipeline.PreparedRun:
-        return pipeline.prepare(small_job.config(tmp_path, keep=None, **fields))
+    def run(**fields: Any) -> PreparedRun:
+        return prepare(small_job.config(tmp_path, keep=None, **fields))
 
     model = run(max_bytes=40_000).solver.model
     used = model.bytes_of(run(max_bytes=40_000).layouts)
@@ -168,8 +168,8 @@ def test_heavy_hitters_by_energy_differ_from_layer_to_layer(small_job: SmallJob,
 
 
 def test_gates_are_part_of_the_run_and_not_of_what_it_computes(small_job: SmallJob, tmp_path: Path) -> None:
-    def run(*gates: str, **fields: Any) -> pipeline.PreparedRun:
-        return pipeline.prepare(small_job.config(tmp_path / "out", gate=gates, **fields))
+    def run(*gates: str, **fields: Any) -> PreparedRun:
+        return prepare(small_job.config(tmp_path / "out", gate=gates, **fields))
 
     bare, gated = run(), run("fidelity>=.9", "speedup@4x8 >= 1")
     assert bare.run_key == bare.work_key == gated.work_key != gated.run_key
@@ -429,5 +429,6 @@ def test_weights_that_are_not_finite_are_named(small_job: SmallJob, tmp_path: Pa
     tensors = load_file(spoilt / "model.safetensors")
     tensors["encoder.layer.1.intermediate.dense.weight"][3, 4] = torch.nan
     save_file(tensors, spoilt / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CalibrationError, match="layer 1 has activations that are not finite"):
+    with pytest.raises(ConfigError, match=r"tensor encoder\.layer\.1\.intermediate\.dense\.weight holds NaN"):
         ffsplit.compress(small_job.config(tmp_path / "out", model=str(spoilt)))
+    assert not (tmp_path / "out").exists()

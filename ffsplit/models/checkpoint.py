@@ -44,6 +44,11 @@ class Checkpoint:
         return tuple(sorted({info.file for info in self.tensors.values()}))
 
     @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(info.size_bytes for info in self.tensors.values())
+
+    @property
     def class_name(self) -> str:
         """The transformers class it was saved from, or "" when the config does not say."""
         return str((self.config.get("architectures") or [""])[0])

@@ -82,9 +82,20 @@ def empty_model(checkpoint: Checkpoint, *, class_name: str | None, dtype: torch.
         model = make(config, dtype=dtype)
         stored = getattr(config, "quantization_config", None)
         if stored is not None:  # a split checkpoint: its FFNs take the place of the dense ones
-            AutoHfQuantizer.from_config(stored, pre_quantized=True).preprocess_model(model=model)
+            with _default_dtype(dtype):
+                AutoHfQuantizer.from_config(stored, pre_quantized=True).preprocess_model(model=model)
     _see_whole_rows(model)
     return model.eval()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def load_tensors(
@@ -112,6 +123,14 @@ def load_tensors(
         for name, view in slices.items():
             check_finite(name, view[...], where=checkpoint.directory)
         convert_and_load_state_dict_in_model(model=model, state_dict=slices, load_config=settings)
+
+
+def check_model_class(class_name: str, *, where: Path) -> None:
+    """Raise ConfigError when transformers has no such class; its code is not imported."""
+    import transformers
+
+    if class_name and class_name not in dir(transformers):
+        raise ConfigError(f"{where}: transformers {transformers.__version__} has no class {class_name}")
 
 
 def random_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:

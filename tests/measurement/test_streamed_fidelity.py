@@ -21,17 +21,20 @@ __all__ = ["compressed_of"]
 BATCHES = list(padded_batches(random_rows(9), batch_tokens=60, pad_id=0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", ["paper", "fast"])
 @pytest.mark.parametrize("family", ["bert", "opt", "llama"])
 @torch.no_grad()
-def test_scores_are_those_of_whole_models(compressed_of: CompressedFactory, family: str, recipe: str) -> None:
+def test_scores_are_those_of_whole_models(
+    compressed_of: CompressedFactory, family: str, recipe: str, dtype: torch.dtype
+) -> None:
     made = compressed_of(family, recipe=recipe)
     source, kind = made.source, "encoder" if family in ENCODERS else "causal_lm"
     directories = (source.directory, made.directory)
-    whole = [load_whole_model(each, source.class_name, dtype=torch.float32) for each in directories]
+    whole = [load_whole_model(each, source.class_name, dtype=dtype) for each in directories]
     after = replace(source, directory=made.directory, tensors=read_headers(made.directory))
     original, compressed = (
-        StreamedModel(each, device=torch.device("cpu"), dtype=torch.float32, class_name=source.class_name)
+        StreamedModel(each, device=torch.device("cpu"), dtype=dtype, class_name=source.class_name)
         for each in (source, after)
     )
     scores, blocks = streamed_fidelity(original, compressed, BATCHES, kind=kind)
@@ -41,7 +44,7 @@ def test_scores_are_those_of_whole_models(compressed_of: CompressedFactory, fami
 
     expected = [model(**BATCHES[0].arguments, output_hidden_states=True).hidden_states[1] for model in whole]
     is_token = BATCHES[0].attention_mask.bool()
-    a_TD, b_TD = (states[is_token] for states in expected)
+    a_TD, b_TD = (states[is_token].float() for states in expected)
     _, first = streamed_fidelity(original, compressed, BATCHES[:1], kind=kind)
     assert first[0].relative_error == pytest.approx(float((b_TD - a_TD).norm() / a_TD.norm()), rel=1e-5)
 

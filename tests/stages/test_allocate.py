@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModel
 
 import ffsplit
-from ffsplit import pipeline
 from ffsplit.artifacts.allocation import CandidateRecord
 from ffsplit.artifacts.manifest import Manifest
+from ffsplit.prepare import prepare
 from ffsplit.stages import allocate
 from ffsplit.stages.allocate import best_of, score_of
 from tests.small_jobs import SmallJob, digests
@@ -98,11 +98,11 @@ def test_layers_of_different_widths_load_through_ffsplit(
 
 
 def test_the_judge_has_rows_of_its_own(small_job: SmallJob, tmp_path: Path) -> None:
-    run = pipeline.prepare(small_job.config(tmp_path, recipe=small_job.recipe(allocation="search")))
+    run = prepare(small_job.config(tmp_path, recipe=small_job.recipe(allocation="search")))
     text = run.text
     groups = [set(text.calibration), set(text.held_out), set(text.judged)]
     assert all(groups) and len(set.union(*groups)) == sum(map(len, groups))
-    plain = pipeline.prepare(small_job.config(tmp_path)).text
+    plain = prepare(small_job.config(tmp_path)).text
     assert plain.held_out == text.held_out and plain.judged == ()
     assert plain.calibration[: len(text.calibration)] == text.calibration
 

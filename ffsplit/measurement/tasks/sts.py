@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from ffsplit.config import Record, digest_of
@@ -80,6 +79,8 @@ def read_sentence_pairs(file: TaskFile) -> tuple[SentencePair, ...]:
 
 def sts_score(model: Any, tokenizer: Any, pairs: Sequence[SentencePair], *, max_length: int = 256) -> float:
     """Spearman correlation x 100 of the embeddings' cosines with the pairs' scores."""
+    from scipy.stats import spearmanr  # seconds to import
+
     sentences = [pair.first for pair in pairs] + [pair.second for pair in pairs]
     first_SD, second_SD = sentence_embeddings(model, tokenizer, sentences, max_length=max_length).chunk(2)
     cosines = (first_SD * second_SD).sum(-1).numpy()

@@ -1,0 +1,188 @@
+"""What a job comes to, from settings, text, config and headers: quick, since no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ffsplit.artifacts.commits import Kind
+from ffsplit.artifacts.inputs import StoredFiles
+from ffsplit.artifacts.statistics import PublishedStatistics, open_statistics
+from ffsplit.calibration.batches import tokenize_rows
+from ffsplit.calibration.sampling import TextSample, passages, sample_texts
+from ffsplit.calibration.sources import read_all
+from ffsplit.capabilities import check_capabilities
+from ffsplit.config import Budget, JobConfig
+from ffsplit.environment import hardware_fingerprint
+from ffsplit.errors import ConfigError
+from ffsplit.ffn import LayerLayout
+from ffsplit.gates import Gate, check_gates, parse_gates
+from ffsplit.measurement.size import model_shape
+from ffsplit.measurement.tasks.evaluations import Evaluation, read_evaluations
+from ffsplit.models.activations import activation_named
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.load import check_model_class, load_tokenizer
+from ffsplit.models.locate import locate_model
+from ffsplit.origin import inherit
+from ffsplit.plain import check_plain, check_stays_plain
+from ffsplit.recipes.recipe import Recipe, load_recipe
+from ffsplit.runtime.linears import attention_linears
+from ffsplit.splitting.latency import read_latency_table
+from ffsplit.splitting.solver import Solver
+from ffsplit.stages.profile import ComputeProfile
+
+CHARACTERS_PER_TOKEN = 6
+"""More than English text has, so that a causal model's rows are cut by the tokenizer, not too short."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A job whose settings go together. `recipe` is as its settings make it, without what gates time."""
+
+    config: JobConfig
+    recipe: Recipe
+    budget: Budget
+    solver: Solver
+    keep: float
+    checkpoint: Checkpoint
+    stored_model: StoredFiles | None
+    revision: str | None
+    text: TextSample
+    origin: PublishedStatistics | None
+    evaluations: tuple[Evaluation, ...]
+    profile: ComputeProfile
+    layouts: tuple[LayerLayout, ...]
+    gates: tuple[Gate, ...]
+
+
+def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
+    """Resolve and check a job. Raises ConfigError for whatever the user can mend; writes nothing."""
+    if kind == "statistics":
+        check_calibrates(config)
+    window = config.max_length  # as asked for, not as inherited
+    gates = parse_gates(config.gate, require_speedup=config.require_speedup)
+    origin = None if config.stats is None else open_statistics(config.stats)
+    if origin is not None:
+        config = inherit(config, origin)
+    recipe = resolve_recipe(config)
+    profile = ComputeProfile.resolve(config)
+    directory, revision, stored = locate_model(config.model, revision=config.revision)
+    if revision is None and stored is None:
+        config = config.model_copy(update={"model": str(directory)})
+    checkpoint = open_checkpoint(directory)
+    for index in range(len(checkpoint.ffns)):
+        activation_named(checkpoint.activation_of(index))
+    check_model_class(checkpoint.class_name, where=directory)
+    check_capabilities(config, recipe, checkpoint)
+    budget = config.budget or Budget(kind="keep", limit=recipe.keep)
+    solver = make_solver(config, recipe, checkpoint, profile)
+    recipe = with_target_shape(recipe, solver)
+    layouts = solver.solve(budget)
+    if recipe.healing is not None or recipe.after_healing is not None:
+        check_plain(checkpoint, layouts, recipe=recipe)
+    if recipe.linears != "kept":
+        attention_linears(checkpoint)
+    if config.plain:
+        check_stays_plain(checkpoint, layouts, recipe=recipe)
+    text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
+    check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.max_length)
+    evaluations = read_evaluations(
+        config.eval, checkpoint=checkpoint, calibration=text.calibration, max_length=window
+    )
+    check_gates(gates, checkpoint=checkpoint, recipe=recipe, evals=config.eval)
+    return Examined(
+        config=config,
+        recipe=recipe,
+        budget=budget,
+        solver=solver,
+        keep=keep_of(budget, solver, layouts),
+        checkpoint=checkpoint,
+        stored_model=stored,
+        revision=revision,
+        text=text,
+        origin=origin,
+        evaluations=evaluations,
+        profile=profile,
+        layouts=layouts,
+        gates=gates,
+    )
+
+
+def check_calibrates(config: JobConfig) -> None:
+    """Raise ConfigError for what is for compressed models alone."""
+    if config.stats is not None:
+        raise ConfigError("--stats is for compress: calibrate collects statistics of its own")
+    if config.gate or config.require_speedup is not None:
+        raise ConfigError("gates are for compress: statistics have nothing to judge")
+
+
+def resolve_recipe(config: JobConfig) -> Recipe:
+    """The recipe with the flags that override it."""
+    recipe = load_recipe(config.recipe)
+    given = {"samples": config.samples, "max_length": config.max_length}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=changes)})
+
+
+def make_solver(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint, profile: ComputeProfile) -> Solver:
+    """What turns budgets into layouts, with the latency table where there is one."""
+    model, table = model_shape(checkpoint), None
+    if config.latency_table is not None:
+        hardware = hardware_fingerprint(profile.device)
+        table = read_latency_table(config.latency_table, model=model, hardware=hardware)
+        if table.dtype != profile.dtype:
+            raise ConfigError(
+                f"--latency-table {config.latency_table} was measured in {table.dtype}, "
+                f"the run computes in {profile.dtype}: give the same --dtype to both"
+            )
+    return Solver(model=model, heavy=recipe.heavy, steps=recipe.steps, latency=table)
+
+
+def with_target_shape(recipe: Recipe, solver: Solver) -> Recipe:
+    """The recipe, which also times the shape that a latency budget is about."""
+    if solver.latency is None:
+        return recipe
+    return recipe.timing([(solver.latency.batch_size, solver.latency.num_tokens)])
+
+
+def keep_of(budget: Budget, solver: Solver, layouts: Sequence[LayerLayout]) -> float:
+    """The fraction of the FFN elements kept: as given, or what another kind of budget comes to."""
+    if budget.kind == "keep":
+        return float(budget.limit)
+    return solver.model.elements_of(layouts) / solver.model.ffn_elements
+
+
+def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint, seed: int) -> TextSample:
+    """Calibration and held-out rows: a text each, or a window of running text for a causal LM."""
+    texts = read_all(specs)
+    settings = recipe.calibration
+    if checkpoint.kind == "causal_lm":
+        texts = passages(texts, max_characters=settings.max_length * CHARACTERS_PER_TOKEN)
+    return sample_texts(
+        texts,
+        num_samples=settings.samples,
+        num_held_out=settings.held_out,
+        seed=seed,
+        num_judged=settings.held_out if recipe.allocation == "search" or recipe.healing else 0,
+    )
+
+
+def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) -> None:
+    """Raise ConfigError when rows are longer than the model reads, or none has a token to learn from."""
+    longest = checkpoint.max_positions
+    if longest is not None and max_length > longest:
+        raise ConfigError(f"--max-length {max_length} is more than the model's {longest} positions")
+    tokenizer = load_tokenizer(checkpoint)
+    num_special = tokenizer.num_special_tokens_to_add()
+    if max_length <= num_special:
+        raise ConfigError(
+            f"--max-length {max_length} leaves no room beside {num_special} special tokens: "
+            f"give {num_special + 1} or more"
+        )
+    for start in range(0, len(rows), 256):
+        if tokenize_rows(tokenizer, rows[start : start + 256], max_length=max_length):
+            return
+    raise ConfigError(
+        f"the calibration text is nothing but padding and special tokens at --max-length {max_length}: "
+        "give other text or a larger --max-length"
+    )

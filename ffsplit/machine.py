@@ -1,0 +1,87 @@
+"""What this machine has: memory that may be used, free disk, and how fast it multiplies matrices."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from functools import cache
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+MATRIX_SIZE = 768
+
+
+def memory_limit_bytes() -> int:
+    """The memory of this machine, or of the container that this process is in, where that is less."""
+    import psutil
+
+    return min([int(psutil.virtual_memory().total), *_cgroup_limits()])
+
+
+def _cgroup_limits() -> list[int]:
+    """The limits of this process's control group and of those around it; none where there is no limit."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
+    except OSError:
+        return []
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = CGROUPS / controllers
+        group = root / path.lstrip("/")
+        for folder in [group, *group.parents]:
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                text = _read(folder / name)
+                if text.isdigit():
+                    limits.append(int(text))
+            if folder == root:
+                break
+    return limits
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8").strip()
+    except OSError:
+        return ""
+
+
+def free_bytes(path: Path) -> int:
+    """Free disk where a path is, or would be."""
+    for existing in (path.absolute(), *path.absolute().parents):
+        try:
+            return shutil.disk_usage(existing).free
+        except OSError:  # not there yet, or no name that a disk takes
+            continue
+    return 0
+
+
+def bytes_below(path: Path) -> int:
+    """The size of all files below a directory; 0 where there is none."""
+    found = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                found += (Path(folder) / name).stat().st_size
+            except OSError:  # removed meanwhile
+                continue
+    return found
+
+
+@cache
+def operations_per_second(device: str, dtype: str) -> float:
+    """Floating-point operations of a matrix product, a second, with this process's threads; by trying it."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        return float("nan")
+    a = torch.ones(MATRIX_SIZE, MATRIX_SIZE, dtype=getattr(torch, dtype), device=device)
+    taken = []
+    for _ in range(4):
+        started = time.perf_counter()
+        (a @ a)[0, 0].item()
+        taken.append(time.perf_counter() - started)
+    return float(2 * MATRIX_SIZE**3 / min(taken))

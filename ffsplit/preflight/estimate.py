@@ -1,0 +1,122 @@
+"""The estimate of a run on a machine."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ffsplit.artifacts.commits import Kind
+from ffsplit.artifacts.scratch import SCRATCH_PREFIX
+from ffsplit.artifacts.stores import open_store
+from ffsplit.capabilities import streams
+from ffsplit.examine import Examined
+from ffsplit.machine import bytes_below, free_bytes, operations_per_second
+from ffsplit.preflight import duration, footprint
+from ffsplit.preflight.problems import find_problems
+from ffsplit.preflight.records import DiskNeeds, Machine, Preflight, StageNeeds
+from ffsplit.preflight.workload import ITEM_SIZES, Workload
+from ffsplit.stages.profile import ComputeProfile
+
+
+def estimate(job: Examined, *, kind: Kind) -> Preflight:
+    """What a job needs, and whether it goes block by block."""
+    config, profile, statistics_only = job.config, job.profile, kind == "statistics"
+    machine = Machine.of(config, profile)
+    work = Workload(
+        checkpoint=job.checkpoint,
+        recipe=job.recipe,
+        layouts=job.layouts,
+        text=job.text,
+        itemsize=ITEM_SIZES[profile.dtype],
+    )
+
+    def streamed(whole_bytes: int, available: int | None) -> bool:
+        is_too_large = available is not None and whole_bytes > available
+        return config.block_by_block or (is_too_large and streams(work.checkpoint))
+
+    calibrates_so = streamed(footprint.calibration_bytes(work, block_by_block=False), machine.worker_bytes)
+    measures_so = streamed(footprint.measurement_bytes(work, block_by_block=False), machine.alone_bytes)
+    stages = tuple(
+        _stages(
+            work,
+            machine,
+            profile,
+            streamed=(calibrates_so, measures_so),
+            statistics_only=statistics_only,
+        )
+    )
+    spilled = footprint.spilled_bytes(work, workers=machine.num_workers) if calibrates_so else 0
+    scratch, artifact = footprint.sampled_input_bytes(work), 0
+    if not statistics_only:
+        artifact = work.compressed_bytes
+        scratch += footprint.layer_bytes(work) + footprint.healing_state_bytes(work)
+        spilled += footprint.staged_bytes(work)
+    flight = Preflight(
+        model_bytes=work.file_bytes,
+        machine=machine,
+        block_by_block=calibrates_so,
+        measured_block_by_block=measures_so and not statistics_only,
+        stages=stages,
+        temporary=_disk(tempfile.gettempdir(), spilled),
+        store=_disk(open_store(config.out).uri, scratch + artifact),
+        artifact_bytes=artifact,
+    )
+    problems = find_problems(flight, work=work, num_evaluations=len(config.eval))
+    return flight.model_copy(update={"problems": tuple(problems)})
+
+
+def _disk(place: str, needed_bytes: int) -> DiskNeeds:
+    """What is free in a directory, an earlier run's scratch in it included, which is taken up or replaced."""
+    if "://" in place:
+        return DiskNeeds(place=place, needed_bytes=needed_bytes, free_bytes=None)
+    free = free_bytes(Path(place)) + bytes_below(Path(place) / SCRATCH_PREFIX)
+    return DiskNeeds(place=place, needed_bytes=needed_bytes, free_bytes=free)
+
+
+def _stages(
+    work: Workload,
+    machine: Machine,
+    profile: ComputeProfile,
+    *,
+    streamed: tuple[bool, bool],
+    statistics_only: bool,
+) -> Iterator[StageNeeds]:
+    workers = machine.num_workers
+    with profile.applied():
+        speed, single = (operations_per_second(profile.device, dtype) for dtype in (profile.dtype, "float32"))
+
+    def needs(name: str, memory: int, seconds: float, *, alone: bool = True) -> StageNeeds:
+        return StageNeeds(
+            name=name,
+            num_workers=1 if alone else workers,
+            memory_bytes=memory,
+            available_bytes=machine.alone_bytes if alone else machine.worker_bytes,
+            seconds=seconds if math.isfinite(seconds) else None,
+        )
+
+    yield needs("digests", footprint.PROCESS_BYTES, duration.digest_seconds(work))
+    yield needs(
+        "calibrate",
+        footprint.calibration_bytes(work, block_by_block=streamed[0]),
+        duration.calibration_seconds(work, workers=workers, speed=speed, block_by_block=streamed[0]),
+        alone=False,
+    )
+    if statistics_only:
+        return
+    yield needs(
+        "compress",
+        footprint.compression_bytes(work),
+        duration.compression_seconds(work, workers=workers, speed=single),
+        alone=False,
+    )
+    if work.recipe.healing is not None:
+        yield needs("heal", footprint.healing_bytes(work), duration.healing_seconds(work, speed=single))
+    yield needs("assemble", footprint.PROCESS_BYTES, duration.assembly_seconds(work))
+    yield needs(
+        "measure",
+        footprint.measurement_bytes(work, block_by_block=streamed[1]),
+        duration.measurement_seconds(work, speed=speed, block_by_block=streamed[1]),
+    )
+    yield needs("publish", footprint.PROCESS_BYTES, duration.assembly_seconds(work))

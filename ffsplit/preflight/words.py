@@ -1,0 +1,24 @@
+"""A pre-flight as a line in a log."""
+
+from __future__ import annotations
+
+from ffsplit.preflight.records import Preflight
+from ffsplit.report.humanize import duration, size
+
+
+def in_one_line(flight: Preflight) -> str:
+    """Memory, disk and time, and whether the model is held whole."""
+    hungriest = max(flight.stages, key=lambda stage: stage.memory_bytes)
+    workers = flight.machine.num_workers
+    there = "" if hungriest.available_bytes is None else f" of {size(hungriest.available_bytes)}"
+    parts = [
+        f"{workers} worker{'s' if workers > 1 else ''}",
+        f"up to {size(hungriest.memory_bytes)} of memory each{there}",
+        f"{size(flight.temporary.needed_bytes)} of temporary files",
+        f"{size(flight.store.needed_bytes)} in {flight.store.place}",
+    ]
+    if flight.seconds is not None:
+        parts.append(f"about {duration(flight.seconds)}")
+    if flight.block_by_block:
+        parts.append("one block of the model at a time")
+    return f"pre-flight: {', '.join(parts)}".replace("\u00a0", " ")

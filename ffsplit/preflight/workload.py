@@ -1,0 +1,120 @@
+"""A run in numbers: how large the model and its parts are, and how much text goes through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ffsplit.calibration.sampling import TextSample
+from ffsplit.ffn import FFNShape, LayerLayout
+from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.recipes.recipe import Recipe
+
+CHARACTERS_PER_TOKEN = 4
+"""Of English text, for a guess; a row is never longer than the recipe's max_length."""
+ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Elements are parameters; `itemsize` is the bytes of one in the dtype that is computed in."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    layouts: tuple[LayerLayout, ...]
+    text: TextSample
+    itemsize: int
+
+    @cached_property
+    def file_bytes(self) -> int:
+        return self.checkpoint.num_bytes
+
+    @cached_property
+    def num_elements(self) -> int:
+        return sum(info.num_elements for info in self.checkpoint.tensors.values())
+
+    @cached_property
+    def elements_by_block(self) -> tuple[int, ...]:
+        checkpoint = self.checkpoint
+        return tuple(
+            sum(checkpoint.tensors[name].num_elements for name in checkpoint.block_tensors(block))
+            for block in checkpoint.blocks
+        )
+
+    @property
+    def block_elements(self) -> int:
+        """Of the largest block."""
+        return max(self.elements_by_block)
+
+    @property
+    def outside_elements(self) -> int:
+        """Of embeddings, heads and whatever else is in no block."""
+        return self.num_elements - sum(self.elements_by_block)
+
+    @property
+    def num_logits(self) -> int:
+        """A token, where fidelity compares logits."""
+        is_causal = self.checkpoint.class_name.endswith("ForCausalLM")
+        return int(self.checkpoint.config.get("vocab_size") or 0) if is_causal else 0
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.checkpoint.blocks)
+
+    @property
+    def num_ffns(self) -> int:
+        return len(self.checkpoint.shapes)
+
+    @cached_property
+    def shape(self) -> FFNShape:
+        """Of the largest FFN."""
+        return max(self.checkpoint.shapes, key=lambda shape: shape.num_elements)
+
+    @cached_property
+    def kept(self) -> float:
+        """The share of the FFNs' elements that stays."""
+        shapes = self.checkpoint.shapes
+        elements = sum(layout.num_elements(shape) for layout, shape in zip(self.layouts, shapes, strict=True))
+        return elements / sum(shape.num_elements for shape in shapes)
+
+    @cached_property
+    def kept_neurons(self) -> int:
+        return max(layout.num_neurons for layout in self.layouts)
+
+    @cached_property
+    def compressed_bytes(self) -> int:
+        """Of the compressed checkpoint's weights."""
+        shapes, itemsize = self.checkpoint.shapes, self.checkpoint.itemsize
+        ffns = sum(
+            layout.size_bytes(shape, itemsize) for layout, shape in zip(self.layouts, shapes, strict=True)
+        )
+        return self.file_bytes - sum(shape.num_elements for shape in shapes) * itemsize + ffns
+
+    @property
+    def batch_tokens(self) -> int:
+        settings = self.recipe.calibration
+        return max(settings.batch_tokens, settings.max_length)
+
+    @property
+    def shard_tokens(self) -> int:
+        settings = self.recipe.calibration
+        return min(settings.shard_size, len(self.text.calibration)) * settings.max_length
+
+    @cached_property
+    def num_shards(self) -> int:
+        return -(-len(self.text.calibration) // self.recipe.calibration.shard_size)
+
+    @cached_property
+    def calibration_tokens(self) -> int:
+        return self.tokens_of(self.text.calibration)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens whose FFN inputs are kept, over all shards."""
+        return min(self.calibration_tokens, self.recipe.calibration.sampled_tokens)
+
+    def tokens_of(self, rows: Sequence[str]) -> int:
+        """About how many tokens some rows have."""
+        longest = self.recipe.calibration.max_length
+        return sum(min(longest, len(row) // CHARACTERS_PER_TOKEN + 2) for row in rows)

@@ -1,0 +1,147 @@
+"""What a run needs is said before it begins, and what cannot fit is refused with what would mend it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ffsplit
+from ffsplit.cli import main
+from ffsplit.errors import ConfigError
+from ffsplit.preflight import estimate, records
+from ffsplit.prepare import preflight
+from tests.conftest import CheckpointFactory
+from tests.shaped_checkpoints import LLAMA_70B, save_llama_shape
+from tests.small_jobs import SmallJob
+
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama_shape(tmp_path_factory.mktemp("shape") / "llama-70b", **LLAMA_70B)
+
+
+def test_a_model_of_70_billion_takes_seconds(
+    llama_70b: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seconds of this process, its libraries loaded: on a busy machine those of the clock are others'."""
+    started = time.process_time()
+    assert main(["inspect", str(llama_70b)]) == 0
+    arguments = ["compress", str(llama_70b), "--out", str(tmp_path / "out"), "--recipe", "flap", "--dry-run"]
+    assert main([*arguments, "--dtype", "bfloat16", "--memory-per-worker", "40GB"]) in (0, 2)  # disk may lack
+    assert time.process_time() - started < 5
+    shown = capsys.readouterr()
+    assert "70,5" in shown.out and "calibrate, block by block" in shown.out
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_does_not_fit_goes_block_by_block(llama_70b: Path, small_job: SmallJob) -> None:
+    def of(**fields: Any) -> records.Preflight:
+        config = small_job.config("out", model=str(llama_70b), recipe="flap", dtype="bfloat16", **fields)
+        return preflight(config)
+
+    small, large = of(memory_per_worker=20 * GB), of(memory_per_worker=600 * GB)
+    assert small.block_by_block and small.measured_block_by_block
+    assert not large.block_by_block and not large.measured_block_by_block
+    calibrate, whole = ({stage.name: stage for stage in each.stages}["calibrate"] for each in (small, large))
+    assert 140 * GB < whole.memory_bytes < 160 * GB
+    assert 5 * GB < calibrate.memory_bytes < 20 * GB
+    assert small.model_bytes == pytest.approx(141 * GB, rel=0.01)
+    assert small.artifact_bytes == pytest.approx(0.6 * 141 * GB, rel=0.05)
+    assert of(block_by_block=True).block_by_block
+
+
+def test_a_run_goes_as_the_pre_flight_says(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(estimate.footprint, "PROCESS_BYTES", 0)
+    needs = {stage.name: stage.memory_bytes for stage in preflight(small_job.config(tmp_path)).stages}
+    one_less = max(needs["calibrate"], needs["measure"]) - 1
+    assert needs["compress"] <= one_less
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out", memory_per_worker=one_less))
+    assert "pre-flight: 1 worker" in capsys.readouterr().err
+    assert manifest.measurements is not None
+    assert bool(manifest.measurements.blocks) == (needs["measure"] > one_less)
+
+
+@pytest.mark.parametrize(
+    ("fields", "recipe", "expected"),
+    [
+        ({"memory_per_worker": 1 * GB}, {}, "calibrate needs about .* give a smaller batch_tokens"),
+        ({"memory_per_worker": 1 * GB, "dtype": "float32"}, {}, "give --dtype bfloat16, or a smaller batch"),
+        ({"memory_per_worker": 1 * 10**8}, {}, "digests needs about 0.6 GB a worker, and 0.1 GB are there"),
+        ({"memory_per_worker": 40 * GB}, {"more": "healing: {epochs: 1}"}, "heal needs .* without healing"),
+        ({"memory_per_worker": 40 * GB}, {"allocation": "search"}, "searches, which needs both .* uniform"),
+        (
+            {"memory_per_worker": 40 * GB, "eval": ("perplexity:{text}",)},
+            {},
+            "--eval needs both models whole",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    llama_70b: Path, small_job: SmallJob, tmp_path: Path, fields: Any, recipe: Any, expected: str
+) -> None:
+    if "eval" in fields:
+        fields = fields | {"eval": tuple(spec.format(text=small_job.text) for spec in fields["eval"])}
+    settings = {"dtype": "bfloat16", "model": str(llama_70b), "recipe": small_job.recipe(**recipe)} | fields
+    with pytest.raises(ConfigError, match=expected) as caught:
+        ffsplit.compress(small_job.config(tmp_path / "out", **settings))
+    assert "--memory-per-worker" in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_workers_where_that_is_enough(
+    llama_70b: Path, small_job: SmallJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "memory_limit_bytes", lambda: 50 * GB)
+    settings: dict[str, Any] = {
+        "model": str(llama_70b),
+        "recipe": "flap",
+        "dtype": "bfloat16",
+        "runner": "ray",
+    }
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    crowded = preflight(small_job.config("out", workers=8, **settings))
+    assert any("give --workers" in problem for problem in crowded.problems)
+    elsewhere = preflight(small_job.config("out", workers=8, address="10.0.0.1:6379", **settings))
+    assert all(stage.available_bytes is None for stage in elsewhere.stages)
+
+
+def test_too_little_disk_is_refused(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> str:
+        with pytest.raises(ConfigError) as caught:
+            ffsplit.compress(small_job.config(tmp_path / "out"))
+        return str(caught.value)
+
+    monkeypatch.setattr(estimate, "free_bytes", lambda path: 1000)
+    assert "set TMPDIR" in refused()
+    monkeypatch.setattr(estimate, "free_bytes", lambda path: 1000 if path.name == "out" else 10**12)
+    assert f"--out {tmp_path / 'out'} needs" in refused().replace(" need ", " needs ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_writes_nothing_and_can_be_read_by_programs(
+    small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["compress", *small_job.arguments(out, "--dry-run", "--json", "--runner", "serial")]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert [stage["name"] for stage in said["stages"]][1:3] == ["calibrate", "compress"]
+    arguments = ["--out", str(out), "--calibration", str(small_job.text), "--dry-run", "--runner", "serial"]
+    assert main(["calibrate", str(small_job.model), *arguments]) == 0
+    assert "measure" not in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_a_size_that_is_none(checkpoint_of: CheckpointFactory, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(checkpoint_of("bert")), "--out", "out", "--memory-per-worker", "lots"]
+    assert main(["compress", *arguments]) == 2
+    assert "--memory-per-worker lots: give a size such as" in capsys.readouterr().err
