@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -98,6 +99,7 @@ def test_mistakes_are_one_line(
         ((str(tmp_path / "full"), *onnx, str(tmp_path / "new")), "holds no artifact"),
         ((model, "--format", "gguf", "--out", str(tmp_path / "new")), "invalid choice: 'gguf'"),
     ]
+    capsys.readouterr()  # of making the model
     for arguments, said in cases:
         assert main(["export", *arguments]) == 2
         error = capsys.readouterr().err
@@ -122,16 +124,18 @@ def test_sentence_transformers_loads_a_compressed_encoder(
 ) -> None:
     """Its modules.json and pooling are kept, and the embedding is the pooled state of the model."""
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    source = tmp_path / "model"
+    source = tmp_path / "sentence"
     shutil.copytree(checkpoint_of("bert"), source)
-    sentence_transformers.SentenceTransformer(
-        modules=[
-            transformer := sentence_transformers.models.Transformer(str(source)),
-            sentence_transformers.models.Pooling(transformer.get_word_embedding_dimension(), "mean"),
-        ],
-        device="cpu",
-    ).save(str(tmp_path / "sentence"))
-    job = SmallJob(tmp_path, tmp_path / "sentence")
+    kinds = ("Transformer", ""), ("Pooling", "1_Pooling")
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(kinds)
+    ]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
+    (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    job = SmallJob(tmp_path, source)
     manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=job.recipe(more=more)))
     directory = tmp_path / "out" / manifest.run_key / manifest.attempt
     texts = ["the time of day", "people like to work in the world"]
