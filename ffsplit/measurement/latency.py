@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ffsplit.artifacts.manifest import Latency
 from ffsplit.measurement.examples import example_inputs, vocab_size_of
@@ -36,14 +37,12 @@ def allow_batches(model: Any) -> None:
 def _at_shape(original: Any, compressed: Any, rows: int, tokens: int, *, num_pairs: int) -> Latency:
     vocab_size = min(map(vocab_size_of, (original, compressed)))
     inputs = example_inputs(original, num_rows=rows, num_tokens=tokens, vocab_size=vocab_size)
-    for _ in range(WARM_UP_RUNS):
-        _run_ms(original, inputs)
-        _run_ms(compressed, inputs)
-    times = np.empty((num_pairs, 2))
-    for pair in range(num_pairs):
-        turn = (0, 1) if pair % 2 == 0 else (1, 0)
-        for which in turn:
-            times[pair, which] = _run_ms((original, compressed)[which], inputs)
+    times = paired_times(
+        lambda: original(**inputs),
+        lambda: compressed(**inputs),
+        num_pairs=num_pairs,
+        on_cuda=original.device.type == "cuda",
+    )
     p50, p95 = np.percentile(times, 50, axis=0), np.percentile(times, 95, axis=0)
     return Latency(
         batch_size=rows,
@@ -59,9 +58,23 @@ def _at_shape(original: Any, compressed: Any, rows: int, tokens: int, *, num_pai
     )
 
 
-def _run_ms(model: Any, inputs: Mapping[str, torch.Tensor]) -> float:
+def paired_times(
+    first: Callable[[], Any], second: Callable[[], Any], *, num_pairs: int, on_cuda: bool
+) -> NDArray[np.float64]:
+    """Milliseconds of two calls, made in turn after a warm-up: [num_pairs, 2]."""
+    for _ in range(WARM_UP_RUNS):
+        _run_ms(first, on_cuda)
+        _run_ms(second, on_cuda)
+    times = np.empty((num_pairs, 2))
+    for pair in range(num_pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            times[pair, which] = _run_ms((first, second)[which], on_cuda)
+    return times
+
+
+def _run_ms(call: Callable[[], Any], on_cuda: bool) -> float:
     start = time.perf_counter()
-    model(**inputs)
-    if model.device.type == "cuda":
+    call()
+    if on_cuda:
         torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3
