@@ -17,6 +17,7 @@ from ffsplit.cli_plan import add_budget_flags, add_plan_commands
 from ffsplit.cli_store import add_store_commands
 from ffsplit.errors import ConfigError
 from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, exit_code_of
+from ffsplit.models.trust import trusting
 
 if TYPE_CHECKING:
     from ffsplit.artifacts.commits import Kind
@@ -74,6 +75,8 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "show a model's FFNs and what budgets would give")
     inspect.add_argument("model")
     inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
+    for each in (benchmark, inspect):
+        _add_trust_flag(each)
     add_plan_commands(command)
     add_store_commands(command)
     add_batch_commands(command)
@@ -114,10 +117,17 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="as in 6GB; default: a worker's share of this machine's",
     )
+    _add_trust_flag(parser)
     add("--dry-run", action="store_true", help="say what the run would need, and stop")
     add("--fresh", action="store_true", help="run again even when this run is committed already")
     add("--sign-key", metavar="KEY", help="sign the manifest with this EC private key (PEM)")
     add("--json", action="store_true", help="print the manifest alone on stdout")
+
+
+def _add_trust_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model; read it first"
+    )
 
 
 def _add_judging_flags(parser: argparse.ArgumentParser) -> None:
@@ -156,7 +166,8 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
         target: str | None = vars(parsed).get("out", vars(parsed).get("directory"))
         if in_job and target:
             check_absolute(target)
-        code: int = parsed.run(parsed)
+        with trusting(getattr(parsed, "trust_remote_code", False)):
+            code: int = parsed.run(parsed)
         return code
 
     return exit_code_of(run)
