@@ -191,7 +191,7 @@ def test_a_class_that_transformers_has_not(bert: Path) -> None:
 def test_a_tokenizer_of_another_model(bert: Path) -> None:
     configure(bert, vocab_size=50)
     checkpoint = open_checkpoint(bert)
-    with pytest.raises(ConfigError, match="does not belong to the model.* below 50") as caught:
+    with pytest.raises(ConfigError, match=r"does not belong to the model.* below 50") as caught:
         check_vocabulary(load_tokenizer(checkpoint), checkpoint)
     assert "\n" not in str(caught.value)
 
