@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
         _add_trust_flag(each)
     add_plan_commands(command)
     add_store_commands(command)
-    add_batch_commands(command)
+    add_batch_commands(command, parse=parser.parse_args)
     return parser
 
 
@@ -144,7 +144,7 @@ def _add_judging_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="SPEC",
         help="publish only a result with, for example, 'fidelity >= 0.98', 'sts drop <= 0.5', "
-        "'speedup@8x128 >= 1.3' or 'bytes reduction >= 20%%'; may be repeated",
+        "'speedup@8x128 >= 1.3' or 'size reduction >= 20%%'; may be repeated",
     )
     parser.add_argument(
         "--require-speedup",

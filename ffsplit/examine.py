@@ -9,7 +9,7 @@ from typing import Any
 from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.inputs import StoredFiles
 from ffsplit.artifacts.statistics import PublishedStatistics, open_statistics
-from ffsplit.calibration.batches import tokenize_rows
+from ffsplit.calibration.batches import num_rows_within, tokenize_rows
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
 from ffsplit.calibration.sources import read_all
 from ffsplit.capabilities import check_capabilities
@@ -82,10 +82,11 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
         check_plain(checkpoint, layouts, recipe=recipe)
     text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
     check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.max_length)
+    text = within_tokens(text, recipe=recipe, checkpoint=checkpoint)
     evaluations = read_evaluations(
         config.eval, checkpoint=checkpoint, calibration=text.calibration, max_length=window
     )
-    check_gates(gates, checkpoint=checkpoint, recipe=recipe, evals=config.eval)
+    check_gates(gates, checkpoint=checkpoint, recipe=recipe, config=config)
     return Examined(
         config=config,
         recipe=recipe,
@@ -116,7 +117,9 @@ def resolve_recipe(config: JobConfig) -> Recipe:
     """The recipe with the flags that override it."""
     recipe = load_recipe(config.recipe)
     given = {"samples": config.samples, "max_length": config.max_length}
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, int | None] = {name: value for name, value in given.items() if value is not None}
+    if config.samples is not None:
+        changes["max_tokens"] = None  # who names a number of rows gets them
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=changes)})
 
 
@@ -170,6 +173,20 @@ def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint,
         seed=seed,
         num_judged=settings.held_out if recipe.allocation == "search" or recipe.healing else 0,
     )
+
+
+def within_tokens(text: TextSample, *, recipe: Recipe, checkpoint: Checkpoint) -> TextSample:
+    """The sample with no more calibration rows than the recipe's `max_tokens` have room for."""
+    settings = recipe.calibration
+    if settings.max_tokens is None:
+        return text
+    num_rows = num_rows_within(
+        load_tokenizer(checkpoint),
+        text.calibration,
+        max_length=settings.max_length,
+        max_tokens=settings.max_tokens,
+    )
+    return text.first(num_rows)
 
 
 def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) -> None:

@@ -5,7 +5,7 @@ speedup@8x128 >= 1.3           at 8 rows of 128 tokens, which is then timed
 fidelity >= 0.98               pooled cosine of an encoder, top-1 agreement of a language model
 pooled_cosine >= 0.98          any measure of fidelity by its name
 sts drop <= 0.5                how much worse a task of --eval is, in the task's own unit
-parameters reduction >= 20%    or of blocks (no embeddings, no heads), bytes, memory
+parameters reduction >= 20%    or of blocks (no embeddings, no heads), size, memory
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ffsplit.config import Record, stage_key
 from ffsplit.errors import ConfigError
 
 if TYPE_CHECKING:
+    from ffsplit.config import JobConfig
     from ffsplit.models.checkpoint import Checkpoint
     from ffsplit.recipes.recipe import Recipe
 
@@ -35,7 +36,7 @@ ENCODER_FIDELITY: dict[str, Sense] = {"pooled_cosine": ">=", "token_cosine": ">=
 """What is measured of a model, the headline first, and which way is better."""
 HEADLINES = (next(iter(ENCODER_FIDELITY)), next(iter(LANGUAGE_FIDELITY)))
 """What `fidelity` stands for: whichever of them was measured."""
-REDUCTIONS = ("parameters", "blocks", "bytes", "memory")
+REDUCTIONS = ("parameters", "blocks", "size", "memory")
 SHARES = ("top1_agreement", "fidelity", *(f"{name} reduction" for name in REDUCTIONS))
 """What may be given in percent."""
 FORMS = (
@@ -116,7 +117,7 @@ def check_gates(
     *,
     checkpoint: Checkpoint,
     recipe: Recipe,
-    evals: Sequence[str],
+    config: JobConfig,
 ) -> None:
     """Raise ConfigError for a gate on what the run is not going to measure."""
     is_language_model = checkpoint.class_name.endswith("ForCausalLM")
@@ -124,6 +125,9 @@ def check_gates(
     measured = LANGUAGE_FIDELITY if is_language_model else ENCODER_FIDELITY
     for gate in gates:
         metric = gate.metric
+        needs_whole = gate.task or metric.startswith("speedup") or metric == "memory reduction"
+        if needs_whole and config.block_by_block:
+            raise _error(str(gate), "with --block-by-block only fidelity and size are measured")
         if metric in ENCODER_FIDELITY | LANGUAGE_FIDELITY and metric not in measured:
             kind = "a language model" if is_language_model else "an encoder"
             raise _error(str(gate), f"of {kind} {', '.join(measured)} are measured")
@@ -133,8 +137,8 @@ def check_gates(
             raise _error(str(gate), "the recipe does not measure it (peak_memory: false)")
         if gate.shape and longest_row is not None and gate.shape[1] > longest_row:
             raise _error(str(gate), f"the model reads {longest_row} tokens a row at most")
-        if gate.task and not any(_names_spec(gate.task[0], spec) for spec in evals):
-            known = f": it is given {', '.join(evals)}" if evals else ": it is not given"
+        if gate.task and not any(_names_spec(gate.task[0], spec) for spec in config.eval):
+            known = f": it is given {', '.join(config.eval)}" if config.eval else ": it is not given"
             raise _error(str(gate), f"no --eval scores {gate.task[0]!r}{known}")
 
 
@@ -237,7 +241,7 @@ def _reduction(name: str, measured: Measurements) -> float | None:
     pairs: dict[str, tuple[int | None, int | None]] = {
         "parameters": (before.num_parameters, after.num_parameters),
         "blocks": (before.num_parameters_without_embeddings, after.num_parameters_without_embeddings),
-        "bytes": (before.file_bytes, after.file_bytes),
+        "size": (before.file_bytes, after.file_bytes),
         "memory": (measured.original_peak_memory_bytes, measured.compressed_peak_memory_bytes),
     }
     a, b = pairs[name]

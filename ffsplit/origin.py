@@ -22,7 +22,7 @@ def inherit(config: JobConfig, origin: PublishedStatistics) -> JobConfig:
     lent = {
         "calibration": manifest.calibration.sources,
         "seed": manifest.config.seed,
-        "samples": settings.get("samples"),
+        "samples": manifest.calibration.num_rows if settings.get("max_tokens") else settings.get("samples"),
         "max_length": settings.get("max_length"),
     }
     given = {name for name in config.model_fields_set if getattr(config, name) is not None}

@@ -142,6 +142,10 @@ BAD_FLAGS: dict[str, tuple[list[str], str]] = {
     "a gate on no task": (["--gate", "sts drop <= 1"], "no --eval scores 'sts'"),
     "a gate on what is not measured": (["--gate", "memory reduction >= 5%"], "peak_memory"),
     "a gate on too long rows": (["--gate", "speedup@1x999 >= 1"], "160 tokens a row at most"),
+    "a gate on what a block does not tell": (
+        ["--block-by-block", "--require-speedup", "1"],
+        "with --block-by-block only fidelity and size are measured",
+    ),
     "no speed-up": (["--require-speedup", "0"], "--require-speedup"),
     "contradiction": (["--device", "cpu", "--gpus-per-worker", "1"], "contradict"),
     "no such device": (["--device", "tpu"], "--device"),

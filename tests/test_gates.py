@@ -86,7 +86,7 @@ FIGURES: list[tuple[str, float | None]] = [
     ("lm-eval drop <= 0.3", 0.2),
     ("parameters reduction >= 20%", 0.2),
     ("blocks reduction >= 0.2", 0.2),
-    ("bytes reduction >= 30 %", 0.25),
+    ("size reduction >= 30 %", 0.25),
     ("memory reduction >= 1%", None),
 ]
 NOT_MET = {
@@ -95,7 +95,7 @@ NOT_MET = {
     "top1_agreement >= 90%",
     "classification drop <= 0.5",
 }
-NOT_MET |= {"classification:recall drop <= 0.5", "piqa drop <= 0.1", "bytes reduction >= 30 %"}
+NOT_MET |= {"classification:recall drop <= 0.5", "piqa drop <= 0.1", "size reduction >= 30 %"}
 NOT_MET |= {"memory reduction >= 1%"}
 
 
@@ -134,7 +134,7 @@ BAD = {
     "fidelity >= nan": "'nan' is not a number",
     "fidelity >= 1e999": "is not a number",
     "drop <= 1": "'drop' is not measured",
-    "size reduction >= 0.1": "is not measured",
+    "bits reduction >= 0.1": "is not measured",
 }
 
 

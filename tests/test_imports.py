@@ -25,6 +25,7 @@ UPPER_ROOMS = (
     "cli",
     "cli_batch",
     "zoo",
+    "submission",
     "pipeline",
     "prepare",
     "examine",

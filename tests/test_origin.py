@@ -43,6 +43,22 @@ def test_the_same_bytes_as_a_run_that_collects_its_own(small_job: SmallJob, tmp_
     assert again.calibration.model_copy(update={"statistics_from": None}) == alone.calibration
 
 
+def test_the_rows_that_a_limit_of_tokens_left_are_lent(small_job: SmallJob, tmp_path: Path) -> None:
+    recipe = (
+        Path(small_job.recipe()).read_text("utf-8").replace("shard_size: 8", "shard_size: 8, max_tokens: 150")
+    )
+    (limited := tmp_path / "limited.yaml").write_text(recipe, "utf-8")
+    fields = small_job.config(tmp_path / "stats", recipe=str(limited)).model_dump(exclude_unset=True)
+    statistics = pipeline.calibrate(JobConfig(**(fields | {"samples": None})))
+    assert 3 < statistics.calibration.num_rows < 40
+    assert 100 < statistics.calibration.num_tokens <= 150
+    again = ffsplit.compress(reusing(small_job, tmp_path / "again", tmp_path / "stats", keep=0.3))
+    assert again.calibration.statistics_from is not None
+    assert again.calibration.statistics_from.sampled_text_digest == statistics.calibration.text_digest
+    given = pipeline.calibrate(small_job.config(tmp_path / "given", recipe=str(limited)))
+    assert given.calibration.num_rows == 40
+
+
 def test_only_what_the_sample_needs_is_read(
     small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,7 +181,7 @@ def test_gates_are_part_of_the_run_and_not_of_what_it_computes(small_job: SmallJ
 
 def test_a_refused_result_is_taken_up_with_looser_gates(small_job: SmallJob, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    strict = ("token_cosine >= 0.9999", "bytes reduction >= 1%")
+    strict = ("token_cosine >= 0.9999", "size reduction >= 1%")
     with pytest.raises(GateError, match=r"1 of 2 gates not met.* token_cosine >= 0.9999: 0\.\d+, NOT met"):
         ffsplit.compress(small_job.config(out, gate=strict))
     assert {path.name for path in out.iterdir()} == {".scratch"}

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+TOKENIZED_ROWS = 1024
+"""Rows that are tokenized at once where they are only counted."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -49,6 +52,19 @@ def tokenize_rows(tokenizer: Any, rows: Sequence[str], *, max_length: int) -> li
     encoded = tokenizer(list(rows), truncation=True, max_length=max_length)["input_ids"]
     special = set(tokenizer.all_special_ids)
     return [ids for ids in encoded if any(token not in special for token in ids)]
+
+
+def num_rows_within(tokenizer: Any, rows: Sequence[str], *, max_length: int, max_tokens: int) -> int:
+    """How many of the rows, from the first on, hold at most `max_tokens` tokens together; one at least."""
+    num_tokens = num_rows = 0
+    for start in range(0, len(rows), TOKENIZED_ROWS):
+        chunk = list(rows[start : start + TOKENIZED_ROWS])
+        for ids in tokenizer(chunk, truncation=True, max_length=max_length)["input_ids"]:
+            num_tokens += len(ids)
+            if num_tokens > max_tokens:
+                return max(1, num_rows)
+            num_rows += 1
+    return num_rows
 
 
 def padded_batches(rows: Sequence[Sequence[int]], *, batch_tokens: int, pad_id: int) -> Iterator[Batch]:

@@ -6,7 +6,7 @@ import hashlib
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ffsplit.errors import ConfigError
 
@@ -26,6 +26,12 @@ class TextSample:
     """sha256 over all lists, 64 hex digits."""
     judged: tuple[str, ...] = ()
     """Rows to choose between candidates by, neither calibrated on nor held out; only where asked for."""
+
+    def first(self, num_rows: int) -> TextSample:
+        """The sample with no more than the first `num_rows` to calibrate on."""
+        calibration = self.calibration[:num_rows]
+        judged = (self.judged,) if self.judged else ()
+        return replace(self, calibration=calibration, digest=_digest(calibration, self.held_out, *judged))
 
 
 def sample_texts(

@@ -15,13 +15,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.base import LayerContext, relative_error
 from ffsplit.compressors.least_squares import refit_down
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.config import Record
 from ffsplit.ffn import FFNShape, LayerLayout, PartLayout
 
 WARM_UP_STEPS = 20
+WIDE = 1024
+"""Matrices of more columns than this are fitted with a learning rate in inverse proportion to them."""
 
 
 class DistillCompressor(Record):
@@ -29,14 +31,15 @@ class DistillCompressor(Record):
 
     `whole` fits all that is left of the FFN, as prune left it. `light` keeps the heavy hitters exact
     and replaces the light part by its strongest neurons, as many as the budget allows, which are
-    refitted and then fitted to make up for all of it.
+    refitted and then fitted to make up for all of it. A fit that ends with a larger error than it began
+    with is not taken.
     """
 
     kind: Literal["distill"] = "distill"
     part: Literal["whole", "light"] = "whole"
-    num_steps: int = Field(default=400, ge=1)
+    num_steps: int = Field(default=600, ge=1)
     batch_tokens: int = Field(default=2048, ge=1)
-    learning_rate: float = Field(default=4e-3, gt=0)
+    learning_rate: float = Field(default=8e-3, gt=0)
     ridge: float = Field(default=1e-3, ge=0)
 
     @property
@@ -62,7 +65,8 @@ class DistillCompressor(Record):
                 return ffn
         if self.part == "light" and ffn.light is not None and layout.light is not None:
             ffn = self._narrowed(ffn, count=layout.light.num_neurons, context=context)
-        return self._fit(ffn, context)
+        fitted = self._fit(ffn, context)
+        return fitted if relative_error(fitted, context) < relative_error(ffn, context) else ffn
 
     def _narrowed(self, ffn: FFNWeights, *, count: int, context: LayerContext) -> FFNWeights:
         """The strongest light neurons alone, their down projection refitted beside the heavy hitters."""
@@ -80,8 +84,12 @@ class DistillCompressor(Record):
     @torch.enable_grad()
     def _fit(self, ffn: FFNWeights, context: LayerContext) -> FFNWeights:
         trainable = _trainable(ffn, only_light=self.part == "light")
-        parameters = [tensor for tensor in _tensors(trainable) if tensor.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate, betas=(0.9, 0.99))
+        groups = [
+            {"params": [tensor], "scale": rate_scale(tensor)}
+            for tensor in _tensors(trainable)
+            if tensor.requires_grad
+        ]
+        optimizer = torch.optim.Adam(groups, lr=self.learning_rate, betas=(0.9, 0.99))
         inputs_TD = torch.cat(list(context.inputs))
         with torch.no_grad():
             targets_TD = torch.cat([context.original(x_TD) for x_TD in context.chunks()])
@@ -89,7 +97,7 @@ class DistillCompressor(Record):
         generator = torch.Generator().manual_seed(0)
         for step in range(self.num_steps):
             for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * schedule(step, self.num_steps)
+                group["lr"] = self.learning_rate * group["scale"] * schedule(step, self.num_steps)
             rows = torch.randint(len(inputs_TD), (self.batch_tokens,), generator=generator)
             x_TD, y_TD = inputs_TD[rows], targets_TD[rows]
             if context.output_norm is None:
@@ -101,6 +109,15 @@ class DistillCompressor(Record):
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return _detached(trainable)
+
+
+def rate_scale(tensor: Tensor) -> float:
+    """The share of the learning rate that a tensor gets: a matrix of many columns gets less.
+
+    A step of Adam changes each element alike, and so the product with an input in proportion to the
+    columns. Source: muP, arXiv:2203.03466.
+    """
+    return min(1.0, WIDE / tensor.shape[1]) if tensor.dim() == 2 else 1.0
 
 
 def schedule(step: int, num_steps: int) -> float:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ffsplit.compressors.base import Compressor, LayerContext, OutputNorm
+from ffsplit.compressors.base import Compressor, LayerContext, OutputNorm, relative_error
 from ffsplit.compressors.weights import FFNWeights
 from ffsplit.ffn import LayerLayout, LowRank
 
@@ -38,23 +38,6 @@ def compress_layer(
     got = ffn.layout
     assert got == layout or _no_larger(got, layout), f"planned {layout}, got {got}"
     return CompressedLayer(ffn, relative_error(ffn, context))
-
-
-def relative_error(ffn: FFNWeights, context: LayerContext) -> float:
-    """|z' - z| / |z| over the sampled inputs, Frobenius norms.
-
-    z is what the next layer sees of the FFN: its output y, or norm(x + y) in families that normalise
-    there.
-    """
-    norm = context.output_norm
-    error = total = 0.0
-    for x_TD in context.chunks():
-        original_TD, compressed_TD = context.original(x_TD), ffn(x_TD)
-        if norm is not None:
-            original_TD, compressed_TD = norm(x_TD + original_TD), norm(x_TD + compressed_TD)
-        error += float((compressed_TD - original_TD).square().sum(dtype=torch.float64))
-        total += float(original_TD.square().sum(dtype=torch.float64))
-    return float((error / total) ** 0.5) if total > 0 else 0.0
 
 
 def _no_larger(layout: LayerLayout, planned: LayerLayout) -> bool:

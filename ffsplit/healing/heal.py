@@ -79,7 +79,7 @@ def heal(
         state = HealingState()
         distillation.judge(state, batches)
         state.first_loss = state.best_loss
-    num_steps = settings.epochs * math.ceil(len(data.rows) / settings.batch_rows)
+    num_steps = settings.epochs * math.ceil(len(data.rows) / rows_a_step(data.rows, settings))
     evaluate_every = max(1, num_steps // (settings.epochs * settings.evaluations))
     for step, rows in enumerate(_training(data, settings, seed=seed)):
         if step < state.step:
@@ -99,6 +99,12 @@ def heal(
     for name, tensor in state.best.items():
         weights[name].data.copy_(tensor)
     return state
+
+
+def rows_a_step(rows: Sequence[Sequence[int]], settings: HealingSettings) -> int:
+    """Rows in a batch: as many as the settings allow of rows of this mean length."""
+    mean_length = sum(map(len, rows)) / max(1, len(rows))
+    return max(1, min(settings.batch_rows, int(settings.batch_tokens / max(1.0, mean_length))))
 
 
 def trainable_weights(student: Any) -> dict[str, Tensor]:
@@ -140,10 +146,10 @@ def _validation(data: HealingData) -> Iterator[Batch]:
 
 def _training(data: HealingData, settings: HealingSettings, *, seed: int) -> Iterator[list[Sequence[int]]]:
     """The rows of every step of all epochs, in an order that depends on the seed and the epoch alone."""
+    size = rows_a_step(data.rows, settings)
     for epoch in range(settings.epochs):
         generator = random.Random(f"{seed}/{epoch}")
         order = generator.sample(range(len(data.rows)), len(data.rows))
-        size = settings.batch_rows
         for start in range(0, len(order), size * SORTED_BATCHES):
             chunk = sorted(order[start : start + size * SORTED_BATCHES], key=lambda row: len(data.rows[row]))
             groups = [chunk[first : first + size] for first in range(0, len(chunk), size)]

@@ -23,6 +23,9 @@ class CalibrationSettings(Record):
     """How much text is read, and how. Every field changes the statistics' bytes."""
 
     samples: int = Field(default=2048, ge=1, description="rows of text")
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="fewer rows, where so many hold more tokens than this in all"
+    )
     max_length: int = Field(default=128, ge=1, description="tokens a row is cut to")
     shard_size: int = Field(default=128, ge=1, description="rows a shard")
     batch_tokens: int = Field(default=4096, ge=1, description="tokens a batch, padding included")

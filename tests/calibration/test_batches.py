@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffsplit.calibration.batches import padded_batches, tokenize_rows
+from ffsplit.calibration.batches import num_rows_within, padded_batches, tokenize_rows
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_tokenizer
 
@@ -66,3 +66,11 @@ def test_rows_of_special_tokens_alone_are_left_out(tokenizer) -> None:  # type: 
     rows = tokenize_rows(tokenizer, ["", "[PAD] [PAD]", "people", "\u4e2d"], max_length=10)
     assert len(rows) == 1
     assert tokenize_rows(tokenizer, ["the new people"], max_length=2) == []
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "num_rows"), [(1, 1), (5, 1), (14, 1), (15, 2), (19, 2), (20, 3), (99, 3)]
+)
+def test_as_many_rows_as_the_tokens_have_room_for(tokenizer, max_tokens: int, num_rows: int) -> None:  # type: ignore[no-untyped-def]
+    rows = ["the new people", "such " * 50, "the new people"]  # of 5, 10 and 5 tokens
+    assert num_rows_within(tokenizer, rows, max_length=10, max_tokens=max_tokens) == num_rows

@@ -125,6 +125,23 @@ def test_the_digest_covers_both_lists_with_their_lengths() -> None:
     assert sample.digest == digest_of_groups(list(sample.calibration), list(sample.held_out))
 
 
+@pytest.mark.parametrize("num_judged", [0, 5])
+def test_the_first_rows_of_a_sample_are_the_smaller_sample(num_judged: int) -> None:
+    large, small = (
+        sample_texts(TEXTS, num_samples=count, num_held_out=5, seed=3, num_judged=num_judged)
+        for count in (20, 8)
+    )
+    first = large.first(8)
+    assert first.calibration == small.calibration
+    assert (first.held_out, first.judged) == (large.held_out, large.judged)
+    assert first.digest not in (
+        large.digest,
+        sample_texts(TEXTS, num_samples=8, num_held_out=4, seed=3).digest,
+    )
+    if not num_judged:
+        assert first == small
+
+
 def test_a_sample_is_frozen() -> None:
     sample = TextSample(("a",), ("b",), True, "0" * 64)
     with pytest.raises(AttributeError):

@@ -7,6 +7,7 @@ import torch
 
 from ffsplit.compressors import DistillCompressor, PruneCompressor
 from ffsplit.compressors.base import OutputNorm
+from ffsplit.compressors.distill import rate_scale
 from ffsplit.compressors.layer import compress_layer
 from ffsplit.ffn import FFNShape, LayerLayout, PartLayout
 from tests.compressors.random_ffn import FORMS, all_tensors, random_ffn, random_inputs
@@ -76,6 +77,27 @@ def test_light_neurons_are_narrowed_beside_exact_heavy_hitters(shape: FFNShape) 
         ffn, heavy_neurons=range(10), layout=LayerLayout.dense(shape, 10), steps=[REFIT], inputs=inputs
     )
     assert made.relative_error < dropped.relative_error
+
+
+def test_a_fit_that_goes_astray_is_not_taken() -> None:
+    shape = next(iter(FORMS.values()))
+    ffn, inputs = random_ffn(shape), random_inputs(shape.hidden_size, sizes=SIZES)
+    astray = DistillCompressor(num_steps=5, batch_tokens=64, learning_rate=50.0)
+    refitted, fitted = (
+        compress_layer(
+            ffn, heavy_neurons=range(20), layout=LayerLayout.dense(shape, 20), steps=steps, inputs=inputs
+        )
+        for steps in ([REFIT], [REFIT, astray])
+    )
+    assert all(map(torch.equal, all_tensors(fitted.weights), all_tensors(refitted.weights)))
+    assert fitted.relative_error == refitted.relative_error
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((8,), 1.0), ((4096,), 1.0), ((4, 1024), 1.0), ((4096, 16), 1.0), ((16, 4096), 0.25)]
+)
+def test_wide_matrices_are_fitted_at_a_lower_rate(shape: tuple[int, ...], scale: float) -> None:
+    assert rate_scale(torch.zeros(shape)) == scale
 
 
 def test_the_same_arguments_give_the_same_bytes() -> None:

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from ffsplit.compressors import LowRankCompressor
-from ffsplit.compressors.base import LayerContext
-from ffsplit.compressors.layer import relative_error
+from ffsplit.compressors.base import LayerContext, relative_error
 from ffsplit.compressors.low_rank import truncated_svd
 from ffsplit.compressors.weights import FFNWeights
 from ffsplit.ffn import Dense, FFNShape, LayerLayout, LowRank, PartLayout

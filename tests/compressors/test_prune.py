@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ffsplit.compressors import PruneCompressor
-from ffsplit.compressors.base import CHUNK_TOKENS, LayerContext
-from ffsplit.compressors.layer import compress_layer, relative_error
+from ffsplit.compressors.base import CHUNK_TOKENS, LayerContext, relative_error
+from ffsplit.compressors.layer import compress_layer
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.ffn import FFNShape, LayerLayout
 from tests.compressors.random_ffn import FORMS, all_tensors, direct_output, random_ffn, random_inputs

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ffsplit.healing.heal import HealingData, fake_quantized, heal, settle, trainable_weights
+from ffsplit.healing.heal import HealingData, fake_quantized, heal, rows_a_step, settle, trainable_weights
 from ffsplit.healing.losses import mean_distance
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.state import HealingState
@@ -70,6 +70,14 @@ def test_a_hopeless_learning_rate_returns_the_model_it_was_given() -> None:
     assert state.best_step == 0
     assert state.step < 12
     assert all(torch.equal(weight, before[name]) for name, weight in trainable_weights(student).items())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"), [([10] * 40, 16), ([100] * 40, 5), ([900] * 4, 1), ([50, 150], 5), ([1] * 3, 16)]
+)
+def test_a_step_has_rows_up_to_its_tokens(lengths: list[int], rows: int) -> None:
+    settings = HealingSettings(batch_rows=16, batch_tokens=512)
+    assert rows_a_step([[1] * length for length in lengths], settings) == rows
 
 
 def test_embeddings_stay_as_they_are() -> None:

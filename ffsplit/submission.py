@@ -1,0 +1,147 @@
+"""A command as a job of a cluster: what it is called, and whether to start it or follow one that is there."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import shlex
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from ffsplit.artifacts.paths import check_absolute
+from ffsplit.config import JobConfig, digest_of
+from ffsplit.distributed.jobs import JobServer
+from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.exit_codes import INTERRUPTED
+
+UNNAMED = ("run", "json", "workers", "address", "in_job", "parse", "sign_key", "file")
+"""What an argument parser adds, or what does not change what a job is for."""
+
+
+class Job(NamedTuple):
+    """What to submit. `is_done` is whether its result stands, as seen from here."""
+
+    name: str
+    entrypoint: str
+    is_done: bool = False
+
+
+def submit(
+    command: str,
+    arguments: Sequence[str],
+    parsed: argparse.Namespace,
+    *,
+    address: str,
+    working_dir: Path | None,
+    stop_on_interrupt: bool,
+) -> int:
+    """Run a command as a job and follow it; returns the job's own exit code.
+
+    A job of the same name that runs is followed, and so is one that is done and whose result stands.
+    """
+    _check_paths(arguments, working_dir=working_dir)
+    job = describe(command, arguments, parsed)
+    server = JobServer(address)
+    last = server.last_attempt(job.name)
+    if last is not None and (not last.is_over or (last.has_succeeded and job.is_done)):
+        submission_id = last.id
+        _note(
+            f"following {submission_id}, which has {last.state}" if last.is_over else f"following {last.id}"
+        )
+    else:
+        submission_id = server.start(job.name, after=last, entrypoint=job.entrypoint, working_dir=working_dir)
+        _note(f"submitted {submission_id} to {address}")
+    try:
+        return server.follow(submission_id, _write)
+    except KeyboardInterrupt:
+        if stop_on_interrupt:
+            server.stop(submission_id)
+            _note(f"interrupted; {submission_id} is stopped")
+        else:
+            _note(
+                f"interrupted; {submission_id} goes on: the same command follows it again, "
+                f"`ray job stop --address {address} {submission_id}` ends it"
+            )
+        return INTERRUPTED
+
+
+def describe(command: str, arguments: Sequence[str], parsed: argparse.Namespace) -> Job:
+    """The job of a command. Raises ConfigError for what the job itself would refuse.
+
+    The name has the run key in it where all that it depends on is here to be read; otherwise a hash of
+    the request, and then a job that is done is not taken for a result.
+    """
+    target: str | None = vars(parsed).get("out", vars(parsed).get("directory"))
+    if target is not None:
+        check_absolute(target)
+    entrypoint = shlex.join(["python", "-m", "ffsplit.cli", command, *arguments])
+    if command in ("compress", "calibrate"):
+        fields = {name: value for name, value in vars(parsed).items() if name in JobConfig.model_fields}
+        config = JobConfig.checked(**{name: value for name, value in fields.items() if value is not None})
+        if config.fresh:
+            return Job(f"ffsplit-{command}-{secrets.token_hex(8)}", entrypoint)
+        if _is_here(config):
+            return _of_run(command, config, entrypoint)
+    request = {name: value for name, value in vars(parsed).items() if name not in UNNAMED}
+    if command == "zoo":
+        from ffsplit.zoo.zoo_file import load_zoo
+
+        zoo = load_zoo(parsed.file)
+        check_absolute(zoo.destination)
+        request["zoo"] = zoo.digest
+    return Job(f"ffsplit-{command}-{digest_of(request)[:16]}", entrypoint)
+
+
+def _of_run(command: str, config: JobConfig, entrypoint: str) -> Job:
+    """The job of a run whose key can be known: the place of its result is in the name too."""
+    from ffsplit.artifacts.commits import Kind, read_commit
+    from ffsplit.artifacts.stores import open_store
+    from ffsplit.examine import examine
+    from ffsplit.preflight.estimate import estimate
+    from ffsplit.prepare import identify
+
+    kind: Kind = "model" if command == "compress" else "statistics"
+    job = examine(config, kind=kind)
+    run = identify(job, estimate(job, kind=kind))  # whether it fits is for the cluster to say, not for here
+    key = run.run_key if kind == "model" else run.calibration_key
+    store, is_done = open_store(config.out), False
+    with suppress(FFSplitError):  # a store that only the cluster can read: the job will see for itself
+        is_done = read_commit(store, key) is not None
+    place = digest_of({"out": store.uri})[:6]
+    return Job(f"ffsplit-{command}-{key}-{place}", entrypoint, is_done)
+
+
+def _is_here(config: JobConfig) -> bool:
+    """Whether the model and all that a job names can be read on this machine, without a download."""
+    if not Path(config.model).expanduser().is_dir():
+        return False
+    specs = (*config.calibration, *config.eval)
+    if any(spec.startswith(("hf:", "lm-eval:")) or "://" in spec for spec in (*specs, config.stats or "")):
+        return False
+    files = [spec.partition("#")[0].rpartition(":")[2] for spec in specs]
+    files += [config.recipe, config.stats or "", config.latency_table or ""]
+    return all(Path(name).exists() for name in files if name.startswith("/"))
+
+
+def _check_paths(arguments: Sequence[str], *, working_dir: Path | None) -> None:
+    """Raise ConfigError for a relative path that the job would not find: it runs in a copy, or elsewhere."""
+    if working_dir is not None and working_dir.resolve() == Path.cwd():
+        return
+    for argument in arguments:
+        name = argument.partition("#")[0].rpartition(":")[2]
+        if name and not name.startswith(("/", "~", "-")) and Path(name).exists():
+            raise ConfigError(
+                f"{name} is relative to this directory, which the job does not see: give --working-dir . "
+                "before the command to send this directory along, or an absolute path"
+            )
+
+
+def _note(message: str) -> None:
+    print(f"ffsplit: {message}", file=sys.stderr, flush=True)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
