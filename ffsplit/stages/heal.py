@@ -50,12 +50,17 @@ def heal_job(job: HealJob) -> Result | None:
 
     Of several workers that are called at once, only the first one writes and answers.
     """
+    team = find_team(job.workers)
     with job.profile.applied(threads=job.threads):
-        return job.scratch.load(RESULT) or _heal(job, find_team(job.workers))
+        if 0 in team.mine:
+            return job.scratch.load(RESULT) or _save(job.scratch, *_heal(job, team))
+        if job.scratch.load(RESULT) is None:
+            _heal(job, team)
+        return None
 
 
-def _heal(job: HealJob, team: Team) -> Result | None:
-    writes = team.mine[0] == 0
+def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState]:
+    """The healed student, the checkpoint it came from, and how it went."""
     original = open_checkpoint(Path(job.original_directory))
     compressed = open_checkpoint(Path(job.compressed_directory))
     device = torch.device(job.profile.device)
@@ -79,11 +84,11 @@ def _heal(job: HealJob, team: Team) -> Result | None:
         settings=job.settings,
         seed=job.seed,
         resume=lambda weights, optimizer: _resume(job.scratch, weights, optimizer),
-        checkpoint=partial(_checkpoint, job.scratch) if writes else _keep_nothing,
+        checkpoint=partial(_checkpoint, job.scratch) if 0 in team.mine else _keep_nothing,
         team=team,
     )
     settle(linears)
-    return _save(job.scratch, student, compressed, state) if writes else None
+    return student, compressed, state
 
 
 def _ffn_linears(student: Any, checkpoint: Checkpoint) -> list[nn.Module]:
