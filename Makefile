@@ -33,6 +33,10 @@ apt: ## Refresh the package lists that `make test-s3` downloads Ceph by (Debian,
 	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update --quiet; \
 	else echo "no apt-get, or not root: the package lists stay as they are"; fi
 
+.PHONY: test-faults
+test-faults: venv ## Kill workers, nodes and drivers at every stage of real runs, 60 times (KILLS=n, SEED=n)
+	FFSPLIT_TEST_KILLS=$(or $(KILLS),60) FFSPLIT_TEST_SEED=$(or $(SEED),0) $(BIN)/python -m pytest -s tests/faults
+
 .PHONY: lint
 lint: venv ## Check style and types
 	$(BIN)/ruff check .
@@ -47,6 +51,10 @@ format: venv ## Mend what the linter can mend
 .PHONY: docs
 docs: venv ## Generate docs/manifest.schema.json
 	$(BIN)/python -m ffsplit.artifacts.manifest > docs/manifest.schema.json
+
+.PHONY: bench-scaling
+bench-scaling: venv ## How the work spreads over workers, into benchmarks/scaling.md (two idle cores)
+	$(BIN)/python -m benchmarks.scaling
 
 .PHONY: bench-quality
 bench-quality: venv ## Score every recipe on STS-B dev (DATA=folder with stsb/) into benchmarks/quality.md

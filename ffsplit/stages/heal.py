@@ -22,6 +22,7 @@ from ffsplit.healing.state import HealingState
 from ffsplit.healing.team import Team, find_team
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.source import ModelSource
 from ffsplit.stages.profile import ComputeProfile
 
 RESULT, PROGRESS = "healed", "progress"
@@ -30,8 +31,8 @@ RESULT, PROGRESS = "healed", "progress"
 class HealJob(Record):
     """What to heal, on which text. The compressed checkpoint must be plain."""
 
-    original_directory: str
-    compressed_directory: str
+    original: ModelSource
+    compressed: ModelSource
     rows: tuple[str, ...]
     validation: tuple[str, ...]
     max_length: int
@@ -53,7 +54,7 @@ def heal_job(job: HealJob) -> Result | None:
     team = find_team(job.workers)
     with job.profile.applied(threads=job.threads):
         if 0 in team.mine:
-            return job.scratch.load(RESULT) or _save(job.scratch, *_heal(job, team))
+            return job.scratch.load_or_compute(RESULT, lambda: _save(job.scratch, *_heal(job, team)))
         if job.scratch.load(RESULT) is None:
             _heal(job, team)
         return None
@@ -61,8 +62,8 @@ def heal_job(job: HealJob) -> Result | None:
 
 def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState]:
     """The healed student, the checkpoint it came from, and how it went."""
-    original = open_checkpoint(Path(job.original_directory))
-    compressed = open_checkpoint(Path(job.compressed_directory))
+    original = open_checkpoint(job.original.directory())
+    compressed = open_checkpoint(job.compressed.directory())
     device = torch.device(job.profile.device)
     teacher, student = (
         load_whole_model(each.directory, original.class_name, dtype=torch.float32).to(device)
