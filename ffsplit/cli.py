@@ -13,6 +13,7 @@ from ffsplit.artifacts.paths import check_absolute
 from ffsplit.cli_batch import add_batch_commands
 from ffsplit.cli_job import add_job_flags, add_judging_flags, add_trust_flag
 from ffsplit.cli_plan import add_budget_flags, add_plan_commands
+from ffsplit.cli_run import add_run_commands
 from ffsplit.cli_store import add_store_commands
 from ffsplit.errors import ConfigError
 from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, exit_code_of
@@ -68,14 +69,11 @@ def build_parser() -> argparse.ArgumentParser:
     report = command("report", _report, "write the HTML report of an artifact")
     report.add_argument("uri")
     report.add_argument("--out", required=True, metavar="FILE")
-    benchmark = command("benchmark", _benchmark, "time an artifact and its original, in turn")
-    benchmark.add_argument("uri", metavar="URI_OR_MODEL")
-    benchmark.add_argument("--against", metavar="MODEL", help="default: the model the artifact was made from")
+    add_run_commands(command)
     inspect = command("inspect", _inspect, "show a model's FFNs and what budgets would give")
     inspect.add_argument("model")
     inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
-    for each in (benchmark, inspect):
-        add_trust_flag(each)
+    add_trust_flag(inspect)
     add_plan_commands(command)
     add_store_commands(command)
     add_batch_commands(command, parse=parser.parse_args)
@@ -182,14 +180,6 @@ def _report(parsed: argparse.Namespace) -> int:
     from ffsplit.publication import render_published
 
     print(render_published(parsed.uri, out=parsed.out))
-    return 0
-
-
-def _benchmark(parsed: argparse.Namespace) -> int:
-    from ffsplit.measurement.benchmark import benchmark
-    from ffsplit.summary import print_timings
-
-    print_timings(benchmark(parsed.uri, against=parsed.against))
     return 0
 
 

@@ -59,6 +59,11 @@ def add_trust_flag(parser: argparse.ArgumentParser) -> None:
 def add_judging_flags(parser: argparse.ArgumentParser) -> None:
     """How a result is scored, and what it must reach to be published."""
     parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="refuse a recipe whose result would need ffsplit to load",
+    )
+    parser.add_argument(
         "--eval",
         action="append",
         metavar="SPEC",
