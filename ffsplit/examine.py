@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.inputs import StoredFiles
@@ -24,8 +25,9 @@ from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import check_model_class, load_tokenizer
 from ffsplit.models.locate import locate_model
 from ffsplit.origin import inherit
+from ffsplit.plain import check_plain, check_stays_plain
 from ffsplit.recipes.recipe import Recipe, load_recipe
-from ffsplit.runtime.assemble import is_plain
+from ffsplit.runtime.linears import attention_linears
 from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.solver import Solver
 from ffsplit.stages.profile import ComputeProfile
@@ -79,6 +81,10 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
     layouts = solver.solve(budget)
     if recipe.healing is not None or recipe.after_healing is not None:
         check_plain(checkpoint, layouts, recipe=recipe)
+    if recipe.linears != "kept":
+        attention_linears(checkpoint)
+    if config.plain:
+        check_stays_plain(checkpoint, layouts, recipe=recipe)
     text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
     check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.max_length)
     text = within_tokens(text, recipe=recipe, checkpoint=checkpoint)
@@ -120,15 +126,6 @@ def resolve_recipe(config: JobConfig) -> Recipe:
     if config.samples is not None:
         changes["max_tokens"] = None  # who names a number of rows gets them
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=changes)})
-
-
-def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
-    """Raise ConfigError when a recipe would heal, or quantize afterwards, what is not an ordinary model."""
-    if not is_plain(checkpoint, layouts):
-        raise ConfigError(
-            f"recipe {recipe.name}: healing and after_healing need steps that leave one dense FFN of one "
-            "width a layer, without a bias that the architecture lacks: prune or distill"
-        )
 
 
 def make_solver(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint, profile: ComputeProfile) -> Solver:
@@ -194,6 +191,7 @@ def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) 
     if longest is not None and max_length > longest:
         raise ConfigError(f"--max-length {max_length} is more than the model's {longest} positions")
     tokenizer = load_tokenizer(checkpoint)
+    check_vocabulary(tokenizer, checkpoint)
     num_special = tokenizer.num_special_tokens_to_add()
     if max_length <= num_special:
         raise ConfigError(
@@ -207,3 +205,15 @@ def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) 
         f"the calibration text is nothing but padding and special tokens at --max-length {max_length}: "
         "give other text or a larger --max-length"
     )
+
+
+def check_vocabulary(tokenizer: Any, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError when the tokenizer gives tokens that the model has no embedding for."""
+    text = checkpoint.config.get("text_config")
+    stated = (text if isinstance(text, dict) else checkpoint.config).get("vocab_size")
+    token, index = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1], default=("", -1))
+    if isinstance(stated, int) and index >= stated:
+        raise ConfigError(
+            f"{checkpoint.directory}: the tokenizer does not belong to the model: it has token {token!r} as "
+            f"number {index}, and the model reads numbers below {stated}"
+        )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Console
 from rich.table import Table
 
@@ -17,7 +15,6 @@ from ffsplit.report.humanize import (
     duration,
     layout,
     milliseconds,
-    number,
     percent,
     score,
     score_change,
@@ -106,18 +103,6 @@ def print_preflight(flight: Preflight) -> None:
         print(f"{what}: {size(disk.needed_bytes)} in {disk.place}{free}".replace("\u00a0", " "))
     if flight.artifact_bytes:
         print(f"the artifact: {size(flight.artifact_bytes)} of weights".replace("\u00a0", " "))
-
-
-def print_timings(latencies: Sequence[Latency]) -> None:
-    """Paired latencies, one shape after the other."""
-    table = _table("forward passes, in turn", "", "original", "compressed", "speed-up")
-    for each in latencies:
-        _add_latency(table, each)
-        p95 = (each.original_p95_ms, each.compressed_p95_ms)
-        table.add_row("  p95", milliseconds(p95[0]), milliseconds(p95[1]), "")
-        rates = (each.original_tokens_per_s, each.compressed_tokens_per_s)
-        table.add_row("  tokens/s", number(rates[0]), number(rates[1]), "")
-    _print(table)
 
 
 def print_inspection(found: Inspection) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ffsplit.artifacts.manifest import Latency
 
@@ -39,14 +40,12 @@ def _at_shape(
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (rows, tokens), generator=generator).to(original.device)
     mask = torch.ones_like(ids)
-    for _ in range(WARM_UP_RUNS):
-        _run_ms(original, ids, mask)
-        _run_ms(compressed, ids, mask)
-    times = np.empty((num_pairs, 2))
-    for pair in range(num_pairs):
-        turn = (0, 1) if pair % 2 == 0 else (1, 0)
-        for which in turn:
-            times[pair, which] = _run_ms((original, compressed)[which], ids, mask)
+    times = paired_times(
+        lambda: original(input_ids=ids, attention_mask=mask),
+        lambda: compressed(input_ids=ids, attention_mask=mask),
+        num_pairs=num_pairs,
+        on_cuda=ids.is_cuda,
+    )
     p50, p95 = np.percentile(times, 50, axis=0), np.percentile(times, 95, axis=0)
     return Latency(
         batch_size=rows,
@@ -62,9 +61,23 @@ def _at_shape(
     )
 
 
-def _run_ms(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> float:
+def paired_times(
+    first: Callable[[], Any], second: Callable[[], Any], *, num_pairs: int, on_cuda: bool
+) -> NDArray[np.float64]:
+    """Milliseconds of two calls, made in turn after a warm-up: [num_pairs, 2]."""
+    for _ in range(WARM_UP_RUNS):
+        _run_ms(first, on_cuda)
+        _run_ms(second, on_cuda)
+    times = np.empty((num_pairs, 2))
+    for pair in range(num_pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            times[pair, which] = _run_ms((first, second)[which], on_cuda)
+    return times
+
+
+def _run_ms(call: Callable[[], Any], on_cuda: bool) -> float:
     start = time.perf_counter()
-    model(input_ids=ids, attention_mask=mask)
-    if ids.is_cuda:
+    call()
+    if on_cuda:
         torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3
