@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.inputs import StoredFiles
@@ -203,6 +204,7 @@ def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) 
             raise ConfigError("the calibration rows hold nothing that the model reads: give others")
         return
     tokenizer = reader.tokenizer
+    check_vocabulary(tokenizer, checkpoint)
     num_special = tokenizer.num_special_tokens_to_add()
     if max_length <= num_special:
         raise ConfigError(
@@ -216,3 +218,15 @@ def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) 
         f"the calibration text is nothing but padding and special tokens at --max-length {max_length}: "
         "give other text or a larger --max-length"
     )
+
+
+def check_vocabulary(tokenizer: Any, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError when the tokenizer gives tokens that the model has no embedding for."""
+    text = checkpoint.config.get("text_config")
+    stated = (text if isinstance(text, dict) else checkpoint.config).get("vocab_size")
+    token, index = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1], default=("", -1))
+    if isinstance(stated, int) and index >= stated:
+        raise ConfigError(
+            f"{checkpoint.directory}: the tokenizer does not belong to the model: it has token {token!r} as "
+            f"number {index}, and the model reads numbers below {stated}"
+        )

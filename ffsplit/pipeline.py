@@ -30,6 +30,7 @@ from ffsplit.execution import Execution, Layers
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.trust import trusting
 from ffsplit.placement import place
 from ffsplit.plain import check_plain
 from ffsplit.preflight.words import in_one_line
@@ -89,7 +90,7 @@ def calibrate(
 
 
 def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: Path | None) -> Finished:
-    with progress or Progress.to_stderr() as shown:
+    with trusting(config.trust_remote_code), progress or Progress.to_stderr() as shown:
         store = open_store(config.out)
         check_outside_attempts(store.uri, flag="--out")
         if sign_key is not None:

@@ -23,6 +23,7 @@ from ffsplit.gates import Gate, gated_key
 from ffsplit.measurement.tasks.evaluations import Evaluation
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.finite import check_all_finite
+from ffsplit.models.trust import trusting
 from ffsplit.origin import check_origin
 from ffsplit.preflight.estimate import estimate
 from ffsplit.preflight.records import Preflight
@@ -77,16 +78,18 @@ def prepare(config: JobConfig, *, kind: Kind = "model") -> PreparedRun:
 
     What cannot fit is refused before any weight is read.
     """
-    job = examine(config, kind=kind)
-    flight = estimate(job, kind=kind)
-    flight.check()
-    return identify(job, flight)
+    with trusting(config.trust_remote_code):
+        job = examine(config, kind=kind)
+        flight = estimate(job, kind=kind)
+        flight.check()
+        return identify(job, flight)
 
 
 def preflight(config: JobConfig, *, kind: Kind = "model") -> Preflight:
     """What a run would need, by its checked settings. Raises ConfigError as `prepare` does."""
     check_outside_attempts(open_store(config.out).uri, flag="--out")
-    return estimate(examine(config, kind=kind), kind=kind)
+    with trusting(config.trust_remote_code):
+        return estimate(examine(config, kind=kind), kind=kind)
 
 
 def identify(job: Examined, flight: Preflight) -> PreparedRun:
@@ -109,7 +112,7 @@ def identify(job: Examined, flight: Preflight) -> PreparedRun:
         "digests": digests,
         "calibration": recipe.calibration.model_dump(mode="json"),
         "seed": config.seed,
-        "profile": job.profile.model_dump(mode="json"),
+        "profile": job.profile.key_inputs,
         "nonce": nonce,
     }
     healing = healing_inputs(config) if recipe.healing is not None else None

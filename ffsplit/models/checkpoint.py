@@ -21,6 +21,7 @@ from ffsplit.models.find import config_part, find_ffns
 from ffsplit.models.headers import ITEM_SIZES, TensorInfo, read_headers, read_json
 from ffsplit.models.places import FFNPlace
 from ffsplit.models.rows import TEXT_KINDS, Architecture, ModelKind, Tower
+from ffsplit.models.trust import check_trusted, code_files
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FFN_DTYPES = ("F32", "F16", "BF16")
@@ -162,8 +163,9 @@ class Checkpoint:
         return ", ".join(map(str, named)) if isinstance(named, list) else str(named) if named else None
 
     def model_digest(self) -> str:
-        """sha256 over the config and every weight file: 64 hex digits."""
-        return _digest_files(self.directory, ("config.json", *self.weight_files))
+        """sha256 over the config, the model's own code and every weight file: 64 hex digits."""
+        code = code_files(self.directory)
+        return _digest_files(self.directory, ("config.json", *code, *self.weight_files))
 
     def tokenizer_digest(self) -> str:
         """sha256 over whatever turns rows into the model's inputs."""
@@ -191,10 +193,11 @@ def _digest_files(directory: Path, names: tuple[str, ...]) -> str:
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Read and check a checkpoint's config and headers.
 
-    Raises ConfigError when it is not a safetensors checkpoint, and UnsupportedModelError when its
-    family is not in the table or its tensors are not where the table says.
+    Raises ConfigError when it is not a safetensors checkpoint or brings code that is not trusted, and
+    UnsupportedModelError when its family is not in the table or its tensors are not where the table says.
     """
     config = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
+    check_trusted(directory)
     model_type = config.get("model_type")
     if config.get("quantization_config"):
         raise UnsupportedModelError(

@@ -14,6 +14,7 @@ from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.places import FFNPlace
 from ffsplit.models.tensor_files import TensorSpan, read_spans, write_spans
+from ffsplit.models.trust import code_files
 
 MAX_SHARD_BYTES = 5 * 10**9
 COMPANIONS = re.compile(r".*\.(json|txt|model|tiktoken|jinja)$|(LICEN[CS]E|NOTICE).*")
@@ -121,7 +122,8 @@ def _write_shards(spans: Mapping[str, TensorSpan], directory: Path, *, max_shard
 def _copy_companions(source: Path, directory: Path) -> None:
     """Copy what belongs to the model beside its weights; the folders that modules.json names too."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and COMPANIONS.match(path.name) and path.name != INDEX_NAME:
+        is_companion = COMPANIONS.match(path.name) or path.name in code_files(source)
+        if path.is_file() and is_companion and path.name != INDEX_NAME:
             shutil.copyfile(path, directory / path.name)
     modules = source / "modules.json"
     if not modules.is_file():
