@@ -12,6 +12,7 @@ AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
 
 def add_run_commands(command: AddCommand) -> None:
     benchmark = command("benchmark", _benchmark, "time an artifact and its original, in turn")
+    add_trust_flag(benchmark)
     add = benchmark.add_argument
     add("uri", metavar="URI_OR_MODEL")
     add("--against", metavar="MODEL", help="default: the model the artifact was made from")
@@ -42,7 +43,8 @@ def add_run_commands(command: AddCommand) -> None:
 
 
 def _benchmark(parsed: argparse.Namespace) -> int:
-    from ffsplit.measurement.benchmark import Settings, benchmark, publish
+    from ffsplit.cli_job import add_trust_flag
+from ffsplit.measurement.benchmark import Settings, benchmark, publish
     from ffsplit.summary_timings import print_benchmark
 
     settings = Settings(
