@@ -6,12 +6,15 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from ffsplit.cli_job import add_trust_flag
+
 Run = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
 
 
 def add_run_commands(command: AddCommand) -> None:
     benchmark = command("benchmark", _benchmark, "time an artifact and its original, in turn")
+    add_trust_flag(benchmark)
     add = benchmark.add_argument
     add("uri", metavar="URI_OR_MODEL")
     add("--against", metavar="MODEL", help="default: the model the artifact was made from")
