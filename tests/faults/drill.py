@@ -171,8 +171,8 @@ def run_once(killer: Killer, config: ffsplit.JobConfig, log: Path, processes: An
     ffsplit.compress(config)  # goes on after the driver's death, and has nothing to do otherwise
 
 
-def drill(num_kills: int, *, seed: int, folder: Path) -> int:
-    """Run the drill; returns how many runs went wrong."""
+def drill(num_kills: int, *, seed: int, folder: Path, first: int = 1) -> int:
+    """Run the drill, from the first-th kill of its seed on; returns how many runs went wrong."""
     job = SmallJob(folder, save_checkpoint(folder / "model", "bert"))
     settings: dict[str, Any] = {"recipe": job.recipe(**HEALED_SHARDS), "healing_threads": 1}
     ffsplit.compress(job.config(folder / "undisturbed", **settings))
@@ -186,10 +186,13 @@ def drill(num_kills: int, *, seed: int, folder: Path) -> int:
     ray.init(address=nodes.cluster.address, log_to_driver=False, logging_level="ERROR")
     session = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
     for number in range(num_kills):
+        nth, pause_s = generator.randrange(3), generator.uniform(0, 0.03)
+        if number < first - 1:
+            continue
         stage, target = CAUSES[number % len(CAUSES)]
         out, log = folder / f"run-{number}", folder / f"driver-{number}.err"
         events = Events(session, (log, folder / "drill.err"))
-        killer = Killer(events, nodes, stage, target, generator.randrange(3), generator.uniform(0, 0.03))
+        killer = Killer(events, nodes, stage, target, nth, pause_s)
         started, problem = time.monotonic(), ""
         try:
             run_once(killer, job.config(out, runner="ray", **settings), log, processes)
@@ -202,7 +205,7 @@ def drill(num_kills: int, *, seed: int, folder: Path) -> int:
         nodes.replace_dead()
     ray.shutdown()
     nodes.cluster.shutdown()
-    print(f"{num_kills} kills, {wrong} wrong")
+    print(f"{num_kills - first + 1} kills, {wrong} wrong")
     return wrong
 
 
@@ -223,7 +226,8 @@ def judge(out: Path, expected: dict[str, str], events: Events, killer: Killer) -
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--first", type=int, default=1, help="leave out the kills before this one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
     asked = parser.parse_args()
-    raise SystemExit(1 if drill(asked.kills, seed=asked.seed, folder=asked.folder) else 0)
+    raise SystemExit(1 if drill(asked.kills, seed=asked.seed, folder=asked.folder, first=asked.first) else 0)
