@@ -48,5 +48,5 @@ docs: venv ## Generate docs/manifest.schema.json
 	$(BIN)/python -m ffsplit.artifacts.manifest > docs/manifest.schema.json
 
 .PHONY: bench-quality
-bench-quality: venv ## Score every recipe on STS-B dev (DATA=folder with stsb/) into benchmarks/quality.md
+bench-quality: venv ## Score every recipe (DATA=folder with stsb/ and others) into benchmarks/quality.md
 	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))
