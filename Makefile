@@ -29,8 +29,13 @@ test-s3: venv ## Run the store's tests against OpenStack Swift and Ceph, started
 	FFSPLIT_TEST_SERVERS=1 $(BIN)/python -m pytest tests/s3
 
 .PHONY: apt
-apt: ## Refresh the package lists that `make test-s3` downloads Ceph by (Debian, as root)
-	apt-get update --quiet
+apt: ## Refresh the package lists that `make test-s3` downloads Ceph by (Debian, as root; elsewhere nothing)
+	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update --quiet; \
+	else echo "no apt-get, or not root: the package lists stay as they are"; fi
+
+.PHONY: test-faults
+test-faults: venv ## Kill workers, nodes and drivers at every stage of real runs, 60 times (KILLS=n, SEED=n)
+	FFSPLIT_TEST_KILLS=$(or $(KILLS),60) FFSPLIT_TEST_SEED=$(or $(SEED),0) $(BIN)/python -m pytest -s tests/faults
 
 .PHONY: lint
 lint: venv ## Check style and types
@@ -46,6 +51,10 @@ format: venv ## Mend what the linter can mend
 .PHONY: docs
 docs: venv ## Generate docs/manifest.schema.json
 	$(BIN)/python -m ffsplit.artifacts.manifest > docs/manifest.schema.json
+
+.PHONY: bench-scaling
+bench-scaling: venv ## How the work spreads over workers, into benchmarks/scaling.md (two idle cores)
+	$(BIN)/python -m benchmarks.scaling
 
 .PHONY: bench-quality
 bench-quality: venv ## Score every recipe (DATA=folder with stsb/ and others) into benchmarks/quality.md

@@ -1,9 +1,11 @@
 """Transfers through FFSplit and through bare boto3, in turn, and the list of a thousand runs, on loopback.
 
-    FFSPLIT_TEST_SERVERS=1 python benchmarks/transfer.py --server ceph --size-mb 512
+    python benchmarks/transfer.py --server ceph --sizes-mb 64 256 1024 --pairs 7
 
-Ours hashes every byte, both ways; bare boto3 does not. Each pair moves the same file, and the ratio is
-the median over pairs of boto3's seconds over ours.
+Ours hashes every byte, both ways; bare boto3's classic transfer of the same file hashes for no manifest. A
+ratio is the median over pairs of boto3's seconds over ours. `whole` is what a user waits for: publishing
+hashes, sends, writes the manifest, commits and mends index and hint; a pull finds the run, its manifest and
+every byte of it. `bytes alone` leaves all but the file and its sha256 out.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shutil
 import statistics
 import tempfile
 import time
@@ -18,24 +21,28 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
 from ffsplit.artifacts.commits import Commit
-from ffsplit.artifacts.digests import file_entries
+from ffsplit.artifacts.digests import file_entry, sha256_file
 from ffsplit.artifacts.index import list_runs
 from ffsplit.artifacts.locate import locate
-from ffsplit.artifacts.publish import publish_attempt
+from ffsplit.artifacts.publish import Upload
 from ffsplit.artifacts.pull import download, materialize
 from ffsplit.artifacts.stores import open_store
-from tests.artifacts.attempts import ATTEMPT, make_manifest
+from ffsplit.artifacts.transfer import Transfer
+from tests.artifacts.attempts import ATTEMPT, make_manifest, publish
 from tests.s3 import ceph_server, swift_server
+from tests.s3.loopback import Processes
 
 CLASSIC = TransferConfig(preferred_transfer_client="classic")
 SERVERS = {"ceph": ceph_server, "swift": swift_server}
 BUCKET = "benchmark"
+WEIGHTS = "model.safetensors"
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -44,57 +51,105 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def write_weights(path: Path, size_mb: int) -> None:
-    path.parent.mkdir(parents=True)
-    with path.open("wb") as file:
-        for _ in range(size_mb):
-            file.write(os.urandom(10**6))
-
-
-def publish(directory: Path, uri: str, run_key: str) -> None:
-    """What `compress` does with a finished checkpoint: hash, write the manifest, upload, commit."""
+def publish_attempt(directory: Path, uri: str, run_key: str) -> None:
+    """What `compress` does with a finished checkpoint."""
     (directory / "manifest.json").unlink(missing_ok=True)
-    manifest = make_manifest(run_key=run_key, attempt=ATTEMPT, files=file_entries(directory))
-    (directory / "manifest.json").write_text(manifest.to_json())
-    store = open_store(uri)
-    publish_attempt(
-        store, run_key=run_key, attempt=ATTEMPT, directory=directory, kind="model", move_latest=True
-    )
+    with Upload(open_store(uri), run_key=run_key, attempt=ATTEMPT) as upload:
+        manifest = make_manifest(run_key=run_key, attempt=ATTEMPT, files=upload.add(directory))
+        (directory / "manifest.json").write_text(manifest.to_json())
+        upload.commit(directory, kind="model", move_latest=True)
 
 
-def paired_transfers(client: Any, folder: Path, *, size_mb: int, num_pairs: int) -> dict[str, list[float]]:
-    weights = folder / "attempt" / "model.safetensors"
-    write_weights(weights, size_mb)
-    uri = f"s3://{BUCKET}/transfer"
-    times: dict[str, list[float]] = {name: [] for name in ("boto3 up", "ours up", "boto3 down", "ours down")}
-    for pair in range(num_pairs + 1):
-        run_key, copy = f"{pair:016x}", folder / "copy"
-        bare = folder / "bare"
-        works: dict[str, Callable[[], object]] = {
-            "boto3 up": lambda: client.upload_file(str(weights), BUCKET, "bare", Config=CLASSIC),
-            "ours up": lambda key=run_key: publish(weights.parent, uri, key),
-            "boto3 down": lambda path=bare: client.download_file(BUCKET, "bare", str(path), Config=CLASSIC),
-            "ours down": lambda key=run_key, path=copy: download(locate(f"{uri}/{key}"), directory=path),
-        }
-        names = list(works)
-        if pair % 2:
-            names = [names[1], names[0], names[3], names[2]]
-        for name in names:
-            spent = seconds(works[name])
-            times[name] += [spent] if pair else []  # the first pair warms up
-        bare.unlink()
-        for path in sorted(copy.rglob("*"), reverse=True):
-            path.unlink()
-        copy.rmdir()
-        open_store(uri).delete_prefix(run_key)
-    return times
+class Pairs:
+    """The same bytes, up and down, in turn through both."""
+
+    def __init__(self, client: Any, folder: Path, *, size_mb: int) -> None:
+        self.client, self.folder, self.size_mb = client, folder, size_mb
+        self.weights = folder / "attempt" / WEIGHTS
+        self.weights.parent.mkdir(parents=True)
+        with self.weights.open("wb") as file:
+            for _ in range(size_mb):
+                file.write(os.urandom(10**6))
+        self.entry = file_entry(self.weights, WEIGHTS)
+        self.uri = f"s3://{BUCKET}/transfer"
+        self.store = open_store(self.uri)
+
+    def boto3_up(self) -> None:
+        self.client.upload_file(str(self.weights), BUCKET, "bare", Config=CLASSIC)
+
+    def boto3_down(self) -> None:
+        self.client.download_file(BUCKET, "bare", str(self.folder / "bare"), Config=CLASSIC)
+
+    def whole_up(self) -> None:
+        self.run_key = uuid4().hex[:16]
+        publish_attempt(self.weights.parent, self.uri, self.run_key)
+
+    def whole_down(self) -> None:
+        download(locate(f"{self.uri}/{self.run_key}"), directory=self.folder / "copy")
+
+    def bytes_up(self) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            digest = pool.submit(sha256_file, self.weights)
+            self.store.put_file(f"alone/{WEIGHTS}", self.weights)
+        assert digest.result() == self.entry.sha256
+
+    def bytes_down(self) -> None:
+        (self.folder / "staging").mkdir()
+        staging = self.folder / "staging"
+        Transfer(self.store, prefix="alone/", entries=[self.entry], staging=staging, label="alone").run()
+
+    def measure(self, num_pairs: int, *, between: Callable[[], None]) -> dict[str, list[float]]:
+        works = (
+            self.boto3_up,
+            self.whole_up,
+            self.bytes_up,
+            self.boto3_down,
+            self.whole_down,
+            self.bytes_down,
+        )
+        times: dict[str, list[float]] = {work.__name__: [] for work in works}
+        for pair in range(num_pairs + 1):
+            up, down = works[:3], works[3:]
+            turn = pair % 3
+            for work in (*up[turn:], *up[:turn], *down[turn:], *down[:turn]):
+                spent = seconds(work)
+                times[work.__name__] += [spent] if pair else []  # the first pair warms up
+            for name in ("copy", "staging"):
+                shutil.rmtree(self.folder / name)
+            (self.folder / "bare").unlink()
+            for prefix in ("alone", self.run_key):
+                self.store.delete_prefix(prefix)
+            between()
+        return times
+
+
+def rows(times: dict[str, list[float]], size_mb: int) -> list[str]:
+    """A row of the table for each way."""
+    found = []
+    for way in ("up", "down"):
+        bare = times[f"boto3_{way}"]
+        cells = [f"{size_mb} MB {way}", f"{size_mb / statistics.median(bare):.0f} MB/s"]
+        for kind in ("whole", "bytes"):
+            ours = times[f"{kind}_{way}"]
+            ratios = sorted(b / o for b, o in zip(bare, ours, strict=True))
+            cells.append(f"{size_mb / statistics.median(ours):.0f} MB/s")
+            cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
+        found.append("| " + " | ".join(cells) + " |")
+    return found
+
+
+def forget_deleted(processes: Processes, server: str) -> None:
+    """Ceph keeps what was deleted for two hours, and here all of it is memory."""
+    if server == "ceph":
+        admin = ceph_server.installed() / "usr" / "bin" / "radosgw-admin"
+        processes.run([str(admin), "gc", "process", "--include-all"])
 
 
 def cached_pull(folder: Path) -> float:
-    uri = f"s3://{BUCKET}/transfer"
-    publish(folder / "attempt", uri, "f" * 16)
+    uri = f"s3://{BUCKET}/cached"
+    publish(open_store(uri), folder / "small")
     materialize(uri, cache=folder / "cache")
-    return seconds(lambda: materialize(uri, cache=folder / "cache"))
+    return statistics.median(seconds(lambda: materialize(uri, cache=folder / "cache")) for _ in range(5))
 
 
 def listing(num_runs: int) -> tuple[float, float]:
@@ -104,7 +159,6 @@ def listing(num_runs: int) -> tuple[float, float]:
     def put(number: int) -> None:
         run_key = f"{number:016x}"
         data = make_manifest(run_key=run_key, attempt=ATTEMPT).to_json().encode()
-
         commit = Commit(
             run_key=run_key,
             attempt=ATTEMPT,
@@ -126,10 +180,10 @@ def listing(num_runs: int) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--server", choices=SERVERS, default="ceph")
-    parser.add_argument("--size-mb", type=int, default=512)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--sizes-mb", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--runs", type=int, default=1000)
     given = parser.parse_args()
     server, processes = SERVERS[given.server].start()
@@ -137,17 +191,17 @@ def main() -> None:
     try:
         client: Any = boto3.session.Session().client("s3", config=Config(s3={"addressing_style": "path"}))
         client.create_bucket(Bucket=BUCKET)
+        print("| | boto3 | whole | ratio | bytes alone | ratio |\n|---|---|---|---|---|---|", flush=True)
+        for size_mb in given.sizes_mb:
+            with tempfile.TemporaryDirectory(prefix="ffsplit-benchmark-") as name:
+                pairs = Pairs(client, Path(name), size_mb=size_mb)
+                times = pairs.measure(given.pairs, between=lambda: forget_deleted(processes, given.server))
+                print("\n".join(rows(times, size_mb)), flush=True)
         with tempfile.TemporaryDirectory(prefix="ffsplit-benchmark-") as name:
-            folder = Path(name)
-            times = paired_transfers(client, folder, size_mb=given.size_mb, num_pairs=given.pairs)
-            for way in ("up", "down"):
-                pairs = list(zip(times[f"boto3 {way}"], times[f"ours {way}"], strict=True))
-                ratio = statistics.median(bare / ours for bare, ours in pairs)
-                rates = [given.size_mb / statistics.median(column) for column in zip(*pairs, strict=True)]
-                print(f"| {way} | {rates[0]:.0f} MB/s | {rates[1]:.0f} MB/s | {ratio:.2f} |", flush=True)
-            print(f"pull of what is cached: {cached_pull(folder):.3f} s", flush=True)
+            print(f"\npull of what is cached: {cached_pull(Path(name)):.3f} s", flush=True)
         rebuilt, listed = listing(given.runs)
         print(f"list of {given.runs} runs: {listed:.2f} s; without an index, once: {rebuilt:.1f} s")
+        print(f"load average: {os.getloadavg()[0]:.1f}")
     finally:
         processes.stop()
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ffsplit import __version__
+from ffsplit import __version__, logs
 from ffsplit.artifacts.paths import check_absolute
 from ffsplit.artifacts.units import parse_size
 from ffsplit.cli_batch import add_batch_commands
@@ -118,6 +118,7 @@ def _add_job_flags(parser: argparse.ArgumentParser) -> None:
     add("--fresh", action="store_true", help="run again even when this run is committed already")
     add("--sign-key", metavar="KEY", help="sign the manifest with this EC private key (PEM)")
     add("--json", action="store_true", help="print the manifest alone on stdout")
+    add("--log-format", choices=("text", "json"), help="of stderr; default: FFSPLIT_LOG, or text")
 
 
 def _add_judging_flags(parser: argparse.ArgumentParser) -> None:
@@ -153,6 +154,8 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
     def run() -> int:
         parsed = build_parser().parse_args(arguments)
         parsed.in_job = in_job
+        if log_format := vars(parsed).get("log_format"):
+            logs.ask_for(log_format)
         target: str | None = vars(parsed).get("out", vars(parsed).get("directory"))
         if in_job and target:
             check_absolute(target)

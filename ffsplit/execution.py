@@ -14,13 +14,14 @@ from ffsplit.artifacts.manifest import Measurements
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.parquet import read_statistics, write_statistics
 from ffsplit.calibration.sampling import shard
-from ffsplit.calibration.statistics import NeuronStats, merge_layers, reduce_tree
+from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.compressors import AnyCompressor
 from ffsplit.config import stage_key
 from ffsplit.distributed.runner import Runner
 from ffsplit.ffn import LayerLayout
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.source import ModelSource, described, staged
 from ffsplit.prepare import PreparedRun, healing_threads
 from ffsplit.progress import StageLog
 from ffsplit.runtime.assemble import is_plain
@@ -31,6 +32,7 @@ from ffsplit.stages.calibrate import CalibrationJob, CalibrationWorker, Shard
 from ffsplit.stages.compress import LayerJob, compress_layer_job
 from ffsplit.stages.heal import HealJob, heal_job
 from ffsplit.stages.measure import MeasureJob, measure_job
+from ffsplit.stages.reduce import ReduceJob, reduce_job, reduced
 
 
 class Layers(NamedTuple):
@@ -49,6 +51,7 @@ class Execution:
     scratch: Scratch
     runner: Runner
     log: StageLog
+    model: ModelSource
 
     def calibrate(self) -> list[Result]:
         """Statistics and sampled FFN inputs of every shard; the inputs alone where there are statistics."""
@@ -56,7 +59,7 @@ class Execution:
         groups = shard(run.text.calibration, shard_size=settings.shard_size)
         shards = [Shard(index, rows) for index, rows in enumerate(groups)]
         job = CalibrationJob(
-            model_directory=str(run.checkpoint.directory),
+            model=self.model,
             settings=settings,
             num_shards=len(shards),
             seed=run.config.seed,
@@ -75,14 +78,21 @@ class Execution:
     def reduce(self, shards: Sequence[Result], target: Path) -> tuple[NeuronStats, ...]:
         """Merge the shards' statistics in their order, along a fixed tree, into one Parquet file.
 
-        Statistics of an earlier run are taken as they are, to the byte.
+        More than FAN_IN of them are first made fewer by tasks. Statistics of an earlier run are taken
+        as they are, to the byte.
         """
         if self.run.origin is not None:
             shutil.copyfile(self.run.origin.path, target)
             return read_statistics(target)
-        per_shard = (read_statistics(self.scratch.path(_statistics_file(result))) for result in shards)
-        statistics = reduce_tree(per_shard, merge_layers)
-        write_statistics(target, statistics, lineage=lineage(self.run) | {"num_shards": str(len(shards))})
+        facts = lineage(self.run)
+
+        def run_tasks(jobs: Sequence[ReduceJob]) -> list[Result]:
+            answers = self.runner.map_tasks("reduce", reduce_job, jobs)
+            return self.log.collect("reduce", self.run.calibration_key, len(jobs), answers)
+
+        parts = [_statistics_file(result) for result in shards]
+        statistics = reduced(parts, lineage=facts, scratch=self.place("reduce"), run_tasks=run_tasks)
+        write_statistics(target, statistics, lineage=facts | {"num_shards": str(len(shards))})
         return statistics
 
     def allocate(
@@ -107,9 +117,10 @@ class Execution:
                 model=run.solver.model,
                 compress=compress,
                 layer_file=lambda result: self.scratch.path(result.files[0]),
+                hand_over=self.hand_over,
                 job=JudgeJob(
-                    original_directory=str(run.checkpoint.directory),
-                    candidate_directories=(),
+                    original=self.model,
+                    candidates=(),
                     rows=run.text.judged,
                     max_length=settings.max_length,
                     batch_tokens=settings.batch_tokens,
@@ -146,8 +157,8 @@ class Execution:
         run, calibration = self.run, self.run.recipe.calibration
         threads = healing_threads(run.config)
         job = HealJob(
-            original_directory=str(run.checkpoint.directory),
-            compressed_directory=str(compressed),
+            original=self.model,
+            compressed=self.hand_over(compressed),
             rows=run.text.calibration,
             validation=run.text.judged or run.text.held_out,
             max_length=calibration.max_length,
@@ -169,8 +180,8 @@ class Execution:
         """Compare the checkpoint in a directory with the original."""
         run, calibration = self.run, self.run.recipe.calibration
         job = MeasureJob(
-            original_directory=str(run.checkpoint.directory),
-            compressed_directory=str(compressed),
+            original=self.model,
+            compressed=self.hand_over(compressed),
             layouts=layouts,
             held_out=run.text.held_out,
             evaluations=run.evaluations,
@@ -181,11 +192,17 @@ class Execution:
             block_by_block=run.flight.measured_block_by_block,
         )
         with self.log.stage("measure", stage_key("measure", {"run": run.run_key}), num_items=1):
-            return self.runner.run_alone("measure", measure_job, job)
+            return self.runner.run_alone("measure", measure_job, job, reserved=True)
 
     def place(self, name: str) -> Scratch:
         """The part of the scratch that belongs to a stage."""
-        return self.scratch.model_copy(update={"prefix": f"{self.scratch.prefix}/{name}"})
+        return self.scratch.place(name)
+
+    def hand_over(self, directory: Path) -> ModelSource:
+        """A checkpoint that this process has put together, for a worker on any host."""
+        if not self.runner.is_spread:
+            return ModelSource(path=str(directory))
+        return staged(described(directory), self.place(f"checkpoints/{directory.name}"), once=False)
 
     def _layer_jobs(
         self,
@@ -196,9 +213,11 @@ class Execution:
         place: Scratch,
     ) -> list[LayerJob]:
         plain = is_plain(checkpoint, [plan.layout for plan in plans])
+        ours = checkpoint.directory == self.run.checkpoint.directory
+        model = self.model if ours else self.hand_over(checkpoint.directory)
         return [
             LayerJob(
-                model_directory=str(checkpoint.directory),
+                model=model,
                 plan=plan,
                 steps=steps,
                 plain=plain,

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
+from ffsplit import logs
 from ffsplit.errors import ConfigError, FFSplitError
 
 DONE, FAILED, MISTAKE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -22,7 +27,9 @@ exit codes:
 def exit_code_of(run: Callable[[], int]) -> int:
     """Run a command. An error is one line on stderr, and the exit code that goes with it."""
     try:
-        return run()
+        logs.set_up(logs.asked_for())
+        with _terminated_as_interrupted():
+            return run()
     except ConfigError as error:
         print(f"ffsplit: {error}", file=sys.stderr)
         return MISTAKE
@@ -35,3 +42,21 @@ def exit_code_of(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("ffsplit: interrupted, nothing was committed", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does: what it began is cleared away first."""
+
+    def interrupt(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: clearing away has to come to its end
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

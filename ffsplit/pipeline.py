@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from ffsplit import logs
 from ffsplit.artifacts.commits import Kind, read_commit
 from ffsplit.artifacts.digests import file_entries
 from ffsplit.artifacts.entries import StoreGuarantees
@@ -30,6 +31,7 @@ from ffsplit.execution import Execution, Layers
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.placement import place
 from ffsplit.preflight.words import in_one_line
 from ffsplit.prepare import PreparedRun, prepare, settle
 from ffsplit.progress import Progress, StageLog
@@ -37,6 +39,7 @@ from ffsplit.publication import REPORT_NAME, Outcome, write_documents
 from ffsplit.recipes.recipe import Recipe
 from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.splitting.plan import LayerPlan, plan_split
+from ffsplit.temporary import full_disk_explained
 
 REFUSED_REPORT = f"refused/{REPORT_NAME}"
 """Where in the scratch the report of a result lies that its gates refused."""
@@ -140,14 +143,19 @@ def _carry_out(
 ) -> Manifest | None:
     """Compute a run and publish it. Returns its manifest instead where its gates refuse it."""
     config, log = run.config, StageLog(shown)
-    with make_runner(config) as runner, tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
+    with (
+        logs.fields(run=key),
+        full_disk_explained(),
+        make_runner(config) as runner,
+        tempfile.TemporaryDirectory(prefix="ffsplit-") as folder,
+    ):
         shown.note(in_one_line(run.flight))
         shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
         attempt = new_attempt_id()
         staging = Path(folder) / attempt
         (staging / STATISTICS_PATH).parent.mkdir(parents=True)
         compute = _compute_model if kind == "model" else _compute_statistics
-        run, outcome = compute(Execution(run, scratch, runner, log), staging)
+        run, outcome = compute(place(run, scratch, runner, log, shown=shown), staging)
         outcome = replace(outcome, guarantees=guarantees)
         if outcome.measurements is not None:
             outcome = replace(outcome, gates=judge(run.gates, outcome.measurements))
@@ -158,6 +166,7 @@ def _carry_out(
             manifest = write(files=file_entries(staging))
             store.put_file(scratch.key(REFUSED_REPORT), staging / REPORT_NAME)
             return manifest
+        logs.log("publishing", attempt=attempt)
         with Upload(store, run_key=key, attempt=attempt) as upload:
             write(files=upload.add(staging))
             if sign_key is not None:

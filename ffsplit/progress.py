@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from ffsplit import logs
 from ffsplit.artifacts.manifest import Stage
 from ffsplit.artifacts.scratch import Result
 
@@ -26,7 +27,8 @@ class Progress:
         self._bars: RichProgress | None = None
         self._stage, self._total, self._done = "", 0, 0
         self._started = self._last_line = 0.0
-        if stream.isatty():
+        self._json = logs.asked_for() == "json"
+        if stream.isatty() and not self._json:
             columns = (
                 TextColumn("{task.description:<12}"),
                 BarColumn(),
@@ -39,6 +41,7 @@ class Progress:
 
     @classmethod
     def to_stderr(cls) -> Progress:
+        logs.set_up(logs.asked_for())
         return cls(sys.stderr)
 
     def __enter__(self) -> Progress:
@@ -52,7 +55,9 @@ class Progress:
 
     def note(self, message: str) -> None:
         """One line about something that happened."""
-        if self._bars is not None:
+        if self._json:
+            logs.log("note", message=message)
+        elif self._bars is not None:
             self._bars.console.print(message, highlight=False, markup=False)
         else:
             print(message, file=self._stream, flush=True)
@@ -77,6 +82,10 @@ class Progress:
         self._last_line = now
         elapsed = now - self._started
         left = elapsed / self._done * (self._total - self._done)
+        if self._json:
+            stage, done, total = self._stage, self._done, self._total
+            logs.log("progress", stage=stage, done=done, total=total, seconds_left=round(left, 1))
+            return
         self.note(f"{self._stage}: {self._done}/{self._total}, {elapsed:.0f} s gone, about {left:.0f} s left")
 
 
@@ -113,3 +122,4 @@ class StageLog:
         wall_s = round(time.monotonic() - started, 3)
         stage = Stage(name=name, key=key, num_items=num_items, num_reused=num_reused, wall_s=wall_s)
         self.stages.append(stage)
+        logs.log("stage done", stage=name, num_items=num_items, num_reused=num_reused, seconds=wall_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,18 @@ description: What tests run.
 steps: [{step}]
 allocation: {allocation}
 {more}
-calibration: {{shard_size: 8, held_out: 8, sampled_tokens: 256}}
+calibration: {{shard_size: {shard_size}, held_out: 8, sampled_tokens: 256}}
 measurement: {{latency_shapes: [[1, 8], [2, 8]], latency_pairs: 1, peak_memory: false}}
 """
 PRUNE = "{kind: prune, compensation: least_squares}"
 LOW_RANK = "{kind: low_rank}"
+
+
+HEALED_SHARDS: dict[str, Any] = {
+    "shard_size": 1,
+    "more": "healing: {epochs: 2, batch_rows: 8, learning_rate: 0.002, evaluations: 1, checkpoint_steps: 2}",
+}
+"""Options of a recipe with every stage, and more shards than one task reduces."""
 
 
 class SmallJob:
@@ -43,10 +51,11 @@ class SmallJob:
         step: str = PRUNE,
         heavy_energy: float | None = None,
         allocation: str = "uniform",
+        shard_size: int = 8,
         more: str = "",
     ) -> str:
         rule = f"heavy_share: {heavy_share}" if heavy_energy is None else f"heavy_energy: {heavy_energy}"
-        text = RECIPE.format(rule=rule, step=step, allocation=allocation, more=more)
+        text = RECIPE.format(rule=rule, step=step, allocation=allocation, more=more, shard_size=shard_size)
         path = self.folder / f"recipe-{hashlib.sha256(text.encode()).hexdigest()[:8]}.yaml"
         path.write_text(text, "utf-8")
         return str(path)
@@ -75,6 +84,14 @@ def digests(out: Path, *patterns: str) -> dict[str, str]:
     (attempt,) = (path.parent for path in out.glob("*/*/manifest.json"))
     paths = [path for pattern in patterns for path in attempt.glob(pattern)]
     assert paths, f"no {patterns} in {attempt}"
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+
+
+def committed_digests(out: Path) -> dict[str, str]:
+    """sha256 by name of the weights and statistics of the one committed attempt below `out`."""
+    (commit,) = out.glob("*/commit.json")
+    attempt = commit.parent / json.loads(commit.read_text())["attempt"]
+    paths = [*attempt.glob("*.safetensors"), *attempt.glob("stats/*.parquet"), attempt / "config.json"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 
 from ffsplit.artifacts.entries import FileEntry
@@ -14,6 +15,8 @@ from ffsplit.artifacts.paths import is_safe_path
 from ffsplit.errors import ArtifactError
 
 CHUNK_BYTES = 1 << 20
+HASHED_AT_ONCE = 4 << 20
+"""Among threads that transfer, whoever hashes waits for the interpreter's lock after every piece."""
 
 
 def read_chunks(path: Path, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
@@ -27,11 +30,21 @@ def read_chunks(path: Path, *, start: int = 0, size_bytes: int | None = None) ->
 
 
 def sha256_file(path: Path) -> str:
-    """sha256 of a file as 64 hex digits, read in chunks. Raises OSError."""
+    """sha256 of a file as 64 hex digits, read in pieces. Raises OSError."""
     digest = hashlib.sha256()
-    for chunk in read_chunks(path):
-        digest.update(chunk)
+    with path.open("rb", buffering=0) as file:
+        hash_range(file, digest, start=0, size_bytes=None)
     return digest.hexdigest()
+
+
+def hash_range(file: FileIO, digest: hashlib._Hash, *, start: int, size_bytes: int | None) -> None:
+    """Add a range of an unbuffered file to a digest, as far as there are bytes. Raises OSError."""
+    left = sys.maxsize if size_bytes is None else size_bytes
+    piece = memoryview(bytearray(min(left, HASHED_AT_ONCE)))
+    file.seek(start)
+    while num_read := file.readinto(piece[: min(left, HASHED_AT_ONCE)]):
+        digest.update(piece[:num_read])
+        left -= num_read
 
 
 def file_entries(directory: Path) -> tuple[FileEntry, ...]:

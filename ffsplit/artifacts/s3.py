@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     Objects = list[ObjectTypeDef]
 
-_PART_BYTES = 16 << 20
-_NUM_CONNECTIONS = 8
+_PART_BYTES = 8 << 20
+_NUM_CONNECTIONS = 10
 _TRANSFER = TransferConfig(
     multipart_threshold=_PART_BYTES,
     multipart_chunksize=_PART_BYTES,

@@ -53,7 +53,7 @@ def s3_errors(action: str) -> Iterator[None]:
     """
     try:
         yield
-    except (BotoCoreError, ClientError, Boto3Error, OSError) as error:
+    except (BotoCoreError, ClientError, Boto3Error, OSError, RecursionError) as error:
         raise explain(error, action=action) from error
 
 
@@ -68,6 +68,11 @@ def explain(error: Exception, *, action: str) -> FFSplitError:
     if isinstance(error, _UNREACHABLE):
         mend = "check the network, AWS_ENDPOINT_URL_S3 and AWS_REGION"
         return StoreError(f"cannot {action}: {_line(error)}: {mend}")
+    if isinstance(error, RecursionError):  # botocore goes on asking where a bucket is that is elsewhere
+        mend = "set AWS_REGION to the bucket's region, or mend AWS_ENDPOINT_URL_S3"
+        return ConfigError(
+            f"cannot {action}: the server redirects without saying where (PermanentRedirect): {mend}"
+        )
     if isinstance(error, OSError):
         return StoreError(f"cannot {action}: {error.filename or ''} {error.strerror or error}")
     return StoreError(f"cannot {action}: {_line(error)}")

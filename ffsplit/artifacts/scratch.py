@@ -9,20 +9,27 @@ committed.
 from __future__ import annotations
 
 import hashlib
+import socket
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import JsonValue, ValidationError
 
+from ffsplit import logs
 from ffsplit.artifacts.digests import sha256_file
 from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.config import Record
-from ffsplit.errors import StoreError
+from ffsplit.errors import ConfigError, StoreError
+from ffsplit.temporary import full_disk_explained
 
 SCRATCH_PREFIX = ".scratch"
+Computed = TypeVar("Computed", bound="Result | None")
 
 
 class Result(Record):
@@ -39,9 +46,15 @@ class Scratch(Record):
 
     uri: str
     prefix: str
+    witness: str | None = None
+    """A key that whoever sees this very store must find; None where there is one host."""
 
     def key(self, name: str) -> str:
         return f"{self.prefix}/{name}"
+
+    def place(self, name: str) -> Scratch:
+        """The part of it that belongs to a stage."""
+        return self.model_copy(update={"prefix": self.key(name)})
 
     def save(self, name: str, files: Mapping[str, Path], *, facts: Mapping[str, JsonValue]) -> Result:
         """Store files (by their names) and then the record that makes them count."""
@@ -69,13 +82,58 @@ class Scratch(Record):
             return None
         return result.model_copy(update={"reused": True})
 
+    def load_or_compute(self, name: str, compute: Callable[[], Computed]) -> Result | Computed:
+        """An earlier result, or a new one, which may be another process's to save and is then None.
+
+        Both are logged, with the run and the stage they belong to.
+        """
+        with logs.fields(stage=self.prefix.split("/", 2)[-1], item=name):
+            self._check_visible()
+            found = self.load(name)
+            if found is not None:
+                logs.log("reused")
+                return found
+            logs.log("started")
+            started = time.monotonic()
+            with full_disk_explained():
+                result = compute()
+            if result is not None:
+                _log_finished(result, seconds=time.monotonic() - started)
+            return result
+
     def path(self, entry: FileEntry) -> Path:
         """A local file with a result's bytes."""
         return _store(self.uri).fetch(entry.path, _downloads())
 
+    @contextmanager
+    def reading(self, entry: FileEntry) -> Iterator[Path]:
+        """A local file with a result's bytes for a while: what was downloaded for it is removed again."""
+        path = self.path(entry)
+        try:
+            yield path
+        finally:
+            if path.is_relative_to(_downloads()):
+                path.unlink(missing_ok=True)
+
+    def _check_visible(self) -> None:
+        if self.witness is not None and not _store(self.uri).exists(self.witness):
+            raise ConfigError(
+                f"--out {self.uri}: host {socket.gethostname()} has joined and does not see it: "
+                "give s3://bucket/prefix or a directory that all hosts share"
+            )
+
     def _matches(self, entry: FileEntry) -> bool:
         path = self.path(entry)
         return path.stat().st_size == entry.size_bytes and sha256_file(path) == entry.sha256
+
+
+def _log_finished(result: Result, *, seconds: float) -> None:
+    logs.log(
+        "finished",
+        seconds=round(seconds, 3),
+        size_bytes=sum(entry.size_bytes for entry in result.files),
+        num_tokens=int(str(result.facts.get("num_tokens", 0))),
+    )
 
 
 def _sha256(record: bytes) -> bytes:

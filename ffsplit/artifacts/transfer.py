@@ -15,12 +15,12 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ffsplit.artifacts.digests import CHUNK_BYTES
+from ffsplit.artifacts.digests import hash_range
 from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.stores import MissingKey, Source
 from ffsplit.errors import ArtifactError, ConfigError, StoreError
 
-PART_BYTES = 16 << 20
+PART_BYTES = 8 << 20
 NUM_CONNECTIONS = 8
 JOURNAL_NAME = "journal"
 FILES_NAME = "artifact"
@@ -57,12 +57,9 @@ class _Incoming:
         while self.num_hashed in self.parts and self.hashing.acquire(blocking=False):
             try:
                 with self.path.open("rb", buffering=0) as file:  # a buffer would hold bytes yet to come
-                    while self.num_hashed in self.parts:
-                        file.seek(self.num_hashed * PART_BYTES)
-                        left = self.size_of(self.num_hashed)
-                        while left and (chunk := file.read(min(left, CHUNK_BYTES))):
-                            self.digest.update(chunk)
-                            left -= len(chunk)
+                    while (part := self.num_hashed) in self.parts:
+                        size_bytes = self.size_of(part)
+                        hash_range(file, self.digest, start=part * PART_BYTES, size_bytes=size_bytes)
                         self.num_hashed += 1
             finally:
                 self.hashing.release()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.calibration.sums import NeuronSums
 from ffsplit.errors import CalibrationError
 from ffsplit.models.places import FFNPlace
 
@@ -31,46 +32,6 @@ class Sampling:
 NOTHING = Sampling(lambda _: torch.empty(0, dtype=torch.long))
 
 
-class _NeuronSums:
-    """Running sums of one FFN's neuron activations, in float64 on the model's device."""
-
-    def __init__(self, down_weight_DN: Tensor, expert: int | None) -> None:
-        def zeros() -> Tensor:
-            return torch.zeros(down_weight_DN.shape[1], dtype=torch.float64, device=down_weight_DN.device)
-
-        self._expert = expert
-        self.down_norm = down_weight_DN.double().norm(dim=0)
-        self.num_tokens = 0
-        self.sum_abs, self.sum, self.sum_squares, self.max_abs, self.num_active = (zeros() for _ in range(5))
-
-    def add(self, activation_TN: Tensor) -> None:
-        if not len(activation_TN):  # an expert that no token of the batch was sent to
-            return
-        a_TN = activation_TN.float()
-        absolute_TN = a_TN.abs()
-        self.num_tokens += len(a_TN)
-        self.sum += a_TN.sum(0)
-        self.sum_abs += absolute_TN.sum(0)
-        self.sum_squares += torch.linalg.vector_norm(a_TN, dim=0).double().square()
-        self.max_abs = torch.maximum(self.max_abs, absolute_TN.amax(0).double())
-        self.num_active += (a_TN > 0).sum(0)
-
-    def result(self) -> NeuronStats:
-        def array(values: Tensor) -> Any:
-            return values.cpu().numpy()
-
-        return NeuronStats(
-            num_tokens=self.num_tokens,
-            sum_abs=array(self.sum_abs),
-            sum=array(self.sum),
-            sum_squares=array(self.sum_squares),
-            max_abs=array(self.max_abs),
-            num_active=array(self.num_active.long()),
-            down_norm=array(self.down_norm),
-            expert=self._expert,
-        )
-
-
 class _Stream:
     """The tokens that a tower sees, numbered over all batches, and which of them are sampled.
 
@@ -84,28 +45,35 @@ class _Stream:
         self._is_known = False
         self._sampled = torch.empty(0, dtype=torch.long)
         self.start = self.stop = 0
-        self.is_token: Tensor | None = None
+        self.rows: Tensor | None = None
         if mask is not None and mask in sampling.num_tokens:
             self._sampled = sampling.choose(sampling.num_tokens[mask])
 
     def next_batch(self, arguments: Mapping[str, Tensor]) -> None:
-        self.start, self.is_token = self.stop, None
+        self.start, self.rows = self.stop, None
         self._num_rows = len(next(iter(arguments.values())))
         mask = None if self._mask is None else arguments.get(self._mask)
         self._is_known = mask is not None
         if mask is not None:
-            self.is_token = None if bool(mask.all()) else mask.bool().flatten()
-            self.stop += int(mask.sum())
+            rows = mask.flatten().nonzero().flatten()
+            self.rows = None if len(rows) == mask.numel() else rows
+            self.stop += len(rows)
 
-    def tokens(self, values: Tensor) -> Tensor:
-        """The rows of [..., n] that belong to tokens."""
+    def positions(self, values: Tensor) -> Tensor:
+        """All rows of [..., n]; those of tokens are `rows`, and all where that is None."""
         flat = values.detach().flatten(0, -2)
         if not self._is_known:
             if self.start == 0:
                 total = -(-len(flat) * self._sampling.num_rows // self._num_rows)
                 self._sampled = self._sampling.choose(total)
             self.stop, self._is_known = self.start + len(flat), True
-        return flat if self.is_token is None else flat[self.is_token]
+        self.rows = None if self.rows is None else self.rows.to(flat.device)
+        return flat
+
+    def tokens(self, values: Tensor) -> Tensor:
+        """The rows of [..., n] that belong to tokens."""
+        flat = self.positions(values)
+        return flat if self.rows is None else flat.index_select(0, self.rows)
 
     def sampled_rows(self) -> Tensor:
         """Which of this batch's tokens are sampled."""
@@ -139,7 +107,7 @@ class FFNObserver:
         self._base, self._ffns, self._inputs_only = base_model, ffns, inputs_only
         towers = dict.fromkeys(ffn.tower for ffn in ffns)
         self._streams = {tower.name: _Stream(tower.mask, sampling) for tower in towers}
-        self._sums = {ffn.index: _NeuronSums(_down_weight(base_model, ffn), ffn.expert) for ffn in ffns}
+        self._sums = {ffn.index: NeuronSums(_down_weight(base_model, ffn), ffn.expert) for ffn in ffns}
         self._inputs: dict[int, list[dict[str, Tensor]]] = {}
 
     def __enter__(self) -> FFNObserver:
@@ -176,16 +144,17 @@ class FFNObserver:
 
     def _activation_hook(self, ffn: FFNPlace, stream: _Stream) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            self._sums[ffn.index].add(stream.tokens(arguments[0]))
+            self._sums[ffn.index].add(stream.positions(arguments[0]), rows=stream.rows)
 
         return hook
 
     def _input_hook(self, ffn: FFNPlace, stream: _Stream) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            tokens_TD = stream.tokens(arguments[0])
-            rows = stream.sampled_rows()
+            flat_TD = stream.positions(arguments[0])
+            rows = stream.sampled_rows().to(flat_TD.device)
             if len(rows):
-                self._keep(ffn, {"input": tokens_TD[rows].cpu()})
+                rows = rows if stream.rows is None else stream.rows[rows]
+                self._keep(ffn, {"input": flat_TD[rows].cpu()})
 
         return hook
 

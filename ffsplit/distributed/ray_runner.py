@@ -2,42 +2,36 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray._raylet import IMPLICIT_RESOURCE_PREFIX  # type: ignore[attr-defined]
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ffsplit.distributed.dispatch import Pool, dispatch
+from ffsplit.distributed.observing import Observed
+from ffsplit.distributed.ray_cluster import Share, check_room, connect, hosts, room
+from ffsplit.distributed.ray_pools import ActorPool, TaskPool, error_of, run_task
 from ffsplit.distributed.ray_train import place, run_together
 from ffsplit.distributed.runner import Answer, Item, Worker
-from ffsplit.errors import ConfigError, FFSplitError
 
-LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
-"""Enough for a local cluster: tensors never pass through the object store."""
-MAX_RETRIES = 3
-CONNECT_TIMEOUT_S = 10.0
-
-
-class _Host:
-    """An actor that holds one worker."""
-
-    def __init__(self, factory: Callable[[], Worker[Any, Any]]) -> None:
-        self._worker = factory()
-
-    def run(self, item: Any) -> Any:
-        return self._worker(item)
+PRESENCE, A_LITTLE = f"{IMPLICIT_RESOURCE_PREFIX}ffsplit", 0.0001
+"""Every node has one of this. A worker takes a little; work that wants a host to itself takes all."""
 
 
 class RayRunner:
     """Connects on entry, and leaves no actor and no local cluster behind on exit.
 
-    `num_workers` None means one for every `threads_per_worker` CPUs. Raises ConfigError when the
-    cluster cannot be reached, or has fewer GPUs than one worker asks for.
+    At most `num_workers` items are worked on at once, and no more than the cluster has room for at the
+    moment: a stage that is under way gives work to nodes that join, and goes on without those that leave.
+    None means one for every `threads_per_worker` CPUs. Raises ConfigError when the cluster cannot be
+    reached, or when not even one worker would ever find room.
     """
 
     def __init__(
@@ -52,153 +46,130 @@ class RayRunner:
         self._together = processes_together
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._requested = num_workers
-        self._threads, self._gpus = threads_per_worker, gpus_per_worker
-        self._workers = 0
+        self._share = Share(threads_per_worker, gpus_per_worker)
         self._connected = False
+        self._streams: list[Generator[tuple[int, Any], None, None]] = []
 
     @property
     def num_workers(self) -> int:
-        return self._workers
+        found = room(self._share)
+        return found if self._requested is None else min(self._requested, found)
+
+    @property
+    def is_spread(self) -> bool:
+        here = ray.get_runtime_context().get_node_id()
+        return any(host.id != here for host in hosts(self._share))
 
     def __enter__(self) -> RayRunner:
-        self._connected = not ray.is_initialized()
-        if self._connected:
-            self._connect()
-        resources = ray.cluster_resources()
-        if self._gpus > resources.get("GPU", 0):
+        if not ray.is_initialized():
+            workers = self._requested or max(1, (os.cpu_count() or 1) // self._share.cpus)
+            connect(self._address, num_cpus=max(workers * self._share.cpus, self._together))
+            self._connected = True
+        try:
+            check_room(self._share)
+            if self._together > 1:
+                place(lambda item: item, size=self._together, threads=1, use_gpus=self._share.gpus > 0)
+        except BaseException:
             self.__exit__(None, None, None)
-            raise ConfigError(
-                f"--gpus-per-worker {self._gpus:g}: the cluster has {resources.get('GPU', 0):g} GPUs"
-            )
-        if self._together > 1:
-            try:
-                place(_Host, size=self._together, threads=1, use_gpus=self._gpus > 0)
-            except ConfigError:
-                self.__exit__(None, None, None)
-                raise
-        room = self._room(resources)
-        self._workers = max(1, min(self._requested or room, room))
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for stream in self._streams:
+            with suppress(ValueError):  # the one that is being closed already
+                stream.close()
+        self._streams.clear()
         if self._connected:
             ray.shutdown()
             self._connected = False
 
-    def _room(self, resources: Mapping[str, float]) -> int:
-        """How many workers the cluster can place at once: an actor without a place would wait for ever."""
-        room = int(resources.get("CPU", 1)) // self._threads
-        if self._gpus == 0:
-            return room
-        gpus = int(resources.get("GPU", 0))
-        return min(room, gpus * int(1 / self._gpus) if self._gpus < 1 else int(gpus / self._gpus))
-
-    def _connect(self) -> None:
-        options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if self._address in (None, "local"):
-            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            workers = self._requested or max(1, (os.cpu_count() or 1) // self._threads)
-            options |= {
-                "address": "local",
-                "num_cpus": max(workers * self._threads, self._together),
-                "include_dashboard": False,
-                "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
-            }
-        else:
-            options["address"] = self._address
-        try:
-            _probe(options["address"])
-            ray.init(**options)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ConfigError(f"Ray at {options['address']} cannot be reached: {reason}") from None
-
     def map_tasks(
         self, stage: str, function: Worker[Item, Answer], items: Sequence[Item]
     ) -> Iterator[tuple[int, Answer]]:
-        task = ray.remote(function).options(
-            name=stage, num_cpus=self._threads, num_gpus=self._gpus, max_retries=MAX_RETRIES
-        )
-        yield from self._stream([task.remote] * self._workers, items)
+        pool = TaskPool(function, stage=stage, room=lambda: self.num_workers, options=self._options)
+        return self._dispatch(pool, items, stage=stage)
 
     def map_workers(
         self, stage: str, factory: Callable[[], Worker[Item, Answer]], items: Sequence[Item]
     ) -> Iterator[tuple[int, Answer]]:
-        host = ray.remote(_Host).options(
-            name=None,
-            num_cpus=self._threads,
-            num_gpus=self._gpus,
-            max_restarts=MAX_RETRIES,
-            max_task_retries=MAX_RETRIES,
-        )
-        actors = [host.remote(factory) for _ in range(min(self._workers, len(items)))]
-        try:
-            yield from self._stream([actor.run.options(name=stage).remote for actor in actors], items)
-        finally:
-            for actor in actors:
-                ray.kill(actor)
+        pool = ActorPool(factory, stage=stage, room=lambda: self.num_workers, options=self._options)
+        return self._dispatch(pool, items, stage=stage)
 
     def run_alone(
-        self, stage: str, function: Worker[Item, Answer], item: Item, *, threads: int = 1
+        self,
+        stage: str,
+        function: Worker[Item, Answer],
+        item: Item,
+        *,
+        threads: int = 1,
+        reserved: bool = False,
     ) -> Answer:
-        cpus = min(threads, int(ray.cluster_resources().get("CPU", 1)))
-        task = ray.remote(function).options(
-            name=stage, num_cpus=max(cpus, self._threads), num_gpus=self._gpus, max_retries=MAX_RETRIES
+        pool = TaskPool(
+            function,
+            stage=stage,
+            room=lambda: min(1, self.num_workers),
+            options=lambda: self._options_alone(threads=threads, reserved=reserved),
         )
-        ((_, answer),) = self._stream([task.remote], [item])
+        ((_, answer),) = self._dispatch(pool, [item], stage=stage)
         return answer  # type: ignore[no-any-return]
+
+    def on_every_host(self, stage: str, function: Worker[Item, Answer], item: Item) -> dict[str, Answer]:
+        task, observed = ray.remote(run_task), Observed.here(stage)
+        asked = {
+            host.name: task.options(
+                name=stage,
+                num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(host.id, soft=False),
+            ).remote(observed, function, item)
+            for host in hosts(self._share)
+        }
+        answers = {}
+        for name, reference in asked.items():
+            try:
+                answers[name] = ray.get(reference)
+            except RayTaskError as error:
+                raise error_of(error) from None
+            except RayError:
+                continue  # it left meanwhile
+        return answers
 
     def run_together(
         self, stage: str, function: Worker[Item, Answer], item: Item, *, size: int, threads: int = 1
     ) -> Answer:
         if size == 1:
             return self.run_alone(stage, function, item, threads=threads)
-        together = place(function, size=size, threads=threads, use_gpus=self._gpus > 0)
-        task = ray.remote(run_together).options(name=stage, num_cpus=0, max_retries=MAX_RETRIES)
-        ((_, answer),) = self._stream([partial(task.remote, together)], [item])
+        together = place(function, size=size, threads=threads, use_gpus=self._share.gpus > 0)
+        pool = TaskPool(
+            partial(run_together, together),
+            stage=stage,
+            room=lambda: 1,
+            options=lambda: {"num_cpus": 0},
+        )
+        ((_, answer),) = self._dispatch(pool, [item], stage=stage)
         return answer  # type: ignore[no-any-return]
 
-    def _stream(
-        self, slots: Sequence[Callable[[Any], Any]], items: Sequence[Item]
-    ) -> Iterator[tuple[int, Any]]:
-        """Keep one item in flight in every slot; a slot that answers takes the next item."""
-        waiting = iter(enumerate(items))
-        running: dict[Any, tuple[int, Callable[[Any], Any]]] = {}
-
-        def start(slot: Callable[[Any], Any]) -> None:
-            following = next(waiting, None)
-            if following is not None:
-                index, item = following
-                running[slot(item)] = (index, slot)
-
-        for slot in slots:
-            start(slot)
+    def _dispatch(self, pool: Pool[Any], items: Sequence[Item], *, stage: str) -> Iterator[tuple[int, Any]]:
+        """The stream of a stage's answers, which is closed on exit if nobody reads it to its end."""
+        stream: Any = dispatch(pool, items, stage=stage)
+        self._streams.append(stream)
         try:
-            while running:
-                (done, *_), _ = ray.wait(list(running), num_returns=1)
-                index, slot = running.pop(done)
-                answer = _get(done)
-                start(slot)
-                yield index, answer
+            yield from stream
         finally:
-            for reference in running:
-                ray.cancel(reference, force=False)
+            stream.close()
+            self._streams.remove(stream)
 
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_cpus": self._share.cpus,
+            "num_gpus": self._share.gpus,
+            "resources": {PRESENCE: A_LITTLE},
+        }
 
-def _probe(address: str) -> None:
-    """Raise OSError unless something listens at host:port, where Ray itself would try for minutes."""
-    host, separator, port = address.rpartition("://")[2].rpartition(":")
-    if separator and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
-
-
-def _get(reference: Any) -> Any:
-    """A task's answer; an error that FFSplit raised in the task is raised as itself."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, FFSplitError):
-            raise error.cause from None
-        raise
+    def _options_alone(self, *, threads: int, reserved: bool) -> dict[str, Any]:
+        """As many CPUs as there are to be threads, as far as some host has them."""
+        largest = max((int(host.resources["CPU"]) for host in hosts(self._share)), default=0)
+        cpus = max(self._share.cpus, min(threads, largest))
+        presence = 1.0 if reserved else A_LITTLE
+        return self._options() | {"num_cpus": cpus, "resources": {PRESENCE: presence}}

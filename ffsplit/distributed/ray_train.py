@@ -17,6 +17,10 @@ import ray
 from ffsplit.distributed.runner import Worker
 from ffsplit.errors import ConfigError, FFSplitError
 
+OLDEST = (2, 60)
+"""The oldest Ray that this is known to work with. Older ones may not hand back what a process returns."""
+START_TIMEOUT_S = 600
+"""Ray Train's own minute is short for a busy machine, and for nodes that an autoscaler has yet to start."""
 MAX_RETRIES = 3
 """How often all processes are started again after one of them was lost."""
 
@@ -51,6 +55,7 @@ class Together:
     def _fit(self, item: Any) -> Any:
         os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths are those of whoever started the run
         os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
         from ray.train import RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -71,8 +76,13 @@ class Together:
 def place(function: Worker[Any, Any], *, size: int, threads: int, use_gpus: bool) -> Together:
     """As many CPUs a process as it has threads, as far as the cluster has them; a GPU each where asked for.
 
-    Raises ConfigError when the cluster has no room for `size` processes at once.
+    Raises ConfigError when the cluster has no room for `size` processes at once, or too old a Ray.
     """
+    if tuple(int(part) for part in ray.__version__.split(".")[:2]) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ConfigError(
+            f"--healing-workers {size} needs Ray {oldest} or newer: pip install 'ray[default]>={oldest}'"
+        )
     resources = ray.cluster_resources()
     cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     if size > cpus or (use_gpus and size > gpus):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Protocol, TypeVar
@@ -12,7 +13,10 @@ Worker = Callable[[Item], Answer]
 
 
 class Runner(Protocol):
-    """Runs a stage's items somewhere. Answers come as they are ready, each with its item's index."""
+    """Runs a stage's items somewhere. Answers come as they are ready, each with its item's index.
+
+    Items must be fit to be worked on twice: one whose worker is lost is given to another.
+    """
 
     def __enter__(self) -> Runner: ...
 
@@ -22,7 +26,12 @@ class Runner(Protocol):
 
     @property
     def num_workers(self) -> int:
-        """How many items are worked on at once."""
+        """How many items can be worked on at once, as things stand."""
+        ...
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether items may run on other hosts than this process's."""
         ...
 
     def map_tasks(
@@ -38,9 +47,22 @@ class Runner(Protocol):
         ...
 
     def run_alone(
-        self, stage: str, function: Worker[Item, Answer], item: Item, *, threads: int = 1
+        self,
+        stage: str,
+        function: Worker[Item, Answer],
+        item: Item,
+        *,
+        threads: int = 1,
+        reserved: bool = False,
     ) -> Answer:
-        """Call a function on one item while nothing else of this runner's is running."""
+        """Call a function on one item while nothing else of this runner's is running.
+
+        `reserved`: on a host where nobody else's work is running either.
+        """
+        ...
+
+    def on_every_host(self, stage: str, function: Worker[Item, Answer], item: Item) -> dict[str, Answer]:
+        """Call a function once on each host that items may run on; the answers by the hosts' names."""
         ...
 
     def run_together(
@@ -58,6 +80,7 @@ class SerialRunner:
     """Everything in this process, one item after the other."""
 
     num_workers = 1
+    is_spread = False
 
     def __enter__(self) -> SerialRunner:
         return self
@@ -79,9 +102,18 @@ class SerialRunner:
         yield from self.map_tasks(stage, factory(), items)
 
     def run_alone(
-        self, stage: str, function: Worker[Item, Answer], item: Item, *, threads: int = 1
+        self,
+        stage: str,
+        function: Worker[Item, Answer],
+        item: Item,
+        *,
+        threads: int = 1,
+        reserved: bool = False,
     ) -> Answer:
         return function(item)
+
+    def on_every_host(self, stage: str, function: Worker[Item, Answer], item: Item) -> dict[str, Answer]:
+        return {socket.gethostname(): function(item)}
 
     def run_together(
         self, stage: str, function: Worker[Item, Answer], item: Item, *, size: int, threads: int = 1

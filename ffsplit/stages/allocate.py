@@ -20,6 +20,7 @@ from ffsplit.ffn import ModelShape
 from ffsplit.measurement.fidelity import fidelity
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.source import ModelSource
 from ffsplit.runtime.assemble import assemble
 from ffsplit.splitting.allocation import Candidate
 from ffsplit.stages.profile import ComputeProfile
@@ -32,8 +33,8 @@ NUM_FOLDS = 4
 class JudgeJob(Record):
     """Candidates' checkpoints, and the text to judge them on."""
 
-    original_directory: str
-    candidate_directories: tuple[str, ...]
+    original: ModelSource
+    candidates: tuple[ModelSource, ...]
     rows: tuple[str, ...]
     max_length: int
     batch_tokens: int
@@ -50,7 +51,7 @@ class Allocation(NamedTuple):
 def judge_job(job: JudgeJob) -> tuple[tuple[Fidelity, ...], ...]:
     """The fidelity of each candidate to the original, a fold at a time; the original is loaded once."""
     with job.profile.applied():
-        checkpoint = open_checkpoint(Path(job.original_directory))
+        checkpoint = open_checkpoint(job.original.directory())
         dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
         tokenizer = load_tokenizer(checkpoint)
         rows = tokenize_rows(tokenizer, job.rows, max_length=job.max_length)
@@ -65,8 +66,8 @@ def judge_job(job: JudgeJob) -> tuple[tuple[Fidelity, ...], ...]:
 
         original, kind = load(checkpoint.directory), checkpoint.kind
         judged = []
-        for directory in job.candidate_directories:
-            candidate = load(Path(directory))
+        for source in job.candidates:
+            candidate = load(source.directory())
             judged.append(tuple(fidelity(original, candidate, batches, kind=kind) for batches in folds))
         return tuple(judged)
 
@@ -112,6 +113,7 @@ def allocate(
     model: ModelShape,
     compress: Callable[[Candidate], Sequence[Result]],
     layer_file: Callable[[Result], Path],
+    hand_over: Callable[[Path], ModelSource],
     job: JudgeJob,
     runner: Runner,
     folder: Path,
@@ -125,8 +127,8 @@ def allocate(
         files = [layer_file(result) for result in compress(candidate)]
         directories.append(folder / candidate.name)
         assemble(checkpoint, files, candidate.layouts, directories[-1])
-    paths = tuple(str(path) for path in directories)
-    judged = runner.run_alone("allocate", judge_job, job.model_copy(update={"candidate_directories": paths}))
+    sources = tuple(hand_over(path) for path in directories)
+    judged = runner.run_alone("allocate", judge_job, job.model_copy(update={"candidates": sources}))
     shutil.rmtree(folder)
     if not all(judged):
         raise ConfigError("the rows to judge candidates on are nothing but padding: give other text")

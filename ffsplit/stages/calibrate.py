@@ -20,6 +20,7 @@ from ffsplit.calibration.parquet import write_statistics
 from ffsplit.config import Record
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_base_model, load_tokenizer
+from ffsplit.models.source import ModelSource
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.recipes.recipe import CalibrationSettings
 from ffsplit.stages.profile import ComputeProfile
@@ -43,7 +44,7 @@ class Shard:
 class CalibrationJob(Record):
     """Everything that a calibration worker needs to know, but for its shards."""
 
-    model_directory: str
+    model: ModelSource
     settings: CalibrationSettings
     num_shards: int
     seed: int
@@ -70,7 +71,7 @@ class CalibrationWorker:
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
-        return open_checkpoint(Path(self._job.model_directory))
+        return open_checkpoint(self._job.model.directory())
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -87,7 +88,7 @@ class CalibrationWorker:
     def __call__(self, shard: Shard) -> Result:
         """Statistics and sampled inputs of one shard, in the scratch."""
         with self._job.profile.applied():
-            return self._job.scratch.load(shard.name) or self._collect(shard)
+            return self._job.scratch.load_or_compute(shard.name, lambda: self._collect(shard))
 
     def _collect(self, shard: Shard) -> Result:
         job, settings = self._job, self._job.settings

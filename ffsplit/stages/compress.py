@@ -18,6 +18,7 @@ from ffsplit.compressors.layer import compress_layer
 from ffsplit.config import Record
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.source import ModelSource
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn, load_output_norm
 from ffsplit.splitting.plan import LayerPlan
 from ffsplit.splitting.scores import FEWEST_TOKENS
@@ -27,7 +28,7 @@ from ffsplit.stages.profile import ComputeProfile
 class LayerJob(Record):
     """One layer's plan and where its inputs are."""
 
-    model_directory: str
+    model: ModelSource
     plan: LayerPlan
     steps: tuple[AnyCompressor, ...]
     plain: bool
@@ -43,7 +44,7 @@ class LayerJob(Record):
 def compress_layer_job(job: LayerJob) -> Result:
     """Compress one layer into one safetensors file in the scratch."""
     with job.profile.applied():
-        return job.scratch.load(job.name) or _compress(job)
+        return job.scratch.load_or_compute(job.name, lambda: _compress(job))
 
 
 def _inputs(shards: Sequence[Mapping[str, Tensor]], expert: int | None) -> list[Tensor]:
@@ -60,7 +61,7 @@ def _inputs(shards: Sequence[Mapping[str, Tensor]], expert: int | None) -> list[
 
 def _compress(job: LayerJob) -> Result:
     device = torch.device(job.profile.device)
-    checkpoint = open_checkpoint(Path(job.model_directory))
+    checkpoint = open_checkpoint(job.model.directory())
     expert = checkpoint.ffns[job.plan.layer].expert
     inputs = _inputs(
         [load_file(job.scratch.path(entry), device=job.profile.device) for entry in job.inputs], expert

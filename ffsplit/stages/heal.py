@@ -22,6 +22,7 @@ from ffsplit.healing.state import HealingState
 from ffsplit.healing.team import Team, find_team
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.source import ModelSource
 from ffsplit.stages.profile import ComputeProfile
 
 RESULT, PROGRESS = "healed", "progress"
@@ -30,8 +31,8 @@ RESULT, PROGRESS = "healed", "progress"
 class HealJob(Record):
     """What to heal, on which text. The compressed checkpoint must be plain."""
 
-    original_directory: str
-    compressed_directory: str
+    original: ModelSource
+    compressed: ModelSource
     rows: tuple[str, ...]
     validation: tuple[str, ...]
     max_length: int
@@ -50,14 +51,19 @@ def heal_job(job: HealJob) -> Result | None:
 
     Of several workers that are called at once, only the first one writes and answers.
     """
+    team = find_team(job.workers)
     with job.profile.applied(threads=job.threads):
-        return job.scratch.load(RESULT) or _heal(job, find_team(job.workers))
+        if 0 in team.mine:
+            return job.scratch.load_or_compute(RESULT, lambda: _save(job.scratch, *_heal(job, team)))
+        if job.scratch.load(RESULT) is None:
+            _heal(job, team)
+        return None
 
 
-def _heal(job: HealJob, team: Team) -> Result | None:
-    writes = team.mine[0] == 0
-    original = open_checkpoint(Path(job.original_directory))
-    compressed = open_checkpoint(Path(job.compressed_directory))
+def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState]:
+    """The healed student, the checkpoint it came from, and how it went."""
+    original = open_checkpoint(job.original.directory())
+    compressed = open_checkpoint(job.compressed.directory())
     device = torch.device(job.profile.device)
     teacher, student = (
         load_whole_model(each.directory, original.class_name, dtype=torch.float32).to(device)
@@ -79,11 +85,11 @@ def _heal(job: HealJob, team: Team) -> Result | None:
         settings=job.settings,
         seed=job.seed,
         resume=lambda weights, optimizer: _resume(job.scratch, weights, optimizer),
-        checkpoint=partial(_checkpoint, job.scratch) if writes else _keep_nothing,
+        checkpoint=partial(_checkpoint, job.scratch) if 0 in team.mine else _keep_nothing,
         team=team,
     )
     settle(linears)
-    return _save(job.scratch, student, compressed, state) if writes else None
+    return student, compressed, state
 
 
 def _ffn_linears(student: Any, checkpoint: Checkpoint) -> list[nn.Module]:

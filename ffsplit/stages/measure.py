@@ -22,6 +22,7 @@ from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.headers import read_headers
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.models.rows import ModelKind
+from ffsplit.models.source import ModelSource
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.recipes.recipe import MeasurementSettings
 from ffsplit.stages.profile import ComputeProfile
@@ -32,8 +33,8 @@ NOT_HELD = "latency and peak memory: the models were measured one block at a tim
 class MeasureJob(Record):
     """What to compare, and on which text."""
 
-    original_directory: str
-    compressed_directory: str
+    original: ModelSource
+    compressed: ModelSource
     layouts: tuple[LayerLayout, ...]
     held_out: tuple[str, ...]
     evaluations: tuple[Evaluation, ...]
@@ -51,8 +52,8 @@ def measure_job(job: MeasureJob) -> Measurements:
 
 
 def _measure(job: MeasureJob) -> Measurements:
-    checkpoint = open_checkpoint(Path(job.original_directory))
-    compressed = Path(job.compressed_directory)
+    checkpoint = open_checkpoint(job.original.directory())
+    compressed = job.compressed.directory()
     weights = compressed.glob("*.safetensors")
     empty = Measurements(
         original_size=original_size(checkpoint),

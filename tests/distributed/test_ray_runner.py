@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray._private.utils import check_version_info
 
 import ffsplit
+from ffsplit.distributed.ray_cluster import Share, refusal
 from ffsplit.distributed.ray_runner import RayRunner
 from ffsplit.distributed.runner import Runner, SerialRunner
 from ffsplit.errors import CalibrationError, ConfigError
@@ -42,6 +47,20 @@ class Sleeper:
         return item * item, os.getpid(), started, time.time(), self.num_calls
 
 
+class Mortal:
+    """Dies of item 5, once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, item: int) -> int:
+        self.folder.mkdir(exist_ok=True)
+        if item == 5 and not (self.folder / "died-5").exists():
+            (self.folder / "died-5").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+
 def square(item: int) -> int:
     return item * item
 
@@ -63,8 +82,8 @@ def test_every_item_is_answered_once(make: Any, local_ray: None) -> None:
 
 def test_workers_keep_their_state_and_overlap_in_time(local_ray: None) -> None:
     with RayRunner(address=None, num_workers=2) as runner:
-        answers = dict(runner.map_workers("sleep", Sleeper, list(range(6))))
-    assert {index: answer[0] for index, answer in answers.items()} == {i: i * i for i in range(6)}
+        answers = dict(runner.map_workers("sleep", Sleeper, list(range(30))))
+    assert {index: answer[0] for index, answer in answers.items()} == {i: i * i for i in range(30)}
     by_process: dict[int, list[tuple[float, float]]] = {}
     for _, process, started, ended, _ in answers.values():
         by_process.setdefault(process, []).append((started, ended))
@@ -100,6 +119,65 @@ def test_more_gpus_than_there_are_are_refused_at_once(local_ray: None) -> None:
     runner: Runner = RayRunner(address=None, num_workers=1, gpus_per_worker=64)
     with pytest.raises(ConfigError, match="the cluster has"), runner:
         pass
+
+
+def test_more_threads_than_any_node_has_cores_are_refused_at_once(local_ray: None) -> None:
+    with (
+        pytest.raises(ConfigError, match="a worker of 64 CPUs: the cluster has no node with that much"),
+        RayRunner(address=None, num_workers=1, threads_per_worker=64),
+    ):
+        pass
+
+
+def test_gpus_are_shared_by_fractions_of_one_or_taken_whole() -> None:
+    host = {"CPU": 16.0, "GPU": 4.0}
+    assert [Share(1, gpus).fits(host) for gpus in (0, 0.5, 0.4, 1, 2, 3, 8)] == [16, 8, 8, 4, 2, 1, 0]
+    assert Share(8, 0.25).fits(host) == 2
+    with pytest.raises(ConfigError, match="a fraction of one GPU, or whole GPUs"):
+        Share(1, 1.5)
+
+
+def test_another_version_of_ray_or_python_is_one_line() -> None:
+    with pytest.raises(RuntimeError) as mismatch:
+        check_version_info({"ray_version": "1.2.3", "python_version": "3.8.1"}, "node 10.0.0.1")
+    line = refusal("10.0.0.1:6379", str(mismatch.value))
+    assert "10.0.0.1:6379 runs Ray 1.2.3 on Python 3.8.1, this is Ray" in line
+    assert "\n" not in line
+
+
+def test_what_is_measured_shares_its_node_with_nobody(local_ray: None) -> None:
+    """Two runs on one cluster: whichever comes first, the other waits."""
+    spans: list[tuple[float, float]] = []
+
+    def other_run() -> None:
+        with RayRunner(address=None, num_workers=2) as runner:
+            spans.extend(answer[2:4] for _, answer in runner.map_tasks("sleep", Sleeper(), list(range(8))))
+
+    thread = threading.Thread(target=other_run)
+    with RayRunner(address=None, num_workers=2) as runner:
+        thread.start()
+        answer = runner.run_alone("measure", Sleeper(), 3, reserved=True)
+        thread.join()
+    started, ended = answer[2:4]
+    assert len(spans) == 8
+    assert not [span for span in spans if span[0] < ended and started < span[1]]
+
+
+def test_every_host_is_asked_once(local_ray: None) -> None:
+    with RayRunner(address=None, num_workers=2) as runner:
+        assert list(runner.on_every_host("square", square, 5).values()) == [25]
+        assert not runner.is_spread
+        with pytest.raises(CalibrationError, match="item 3"):
+            runner.on_every_host("fail", fail, 3)
+
+
+def test_a_worker_that_dies_costs_the_item_in_hand(local_ray: None, tmp_path: Path) -> None:
+    with RayRunner(address=None, num_workers=2) as runner:
+        answers = dict(runner.map_workers("mortal", partial(Mortal, tmp_path), list(range(12))))
+        assert answers == {index: index for index in range(12)}
+        answers = dict(runner.map_tasks("mortal", Mortal(tmp_path / "tasks"), list(range(12))))
+        assert answers == {index: index for index in range(12)}
+    assert sorted(path.name for path in tmp_path.rglob("died-*")) == ["died-5", "died-5"]
 
 
 def test_an_unreachable_cluster_is_one_line(small_job: SmallJob, tmp_path: Path) -> None:

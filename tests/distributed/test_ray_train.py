@@ -17,6 +17,7 @@ from ffsplit.distributed.ray_runner import RayRunner
 from ffsplit.distributed.runner import Runner, SerialRunner
 from ffsplit.errors import CalibrationError, ConfigError
 from ffsplit.healing.settings import HealingSettings
+from ffsplit.models.source import ModelSource
 from ffsplit.stages.heal import HealJob, heal_job
 from ffsplit.stages.profile import ComputeProfile
 from tests.conftest import CheckpointFactory
@@ -36,8 +37,8 @@ def runner() -> Iterator[RayRunner]:
 def job(checkpoint_of: CheckpointFactory, tmp_path: Path) -> HealJob:
     rows = tuple(" ".join(WORDS[i : i + 3 + i % 5]) for i in range(40))
     return HealJob(
-        original_directory=str(checkpoint_of("bert")),
-        compressed_directory=str(checkpoint_of("bert", seed=1)),
+        original=ModelSource(path=str(checkpoint_of("bert"))),
+        compressed=ModelSource(path=str(checkpoint_of("bert", seed=1))),
         rows=rows[:30],
         validation=rows[30:],
         max_length=32,

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.s3.loopback import CACHE, CannotStart, Processes, S3Server, free_ports, run, wait_for
 
 PACKAGES = ("ceph-mon", "ceph-osd", "radosgw")
-ACCESS_KEY, SECRET_KEY = "test", "testing"
+USERS = {"test": "testing", "stranger": "unknown"}
 CONFIG = """\
 [global]
 fsid = {fsid}
@@ -79,7 +79,7 @@ def installed() -> Path:
 
 
 def start() -> tuple[S3Server, Processes]:
-    """A fresh, empty Ceph with one user. Raises CannotStart."""
+    """A fresh, empty Ceph with two users. Raises CannotStart."""
     root = installed()
     (machine,) = (path.parent for path in root.glob("usr/lib/*/ceph"))
     folder = Path(tempfile.mkdtemp(prefix="ffsplit-ceph-"))
@@ -96,14 +96,15 @@ def start() -> tuple[S3Server, Processes]:
             (folder / name).mkdir()
         _start_daemons(processes, programs, folder, fsid=fsid, addresses=(mon_v2, mon_v1))
         wait_for(port, within_s=60)
-        keys = ["--access-key", ACCESS_KEY, "--secret", SECRET_KEY]
-        user = ["user", "create", "--uid", "test", "--display-name", "test", *keys]
-        processes.run([str(programs / "radosgw-admin"), *user])
+        for name, secret in USERS.items():
+            user = ["--uid", name, "--display-name", name, "--access-key", name, "--secret", secret]
+            processes.run([str(programs / "radosgw-admin"), "user", "create", *user])
     except CannotStart:
         processes.stop()
         raise
     endpoint = f"http://127.0.0.1:{port}"
-    return S3Server("ceph", endpoint, ACCESS_KEY, SECRET_KEY, atomic_create=True), processes
+    owner, stranger = USERS.items()
+    return S3Server("ceph", endpoint, *owner, stranger, atomic_create=True), processes
 
 
 def _environment(root: Path, machine: Path, folder: Path) -> dict[str, str]:

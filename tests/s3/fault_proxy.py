@@ -23,7 +23,7 @@ class Fault:
 
     kind: str
     times: int
-    applies: Callable[[bytes], bool] = lambda line: True
+    applies: Callable[[bytes], object] = lambda line: True
     after_bytes: int = 0
     struck: int = 0
 

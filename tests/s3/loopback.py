@@ -20,12 +20,13 @@ PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class S3Server:
-    """A running server and the account that may do anything in it."""
+    """A running server, the account that may do anything in it, and the keys of one that may do nothing."""
 
     name: str
     endpoint: str
     access_key: str
     secret_key: str
+    stranger: tuple[str, str]
     atomic_create: bool
 
     @property

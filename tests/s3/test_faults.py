@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -10,11 +13,13 @@ import pytest
 from ffsplit.artifacts import s3 as s3_module
 from ffsplit.artifacts import transfer
 from ffsplit.artifacts.commits import read_commit
+from ffsplit.artifacts.index import list_runs
 from ffsplit.artifacts.pull import pull
+from ffsplit.artifacts.retention import collect, plan
 from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.errors import FFSplitError
-from tests.artifacts.attempts import ATTEMPT, RUN_KEY, publish_directory, write_attempt
+from tests.artifacts.attempts import ATTEMPT, RUN_KEY, publish, publish_directory, write_attempt
 from tests.artifacts.test_locate import cache
 from tests.s3.fault_proxy import Fault, FaultProxy
 
@@ -23,7 +28,20 @@ pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]
 
 BIG = hashlib.shake_128(b"weights").digest(6 << 20)
 FILES = {"config.json": b"{}", "model.safetensors": BIG}
-METHODS = ("PUT", "POST", "GET", "HEAD", "DELETE")
+OPERATIONS = {
+    "put a file": rb"PUT .*/config\.json ",
+    "begin an upload": rb"POST .*\?uploads",
+    "send a part": rb"PUT .*partNumber=",
+    "finish an upload": rb"POST .*uploadId=",
+    "ask for a size": rb"HEAD ",
+    "put the manifest": rb"PUT .*/manifest\.json ",
+    "commit": rb"PUT .*/commit\.json ",
+    "read the commit": rb"GET .*/commit\.json ",
+    "move the hint": rb"PUT .*/(latest|index)\.json ",
+    "list": rb"GET .*list-type=2",
+    "read the manifest": rb"GET .*/manifest\.json ",
+    "read a range": rb"GET .*/model\.safetensors ",
+}
 FAULTS = {
     "reply lost": ("lost", 2, 0),
     "refused with 503": ("refused", 3, 0),
@@ -63,15 +81,16 @@ def struck_while(
     return published, pulled
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_whatever_happens_on_the_way(
-    proxy: FaultProxy, uri: str, tmp_path: Path, fault: str, method: str
+    proxy: FaultProxy, uri: str, tmp_path: Path, fault: str, operation: str
 ) -> None:
     directory = write_attempt(tmp_path / "attempt", files=FILES)
     kind, times, after_bytes = FAULTS[fault]
-    faults = [Fault(kind, times, lambda line: line.startswith(method.encode() + b" "), after_bytes)]
+    faults = [Fault(kind, times, re.compile(OPERATIONS[operation]).match, after_bytes)]
     published, pulled = struck_while(proxy, faults, uri, directory, tmp_path / "copy")
+    assert faults[0].struck
     assert (tmp_path / "copy").exists() == pulled
     if published or read_commit(open_store(uri), RUN_KEY):
         assert verify(uri).ok
@@ -79,6 +98,25 @@ def test_whatever_happens_on_the_way(
     for whole in (tmp_path / "again", tmp_path / "copy") if pulled else (tmp_path / "again",):
         assert (whole / "model.safetensors").read_bytes() == BIG
     assert open_store(uri).list_directories(RUN_KEY) == [ATTEMPT]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_whatever_happens_to_a_collection(proxy: FaultProxy, uri: str, tmp_path: Path, fault: str) -> None:
+    """What is deleted goes commit first, so that no reader finds a part of it, and what stays is whole."""
+    store = open_store(uri)
+    for number in range(3):
+        publish(store, tmp_path / f"{number}", run_key=f"{number:016x}")
+    kind, times, after_bytes = FAULTS[fault]
+    planned = plan(store, keep_last=1)
+    proxy.faults[:] = [Fault(kind, times, re.compile(rb"DELETE ").match, after_bytes)]
+    with suppress(FFSplitError):
+        collect(store, planned)
+    assert proxy.faults[0].struck
+    proxy.faults.clear()
+    for run in list_runs(store):
+        assert verify(f"{uri}/{run.commit.run_key}").ok
+    collect(store, plan(store, keep_last=1, min_age=timedelta(0)))
+    assert store.list_directories("") == [f"{2:016x}"]
 
 
 def test_faults_of_every_kind_are_overcome(proxy: FaultProxy, uri: str, tmp_path: Path) -> None:

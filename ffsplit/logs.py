@@ -1,0 +1,95 @@
+"""Structured logs: one JSON object a line on stderr, where FFSPLIT_LOG=json asks for them.
+
+Every line has `time` (UTC), `level`, `event`, `host` and `pid`, and the fields that hold where it is
+written: `run` (the key), `stage` and `item`, as in `shard-00003`. Workers write theirs to their own
+stderr, which Ray keeps among the session's logs. Values are names, numbers and counts: no configuration,
+no environment.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+from ffsplit.errors import ConfigError
+
+LogFormat = Literal["text", "json"]
+Field = str | int | float | bool | None
+VARIABLE = "FFSPLIT_LOG"
+
+_logger = logging.getLogger("ffsplit")
+_fields: ContextVar[dict[str, Field] | None] = ContextVar("ffsplit_log_fields", default=None)
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, tz=timezone.utc).isoformat(timespec="microseconds")
+        line = {"time": moment, "level": record.levelname.lower(), "event": record.getMessage()}
+        line |= {"host": socket.gethostname(), "pid": str(record.process)}
+        return json.dumps(line | getattr(record, "fields", {}), ensure_ascii=False)
+
+
+class _Stderr(logging.StreamHandler[Any]):
+    """Writes to whatever stderr is at the moment."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+        self.setFormatter(_JsonLines())
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        pass
+
+
+def asked_for() -> LogFormat:
+    """The format that FFSPLIT_LOG asks for. Raises ConfigError for one that there is not."""
+    wanted = os.environ.get(VARIABLE) or "text"
+    if wanted not in ("text", "json"):
+        raise ConfigError(f"{VARIABLE}={wanted}: give text or json")
+    return "json" if wanted == "json" else "text"
+
+
+def ask_for(log_format: LogFormat) -> None:
+    """Have this process, and those that it starts, write lines of a format."""
+    os.environ[VARIABLE] = log_format
+    set_up(log_format)
+
+
+def set_up(log_format: LogFormat) -> None:
+    """Write this process's lines, if they are to be JSON. A second call changes nothing."""
+    if log_format == "json" and not any(isinstance(each, _Stderr) for each in _logger.handlers):
+        _logger.addHandler(_Stderr())
+        _logger.setLevel(logging.INFO)
+        _logger.propagate = False
+
+
+def log(event: str, *, level: int = logging.INFO, **fields: Field) -> None:
+    """One line, with the fields of the place it is written at."""
+    _logger.log(level, event, extra={"fields": current() | fields})
+
+
+def current() -> dict[str, Field]:
+    """The fields that every line here has."""
+    return dict(_fields.get() or {})
+
+
+@contextmanager
+def fields(**more: Field) -> Iterator[None]:
+    """Give every line written meanwhile these fields too."""
+    token = _fields.set(current() | more)
+    try:
+        yield
+    finally:
+        _fields.reset(token)

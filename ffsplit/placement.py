@@ -1,0 +1,79 @@
+"""What a run reads and writes, made sure of on every host of a cluster before anything is computed.
+
+A path means something on one host. On a cluster of several, a local --out has to be one directory for all
+of them; a local model that some host does not see is put into the run's scratch, from where each host
+fetches it, verified, into its own cache. Hosts that join later are held to the same.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import replace
+
+from ffsplit.artifacts.inputs import is_remote
+from ffsplit.artifacts.scratch import Scratch
+from ffsplit.artifacts.stores import open_store
+from ffsplit.distributed.runner import Runner
+from ffsplit.errors import ConfigError
+from ffsplit.execution import Execution
+from ffsplit.models.source import ModelSource, described, staged
+from ffsplit.prepare import PreparedRun
+from ffsplit.progress import Progress, StageLog
+
+
+def place(run: PreparedRun, scratch: Scratch, runner: Runner, log: StageLog, *, shown: Progress) -> Execution:
+    """The run's execution, with a scratch and a model that every host sees. Raises ConfigError without."""
+    execution = Execution(run, scratch, runner, log, ModelSource(path=str(run.checkpoint.directory)))
+    if not execution.runner.is_spread:
+        return execution
+    scratch = _seen_by_all(execution)
+    execution = replace(execution, scratch=scratch)
+    return replace(execution, model=_model_for_all(execution, shown))
+
+
+def _seen_by_all(execution: Execution) -> Scratch:
+    """The scratch, with something in it that every host has found. A bucket needs no such proof."""
+    scratch = execution.scratch
+    if is_remote(scratch.uri):
+        return scratch
+    store = open_store(scratch.uri)
+    key = scratch.key(f"seen-by-all-{secrets.token_hex(8)}")
+    store.put_bytes(key, b"")
+    scratch = scratch.model_copy(update={"witness": key})
+    seen = execution.runner.on_every_host("inputs", _is_visible, scratch)
+    blind = sorted(host for host, sees in seen.items() if not sees)
+    if blind:
+        store.delete(key)
+        raise ConfigError(
+            f"--out {scratch.uri}: {len(blind)} of {len(seen)} hosts do not see this directory "
+            f"({blind[0]} is one): give s3://bucket/prefix or a directory that all hosts share"
+        )
+    return scratch
+
+
+def _model_for_all(execution: Execution, shown: Progress) -> ModelSource:
+    run, path = execution.run, str(execution.run.checkpoint.directory)
+    if run.stored_model is not None:
+        source = ModelSource(path=path, stored=run.stored_model)
+    else:
+        source = described(run.checkpoint.directory)
+        seen = execution.runner.on_every_host("inputs", ModelSource.is_here, source)
+        if all(seen.values()):
+            return source
+        blind = sorted(host for host, sees in seen.items() if not sees)
+        shown.note(
+            f"{path}: {len(blind)} of {len(seen)} hosts do not see this model ({blind[0]} is one): "
+            f"it is put into {execution.scratch.uri}/{execution.scratch.prefix} for all"
+        )
+        source = staged(source, execution.scratch.place("model"), once=True)
+    execution.runner.on_every_host("inputs", _fetch, source)
+    return source
+
+
+def _is_visible(scratch: Scratch) -> bool:
+    assert scratch.witness is not None
+    return open_store(scratch.uri).exists(scratch.witness)
+
+
+def _fetch(source: ModelSource) -> str:
+    return str(source.directory())

@@ -1,0 +1,32 @@
+"""Nothing is lost: the drill of kills, in a network of its own where that is allowed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.isolation import environment_of_ray, isolated
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+ROOT = Path(__file__).parents[2]
+
+
+def test_kills_cost_at_most_the_work_in_hand(tmp_path: Path) -> None:
+    kills, seed = os.environ.get("FFSPLIT_TEST_KILLS", "4"), os.environ.get("FFSPLIT_TEST_SEED", "0")
+    command = [sys.executable, "-m", "tests.faults.drill", "--kills", kills, "--seed", seed]
+    with environment_of_ray(tmp_path) as environment:
+        done = subprocess.run(
+            isolated([*command, "--folder", str(tmp_path)]),
+            cwd=ROOT,
+            env=environment,
+            stdout=None if int(kills) > 10 else subprocess.PIPE,  # a long drill is watched as it goes
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120 + 120 * int(kills),
+            check=False,
+        )
+    assert done.returncode == 0, (done.stdout or "") + done.stderr[-2000:]
