@@ -10,7 +10,7 @@ help: ## List the targets
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,dev,sign]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,dev,sign,onnx]'
 	@touch $@
 
 .PHONY: venv
@@ -49,8 +49,14 @@ format: venv ## Mend what the linter can mend
 	$(BIN)/ruff format .
 
 .PHONY: docs
-docs: venv ## Generate docs/manifest.schema.json
+docs: venv ## Generate docs/manifest.schema.json and docs/models.md
 	$(BIN)/python -m ffsplit.artifacts.manifest > docs/manifest.schema.json
+	$(BIN)/python -m ffsplit.models.table > docs/models.md
+
+.PHONY: bench-speed
+bench-speed: venv ## Time compressed models beside other tools' into benchmarks/speed_<hardware>.md
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .bench torchao==0.18.0
+	PYTHONPATH=.:.bench $(BIN)/python benchmarks/speed.py
 
 .PHONY: bench-scaling
 bench-scaling: venv ## How the work spreads over workers, into benchmarks/scaling.md (two idle cores)

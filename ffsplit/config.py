@@ -78,7 +78,9 @@ class JobConfig(Record):
     dtype: DType = "auto"
     address: str | None = Field(default=None, description="a Ray cluster; default: one started on the spot")
     runner: Literal["ray", "serial"] = "ray"
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
     block_by_block: bool = Field(default=False, description="hold one block of the model at a time")
+    plain: bool = Field(default=False, description="refuse a recipe whose result needs ffsplit to load")
     memory_per_worker: int | None = Field(
         default=None, ge=1, description="bytes one worker may use; default: its share of this machine's"
     )

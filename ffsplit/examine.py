@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.inputs import StoredFiles
 from ffsplit.artifacts.statistics import PublishedStatistics, open_statistics
 from ffsplit.calibration.batches import num_rows_within, tokenize_rows
+from ffsplit.calibration.media import embedded, read_media, read_pairs
+from ffsplit.calibration.readers import TextReader, make_reader
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
 from ffsplit.calibration.sources import read_all
 from ffsplit.capabilities import check_capabilities
@@ -23,9 +26,11 @@ from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import check_model_class, load_tokenizer
 from ffsplit.models.locate import locate_model
+from ffsplit.models.rows import TEXT_KINDS
 from ffsplit.origin import inherit
+from ffsplit.plain import check_plain, check_stays_plain
 from ffsplit.recipes.recipe import Recipe, load_recipe
-from ffsplit.runtime.assemble import is_plain
+from ffsplit.runtime.linears import attention_linears
 from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.solver import Solver
 from ffsplit.stages.profile import ComputeProfile
@@ -79,6 +84,10 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
     layouts = solver.solve(budget)
     if recipe.healing is not None or recipe.after_healing is not None:
         check_plain(checkpoint, layouts, recipe=recipe)
+    if recipe.linears != "kept":
+        attention_linears(checkpoint)
+    if config.plain:
+        check_stays_plain(checkpoint, layouts, recipe=recipe)
     text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
     check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.max_length)
     text = within_tokens(text, recipe=recipe, checkpoint=checkpoint)
@@ -122,15 +131,6 @@ def resolve_recipe(config: JobConfig) -> Recipe:
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update=changes)})
 
 
-def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
-    """Raise ConfigError when a recipe would heal, or quantize afterwards, what is not an ordinary model."""
-    if not is_plain(checkpoint, layouts):
-        raise ConfigError(
-            f"recipe {recipe.name}: healing and after_healing need steps that leave one dense FFN of one "
-            "width a layer, without a bias that the architecture lacks: prune or distill"
-        )
-
-
 def make_solver(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint, profile: ComputeProfile) -> Solver:
     """What turns budgets into layouts, with the latency table where there is one."""
     model, table = model_shape(checkpoint), None
@@ -160,24 +160,29 @@ def keep_of(budget: Budget, solver: Solver, layouts: Sequence[LayerLayout]) -> f
 
 
 def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint, seed: int) -> TextSample:
-    """Calibration and held-out rows: a text each, or a window of running text for a causal LM."""
-    texts = read_all(specs)
-    settings = recipe.calibration
-    if checkpoint.kind == "causal_lm":
+    """Calibration and held-out rows: a text each, a window of running text for a causal LM, a source and
+    its target, or a picture or sound."""
+    settings, kind = recipe.calibration, checkpoint.kind
+    if kind in ("encoder", "causal_lm"):
+        texts = read_all(specs)
+    else:
+        texts = read_pairs(specs) if kind == "seq2seq" else read_media(specs, kind=kind)
+    if kind == "causal_lm":
         texts = passages(texts, max_characters=settings.max_length * CHARACTERS_PER_TOKEN)
-    return sample_texts(
+    sample = sample_texts(
         texts,
         num_samples=settings.samples,
         num_held_out=settings.held_out,
         seed=seed,
         num_judged=settings.held_out if recipe.allocation == "search" or recipe.healing else 0,
     )
+    return sample if kind in TEXT_KINDS else sample.mapped(embedded)
 
 
 def within_tokens(text: TextSample, *, recipe: Recipe, checkpoint: Checkpoint) -> TextSample:
     """The sample with no more calibration rows than the recipe's `max_tokens` have room for."""
     settings = recipe.calibration
-    if settings.max_tokens is None:
+    if settings.max_tokens is None or checkpoint.kind not in ("encoder", "causal_lm"):
         return text
     num_rows = num_rows_within(
         load_tokenizer(checkpoint),
@@ -191,9 +196,15 @@ def within_tokens(text: TextSample, *, recipe: Recipe, checkpoint: Checkpoint) -
 def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) -> None:
     """Raise ConfigError when rows are longer than the model reads, or none has a token to learn from."""
     longest = checkpoint.max_positions
-    if longest is not None and max_length > longest:
+    if longest is not None and max_length > longest and checkpoint.kind in TEXT_KINDS:
         raise ConfigError(f"--max-length {max_length} is more than the model's {longest} positions")
-    tokenizer = load_tokenizer(checkpoint)
+    reader = make_reader(checkpoint, max_length=max_length, batch_tokens=max_length)
+    if not isinstance(reader, TextReader):
+        if not reader.encode(rows[:8]):
+            raise ConfigError("the calibration rows hold nothing that the model reads: give others")
+        return
+    tokenizer = reader.tokenizer
+    check_vocabulary(tokenizer, checkpoint)
     num_special = tokenizer.num_special_tokens_to_add()
     if max_length <= num_special:
         raise ConfigError(
@@ -207,3 +218,15 @@ def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) 
         f"the calibration text is nothing but padding and special tokens at --max-length {max_length}: "
         "give other text or a larger --max-length"
     )
+
+
+def check_vocabulary(tokenizer: Any, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError when the tokenizer gives tokens that the model has no embedding for."""
+    text = checkpoint.config.get("text_config")
+    stated = (text if isinstance(text, dict) else checkpoint.config).get("vocab_size")
+    token, index = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1], default=("", -1))
+    if isinstance(stated, int) and index >= stated:
+        raise ConfigError(
+            f"{checkpoint.directory}: the tokenizer does not belong to the model: it has token {token!r} as "
+            f"number {index}, and the model reads numbers below {stated}"
+        )

@@ -45,7 +45,7 @@ def check_origin(
     if model.tokenizer_digest != digests["tokenizer"]:
         raise ConfigError(f"{where} was collected with another tokenizer: {mend}")
     theirs_profile = ComputeProfile.resolve(origin.manifest.config)
-    if theirs_profile != profile:
+    if theirs_profile.key_inputs != profile.key_inputs:
         raise ConfigError(
             f"{where} was computed on {_describe(theirs_profile)}, this run is on {_describe(profile)}: "
             "give the same --device and --dtype, or leave --stats out"

@@ -16,7 +16,7 @@ from ffsplit.artifacts.digests import file_entries
 from ffsplit.artifacts.entries import StoreGuarantees
 from ffsplit.artifacts.index import latest_commit
 from ffsplit.artifacts.locate import locate, read_manifest
-from ffsplit.artifacts.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
+from ffsplit.artifacts.manifest import MANIFEST_NAME, SIGNATURE_NAME, LinearsRecord, Manifest
 from ffsplit.artifacts.paths import check_outside_attempts
 from ffsplit.artifacts.publish import Upload, new_attempt_id
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX, Result, Scratch
@@ -26,18 +26,20 @@ from ffsplit.artifacts.stores import NOT_ATOMIC, Store, open_store
 from ffsplit.config import JobConfig
 from ffsplit.distributed import make_runner
 from ffsplit.errors import ConfigError, FFSplitError, GateError, StoreError
-from ffsplit.examine import check_plain
 from ffsplit.execution import Execution, Layers
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.trust import trusting
 from ffsplit.placement import place
+from ffsplit.plain import check_plain
 from ffsplit.preflight.words import in_one_line
 from ffsplit.prepare import PreparedRun, prepare, settle
 from ffsplit.progress import Progress, StageLog
 from ffsplit.publication import REPORT_NAME, Outcome, write_documents
 from ffsplit.recipes.recipe import Recipe
 from ffsplit.runtime.assemble import assemble, replace_weights
+from ffsplit.runtime.linears import linears_config, quantize_linears
 from ffsplit.splitting.plan import LayerPlan, plan_split
 from ffsplit.temporary import full_disk_explained
 
@@ -88,7 +90,7 @@ def calibrate(
 
 
 def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: Path | None) -> Finished:
-    with progress or Progress.to_stderr() as shown:
+    with trusting(config.trust_remote_code), progress or Progress.to_stderr() as shown:
         store = open_store(config.out)
         check_outside_attempts(store.uri, flag="--out")
         if sign_key is not None:
@@ -200,7 +202,7 @@ def _compute_model(execution: Execution, staging: Path) -> tuple[PreparedRun, Ou
     execution = replace(execution, run=run)
     plans = plan_split(statistics, run.layouts, score=run.recipe.score)
     layers = execution.compress("compress", run.checkpoint, run.recipe.steps, plans, shards, place=place)
-    layers = _finish(execution, layers, shards, staging)
+    layers, linears = _finish(execution, layers, shards, staging)
     measured = execution.measure(staging, layers.layouts)
     outcome = Outcome(
         kind="model",
@@ -210,17 +212,20 @@ def _compute_model(execution: Execution, staging: Path) -> tuple[PreparedRun, Ou
         allocation=allocation,
         plans=_with_layouts(plans, layers.layouts),
         errors=layers.errors,
+        linears=linears,
         measurements=measured,
     )
     return run, outcome
 
 
-def _finish(execution: Execution, layers: Layers, shards: Sequence[Result], staging: Path) -> Layers:
+def _finish(
+    execution: Execution, layers: Layers, shards: Sequence[Result], staging: Path
+) -> tuple[Layers, LinearsRecord | None]:
     """Assemble the layers in `staging`; heal and then quantize them where the recipe says so."""
     run, recipe = execution.run, execution.run.recipe
     if recipe.healing is None and recipe.after_healing is None:
         assemble(run.checkpoint, layers.files, layers.layouts, staging)
-        return layers
+        return layers, None
     check_plain(run.checkpoint, layers.layouts, recipe=recipe)  # a search may have made the layers uneven
     whole = staging if recipe.after_healing is None else staging.with_name("healed")
     assemble(run.checkpoint, layers.files, layers.layouts, whole)
@@ -228,14 +233,19 @@ def _finish(execution: Execution, layers: Layers, shards: Sequence[Result], stag
         healed = execution.heal(recipe.healing, whole)
         replace_weights(whole, execution.scratch.path(healed.files[0]))
     if recipe.after_healing is None:
-        return layers
+        return layers, None
     checkpoint = open_checkpoint(whole)
     plans = _quantization_plans(checkpoint, recipe)
     quantized = execution.compress(
         "quantize", checkpoint, (recipe.after_healing,), plans, shards, place="quantize"
     )
-    assemble(checkpoint, quantized.files, quantized.layouts, staging)
-    return quantized._replace(errors=layers.errors)
+    files, record = list(quantized.files), None
+    if recipe.linears == "int8":
+        added, record = quantize_linears(checkpoint, staging.with_name("linears"))
+        files += added
+    linears = None if record is None else linears_config(record.modules)
+    assemble(checkpoint, files, quantized.layouts, staging, linears=linears)
+    return quantized._replace(errors=layers.errors), record
 
 
 def _quantization_plans(checkpoint: Checkpoint, recipe: Recipe) -> tuple[LayerPlan, ...]:

@@ -23,10 +23,12 @@ from ffsplit.gates import Gate, gated_key
 from ffsplit.measurement.tasks.evaluations import Evaluation
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.finite import check_all_finite
+from ffsplit.models.trust import trusting
 from ffsplit.origin import check_origin
 from ffsplit.preflight.estimate import estimate
 from ffsplit.preflight.records import Preflight
 from ffsplit.recipes.recipe import Recipe
+from ffsplit.runtime.trial import check_by_trial
 from ffsplit.splitting.plan import num_energetic
 from ffsplit.splitting.solver import Solver
 from ffsplit.stages.profile import ComputeProfile
@@ -76,16 +78,18 @@ def prepare(config: JobConfig, *, kind: Kind = "model") -> PreparedRun:
 
     What cannot fit is refused before any weight is read.
     """
-    job = examine(config, kind=kind)
-    flight = estimate(job, kind=kind)
-    flight.check()
-    return identify(job, flight)
+    with trusting(config.trust_remote_code):
+        job = examine(config, kind=kind)
+        flight = estimate(job, kind=kind)
+        flight.check()
+        return identify(job, flight)
 
 
 def preflight(config: JobConfig, *, kind: Kind = "model") -> Preflight:
     """What a run would need, by its checked settings. Raises ConfigError as `prepare` does."""
     check_outside_attempts(open_store(config.out).uri, flag="--out")
-    return estimate(examine(config, kind=kind), kind=kind)
+    with trusting(config.trust_remote_code):
+        return estimate(examine(config, kind=kind), kind=kind)
 
 
 def identify(job: Examined, flight: Preflight) -> PreparedRun:
@@ -96,6 +100,8 @@ def identify(job: Examined, flight: Preflight) -> PreparedRun:
     config, recipe, checkpoint = job.config, job.recipe, job.checkpoint
     if checkpoint.num_bytes <= CHECKED_BEFORE_BYTES:
         check_all_finite(checkpoint.directory, checkpoint.tensors)
+    if checkpoint.is_guessed:
+        check_by_trial(checkpoint)
     digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}
     if job.origin is not None:
         check_origin(job.origin, digests=digests, revision=job.revision, profile=job.profile)
@@ -106,7 +112,7 @@ def identify(job: Examined, flight: Preflight) -> PreparedRun:
         "digests": digests,
         "calibration": recipe.calibration.model_dump(mode="json"),
         "seed": config.seed,
-        "profile": job.profile.model_dump(mode="json"),
+        "profile": job.profile.key_inputs,
         "nonce": nonce,
     }
     healing = healing_inputs(config) if recipe.healing is not None else None

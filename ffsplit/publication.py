@@ -18,6 +18,7 @@ from ffsplit.artifacts.manifest import (
     CalibrationRecord,
     GateResult,
     LayerRecord,
+    LinearsRecord,
     Manifest,
     Measurements,
     SourceModel,
@@ -57,6 +58,7 @@ class Outcome:
     measurements: Measurements | None = None
     gates: tuple[GateResult, ...] = ()
     allocation: AllocationRecord | None = None
+    linears: LinearsRecord | None = None
     guarantees: StoreGuarantees | None = None
 
 
@@ -122,6 +124,7 @@ def _draft(
         calibration=_calibration(run, outcome),
         layers=tuple(_layers(run, outcome)),
         allocation=outcome.allocation,
+        linears=outcome.linears,
         measurements=outcome.measurements,
         gates=outcome.gates,
         stages=tuple(stages),
@@ -187,6 +190,9 @@ def model_card(manifest: Manifest) -> str:
         "",
         how,
     ]
+    if manifest.linears is not None:
+        sizes = f"{manifest.linears.original_size_bytes:,} bytes became {manifest.linears.size_bytes:,}"
+        body += ["", f"The linear layers of attention have int8 weights: {sizes}."]
     if measured is not None:
         before, after = measured.original_size, measured.compressed_size
         body += ["", "| | original | compressed |", "|---|---|---|"]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from rich.console import Console
 from rich.table import Table
 
 from ffsplit.artifacts.manifest import Latency, Manifest, Measurements
 from ffsplit.gates import describe_result
-from ffsplit.inspection import Inspection
+from ffsplit.inspection import FFNGroup, Inspection
 from ffsplit.planning import LayerForecast, Plans
 from ffsplit.preflight.records import Preflight
 from ffsplit.publication import REPORT_NAME
@@ -17,7 +15,6 @@ from ffsplit.report.humanize import (
     duration,
     layout,
     milliseconds,
-    number,
     percent,
     score,
     score_change,
@@ -108,37 +105,35 @@ def print_preflight(flight: Preflight) -> None:
         print(f"the artifact: {size(flight.artifact_bytes)} of weights".replace("\u00a0", " "))
 
 
-def print_timings(latencies: Sequence[Latency]) -> None:
-    """Paired latencies, one shape after the other."""
-    table = _table("forward passes, in turn", "", "original", "compressed", "speed-up")
-    for each in latencies:
-        _add_latency(table, each)
-        p95 = (each.original_p95_ms, each.compressed_p95_ms)
-        table.add_row("  p95", milliseconds(p95[0]), milliseconds(p95[1]), "")
-        rates = (each.original_tokens_per_s, each.compressed_tokens_per_s)
-        table.add_row("  tokens/s", number(rates[0]), number(rates[1]), "")
-    _print(table)
-
-
 def print_inspection(found: Inspection) -> None:
     """The FFNs of a model, and what budgets would give."""
-    first = found.shapes[0]
-    gated = "gated " if first.gated else ""
     share = found.ffn_elements / found.num_parameters
-    family = f"{found.architecture} ({found.model_type})"
-    print(f"{family}: {len(found.shapes)} layers, {gated}{found.activation} FFNs")
-    biases = f"up bias: {first.up_bias}, down bias: {first.down_bias}"
-    print(f"each {first.hidden_size} -> {first.num_neurons} -> {first.hidden_size}, {biases}")
+    print(f"{found.architecture} ({found.model_type}): {len(found.shapes)} FFNs")
     print(f"parameters {found.num_parameters:,}, FFNs {found.ffn_elements:,} ({percent(share)})")
+    table = _table("FFNs", "", "number", "sizes", "activation", "biases", "of all parameters")
+    for group in found.groups:
+        shape = group.shape
+        sizes = f"{shape.hidden_size} -> {shape.num_neurons} -> {shape.hidden_size}"
+        has = [name for name, there in (("up", shape.up_bias), ("down", shape.down_bias)) if there]
+        count = f"{group.num_ffns}" if group.num_ffns == group.num_blocks else _in_blocks(group)
+        gated = ", gated" if shape.gated else ""
+        part = percent(group.num_elements / found.num_parameters)
+        table.add_row(group.what, count, sizes, group.activation + gated, ", ".join(has) or "none", part)
+    _print(table)
     table = _table(
-        f"recipe {found.recipe}", "--keep", "a layer becomes", "parameters", "in the blocks", "plain"
+        f"recipe {found.recipe}", "--keep", "an FFN becomes", "parameters", "in the blocks", "plain"
     )
     for each in found.budgets:
         blocks = each.num_parameters_without_embeddings / found.num_parameters_without_embeddings - 1
         plain = "yes" if each.plain else "no"
-        row = (f"{each.keep:g}", layout(each.layout), f"{each.num_parameters:,}", f"{blocks:+.1%}", plain)
+        layouts = " / ".join(dict.fromkeys(map(layout, each.layouts)))
+        row = (f"{each.keep:g}", layouts, f"{each.num_parameters:,}", f"{blocks:+.1%}", plain)
         table.add_row(*row)
     _print(table)
+
+
+def _in_blocks(group: FFNGroup) -> str:
+    return f"{group.num_ffns} in {group.num_blocks} blocks"
 
 
 def _add_latency(table: Table, each: Latency) -> None:

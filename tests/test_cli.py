@@ -98,7 +98,7 @@ def test_benchmark_times_an_artifact_against_its_original(
 def test_inspect_reads_headers_alone(small_job: SmallJob, capsys: Captured) -> None:
     assert main(["inspect", str(small_job.model)]) == 0
     printed = capsys.readouterr().out
-    assert "3 layers" in printed
+    assert "3 FFNs" in printed and "32 -> 96 -> 32" in printed
     assert "0.3535" in printed
 
 

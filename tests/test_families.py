@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ffsplit
 from ffsplit.ffn import LayerLayout
+from ffsplit.measurement.examples import example_inputs
 from ffsplit.models.activations import activation_named
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
@@ -20,6 +27,7 @@ from ffsplit.runtime.assemble import assemble
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
 from tests.small_jobs import SmallJob
 from tests.tiny_families import FAMILIES, outputs, save_checkpoint
+from tests.tiny_models import WORDS
 
 CPU = torch.device("cpu")
 WITH_HEADS = [(name, head) for name, family in FAMILIES.items() for head in ("", *family.heads)]
@@ -42,6 +50,43 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 def test_every_row_has_a_tiny_model() -> None:
     assert {family.model_type or name for name, family in FAMILIES.items()} == set(ARCHITECTURES)
+
+
+def calibration_of(kind: str, folder: Path) -> str | None:
+    """Twelve rows of what a kind of model reads, None for a text a line."""
+    words = [" ".join(WORDS[start : start + 5]) for start in range(0, 60, 5)]
+    if kind == "seq2seq":
+        pairs = zip(words, reversed(words), strict=True)
+        (folder / "pairs.csv").write_text("source,target\n" + "\n".join(map(",".join, pairs)))
+        return f"{folder}/pairs.csv#source,target"
+    if kind.startswith("image"):
+        generator = np.random.default_rng(0)
+        (folder / "images").mkdir()
+        for index in range(12):
+            pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
+        if kind == "image":
+            return str(folder / "images")
+        rows = [f"images/{index}.png,{text}" for index, text in enumerate(words)]
+        (folder / "captions.csv").write_text("image,text\n" + "\n".join(rows))
+        return f"{folder}/captions.csv#image,text"
+    if kind in ("audio", "speech"):
+        table = {"sound": [{"bytes": noise(index), "path": None} for index in range(12)], "text": words}
+        pq.write_table(pa.table(table), folder / "sounds.parquet")
+        return f"{folder}/sounds.parquet#sound" + (",text" if kind == "speech" else "")
+    return None
+
+
+def noise(seed: int) -> bytes:
+    """Half a second of noise as a WAV file, at half the rate that the models want."""
+    samples = np.random.default_rng(seed).integers(-20000, 20000, 4000, dtype=np.int16)
+    target = io.BytesIO()
+    with wave.open(target, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(samples.tobytes())
+    return target.getvalue()
 
 
 def split_exactly(checkpoint: Checkpoint, directory: Path) -> None:
@@ -73,10 +118,13 @@ def test_an_exact_split_is_the_dense_model(saved: Saved, tmp_path: Path, family:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_of_it_saves_loads_and_runs(saved: Saved, tmp_path: Path, family: str) -> None:
-    source = saved(family, FAMILIES[family].heads[0])
+    source = saved(family, FAMILIES[family].usual_head)
     job = SmallJob(tmp_path, source)
     recipe = job.recipe(step="{kind: prune}")
-    manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, samples=16))
+    calibration = calibration_of(open_checkpoint(source).kind, tmp_path)
+    manifest = ffsplit.compress(
+        job.config(tmp_path / "out", recipe=recipe, samples=16, calibration=(calibration or str(job.text),))
+    )
     assert manifest.measurements is not None
     kept = (
         manifest.measurements.compressed_size.ffn_elements / manifest.measurements.original_size.ffn_elements
@@ -90,8 +138,8 @@ def test_half_of_it_saves_loads_and_runs(saved: Saved, tmp_path: Path, family: s
     model.save_pretrained(tmp_path / "again")
     assert torch.equal(outputs(load_whole_model(tmp_path / "again", manifest.model.architecture)), found)
     if model.can_generate():
-        ids = torch.tensor([[5, 50, 150]])
-        generated = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        inputs = example_inputs(model, num_rows=1, num_tokens=3)[model.main_input_name]
+        generated = model.generate(inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
         assert generated.shape[1] > (0 if model.config.is_encoder_decoder else 3)
 
 
@@ -100,7 +148,7 @@ def test_half_of_it_saves_loads_and_runs(saved: Saved, tmp_path: Path, family: s
 def test_dtype_and_tied_weights_are_kept(
     saved: Saved, tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
-    checkpoint = open_checkpoint(saved(family, FAMILIES[family].heads[0], dtype))
+    checkpoint = open_checkpoint(saved(family, FAMILIES[family].usual_head, dtype))
     split_exactly(checkpoint, tmp_path / "split")
     tensors = load_file(tmp_path / "split" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
@@ -112,7 +160,7 @@ def test_dtype_and_tied_weights_are_kept(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keeping_everything_changes_no_tensor(saved: Saved, tmp_path: Path, family: str) -> None:
-    checkpoint = open_checkpoint(saved(family, FAMILIES[family].heads[0]))
+    checkpoint = open_checkpoint(saved(family, FAMILIES[family].usual_head))
     files, layouts = [], [LayerLayout.dense(shape) for shape in checkpoint.shapes]
     for ffn in checkpoint.ffns:
         weights = load_ffn(checkpoint, ffn.index, activation=torch.relu, device=CPU)

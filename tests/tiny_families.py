@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from ffsplit.measurement.examples import example_inputs
 from tests.tiny_models import VOCAB_SIZE, randomize, save_tokenizer
 
 NUM_LAYERS = 2
@@ -42,6 +43,11 @@ _T5 = {
 }
 _T5 |= {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "eos_token_id": 3, "decoder_start_token_id": 0}
 _PIXELS = _SIZES | {"image_size": 16, "patch_size": 8}
+_WHISPER = {"max_source_positions": 50, "max_target_positions": 64, "num_mel_bins": 8}
+_WHISPER |= {"suppress_tokens": [], "begin_suppress_tokens": []}
+_WHISPER_HEADS = ("ForConditionalGeneration", "ForAudioClassification")
+_SOUND = {"vocab_size": 32, "conv_dim": [8, 8], "conv_stride": [5, 4], "conv_kernel": [10, 4]}
+_SOUND |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 _MOE = _LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 _ENCODER_HEADS = ("ForMaskedLM", *_HEADS)
@@ -54,6 +60,10 @@ class Family(NamedTuple):
     config: dict[str, Any]
     heads: tuple[str, ...]
     model_type: str = ""
+
+    @property
+    def usual_head(self) -> str:
+        return self.heads[0] if self.heads else ""
 
 
 def _bert(prefix: str, heads: tuple[str, ...] = _ENCODER_HEADS, **more: Any) -> Family:
@@ -102,6 +112,22 @@ FAMILIES: dict[str, Family] = {
         "Qwen2Moe", _MOE | {"shared_expert_intermediate_size": 40, "decoder_sparse_step": 1}
     ),
     "qwen3_moe": _decoder("Qwen3Moe", _MOE | {"mlp_only_layers": [0]}),
+    "t5": Family("T5", _T5, ("ForConditionalGeneration", "EncoderModel")),
+    "t5-gated": Family("T5", _T5 | {"feed_forward_proj": "gated-gelu"}, ("ForConditionalGeneration",), "t5"),
+    "bart": Family("Bart", _ENCODER_DECODER | {"max_position_embeddings": 64}, ("ForConditionalGeneration",)),
+    "whisper": Family("Whisper", _ENCODER_DECODER | _WHISPER, _WHISPER_HEADS),
+    "vit": Family("ViT", _PIXELS, ("ForImageClassification", "ForMaskedImageModeling")),
+    "clip": Family(
+        "CLIP",
+        {"text_config": _TEXT, "vision_config": _PIXELS, "projection_dim": 8},
+        ("Model", "ForImageClassification"),
+    ),
+    "siglip": Family(
+        "Siglip",
+        {"text_config": _TEXT | {"projection_size": 16}, "vision_config": _PIXELS},
+        ("Model", "ForImageClassification"),
+    ),
+    "wav2vec2": Family("Wav2Vec2", _SIZES | _IDS | _SOUND, ("ForCTC", "ForSequenceClassification")),
     "relu2": _decoder("Llama", _LLAMA | {"hidden_act": "relu2"}, ())._replace(model_type="llama"),
 }
 """By model_type; `relu2` is a Llama with squared ReLU."""
@@ -121,17 +147,34 @@ def save_checkpoint(
     directory: Path, family: str, head: str = "", *, dtype: torch.dtype = torch.float32
 ) -> Path:
     """A random model on disk, with what turns rows into its inputs."""
-    make_model(family, head).to(dtype).save_pretrained(directory)
-    save_tokenizer(directory)
+    model = make_model(family, head).to(dtype)
+    model.save_pretrained(directory)
+    reads = type(model).main_input_name
+    if reads != "input_values" and family != "vit":
+        save_tokenizer(directory)
+    if family in ("vit", "clip", "siglip"):
+        side = {"height": 16, "width": 16}
+        processor = transformers.ViTImageProcessorPil(size=side, do_resize=True)
+        processor.save_pretrained(directory)
+    if reads == "input_values":
+        transformers.Wav2Vec2FeatureExtractor().save_pretrained(directory)
+    if reads == "input_features":
+        transformers.WhisperFeatureExtractor(feature_size=8, chunk_length=1).save_pretrained(directory)
     return directory
 
 
 @torch.no_grad()
 def outputs(model: Any) -> Tensor:
-    """What a model makes of two rows, one of them padded: all its floats, those of padding left out."""
-    ids = torch.tensor([[5, 50, 150, 199, 30, 77], [8, 9, 10, 0, 0, 0]])
-    mask = (ids != 0).long()
+    """What a model makes of two rows, one padded where it reads tokens: its floats, but those of padding."""
+    inputs = example_inputs(model, num_rows=2, num_tokens=6)
+    if "input_ids" in inputs and "attention_mask" in inputs:
+        inputs["input_ids"][1, 3:] = 0
+        inputs["attention_mask"] = (inputs["input_ids"] != 0).long()
     if getattr(model.config, "pad_token_id", None) is None:
         model.config.pad_token_id = 0
-    found = model(input_ids=ids, attention_mask=mask)[0].float()
-    return found[mask.bool()] if found.shape[:2] == ids.shape else found
+    found = model(**inputs)
+    states = found[0] if "image_embeds" not in found else torch.cat([found.image_embeds, found.text_embeds])
+    mask = None if "decoder_input_ids" in inputs else inputs.get("attention_mask")
+    if mask is None or states.shape[:2] != mask.shape:
+        return states.float()
+    return states[mask.bool()].float()

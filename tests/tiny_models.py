@@ -90,7 +90,7 @@ def randomize(model: nn.Module, *, seed: int) -> None:
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("bias"):
             parameter.copy_(0.3 * noise)
-        elif parameter.dim() == 1:
+        elif parameter.dim() <= 1:
             parameter.copy_(1 + 0.1 * noise)
         else:
             parameter.copy_(noise / parameter.shape[-1] ** 0.5)

@@ -84,6 +84,16 @@ class LayerRecord(Record):
     )
 
 
+class LinearsRecord(Record):
+    """The linear layers of attention, where they have integer weights too."""
+
+    modules: tuple[str, ...] = Field(description="paths below the base model")
+    num_bits: Literal[8]
+    num_elements: int
+    size_bytes: int = Field(description="integers and scales")
+    original_size_bytes: int
+
+
 class Latency(Record):
     """Forward passes at one shape, original and compressed in turn in one process."""
 
@@ -196,6 +206,7 @@ class Manifest(Record):
     calibration: CalibrationRecord
     layers: tuple[LayerRecord, ...]
     allocation: AllocationRecord | None = Field(default=None, description="None where layers are uniform")
+    linears: LinearsRecord | None = Field(default=None, description="None where attention is as it was")
     measurements: Measurements | None
     gates: tuple[GateResult, ...] = Field(default=(), description="all met, or it had not been published")
     stages: tuple[Stage, ...]

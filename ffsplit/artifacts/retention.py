@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 
+from ffsplit.artifacts.benchmarks import BENCHMARKS_FOLDER
 from ffsplit.artifacts.commits import COMMIT_NAME, Commit, Named, read_commit, record_bytes
 from ffsplit.artifacts.index import latest_commit, list_runs
 from ffsplit.artifacts.links import SHARES_PREFIX, has_expired
@@ -124,6 +125,7 @@ def collect(store: Store, planned: Plan) -> list[Removal]:
             if store.exists(_pin_key(run_key)) or (latest and latest.run_key == run_key):
                 continue
             store.delete(f"{run_key}/{COMMIT_NAME}")
+            store.delete_prefix(f"{run_key}/{BENCHMARKS_FOLDER}")
         elif RUN_KEY.fullmatch(run_key):
             standing = read_commit(store, run_key)
             if standing and standing.attempt == attempt:

@@ -43,8 +43,14 @@ class Batch:
     def num_tokens(self) -> int:
         return int(self.attention_mask.sum())
 
-    def to(self, device: torch.device) -> Batch:
-        return Batch({name: tensor.to(device) for name, tensor in self.arguments.items()})
+    def to(self, device: torch.device, *, dtype: torch.dtype | None = None) -> Batch:
+        """The same on a device, pixels and sound in the dtype that the model computes in."""
+        return Batch(
+            {
+                name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+                for name, tensor in self.arguments.items()
+            }
+        )
 
 
 def tokenize_rows(tokenizer: Any, rows: Sequence[str], *, max_length: int) -> list[list[int]]:
@@ -78,9 +84,15 @@ def padded_batches(rows: Sequence[Sequence[int]], *, batch_tokens: int, pad_id: 
         longest = len(ordered[start])
         chunk = ordered[start : start + max(1, batch_tokens // longest)]
         start += len(chunk)
-        ids = torch.full((len(chunk), longest), pad_id, dtype=torch.long)
-        mask = torch.zeros((len(chunk), longest), dtype=torch.long)
-        for row, tokens in enumerate(chunk):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, : len(tokens)] = 1
-        yield Batch.of_tokens(ids, mask)
+        yield Batch.of_tokens(*padded(chunk, pad_id=pad_id))
+
+
+def padded(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids padded to the longest row, and their mask, both [rows, longest]."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    return ids, mask

@@ -45,7 +45,7 @@ def observe(
         for batch in batches:
             observer.next_batch(batch.arguments)
             if not inputs_only or observer.batch_is_sampled:
-                model(**batch.to(model.device).arguments)
+                model(**batch.to(model.device, dtype=model.dtype).arguments)
     yield from _observed(observer, ffns, inputs_only=inputs_only)
 
 

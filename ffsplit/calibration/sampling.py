@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ffsplit.errors import ConfigError
@@ -26,6 +26,14 @@ class TextSample:
     """sha256 over all lists, 64 hex digits."""
     judged: tuple[str, ...] = ()
     """Rows to choose between candidates by, neither calibrated on nor held out; only where asked for."""
+
+    def mapped(self, change: Callable[[str], str]) -> TextSample:
+        """The same sample with every row changed, and the digest of that."""
+        calibration, held_out, judged = (
+            tuple(map(change, rows)) for rows in (self.calibration, self.held_out, self.judged)
+        )
+        digest = _digest(calibration, held_out, judged)
+        return TextSample(calibration, held_out, self.held_out_is_disjoint, digest, judged)
 
     def first(self, num_rows: int) -> TextSample:
         """The sample with no more than the first `num_rows` to calibrate on."""

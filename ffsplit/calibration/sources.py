@@ -44,6 +44,11 @@ def read_texts(spec: str) -> list[str]:
     return texts
 
 
+def read_column(spec: str) -> list[str]:
+    """The texts of one source as they are, the empty ones too, so that columns stay side by side."""
+    return _read(spec)
+
+
 def read_all(specs: Sequence[str]) -> list[str]:
     """The texts of every source, one source after the other."""
     return [text for spec in specs for text in read_texts(spec)]

@@ -1,59 +1,186 @@
-"""`ffsplit benchmark`: time an artifact and its original, or one model alone."""
+"""`ffsplit benchmark`: an artifact and its original in turn, appended to a publication."""
 
 from __future__ import annotations
 
 import json
+import statistics
+import time
+from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ffsplit.artifacts.locate import locate, read_manifest
-from ffsplit.artifacts.manifest import Latency
+from ffsplit.artifacts.benchmarks import BenchmarkRecord, Cost, append_benchmark
+from ffsplit.artifacts.locate import Location, locate, read_manifest
 from ffsplit.artifacts.pull import materialize
+from ffsplit.config import Device, DType
+from ffsplit.environment import describe_environment
 from ffsplit.errors import ConfigError
-from ffsplit.measurement.latency import paired_latency
-from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.measurement.latency import WARM_UP_RUNS
+from ffsplit.measurement.memory import peak_memory_bytes
+from ffsplit.measurement.timings import time_models
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_whole_model
 from ffsplit.models.locate import locate_model
 
-SHAPES = ((1, 16), (1, 128), (8, 128))
-NUM_PAIRS = 30
+NUM_LOADS = 3
 
 
-def benchmark(uri: str, *, against: str | None = None) -> tuple[Latency, ...]:
-    """Paired latencies of the model at `uri` and another one, in this process, on the CPU or the GPU.
+@dataclass(frozen=True)
+class Settings:
+    """What is timed, and how. The device is the GPU where there is one, unless one is named."""
+
+    batch_sizes: tuple[int, ...] = (1, 8)
+    lengths: tuple[int, ...] = (16, 128)
+    pairs: int = 30
+    new_tokens: int = 32
+    device: Device = "auto"
+    dtype: DType = "auto"
+    threads: int | None = None
+    memory: bool = True
+
+    def checked(self) -> Settings:
+        """Raise ConfigError for what cannot be timed on this machine."""
+        for flag, values in (("--batch-sizes", self.batch_sizes), ("--lengths", self.lengths)):
+            if not values or min(values) < 1:
+                raise ConfigError(f"{flag} must be 1 or more")
+        if self.pairs < 1 or self.new_tokens < 0 or (self.threads is not None and self.threads < 1):
+            raise ConfigError("--pairs and --threads must be 1 or more, --new-tokens 0 or more")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError("--device cuda: torch finds no GPU on this machine")
+        if self.torch_dtype is torch.bfloat16 and self.on_cuda and not torch.cuda.is_bf16_supported():
+            raise ConfigError(f"--dtype bfloat16: {torch.cuda.get_device_name()} has no such numbers")
+        return self
+
+    @property
+    def on_cuda(self) -> bool:
+        return torch.cuda.is_available() if self.device == "auto" else self.device == "cuda"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype == "auto":
+            return torch.bfloat16 if self.on_cuda else torch.float32
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two directories that are compared, and the publication that one of them is."""
+
+    original: Path
+    compressed: Path
+    location: Location | None
+
+
+def benchmark(uri: str, *, against: str | None = None, settings: Settings = Settings()) -> BenchmarkRecord:
+    """Time the model at `uri` and another one in this process, in turn.
 
     `uri` is an artifact or a dense model. An artifact is compared with `against`, or with the model
     it was made from; a dense model with `against`, or with itself. Raises ConfigError when either is
     missing, or the original is not the one the artifact was made from any more.
     """
+    settings = settings.checked()
+    pair = _find(uri, against)
+    threads = torch.get_num_threads()
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    try:
+        return _measure(uri, against, pair, settings)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def publish(uri: str, record: BenchmarkRecord) -> str | None:
+    """Append a benchmark beside the artifact that it is of; None where that is no committed one."""
+    if record.run_key is None:
+        return None
+    location = locate(uri)
+    return append_benchmark(location, record) if location.commit is not None else None
+
+
+def _find(uri: str, against: str | None) -> Pair:
     try:
         location = locate(uri)
     except ConfigError:
-        compressed_directory = open_checkpoint(locate_model(uri).directory).directory
-        original_directory = locate_model(against or uri).directory
-    else:
-        compressed_directory = materialize(uri)
-        manifest = read_manifest(location)
-        if manifest.kind != "model":
-            raise ConfigError(f"{uri} holds statistics, no model")
-        original_directory = locate_model(
-            against or manifest.config.model, revision=manifest.model.revision
-        ).directory
-        if against is None and open_checkpoint(original_directory).model_digest() != manifest.model.digest:
-            raise ConfigError(
-                f"{manifest.config.model} has changed since the artifact was made: give --against MODEL"
-            )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    longest = open_checkpoint(original_directory).max_positions or max(tokens for _, tokens in SHAPES)
-    shapes = tuple(dict.fromkeys((rows, min(tokens, longest)) for rows, tokens in SHAPES))
-    models = [_load(directory).to(device) for directory in (original_directory, compressed_directory)]
-    vocab_size = min(int(model.config.vocab_size) for model in models)
-    return paired_latency(*models, shapes=shapes, num_pairs=NUM_PAIRS, vocab_size=vocab_size)
+        directory = open_checkpoint(locate_model(uri).directory).directory
+        return Pair(locate_model(against or uri).directory, directory, None)
+    compressed = materialize(uri)
+    manifest = read_manifest(location)
+    if manifest.kind != "model":
+        raise ConfigError(f"{uri} holds statistics, no model")
+    original = locate_model(against or manifest.config.model, revision=manifest.model.revision).directory
+    if against is None and open_checkpoint(original).model_digest() != manifest.model.digest:
+        raise ConfigError(
+            f"{manifest.config.model} has changed since the artifact was made: give --against MODEL"
+        )
+    return Pair(original, compressed, location)
 
 
-def _load(directory: Path) -> Any:
+def _measure(uri: str, against: str | None, pair: Pair, settings: Settings) -> BenchmarkRecord:
+    shapes = _shapes(settings, open_checkpoint(pair.original))
+    device = "cuda" if settings.on_cuda else "cpu"
+    loads: tuple[list[float], list[float]] = ([], [])
+    for _ in range(NUM_LOADS):
+        models = []
+        for directory, times in zip((pair.original, pair.compressed), loads, strict=True):
+            start = time.perf_counter()
+            models.append(_load(directory, settings.torch_dtype).to(device))
+            times.append(time.perf_counter() - start)
+    timings = time_models(*models, shapes=shapes, num_pairs=settings.pairs, new_tokens=settings.new_tokens)
+    del models
+    costs = [
+        Cost(
+            load_s=statistics.median(times),
+            peak_memory_bytes=_peak(directory, shapes[-1], settings),
+        )
+        for directory, times in zip((pair.original, pair.compressed), loads, strict=True)
+    ]
+    location = pair.location
+    return BenchmarkRecord(
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        model=uri,
+        against=against or str(pair.original),
+        run_key=None if location is None else location.run_key,
+        attempt=None if location is None else location.attempt,
+        device=device,
+        dtype=str(settings.torch_dtype).removeprefix("torch."),
+        num_threads=torch.get_num_threads(),
+        environment=describe_environment(),
+        original=costs[0],
+        compressed=costs[1],
+        timings=timings,
+    )
+
+
+def _shapes(settings: Settings, checkpoint: Checkpoint) -> list[tuple[int, int]]:
+    """The grid, no row longer than the model can read with what it decodes."""
+    longest = checkpoint.max_positions or max(settings.lengths)
+    if checkpoint.kind == "causal_lm" and checkpoint.max_positions is not None:
+        longest -= settings.new_tokens + WARM_UP_RUNS
+        if longest < 1:
+            raise ConfigError(f"--new-tokens {settings.new_tokens} leaves no room for a prompt in the model")
+    lengths = dict.fromkeys(min(length, longest) for length in settings.lengths)
+    return [(rows, tokens) for rows in dict.fromkeys(settings.batch_sizes) for tokens in lengths]
+
+
+def _peak(directory: Path, shape: tuple[int, int], settings: Settings) -> int | None:
+    if not settings.memory:
+        return None
+    return peak_memory_bytes(
+        directory,
+        _class_name(directory),
+        shape=shape,
+        device="cuda" if settings.on_cuda else "cpu",
+        dtype=str(settings.torch_dtype).removeprefix("torch."),
+    )
+
+
+def _load(directory: Path, dtype: torch.dtype) -> Any:
+    return load_whole_model(directory, _class_name(directory), dtype=dtype)
+
+
+def _class_name(directory: Path) -> str:
     config = json.loads((directory / "config.json").read_text("utf-8"))
-    dtype = "auto" if torch.cuda.is_available() else torch.float32
-    return load_whole_model(directory, (config.get("architectures") or [""])[0], dtype=dtype)
+    return str((config.get("architectures") or [""])[0])

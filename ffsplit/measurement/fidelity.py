@@ -21,33 +21,64 @@ LARGEST_LOSS = 700.0
 def fidelity(
     original: Any, compressed: Any, batches: Iterable[Batch], *, kind: ModelKind
 ) -> dict[str, float]:
-    """Encoders: mean cosine of token and of mean-pooled states. Causal LMs: KL, agreement, perplexity."""
-    measure = encoder_fidelity if kind == "encoder" else causal_fidelity
-    return measure(original, compressed, batches)
+    """Causal LMs: KL, agreement, perplexity. All others: mean cosines of what they make of a row."""
+    if kind == "causal_lm":
+        return causal_fidelity(original, compressed, batches)
+    if kind == "image_text":
+        return pair_fidelity(original, compressed, batches)
+    return encoder_fidelity(original, compressed, batches)
 
 
 @torch.no_grad()
 def encoder_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """Means over tokens (`token_cosine`) and over rows (`pooled_cosine`) of base-model states, in [-1, 1]."""
+    """Means over tokens (`token_cosine`) and over rows (`pooled_cosine`) of last states, in [-1, 1].
+
+    The states are the base model's, of a model with a decoder the decoder's. Positions count where the
+    batch has a mask for them that says so, and where it has none.
+    """
     token_sum = pooled_sum = 0.0
     num_tokens = num_rows = 0
     for batch in batches:
-        mask_BT1 = batch.attention_mask.unsqueeze(-1)
         a_BTD, b_BTD = (hidden_states(model, batch) for model in (original, compressed))
+        mask_BT = mask_of(batch, a_BTD)
+        mask_BT1 = mask_BT.unsqueeze(-1)
         cosine_BT = functional.cosine_similarity(a_BTD, b_BTD, dim=-1)
         a_BD, b_BD = ((state * mask_BT1).sum(1) / mask_BT1.sum(1) for state in (a_BTD, b_BTD))
-        token_sum += float((cosine_BT * batch.attention_mask).sum(dtype=torch.float64))
+        token_sum += float((cosine_BT * mask_BT).sum(dtype=torch.float64))
         pooled_sum += float(functional.cosine_similarity(a_BD, b_BD, dim=-1).sum(dtype=torch.float64))
-        num_tokens += batch.num_tokens
-        num_rows += len(batch.input_ids)
+        num_tokens += int(mask_BT.sum())
+        num_rows += batch.num_rows
     return {"token_cosine": token_sum / num_tokens, "pooled_cosine": pooled_sum / num_rows}
 
 
+def mask_of(batch: Batch, states_BTD: Tensor) -> Tensor:
+    """Which positions of last states are tokens: [rows, tokens] of 0 and 1."""
+    decoded = "decoder_input_ids" in batch.arguments
+    mask = batch.arguments.get("decoder_attention_mask" if decoded else "attention_mask")
+    return mask if mask is not None else states_BTD.new_ones(states_BTD.shape[:2], dtype=torch.long)
+
+
 def hidden_states(model: Any, batch: Batch) -> Tensor:
-    """The base model's last states, whatever head is on it: [rows, tokens, D] float32."""
+    """The last states, whatever head is on the model: [rows, tokens, D] float32."""
     base = getattr(model, model.base_model_prefix, model)
-    states: Tensor = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
-    return states.float()
+    if "decoder_input_ids" in batch.arguments:
+        states: Tensor = base(**batch.arguments, output_hidden_states=True).decoder_hidden_states[-1]
+    else:
+        states = base(**batch.arguments)[0]
+    return (states if states.dim() == 3 else states[:, None]).float()  # a head's logits are one state
+
+
+@torch.no_grad()
+def pair_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    """Means over rows of the cosine of picture embeddings and of text embeddings, in [-1, 1]."""
+    sums, num_rows = {"image_cosine": 0.0, "text_cosine": 0.0}, 0
+    for batch in batches:
+        first, second = (model(**batch.arguments) for model in (original, compressed))
+        for name, field in (("image_cosine", "image_embeds"), ("text_cosine", "text_embeds")):
+            a_BD, b_BD = (getattr(each, field).float() for each in (first, second))
+            sums[name] += float(functional.cosine_similarity(a_BD, b_BD, dim=-1).sum(dtype=torch.float64))
+        num_rows += batch.num_rows
+    return {name: total / num_rows for name, total in sums.items()}
 
 
 @torch.no_grad()

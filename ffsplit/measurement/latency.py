@@ -3,50 +3,46 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ffsplit.artifacts.manifest import Latency
+from ffsplit.measurement.examples import example_inputs, vocab_size_of
 
 WARM_UP_RUNS = 3
 
 
 @torch.inference_mode()
 def paired_latency(
-    original: Any, compressed: Any, *, shapes: Sequence[tuple[int, int]], num_pairs: int, vocab_size: int
+    original: Any, compressed: Any, *, shapes: Sequence[tuple[int, int]], num_pairs: int
 ) -> tuple[Latency, ...]:
-    """p50 and p95 over `num_pairs` forward passes of random tokens at each (rows, tokens a row)."""
+    """p50 and p95 over `num_pairs` forward passes of random inputs at each (rows, tokens a row)."""
     for model in (original, compressed):
         allow_batches(model)
     return tuple(
-        _at_shape(original, compressed, rows, tokens, num_pairs=num_pairs, vocab_size=vocab_size)
-        for rows, tokens in shapes
+        _at_shape(original, compressed, rows, tokens, num_pairs=num_pairs) for rows, tokens in shapes
     )
 
 
 def allow_batches(model: Any) -> None:
     """Let a classifier on a causal model, which looks for padding, run batches that have none."""
     if getattr(model.config, "pad_token_id", None) is None:
-        model.config.pad_token_id = int(model.config.vocab_size)
+        model.config.pad_token_id = vocab_size_of(model)
 
 
-def _at_shape(
-    original: Any, compressed: Any, rows: int, tokens: int, *, num_pairs: int, vocab_size: int
-) -> Latency:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (rows, tokens), generator=generator).to(original.device)
-    mask = torch.ones_like(ids)
-    for _ in range(WARM_UP_RUNS):
-        _run_ms(original, ids, mask)
-        _run_ms(compressed, ids, mask)
-    times = np.empty((num_pairs, 2))
-    for pair in range(num_pairs):
-        turn = (0, 1) if pair % 2 == 0 else (1, 0)
-        for which in turn:
-            times[pair, which] = _run_ms((original, compressed)[which], ids, mask)
+def _at_shape(original: Any, compressed: Any, rows: int, tokens: int, *, num_pairs: int) -> Latency:
+    vocab_size = min(map(vocab_size_of, (original, compressed)))
+    inputs = example_inputs(original, num_rows=rows, num_tokens=tokens, vocab_size=vocab_size)
+    times = paired_times(
+        lambda: original(**inputs),
+        lambda: compressed(**inputs),
+        num_pairs=num_pairs,
+        on_cuda=original.device.type == "cuda",
+    )
     p50, p95 = np.percentile(times, 50, axis=0), np.percentile(times, 95, axis=0)
     return Latency(
         batch_size=rows,
@@ -62,9 +58,23 @@ def _at_shape(
     )
 
 
-def _run_ms(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> float:
+def paired_times(
+    first: Callable[[], Any], second: Callable[[], Any], *, num_pairs: int, on_cuda: bool
+) -> NDArray[np.float64]:
+    """Milliseconds of two calls, made in turn after a warm-up: [num_pairs, 2]."""
+    for _ in range(WARM_UP_RUNS):
+        _run_ms(first, on_cuda)
+        _run_ms(second, on_cuda)
+    times = np.empty((num_pairs, 2))
+    for pair in range(num_pairs):
+        for which in (0, 1) if pair % 2 == 0 else (1, 0):
+            times[pair, which] = _run_ms((first, second)[which], on_cuda)
+    return times
+
+
+def _run_ms(call: Callable[[], Any], on_cuda: bool) -> float:
     start = time.perf_counter()
-    model(input_ids=ids, attention_mask=mask)
-    if ids.is_cuda:
+    call()
+    if on_cuda:
         torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3

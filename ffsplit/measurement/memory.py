@@ -1,6 +1,7 @@
 """Peak memory of loading and running a model, in a fresh process of its own.
 
-`python -m ffsplit.measurement.memory DIRECTORY CLASS ROWS TOKENS DEVICE DTYPE` prints the bytes.
+`python -m ffsplit.measurement.memory DIRECTORY CLASS ROWS TOKENS DEVICE DTYPE VOCABULARY [trusted]`
+prints the bytes.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from contextlib import suppress
 from pathlib import Path
 
 from ffsplit.errors import FFSplitError
+from ffsplit.models.trust import trusted
 
 PR_SET_PDEATHSIG = 1
 
 
 def peak_memory_bytes(
-    directory: Path, class_name: str, *, shape: tuple[int, int], device: str, dtype: str, vocab_size: int
+    directory: Path, class_name: str, *, shape: tuple[int, int], device: str, dtype: str
 ) -> int:
     """Peak resident memory on the CPU, over that of a process with its libraries loaded and no model;
     on CUDA the peak that the allocator handed out. For one load and one forward at `shape`."""
-    arguments = [str(directory), class_name, *map(str, shape), device, dtype, str(vocab_size)]
+    arguments = [str(directory), class_name, *map(str, shape), device, dtype]
+    arguments += ["trusted"] if trusted() else []
     done = subprocess.run(
         [sys.executable, "-m", "ffsplit.measurement.memory", *arguments], capture_output=True, text=True
     )
@@ -34,21 +37,29 @@ def peak_memory_bytes(
 
 
 def _measure(
-    directory: str, class_name: str, rows: str, tokens: str, device: str, dtype: str, vocab_size: str
+    directory: str,
+    class_name: str,
+    rows: str,
+    tokens: str,
+    device: str,
+    dtype: str,
+    trust: str = "",
 ) -> int:
     import torch
-    import transformers
 
+    from ffsplit.measurement.examples import example_inputs
     from ffsplit.measurement.latency import allow_batches
-    from ffsplit.models.load import load_whole_model
+    from ffsplit.models.load import load_whole_model, model_class
 
-    getattr(transformers, class_name or "AutoModel")  # imports the modelling code, which is no model's memory
+    where = Path(directory)
+    model_class(class_name, where=where)  # imports the modelling code, which is no model's memory
     before = _resident_peak_bytes()
-    model = load_whole_model(Path(directory), class_name, dtype=getattr(torch, dtype)).to(device)
+    options = {"dtype": getattr(torch, dtype), "trust_remote_code": bool(trust)}
+    model = load_whole_model(where, class_name, **options).to(device)
     allow_batches(model)
-    ids = torch.randint(int(vocab_size), (int(rows), int(tokens)), device=device)
+    inputs = example_inputs(model, num_rows=int(rows), num_tokens=int(tokens))
     with torch.inference_mode():
-        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        model(**inputs)
     return torch.cuda.max_memory_allocated() if device == "cuda" else _resident_peak_bytes() - before
 
 

@@ -69,6 +69,68 @@ def _fc_ffn(width_field: str, *, output_norm: str | None = None) -> FFNPaths:
     )
 
 
+def _bart_like(
+    model_type: str, kind: ModelKind, *, encoder_mask: str | None, output_norm: str | None, **options: Any
+) -> Architecture:
+    def tower(side: str, mask: str | None) -> Tower:
+        return Tower(
+            name=side,
+            blocks=f"{side}.layers.*",
+            ffns=(_fc_ffn(f"{side}_ffn_dim", output_norm=output_norm),),
+            layers_field=f"{side}_layers",
+            activation_field="activation_function",
+            norm_eps=1e-5,
+            mask=mask,
+        )
+
+    towers = (tower("encoder", encoder_mask), tower("decoder", "decoder_attention_mask"))
+    return Architecture(model_type=model_type, kind=kind, towers=towers, **options)
+
+
+def _t5_like(model_type: str) -> Architecture:
+    def tower(side: str, layer: int, layers_field: str, mask: str) -> Tower:
+        path = f"layer.{layer}.DenseReluDense"
+        shared: dict[str, Any] = {"down": f"{path}.wo", "module": path, "width_field": "d_ff"}
+        return Tower(
+            name=side,
+            blocks=f"{side}.block.*",
+            ffns=(
+                FFNPaths(up=f"{path}.wi", **shared),
+                FFNPaths(up=f"{path}.wi_1", gate=f"{path}.wi_0", **shared),
+            ),
+            layers_field=layers_field,
+            activation_field="feed_forward_proj",
+            default_activation="relu",
+            mask=mask,
+        )
+
+    towers = (
+        tower("encoder", 1, "num_layers", "attention_mask"),
+        tower("decoder", 2, "num_decoder_layers", "decoder_attention_mask"),
+    )
+    return Architecture(model_type=model_type, kind="seq2seq", towers=towers)
+
+
+def _clip_like(model_type: str, *, activation: str, text_mask: str | None, head: bool) -> Architecture:
+    def tower(side: str, blocks: str, mask: str | None) -> Tower:
+        return Tower(
+            name=side.replace("_", " "),
+            blocks=blocks,
+            ffns=(_mlp("fc1", "fc2"),),
+            config=f"{side.partition('_')[0]}_config",
+            default_activation=activation,
+            mask=mask,
+        )
+
+    towers = [
+        tower("text", "text_model.encoder.layers.*", text_mask),
+        tower("vision", "vision_model.encoder.layers.*", None),
+    ]
+    if head:
+        towers.append(tower("vision_head", "vision_model.head", None))
+    return Architecture(model_type=model_type, kind="image_text", towers=tuple(towers))
+
+
 _GEMMA = {"activation_field": "hidden_activation", "default_activation": "gelu_pytorch_tanh"}
 
 _ROWS = (
@@ -166,6 +228,36 @@ _ROWS = (
     ),
     _llama_like("qwen2_moe", _experts(width_field="moe_intermediate_size"), _shared_expert()),
     _llama_like("qwen3_moe", _experts(width_field="moe_intermediate_size")),
+    _t5_like("t5"),
+    _bart_like("bart", "seq2seq", encoder_mask="attention_mask", output_norm="final_layer_norm"),
+    _bart_like(
+        "whisper", "speech", encoder_mask=None, output_norm=None, positions_field="max_target_positions"
+    ),
+    _row(
+        "vit",
+        "image",
+        "layers.*",
+        _mlp("fc1", "fc2"),
+        mask=None,
+        options={
+            "file_names": (
+                ("layers.*", "encoder.layer.*"),
+                ("mlp.fc1", "intermediate.dense"),
+                ("mlp.fc2", "output.dense"),
+            )
+        },
+    ),
+    _clip_like("clip", activation="quick_gelu", text_mask="attention_mask", head=False),
+    _clip_like("siglip", activation="gelu_pytorch_tanh", text_mask=None, head=True),
+    _row(
+        "wav2vec2",
+        "audio",
+        "encoder.layers.*",
+        FFNPaths(
+            up="feed_forward.intermediate_dense", down="feed_forward.output_dense", module="feed_forward"
+        ),
+        mask=None,
+    ),
 )
 
 ARCHITECTURES: dict[str, Architecture] = {row.model_type: row for row in _ROWS}

@@ -16,11 +16,14 @@ from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn import FFNShape
 from ffsplit.models.activations import OTHER_NAMES
 from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.detect import detect_architecture
 from ffsplit.models.find import config_part, find_ffns
 from ffsplit.models.headers import ITEM_SIZES, TensorInfo, read_headers, read_json
 from ffsplit.models.places import FFNPlace
-from ffsplit.models.rows import Architecture, ModelKind, Tower
+from ffsplit.models.rows import TEXT_KINDS, Architecture, ModelKind, Tower
+from ffsplit.models.trust import check_trusted, code_files
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 FFN_DTYPES = ("F32", "F16", "BF16")
 TOKENIZER_FILE = re.compile(
     r"(tokenizer.*|vocab.*|merges|special_tokens_map|added_tokens|spiece|sentencepiece.*)\.(json|txt|model)$"
@@ -55,10 +58,32 @@ class Checkpoint:
 
     @property
     def kind(self) -> ModelKind:
-        """What it reads. An encoder alone, of a family that has a decoder too, is an encoder."""
+        """What it reads: a model that has one tower of its family's two reads what that tower does."""
         towers = {ffn.tower.name for ffn in self.ffns}
-        alone = self.architecture.kind == "seq2seq" and towers == {"encoder"}
-        return "encoder" if alone else self.architecture.kind
+        alone: dict[ModelKind, dict[str, ModelKind]] = {
+            "seq2seq": {"encoder": "encoder"},
+            "speech": {"encoder": "audio"},
+            "image_text": {"text": "encoder", "vision": "image"},
+        }
+        family = self.architecture.kind
+        first, *others = sorted(towers - {"vision head"})
+        return family if others else alone.get(family, {}).get(first, family)
+
+    @property
+    def compared_as(self) -> ModelKind:
+        """What its outputs are compared as: a causal LM with another head by its hidden states."""
+        if self.kind != "causal_lm" or self.class_name.endswith(("ForCausalLM", "LMHeadModel")):
+            return self.kind
+        return "encoder"
+
+    @property
+    def is_guessed(self) -> bool:
+        """Whether its family is not in the table, so that its FFNs were found by structure."""
+        return self.architecture.model_type not in ARCHITECTURES
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.get("vocab_size") or 1)
 
     @property
     def is_whole(self) -> bool:
@@ -138,11 +163,16 @@ class Checkpoint:
         return ", ".join(map(str, named)) if isinstance(named, list) else str(named) if named else None
 
     def model_digest(self) -> str:
-        """sha256 over the config and every weight file: 64 hex digits."""
-        return _digest_files(self.directory, ("config.json", *self.weight_files))
+        """sha256 over the config, the model's own code and every weight file: 64 hex digits."""
+        code = code_files(self.directory)
+        return _digest_files(self.directory, ("config.json", *code, *self.weight_files))
 
     def tokenizer_digest(self) -> str:
-        return _digest_files(self.directory, tokenizer_files(self.directory))
+        """sha256 over whatever turns rows into the model's inputs."""
+        names = tokenizer_files(self.directory)
+        if self.kind not in TEXT_KINDS:
+            names += tuple(name for name in PROCESSOR_FILES if (self.directory / name).is_file())
+        return _digest_files(self.directory, names)
 
 
 def tokenizer_files(directory: Path) -> tuple[str, ...]:
@@ -163,21 +193,18 @@ def _digest_files(directory: Path, names: tuple[str, ...]) -> str:
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Read and check a checkpoint's config and headers.
 
-    Raises ConfigError when it is not a safetensors checkpoint, and UnsupportedModelError when its
-    family is not in the table or its tensors are not where the table says.
+    Raises ConfigError when it is not a safetensors checkpoint or brings code that is not trusted, and
+    UnsupportedModelError when its family is not in the table or its tensors are not where the table says.
     """
     config = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
+    check_trusted(directory)
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise UnsupportedModelError(
-            f"{directory}: model type {model_type!r} is not supported (known: {known})"
-        )
     if config.get("quantization_config"):
         raise UnsupportedModelError(
             f"{directory} is already compressed or quantized: start from the original"
         )
-    architecture = ARCHITECTURES[model_type]
+    row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    architecture = row or detect_architecture(directory, config)
     tensors = read_headers(directory)
     prefix, ffns = find_ffns(architecture, tensors, where=str(directory), config=config)
     for ffn in ffns:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn import FFNShape
-from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.detect import architecture_of
 from ffsplit.models.headers import TensorInfo
 from ffsplit.models.places import STACKED, FFNPlace, MatrixPlace, join_paths
 from ffsplit.models.rows import Architecture, FFNPaths, Tower
@@ -36,7 +36,7 @@ def ffns_of(model: Any) -> tuple[str, tuple[FFNPlace, ...]]:
         name: TensorInfo("", "F32", tuple(tensor.shape))
         for name, tensor in model.state_dict(keep_vars=True).items()
     }
-    return find_ffns(ARCHITECTURES[model.config.model_type], tensors, where=type(model).__name__)
+    return find_ffns(architecture_of(model), tensors, where=type(model).__name__)
 
 
 def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +13,7 @@ from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import Checkpoint, tokenizer_files
 from ffsplit.models.finite import check_finite
 from ffsplit.models.headers import opened
+from ffsplit.models.trust import check_trusted, remote_classes, trusted, trusting
 
 
 @contextmanager
@@ -31,14 +32,17 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_base_model(directory: Path, *, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model without its task head, in eval mode."""
-    from transformers import AutoModel
+def load_base_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model without its task head, in eval mode.
 
-    with quiet_transformers():
-        model = AutoModel.from_pretrained(directory, dtype=dtype, local_files_only=True, use_safetensors=True)
+    One that lacks a tower of its family is loaded as the class it was saved from: transformers' base
+    model would make the tower up at random.
+    """
+    class_name = "" if checkpoint.is_whole else checkpoint.class_name
+    model = load_whole_model(checkpoint.directory, class_name, dtype=dtype)
+    model = getattr(model, model.base_model_prefix, model)
     _see_whole_rows(model)
-    return model.to(device).eval()
+    return model.to(device)
 
 
 def _see_whole_rows(model: Any) -> None:
@@ -50,20 +54,31 @@ def _see_whole_rows(model: Any) -> None:
 
 def load_whole_model(directory: Path, class_name: str, **options: Any) -> Any:
     """The model as the class it was saved from, in eval mode; options go to from_pretrained."""
-    chosen = model_class(class_name, where=directory)
-    with quiet_transformers():
-        model = chosen.from_pretrained(directory, local_files_only=True, use_safetensors=True, **options)
-    return model.eval()
+    with trusting(bool(options.pop("trust_remote_code", False))), quiet_transformers():
+        check_trusted(directory)
+        chosen = model_class(class_name, where=directory)
+        options |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trusted()}
+        return chosen.from_pretrained(directory, **options).eval()
 
 
 def model_class(class_name: str, *, where: Path) -> Any:
-    """A class of transformers by its name, AutoModel for none. Raises ConfigError when there is no such."""
+    """A class of transformers by its name, AutoModel for none; for a model's own code, the Auto class.
+
+    Raises ConfigError when there is no such class.
+    """
     import transformers
 
-    found = getattr(transformers, class_name or "AutoModel", None)
-    if found is None:
-        raise ConfigError(f"{where}: transformers {transformers.__version__} has no class {class_name}")
-    return found
+    check_model_class(class_name, where=where)
+    return getattr(transformers, _auto_class(class_name, where) or class_name or "AutoModel")
+
+
+def _auto_class(class_name: str, where: Path) -> str | None:
+    """What stands for a class of the model's own code; without a name, for its base or what there is."""
+    classes = {auto: target for auto, target in remote_classes(where).items() if auto.startswith("AutoModel")}
+    named = [auto for auto, target in classes.items() if target.rpartition(".")[2] == class_name]
+    if class_name or not classes or "AutoModel" in classes:
+        return next(iter(named), None)
+    return next(iter(classes))
 
 
 def empty_model(checkpoint: Checkpoint, *, class_name: str | None, dtype: torch.dtype) -> Any:
@@ -71,15 +86,12 @@ def empty_model(checkpoint: Checkpoint, *, class_name: str | None, dtype: torch.
 
     Parameters are on the meta device; buffers that no checkpoint holds are what they should be.
     """
-    import transformers
     from accelerate import init_empty_weights
     from transformers.quantizers.auto import AutoHfQuantizer
 
     with quiet_transformers(), init_empty_weights(include_buffers=False):
-        config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
-        chosen = model_class(class_name or "", where=checkpoint.directory)
-        make = getattr(chosen, "_from_config", None) or chosen.from_config
-        model = make(config, dtype=dtype)
+        config = load_config(checkpoint.directory)
+        model = _make(model_class(class_name or "", where=checkpoint.directory), config, dtype=dtype)
         stored = getattr(config, "quantization_config", None)
         if stored is not None:  # a split checkpoint: its FFNs take the place of the dense ones
             with _default_dtype(dtype):
@@ -126,23 +138,49 @@ def load_tensors(
 
 
 def check_model_class(class_name: str, *, where: Path) -> None:
-    """Raise ConfigError when transformers has no such class; its code is not imported."""
+    """Raise ConfigError when neither transformers nor the model's own code has a class; none is imported."""
     import transformers
 
-    if class_name and class_name not in dir(transformers):
+    if class_name and class_name not in dir(transformers) and _auto_class(class_name, where) is None:
         raise ConfigError(f"{where}: transformers {transformers.__version__} has no class {class_name}")
 
 
 def random_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
     """A model of the checkpoint's class and shape with random weights, in eval mode."""
-    import transformers
 
-    model_class = getattr(transformers, checkpoint.class_name, transformers.AutoModel)
     with quiet_transformers():
-        config = transformers.AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
-        make = getattr(model_class, "_from_config", None) or model_class.from_config
-        model = make(config)
+        chosen = model_class(checkpoint.class_name, where=checkpoint.directory)
+        model = _make(chosen, load_config(checkpoint.directory))
     return model.to(dtype).eval()
+
+
+def load_processor(checkpoint: Checkpoint, medium: Literal["image", "sound"]) -> Any:
+    """What turns pictures or sounds into the model's inputs. Raises ConfigError when there is none."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    options: dict[str, Any] = {"backend": "pil"} if medium == "image" else {}
+    chosen = AutoImageProcessor if medium == "image" else AutoFeatureExtractor
+    try:
+        with quiet_transformers():
+            return chosen.from_pretrained(checkpoint.directory, local_files_only=True, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{checkpoint.directory} has no {medium} processor that loads: {reason}") from None
+
+
+def _make(chosen: Any, config: Any, **options: Any) -> Any:
+    """A model of a class, or of the one that an Auto class finds."""
+    if hasattr(chosen, "_from_config"):
+        return chosen._from_config(config, **options)
+    return chosen.from_config(config, trust_remote_code=trusted(), **options)
+
+
+def load_config(directory: Path) -> Any:
+    """A model's config, as transformers has it."""
+    from transformers import AutoConfig
+
+    check_trusted(directory)
+    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted())
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -153,7 +191,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         raise ConfigError(f"{checkpoint.directory} has no tokenizer: put its tokenizer.json beside the model")
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(checkpoint.directory, local_files_only=True)
+            return AutoTokenizer.from_pretrained(
+                checkpoint.directory, local_files_only=True, trust_remote_code=trusted()
+            )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{checkpoint.directory} has no tokenizer that loads: {reason}") from None

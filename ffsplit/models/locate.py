@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ffsplit.artifacts.inputs import StoredFiles, is_remote, stored_files
 from ffsplit.errors import ConfigError
+from ffsplit.models.trust import trusted
 
 HUB_ID = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
 WANTED_FILES = [
@@ -22,6 +23,8 @@ WANTED_FILES = [
 ]
 
 WANTED_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja", ".md", "LICENSE")
+CODE_SUFFIXES = (".py",)
+"""Wanted too where a model's own code is trusted."""
 
 
 class LocatedModel(NamedTuple):
@@ -43,7 +46,7 @@ def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
     if is_remote(model):
         if revision is not None:
             raise ConfigError(f"--revision is for hub ids; {model} is in a store")
-        stored = stored_files(model, suffixes=WANTED_SUFFIXES)
+        stored = stored_files(model, suffixes=(*WANTED_SUFFIXES, *_code_suffixes()))
         return LocatedModel(stored.materialize(), None, stored)
     directory = Path(model).expanduser()
     if directory.is_dir():
@@ -57,11 +60,19 @@ def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
     return _download(model, revision)
 
 
+def _code_suffixes() -> tuple[str, ...]:
+    return CODE_SUFFIXES if trusted() else ()
+
+
 def _download(model: str, revision: str | None) -> LocatedModel:
     from huggingface_hub import snapshot_download
 
     try:
-        path = snapshot_download(model, revision=revision, allow_patterns=WANTED_FILES)
+        path = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=[*WANTED_FILES, *(f"*{each}" for each in _code_suffixes())],
+        )
     except Exception as error:  # the hub client raises a score of types, requests' and its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"model {model}: no such directory, and not had from the hub ({reason})") from None

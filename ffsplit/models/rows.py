@@ -15,6 +15,7 @@ from ffsplit.config import Record
 
 ModelKind = Literal["encoder", "causal_lm", "seq2seq", "speech", "image", "image_text", "audio"]
 """What a model reads, and which of its outputs are compared."""
+TEXT_KINDS: tuple[ModelKind, ...] = ("encoder", "causal_lm", "seq2seq")
 
 
 class FFNPaths(Record):
@@ -86,3 +87,17 @@ class Architecture(Record):
     )
     position_offset: int = Field(default=0, description="positions reserved before the first token")
     positions_field: str = "max_position_embeddings"
+
+    @property
+    def can_heal(self) -> bool:
+        """Whether a model can be trained to give its original's outputs.
+
+        It must read one row of text, and its tensors must go by their modules' names in its files.
+        """
+        experts = any(ffn.experts for tower in self.towers for ffn in tower.ffns)
+        return self.kind in ("encoder", "causal_lm") and not self.file_names and not experts
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether a model can be held one block at a time: it has one list of blocks, and reads text."""
+        return len(self.towers) == 1 and all(tower.is_list and tower.mask for tower in self.towers)

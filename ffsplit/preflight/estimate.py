@@ -10,7 +10,6 @@ from pathlib import Path
 from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX
 from ffsplit.artifacts.stores import open_store
-from ffsplit.capabilities import streams
 from ffsplit.examine import Examined
 from ffsplit.machine import bytes_below, free_bytes, operations_per_second
 from ffsplit.preflight import duration, footprint
@@ -34,7 +33,7 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
 
     def streamed(whole_bytes: int, available: int | None) -> bool:
         is_too_large = available is not None and whole_bytes > available
-        return config.block_by_block or (is_too_large and streams(work.checkpoint))
+        return config.block_by_block or (is_too_large and work.checkpoint.architecture.can_stream)
 
     calibrates_so = streamed(footprint.calibration_bytes(work, block_by_block=False), machine.worker_bytes)
     measures_so = streamed(footprint.measurement_bytes(work, block_by_block=False), machine.alone_bytes)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ffsplit.capabilities import streams
 from ffsplit.preflight.records import Preflight, StageNeeds
 from ffsplit.preflight.workload import Workload
 
@@ -50,7 +49,7 @@ def _too_little_memory(stage: StageNeeds, flight: Preflight, work: Workload) -> 
     settings = work.recipe.calibration
     if stage.name == "compress":
         smaller = f"a smaller sampled_tokens (now {settings.sampled_tokens})"
-    elif stage.name in ("calibrate", "measure") and streams(work.checkpoint):
+    elif stage.name in ("calibrate", "measure") and work.checkpoint.architecture.can_stream:
         dtype = "" if work.itemsize == 2 else "--dtype bfloat16, or "
         smaller = f"{dtype}a smaller batch_tokens (now {settings.batch_tokens})"
     else:

@@ -66,6 +66,9 @@ class Recipe(Record):
     steps: tuple[AnyCompressor, ...] = Field(min_length=1)
     healing: HealingSettings | None = None
     after_healing: QuantizeCompressor | None = None
+    linears: Literal["kept", "int8"] = Field(
+        default="kept", description="the linear layers of attention; int8 goes with after_healing"
+    )
     allocation: Literal["uniform", "search"] = Field(
         default="uniform",
         description="of the budget over the layers; a search compresses a few candidates and takes one "
@@ -81,6 +84,12 @@ class Recipe(Record):
             raise ValueError(
                 f"exactly one of heavy_share, heavy_fraction and heavy_energy is needed, {given} is given"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _quantizes_ffns_first(self) -> Recipe:
+        if self.linears != "kept" and self.after_healing is None:
+            raise ValueError("linears: int8 needs after_healing, which quantizes the FFNs")
         return self
 
     def _rules(self) -> list[HeavyRule]:

@@ -14,6 +14,7 @@ from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.places import FFNPlace
 from ffsplit.models.tensor_files import TensorSpan, read_spans, write_spans
+from ffsplit.models.trust import code_files
 
 MAX_SHARD_BYTES = 5 * 10**9
 COMPANIONS = re.compile(r".*\.(json|txt|model|tiktoken|jinja)$|(LICEN[CS]E|NOTICE).*")
@@ -32,8 +33,12 @@ def assemble(
     directory: Path,
     *,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    linears: dict[str, Any] | None = None,
 ) -> None:
     """Write the checkpoint: every tensor that is no FFN's as it was, the compressed layers beside them.
+
+    Tensors of `layer_files` go before the original's of the same name; `linears` is what the config says
+    of those that are attention's.
 
     Bytes are copied from file to file in small pieces, so neither model nor shard is ever in memory.
     """
@@ -46,7 +51,7 @@ def assemble(
     for path in layer_files:
         spans |= read_spans(path)
     _write_shards(spans, directory, max_shard_bytes=max_shard_bytes)
-    config = artifact_config(checkpoint, layouts)
+    config = artifact_config(checkpoint, layouts, linears=linears)
     _copy_companions(checkpoint.directory, directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
@@ -60,10 +65,12 @@ def replace_weights(directory: Path, replacements: Path) -> None:
         rewritten.replace(path)
 
 
-def artifact_config(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> dict[str, Any]:
+def artifact_config(
+    checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, linears: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The original's config with the new width, or with the layout of every layer."""
     config = dict(checkpoint.config)
-    if is_plain(checkpoint, layouts):
+    if is_plain(checkpoint, layouts) and linears is None:
         for ffn, layout in zip(checkpoint.ffns, layouts, strict=True):
             config = _with_width(config, ffn, layout.num_neurons)
     else:
@@ -73,6 +80,8 @@ def artifact_config(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> d
             "layers": [layout.model_dump(mode="json") for layout in layouts],
             "shapes": [shape.model_dump(mode="json") for shape in checkpoint.shapes],
         }
+        if linears is not None:  # which readers of version 1 would pass over
+            config["quantization_config"] |= {"version": 2, "linears": linears}
     return config
 
 
@@ -113,7 +122,8 @@ def _write_shards(spans: Mapping[str, TensorSpan], directory: Path, *, max_shard
 def _copy_companions(source: Path, directory: Path) -> None:
     """Copy what belongs to the model beside its weights; the folders that modules.json names too."""
     for path in sorted(source.iterdir()):
-        if path.is_file() and COMPANIONS.match(path.name) and path.name != INDEX_NAME:
+        is_companion = COMPANIONS.match(path.name) or path.name in code_files(source)
+        if path.is_file() and is_companion and path.name != INDEX_NAME:
             shutil.copyfile(path, directory / path.name)
     modules = source / "modules.json"
     if not modules.is_file():

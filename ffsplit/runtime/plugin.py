@@ -17,15 +17,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffsplit.errors import ArtifactError
 from ffsplit.ffn import FFNShape, LayerLayout
-from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.checkpoint import activation_name
+from ffsplit.models.detect import architecture_of
 from ffsplit.models.find import ffns_of
 from ffsplit.models.rows import FFNPaths
+from ffsplit.runtime.linears import install_linears
 from ffsplit.runtime.split_experts import SplitExperts
 from ffsplit.runtime.split_ffn import SplitFFN
 
 METHOD = "ffsplit"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @register_quantization_config(METHOD)
@@ -33,7 +34,12 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a split checkpoint."""
 
     def __init__(
-        self, layers: list[dict[str, Any]], shapes: list[dict[str, Any]], version: int, **_: Any
+        self,
+        layers: list[dict[str, Any]],
+        shapes: list[dict[str, Any]],
+        version: int,
+        linears: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         if version > FORMAT_VERSION:
             raise ArtifactError(
@@ -43,6 +49,7 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.version = version
         self.layers = layers
         self.shapes = shapes
+        self.linears = linears
 
 
 @register_quantizer(METHOD)
@@ -53,7 +60,7 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         layouts = [LayerLayout.model_validate(layer) for layer in config.layers]
         shapes = [FFNShape.model_validate(shape) for shape in config.shapes]
-        return install_split_ffns(model, layouts, shapes)
+        return install_split_ffns(model, layouts, shapes, linears=config.linears)
 
     @property
     def is_trainable(self) -> bool:
@@ -63,15 +70,19 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def install_split_ffns(model: Any, layouts: list[LayerLayout], shapes: list[FFNShape]) -> nn.Module:
-    """Replace every FFN of a model by an empty SplitFFN, on whatever device the model is."""
+def install_split_ffns(
+    model: Any, layouts: list[LayerLayout], shapes: list[FFNShape], *, linears: dict[str, Any] | None = None
+) -> nn.Module:
+    """Replace every FFN of a model by an empty SplitFFN, on whatever device the model is.
+
+    The linear layers that `linears` names become integer maps.
+    """
     prefix, places = ffns_of(model)
     if len(places) != len(layouts):
         raise ArtifactError(f"config.json describes {len(layouts)} split FFNs, the model has {len(places)}")
     config = model.config.to_dict()
-    per_token = (
-        ARCHITECTURES[model.config.model_type].kind == "causal_lm"
-    )  # a few tokens of these are very large
+    kind = architecture_of(model).kind
+    per_token = kind != "encoder"  # a few tokens of decoders are very large
     experts: dict[str, SplitExperts] = {}
     for place, layout, shape in zip(places, layouts, shapes, strict=True):
         activation = ACT2FN[activation_name(config, place.tower)]
@@ -84,6 +95,9 @@ def install_split_ffns(model: Any, layouts: list[LayerLayout], shapes: list[FFNS
             experts[place.split_path] = SplitExperts(guard=guard)
             model.set_submodule(f"{prefix}{place.split_path}", experts[place.split_path])
         experts[place.split_path].append(SplitFFN(layout, shape, activation, per_token=per_token))
+    if linears is not None:
+        base = model.get_submodule(prefix.removesuffix("."))
+        install_linears(base, linears, per_token=per_token)
     return model  # type: ignore[no-any-return]
 
 

@@ -12,14 +12,14 @@ import torch
 
 from ffsplit.artifacts.allocation import AllocationRecord, CandidateRecord
 from ffsplit.artifacts.scratch import Result
-from ffsplit.calibration.batches import padded_batches, tokenize_rows
+from ffsplit.calibration.readers import make_reader
 from ffsplit.config import Record
 from ffsplit.distributed.runner import Runner
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import ModelShape
 from ffsplit.measurement.fidelity import fidelity
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.load import load_whole_model
 from ffsplit.models.source import ModelSource
 from ffsplit.runtime.assemble import assemble
 from ffsplit.splitting.allocation import Candidate
@@ -53,18 +53,18 @@ def judge_job(job: JudgeJob) -> tuple[tuple[Fidelity, ...], ...]:
     with job.profile.applied():
         checkpoint = open_checkpoint(job.original.directory())
         dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
-        tokenizer = load_tokenizer(checkpoint)
-        rows = tokenize_rows(tokenizer, job.rows, max_length=job.max_length)
-        num_folds, pad_id = min(NUM_FOLDS, len(rows)), tokenizer.pad_token_id or 0
+        reader = make_reader(checkpoint, max_length=job.max_length, batch_tokens=job.batch_tokens)
+        rows = reader.encode(job.rows)
+        num_folds = min(NUM_FOLDS, len(rows))
         folds = [
-            [batch.to(device) for batch in padded_batches(fold, batch_tokens=job.batch_tokens, pad_id=pad_id)]
-            for fold in (rows[start::num_folds] for start in range(num_folds))
+            [batch.to(device, dtype=dtype) for batch in reader.batches(rows[start::num_folds])]
+            for start in range(num_folds)
         ]
 
         def load(directory: Path) -> Any:
             return load_whole_model(directory, checkpoint.class_name, dtype=dtype).to(device)
 
-        original, kind = load(checkpoint.directory), checkpoint.kind
+        original, kind = load(checkpoint.directory), checkpoint.compared_as
         judged = []
         for source in job.candidates:
             candidate = load(source.directory())
@@ -73,10 +73,10 @@ def judge_job(job: JudgeJob) -> tuple[tuple[Fidelity, ...], ...]:
 
 
 def score_of(fidelity: Fidelity) -> float:
-    """One number to choose by, higher is better: minus the KL divergence, or the mean of both cosines."""
+    """One number to choose by, higher is better: minus the KL divergence, or the mean of the cosines."""
     if "kl_divergence" in fidelity:
         return -fidelity["kl_divergence"]
-    return (fidelity["token_cosine"] + fidelity["pooled_cosine"]) / 2
+    return fmean(fidelity.values())
 
 
 def record_of(candidate: Candidate, folds: Sequence[Fidelity], *, model: ModelShape) -> CandidateRecord:

@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from ffsplit.artifacts.scratch import Result, Scratch
-from ffsplit.calibration.batches import padded_batches, tokenize_rows
 from ffsplit.calibration.hooks import Sampling
 from ffsplit.calibration.observe import Observed, observe
 from ffsplit.calibration.parquet import write_statistics
+from ffsplit.calibration.readers import Reader, make_reader
 from ffsplit.config import Record
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.models.load import load_base_model, load_tokenizer
+from ffsplit.models.load import load_base_model
 from ffsplit.models.source import ModelSource
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.recipes.recipe import CalibrationSettings
@@ -74,8 +74,11 @@ class CalibrationWorker:
         return open_checkpoint(self._job.model.directory())
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(self._checkpoint)
+    def _reader(self) -> Reader:
+        settings = self._job.settings
+        return make_reader(
+            self._checkpoint, max_length=settings.max_length, batch_tokens=settings.batch_tokens
+        )
 
     @cached_property
     def _model(self) -> Any:
@@ -83,7 +86,7 @@ class CalibrationWorker:
         device, dtype = torch.device(profile.device), getattr(torch, profile.dtype)
         if self._job.block_by_block:
             return StreamedModel(checkpoint, device=device, dtype=dtype)
-        return load_base_model(checkpoint.directory, device=device, dtype=dtype)
+        return load_base_model(checkpoint, device=device, dtype=dtype)
 
     def __call__(self, shard: Shard) -> Result:
         """Statistics and sampled inputs of one shard, in the scratch."""
@@ -91,17 +94,18 @@ class CalibrationWorker:
             return self._job.scratch.load_or_compute(shard.name, lambda: self._collect(shard))
 
     def _collect(self, shard: Shard) -> Result:
-        job, settings = self._job, self._job.settings
-        rows = tokenize_rows(self._tokenizer, shard.rows, max_length=settings.max_length)
-        num_tokens = sum(map(len, rows))
-        batches = list(
-            padded_batches(rows, batch_tokens=settings.batch_tokens, pad_id=self._tokenizer.pad_token_id or 0)
-        )
-        sampling = Sampling(partial(self._sampled, shard), {"attention_mask": num_tokens}, len(rows))
+        job = self._job
+        rows = self._reader.encode(shard.rows)
+        num_tokens = self._reader.num_tokens(rows)
+        sampling = Sampling(partial(self._sampled, shard), num_tokens, len(rows))
         observed = observe(
-            self._model, self._checkpoint.ffns, batches, sampling=sampling, inputs_only=job.inputs_only
+            self._model,
+            self._checkpoint.ffns,
+            list(self._reader.batches(rows)),
+            sampling=sampling,
+            inputs_only=job.inputs_only,
         )
-        return self._save(shard, observed, num_tokens=num_tokens, num_rows=len(rows))
+        return self._save(shard, observed, num_tokens=sum(num_tokens.values()), num_rows=len(rows))
 
     def _sampled(self, shard: Shard, num_tokens: int) -> torch.Tensor:
         """The ascending positions of the tokens of a shard whose FFN inputs are kept."""
@@ -124,5 +128,7 @@ class CalibrationWorker:
                 lineage = {**self._job.lineage, "shard": str(shard.index)}
                 write_statistics(path, tuple(each for each in statistics if each), lineage=lineage)
                 files = {path.name: path} | files
+            if not num_tokens:  # no mask tells tokens from padding: every position is one
+                num_tokens = max((each.num_tokens for each in statistics if each), default=0)
             facts = {"index": shard.index, "num_tokens": num_tokens, "num_rows": num_rows}
             return self._job.scratch.save(shard.name, files, facts=facts)

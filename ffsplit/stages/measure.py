@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ffsplit.artifacts.manifest import Measurements
-from ffsplit.calibration.batches import Batch, padded_batches, tokenize_rows
+from ffsplit.artifacts.manifest import Measurements, TaskScore
+from ffsplit.calibration.batches import Batch
+from ffsplit.calibration.readers import make_reader
 from ffsplit.config import Record
 from ffsplit.ffn import LayerLayout
 from ffsplit.measurement.fidelity import fidelity
@@ -21,7 +22,6 @@ from ffsplit.measurement.tasks.evaluations import Evaluation, score_evaluations
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.headers import read_headers
 from ffsplit.models.load import load_tokenizer, load_whole_model
-from ffsplit.models.rows import ModelKind
 from ffsplit.models.source import ModelSource
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.recipes.recipe import MeasurementSettings
@@ -79,22 +79,20 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
     original, compressed = (
         load_whole_model(each, checkpoint.class_name, dtype=dtype).to(device) for each in directories
     )
-    tokenizer = load_tokenizer(checkpoint)
-    batches = _batches(job, tokenizer)
-    on_device = (batch.to(device) for batch in batches)
-    kind = _kind(checkpoint)
-    scores = fidelity(original, compressed, on_device, kind=kind) if batches else {}
-    vocab_size = int(original.config.vocab_size)
+    batches = _batches(job, checkpoint)
+    on_device = (batch.to(device, dtype=dtype) for batch in batches)
+    scores = fidelity(original, compressed, on_device, kind=checkpoint.compared_as) if batches else {}
     latency = paired_latency(
         original,
         compressed,
         shapes=_shapes(job, checkpoint),
         num_pairs=job.settings.latency_pairs,
-        vocab_size=vocab_size,
     )
-    tasks = score_evaluations(job.evaluations, original, compressed, tokenizer)
+    tasks: tuple[TaskScore, ...] = ()
+    if job.evaluations:
+        tasks = score_evaluations(job.evaluations, original, compressed, load_tokenizer(checkpoint))
     del original, compressed
-    peaks = _peak_memory(job, checkpoint, directories, vocab_size=vocab_size)
+    peaks = _peak_memory(job, checkpoint, directories)
     return {
         "fidelity": scores,
         "latency": latency,
@@ -107,30 +105,25 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
 def _block_by_block(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
     """Fidelity alone, with a block of one model in memory at a time."""
     dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
-    batches = _batches(job, load_tokenizer(checkpoint))
+    batches = _batches(job, checkpoint)
     measured: dict[str, Any] = {"skipped": (NOT_HELD,)}
     if batches:
         both = (checkpoint, replace(checkpoint, directory=directory, tensors=read_headers(directory)))
         original, compressed = (
             StreamedModel(each, device=device, dtype=dtype, class_name=checkpoint.class_name) for each in both
         )
-        scores, blocks = streamed_fidelity(original, compressed, batches, kind=_kind(checkpoint))
+        scores, blocks = streamed_fidelity(original, compressed, batches, kind=checkpoint.compared_as)
         measured |= {"fidelity": scores, "blocks": blocks}
     return measured
 
 
-def _batches(job: MeasureJob, tokenizer: Any) -> list[Batch]:
-    rows = tokenize_rows(tokenizer, job.held_out, max_length=job.max_length)
-    pad_id = tokenizer.pad_token_id or 0
-    return list(padded_batches(rows, batch_tokens=job.batch_tokens, pad_id=pad_id))
-
-
-def _kind(checkpoint: Checkpoint) -> ModelKind:
-    return "causal_lm" if checkpoint.class_name.endswith("ForCausalLM") else "encoder"
+def _batches(job: MeasureJob, checkpoint: Checkpoint) -> list[Batch]:
+    reader = make_reader(checkpoint, max_length=job.max_length, batch_tokens=job.batch_tokens)
+    return list(reader.batches(reader.encode(job.held_out)))
 
 
 def _peak_memory(
-    job: MeasureJob, checkpoint: Checkpoint, directories: tuple[Path, Path], *, vocab_size: int
+    job: MeasureJob, checkpoint: Checkpoint, directories: tuple[Path, Path]
 ) -> tuple[int | None, int | None]:
     """Peak bytes of the original and of the compressed model at the largest shape."""
     if not job.settings.peak_memory:
@@ -142,7 +135,6 @@ def _peak_memory(
             shape=_shapes(job, checkpoint)[-1],
             device=job.profile.device,
             dtype=job.profile.dtype,
-            vocab_size=vocab_size,
         )
         for directory in directories
     )

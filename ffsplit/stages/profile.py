@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from ffsplit.config import JobConfig, Record
 from ffsplit.errors import ConfigError
+from ffsplit.models.trust import trusting
 
 
 class ComputeProfile(Record):
@@ -16,6 +17,7 @@ class ComputeProfile(Record):
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16", "float16"]
     threads: int
+    trust_remote_code: bool = False
 
     @classmethod
     def resolve(cls, config: JobConfig) -> ComputeProfile:
@@ -25,10 +27,18 @@ class ComputeProfile(Record):
         device: Literal["cpu", "cuda"] = "cpu"
         if config.device == "cuda" or config.gpus_per_worker > 0:
             device = "cuda"
-        if config.dtype != "auto":
-            return cls(device=device, dtype=config.dtype, threads=config.threads_per_worker)
-        dtype: Literal["float32", "bfloat16"] = "bfloat16" if device == "cuda" else "float32"
-        return cls(device=device, dtype=dtype, threads=config.threads_per_worker)
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16" if device == "cuda" else "float32"
+        return cls(
+            device=device,
+            dtype=dtype if config.dtype == "auto" else config.dtype,
+            threads=config.threads_per_worker,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+    @property
+    def key_inputs(self) -> dict[str, Any]:
+        """What goes into a run key; a model's code is in its digest."""
+        return self.model_dump(mode="json", exclude={"trust_remote_code"})
 
     @contextmanager
     def applied(self, *, threads: int | None = None) -> Iterator[None]:
@@ -44,7 +54,8 @@ class ComputeProfile(Record):
         torch.set_num_threads(threads or self.threads)
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            yield
+            with trusting(self.trust_remote_code):
+                yield
         finally:
             torch.set_num_threads(before[0])
             torch.use_deterministic_algorithms(before[1])

@@ -16,6 +16,7 @@ from ffsplit.calibration.batches import padded_batches
 from ffsplit.calibration.hooks import FFNObserver, Sampling
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
+from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.find import ffns_of
 from ffsplit.models.load import load_base_model
 from tests.tiny_models import FAMILIES, NUM_LAYERS, make_model, random_rows, save_checkpoint
@@ -157,7 +158,7 @@ def test_an_ffn_that_sees_tokens_twice_is_an_error() -> None:
 def test_an_ffn_run_in_chunks_is_counted_right(tmp_path: Path) -> None:
     """A config's `chunk_size_feed_forward` runs the FFN in pieces of a row, padding and all."""
     save_checkpoint(tmp_path, "bert", chunk_size_feed_forward=1)
-    pieces = load_base_model(tmp_path, device=torch.device("cpu"), dtype=torch.float32)
+    pieces = load_base_model(open_checkpoint(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
     sampled = torch.arange(0, NUM_TOKENS, 2)
     expected, expected_inputs = observe(make_model("bert"), "bert", batch_tokens=60, sampled=sampled)
     found, inputs = observe(pieces, "bert", batch_tokens=60, sampled=sampled)

@@ -1,6 +1,6 @@
 """One run into a bucket, on a Ray of its own with structured logs: what it tells, and what it must not.
 
-`python -m tests.distributed.observed_run FOLDER SECRET...` prints one JSON object: the counters that
+`python -m tests.distributed.observed_run FOLDER` prints one JSON object: the counters that
 Prometheus would read, the workers' lines by stage, and every file in which a secret was found.
 """
 
@@ -25,6 +25,7 @@ from tests.small_jobs import SmallJob
 from tests.tiny_models import save_checkpoint
 
 BUCKET = "runs"
+SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "HF_TOKEN")
 EXPORT_WITHIN_S = 60.0
 
 
@@ -74,7 +75,7 @@ def files_with(secrets: Sequence[str], folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    folder, secrets = Path(sys.argv[1]), sys.argv[2:]
+    folder, secrets = Path(sys.argv[1]), [os.environ[name] for name in SECRETS]
     job, client = SmallJob(folder, save_checkpoint(folder / "model", "bert")), start_store()
     with RayRunner(address="local", num_workers=2):
         manifest = ffsplit.compress(job.config(f"s3://{BUCKET}/out", runner="ray", workers=2))

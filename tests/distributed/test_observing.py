@@ -33,7 +33,7 @@ def test_a_run_tells_what_it_does_and_no_secret(tmp_path: Path) -> None:
     }
     with environment_of_ray(tmp_path, **environment) as whole:
         done = subprocess.run(
-            isolated([sys.executable, "-m", "tests.distributed.observed_run", str(tmp_path), *secrets]),
+            isolated([sys.executable, "-m", "tests.distributed.observed_run", str(tmp_path)]),
             cwd=ROOT,
             env=whole,
             capture_output=True,

@@ -48,15 +48,21 @@ def run(
 
 @pytest.mark.skipif(not can(*EVERYTHING), reason="needs mounts of its own")
 @pytest.mark.parametrize("what", ["--out", "TMPDIR"])
-def test_a_full_disk_is_one_line_and_commits_nothing(what: str, small_job: SmallJob, tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_is_one_line_and_commits_nothing(
+    what: str, small_job: SmallJob, tmp_path: Path
+) -> None:
     disk, out = tmp_path / "disk", tmp_path / "out"
     disk.mkdir()
     target, temporary = (disk / "out", tmp_path) if what == "--out" else (out, disk)
-    mount = f"mount -t tmpfs -o size=100k none {disk}; "
-    after = f"; code=$?; find {disk} {out} -name commit.json; exit $code"
-    script = (
-        mount + f"TMPDIR={temporary} " + " ".join(command(small_job, target, "--runner", "serial")) + after
-    )
+    compress = " ".join(command(small_job, target, "--runner", "serial"))
+    script = f"""
+        mount -t tmpfs -o size=4m none {disk}
+        (until [ -d {target}/.scratch ]; do sleep 0.05; done; head -c 9000000 /dev/zero > {disk}/filler) &
+        TMPDIR={temporary} {compress}
+        code=$?
+        find {tmp_path} -name commit.json
+        exit $code
+    """
     done = run(["bash", "-c", script], dict(os.environ), flags=EVERYTHING)
     assert done.returncode == 1, done.stderr
     assert done.stderr.splitlines()[-1].startswith("ffsplit: ")

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ffsplit.errors import ConfigError, UnsupportedModelError
+from ffsplit.examine import check_vocabulary
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.finite import check_all_finite
 from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from tests.conftest import CheckpointFactory
@@ -184,3 +186,22 @@ def test_a_broken_tokenizer(bert: Path, text: str) -> None:
 def test_a_class_that_transformers_has_not(bert: Path) -> None:
     with pytest.raises(ConfigError, match="has no class BertForEverything"):
         load_whole_model(bert, "BertForEverything")
+
+
+def test_a_tokenizer_of_another_model(bert: Path) -> None:
+    configure(bert, vocab_size=50)
+    checkpoint = open_checkpoint(bert)
+    with pytest.raises(ConfigError, match=r"does not belong to the model.* below 50") as caught:
+        check_vocabulary(load_tokenizer(checkpoint), checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(bert: Path, value: float) -> None:
+    path = bert / "model.safetensors"
+    tensors = load_file(path)
+    tensors["embeddings.LayerNorm.bias"][3] = value
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"tensor embeddings\.LayerNorm\.bias holds") as caught:
+        check_all_finite(bert, open_checkpoint(bert).tensors)
+    assert "\n" not in str(caught.value) and str(bert) in str(caught.value)

@@ -33,6 +33,10 @@ def streamed(directory: Path, *, dtype: torch.dtype = torch.float32, whole: bool
     return StreamedModel(checkpoint, device=CPU, dtype=dtype, class_name=class_name)
 
 
+def base_model_of(directory: Path) -> Any:
+    return load_base_model(open_checkpoint(directory), device=CPU, dtype=torch.float32)
+
+
 def run_through(model: StreamedModel, batches: Sequence[Batch]) -> list[Any]:
     model.start([batch.arguments for batch in batches])
     for layer in range(len(model.blocks)):
@@ -77,7 +81,10 @@ def test_statistics_and_inputs_are_the_whole_models(
     sampling = Sampling(lambda _: chosen, {"attention_mask": num_tokens})
     whole, blocks = (
         list(observe(model, ffns, BATCHES, sampling=sampling, inputs_only=inputs_only))
-        for model in (load_base_model(directory, device=CPU, dtype=torch.float32), streamed(directory))
+        for model in (
+            load_base_model(open_checkpoint(directory), device=CPU, dtype=torch.float32),
+            streamed(directory),
+        )
     )
     assert len(whole) == len(blocks) == 3
     for a, b in zip(whole, blocks, strict=True):

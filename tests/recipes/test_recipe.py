@@ -37,7 +37,7 @@ def test_every_shipped_recipe_loads_and_bears_its_own_name(name: str) -> None:
 
 
 def test_the_recipes_that_are_shipped() -> None:
-    shipped = ["best", "demo", "fast", "flap", "norm-prune", "paper", "svd", "tiny", "whitened-svd"]
+    shipped = ["best", "demo", "fast", "flap", "int8", "norm-prune", "paper", "svd", "tiny", "whitened-svd"]
     assert list(shipped_recipes()) == shipped
     assert load_recipe("fast").steps == (PruneCompressor(compensation="least_squares"), DistillCompressor())
     assert load_recipe("paper").steps == load_recipe("svd").steps == (LowRankCompressor(),)
@@ -62,7 +62,7 @@ def test_a_recipe_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_unknown_name_suggests_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown recipe '{name}', did you mean {near}") as caught:
         load_recipe(name)
-    assert "best, demo, fast, flap, norm-prune, paper, svd, tiny, whitened-svd" in str(caught.value)
+    assert "best, demo, fast, flap, int8, norm-prune, paper, svd, tiny, whitened-svd" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -56,7 +56,7 @@ def head_of(family: str) -> str:
 @cache
 def observed(directory: Path) -> tuple[tuple[NeuronStats, ...], Sequence[Tensor]]:
     checkpoint = open_checkpoint(directory)
-    model = load_base_model(directory, device=CPU, dtype=torch.float32)
+    model = load_base_model(open_checkpoint(directory), device=CPU, dtype=torch.float32)
     rows = random_rows(40, seed=7)
     sampling = Sampling(torch.arange, {"attention_mask": sum(map(len, rows))}, len(rows))
     with torch.no_grad(), FFNObserver(model, checkpoint.ffns, sampling=sampling) as observer:

@@ -19,7 +19,7 @@ from tests.runtime.compressed import compress, head_of, outputs, reference
 from tests.runtime.conftest import CompressedFactory
 from tests.tiny_models import FAMILIES, model_class
 
-RECIPES = sorted(set(shipped_recipes()) - {"demo", "best", "tiny"})  # whose steps are those of "fast"
+RECIPES = sorted(set(shipped_recipes()) - {"demo", "best", "tiny", "int8"})  # whose steps are those of "fast"
 HEADS = [
     ("bert", ""),
     ("bert", "ForMaskedLM"),

@@ -29,7 +29,7 @@ def test_the_energy_of_heavy_hitters_of_a_trained_llama(development_data: Path) 
     checkpoint = open_checkpoint(development_data / "tiny-llama")
     with (development_data / "corpus" / "heldout.txt").open(encoding="utf-8") as file:
         rows = tokenize_rows(load_tokenizer(checkpoint), file.read(60_000).split("\n\n"), max_length=128)
-    model = load_base_model(checkpoint.directory, device=torch.device("cpu"), dtype=torch.float32)
+    model = load_base_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     with FFNObserver(model, checkpoint.ffns) as observer:
         for batch in padded_batches(rows, batch_tokens=2048, pad_id=0):
             observer.next_batch(batch.arguments)

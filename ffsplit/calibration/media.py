@@ -1,0 +1,117 @@
+"""Rows of pictures, sounds and pairs of texts: named first, read whole only once they are sampled."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from ffsplit.calibration.sources import read_column
+from ffsplit.calibration.text_files import no_column, source_error
+from ffsplit.models.rows import ModelKind
+
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp"),
+    "sound": (".wav", ".flac", ".ogg", ".mp3"),
+}
+
+
+def read_pairs(specs: Sequence[str]) -> list[str]:
+    """Rows of a source and its target from `file.csv#source,target` and the like, as JSON lists.
+
+    A spec that names one column, or none, gives texts that are their own targets.
+    """
+    rows = []
+    for spec in specs:
+        start, mark, column, end = _columns(spec)
+        if len(column) > 2:
+            raise source_error(spec, "name two columns at most: SOURCE,TARGET")
+        texts = [read_column(f"{start}{mark}{each}{end}") for each in column]
+        if len(texts[0]) != len(texts[-1]):
+            raise source_error(spec, "its columns differ in length")
+        pairs = zip(texts[0], texts[-1], strict=True)
+        found = [json.dumps([a.strip(), b.strip()]) for a, b in pairs if a.strip() and b.strip()]
+        if not found:
+            raise source_error(spec, "no row has both texts; name other columns")
+        rows += found
+    return rows
+
+
+def _columns(spec: str) -> tuple[str, str, list[str], str]:
+    """`file.csv#a,b` as (file.csv, #, [a, b], nothing); after an @ comes a hub dataset's split."""
+    start, mark, rest = spec.partition("#")
+    column, at, split = rest.rpartition("@") if start.startswith("hf:") else (rest, "", "")
+    return start, mark, column.split(","), at + split
+
+
+def read_media(specs: Sequence[str], *, kind: ModelKind) -> list[str]:
+    """Rows that name a picture or a sound, and hold the text beside it where the kind of model reads one.
+
+    A spec is a folder, `file.parquet#column`, or `file.csv#column` with paths relative to the file; a
+    second column after a comma is the text. Raises ConfigError for a spec that is none of these.
+    """
+    medium = "image" if kind.startswith("image") else "sound"
+    has_text = kind in ("image_text", "speech")
+    return [json.dumps(row) for spec in specs for row in _read(spec, medium, has_text=has_text)]
+
+
+def _read(spec: str, medium: str, *, has_text: bool) -> list[list[str]]:
+    start, _, columns, _ = _columns(spec)
+    path = Path(start)
+    wanted = 2 if has_text else 1
+    form = "FILE.parquet#" + ("COLUMN,TEXT" if has_text else "COLUMN")
+    if path.is_dir() and not has_text:
+        files = sorted(each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES[medium])
+        if not files:
+            raise source_error(spec, f"the folder holds no {medium}: {', '.join(SUFFIXES[medium])}")
+        return [[str(each.resolve())] for each in files]
+    if path.suffix.lower() not in (".parquet", ".csv", ".tsv", ".jsonl"):
+        other = "" if has_text else "a folder, "
+        raise source_error(spec, f"this model reads {medium}s; name {other}{form} or FILE.csv#...")
+    if len(columns) != wanted or not all(columns):
+        raise source_error(spec, f"name {wanted} column(s): {form}")
+    texts = [read_column(f"{start}#{each}") for each in columns[1:]]
+    if path.suffix.lower() == ".parquet":
+        count = len(_parquet_column(start, columns[0]))
+        media = [f"{path.resolve()}#{columns[0]}@{row}" for row in range(count)]
+    else:
+        media = [str((path.parent / each).resolve()) for each in read_column(f"{start}#{columns[0]}")]
+    return [list(row) for row in zip(media, *texts, strict=True)]
+
+
+def embedded(row: str) -> str:
+    """The row with the bytes of its picture or sound in the place of their name."""
+    name, *text = json.loads(row)
+    return json.dumps([base64.b64encode(_content(name)).decode(), *text])
+
+
+def _content(name: str) -> bytes:
+    path, mark, rest = name.rpartition("#")
+    if mark and path.endswith(".parquet"):
+        column, _, row = rest.rpartition("@")
+        value = _parquet_column(path, column)[int(row)].as_py()
+        value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
+        if isinstance(value, bytes):
+            return value
+        name = str(Path(path).parent / str(value))
+    try:
+        return Path(name).read_bytes()
+    except OSError as error:
+        raise source_error(name, error.strerror or "it cannot be read") from None
+
+
+@lru_cache(maxsize=4)
+def _parquet_column(path: str, column: str) -> Any:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if column not in file.schema_arrow.names:
+                raise no_column(f"{path}#{column}", column, file.schema_arrow.names)
+            return file.read(columns=[column]).column(column)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise source_error(path, f"not a Parquet file that can be read ({error})") from None

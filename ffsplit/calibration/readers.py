@@ -1,0 +1,215 @@
+"""From the rows of a run to what its model's forward takes: one reader a kind of model.
+
+A row is a string: a text, or a JSON list of a source and its target, of an encoded picture or sound
+and, where the model reads one beside it, a text.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ffsplit.calibration.batches import Batch, padded, padded_batches, tokenize_rows
+from ffsplit.calibration.sound import decode_sound
+from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.load import load_processor, load_tokenizer
+
+Encoded = Any
+MEDIA_BATCH_ROWS = 8
+
+
+class Reader(Protocol):
+    """Turns rows into batches; `encode` leaves out rows that hold nothing."""
+
+    def encode(self, rows: Sequence[str]) -> list[Encoded]: ...
+
+    def batches(self, encoded: Sequence[Encoded]) -> Iterator[Batch]: ...
+
+    def num_tokens(self, encoded: Sequence[Encoded]) -> Mapping[str, int]:
+        """Tokens that are no padding, by the name of the mask that says so."""
+        ...
+
+
+def make_reader(checkpoint: Checkpoint, *, max_length: int, batch_tokens: int) -> Reader:
+    """The reader of a checkpoint's rows. Raises ConfigError when its tokenizer or processor is missing."""
+    kind = checkpoint.kind
+    if kind in ("encoder", "causal_lm"):
+        return TextReader(checkpoint, max_length=max_length, batch_tokens=batch_tokens)
+    if kind == "seq2seq":
+        return PairReader(checkpoint, max_length=max_length, batch_tokens=batch_tokens)
+    if kind in ("image", "image_text"):
+        return ImageReader(checkpoint, max_length=max_length)
+    return SoundReader(checkpoint, max_length=max_length)
+
+
+class TextReader:
+    """One text a row."""
+
+    def __init__(self, checkpoint: Checkpoint, *, max_length: int, batch_tokens: int) -> None:
+        self.tokenizer = load_tokenizer(checkpoint)
+        self._max_length, self._batch_tokens = max_length, batch_tokens
+
+    def encode(self, rows: Sequence[str]) -> list[list[int]]:
+        return tokenize_rows(self.tokenizer, rows, max_length=self._max_length)
+
+    def batches(self, encoded: Sequence[list[int]]) -> Iterator[Batch]:
+        pad_id = self.tokenizer.pad_token_id or 0
+        return padded_batches(encoded, batch_tokens=self._batch_tokens, pad_id=pad_id)
+
+    def num_tokens(self, encoded: Sequence[list[int]]) -> dict[str, int]:
+        return {"attention_mask": sum(map(len, encoded))}
+
+
+class PairReader:
+    """A source and its target a row; the decoder is given the target, one token later."""
+
+    def __init__(self, checkpoint: Checkpoint, *, max_length: int, batch_tokens: int) -> None:
+        self._tokenizer = load_tokenizer(checkpoint)
+        self._pad_id = self._tokenizer.pad_token_id or 0
+        self._decoder = DecoderInputs(checkpoint, self._tokenizer, max_length=max_length)
+        self._max_length, self._batch_tokens = max_length, batch_tokens
+
+    def encode(self, rows: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        pairs = []
+        for source, target in map(json.loads, rows):
+            ids = tokenize_rows(self._tokenizer, [source], max_length=self._max_length)
+            if ids:
+                pairs.append((ids[0], self._decoder.ids(target)))
+        return pairs
+
+    def batches(self, encoded: Sequence[tuple[list[int], list[int]]]) -> Iterator[Batch]:
+        ordered = sorted(encoded, key=lambda pair: (len(pair[0]), len(pair[1])), reverse=True)
+        start = 0
+        while start < len(ordered):
+            size = max(1, self._batch_tokens // len(ordered[start][0]))
+            chunk = ordered[start : start + size]
+            start += size
+            ids, mask = padded([source for source, _ in chunk], pad_id=self._pad_id)
+            decoder = self._decoder.arguments([target for _, target in chunk])
+            yield Batch({"input_ids": ids, "attention_mask": mask, **decoder})
+
+    def num_tokens(self, encoded: Sequence[tuple[list[int], list[int]]]) -> dict[str, int]:
+        return {
+            "attention_mask": sum(len(source) for source, _ in encoded),
+            "decoder_attention_mask": sum(len(target) for _, target in encoded),
+        }
+
+
+class DecoderInputs:
+    """What a decoder is given of a target: its start token, then the target but for its last token."""
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, *, max_length: int) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+        config = checkpoint.config
+        self._pad_id = tokenizer.pad_token_id or 0
+        start = config.get("decoder_start_token_id")
+        self._start = next(
+            each for each in (start, config.get("bos_token_id"), self._pad_id) if isinstance(each, int)
+        )
+
+    def ids(self, target: str) -> list[int]:
+        encoded = self._tokenizer(text_target=target, truncation=True, max_length=self._max_length)
+        return [self._start, *encoded["input_ids"][:-1]]
+
+    def arguments(self, targets: Sequence[list[int]]) -> dict[str, Tensor]:
+        ids, mask = padded(targets, pad_id=self._pad_id)
+        return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+
+
+class ImageReader:
+    """A picture a row, through the model's own processor; a text beside it where the model reads one."""
+
+    def __init__(self, checkpoint: Checkpoint, *, max_length: int) -> None:
+        self._processor = load_processor(checkpoint, "image")
+        self._has_text = checkpoint.kind == "image_text"
+        self._tokenizer = load_tokenizer(checkpoint) if self._has_text else None
+        self._has_mask = any(ffn.tower.mask for ffn in checkpoint.ffns)
+        longest = checkpoint.max_positions
+        self._max_length = max_length if longest is None else min(max_length, longest)
+        self._padded_length = longest
+
+    def encode(self, rows: Sequence[str]) -> list[list[str]]:
+        return [json.loads(row) for row in rows]
+
+    def batches(self, encoded: Sequence[list[str]]) -> Iterator[Batch]:
+        for start in range(0, len(encoded), MEDIA_BATCH_ROWS):
+            chunk = encoded[start : start + MEDIA_BATCH_ROWS]
+            images = [_image(row[0]) for row in chunk]
+            arguments = {"pixel_values": self._processor(images=images, return_tensors="pt")["pixel_values"]}
+            if self._has_text:
+                arguments |= self._text([row[1] for row in chunk])
+            yield Batch(arguments)
+
+    def _text(self, texts: list[str]) -> dict[str, Tensor]:
+        """Padded to the longest with a mask, or to the full length for models that see the padding."""
+        assert self._tokenizer is not None
+        options: dict[str, Any] = {"padding": True, "max_length": self._max_length}
+        if not self._has_mask:
+            options = {"padding": "max_length", "max_length": self._padded_length}
+        found = self._tokenizer(texts, truncation=True, return_tensors="pt", **options)
+        names = ("input_ids", "attention_mask") if self._has_mask else ("input_ids",)
+        return {name: found[name] for name in names}
+
+    def num_tokens(self, encoded: Sequence[list[str]]) -> dict[str, int]:
+        if not self._has_mask:
+            return {}
+        masks = (self._text([row[1]])["attention_mask"] for row in encoded)
+        return {"attention_mask": sum(int(mask.sum()) for mask in masks)}
+
+
+class SoundReader:
+    """A sound a row, through the model's own feature extractor, and what is said in it for a decoder.
+
+    A row is cut to `max_length` tenths of a second where the extractor gives plain sound; those of one
+    length make a batch, so that there is no padding.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, *, max_length: int) -> None:
+        self._processor = load_processor(checkpoint, "sound")
+        self._rate = int(self._processor.sampling_rate)
+        self._decoder = None
+        if checkpoint.kind == "speech":
+            self._decoder = DecoderInputs(checkpoint, load_tokenizer(checkpoint), max_length=max_length)
+        self._longest = max_length * self._rate // 10
+
+    def encode(self, rows: Sequence[str]) -> list[tuple[Any, list[int]]]:
+        encoded: list[tuple[Any, list[int]]] = []
+        for row in map(json.loads, rows):
+            sound = decode_sound(base64.b64decode(row[0]), rate=self._rate)
+            if self._decoder is None:
+                encoded.append((sound[: self._longest], []))
+            else:
+                encoded.append((sound, self._decoder.ids(row[1])))
+        return encoded
+
+    def batches(self, encoded: Sequence[tuple[Any, list[int]]]) -> Iterator[Batch]:
+        by_length: dict[int, list[tuple[Any, list[int]]]] = {}
+        for sound, ids in encoded:
+            by_length.setdefault(len(sound) if self._decoder is None else 0, []).append((sound, ids))
+        for _, rows in sorted(by_length.items(), reverse=True):
+            for start in range(0, len(rows), MEDIA_BATCH_ROWS):
+                chunk = rows[start : start + MEDIA_BATCH_ROWS]
+                sounds = [sound for sound, _ in chunk]
+                found = self._processor(sounds, sampling_rate=self._rate, return_tensors="pt")
+                name = "input_values" if "input_values" in found else "input_features"
+                arguments = {name: found[name].to(torch.float32)}
+                if self._decoder is not None:
+                    arguments |= self._decoder.arguments([ids for _, ids in chunk])
+                yield Batch(arguments)
+
+    def num_tokens(self, encoded: Sequence[tuple[Any, list[int]]]) -> dict[str, int]:
+        if self._decoder is None:
+            return {}
+        return {"decoder_attention_mask": sum(len(ids) for _, ids in encoded)}
+
+
+def _image(encoded: str) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")

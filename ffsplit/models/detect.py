@@ -1,0 +1,136 @@
+"""A row for a family that is not in the table, by the structure of its model: linears around an activation.
+
+What is found is a guess. It holds only once an exact split of every FFN has given the model's own
+outputs (`ffsplit.runtime.trial`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ffsplit.errors import UnsupportedModelError
+from ffsplit.models.activations import ACTIVATIONS
+from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.rows import Architecture, FFNPaths, Tower
+
+ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation", "act_fn")
+WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "hidden_dim")
+_NOT_FFN = ("attn", "attention", "cross", "router")
+
+
+class _Linear(NamedTuple):
+    path: str
+    num_rows: int
+    num_columns: int
+
+
+def architecture_of(model: Any) -> Architecture:
+    """The row of a model's family, or what its structure suggests. Raises UnsupportedModelError."""
+    row = ARCHITECTURES.get(model.config.model_type)
+    return row or row_by_structure(model, config=model.config.to_dict())
+
+
+def detect_architecture(directory: Path, config: Mapping[str, Any]) -> Architecture:
+    """What the structure of a checkpoint's model suggests, without a weight. Raises UnsupportedModelError."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise UnsupportedModelError(
+            f"{directory}: model type {model_type!r} is not supported (known: {known})"
+        )
+    try:
+        with init_empty_weights():
+            made = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+            model = transformers.AutoModel.from_config(made)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UnsupportedModelError(f"{directory}: {model_type} is not in the table; {reason}") from None
+    return row_by_structure(model, config={**made.to_dict(), **config})
+
+
+def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
+    """The row of a model that has one list of blocks, each with one FFN of two or three linear layers."""
+    base = getattr(model, model.base_model_prefix, model)
+    found: list[str] = []
+    for path, blocks in base.named_modules():
+        if not isinstance(blocks, nn.ModuleList) or not len(blocks) or not path:
+            continue
+        linears = list(_linears(blocks[0]))
+        found.append(
+            f"{path}.* of {type(blocks[0]).__name__}: " + (", ".join(map(_words, linears)) or "no linear")
+        )
+        ffn = _ffn_of(blocks[0], linears, config)
+        if ffn is not None:
+            return _row(config, f"{path}.*", ffn)
+    what = "; ".join(found) or "no list of blocks"
+    raise UnsupportedModelError(
+        f"{config.get('model_type')} is not in the table of architectures, and its structure shows no FFN "
+        f"of two or three linear layers around an activation that the config names. Found {what}"
+    )
+
+
+def _linears(block: nn.Module) -> Iterator[_Linear]:
+    for path, module in block.named_modules():
+        if isinstance(module, nn.Linear) and not any(word in path.lower() for word in _NOT_FFN):
+            yield _Linear(path, *module.weight.shape)
+
+
+def _words(linear: _Linear) -> str:
+    return f"{linear.path} [{linear.num_rows}, {linear.num_columns}]"
+
+
+def _ffn_of(block: nn.Module, linears: list[_Linear], config: Mapping[str, Any]) -> FFNPaths | None:
+    """The one group of linears that can be up, down and perhaps gate."""
+    for down in linears:
+        pair = (down.num_columns, down.num_rows)
+        ups = [each for each in linears if (each.num_rows, each.num_columns) == pair and each != down]
+        if down.num_columns <= down.num_rows or len(ups) not in (1, 2):
+            continue
+        gates = [each for each in ups if "gate" in each.path] or ups[:1]
+        gate = gates[0] if len(ups) == 2 else None
+        up = next(each for each in ups if each != gate)
+        widths = [name for name in WIDTH_FIELDS if config.get(name) == down.num_columns]
+        shared: dict[str, Any] = {
+            "up": up.path,
+            "down": down.path,
+            "gate": gate.path if gate else None,
+            "width_field": widths[0] if widths else None,
+        }
+        parent = up.path.rpartition(".")[0]
+        if parent and parent == down.path.rpartition(".")[0]:
+            return FFNPaths(module=parent, **shared)
+        activation = _activation_path(block)
+        if gate is None and activation is not None:
+            return FFNPaths(activation=activation, **shared)
+    return None
+
+
+def _activation_path(block: nn.Module) -> str | None:
+    """The one module of a block that may be an activation: it has no weights, and says so by its name."""
+    names = [
+        path
+        for path, module in block.named_modules()
+        if path and not any(module.parameters()) and "act" in path.rpartition(".")[2].lower()
+    ]
+    return names[0] if len(names) == 1 else None
+
+
+def _row(config: Mapping[str, Any], blocks: str, ffn: FFNPaths) -> Architecture:
+    fields = [name for name in ACTIVATION_FIELDS if config.get(name) in ACTIVATIONS]
+    model_type = str(config["model_type"])
+    if not fields:
+        raise UnsupportedModelError(
+            f"{model_type} is not in the table of architectures; {blocks}: {ffn.up} and {ffn.down} look like "
+            "an FFN, but the config names no activation that is known"
+        )
+    classes = config.get("architectures") or [""]
+    is_causal = str(classes[0]).endswith(("ForCausalLM", "LMHeadModel")) or bool(config.get("is_decoder"))
+    tower = Tower(blocks=blocks, ffns=(ffn,), activation_field=fields[0])
+    return Architecture(model_type=model_type, kind="causal_lm" if is_causal else "encoder", towers=(tower,))

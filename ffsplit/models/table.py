@@ -1,0 +1,71 @@
+"""What works with which family, as a page: `python -m ffsplit.models.table > docs/models.md`."""
+
+from __future__ import annotations
+
+from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.rows import Architecture, ModelKind
+
+READS: dict[ModelKind, str] = {
+    "encoder": "text",
+    "causal_lm": "running text",
+    "seq2seq": "pairs of texts",
+    "speech": "sound and what is said",
+    "image": "pictures",
+    "image_text": "pictures and texts",
+    "audio": "sound",
+}
+COMPARED: dict[ModelKind, str] = {
+    "encoder": "token and pooled states",
+    "causal_lm": "token distributions",
+    "seq2seq": "the decoder's states",
+    "speech": "the decoder's states",
+    "image": "patch and pooled states",
+    "image_text": "picture and text embeddings",
+    "audio": "frame and pooled states",
+}
+
+
+def table() -> str:
+    """One line a family, from the rows of the table of architectures."""
+    lines = [
+        "# Models",
+        "",
+        "Made by `make docs` from `ffsplit/models/architectures.py`; a test holds the two together, and",
+        "`tests/test_families.py` tries every line with every task head it lists.",
+        "",
+        "| `model_type` | reads | FFNs | compared by | without ffsplit | healing | one block at a time |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *(_line(row) for row in ARCHITECTURES.values())]) + "\n"
+
+
+def _line(row: Architecture) -> str:
+    plain = all(ffn.width_field for tower in row.towers for ffn in tower.ffns)
+    cells = (
+        f"`{row.model_type}`",
+        READS[row.kind],
+        _ffns(row),
+        COMPARED[row.kind],
+        "where plain" if plain else "no",
+        "yes" if row.can_heal else "no",
+        "yes" if row.can_stream else "no",
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _ffns(row: Architecture) -> str:
+    """What kinds of FFNs a family has, in words."""
+    words = []
+    for tower in row.towers:
+        for ffn in tower.ffns:
+            form = "gated, fused" if ffn.fused else "gated" if ffn.gate else "plain"
+            form = f"{form}, Conv1D" if ffn.transposed else form
+            what = " ".join(
+                part for part in (tower.name, ffn.label, "experts" if ffn.experts else "") if part
+            )
+            words.append(f"{what}: {form}" if what else form)
+    return "; ".join(dict.fromkeys(words))
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -1,0 +1,33 @@
+"""What has to be an ordinary checkpoint, and is refused before a run where it would not be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ffsplit.errors import ConfigError
+from ffsplit.ffn import LayerLayout
+from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.recipes.recipe import Recipe
+from ffsplit.runtime.assemble import is_plain
+
+
+def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
+    """Raise ConfigError when a recipe would heal, or quantize afterwards, what is not an ordinary model."""
+    if not is_plain(checkpoint, layouts):
+        raise ConfigError(
+            f"recipe {recipe.name}: healing and after_healing need steps that leave one dense FFN of one "
+            "width a layer, without a bias that the architecture lacks: prune or distill"
+        )
+
+
+def check_stays_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
+    """Raise ConfigError when the result of --plain would not be an ordinary checkpoint."""
+    if recipe.allocation == "search":
+        reason = "its search may give layers different widths"
+    elif recipe.after_healing is not None:
+        reason = "it ends with integer weights"
+    elif not is_plain(checkpoint, layouts):
+        reason = "it leaves more than one dense FFN of one width a layer, or a bias that the family lacks"
+    else:
+        return
+    raise ConfigError(f"--plain: recipe {recipe.name} does not stay plain, {reason}: take fast or norm-prune")

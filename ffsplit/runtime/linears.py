@@ -1,0 +1,103 @@
+"""The other linear layers of the blocks, those of attention, with int8 weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ffsplit.artifacts.manifest import LinearsRecord
+from ffsplit.errors import ArtifactError, UnsupportedModelError
+from ffsplit.ffn import Integer
+from ffsplit.models.checkpoint import FFN_DTYPES, Checkpoint
+from ffsplit.models.headers import opened
+from ffsplit.quantization import quantize_rows, scales_of
+from ffsplit.runtime.integer_map import IntegerMap
+
+FORMAT = Integer(num_bits=8)
+ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
+
+
+def attention_linears(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The linear layers of attention in every block, as module paths below the base model.
+
+    Raises UnsupportedModelError where there are none, or where they are stored transposed.
+    """
+    if any(ffn.paths.transposed for ffn in checkpoint.ffns):
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: a {checkpoint.architecture.model_type} stores its linear layers "
+            "transposed: take a recipe without `linears`"
+        )
+    widths = {ffn.block: ffn.shape.hidden_size for ffn in checkpoint.ffns}
+    found = tuple(path for block, width in widths.items() for path in _matrices(checkpoint, block, width))
+    if not found:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: no linear layers of attention are known in a "
+            f"{checkpoint.architecture.model_type}: take a recipe without `linears`"
+        )
+    return found
+
+
+def _matrices(checkpoint: Checkpoint, block: str, width: int) -> list[str]:
+    base = f"{checkpoint.prefix}{block}."
+    in_ffns = {name for ffn in checkpoint.ffns for name in ffn.tensor_names}
+    names = (name for name in checkpoint.block_tensors(block) if name.startswith(base))
+    return [
+        f"{block}.{name.removeprefix(base).removesuffix('.weight')}"
+        for name in sorted(names)
+        if name.endswith(".weight")
+        and name not in in_ffns
+        and ATTENTION.search(name.removeprefix(base))
+        and len(checkpoint.tensors[name].shape) == 2
+        and width in checkpoint.tensors[name].shape
+        and checkpoint.tensors[name].dtype in FFN_DTYPES
+    ]
+
+
+def quantize_linears(checkpoint: Checkpoint, folder: Path) -> tuple[list[Path], LinearsRecord]:
+    """Safetensors files with attention's weights as integers, one a block, and what they come to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    modules = attention_linears(checkpoint)
+    files, elements, size, before = [], 0, 0, 0
+    for number, block in enumerate(checkpoint.blocks):
+        tensors = {}
+        for path in (path for path in modules if path.startswith(f"{block}.")):
+            name = f"{checkpoint.prefix}{path}.weight"
+            info = checkpoint.tensors[name]
+            with opened(checkpoint.directory / info.file, "pt") as file:
+                weight = file.get_tensor(name).float()
+            scale = scales_of(weight, num_bits=8, group_size=None)
+            integers = quantize_rows(weight, scale, num_bits=8, group_size=None)
+            tensors[name] = integers["weight"]
+            tensors[f"{name}_scale"] = integers["weight_scale"]
+            elements, before = elements + info.num_elements, before + info.size_bytes
+            size += FORMAT.size_bytes(info.shape[0], info.shape[1], itemsize=1)
+        files.append(folder / f"linears-{number:03d}.safetensors")
+        save_file(tensors, files[-1], {"format": "pt"})
+    record = LinearsRecord(
+        modules=modules, num_bits=8, num_elements=elements, size_bytes=size, original_size_bytes=before
+    )
+    return files, record
+
+
+def linears_config(modules: tuple[str, ...]) -> dict[str, Any]:
+    """What `config.json` says of them."""
+    return {"format": FORMAT.model_dump(mode="json"), "modules": list(modules)}
+
+
+def install_linears(base: nn.Module, config: dict[str, Any], *, per_token: bool) -> None:
+    """Put empty integer maps in the place of a base model's linear layers."""
+    format = Integer.model_validate(config["format"])
+    for path in config["modules"]:
+        old = base.get_submodule(path)
+        if not isinstance(old, nn.Linear):
+            raise ArtifactError(f"config.json names {path}, which is no linear layer in this model")
+        with torch.device(old.weight.device):
+            new = IntegerMap(
+                format, old.out_features, old.in_features, bias=old.bias is not None, per_token=per_token
+            )
+        base.set_submodule(path, new)

@@ -1,0 +1,100 @@
+"""`ffsplit benchmark`: a grid, limits beside speed-ups, and a record beside the publication."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ffsplit
+from ffsplit.artifacts.benchmarks import BenchmarkRecord, read_benchmarks
+from ffsplit.artifacts.locate import locate
+from ffsplit.artifacts.retention import collect, plan
+from ffsplit.artifacts.verify import verify
+from ffsplit.cli import main
+from ffsplit.measurement.benchmark import Settings, benchmark
+from ffsplit.measurement.work import Work, work_of
+from ffsplit.models.load import load_whole_model
+from tests.conftest import CheckpointFactory
+from tests.small_jobs import SmallJob
+from tests.tiny_models import save_checkpoint
+
+QUICK = ("--pairs", "2", "--batch-sizes", "1", "2", "--lengths", "4", "9", "--no-memory")
+
+
+def test_an_encoder_over_a_grid(small_job: SmallJob, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    manifest = ffsplit.compress(small_job.config(out))
+    before = sorted(path.name for path in (out / manifest.run_key / manifest.attempt).rglob("*"))
+    capsys.readouterr()
+    assert main(["benchmark", str(out), *QUICK, "--json"]) == 0
+    record = BenchmarkRecord.model_validate_json(capsys.readouterr().out)
+    shapes = [(each.phase, each.batch_size, each.num_tokens) for each in record.timings]
+    assert shapes == [("forward", rows, tokens) for rows in (1, 2) for tokens in (4, 9)]
+    for each in record.timings:
+        assert 0 < each.compressed.p50_ms <= each.compressed.p95_ms <= each.compressed.p99_ms
+        assert 1 < each.limit < 2 and each.share_of_limit == pytest.approx(each.speedup / each.limit)
+        assert each.limited_by == ("bytes" if each.batch_size * each.num_tokens < 8 else "multiplications")
+    assert record.original.load_s > 0 and record.original.peak_memory_bytes is None
+    (path,) = (out / manifest.run_key / "benchmarks").glob("*.json")
+    assert json.loads(path.read_text())["attempt"] == manifest.attempt
+    assert read_benchmarks(locate(str(out))) == [record]
+    assert sorted(each.name for each in (out / manifest.run_key / manifest.attempt).rglob("*")) == before
+
+
+def test_the_store_lives_with_benchmarks(small_job: SmallJob, tmp_path: Path, capsys: Any) -> None:
+    """They verify, list and go with their run."""
+    out = tmp_path / "out"
+    first = ffsplit.compress(small_job.config(out))
+    assert main(["benchmark", str(out), *QUICK]) == 0
+    printed = capsys.readouterr().out
+    assert "appended:" in printed and "tokens/s" in printed and "by multiplications" in printed
+    assert verify(str(out)).ok and main(["list", str(out)]) == 0
+    ffsplit.compress(small_job.config(out, keep=0.25))
+    location = locate(str(out))
+    collect(location.store, plan(location.store, keep_last=1))
+    assert not list((out / first.run_key).rglob("*.json"))
+
+
+def test_a_causal_model_prefills_and_decodes(checkpoint_of: CheckpointFactory, capsys: Any) -> None:
+    model = str(checkpoint_of("opt", head="ForCausalLM"))
+    assert main(["benchmark", model, *QUICK, "--new-tokens", "3", "--json", "--device", "cpu"]) == 0
+    record = BenchmarkRecord.model_validate_json(capsys.readouterr().out)
+    assert [each.phase for each in record.timings] == ["prefill", "decode"] * 4
+    assert all(each.limited_by == "bytes" and each.num_pairs == 3 for each in record.timings[1::2])
+    assert record.run_key is None and all(each.limit == 1 for each in record.timings)
+
+
+def test_peak_memory_of_both(checkpoint_of: CheckpointFactory) -> None:
+    settings = Settings(batch_sizes=(1,), lengths=(4,), pairs=1, threads=1)
+    record = benchmark(str(checkpoint_of("bert")), settings=settings)
+    assert record.num_threads == 1
+    assert record.original.peak_memory_bytes and record.compressed.peak_memory_bytes
+
+
+def test_work_is_that_of_the_linear_layers(tmp_path: Path) -> None:
+    """Per block of BERT: four matrices D x D and two D x N; a classifier has a pooler and a head."""
+    path = save_checkpoint(tmp_path / "model", "bert", head="ForSequenceClassification")
+    count = 3 * (4 * 32 * 32 + 2 * 32 * 96) + 32 * 32 + 32 * 2
+    assert work_of(load_whole_model(path, "BertForSequenceClassification")) == Work(count, 4 * count)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--batch-sizes", "0"), "--batch-sizes must be 1 or more"),
+        (("--lengths", "0"), "--lengths must be 1 or more"),
+        (("--pairs", "0"), "--pairs and --threads"),
+        (("--device", "cuda"), "--device cuda: torch finds no GPU"),
+        (("--dtype", "float8"), "invalid choice"),
+    ],
+)
+def test_mistakes_are_one_line(
+    checkpoint_of: CheckpointFactory, capsys: Any, monkeypatch: Any, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["benchmark", str(checkpoint_of("bert")), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1

@@ -1,0 +1,80 @@
+"""Families without a row are tried by structure, and taken only where an exact split changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+import ffsplit
+from ffsplit.errors import UnsupportedModelError
+from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.load import load_whole_model
+from ffsplit.runtime.trial import check_by_trial
+from tests.small_jobs import LOW_RANK, SmallJob
+from tests.tiny_families import outputs
+from tests.tiny_models import VOCAB_SIZE, randomize, save_tokenizer
+
+_SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+_SIZES |= {"intermediate_size": 40, "max_position_embeddings": 64, "pad_token_id": 0}
+UNKNOWN = {
+    "Granite": _SIZES | {"num_key_value_heads": 1},
+    "Olmo2": _SIZES | {"num_key_value_heads": 1},
+}
+
+
+def save(directory: Path, prefix: str, **config: Any) -> Path:
+    chosen = getattr(transformers, f"{prefix}ForCausalLM")
+    model = chosen(chosen.config_class(**config))
+    randomize(model, seed=0)
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return directory
+
+
+@pytest.mark.parametrize("prefix", UNKNOWN)
+@pytest.mark.parametrize("step", ["{kind: prune}", LOW_RANK])
+def test_a_family_without_a_row_is_found_and_compressed(tmp_path: Path, prefix: str, step: str) -> None:
+    source = save(tmp_path / "model", prefix, **UNKNOWN[prefix])
+    checkpoint = open_checkpoint(source)
+    assert checkpoint.architecture.model_type not in ARCHITECTURES and checkpoint.is_guessed
+    assert [shape.num_neurons for shape in checkpoint.shapes] == [40, 40]
+    assert checkpoint.shapes[0].gated
+    job = SmallJob(tmp_path, source)
+    share = 1.0 if "prune" in step else 0.5
+    recipe = job.recipe(step=step, heavy_share=share)
+    manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, samples=8))
+    assert manifest.plain == ("prune" in step)
+    found = outputs(ffsplit.load(str(tmp_path / "out")))
+    dense = outputs(load_whole_model(source, checkpoint.class_name))
+    assert found.isfinite().all() and (found - dense).abs().max() > 1e-3
+
+
+def test_a_wrong_guess_is_refused_by_trial(tmp_path: Path) -> None:
+    """A gate and an up projection that are taken for each other."""
+    checkpoint = open_checkpoint(save(tmp_path, "Granite", **UNKNOWN["Granite"]))
+    check_by_trial(checkpoint)
+    for ffn in checkpoint.ffns:
+        up, gate = ffn.up, ffn.gate
+        object.__setattr__(ffn, "up", gate)
+        object.__setattr__(ffn, "gate", up)
+    with pytest.raises(UnsupportedModelError, match="changes the model's outputs"):
+        check_by_trial(checkpoint)
+
+
+def test_what_was_found_is_listed(tmp_path: Path) -> None:
+    config = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    directory = save(tmp_path, "Mamba", **config, pad_token_id=0)
+    with pytest.raises(UnsupportedModelError, match=r"mamba is not in the table.*MambaBlock.*mixer\.in_proj"):
+        open_checkpoint(directory)
+
+
+def test_a_family_that_transformers_does_not_know_lists_the_table(tmp_path: Path) -> None:
+    directory = save(tmp_path, "Granite", **UNKNOWN["Granite"])
+    text = (directory / "config.json").read_text().replace('"granite"', '"made-up"')
+    (directory / "config.json").write_text(text)
+    with pytest.raises(UnsupportedModelError, match=r"'made-up' is not supported \(known: bart, bert"):
+        open_checkpoint(directory)

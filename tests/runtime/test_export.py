@@ -1,0 +1,148 @@
+"""What is exported runs elsewhere with the same outputs: onnxruntime, sentence-transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+import ffsplit
+from ffsplit.cli import main
+from ffsplit.models.load import load_whole_model
+from ffsplit.runtime.integer_map import IntegerMap
+from tests.conftest import CheckpointFactory
+from tests.runtime.compressed import head_of
+from tests.runtime.conftest import CompressedFactory
+from tests.small_jobs import SmallJob
+
+SHAPES = ((2, 7), (1, 1), (3, 20))
+INT8 = "after_healing: {kind: quantize, num_bits: 8}\nlinears: int8"
+
+
+@pytest.fixture
+def int8_artifact(checkpoint_of: CheckpointFactory, tmp_path: Path) -> Callable[[str], tuple[Path, str]]:
+    def make(family: str) -> tuple[Path, str]:
+        job = SmallJob(tmp_path, checkpoint_of(family, head=head_of(family)))
+        manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=job.recipe(more=INT8)))
+        return tmp_path / "out" / manifest.run_key / manifest.attempt, manifest.model.architecture
+
+    return make
+
+
+def compared(file: Path, directory: Path, class_name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Outputs of the torch model and of onnxruntime, at several shapes and with padding."""
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    model = load_whole_model(directory, class_name, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    pairs = []
+    for shape in SHAPES:
+        ids = torch.randint(5, 190, shape, generator=generator)
+        mask = torch.ones_like(ids)
+        mask[0, 5:] = 0
+        with torch.no_grad():
+            expected = model(input_ids=ids, attention_mask=mask)[0].numpy()
+        (found,) = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+        keep = mask.bool().numpy() if found.ndim == 3 else slice(None)
+        pairs.append((found[keep], expected[keep]))
+    return pairs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "recipe"), [("bert", "paper"), ("llama", "svd")])
+def test_floating_point_models(
+    compressed_of: CompressedFactory, tmp_path: Path, family: str, recipe: str
+) -> None:
+    compressed = compressed_of(family, recipe=recipe)
+    assert main(["export", str(compressed.directory), "--format", "onnx", "--out", str(tmp_path / "o")]) == 0
+    for found, expected in compared(
+        tmp_path / "o" / "model.onnx", compressed.directory, compressed.source.class_name
+    ):
+        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-3)
+    assert (tmp_path / "o" / "tokenizer.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_int8_stays_int8(int8_artifact: Any, tmp_path: Path, family: str) -> None:
+    import onnx
+
+    directory, class_name = int8_artifact(family)
+    assert main(["export", str(directory), "--format", "onnx", "--out", str(tmp_path / "o")]) == 0
+    graph = onnx.load(str(tmp_path / "o" / "model.onnx")).graph
+    model = load_whole_model(directory, class_name)
+    num_maps = sum(isinstance(module, IntegerMap) for module in model.modules())
+    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == num_maps > 0
+    stored = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    assert len([tensor for tensor in stored if len(tensor.dims) == 2]) == num_maps
+    for found, expected in compared(tmp_path / "o" / "model.onnx", directory, class_name):
+        assert np.linalg.norm(found - expected) <= 0.05 * np.linalg.norm(expected)
+
+
+def test_mistakes_are_one_line(
+    checkpoint_of: CheckpointFactory, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """A full directory, no artifact, an unknown format, a missing extra: nothing is written."""
+    model = str(checkpoint_of("bert"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    onnx = ("--format", "onnx", "--out")
+    cases = [
+        ((model, *onnx, str(tmp_path / "full")), "exists already and is not an empty directory"),
+        ((str(tmp_path / "full"), *onnx, str(tmp_path / "new")), "holds no artifact"),
+        ((model, "--format", "gguf", "--out", str(tmp_path / "new")), "invalid choice: 'gguf'"),
+    ]
+    capsys.readouterr()  # of making the model
+    for arguments, said in cases:
+        assert main(["export", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert said in error and error.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    assert main(["export", model, *onnx, str(tmp_path / "new")]) == 2
+    assert "pip install 'ffsplit[onnx]'" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_four_bits_are_refused(checkpoint_of: CheckpointFactory, tmp_path: Path, capsys: Any) -> None:
+    job = SmallJob(tmp_path, checkpoint_of("bert"))
+    recipe = job.recipe(more="after_healing: {kind: quantize, num_bits: 4, group_size: 32}")
+    ffsplit.compress(job.config(tmp_path / "out", recipe=recipe))
+    assert main(["export", str(tmp_path / "out"), "--format", "onnx", "--out", str(tmp_path / "new")]) == 2
+    assert "4-bit weights" in capsys.readouterr().err and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("more", ["", INT8])
+def test_sentence_transformers_loads_a_compressed_encoder(
+    checkpoint_of: CheckpointFactory, tmp_path: Path, more: str
+) -> None:
+    """Its modules.json and pooling are kept, and the embedding is the pooled state of the model."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    source = tmp_path / "sentence"
+    shutil.copytree(checkpoint_of("bert"), source)
+    kinds = ("Transformer", ""), ("Pooling", "1_Pooling")
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (kind, path) in enumerate(kinds)
+    ]
+    (source / "modules.json").write_text(json.dumps(modules))
+    (source / "1_Pooling").mkdir()
+    pooling = {"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}
+    (source / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+    job = SmallJob(tmp_path, source)
+    manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=job.recipe(more=more)))
+    directory = tmp_path / "out" / manifest.run_key / manifest.attempt
+    texts = ["the time of day", "people like to work in the world"]
+    loaded = sentence_transformers.SentenceTransformer(str(directory), device="cpu")
+    found = loaded.encode(texts, batch_size=1, convert_to_tensor=True)
+    model = load_whole_model(directory, manifest.model.architecture)
+    for text, embedding in zip(texts, found, strict=True):
+        with torch.no_grad():
+            states = model(**loaded.tokenizer([text], return_tensors="pt"))[0]
+        torch.testing.assert_close(embedding, states.mean(1)[0], atol=1e-5, rtol=1e-5)
