@@ -92,7 +92,8 @@ def write_page(runs: Sequence[Run], *, folder: Path, order: Sequence[str]) -> No
     ]
     for name in names:
         lines += ["", *table([run for run in runs if run.case == name], order)]
-    lines += ["", "![scores against FFN bytes](quality.png)", ""]
+    lines += ["", "What else was tried: [quality-tried.md](quality-tried.md).", ""]
+    lines += ["![scores against FFN bytes](quality.png)", ""]
     (folder / "quality.md").write_text("\n".join(lines), "utf-8")
     draw(runs, names, folder / "quality.png", order)
 
@@ -137,7 +138,7 @@ def draw(runs: Sequence[Run], names: Sequence[str], path: Path, order: Sequence[
                 axes.plot(*zip(*points, strict=True), marker="o", label=recipe)
         axes.axhline(mine[0].original, color="grey", linestyle="--", label="dense")
         axes.set(xlabel="FFN size (MB)", ylabel=mine[0].metric, title=name)
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.08 * max(row.ffn_bytes for row in rows) / 1e6)
         if mine[0].metric == "perplexity":
             best = min(row.score for row in rows)
             axes.set_ylim(
