@@ -208,7 +208,7 @@ class S3Store:
         self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **self._options(name), **condition)
 
     def _options(self, name: str) -> dict[str, Any]:
-        """What an object is stored with: its type, where a browser asks for that, and the key to encrypt with."""
+        """What an object is stored with: the type of a page, and the key to encrypt with."""
         content_type = _CONTENT_TYPES.get(Path(name).suffix)
         return self._extra | ({"ContentType": content_type} if content_type else {})
 
