@@ -63,5 +63,5 @@ bench-scaling: venv ## How the work spreads over workers, into benchmarks/scalin
 	$(BIN)/python -m benchmarks.scaling
 
 .PHONY: bench-quality
-bench-quality: venv ## Score every recipe on STS-B dev (DATA=folder with stsb/) into benchmarks/quality.md
+bench-quality: venv ## Score every recipe (DATA=folder with stsb/ and others) into benchmarks/quality.md
 	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))

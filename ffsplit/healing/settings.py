@@ -13,7 +13,8 @@ class HealingSettings(Record):
     """AdamW over every weight but the embeddings, linear warm-up, then a half cosine to zero.
 
     The model is judged on validation rows `evaluations` times an epoch; healing stops after `patience`
-    of them without a better one, and the best state seen, the first included, is what it returns.
+    of them without a better one, and the best state seen, the first included, is what it returns. The
+    distance may rise while the learning rate is high and fall at its end, so patience should outlast that.
     """
 
     epochs: int = Field(default=3, ge=1)
@@ -23,6 +24,6 @@ class HealingSettings(Record):
     warm_up: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")
     max_gradient_norm: float = Field(default=1.0, gt=0)
     evaluations: int = Field(default=2, ge=1)
-    patience: int = Field(default=4, ge=1)
+    patience: int = Field(default=6, ge=1)
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     checkpoint_steps: int = Field(default=100, ge=1, description="steps between resumable checkpoints")

@@ -245,3 +245,20 @@ def test_a_refused_upload_is_not_hidden_by_the_transfer_manager(
     monkeypatch.setattr(store, "_bucket", "nowhere")
     with pytest.raises(ConfigError, match="create the bucket"):
         store.put_file("file", tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("key", "content_type"),
+    [("run/report.html", "text/html; charset=utf-8"), ("index.json", "application/json")],
+)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_pages_say_that_they_are_pages(
+    store: S3Store, tmp_path: Path, key: str, content_type: str, as_file: bool
+) -> None:
+    (path := tmp_path / "body").write_bytes(b"{}")
+    if as_file:
+        store.put_file(key, path)
+    else:
+        store.put_bytes(key, b"{}")
+    stored = store._client.head_object(Bucket=store._bucket, Key=store._name(key))
+    assert stored["ContentType"] == content_type

@@ -1,0 +1,148 @@
+"""The page and the plot of the quality benchmark, from its runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+
+TITLES = {
+    "STS-B": "all-MiniLM-L6-v2 on STS-B dev: Spearman x 100 of the cosines of mean-pooled sentences",
+    "SST-2": "all-MiniLM-L6-v2 fine-tuned on SST-2, on its dev split: accuracy in %",
+    "corpus": "a small Llama on running English text held out: perplexity, lower is better",
+}
+FIDELITY = {"STS-B": "pooled_cosine", "SST-2": "pooled_cosine", "corpus": "kl_divergence"}
+
+
+class Run(NamedTuple):
+    """One recipe at one budget with one seed, scored."""
+
+    case: str
+    recipe: str
+    keep: float
+    seed: int
+    metric: str
+    original: float
+    score: float
+    fidelity: dict[str, float]
+    ffn_bytes: int
+    original_ffn_bytes: int
+    num_rows: int
+    num_tokens: int
+    hardware: dict[str, str | int]
+    versions: dict[str, str]
+
+    @property
+    def key(self) -> tuple[str, str, float, int]:
+        return self.case, self.recipe, self.keep, self.seed
+
+
+class Row(NamedTuple):
+    """One recipe at one budget: the median over its seeds, and the extremes."""
+
+    recipe: str
+    keep: float
+    score: float
+    lowest: float
+    highest: float
+    num_seeds: int
+    fidelity: float
+    ffn_bytes: int
+
+
+def rows_of(runs: Sequence[Run], order: Sequence[str]) -> list[Row]:
+    """The rows of one case, largest budget first, recipes in their order."""
+    rows = []
+    for keep in sorted({run.keep for run in runs}, reverse=True):
+        for recipe in order:
+            same = [run for run in runs if (run.keep, run.recipe) == (keep, recipe)]
+            if same:
+                scores = [run.score for run in same]
+                figures = [run.fidelity[FIDELITY[run.case]] for run in same]
+                median = statistics.median(scores)
+                extremes = min(scores), max(scores)
+                rows.append(
+                    Row(
+                        recipe,
+                        keep,
+                        median,
+                        *extremes,
+                        len(same),
+                        statistics.median(figures),
+                        same[0].ffn_bytes,
+                    )
+                )
+    return rows
+
+
+def write_page(runs: Sequence[Run], *, folder: Path, order: Sequence[str]) -> None:
+    """quality.md and quality.png."""
+    names = [name for name in TITLES if any(run.case == name for run in runs)]
+    lines = [
+        "# Quality",
+        "",
+        "`make bench-quality DATA=folder` (its options with `benchmarks/quality.py --help`). Medians over "
+        "the seeds, which draw the calibration rows and the order of healing; in brackets the lowest and the "
+        "highest. No recipe saw a sentence that it is scored on.",
+        "",
+        f"Run on: {'; '.join(sorted({machine(run) for run in runs}))}.",
+    ]
+    for name in names:
+        lines += ["", *table([run for run in runs if run.case == name], order)]
+    lines += ["", "What else was tried: [quality-tried.md](quality-tried.md).", ""]
+    lines += ["![scores against FFN bytes](quality.png)", ""]
+    (folder / "quality.md").write_text("\n".join(lines), "utf-8")
+    draw(runs, names, folder / "quality.png", order)
+
+
+def machine(run: Run) -> str:
+    device = run.hardware.get("gpu") or f"{run.hardware['processor']}, {run.hardware['num_cpus']} cores"
+    return f"{device}, torch {run.versions['torch']}, transformers {run.versions['transformers']}"
+
+
+def table(runs: Sequence[Run], order: Sequence[str]) -> list[str]:
+    """One case as a section."""
+    first = runs[0]
+    label = FIDELITY[first.case].replace("_", " ")
+    lines = [
+        f"## {first.case}",
+        "",
+        f"{TITLES[first.case]}. Dense: **{first.original:.2f}**.",
+        "",
+        f"| keep | recipe | {first.metric} | against dense | {label} | FFN bytes | seeds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows_of(runs, order):
+        spread = f" [{row.lowest:.2f}, {row.highest:.2f}]" if row.num_seeds > 1 else ""
+        share = row.ffn_bytes / first.original_ffn_bytes
+        lines.append(
+            f"| {row.keep:g} | {row.recipe} | {row.score:.2f}{spread} | {row.score - first.original:+.2f} "
+            f"| {row.fidelity:.4f} | {row.ffn_bytes:,} (1/{1 / share:.1f}) | {row.num_seeds} |"
+        )
+    return lines
+
+
+def draw(runs: Sequence[Run], names: Sequence[str], path: Path, order: Sequence[str]) -> None:
+    """Score against bytes, a panel a case."""
+    figure = Figure(figsize=(5.2 * len(names), 4.4), layout="constrained")
+    for index, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), index + 1)
+        mine = [run for run in runs if run.case == name]
+        rows = rows_of(mine, order)
+        for recipe in order:
+            points = sorted((row.ffn_bytes / 1e6, row.score) for row in rows if row.recipe == recipe)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=recipe)
+        axes.axhline(mine[0].original, color="grey", linestyle="--", label="dense")
+        axes.set(xlabel="FFN size (MB)", ylabel=mine[0].metric, title=name)
+        axes.set_xlim(0, 1.08 * max(row.ffn_bytes for row in rows) / 1e6)
+        if mine[0].metric == "perplexity":
+            best = min(row.score for row in rows)
+            axes.set_ylim(
+                0.95 * min(best, mine[0].original), min(1.05 * max(r.score for r in rows), 3 * best)
+            )
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
