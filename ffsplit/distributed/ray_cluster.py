@@ -82,7 +82,8 @@ def refusal(address: str, reason: str) -> str:
         if len(found) == 2:
             theirs, ours = (f"Ray {version} on Python {python}" for version, python in found)
             return f"the cluster at {address} runs {theirs}, this is {ours}: install the same here"
-    return f"Ray at {address} cannot be reached: {reason.splitlines()[0]}"
+    what = "no Ray could be started here" if address == "local" else f"Ray at {address} cannot be reached"
+    return f"{what}: {reason.splitlines()[0]}"
 
 
 def _probe(address: str) -> None:

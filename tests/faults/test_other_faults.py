@@ -154,8 +154,17 @@ def wait_until(condition: Any, *, within_s: float) -> float:
     return time.monotonic() - start
 
 
+@pytest.fixture
+def heard_interrupts() -> Iterator[None]:
+    """A shell's background commands ignore SIGINT, and so does all that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @long
 @pytest.mark.ray
+@pytest.mark.usefixtures("heard_interrupts")
 @pytest.mark.parametrize("stage", ["calibrate", "compress", "heal", "measure"])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_leaves_nothing_running(
@@ -176,10 +185,14 @@ def test_a_stopped_run_leaves_nothing_running(
         reader = threading.Thread(target=lambda: lines.extend(process.stderr or ()), daemon=True)
         reader.start()
         awaited = '"event": "note"' if before is None else f'"stage": "{before}", "num_items"'
-        wait_until(lambda: any(awaited in line for line in list(lines)), within_s=180)
-        time.sleep(0.2)
-        process.send_signal(signum)
-        wait_until(lambda: process.poll() is not None and not marked(mark), within_s=10)
+        try:
+            wait_until(lambda: any(awaited in line for line in list(lines)), within_s=180)
+            time.sleep(0.2)
+            process.send_signal(signum)
+            wait_until(lambda: process.poll() is not None and not marked(mark), within_s=10)
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
     assert process.returncode == 130, lines
     assert not list((tmp_path / "out").glob("*/commit.json"))
     assert not list((tmp_path / "out").glob("*/*/manifest.json"))
