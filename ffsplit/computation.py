@@ -9,6 +9,7 @@ from pathlib import Path
 from ffsplit.artifacts.manifest import LinearsRecord
 from ffsplit.artifacts.scratch import Result
 from ffsplit.artifacts.statistics import STATISTICS_PATH
+from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.execution import Execution, Layers
 from ffsplit.ffn import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
@@ -19,12 +20,17 @@ from ffsplit.recipes.recipe import Recipe
 from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.runtime.linears import linears_config, quantize_linears
 from ffsplit.splitting.plan import LayerPlan, plan_split
+from ffsplit.splitting.scores import FEWEST_TOKENS, is_starved
+
+MOST_NAMED = 16
+"""Experts named in a line; the manifest has all."""
 
 
 def compute_statistics(execution: Execution, staging: Path) -> tuple[PreparedRun, Outcome]:
     """Neuron statistics, which end up in `staging`."""
     shards = execution.calibrate()
     statistics = execution.reduce(shards, staging / STATISTICS_PATH)
+    _say_tokens_of_experts(execution, statistics)
     return execution.run, Outcome("statistics", statistics, _num_tokens(shards), len(shards))
 
 
@@ -35,6 +41,7 @@ def compute_model(execution: Execution, staging: Path) -> tuple[PreparedRun, Out
     """
     shards = execution.calibrate()
     statistics = execution.reduce(shards, staging / STATISTICS_PATH)
+    _say_tokens_of_experts(execution, statistics)
     run, place, allocation = settle(execution.run, statistics), "compress", None
     if run.recipe.allocation == "search":
         found = replace(execution, run=run).allocate(
@@ -59,6 +66,33 @@ def compute_model(execution: Execution, staging: Path) -> tuple[PreparedRun, Out
         measurements=measured,
     )
     return run, outcome
+
+
+def _say_tokens_of_experts(execution: Execution, statistics: Sequence[NeuronStats]) -> None:
+    """Say how many tokens the experts saw, and which of them saw too few to be judged by."""
+    names = [ffn.name for ffn in execution.run.checkpoint.ffns]
+    note = tokens_of_experts(statistics, names)
+    if note is not None:
+        execution.log.note(note)
+
+
+def tokens_of_experts(statistics: Sequence[NeuronStats], names: Sequence[str]) -> str | None:
+    """How many tokens the experts of a model saw, in one line that names the starved, fewest tokens first."""
+    experts = sorted(
+        (stats.num_tokens, index) for index, stats in enumerate(statistics) if stats.expert is not None
+    )
+    if not experts:
+        return None
+    line = f"{len(experts)} experts saw {experts[0][0]:,} to {experts[-1][0]:,} tokens each"
+    starved = [(tokens, index) for tokens, index in experts if is_starved(statistics[index])]
+    if not starved:
+        return line
+    shown = ", ".join(f"{names[index]} ({tokens})" for tokens, index in starved[:MOST_NAMED])
+    more = f" and {len(starved) - MOST_NAMED} more, in the manifest" if len(starved) > MOST_NAMED else ""
+    return (
+        f"warning: {line}; {len(starved)} saw fewer than {FEWEST_TOKENS} and keep their neurons by weight "
+        f"norm: {shown}{more}; more --samples would let them be judged"
+    )
 
 
 def _finish(

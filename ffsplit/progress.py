@@ -96,6 +96,10 @@ class StageLog:
         self._progress = progress
         self.stages: list[Stage] = []
 
+    def note(self, message: str) -> None:
+        """One line about something that happened."""
+        self._progress.note(message)
+
     def collect(self, name: str, key: str, total: int, answers: Iterator[tuple[int, Result]]) -> list[Result]:
         """All results of a stage, in the order of its items."""
         results: dict[int, Result] = {}

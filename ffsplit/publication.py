@@ -39,7 +39,7 @@ from ffsplit.report.html import render_report
 from ffsplit.report.plots import energy_curve
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.plan import LayerPlan
-from ffsplit.splitting.scores import energy_counts, energy_share, output_energy
+from ffsplit.splitting.scores import energy_counts, energy_share, is_starved, output_energy
 
 REPORT_NAME = "report.html"
 CARD_NAME = "README.md"
@@ -90,7 +90,11 @@ def write_documents(
 
 def report_of(manifest: Manifest, statistics: Sequence[NeuronStats]) -> str:
     """The HTML report of an artifact."""
-    curves = [energy_curve(layer, output_energy(stats)) for layer, stats in enumerate(statistics)]
+    curves = [
+        energy_curve(record.layer, output_energy(stats), name=record.name)
+        for record, stats in zip(manifest.layers, statistics, strict=True)
+        if not is_starved(stats)
+    ]
     return render_report(manifest, curves=curves)
 
 
@@ -156,6 +160,7 @@ def _layers(run: PreparedRun, outcome: Outcome) -> list[LayerRecord]:
     for layer, (stats, shape) in enumerate(zip(outcome.statistics, shapes, strict=True)):
         plan = outcome.plans[layer] if outcome.plans else None
         layout = plan.layout if plan is not None else LayerLayout.dense(shape)
+        starved = is_starved(stats)
         records.append(
             LayerRecord(
                 layer=layer,
@@ -164,8 +169,11 @@ def _layers(run: PreparedRun, outcome: Outcome) -> list[LayerRecord]:
                 num_elements=layout.num_elements(shape),
                 size_bytes=layout.size_bytes(shape, itemsize),
                 relative_error=outcome.errors[layer] if outcome.errors else None,
-                energy_in_top_5_percent=energy_share(stats, fraction=0.05),
-                neurons_for_energy=energy_counts(stats),
+                energy_in_top_5_percent=None if starved else energy_share(stats, fraction=0.05),
+                neurons_for_energy=None if starved else energy_counts(stats),
+                name=run.checkpoint.ffns[layer].name,
+                num_tokens=stats.num_tokens,
+                by_weight_norm=starved,
             )
         )
     return records

@@ -66,7 +66,7 @@ class StatisticsOrigin(Record):
 
 
 class LayerRecord(Record):
-    """One compressed layer.
+    """One compressed FFN: of a layer, or of one of its experts.
 
     `relative_error` is |z' - z| / |z| over the sampled FFN inputs, where z is what the next layer sees:
     the FFN's output y, or norm(x + y) in families that normalise there.
@@ -82,6 +82,9 @@ class LayerRecord(Record):
     neurons_for_energy: dict[str, int] | None = Field(
         default=None, description="percent of the output energy -> how few neurons hold it"
     )
+    name: str = Field(default="", description="as in `layer 3 expert 12`; empty in older manifests")
+    num_tokens: int | None = Field(default=None, description="seen by its statistics, as above")
+    by_weight_norm: bool = Field(default=False, description="an expert whose tokens are too few to judge it")
 
 
 class LinearsRecord(Record):

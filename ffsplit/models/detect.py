@@ -117,7 +117,7 @@ def _activation_path(block: nn.Module) -> str | None:
     names = [
         path
         for path, module in block.named_modules()
-        if path and not any(module.parameters()) and "act" in path.rpartition(".")[2].lower()
+        if "act" in path.rpartition(".")[2].lower() and not list(module.parameters())
     ]
     return names[0] if len(names) == 1 else None
 

@@ -46,7 +46,8 @@ def bar_rows(rows: Sequence[BarRow], *, width: float, name: str, title: str, des
     heading = 0 if wide else 20
     heights = [heading + len(row.bars) * (_BAR_HEIGHT + _BAR_GAP) - _BAR_GAP for row in rows]
     longest = max(bar.value for row in rows for bar in row.bars) or 1
-    left = _LABEL_WIDTH if wide else 0
+    label_width = max(len(row.label) for row in rows) * _NOTE_WIDTH_PER_CHARACTER + 16
+    left = max(_LABEL_WIDTH, label_width) if wide else 0
     note_width = max(len(row.note) for row in rows) * _NOTE_WIDTH_PER_CHARACTER if wide else 0
     full = width - left - _VALUE_WIDTH - note_width
 

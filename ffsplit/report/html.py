@@ -61,12 +61,15 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
         tiles=_tiles(manifest),
         figures=_figures(manifest, curves),
         layouts=_layouts(manifest.layers),
+        tokens_differ=len({layer.num_tokens for layer in manifest.layers}) > 1,
+        starved=[layer for layer in manifest.layers if layer.by_weight_norm],
         hardware=_hardware(manifest),
         total_s=sum(stage.wall_s for stage in manifest.stages),
         total_bytes=sum(file.size_bytes for file in manifest.files),
         recipe_json=_pretty(manifest.recipe),
         config_json=_pretty(manifest.config.model_dump(mode="json")),
         shape=humanize.shape,
+        ffn=humanize.ffn,
         score_change=humanize.score_change,
     )
 

@@ -101,6 +101,11 @@ def shape(batch_size: int, *, num_tokens: int) -> str:
     return f"{batch_size}{SPACE}{TIMES}{SPACE}{num_tokens}"
 
 
+def ffn(name: str, *, layer: int) -> str:
+    """Which FFN it is; older manifests have its number alone."""
+    return name or f"layer {layer}"
+
+
 def layout(layer: LayerLayout) -> str:
     """One layer's layout in words: its width, and the rank of what is factored."""
     if layer.is_dense:

@@ -38,13 +38,20 @@ class EnergyCurve:
     layer: int
     fractions: tuple[float, ...]
     energy: tuple[float, ...]
+    name: str = ""
+
+    @property
+    def label(self) -> str:
+        return humanize.ffn(self.name, layer=self.layer)
 
     def at(self, fraction: float) -> float:
         """Share of energy in the top `fraction` of neurons."""
         return float(np.interp(fraction, self.fractions, self.energy))
 
 
-def energy_curve(layer: int, energy_per_neuron: npt.NDArray[Any], *, num_points: int = 101) -> EnergyCurve:
+def energy_curve(
+    layer: int, energy_per_neuron: npt.NDArray[Any], *, num_points: int = 101, name: str = ""
+) -> EnergyCurve:
     """The curve of one layer from its neurons' energies [N], at most `num_points` points.
 
     Points lie at 0 and at geometrically spaced counts of neurons, so that the first few heavy hitters
@@ -62,7 +69,7 @@ def energy_curve(layer: int, energy_per_neuron: npt.NDArray[Any], *, num_points:
     counts[-1] = energy_N.size
     share = np.minimum(cumulative_N[counts - 1] / (cumulative_N[-1] or 1.0), 1.0)
     fractions = counts / energy_N.size
-    return EnergyCurve(layer, (0.0, *map(float, fractions)), (0.0, *map(float, share)))
+    return EnergyCurve(layer, (0.0, *map(float, fractions)), (0.0, *map(float, share)), name)
 
 
 def energy_figure(curves: Sequence[EnergyCurve], *, width: float, name: str) -> str:
@@ -72,12 +79,13 @@ def energy_figure(curves: Sequence[EnergyCurve], *, width: float, name: str) -> 
     ordered = sorted(curves, key=lambda curve: curve.layer)
     colors = dict(zip((curve.layer for curve in ordered), depth_colors(len(ordered)), strict=True))
     labelled = _labelled(ordered)
-    num_columns = 1 if wide else 2
+    longer = max(0, *(7 * (len(curve.label) - len("layer 00")) for curve in labelled))
+    num_columns = 1 if wide or longer else 2
     legend_height = 0 if wide else 34 + 20 * -(-len(labelled) // num_columns)
     bottom = 340.0 if wide else 250.0
 
     def draw(figure: Figure) -> None:
-        axes = add_axes(figure, left=52, right=width - (210 if wide else 16), top=14, bottom=bottom)
+        axes = add_axes(figure, left=52, right=width - (210 + longer if wide else 16), top=14, bottom=bottom)
         _energy_axes(axes, ordered, wide=wide)
         for curve in ordered:
             points = [(x, y) for x, y in zip(curve.fractions, curve.energy, strict=True) if x > 0]
@@ -87,9 +95,15 @@ def energy_figure(curves: Sequence[EnergyCurve], *, width: float, name: str) -> 
             )
             if len(ordered) <= _MOST_LABELS:
                 axes.plot([HEAVY_SHARE], [curve.at(HEAVY_SHARE)], "o", color=colors[curve.layer], ms=5)
-        place = (width - 180, 24.0) if wide else (52.0, bottom + 62)
+        place = (width - 180 - longer, 24.0) if wide else (52.0, bottom + 62)
         _legend(
-            figure, labelled, colors=colors, place=place, num_columns=num_columns, num_layers=len(ordered)
+            figure,
+            labelled,
+            colors=colors,
+            place=place,
+            num_columns=num_columns,
+            column_width=156 + longer,
+            num_layers=len(ordered),
         )
 
     shares = [curve.at(HEAVY_SHARE) for curve in ordered]
@@ -137,6 +151,7 @@ def _legend(
     colors: dict[int, str],
     place: tuple[float, float],
     num_columns: int,
+    column_width: int,
     num_layers: int,
 ) -> None:
     axes = add_canvas(figure)
@@ -150,11 +165,11 @@ def _legend(
     num_rows = -(-len(labelled) // num_columns)
     for index, curve in enumerate(labelled):
         column, row = divmod(index, num_rows)
-        x, y = left + column * 156, top + 22 + row * 20
+        x, y = left + column * column_width, top + 22 + row * 20
         axes.plot([x, x + 16], [y, y], color=colors[curve.layer], lw=3, solid_capstyle="round")
-        axes.text(x + 26, y, f"layer {curve.layer}", va="center", color=INK)
+        axes.text(x + 26, y, curve.label, va="center", color=INK)
         value = humanize.percent(curve.at(HEAVY_SHARE))
-        axes.text(x + 136, y, value, va="center", ha="right", color=INK)
+        axes.text(x + column_width - 20, y, value, va="center", ha="right", color=INK)
 
 
 def error_figure(layers: Sequence[LayerRecord], *, width: float, name: str) -> str:
@@ -169,13 +184,15 @@ def error_figure(layers: Sequence[LayerRecord], *, width: float, name: str) -> s
     if len(measured) <= _MOST_ROWS:
         rows = [
             BarRow(
-                f"layer {layer.layer}",
+                humanize.ffn(layer.name, layer=layer.layer),
                 humanize.layout(layer.layout),
                 (Bar(error, humanize.percent(error), color),),
             )
             for layer, error, color in zip(measured, errors, colors, strict=True)
         ]
         return bar_rows(rows, width=width, name=name, title=title, description=description)
+
+    numbered = "layer" if all(layer.name in ("", f"layer {layer.layer}") for layer in measured) else "FFN"
 
     def draw(figure: Figure) -> None:
         numbers = [layer.layer for layer in measured]
@@ -192,7 +209,7 @@ def error_figure(layers: Sequence[LayerRecord], *, width: float, name: str) -> s
             axes.grid(axis="y")
             axes.spines["left"].set_visible(False)
             axes.set_title(label, loc="left", fontsize=12, color=MUTED, pad=8)
-        axes.set_xlabel("layer", labelpad=6)
+        axes.set_xlabel(numbered, labelpad=6)
 
     return render_svg(draw, width=width, height=388, name=name, title=title, description=description)
 

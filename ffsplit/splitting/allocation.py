@@ -15,7 +15,7 @@ from ffsplit.calibration.statistics import Floats, NeuronStats, experts_together
 from ffsplit.config import Budget
 from ffsplit.errors import BudgetError
 from ffsplit.ffn import LayerLayout
-from ffsplit.splitting.scores import output_energy
+from ffsplit.splitting.scores import judged, output_energy
 from ffsplit.splitting.solver import Solver
 
 UNIFORM = "uniform"
@@ -49,7 +49,7 @@ def propose(
     ):
         weights = np.array([max(1, n) for n in counts]) / [len(energy) for energy in energies]
         for group in experts_together(statistics):
-            weights[group] = weights[group].mean()
+            weights[group] = weights[judged(statistics, group)].mean()
         weights = np.maximum(weights / weights.mean(), SMALLEST_WEIGHT)
         for suffix, profile in (("", weights), ("-half", (weights + 1) / 2)):
             try:

@@ -8,7 +8,7 @@ from ffsplit.calibration.statistics import NeuronStats, experts_together
 from ffsplit.config import Record
 from ffsplit.ffn import LayerLayout
 from ffsplit.splitting.heavy import HeavyRule
-from ffsplit.splitting.scores import ScoreName, neurons_for_energy, scores_of, top_neurons
+from ffsplit.splitting.scores import ScoreName, judged, neurons_for_energy, scores_of, top_neurons
 
 
 class LayerPlan(Record):
@@ -34,13 +34,14 @@ def plan_split(
 def num_energetic(heavy: HeavyRule, statistics: Sequence[NeuronStats]) -> tuple[int, ...] | None:
     """How many neurons a rule by energy asks for in each FFN; None under another rule.
 
-    The experts of a block all get what the one that asks for most does: they keep one width.
+    The experts of a block all get what the one that asks for most does: they keep one width. Experts
+    that saw too few tokens ask for nothing.
     """
     if heavy.by != "energy":
         return None
     counts = [neurons_for_energy(stats, share=heavy.value) for stats in statistics]
     for group in experts_together(statistics):
-        most = max(counts[index] for index in group)
+        most = max(counts[index] for index in judged(statistics, group))
         for index in group:
             counts[index] = most
     return tuple(counts)

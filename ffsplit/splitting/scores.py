@@ -40,7 +40,12 @@ def centred_output_norm(stats: NeuronStats) -> Floats:
 
 
 def output_energy(stats: NeuronStats) -> Floats:
-    """Mean squared norm of each neuron's output, E a_n^2 * |W_down[:, n]|^2: [N]."""
+    """Mean squared norm of each neuron's output, E a_n^2 * |W_down[:, n]|^2: [N].
+
+    An expert that no token was sent to put nothing out.
+    """
+    if stats.expert is not None and stats.num_tokens == 0:
+        return np.zeros_like(stats.sum_squares)
     return stats.sum_squares / _checked(stats) * stats.down_norm**2
 
 
@@ -48,13 +53,22 @@ FEWEST_TOKENS = 64
 """An expert that saw fewer is not judged by them."""
 
 
+def is_starved(stats: NeuronStats) -> bool:
+    """Whether this is an expert that saw too few tokens to be judged by them."""
+    return stats.expert is not None and stats.num_tokens < FEWEST_TOKENS
+
+
+def judged(statistics: Sequence[NeuronStats], group: Sequence[int]) -> list[int]:
+    """Those FFNs of a group that may be judged by what they saw; all of them where none may."""
+    return [index for index in group if not is_starved(statistics[index])] or list(group)
+
+
 def scores_of(stats: NeuronStats, *, score: ScoreName) -> Floats:
     """Each neuron's score: [N]. An expert that saw too few tokens is judged by its weights alone.
 
     Its neurons then score |W_down[:, n]|, whatever the score asked for.
     """
-    starved = stats.expert is not None and stats.num_tokens < FEWEST_TOKENS
-    return stats.down_norm if starved else SCORES[score](stats)
+    return stats.down_norm if is_starved(stats) else SCORES[score](stats)
 
 
 SCORES: dict[ScoreName, Callable[[NeuronStats], Floats]] = {

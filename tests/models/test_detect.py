@@ -20,10 +20,13 @@ from tests.tiny_models import VOCAB_SIZE, randomize, save_tokenizer
 
 _SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 _SIZES |= {"intermediate_size": 40, "max_position_embeddings": 64, "pad_token_id": 0}
+_SPREAD = {"vocab_size": VOCAB_SIZE, "d_model": 16, "num_layers": 2, "attention_heads": 2, "ffn_dim": 40}
 UNKNOWN = {
     "Granite": _SIZES | {"num_key_value_heads": 1},
     "Olmo2": _SIZES | {"num_key_value_heads": 1},
+    "XGLM": _SPREAD | {"max_position_embeddings": 64, "pad_token_id": 0},
 }
+"""XGLM's linears and activation lie in the block itself, in no module of their own."""
 
 
 def save(directory: Path, prefix: str, **config: Any) -> Path:
@@ -42,7 +45,8 @@ def test_a_family_without_a_row_is_found_and_compressed(tmp_path: Path, prefix: 
     checkpoint = open_checkpoint(source)
     assert checkpoint.architecture.model_type not in ARCHITECTURES and checkpoint.is_guessed
     assert [shape.num_neurons for shape in checkpoint.shapes] == [40, 40]
-    assert checkpoint.shapes[0].gated
+    assert checkpoint.shapes[0].gated == (prefix != "XGLM")
+    assert (checkpoint.ffns[0].paths.module is None) == (prefix == "XGLM")
     job = SmallJob(tmp_path, source)
     share = 1.0 if "prune" in step else 0.5
     recipe = job.recipe(step=step, heavy_share=share)

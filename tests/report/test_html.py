@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -212,6 +213,22 @@ def test_missing_memory_fidelity_and_latency(make_manifest):
     text = read(render_report(make_manifest(measurements=measurements), curves=[]))
     assert text.count("not measured") == 2
     assert "Peak memory" not in text and "Latency and throughput" not in text
+
+
+def test_experts_are_named_and_the_starved_are_marked(make_manifest, make_curves):
+    layers = [
+        layer.model_copy(
+            update={"name": f"layer 0 expert {i}", "num_tokens": 50 * i, "by_weight_norm": i < 2}
+        )
+        for i, layer in enumerate(make_manifest().layers)
+    ]
+    curves = [replace(curve, name=layer.name) for curve, layer in zip(make_curves(6), layers, strict=True)]
+    html = render_report(make_manifest(layers=layers), curves=curves)
+    text = read(html)
+    assert "2 of the experts saw too few tokens to be judged by them" in text
+    assert "layer 0 expert 0 (0), layer 0 expert 1 (50)" in text and "50, too few" in text
+    assert html.count(">layer 0 expert 5<") >= 3, "in the legend, beside its error, in the table"
+    assert ">layer 5<" not in html
 
 
 @pytest.mark.parametrize("num_layers", [1, 80])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,14 +11,19 @@ from hypothesis import strategies as st
 
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
+from ffsplit.splitting.heavy import HeavyRule
+from ffsplit.splitting.plan import num_energetic
 from ffsplit.splitting.scores import (
+    FEWEST_TOKENS,
     centred_output_norm,
     energy_outside,
     energy_share,
     expected_output_norm,
+    judged,
     neurons_for_energy,
     output_energy,
     rms_output_norm,
+    scores_of,
     top_neurons,
 )
 
@@ -70,6 +77,31 @@ def test_output_energy_is_the_mean_squared_norm() -> None:
 def test_no_token_no_score(score) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(CalibrationError, match="no token"):
         score(stats_of(np.empty((0, 4)), DOWN_DN[:, :4]))
+
+
+def test_an_expert_that_saw_too_few_tokens_is_judged_by_its_weights() -> None:
+    starved, fed = (replace(STATS, num_tokens=n, expert=1) for n in (FEWEST_TOKENS - 1, FEWEST_TOKENS))
+    np.testing.assert_array_equal(scores_of(starved, score="rms"), STATS.down_norm)
+    np.testing.assert_array_equal(scores_of(fed, score="rms"), rms_output_norm(fed))
+    few = replace(STATS, num_tokens=1)
+    np.testing.assert_array_equal(scores_of(few, score="rms"), rms_output_norm(few))
+
+
+def test_an_expert_that_saw_no_token_put_out_no_energy() -> None:
+    unseen = replace(stats_of(np.empty((0, 4)), DOWN_DN[:, :4]), expert=2)
+    assert output_energy(unseen).tolist() == [0.0] * 4
+    assert energy_share(unseen, fraction=0.5) == 0.0
+
+
+def test_starved_experts_have_no_say_in_what_their_block_keeps() -> None:
+    fed, starved = (replace(STATS, num_tokens=n, expert=i) for i, n in enumerate((FEWEST_TOKENS, 3)))
+    assert judged([fed, starved], [0, 1]) == [0]
+    assert judged([starved, starved], [0, 1]) == [0, 1]
+    flat = replace(starved, sum_squares=1 / STATS.down_norm**2)  # asks for nearly every neuron
+    rule = HeavyRule(by="energy", value=0.9)
+    alone = neurons_for_energy(fed, share=0.9)
+    assert neurons_for_energy(flat, share=0.9) > alone
+    assert num_energetic(rule, [fed, flat]) == (alone, alone)
 
 
 def test_energy_share_of_the_top_fraction() -> None:
