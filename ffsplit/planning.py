@@ -57,6 +57,7 @@ class Concentration(Record):
     """How a layer's output energy is spread over its neurons."""
 
     layer: int
+    name: str = Field(description="which FFN it is, as in `layer 3 expert 12`; empty for older statistics")
     num_neurons: int
     neurons_for_energy: dict[str, int] = Field(description="percent of energy -> how few neurons hold it")
 
@@ -133,13 +134,17 @@ def plan_budgets(
         num_parameters_without_embeddings=model.num_parameters_without_embeddings,
         ffn_elements=model.ffn_elements,
         ffn_bytes=model.ffn_bytes,
-        concentration=tuple(_concentration(layer, stats) for layer, stats in enumerate(statistics)),
+        concentration=tuple(
+            Concentration(
+                layer=record.layer,
+                name=record.name,
+                num_neurons=stats.num_neurons,
+                neurons_for_energy=energy_counts(stats),
+            )
+            for record, stats in zip(manifest.layers, statistics, strict=True)
+        ),
         budgets=tuple(forecasts),
     )
-
-
-def _concentration(layer: int, stats: NeuronStats) -> Concentration:
-    return Concentration(layer=layer, num_neurons=stats.num_neurons, neurons_for_energy=energy_counts(stats))
 
 
 def _forecast(

@@ -13,6 +13,7 @@ from ffsplit.preflight.records import Preflight
 from ffsplit.publication import REPORT_NAME
 from ffsplit.report.humanize import (
     duration,
+    ffn,
     layout,
     milliseconds,
     percent,
@@ -196,7 +197,7 @@ def print_plans(plans: Plans) -> None:
     for spread in plans.concentration:
         counts = " / ".join(f"{count:,}" for count in spread.neurons_for_energy.values())
         cells = [_forecast(each.layers[spread.layer]) for each in plans.budgets]
-        table.add_row(f"layer {spread.layer}", f"{counts} of {spread.num_neurons:,}", *cells)
+        table.add_row(ffn(spread.name, layer=spread.layer), f"{counts} of {spread.num_neurons:,}", *cells)
     _print(table)
     print(
         "predicted error: share of a layer's output energy (the sum of its neurons' own) that is not the\n"

@@ -13,7 +13,9 @@ import ffsplit
 from ffsplit.artifacts.manifest import Manifest
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.computation import tokens_of_experts
+from ffsplit.config import Budget
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.planning import plan_budgets
 from ffsplit.runtime.ffn_tensors import load_ffn
 from ffsplit.splitting.scores import FEWEST_TOKENS
 from tests.small_jobs import SmallJob
@@ -74,6 +76,8 @@ def test_a_starved_expert_is_reported(compressed: tuple[Manifest, Path, str]) ->
     assert "keep their neurons by weight norm: layer 1 expert 4 (0)" in said
     page = (attempt / "report.html").read_text()
     assert "layer 1 expert 4 (0)" in page and "0, too few" in page
+    plans = plan_budgets(str(attempt), budgets=[Budget(kind="keep", limit=0.5)])
+    assert [each.name for each in plans.concentration] == [layer.name for layer in manifest.layers]
     model = ffsplit.load(str(attempt))
     assert outputs(model).isfinite().all()
 
