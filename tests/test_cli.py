@@ -13,6 +13,7 @@ import pytest
 import ffsplit
 from ffsplit.cli import main
 from tests.small_jobs import SmallJob
+from tests.tiny_families import save_checkpoint
 
 Captured = pytest.CaptureFixture[str]
 
@@ -100,6 +101,18 @@ def test_inspect_reads_headers_alone(small_job: SmallJob, capsys: Captured) -> N
     printed = capsys.readouterr().out
     assert "3 FFNs" in printed and "32 -> 96 -> 32" in printed
     assert "0.3535" in printed
+
+
+def test_inspect_shows_every_kind_of_ffn(tmp_path: Path, capsys: Captured) -> None:
+    directory = save_checkpoint(tmp_path, "qwen2_moe", "ForCausalLM")
+    capsys.readouterr()
+    assert main(["inspect", str(directory)]) == 0
+    rows = [
+        re.split(r"\s*[│┃]\s*", line)[1:-1] for line in capsys.readouterr().out.splitlines() if "│" in line
+    ]
+    assert rows[0][:4] == ["expert", "8 in 2 blocks", "16 -> 24 -> 16", "silu, gated"]
+    assert rows[1][:4] == ["shared expert", "2", "16 -> 40 -> 16", "silu, gated"]
+    assert rows[3][:2] == ["0.5", "width 12 / width 20"]
 
 
 def test_help_lists_the_exit_codes(capsys: Captured) -> None:

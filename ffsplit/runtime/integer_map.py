@@ -19,6 +19,9 @@ from ffsplit.runtime import int4_kernels, int8_kernels
 
 Packed = int8_kernels.Packed | int4_kernels.Packed
 
+INITIALIZED = True
+"""What transformers asks a module before it initializes it, which a model's own code cannot do for these."""
+
 
 class IntegerMap(nn.Module):
     """y = (integers * scales) x + bias.
@@ -27,6 +30,7 @@ class IntegerMap(nn.Module):
     place of the stored one, which comes back whenever the module is saved, moved or copied.
     """
 
+    _is_hf_initialized = INITIALIZED
     weight: Tensor | None
     weight_scale: Tensor
 

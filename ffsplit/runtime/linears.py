@@ -97,7 +97,6 @@ def install_linears(base: nn.Module, config: dict[str, Any], *, per_token: bool)
         if not isinstance(old, nn.Linear):
             raise ArtifactError(f"config.json names {path}, which is no linear layer in this model")
         with torch.device(old.weight.device):
-            new = IntegerMap(
-                format, old.out_features, old.in_features, bias=old.bias is not None, per_token=per_token
-            )
+            new = IntegerMap(format, old.out_features, old.in_features, bias=False, per_token=per_token)
+        new.bias = old.bias
         base.set_submodule(path, new)

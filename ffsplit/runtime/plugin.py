@@ -51,6 +51,13 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.shapes = shapes
         self.linears = linears
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> SplitConfig:
+        """Itself: nobody changes it, and a config is copied several times while a model is loaded."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
 
 @register_quantizer(METHOD)
 class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -68,6 +75,9 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self) -> bool:
         return True
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Nothing: no tensor is stored under a name of its own, which is what this would look for."""
 
 
 def install_split_ffns(

@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ffsplit.ffn import FFNShape, Format, Integer, LayerLayout, LowRank, PartLayout
-from ffsplit.runtime.integer_map import IntegerMap
+from ffsplit.runtime.integer_map import INITIALIZED, IntegerMap
 
 
 class DenseMap(nn.Module):
     """y = W x + bias."""
+
+    _is_hf_initialized = INITIALIZED
 
     def __init__(self, num_rows: int, num_columns: int, *, bias: bool) -> None:
         super().__init__()
@@ -24,6 +26,8 @@ class DenseMap(nn.Module):
 
 class LowRankMap(nn.Module):
     """y = left (right x) + bias: the small side first."""
+
+    _is_hf_initialized = INITIALIZED
 
     def __init__(self, num_rows: int, num_columns: int, *, rank: int, bias: bool) -> None:
         super().__init__()
@@ -56,6 +60,8 @@ def build_map(
 
 class FFNPartModule(nn.Module):
     """The sum over one part's neurons, added to `plus`."""
+
+    _is_hf_initialized = INITIALIZED
 
     def __init__(
         self, layout: PartLayout, shape: FFNShape, activation: nn.Module, *, per_token: bool = False
@@ -90,6 +96,8 @@ class SplitFFN(nn.Module):
     that cannot match, so that a load without ffsplit fails instead of starting from random weights.
     `per_token` is for int8 weights: whether each token's inputs get a scale of their own.
     """
+
+    _is_hf_initialized = INITIALIZED
 
     def __init__(
         self,
