@@ -18,7 +18,7 @@ def example_inputs(
     Pictures have the size the model is made for; a sound has as many samples as come to `num_tokens`
     frames, or what an encoder of fixed length takes. The same arguments give the same inputs.
     """
-    names = inspect.signature(model.forward).parameters
+    names = _argument_names(model)
     generator = torch.Generator().manual_seed(0)
     config, inputs = model.config, {}
 
@@ -46,6 +46,16 @@ def example_inputs(
         for name, value in inputs.items()
         if name in names
     }
+
+
+def _argument_names(model: Any) -> set[str]:
+    """What a model's forward takes. One that hands all its arguments on takes what its family reads first."""
+    parameters = inspect.signature(model.forward).parameters
+    names = set(parameters)
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        names.add(model.main_input_name)
+        names |= {"attention_mask"} if "input_ids" in names else set()
+    return names
 
 
 def vocab_size_of(model: Any) -> int:

@@ -72,7 +72,8 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
     what = "; ".join(found) or "no list of blocks"
     raise UnsupportedModelError(
         f"{config.get('model_type')} is not in the table of architectures, and its structure shows no FFN "
-        f"of two or three linear layers around an activation that the config names. Found {what}"
+        f"of two or three linear layers around an activation that the config names. Found {what} "
+        f"(known: {', '.join(sorted(ARCHITECTURES))})"
     )
 
 

@@ -185,6 +185,7 @@ def load_config(directory: Path) -> Any:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises ConfigError when it has none that works."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     if not tokenizer_files(checkpoint.directory):  # transformers would make an empty one up
@@ -194,6 +195,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             return AutoTokenizer.from_pretrained(
                 checkpoint.directory, local_files_only=True, trust_remote_code=trusted()
             )
+    except StrictDataclassError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{checkpoint.directory}/config.json does not hold: {reason}") from None
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{checkpoint.directory} has no tokenizer that loads: {reason}") from None

@@ -71,9 +71,14 @@ def by_parts(split: SplitFFN, x: torch.Tensor) -> torch.Tensor:
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, parts: str) -> None:
-    """Equal, or within the rounding of int8 inputs."""
+    """Equal, or within the rounding of int8 inputs.
+
+    One scale for all of an input, whose largest element is k times its rms, gives an error of
+    k / (127 * sqrt(12)) of it: 0.7 % for the normal inputs here (k = 3), 1.8 % for a product of two
+    (k = 8), and the errors of gate and up add to that.
+    """
     if "int8" in parts:
-        assert (found - expected).norm() <= 0.02 * expected.norm()
+        assert (found - expected).norm() <= 0.03 * expected.norm()
     else:
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
@@ -83,7 +88,10 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, parts: str) -> Non
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("parts", PARTS)
 def test_equals_the_sum_of_its_parts(parts: str, gated: bool, bias: bool) -> None:
-    split, x = made(parts, gated=gated, bias=bias), torch.randn(2, 5, 32)
+    split, x = (
+        made(parts, gated=gated, bias=bias),
+        torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)),
+    )
     assert_close(split(x), by_parts(split, x), parts)
 
 
