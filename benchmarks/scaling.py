@@ -144,9 +144,9 @@ def layer_jobs(out: Path, inputs: Path, sampled: Sequence[Result], *, repeats: i
     checkpoint, recipe = open_checkpoint(MODEL), load_recipe("fast")
     jobs = []
     for repeat in range(repeats):
-        for layer in range(checkpoint.num_layers):
+        for layer, shape in enumerate(checkpoint.shapes):
             part = f"/inputs/layer-{layer:03d}/"
-            layout = LayerLayout.dense(checkpoint.ffn_shape(layer), num_neurons=KEPT_WIDTH)
+            layout = LayerLayout.dense(shape, num_neurons=KEPT_WIDTH)
             jobs.append(
                 LayerJob(
                     model=ModelSource(path=str(MODEL)),
