@@ -172,7 +172,7 @@ class Overhead(NamedTuple):
 def overhead(*, num_rows: int, rounds: int) -> Overhead:
     torch.set_num_threads(1)
     checkpoint, settings = open_checkpoint(MODEL), CalibrationSettings()
-    model = load_base_model(MODEL, device=torch.device("cpu"), dtype=torch.float32)
+    model = load_base_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     texts = list(read_all(["builtin:pydoc"]))[:num_rows]
     rows = tokenize_rows(load_tokenizer(checkpoint), texts, max_length=settings.max_length)
     batches = list(padded_batches(rows, batch_tokens=settings.batch_tokens, pad_id=0))
