@@ -144,9 +144,9 @@ def layer_jobs(out: Path, inputs: Path, sampled: Sequence[Result], *, repeats: i
     checkpoint, recipe = open_checkpoint(MODEL), load_recipe("fast")
     jobs = []
     for repeat in range(repeats):
-        for layer in range(checkpoint.num_layers):
+        for layer, shape in enumerate(checkpoint.shapes):
             part = f"/inputs/layer-{layer:03d}/"
-            layout = LayerLayout.dense(checkpoint.ffn_shape(layer), num_neurons=KEPT_WIDTH)
+            layout = LayerLayout.dense(shape, num_neurons=KEPT_WIDTH)
             jobs.append(
                 LayerJob(
                     model=ModelSource(path=str(MODEL)),
@@ -172,7 +172,7 @@ class Overhead(NamedTuple):
 def overhead(*, num_rows: int, rounds: int) -> Overhead:
     torch.set_num_threads(1)
     checkpoint, settings = open_checkpoint(MODEL), CalibrationSettings()
-    model = load_base_model(MODEL, device=torch.device("cpu"), dtype=torch.float32)
+    model = load_base_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     texts = list(read_all(["builtin:pydoc"]))[:num_rows]
     rows = tokenize_rows(load_tokenizer(checkpoint), texts, max_length=settings.max_length)
     batches = list(padded_batches(rows, batch_tokens=settings.batch_tokens, pad_id=0))
