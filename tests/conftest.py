@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background job ignores Ctrl-C, so do its children
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers or huggingface_hub
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on more, the more so on a busy machine
 
@@ -20,7 +18,7 @@ from hypothesis import settings
 from tests.s3_server import s3_endpoint, s3_uri
 from tests.small_jobs import small_job
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # else the children of a background job ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started with &
 
 __all__ = ["s3_endpoint", "s3_uri", "small_job"]
 
