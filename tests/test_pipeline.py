@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import ffsplit
-from ffsplit import execution, pipeline
+from ffsplit import computation, execution, pipeline
 from ffsplit.artifacts.index import list_runs
 from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
@@ -246,7 +246,7 @@ def test_an_interrupted_run_commits_nothing(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "assemble", interrupt)
+    monkeypatch.setattr(computation, "assemble", interrupt)
     with pytest.raises(KeyboardInterrupt):
         ffsplit.compress(small_job.config(tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".scratch"}
@@ -380,7 +380,7 @@ def test_a_run_that_another_finishes_first_is_done(
 ) -> None:
     """The other one cleans up the scratch of both."""
     config = small_job.config(tmp_path / "out")
-    assemble = pipeline.assemble
+    assemble = computation.assemble
     finished: list[ffsplit.Manifest] = []
 
     def finish_first(*arguments: Any, **options: Any) -> None:
@@ -391,10 +391,10 @@ def test_a_run_that_another_finishes_first_is_done(
         assemble(*arguments, **options)
 
     def finish_other(*arguments: Any, **options: Any) -> None:
-        monkeypatch.setattr(pipeline, "assemble", assemble)
+        monkeypatch.setattr(computation, "assemble", assemble)
         finish_first(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "assemble", finish_other)
+    monkeypatch.setattr(computation, "assemble", finish_other)
     manifest = ffsplit.compress(config)
     assert manifest == finished[0]
     assert "by another run of the same key" in capsys.readouterr().err
