@@ -15,8 +15,9 @@ import pytest
 from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
 from tests.jobs.ray_head import Cluster
-from tests.small_jobs import SmallJob
+from tests.small_jobs import PRUNE, SmallJob
 
+FOR_HOURS = "{kind: distill, num_steps: 10000000}"
 JOBS = "import json; from ray.job_submission import JobSubmissionClient as C; import sys\n"
 JOBS += "print(json.dumps([json.loads(j.json()) for j in C(sys.argv[1]).list_jobs()]))"
 
@@ -91,7 +92,8 @@ def test_the_job_outlives_its_follower_unless_it_is_told_otherwise(
     assert verify(str(tmp_path / "out")).ok
 
     stopped = tmp_path / "stopped"
-    arguments = small_job.arguments(stopped, "--runner", "serial", "--seed", "1")
+    arguments = small_job.arguments(stopped, "--runner", "serial")
+    arguments[arguments.index("--recipe") + 1] = small_job.recipe(step=f"{PRUNE}, {FOR_HOURS}")
     follower = cluster.start(*submit(cluster, "--stop-on-interrupt", "compress", *arguments), cwd=tmp_path)
     assert follower.stdout is not None
     assert any("run " in line for line in follower.stdout)
