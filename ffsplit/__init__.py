@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ffsplit.artifacts.manifest import Manifest as Manifest
     from ffsplit.config import JobConfig as JobConfig
     from ffsplit.errors import FFSplitError as FFSplitError
-    from ffsplit.pipeline import compress as compress
+    from ffsplit.pipeline.run import compress as compress
     from ffsplit.runtime.load import load as load
 
 __version__ = "0.1.0"
@@ -20,7 +20,7 @@ _HOMES = {
     "FFSplitError": "ffsplit.errors",
     "JobConfig": "ffsplit.config",
     "Manifest": "ffsplit.artifacts.manifest",
-    "compress": "ffsplit.pipeline",
+    "compress": "ffsplit.pipeline.run",
     "load": "ffsplit.runtime.load",
 }
 

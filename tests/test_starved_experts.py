@@ -12,9 +12,9 @@ import transformers
 import ffsplit
 from ffsplit.artifacts.manifest import Manifest
 from ffsplit.calibration.statistics import NeuronStats
-from ffsplit.computation import tokens_of_experts
 from ffsplit.config import Budget
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.pipeline.computation import tokens_of_experts
 from ffsplit.planning import plan_budgets
 from ffsplit.runtime.ffn_tensors import load_ffn
 from ffsplit.splitting.scores import FEWEST_TOKENS

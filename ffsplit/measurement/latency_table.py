@@ -17,8 +17,7 @@ from ffsplit.errors import ConfigError
 from ffsplit.measurement.size import model_shape
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import random_model
-from ffsplit.models.locate import locate_model
-from ffsplit.prepare import model_name
+from ffsplit.models.locate import locate_model, model_name
 from ffsplit.splitting.latency import LatencyPoint, LatencyTable
 from ffsplit.stages.profile import ComputeProfile
 

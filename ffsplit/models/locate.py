@@ -25,6 +25,7 @@ WANTED_FILES = [
 WANTED_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja", ".md", "LICENSE")
 CODE_SUFFIXES = (".py",)
 """Wanted too where a model's own code is trusted."""
+GENERIC_NAMES = ("model", "checkpoint", "final", "best")
 
 
 class LocatedModel(NamedTuple):
@@ -77,3 +78,14 @@ def _download(model: str, revision: str | None) -> LocatedModel:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"model {model}: no such directory, and not had from the hub ({reason})") from None
     return LocatedModel(Path(path), Path(path).name)
+
+
+def model_name(model: str) -> str:
+    """What to call a model in a report: a hub id, or a local directory by its own name.
+
+    Where that is generic, its parent's goes before it.
+    """
+    path = Path(model).expanduser().resolve()
+    if not path.is_dir():
+        return model
+    return f"{path.parent.name}/{path.name}" if path.name in GENERIC_NAMES else path.name

@@ -10,8 +10,8 @@ from pathlib import Path
 from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX
 from ffsplit.artifacts.stores import open_store
-from ffsplit.examine import Examined
 from ffsplit.machine import bytes_below, free_bytes, operations_per_second
+from ffsplit.pipeline.examine import Examined
 from ffsplit.preflight import duration, footprint
 from ffsplit.preflight.problems import find_problems
 from ffsplit.preflight.records import DiskNeeds, Machine, Preflight, StageNeeds

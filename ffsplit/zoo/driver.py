@@ -36,7 +36,7 @@ def _follow_the_batch() -> None:
 
 
 def _run(request: Request) -> int:
-    from ffsplit.pipeline import compress_judged
+    from ffsplit.pipeline.run import compress_judged
     from ffsplit.zoo.batch import Judged
 
     finished = compress_judged(request.job)

@@ -179,7 +179,7 @@ def drill(num_kills: int, *, seed: int, folder: Path, first: int = 1) -> int:
     expected = committed_digests(folder / "undisturbed")
     processes = get_context("forkserver")
     processes.set_forkserver_preload(
-        ["ffsplit.pipeline", "ffsplit.distributed.ray_runner", "tests.faults.drill"]
+        ["ffsplit.pipeline.run", "ffsplit.distributed.ray_runner", "tests.faults.drill"]
     )
     logs.ask_for("json")
     nodes, generator, wrong = Nodes.start(), random.Random(seed), 0

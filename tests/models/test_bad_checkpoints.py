@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ffsplit.errors import ConfigError, UnsupportedModelError
-from ffsplit.examine import check_vocabulary
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.finite import check_all_finite
 from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.pipeline.examine import check_vocabulary
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import FAMILIES
 

@@ -12,8 +12,8 @@ import pytest
 import ffsplit
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
+from ffsplit.pipeline.prepare import preflight
 from ffsplit.preflight import estimate, records
-from ffsplit.prepare import preflight
 from tests.conftest import CheckpointFactory
 from tests.shaped_checkpoints import LLAMA_70B, save_llama_shape
 from tests.small_jobs import SmallJob

@@ -13,7 +13,7 @@ from transformers import AutoModel
 import ffsplit
 from ffsplit.artifacts.allocation import CandidateRecord
 from ffsplit.artifacts.manifest import Manifest
-from ffsplit.prepare import prepare
+from ffsplit.pipeline.prepare import prepare
 from ffsplit.stages import allocate
 from ffsplit.stages.allocate import best_of, score_of
 from tests.small_jobs import SmallJob, digests

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 import ffsplit
-from ffsplit import JobConfig, pipeline
+from ffsplit import JobConfig
 from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
-from ffsplit.prepare import prepare
+from ffsplit.pipeline import run as pipeline
+from ffsplit.pipeline.prepare import prepare
 from ffsplit.stages.calibrate import CalibrationJob
 from tests.small_jobs import SmallJob, digests
 from tests.tiny_models import MAX_POSITIONS

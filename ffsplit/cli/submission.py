@@ -99,9 +99,9 @@ def _of_run(command: str, config: JobConfig, entrypoint: str) -> Job:
     """The job of a run whose key can be known: the place of its result is in the name too."""
     from ffsplit.artifacts.commits import Kind, read_commit
     from ffsplit.artifacts.stores import open_store
-    from ffsplit.examine import examine
+    from ffsplit.pipeline.examine import examine
+    from ffsplit.pipeline.prepare import identify
     from ffsplit.preflight.estimate import estimate
-    from ffsplit.prepare import identify
 
     kind: Kind = "model" if command == "compress" else "statistics"
     job = examine(config, kind=kind)

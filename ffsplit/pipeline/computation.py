@@ -10,12 +10,12 @@ from ffsplit.artifacts.manifest import LinearsRecord
 from ffsplit.artifacts.scratch import Result
 from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.calibration.statistics import NeuronStats
-from ffsplit.execution import Execution, Layers
 from ffsplit.ffn import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.plain import check_plain
-from ffsplit.prepare import PreparedRun, settle
-from ffsplit.publication import Outcome
+from ffsplit.pipeline.documents import Outcome
+from ffsplit.pipeline.execution import Execution, Layers
+from ffsplit.pipeline.plain import check_plain
+from ffsplit.pipeline.prepare import PreparedRun, settle
 from ffsplit.recipes.recipe import Recipe
 from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.runtime.linears import linears_config, quantize_linears

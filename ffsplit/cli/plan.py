@@ -56,7 +56,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(plans.model_dump_json(indent=2))
     else:
-        from ffsplit.summary import print_plans
+        from ffsplit.cli.summary import print_plans
 
         print_plans(plans)
     return 0
@@ -68,11 +68,11 @@ def _latency_table(parsed: argparse.Namespace) -> int:
     for flag in ("batch_size", "num_tokens", "threads"):
         if getattr(parsed, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} must be 1 or more, not {getattr(parsed, flag)}")
+    from ffsplit.cli.summary import print_latency_table
     from ffsplit.config import JobConfig
     from ffsplit.measurement.latency_table import check_target, measure_latency_table, write_latency_table
     from ffsplit.progress import Progress
     from ffsplit.stages.profile import ComputeProfile
-    from ffsplit.summary import print_latency_table
 
     config = JobConfig.checked(
         model=parsed.model,

@@ -22,7 +22,7 @@ from ffsplit.ffn import LayerLayout
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.source import ModelSource, described, staged
-from ffsplit.prepare import PreparedRun, healing_threads
+from ffsplit.pipeline.prepare import PreparedRun, healing_threads
 from ffsplit.progress import StageLog
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.allocation import Candidate, propose

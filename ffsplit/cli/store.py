@@ -39,7 +39,7 @@ def add_store_commands(command: AddCommand) -> None:
 
 def _pull(parsed: argparse.Namespace) -> int:
     from ffsplit.artifacts.pull import pull
-    from ffsplit.progress_bytes import bytes_to_stderr
+    from ffsplit.cli.progress_bytes import bytes_to_stderr
 
     directory = None if parsed.directory is None else Path(parsed.directory).expanduser()
     with bytes_to_stderr("pull") as shown:
@@ -58,7 +58,7 @@ def _share(parsed: argparse.Namespace) -> int:
 
 def _list(parsed: argparse.Namespace) -> int:
     from ffsplit.artifacts.stores import open_store
-    from ffsplit.store_tables import list_to_json, print_list
+    from ffsplit.cli.store_tables import list_to_json, print_list
 
     store = open_store(parsed.uri)
     if parsed.json:
@@ -82,7 +82,7 @@ def _gc(parsed: argparse.Namespace) -> int:
     from ffsplit.artifacts.retention import collect, plan
     from ffsplit.artifacts.stores import open_store
     from ffsplit.artifacts.units import parse_span
-    from ffsplit.store_tables import print_plan
+    from ffsplit.cli.store_tables import print_plan
 
     store = open_store(parsed.uri)
     planned = plan(store, keep_last=parsed.keep_last, min_age=parse_span(parsed.min_age, name="--min-age"))

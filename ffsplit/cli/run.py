@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ffsplit.cli_job import add_trust_flag
+from ffsplit.cli.job import add_trust_flag
 
 Run = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
@@ -45,8 +45,8 @@ def add_run_commands(command: AddCommand) -> None:
 
 
 def _benchmark(parsed: argparse.Namespace) -> int:
+    from ffsplit.cli.timings import print_benchmark
     from ffsplit.measurement.benchmark import Settings, benchmark, publish
-    from ffsplit.summary_timings import print_benchmark
 
     settings = Settings(
         batch_sizes=tuple(parsed.batch_sizes),

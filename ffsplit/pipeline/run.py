@@ -22,17 +22,17 @@ from ffsplit.artifacts.scratch import SCRATCH_PREFIX, Scratch
 from ffsplit.artifacts.signing import sign_manifest
 from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.artifacts.stores import NOT_ATOMIC, Store, open_store
-from ffsplit.computation import compute_model, compute_statistics
 from ffsplit.config import JobConfig
 from ffsplit.distributed import make_runner
 from ffsplit.errors import ConfigError, FFSplitError, GateError, StoreError
 from ffsplit.gates import judge, refusal
 from ffsplit.models.trust import trusting
-from ffsplit.placement import place
+from ffsplit.pipeline.computation import compute_model, compute_statistics
+from ffsplit.pipeline.documents import REPORT_NAME, write_documents
+from ffsplit.pipeline.placement import place
+from ffsplit.pipeline.prepare import PreparedRun, prepare
 from ffsplit.preflight.words import in_one_line
-from ffsplit.prepare import PreparedRun, prepare
 from ffsplit.progress import Progress, StageLog
-from ffsplit.publication import REPORT_NAME, write_documents
 from ffsplit.temporary import full_disk_explained
 
 REFUSED_REPORT = f"refused/{REPORT_NAME}"

@@ -15,9 +15,9 @@ from ffsplit.artifacts.scratch import Scratch
 from ffsplit.artifacts.stores import open_store
 from ffsplit.distributed.runner import Runner
 from ffsplit.errors import ConfigError
-from ffsplit.execution import Execution
 from ffsplit.models.source import ModelSource, described, staged
-from ffsplit.prepare import PreparedRun
+from ffsplit.pipeline.execution import Execution
+from ffsplit.pipeline.prepare import PreparedRun
 from ffsplit.progress import Progress, StageLog
 
 

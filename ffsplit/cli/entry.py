@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, NoReturn
 
 from ffsplit import __version__, logs
 from ffsplit.artifacts.paths import check_absolute
-from ffsplit.cli_batch import add_batch_commands
-from ffsplit.cli_job import add_job_flags, add_judging_flags, add_trust_flag
-from ffsplit.cli_plan import add_budget_flags, add_plan_commands
-from ffsplit.cli_run import add_run_commands
-from ffsplit.cli_store import add_store_commands
+from ffsplit.cli.batch import add_batch_commands
+from ffsplit.cli.job import add_job_flags, add_judging_flags, add_trust_flag
+from ffsplit.cli.plan import add_budget_flags, add_plan_commands
+from ffsplit.cli.run import add_run_commands
+from ffsplit.cli.store import add_store_commands
 from ffsplit.errors import ConfigError
 from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, exit_code_of
 from ffsplit.models.trust import trusting
@@ -115,7 +115,7 @@ def _compress(parsed: argparse.Namespace) -> int:
         return _dry_run(parsed, config, kind="model")
 
     from ffsplit.gates import refusal
-    from ffsplit.pipeline import compress_judged
+    from ffsplit.pipeline.run import compress_judged
 
     finished = compress_judged(config, sign_key=_sign_key(parsed))
     refused = finished.state == "refused"
@@ -131,7 +131,7 @@ def _calibrate(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         return _dry_run(parsed, config, kind="statistics")
 
-    from ffsplit.pipeline import calibrate
+    from ffsplit.pipeline.run import calibrate
 
     _show(parsed, calibrate(config, sign_key=_sign_key(parsed)))
     return 0
@@ -139,13 +139,13 @@ def _calibrate(parsed: argparse.Namespace) -> int:
 
 def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> int:
     """Say what a run would need. Raises ConfigError for what cannot be done, after it is said."""
-    from ffsplit.prepare import preflight
+    from ffsplit.pipeline.prepare import preflight
 
     flight = preflight(config, kind=kind)
     if parsed.json:
         print(flight.model_dump_json(indent=2))
     else:
-        from ffsplit.summary import print_preflight
+        from ffsplit.cli.summary import print_preflight
 
         print_preflight(flight)
     flight.check()
@@ -160,7 +160,7 @@ def _show(parsed: argparse.Namespace, manifest: Manifest, *, refused_report: str
     if parsed.json:
         print(manifest.to_json(), end="")
         return
-    from ffsplit.summary import print_manifest
+    from ffsplit.cli.summary import print_manifest
 
     print_manifest(manifest, out=parsed.out, refused_report=refused_report)
 
@@ -177,19 +177,15 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    from ffsplit.publication import render_published
+    from ffsplit.pipeline.documents import render_published
 
     print(render_published(parsed.uri, out=parsed.out))
     return 0
 
 
 def _inspect(parsed: argparse.Namespace) -> int:
+    from ffsplit.cli.summary import print_inspection
     from ffsplit.inspection import inspect_model
-    from ffsplit.summary import print_inspection
 
     print_inspection(inspect_model(parsed.model, recipe=parsed.recipe))
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

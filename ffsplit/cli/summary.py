@@ -8,9 +8,9 @@ from rich.table import Table
 from ffsplit.artifacts.manifest import Latency, Manifest, Measurements
 from ffsplit.gates import describe_result
 from ffsplit.inspection import FFNGroup, Inspection
+from ffsplit.pipeline.documents import REPORT_NAME
 from ffsplit.planning import LayerForecast, Plans
 from ffsplit.preflight.records import Preflight
-from ffsplit.publication import REPORT_NAME
 from ffsplit.report.humanize import (
     duration,
     ffn,

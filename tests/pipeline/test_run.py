@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import ffsplit
-from ffsplit import computation, execution, pipeline
 from ffsplit.artifacts.index import list_runs
 from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.calibration.parquet import read_lineage, read_statistics
 from ffsplit.errors import ConfigError, FFSplitError, GateError
-from ffsplit.prepare import PreparedRun, prepare
-from ffsplit.publication import render_published
+from ffsplit.pipeline import computation, execution
+from ffsplit.pipeline import run as pipeline
+from ffsplit.pipeline.documents import render_published
+from ffsplit.pipeline.prepare import PreparedRun, prepare
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
 WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")

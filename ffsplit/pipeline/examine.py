@@ -14,7 +14,6 @@ from ffsplit.calibration.media import embedded, read_media, read_pairs
 from ffsplit.calibration.readers import TextReader, make_reader
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
 from ffsplit.calibration.sources import read_all
-from ffsplit.capabilities import check_capabilities
 from ffsplit.config import Budget, JobConfig
 from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
@@ -27,8 +26,9 @@ from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import check_model_class, load_tokenizer
 from ffsplit.models.locate import locate_model
 from ffsplit.models.rows import TEXT_KINDS
-from ffsplit.origin import inherit
-from ffsplit.plain import check_plain, check_stays_plain
+from ffsplit.pipeline.capabilities import check_capabilities
+from ffsplit.pipeline.origin import inherit
+from ffsplit.pipeline.plain import check_plain, check_stays_plain
 from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.runtime.linears import attention_linears
 from ffsplit.splitting.latency import read_latency_table

@@ -33,8 +33,9 @@ from ffsplit.environment import describe_environment
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import describe_result
-from ffsplit.origin import calibration_record
-from ffsplit.prepare import PreparedRun, model_name
+from ffsplit.models.locate import model_name
+from ffsplit.pipeline.origin import calibration_record
+from ffsplit.pipeline.prepare import PreparedRun
 from ffsplit.report.html import render_report
 from ffsplit.report.plots import energy_curve
 from ffsplit.runtime.assemble import is_plain

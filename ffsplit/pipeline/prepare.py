@@ -6,7 +6,6 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from ffsplit.artifacts.commits import Kind
@@ -17,14 +16,14 @@ from ffsplit.artifacts.stores import open_store
 from ffsplit.calibration.sampling import TextSample
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.config import Budget, JobConfig, digest_of, stage_key
-from ffsplit.examine import Examined, examine, keep_of
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import Gate, gated_key
 from ffsplit.measurement.tasks.evaluations import Evaluation
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.finite import check_all_finite
 from ffsplit.models.trust import trusting
-from ffsplit.origin import check_origin
+from ffsplit.pipeline.examine import Examined, examine, keep_of
+from ffsplit.pipeline.origin import check_origin
 from ffsplit.preflight.estimate import estimate
 from ffsplit.preflight.records import Preflight
 from ffsplit.recipes.recipe import Recipe
@@ -33,7 +32,6 @@ from ffsplit.splitting.plan import num_energetic
 from ffsplit.splitting.solver import Solver
 from ffsplit.stages.profile import ComputeProfile
 
-GENERIC_NAMES = ("model", "checkpoint", "final", "best")
 """Directories that do not say which model they hold; their parents do."""
 
 CHECKED_BEFORE_BYTES = 4 * 10**9
@@ -162,14 +160,3 @@ def split_inputs(
     if budget.kind == "keep":
         return inputs | {"keep": keep}
     return inputs | {"keep": keep, "layouts": [layout.model_dump(mode="json") for layout in layouts]}
-
-
-def model_name(model: str) -> str:
-    """What to call a model in a report: a hub id, or a local directory by its own name.
-
-    Where that is generic, its parent's goes before it.
-    """
-    path = Path(model).expanduser().resolve()
-    if not path.is_dir():
-        return model
-    return f"{path.parent.name}/{path.name}" if path.name in GENERIC_NAMES else path.name

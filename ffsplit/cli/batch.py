@@ -49,7 +49,7 @@ def _submit(parsed: argparse.Namespace) -> int:
         raise ConfigError(f"--working-dir {parsed.working_dir} is not a directory")
     checked = parsed.parse([parsed.command, *parsed.arguments])
 
-    from ffsplit.submission import submit
+    from ffsplit.cli.submission import submit
 
     return submit(
         parsed.command,

@@ -1,0 +1,1 @@
+"""One run: examined, prepared, placed, computed, described and published."""
