@@ -30,7 +30,7 @@ from ffsplit.calibration.sources import read_all
 from ffsplit.recipes.recipe import shipped_recipes
 
 PEERS = ("svd", "whitened-svd", "paper", "norm-prune", "flap")
-RECIPES = (*PEERS, "fast", "best", "tiny")
+RECIPES = (*PEERS, "fast", "best", "tiny", "int8")
 KEEPS = (0.3535, 0.5, 0.2, 0.125)
 NOT_TIMED = {"latency_shapes": [[1, 16]], "latency_pairs": 1, "peak_memory": False}
 

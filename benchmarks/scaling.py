@@ -29,6 +29,7 @@ from benchmarks.simulated_cluster import dispatch_cost, ray_cost, reduce_cost
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.batches import padded_batches, tokenize_rows
 from ffsplit.calibration.hooks import NOTHING, FFNObserver, Sampling
+from ffsplit.calibration.settings import CalibrationSettings
 from ffsplit.calibration.sources import read_all
 from ffsplit.distributed.ray_runner import RayRunner
 from ffsplit.environment import describe_environment
@@ -36,7 +37,7 @@ from ffsplit.ffn import LayerLayout
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_base_model, load_tokenizer
 from ffsplit.models.source import ModelSource
-from ffsplit.recipes.recipe import CalibrationSettings, load_recipe
+from ffsplit.recipes.recipe import load_recipe
 from ffsplit.splitting.plan import LayerPlan
 from ffsplit.stages.calibrate import CalibrationJob, CalibrationWorker, Shard
 from ffsplit.stages.compress import LayerJob, compress_layer_job
@@ -117,7 +118,7 @@ def calibration(folder: Path, workers: Sequence[int], *, num_shards: int) -> lis
 def calibration_job(out: Path, *, num_shards: int) -> CalibrationJob:
     return CalibrationJob(
         model=ModelSource(path=str(MODEL)),
-        settings=CalibrationSettings(sampled_tokens=8192),
+        settings=CalibrationSettings(sampled_tokens=8192).settled("encoder", max_positions=None),
         num_shards=num_shards,
         seed=0,
         lineage={},
@@ -172,9 +173,10 @@ class Overhead(NamedTuple):
 def overhead(*, num_rows: int, rounds: int) -> Overhead:
     torch.set_num_threads(1)
     checkpoint, settings = open_checkpoint(MODEL), CalibrationSettings()
+    settings = settings.settled("encoder", max_positions=None)
     model = load_base_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     texts = list(read_all(["builtin:pydoc"]))[:num_rows]
-    rows = tokenize_rows(load_tokenizer(checkpoint), texts, max_length=settings.max_length)
+    rows = tokenize_rows(load_tokenizer(checkpoint), texts, max_length=settings.row_length)
     batches = list(padded_batches(rows, batch_tokens=settings.batch_tokens, pad_id=0))
     num_tokens = sum(map(len, rows))
 

@@ -6,7 +6,7 @@ import hashlib
 import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ffsplit.errors import ConfigError
 
@@ -35,11 +35,11 @@ class TextSample:
         digest = _digest(calibration, held_out, judged)
         return TextSample(calibration, held_out, self.held_out_is_disjoint, digest, judged)
 
-    def first(self, num_rows: int) -> TextSample:
-        """The sample with no more than the first `num_rows` to calibrate on."""
-        calibration = self.calibration[:num_rows]
-        judged = (self.judged,) if self.judged else ()
-        return replace(self, calibration=calibration, digest=_digest(calibration, self.held_out, *judged))
+    def first(self, num_rows: int, *, held_out: int, judged: int) -> TextSample:
+        """The sample with so many rows of each part at most, the first ones."""
+        parts = self.calibration[:num_rows], self.held_out[:held_out], self.judged[:judged]
+        digest = _digest(*(parts if parts[2] else parts[:2]))
+        return TextSample(parts[0], parts[1], self.held_out_is_disjoint, digest, parts[2])
 
 
 def sample_texts(

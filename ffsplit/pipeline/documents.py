@@ -148,7 +148,7 @@ def _calibration(run: PreparedRun, outcome: Outcome) -> CalibrationRecord:
         text_digest=text.digest,
         num_rows=len(text.calibration),
         num_tokens=outcome.num_tokens,
-        max_length=run.recipe.calibration.max_length,
+        max_length=run.recipe.calibration.row_length,
         num_shards=outcome.num_shards,
         held_out_rows=len(text.held_out),
         held_out_is_disjoint=text.held_out_is_disjoint,

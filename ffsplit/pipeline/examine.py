@@ -74,6 +74,7 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
     if revision is None and stored is None:
         config = config.model_copy(update={"model": str(directory)})
     checkpoint = open_checkpoint(directory)
+    recipe = recipe.settled(checkpoint.kind, max_positions=checkpoint.max_positions)
     for index in range(len(checkpoint.ffns)):
         activation_named(checkpoint.activation_of(index))
     check_model_class(checkpoint.class_name, where=directory)
@@ -89,7 +90,7 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
     if config.plain:
         check_stays_plain(checkpoint, layouts, recipe=recipe)
     text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
-    check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.max_length)
+    check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.row_length)
     text = within_tokens(text, recipe=recipe, checkpoint=checkpoint)
     evaluations = read_evaluations(
         config.eval, checkpoint=checkpoint, calibration=text.calibration, max_length=window
@@ -168,7 +169,7 @@ def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint,
     else:
         texts = read_pairs(specs) if kind == "seq2seq" else read_media(specs, kind=kind)
     if kind == "causal_lm":
-        texts = passages(texts, max_characters=settings.max_length * CHARACTERS_PER_TOKEN)
+        texts = passages(texts, max_characters=settings.row_length * CHARACTERS_PER_TOKEN)
     sample = sample_texts(
         texts,
         num_samples=settings.samples,
@@ -180,17 +181,22 @@ def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint,
 
 
 def within_tokens(text: TextSample, *, recipe: Recipe, checkpoint: Checkpoint) -> TextSample:
-    """The sample with no more calibration rows than the recipe's `max_tokens` have room for."""
+    """The sample with no more rows than the recipe's `max_tokens` and `held_out_tokens` have room for."""
     settings = recipe.calibration
-    if settings.max_tokens is None or checkpoint.kind not in ("encoder", "causal_lm"):
+    if checkpoint.kind not in ("encoder", "causal_lm"):
         return text
-    num_rows = num_rows_within(
-        load_tokenizer(checkpoint),
-        text.calibration,
-        max_length=settings.max_length,
-        max_tokens=settings.max_tokens,
+    tokenizer = load_tokenizer(checkpoint)
+
+    def count(rows: Sequence[str], most: int | None) -> int:
+        if most is None or len(rows) * settings.row_length <= most:
+            return len(rows)
+        return num_rows_within(tokenizer, rows, max_length=settings.row_length, max_tokens=most)
+
+    return text.first(
+        count(text.calibration, settings.max_tokens),
+        held_out=count(text.held_out, settings.held_out_tokens),
+        judged=count(text.judged, settings.held_out_tokens),
     )
-    return text.first(num_rows)
 
 
 def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) -> None:

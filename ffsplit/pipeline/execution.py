@@ -56,7 +56,7 @@ class Execution:
     def calibrate(self) -> list[Result]:
         """Statistics and sampled FFN inputs of every shard; the inputs alone where there are statistics."""
         run, settings = self.run, self.run.recipe.calibration
-        groups = shard(run.text.calibration, shard_size=settings.shard_size)
+        groups = shard(run.text.calibration, shard_size=settings.rows_a_shard)
         shards = [Shard(index, rows) for index, rows in enumerate(groups)]
         job = CalibrationJob(
             model=self.model,
@@ -122,7 +122,7 @@ class Execution:
                     original=self.model,
                     candidates=(),
                     rows=run.text.judged,
-                    max_length=settings.max_length,
+                    max_length=settings.row_length,
                     batch_tokens=settings.batch_tokens,
                     profile=run.profile,
                 ),
@@ -161,7 +161,7 @@ class Execution:
             compressed=self.hand_over(compressed),
             rows=run.text.calibration,
             validation=run.text.judged or run.text.held_out,
-            max_length=calibration.max_length,
+            max_length=calibration.row_length,
             batch_tokens=calibration.batch_tokens,
             seed=run.config.seed,
             settings=settings,
@@ -185,7 +185,7 @@ class Execution:
             layouts=layouts,
             held_out=run.text.held_out,
             evaluations=run.evaluations,
-            max_length=calibration.max_length,
+            max_length=calibration.row_length,
             batch_tokens=calibration.batch_tokens,
             settings=run.recipe.measurement,
             profile=run.profile,

@@ -12,7 +12,7 @@ from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.recipes.recipe import Recipe
 
 CHARACTERS_PER_TOKEN = 4
-"""Of English text, for a guess; a row is never longer than the recipe's max_length."""
+"""Of English text, for a guess; a row is never longer than the recipe's row_length."""
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -94,16 +94,16 @@ class Workload:
     @property
     def batch_tokens(self) -> int:
         settings = self.recipe.calibration
-        return max(settings.batch_tokens, settings.max_length)
+        return max(settings.batch_tokens, settings.row_length)
 
     @property
     def shard_tokens(self) -> int:
         settings = self.recipe.calibration
-        return min(settings.shard_size, len(self.text.calibration)) * settings.max_length
+        return min(settings.rows_a_shard, len(self.text.calibration)) * settings.row_length
 
     @cached_property
     def num_shards(self) -> int:
-        return -(-len(self.text.calibration) // self.recipe.calibration.shard_size)
+        return -(-len(self.text.calibration) // self.recipe.calibration.rows_a_shard)
 
     @cached_property
     def calibration_tokens(self) -> int:
@@ -116,5 +116,5 @@ class Workload:
 
     def tokens_of(self, rows: Sequence[str]) -> int:
         """About how many tokens some rows have."""
-        longest = self.recipe.calibration.max_length
+        longest = self.recipe.calibration.row_length
         return sum(min(longest, len(row) // CHARACTERS_PER_TOKEN + 2) for row in rows)

@@ -11,28 +11,14 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
+from ffsplit.calibration.settings import CalibrationSettings
 from ffsplit.compressors import AnyCompressor, QuantizeCompressor
 from ffsplit.config import Record, describe_validation_error
 from ffsplit.errors import ConfigError
 from ffsplit.healing.settings import HealingSettings
+from ffsplit.models.rows import ModelKind
 from ffsplit.splitting.heavy import HeavyRule
 from ffsplit.splitting.scores import ScoreName
-
-
-class CalibrationSettings(Record):
-    """How much text is read, and how. Every field changes the statistics' bytes."""
-
-    samples: int = Field(default=2048, ge=1, description="rows of text")
-    max_tokens: int | None = Field(
-        default=None, ge=1, description="fewer rows, where so many hold more tokens than this in all"
-    )
-    max_length: int = Field(default=128, ge=1, description="tokens a row is cut to")
-    shard_size: int = Field(default=128, ge=1, description="rows a shard")
-    batch_tokens: int = Field(default=4096, ge=1, description="tokens a batch, padding included")
-    sampled_tokens: int = Field(
-        default=32768, ge=1, description="tokens whose FFN inputs are kept for refits"
-    )
-    held_out: int = Field(default=256, ge=1, description="rows kept apart to measure fidelity on")
 
 
 class MeasurementSettings(Record):
@@ -108,6 +94,11 @@ class Recipe(Record):
         return self.model_copy(
             update={"measurement": self.measurement.model_copy(update={"latency_shapes": timed})}
         )
+
+    def settled(self, kind: ModelKind, *, max_positions: int | None) -> Recipe:
+        """This recipe, as it reads a model of this kind with so many positions, if those are limited."""
+        calibration = self.calibration.settled(kind, max_positions=max_positions)
+        return self.model_copy(update={"calibration": calibration})
 
     @property
     def heavy(self) -> HeavyRule:

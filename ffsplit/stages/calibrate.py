@@ -17,12 +17,12 @@ from ffsplit.calibration.hooks import Sampling
 from ffsplit.calibration.observe import Observed, observe
 from ffsplit.calibration.parquet import write_statistics
 from ffsplit.calibration.readers import Reader, make_reader
+from ffsplit.calibration.settings import CalibrationSettings
 from ffsplit.config import Record
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_base_model
 from ffsplit.models.source import ModelSource
 from ffsplit.models.streamed import StreamedModel
-from ffsplit.recipes.recipe import CalibrationSettings
 from ffsplit.stages.profile import ComputeProfile
 
 MAX_SAMPLED_SHARDS = 64
@@ -77,7 +77,7 @@ class CalibrationWorker:
     def _reader(self) -> Reader:
         settings = self._job.settings
         return make_reader(
-            self._checkpoint, max_length=settings.max_length, batch_tokens=settings.batch_tokens
+            self._checkpoint, max_length=settings.row_length, batch_tokens=settings.batch_tokens
         )
 
     @cached_property

@@ -131,7 +131,7 @@ def test_the_first_rows_of_a_sample_are_the_smaller_sample(num_judged: int) -> N
         sample_texts(TEXTS, num_samples=count, num_held_out=5, seed=3, num_judged=num_judged)
         for count in (20, 8)
     )
-    first = large.first(8)
+    first = large.first(8, held_out=5, judged=5)
     assert first.calibration == small.calibration
     assert (first.held_out, first.judged) == (large.held_out, large.judged)
     assert first.digest not in (
