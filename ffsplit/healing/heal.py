@@ -64,10 +64,8 @@ def heal(
     hardware, resumed or not. Every process of a `team` calls this with the same arguments and ends with
     the same weights; `checkpoint` is called in all of them.
     """
-    from accelerate import Accelerator
-
     device = next(student.parameters()).device
-    accelerator = Accelerator(mixed_precision=settings.mixed_precision, cpu=device.type == "cpu")
+    accelerator = fresh_accelerator(settings, device)
     weights = trainable_weights(student)
     optimizer = torch.optim.AdamW(list(weights.values()), betas=(0.9, 0.99), weight_decay=0.0)
     optimizer = accelerator.prepare(optimizer)
@@ -99,6 +97,15 @@ def heal(
     for name, tensor in state.best.items():
         weights[name].data.copy_(tensor)
     return state
+
+
+def fresh_accelerator(settings: HealingSettings, device: torch.device) -> Any:
+    """An accelerator of these settings, whatever this process healed before."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # or it refuses another precision or device
+    return Accelerator(mixed_precision=settings.mixed_precision, cpu=device.type == "cpu")
 
 
 def rows_a_step(rows: Sequence[Sequence[int]], settings: HealingSettings) -> int:

@@ -57,6 +57,18 @@ def test_the_student_comes_closer(family: str, head: str, kind: Any) -> None:
     assert mean_distance(student, teacher, batches, kind=kind) == pytest.approx(state.best_loss, rel=1e-5)
 
 
+@pytest.mark.parametrize(("family", "head", "kind"), KINDS)
+def test_mixed_precision_learns_as_well(family: str, head: str, kind: Any) -> None:
+    teacher = make_model(family, head=head)
+    full, mixed = (
+        run(disturbed(family, head), teacher, kind, epochs=1, mixed_precision=precision)
+        for precision in ("no", "bf16")
+    )
+    assert mixed.first_loss == full.first_loss, "judged in full precision"
+    assert mixed.best_loss != full.best_loss
+    assert mixed.best_loss == pytest.approx(full.best_loss, rel=0.1)
+
+
 def validation_batches() -> list[Any]:
     from ffsplit.calibration.batches import padded_batches
 
