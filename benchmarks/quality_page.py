@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +51,7 @@ class Row(NamedTuple):
     num_seeds: int
     fidelity: float
     ffn_bytes: int
+    machines: tuple[str, ...]
 
 
 def rows_of(runs: Sequence[Run], order: Sequence[str]) -> list[Row]:
@@ -73,6 +74,7 @@ def rows_of(runs: Sequence[Run], order: Sequence[str]) -> list[Row]:
                         len(same),
                         statistics.median(figures),
                         same[0].ffn_bytes,
+                        tuple(sorted({machine(run) for run in same})),
                     )
                 )
     return rows
@@ -81,6 +83,7 @@ def rows_of(runs: Sequence[Run], order: Sequence[str]) -> list[Row]:
 def write_page(runs: Sequence[Run], *, folder: Path, order: Sequence[str]) -> None:
     """quality.md and quality.png."""
     names = [name for name in TITLES if any(run.case == name for run in runs)]
+    machines = {each: index + 1 for index, each in enumerate(sorted({machine(run) for run in runs}))}
     lines = [
         "# Quality",
         "",
@@ -88,10 +91,11 @@ def write_page(runs: Sequence[Run], *, folder: Path, order: Sequence[str]) -> No
         "the seeds, which draw the calibration rows and the order of healing; in brackets the lowest and the "
         "highest. No recipe saw a sentence that it is scored on.",
         "",
-        f"Run on: {'; '.join(sorted({machine(run) for run in runs}))}.",
+        "Run on:",
+        *(f"{number}. {each}" for each, number in machines.items()),
     ]
     for name in names:
-        lines += ["", *table([run for run in runs if run.case == name], order)]
+        lines += ["", *table([run for run in runs if run.case == name], order, machines)]
     lines += ["", "What else was tried: [quality-tried.md](quality-tried.md).", ""]
     lines += ["![scores against FFN bytes](quality.png)", ""]
     (folder / "quality.md").write_text("\n".join(lines), "utf-8")
@@ -103,8 +107,8 @@ def machine(run: Run) -> str:
     return f"{device}, torch {run.versions['torch']}, transformers {run.versions['transformers']}"
 
 
-def table(runs: Sequence[Run], order: Sequence[str]) -> list[str]:
-    """One case as a section."""
+def table(runs: Sequence[Run], order: Sequence[str], machines: Mapping[str, int]) -> list[str]:
+    """One case as a section; `machines` are the numbers they have on the page."""
     first = runs[0]
     label = FIDELITY[first.case].replace("_", " ")
     lines = [
@@ -112,15 +116,16 @@ def table(runs: Sequence[Run], order: Sequence[str]) -> list[str]:
         "",
         f"{TITLES[first.case]}. Dense: **{first.original:.2f}**.",
         "",
-        f"| keep | recipe | {first.metric} | against dense | {label} | FFN bytes | seeds |",
-        "|---|---|---|---|---|---|---|",
+        f"| keep | recipe | {first.metric} | against dense | {label} | FFN bytes | seeds | run on |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows_of(runs, order):
         spread = f" [{row.lowest:.2f}, {row.highest:.2f}]" if row.num_seeds > 1 else ""
         share = row.ffn_bytes / first.original_ffn_bytes
         lines.append(
             f"| {row.keep:g} | {row.recipe} | {row.score:.2f}{spread} | {row.score - first.original:+.2f} "
-            f"| {row.fidelity:.4f} | {row.ffn_bytes:,} (1/{1 / share:.1f}) | {row.num_seeds} |"
+            f"| {row.fidelity:.4f} | {row.ffn_bytes:,} (1/{1 / share:.1f}) | {row.num_seeds} "
+            f"| {', '.join(str(machines[each]) for each in row.machines)} |"
         )
     return lines
 
