@@ -1,14 +1,49 @@
-"""Files of a moment: what is said when the disk that they are on is full."""
+"""Files of a moment, which go with the process that made them, however it ends.
+
+A process has one folder below TMPDIR, with a lock on it that the system drops when the process is gone.
+Whoever ends in order removes the folder itself. A process that was killed cannot; what it left has no
+holder, and is removed by the next process of this user that looks: every one that makes a folder, and
+every run when it ends. Locks hold across containers, where process ids do not.
+"""
 
 from __future__ import annotations
 
+import atexit
 import errno
+import fcntl
+import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 
 from ffsplit.errors import FFSplitError
+
+PREFIX = "ffsplit-work-"
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for as long as this context lasts."""
+    with tempfile.TemporaryDirectory(dir=process_folder()) as name:
+        yield Path(name)
+
+
+def process_folder() -> Path:
+    """The folder of this process, for what is of use until it ends."""
+    return _folder_of(os.getpid())
+
+
+def remove_abandoned() -> None:
+    """Remove what this user's processes left behind that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if folder.lstat().st_uid == os.getuid() and (held := _lock(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(held)
 
 
 @contextmanager
@@ -25,3 +60,35 @@ def full_disk_explained() -> Iterator[None]:
             f"no space left for temporary files in {tempfile.gettempdir()} on host {socket.gethostname()}: "
             "free some or set TMPDIR; what is finished stays, and the same command goes on from there"
         ) from error
+
+
+@cache
+def _folder_of(pid: int) -> Path:
+    """Made when first asked for: a child that was forked gets one of its own."""
+    remove_abandoned()
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        if _lock(folder) is not None:  # else somebody looked between the two, and takes it away
+            atexit.register(_remove, folder, pid)
+            return folder
+
+
+def _remove(folder: Path, pid: int) -> None:
+    if os.getpid() == pid:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the lock on a folder, None when another process does or it is gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    return None

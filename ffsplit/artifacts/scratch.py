@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError, StoreError
-from ffsplit.temporary import full_disk_explained
+from ffsplit.temporary import full_disk_explained, process_folder
 
 SCRATCH_PREFIX = ".scratch"
 Computed = TypeVar("Computed", bound="Result | None")
@@ -103,7 +102,7 @@ class Scratch(Record):
 
     def path(self, entry: FileEntry) -> Path:
         """A local file with a result's bytes."""
-        return _store(self.uri).fetch(entry.path, _downloads())
+        return _store(self.uri).fetch(entry.path, process_folder())
 
     @contextmanager
     def reading(self, entry: FileEntry) -> Iterator[Path]:
@@ -112,7 +111,7 @@ class Scratch(Record):
         try:
             yield path
         finally:
-            if path.is_relative_to(_downloads()):
+            if path.is_relative_to(process_folder()):
                 path.unlink(missing_ok=True)
 
     def _check_visible(self) -> None:
@@ -123,8 +122,8 @@ class Scratch(Record):
             )
 
     def _matches(self, entry: FileEntry) -> bool:
-        path = self.path(entry)
-        return path.stat().st_size == entry.size_bytes and sha256_file(path) == entry.sha256
+        with self.reading(entry) as path:
+            return path.stat().st_size == entry.size_bytes and sha256_file(path) == entry.sha256
 
 
 def _log_finished(result: Result, *, seconds: float) -> None:
@@ -143,13 +142,3 @@ def _sha256(record: bytes) -> bytes:
 @cache
 def _store(uri: str) -> Store:
     return open_store(uri)
-
-
-def _downloads() -> Path:
-    """This process's folder for what a remote store holds, which goes with the process."""
-    return Path(_folder().name)
-
-
-@cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="ffsplit-")

@@ -7,12 +7,12 @@ it too: `model_signing verify key DIR --signature DIR/manifest.json.sig --public
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ffsplit.artifacts.manifest import MANIFEST_NAME
 from ffsplit.errors import ArtifactError, ConfigError
+from ffsplit.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -26,8 +26,8 @@ def sign_manifest(data: bytes, *, key: Path) -> bytes:
     Raises ConfigError when the key cannot be used or model-signing is not installed.
     """
     signing = _package("signing", key)
-    with tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
-        model, signature = _lay_out(Path(folder), data)
+    with temporary_folder() as folder:
+        model, signature = _lay_out(folder, data)
         try:
             signing.Config().use_elliptic_key_signer(private_key=key).sign(model, signature)
         except Exception as error:  # the package and its cryptography raise many kinds
@@ -43,8 +43,8 @@ def verify_manifest(data: bytes, signature: bytes, *, key: Path, label: str) -> 
     Raises ConfigError when the key cannot be read or model-signing is not installed.
     """
     verifying = _package("verifying", key)
-    with tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
-        model, path = _lay_out(Path(folder), data)
+    with temporary_folder() as folder:
+        model, path = _lay_out(folder, data)
         path.write_bytes(signature)
         try:
             checker = verifying.Config().use_elliptic_key_verifier(public_key=key)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from ffsplit.artifacts.commits import list_commits
@@ -14,6 +12,7 @@ from ffsplit.artifacts.locate import Location, locate, read_manifest
 from ffsplit.artifacts.manifest import Manifest
 from ffsplit.artifacts.stores import MissingKey, open_store
 from ffsplit.errors import ArtifactError, ConfigError
+from ffsplit.temporary import process_folder
 
 STATISTICS_PATH = "stats/neurons.parquet"
 
@@ -60,15 +59,9 @@ def _locate(uri: str) -> Location:
 
 def _fetch(location: Location, entry: FileEntry) -> Path:
     try:
-        path = location.store.fetch(location.key(entry.path), _downloads())
+        path = location.store.fetch(location.key(entry.path), process_folder())
     except MissingKey:
         raise ArtifactError(f"{location.uri}: {entry.path} is missing") from None
     if hashlib.sha256(path.read_bytes()).hexdigest() != entry.sha256:
         raise ArtifactError(f"{location.uri}: {entry.path} is not what its manifest says")
     return path
-
-
-@cache
-def _downloads() -> Path:
-    """This process's folder for what a remote store holds; removed by the system's own clean-up."""
-    return Path(tempfile.mkdtemp(prefix="ffsplit-"))

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import psutil
 import ray
 
 from ffsplit.errors import ConfigError
@@ -20,6 +21,8 @@ from ffsplit.errors import ConfigError
 LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
 """Enough for a local cluster: tensors never pass through the object store."""
 CONNECT_TIMEOUT_S = 10.0
+LEAVE_WITHIN_S = 3.0
+"""How long the workers of a local cluster that is over may take to end by themselves."""
 _VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
 
 
@@ -73,6 +76,27 @@ def connect(address: str | None, *, num_cpus: int) -> None:
             ray.init(**options)
     except Exception as error:  # Ray raises a score of types, plain Exception among them
         raise ConfigError(refusal(options["address"], str(error).strip() or type(error).__name__)) from None
+
+
+def disconnect() -> None:
+    """Leave the cluster. One that was started on the spot has ended, with all its processes, on return."""
+    started_here = _processes_started_here()
+    ray.shutdown()
+    _, late = psutil.wait_procs(started_here, timeout=LEAVE_WITHIN_S)
+    for process in late:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(late, timeout=LEAVE_WITHIN_S)
+
+
+def _processes_started_here() -> list[psutil.Process]:
+    """Workers and agents below the raylet of a local cluster; those of a cluster elsewhere are not ours."""
+    node = ray._private.worker._global_node
+    found = []
+    for raylet in node.all_processes.get("raylet", []) if node is not None else []:
+        with suppress(psutil.NoSuchProcess):
+            found += psutil.Process(raylet.process.pid).children(recursive=True)
+    return found
 
 
 def refusal(address: str, reason: str) -> str:

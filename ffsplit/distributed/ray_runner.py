@@ -16,10 +16,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ffsplit.distributed.dispatch import Pool, dispatch
 from ffsplit.distributed.observing import Observed
-from ffsplit.distributed.ray_cluster import Share, check_room, connect, hosts, room
+from ffsplit.distributed.ray_cluster import Share, check_room, connect, disconnect, hosts, room
 from ffsplit.distributed.ray_pools import ActorPool, TaskPool, error_of, run_task
 from ffsplit.distributed.ray_train import place, run_together
 from ffsplit.distributed.runner import Answer, Item, Worker
+from ffsplit.temporary import remove_abandoned
 
 PRESENCE, A_LITTLE = f"{IMPLICIT_RESOURCE_PREFIX}ffsplit", 0.0001
 """Every node has one of this. A worker takes a little; work that wants a host to itself takes all."""
@@ -82,8 +83,9 @@ class RayRunner:
                 stream.close()
         self._streams.clear()
         if self._connected:
-            ray.shutdown()
+            disconnect()
             self._connected = False
+        remove_abandoned()  # of workers that were killed, as those are whose stage is over
 
     def map_tasks(
         self, stage: str, function: Worker[Item, Answer], items: Sequence[Item]

@@ -7,7 +7,6 @@ through the stores that the function itself uses, so Ray Train has nothing to ke
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ import ray
 
 from ffsplit.distributed.runner import Worker
 from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.temporary import temporary_folder
 
 OLDEST = (2, 60)
 """The oldest Ray that this is known to work with. Older ones may not hand back what a process returns."""
@@ -60,7 +60,7 @@ class Together:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         each = {"CPU": float(self.cpus)} | ({"GPU": self.gpus} if self.gpus else {})
-        with tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
+        with temporary_folder() as folder:
             trainer = TorchTrainer(
                 lambda config: self.function(config["item"]),
                 train_loop_config={"item": item},
@@ -68,7 +68,7 @@ class Together:
                 scaling_config=ScalingConfig(
                     num_workers=self.size, use_gpu=bool(self.gpus), resources_per_worker=each
                 ),
-                run_config=RunConfig(storage_path=folder, name="together"),
+                run_config=RunConfig(storage_path=str(folder), name="together"),
             )
             return trainer.fit().return_value
 

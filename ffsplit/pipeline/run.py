@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -33,7 +32,7 @@ from ffsplit.pipeline.placement import place
 from ffsplit.pipeline.prepare import PreparedRun, prepare
 from ffsplit.preflight.words import in_one_line
 from ffsplit.progress import Progress, StageLog
-from ffsplit.temporary import full_disk_explained
+from ffsplit.temporary import full_disk_explained, temporary_folder
 
 REFUSED_REPORT = f"refused/{REPORT_NAME}"
 """Where in the scratch the report of a result lies that its gates refused."""
@@ -141,12 +140,12 @@ def _carry_out(
         logs.fields(run=key),
         full_disk_explained(),
         make_runner(config) as runner,
-        tempfile.TemporaryDirectory(prefix="ffsplit-") as folder,
+        temporary_folder() as folder,
     ):
         shown.note(in_one_line(run.flight))
         shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
         attempt = new_attempt_id()
-        staging = Path(folder) / attempt
+        staging = folder / attempt
         (staging / STATISTICS_PATH).parent.mkdir(parents=True)
         compute = compute_model if kind == "model" else compute_statistics
         run, outcome = compute(place(run, scratch, runner, log, shown=shown), staging)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from ffsplit.models.load import load_base_model
 from ffsplit.models.source import ModelSource
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.stages.profile import ComputeProfile
+from ffsplit.temporary import temporary_folder
 
 MAX_SAMPLED_SHARDS = 64
 """FFN inputs are sampled from at most this many shards, evenly spaced, however many there are."""
@@ -114,8 +113,8 @@ class CalibrationWorker:
         return torch.randperm(num_tokens, generator=generator)[:count].sort().values
 
     def _save(self, shard: Shard, observed: Iterable[Observed], *, num_tokens: int, num_rows: int) -> Result:
-        with tempfile.TemporaryDirectory() as name:
-            folder, files = Path(name), {}
+        with temporary_folder() as folder:
+            files = {}
             statistics = []
             for index, (stats, inputs) in enumerate(observed):
                 statistics.append(stats)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from pydantic import JsonValue
@@ -23,6 +21,7 @@ from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn, load_output_nor
 from ffsplit.splitting.plan import LayerPlan
 from ffsplit.splitting.scores import FEWEST_TOKENS
 from ffsplit.stages.profile import ComputeProfile
+from ffsplit.temporary import temporary_folder
 
 
 class LayerJob(Record):
@@ -47,6 +46,13 @@ def compress_layer_job(job: LayerJob) -> Result:
         return job.scratch.load_or_compute(job.name, lambda: _compress(job))
 
 
+def _sampled(job: LayerJob, entry: FileEntry) -> dict[str, Tensor]:
+    """What a shard has of this layer's inputs."""
+    with job.scratch.reading(entry) as path:
+        tensors: dict[str, Tensor] = load_file(path, device=job.profile.device)
+    return tensors
+
+
 def _inputs(shards: Sequence[Mapping[str, Tensor]], expert: int | None) -> list[Tensor]:
     """The sampled inputs [T, D] of an FFN in float32; of an expert those of the tokens it was sent.
 
@@ -63,9 +69,7 @@ def _compress(job: LayerJob) -> Result:
     device = torch.device(job.profile.device)
     checkpoint = open_checkpoint(job.model.directory())
     expert = checkpoint.ffns[job.plan.layer].expert
-    inputs = _inputs(
-        [load_file(job.scratch.path(entry), device=job.profile.device) for entry in job.inputs], expert
-    )
+    inputs = _inputs([_sampled(job, entry) for entry in job.inputs], expert)
     activation = activation_named(checkpoint.activation_of(job.plan.layer))
     compressed = compress_layer(
         load_ffn(checkpoint, job.plan.layer, activation=activation, device=device),
@@ -76,8 +80,8 @@ def _compress(job: LayerJob) -> Result:
         output_norm=load_output_norm(checkpoint, job.plan.layer, device=device),
     )
     tensors = layer_tensors(checkpoint, job.plan.layer, compressed.weights, plain=job.plain)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{job.name}.safetensors"
+    with temporary_folder() as folder:
+        path = folder / f"{job.name}.safetensors"
         save_file(tensors, path, {"format": "pt"})
         layout = compressed.weights.layout.model_dump(mode="json")
         facts: dict[str, JsonValue] = {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.models.source import ModelSource
 from ffsplit.stages.profile import ComputeProfile
+from ffsplit.temporary import temporary_folder
 
 RESULT, PROGRESS = "healed", "progress"
 
@@ -108,8 +107,8 @@ def _resume(scratch: Scratch, weights: dict[str, Tensor], optimizer: Any) -> Hea
 
 
 def _checkpoint(scratch: Scratch, state: HealingState, weights: dict[str, Tensor], optimizer: Any) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{PROGRESS}.safetensors"
+    with temporary_folder() as folder:
+        path = folder / f"{PROGRESS}.safetensors"
         state.save(path, weights, optimizer)
         scratch.save(PROGRESS, {path.name: path}, facts={"step": state.step})
 
@@ -126,8 +125,8 @@ def _save(scratch: Scratch, student: Any, checkpoint: Checkpoint, state: Healing
         for name, tensor in student.state_dict().items()
         if name in checkpoint.tensors and checkpoint.tensors[name].dtype in dtypes
     }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{RESULT}.safetensors"
+    with temporary_folder() as folder:
+        path = folder / f"{RESULT}.safetensors"
         save_file(tensors, path)
         facts: dict[str, JsonValue] = {
             "num_steps": state.step,

@@ -7,15 +7,14 @@ driver either, ever holds more than log2 of the shards' statistics, or reads mor
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.parquet import read_statistics, write_statistics
 from ffsplit.calibration.statistics import NeuronStats, merge_layers, reduce_tree
 from ffsplit.config import Record
+from ffsplit.temporary import temporary_folder
 
 FAN_IN = 32
 
@@ -62,8 +61,8 @@ def reduce_job(job: ReduceJob) -> Result:
 
 
 def _reduce(job: ReduceJob) -> Result:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{job.name}.parquet"
+    with temporary_folder() as folder:
+        path = folder / f"{job.name}.parquet"
         write_statistics(path, merged(job.parts, job.scratch), lineage=job.lineage | {"part": job.name})
         return job.scratch.save(job.name, {path.name: path}, facts={"num_parts": len(job.parts)})
 

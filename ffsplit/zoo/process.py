@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
-import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from ffsplit.config import JobConfig
+from ffsplit.temporary import temporary_folder
 from ffsplit.zoo.batch import Judged
 from ffsplit.zoo.driver import Request
 
@@ -38,8 +38,8 @@ async def run_process(job: JobConfig, say: Say) -> Ended:
 
     When the caller is cancelled, or dies, the process is interrupted as by Ctrl-C.
     """
-    with tempfile.TemporaryDirectory(prefix="ffsplit-") as folder:
-        result_file = Path(folder) / "result.json"
+    with temporary_folder() as folder:
+        result_file = folder / "result.json"
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "ffsplit.zoo.driver"),
             stdin=PIPE,
