@@ -13,14 +13,15 @@ from ffsplit.artifacts.manifest import GateResult, Manifest, Measurements
 from ffsplit.artifacts.stores import Store, read_at_most
 from ffsplit.config import Record
 from ffsplit.errors import FFSplitError
-from ffsplit.exit_codes import DONE, FAILED, REFUSED
+from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, REFUSED
 
 BATCHES_PREFIX = "batches"
 MAX_BATCH_BYTES = 256 << 20
 NUM_PAST_BATCHES = 20
 """How many batches the index looks back on."""
 
-State = Literal["published", "committed already", "refused", "failed"]
+State = Literal["published", "committed already", "refused", "failed", "interrupted"]
+"""What became of a model; `interrupted` had not ended when its batch was, and may not have begun."""
 
 
 class Figures(Record):
@@ -109,7 +110,10 @@ class Batch(Record):
 
     @property
     def exit_code(self) -> int:
-        """0 where everything is published, 1 where something failed, 3 where gates refused something."""
+        """130 for a batch that was interrupted, else 1 where something failed, 3 where gates refused
+        something, 0 where everything is published."""
+        if self.count("interrupted"):
+            return INTERRUPTED
         if self.count("failed"):
             return FAILED
         return REFUSED if self.count("refused") else DONE

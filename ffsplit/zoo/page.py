@@ -22,6 +22,7 @@ STATES: dict[State, str] = {
     "committed already": "published before",
     "refused": "refused by gates",
     "failed": "failed",
+    "interrupted": "interrupted",
 }
 SPARK_WIDTH, SPARK_HEIGHT, SPARK_MARGIN = 120, 26, 3
 
@@ -114,6 +115,8 @@ def _tiles(batch: Batch) -> list[Tile]:
         Tile("Refused by gates", str(refused), "not published, figures below", is_warning=refused > 0),
         Tile("Failed", str(failed), "errors below" if failed else "none", is_warning=failed > 0),
     ]
+    if interrupted := batch.count("interrupted"):
+        tiles.append(Tile("Interrupted", str(interrupted), "had not ended when the batch was", True))
     if standing:
         sizes = [figures.size_bytes for figures in standing]
         before_bytes, after_bytes = (sum(pair[index] for pair in sizes) for index in (0, 1))

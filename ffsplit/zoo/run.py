@@ -6,6 +6,8 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Literal
 
@@ -22,6 +24,38 @@ from ffsplit.zoo.zoo_file import Zoo, ZooModel
 Say = Callable[[str], None]
 
 
+@dataclass
+class _Pass:
+    """One pass over a zoo, and which of its models have ended so far."""
+
+    zoo: Zoo
+    store: Store
+    say: Say
+    started: datetime
+    ended: dict[str, BatchModel] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._id = new_batch_id(self.started)
+
+    def record(self) -> Batch:
+        """Write the batch's manifest, and the page over it and those before it."""
+        batch = Batch(
+            id=self._id,
+            zoo=self.zoo.name,
+            zoo_digest=self.zoo.digest,
+            destination=self.store.uri,
+            started_at=self.started.isoformat(timespec="seconds"),
+            finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            ffsplit_version=__version__,
+            max_models_in_flight=self.zoo.max_models_in_flight,
+            models=tuple(self.ended.get(model.name) or _interrupted(model) for model in self.zoo.models),
+        )
+        save_batch(self.store, batch)
+        page = render_index([*past_batches(self.store, before=batch.id), batch])
+        self.store.put_bytes(INDEX_NAME, page.encode())
+        return batch
+
+
 def run_zoo(
     zoo: Zoo,
     *,
@@ -32,13 +66,13 @@ def run_zoo(
 ) -> Batch:
     """Compress every model of a zoo, and publish what passes its gates. Returns the batch as recorded.
 
-    A model that fails is tried again, and never stops the others. Raises ConfigError for a cluster or a
-    destination that cannot be used, before anything is run.
+    A model that fails is tried again, and never stops the others. A batch that is interrupted, by SIGINT
+    or by SIGTERM, is recorded at once: what has ended as it ended, the rest as interrupted. Raises
+    ConfigError for a cluster or a destination that cannot be used, before anything is run.
     """
-    say = say or _to_stderr
     store = open_store(zoo.destination)
     store.check_writable()
-    started = datetime.now(timezone.utc)
+    this = _Pass(zoo, store, say or _to_stderr, datetime.now(timezone.utc))
     with share_cluster(address, runner=runner) as cluster:
         share = workers or max(1, cluster.num_cpus // zoo.max_models_in_flight)
         jobs = [
@@ -47,45 +81,30 @@ def run_zoo(
             )
             for model in zoo.models
         ]
-        models = asyncio.run(_run_all(zoo, jobs, say))
-    batch = Batch(
-        id=new_batch_id(started),
-        zoo=zoo.name,
-        zoo_digest=zoo.digest,
-        destination=store.uri,
-        started_at=started.isoformat(timespec="seconds"),
-        finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        ffsplit_version=__version__,
-        max_models_in_flight=zoo.max_models_in_flight,
-        models=tuple(models),
-    )
-    _record(store, batch)
-    return batch
+        with suppress(KeyboardInterrupt):  # recorded meanwhile, and ended
+            asyncio.run(_run_all(this, jobs))
+        return this.record()
 
 
-def _record(store: Store, batch: Batch) -> None:
-    """Write the batch's manifest, and the page over it and those before it."""
-    save_batch(store, batch)
-    page = render_index([*past_batches(store, before=batch.id), batch])
-    store.put_bytes(INDEX_NAME, page.encode())
-
-
-async def _run_all(zoo: Zoo, jobs: list[JobConfig], say: Say) -> list[BatchModel]:
-    """Every model, in the order of the file."""
-    places = asyncio.Semaphore(zoo.max_models_in_flight)
-    pairs = zip(zoo.models, jobs, strict=True)
-    tasks = [asyncio.create_task(_run_model(zoo, model, job, places, say)) for model, job in pairs]
+async def _run_all(this: _Pass, jobs: list[JobConfig]) -> None:
+    """Every model, those of the beginning of the file first."""
+    places = asyncio.Semaphore(this.zoo.max_models_in_flight)
+    pairs = zip(this.zoo.models, jobs, strict=True)
+    tasks = [asyncio.create_task(_run_model(this, model, job, places)) for model, job in pairs]
     try:
-        return list(await asyncio.gather(*tasks))
-    finally:  # where the batch was interrupted, every process is ended before this returns
+        await asyncio.gather(*tasks)
+    except asyncio.CancelledError:
+        for task in tasks:
+            task.cancel()
+        await asyncio.to_thread(this.record)  # at once: whoever stops a job may not wait for long
+        raise
+    finally:  # every process is ended before this returns
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _run_model(
-    zoo: Zoo, model: ZooModel, job: JobConfig, places: asyncio.Semaphore, say: Say
-) -> BatchModel:
+async def _run_model(this: _Pass, model: ZooModel, job: JobConfig, places: asyncio.Semaphore) -> None:
     """One model, tried again while it fails for reasons that are not the user's to mend.
 
     Who waits for another attempt holds no place.
@@ -95,16 +114,16 @@ async def _run_model(
         num_attempts += 1
         async with places:
             started = time.monotonic()
-            ended = await run_process(job, lambda line: say(f"{model.name} | {line}"))
+            ended = await run_process(job, lambda line: this.say(f"{model.name} | {line}"))
             wall_s += time.monotonic() - started
-        if ended.exit_code in (DONE, REFUSED, MISTAKE) or num_attempts > zoo.retries:
+        if ended.exit_code in (DONE, REFUSED, MISTAKE) or num_attempts > this.zoo.retries:
             break
-        wait_s = zoo.backoff_s * 2 ** (num_attempts - 1)
-        say(f"{model.name} | failed, again in {wait_s:g} s: {ended.last_words}")
+        wait_s = this.zoo.backoff_s * 2 ** (num_attempts - 1)
+        this.say(f"{model.name} | failed, again in {wait_s:g} s: {ended.last_words}")
         await asyncio.sleep(wait_s)
     recorded = _describe(model, ended, num_attempts=num_attempts, wall_s=round(wall_s, 3))
-    say(f"{model.name} | {recorded.state}{f': {recorded.error}' if recorded.error else ''}")
-    return recorded
+    this.ended[model.name] = recorded
+    this.say(f"{model.name} | {recorded.state}{f': {recorded.error}' if recorded.error else ''}")
 
 
 def _describe(model: ZooModel, ended: Ended, *, num_attempts: int, wall_s: float) -> BatchModel:
@@ -118,6 +137,19 @@ def _describe(model: ZooModel, ended: Ended, *, num_attempts: int, wall_s: float
         error=None if finished else ended.last_words,
         num_attempts=num_attempts,
         wall_s=wall_s,
+    )
+
+
+def _interrupted(model: ZooModel) -> BatchModel:
+    return BatchModel(
+        name=model.name,
+        model=model.job.model,
+        recipe=model.job.recipe,
+        state="interrupted",
+        result=None,
+        error="the batch was interrupted before this model had ended; the next batch goes on with it",
+        num_attempts=0,
+        wall_s=0.0,
     )
 
 

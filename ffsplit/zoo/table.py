@@ -16,9 +16,11 @@ def print_batch(batch: Batch) -> None:
             if not result.met:
                 print(f"  {describe_result(result)}")
     published = batch.count("published", "committed already")
+    interrupted = batch.count("interrupted")
     print(
         f"{published} of {len(batch.models)} published ({batch.count('published')} now), "
         f"{batch.count('refused')} refused by gates, {batch.count('failed')} failed"
+        + (f", {interrupted} interrupted" if interrupted else "")
     )
     print(f"batch: {batch.destination}/{batch_key(batch.id)}")
     print(f"index: {batch.destination}/{INDEX_NAME}")

@@ -32,7 +32,7 @@ def model(name: str, state: State, *, fidelity: float = 0.97) -> BatchModel:
     )
     gates = (GATE,) if state == "refused" else ()
     result = None
-    if state != "failed":
+    if state not in ("failed", "interrupted"):
         result = Judged(
             state=state,
             run_key="k",
@@ -133,3 +133,11 @@ def test_the_exit_code_says_the_worst() -> None:
     assert batch(1, *ALL[:2]).exit_code == 0
     assert batch(1, *ALL[:3]).exit_code == 3
     assert batch(1, *ALL).exit_code == 1
+    assert batch(1, *ALL, model("cut", "interrupted")).exit_code == 130
+
+
+def test_what_was_interrupted_is_counted_apart() -> None:
+    page = render_index([batch(1, *ALL), batch(2, *ALL, model("cut", "interrupted"))])
+    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    assert "Interrupted 1 had not ended when the batch was" in text
+    assert "2 of 5" in text and "Interrupted" not in render_index([batch(1, *ALL)]).split("Batches")[0]

@@ -99,11 +99,14 @@ def test_two_models_share_one_ray_and_only_what_passes_is_published(
     )
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_end_of_a_batch_is_the_end_of_its_models(small_job: SmallJob, sent: signal.Signals) -> None:
-    file = zoo_file(small_job, {"name": "one"})
+    """And unless it is killed, it leaves its manifest: what had ended, and what was interrupted."""
+    models = [{"name": "missing", "model": "/none"}, {"name": "one"}, {"name": "waits"}]
+    file = zoo_file(small_job, *models, max_models_in_flight=1)
     batch = subprocess.Popen(
-        [sys.executable, "-m", "ffsplit.cli", "zoo", str(file), "--runner", "serial"],
+        [sys.executable, "-m", "ffsplit.cli", "zoo", str(file), "--runner", "serial", "--json"],
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
@@ -112,12 +115,20 @@ def test_the_end_of_a_batch_is_the_end_of_its_models(small_job: SmallJob, sent: 
     assert any("one | run " in line for line in batch.stderr)
     (driver,) = drivers(psutil.Process(batch.pid))
     batch.send_signal(sent)
-    assert batch.wait(timeout=30) == (130 if sent == signal.SIGINT else -signal.SIGKILL)
+    out, err = batch.communicate(timeout=30)
+    assert batch.returncode == (-signal.SIGKILL if sent == signal.SIGKILL else 130), err
     deadline = time.monotonic() + 15
     while driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not driver.is_running() or driver.status() == psutil.STATUS_ZOMBIE
-    assert not list((small_job.folder / "zoo").glob("one/*/commit.json"))
+    folder = small_job.folder / "zoo"
+    assert not list(folder.glob("one/*/commit.json"))
+    if sent != signal.SIGKILL:
+        (manifest,) = folder.glob("batches/*.json")
+        states = {model["name"]: model["state"] for model in json.loads(manifest.read_text())["models"]}
+        assert states == {"missing": "failed", "one": "interrupted", "waits": "interrupted"}
+        assert json.loads(out) == json.loads(manifest.read_text())
+        assert "interrupted" in (folder / "index.html").read_text()
 
 
 def test_a_mistake_in_the_file_is_one_line(small_job: SmallJob, capsys: pytest.CaptureFixture[str]) -> None:
