@@ -1,10 +1,11 @@
 """Kills, one after another, at every stage of real runs on a real cluster of several nodes.
 
 `python -m tests.faults.drill --kills 60 --seed 0 --folder DIR` starts a cluster of a head without CPUs and
-two nodes of one CPU, and runs one small job again and again. In each run it kills, with SIGKILL and at a
-moment drawn from the seed, a worker's process, a node's raylet or the driver; a driver that was killed is
-started again. Every run has to end with the bytes of an undisturbed one, and no shard or layer whose
-worker said that it was finished may be computed again.
+two nodes of one CPU, and runs one small job again and again. In each run it kills once in every stage,
+with SIGKILL and at a moment drawn from the seed: a worker's process, a node's raylet or the driver, which
+is then started again. Every run has to end with the bytes of an undisturbed one, and no shard or layer
+whose worker said that it was finished may be computed again. With `--side-by-side` two drivers carry out
+one run at the same time.
 """
 
 from __future__ import annotations
@@ -15,95 +16,65 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import psutil
-import ray
-from ray.cluster_utils import Cluster
+from typing import Any, NamedTuple
 
 import ffsplit
-from ffsplit import logs
 from ffsplit.artifacts.verify import verify
+from tests.faults.drivers import Drivers
 from tests.faults.events import Event, Events, recomputed
+from tests.faults.nodes import Nodes
 from tests.small_jobs import HEALED_SHARDS, SmallJob, committed_digests
 from tests.tiny_models import save_checkpoint
 
-CAUSES = [
-    ("calibrate", "worker"),
-    ("compress", "driver"),
-    ("heal", "worker"),
-    ("reduce", "raylet"),
-    ("measure", "driver"),
-    ("publish", "driver"),
-    ("calibrate", "raylet"),
-    ("compress", "worker"),
-    ("reduce", "driver"),
-    ("heal", "raylet"),
-    ("measure", "worker"),
-    ("publish", "raylet"),
-    ("calibrate", "driver"),
-    ("reduce", "worker"),
-    ("compress", "raylet"),
-    ("heal", "driver"),
-    ("measure", "raylet"),
-]
+STAGES = ("calibrate", "reduce", "compress", "heal", "measure", "publish")
+TARGETS = ("worker", "raylet", "driver")
 STARTS = {"measure": "taken", "publish": "publishing"}
 """The line that says a stage's item is in hand, where it is not `started`."""
-QUICK = {
-    "health_check_initial_delay_ms": 1000,
-    "health_check_period_ms": 500,
-    "health_check_failure_threshold": 4,
-}
-LONGEST_S = 600.0
+LONGEST_PAUSE_S = {"heal": 1.0, "measure": 0.3}
+"""Those whose items take a while are killed in the midst of one."""
 
 
-@dataclass
-class Nodes:
-    """The cluster, whose dead nodes are replaced."""
+class Kill(NamedTuple):
+    """Whom to kill, so long after the n-th item of a stage has been taken in hand."""
 
-    cluster: Cluster
-
-    @classmethod
-    def start(cls) -> Nodes:
-        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80_000_000}
-        nodes = cls(Cluster(initialize_head=True, head_node_args=head | {"_system_config": QUICK}))
-        nodes.replace_dead()
-        return nodes
-
-    def replace_dead(self) -> None:
-        for node in list(self.cluster.worker_nodes):
-            if not any(process.poll() is None for process in self._raylets(node)):
-                self.cluster.remove_node(node, allow_graceful=False)
-        while len(self.cluster.worker_nodes) < 2:
-            self.cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
-
-    def _raylets(self, node: Any) -> list[Any]:
-        return [each.process for each in node.all_processes.get("raylet", [])]
-
-    def raylet_of(self, pid: int | None) -> int:
-        """The raylet that a worker belongs to, any node's when there is no worker."""
-        raylets = [process.pid for node in self.cluster.worker_nodes for process in self._raylets(node)]
-        parent = psutil.Process(pid).ppid() if pid is not None else raylets[0]
-        return parent if parent in raylets else raylets[0]
-
-
-@dataclass
-class Killer:
-    """Kills once, when the n-th item of a stage is in hand."""
-
-    events: Events
-    nodes: Nodes
     stage: str
     target: str
     nth: int
     pause_s: float
-    driver: int | None = None
-    killed: int | None = None
+
+
+def planned(num_kills: int, *, seed: int) -> list[list[Kill]]:
+    """A kill a stage in each run; three runs kill everybody at every stage. Nobody works at publishing."""
+    generator = random.Random(seed)
+    runs: list[list[Kill]] = []
+    for number in range(num_kills):
+        run, place = divmod(number, len(STAGES))
+        stage = STAGES[place]
+        target = TARGETS[(run + place) % len(TARGETS)]
+        if stage == "publish" and target == "worker":
+            target = "driver"
+        nth = generator.randrange(3) if stage in ("calibrate", "compress") else 0
+        runs += [] if place else [[]]
+        runs[-1].append(Kill(stage, target, nth, generator.uniform(0, LONGEST_PAUSE_S.get(stage, 0.03))))
+    return runs
+
+
+@dataclass
+class Killer:
+    """Carries out a run's kills, one after another, as the log lines of the run say where it is."""
+
+    events: Events
+    nodes: Nodes
+    kills: Sequence[Kill]
+    driver: int = 0
+    done: list[Kill] = field(default_factory=list)
+    problem: str = ""
+    _missed: Event | None = None
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -117,117 +88,116 @@ class Killer:
             thread.join()
 
     def _watch(self) -> None:
-        while not self._over.is_set() and self.killed is None:
-            wanted = STARTS.get(self.stage, "started")
-            found = [
-                event
-                for event in self.events.read()
-                if event.name == wanted and (self.stage == "publish" or event.stage == self.stage)
-            ]
-            if len(found) > self.nth or (found and self.stage not in ("calibrate", "compress")):
-                self._kill(found[-1])
-            time.sleep(0.01)
-
-    def _kill(self, event: Event) -> None:
-        time.sleep(self.pause_s)
-        with suppress(psutil.NoSuchProcess, ProcessLookupError):
-            worker = None if self.stage == "publish" else event.pid
-            pid = {"worker": worker, "driver": self.driver}.get(self.target)
-            pid = self.nodes.raylet_of(worker) if self.target == "raylet" else pid
-            assert pid is not None
-            self.killed = pid
-            os.kill(pid, signal.SIGKILL)
-
-
-def write_stderr_to(path: Path) -> None:
-    """This process's log lines, and whatever else it says there."""
-    with path.open("a") as file:
-        os.dup2(file.fileno(), 2)
-
-
-def drive(config: ffsplit.JobConfig, address: str, log: str) -> None:
-    """A driver in a process of its own, whose lines go to a file."""
-    os.environ["RAY_ADDRESS"] = address
-    write_stderr_to(Path(log))
-    logs.ask_for("json")
-    ffsplit.compress(config.model_copy(update={"address": address}))
-
-
-def run_once(killer: Killer, config: ffsplit.JobConfig, log: Path, processes: Any) -> None:
-    """One run with one kill; a driver that was killed is followed by another."""
-    if killer.target == "driver":
-        child = processes.Process(target=drive, args=(config, killer.nodes.cluster.address, str(log)))
-        child.start()
-        killer.driver = child.pid
-        with killer.at_work():
-            child.join(LONGEST_S)
-        if child.exitcode is None:
-            child.kill()
-            raise TimeoutError(f"a driver that was not killed takes longer than {LONGEST_S:g} s")
-        assert child.exitcode == (0 if killer.killed is None else -signal.SIGKILL), child.exitcode
-    else:
-        with killer.at_work():
-            ffsplit.compress(config)
-    ffsplit.compress(config)  # goes on after the driver's death, and has nothing to do otherwise
-
-
-def drill(num_kills: int, *, seed: int, folder: Path, first: int = 1) -> int:
-    """Run the drill, from the first-th kill of its seed on; returns how many runs went wrong."""
-    job = SmallJob(folder, save_checkpoint(folder / "model", "bert"))
-    settings: dict[str, Any] = {"recipe": job.recipe(**HEALED_SHARDS), "healing_threads": 1}
-    ffsplit.compress(job.config(folder / "undisturbed", **settings))
-    expected = committed_digests(folder / "undisturbed")
-    processes = get_context("forkserver")
-    processes.set_forkserver_preload(
-        ["ffsplit.pipeline.run", "ffsplit.distributed.ray_runner", "tests.faults.drill"]
-    )
-    logs.ask_for("json")
-    nodes, generator, wrong = Nodes.start(), random.Random(seed), 0
-    ray.init(address=nodes.cluster.address, log_to_driver=False, logging_level="ERROR")
-    session = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
-    for number in range(num_kills):
-        nth, pause_s = generator.randrange(3), generator.uniform(0, 0.03)
-        if number < first - 1:
-            continue
-        stage, target = CAUSES[number % len(CAUSES)]
-        out, log = folder / f"run-{number}", folder / f"driver-{number}.err"
-        events = Events(session, (log, folder / "drill.err"))
-        killer = Killer(events, nodes, stage, target, nth, pause_s)
-        started, problem = time.monotonic(), ""
         try:
-            run_once(killer, job.config(out, runner="ray", **settings), log, processes)
-            problem = judge(out, expected, events, killer)
+            while len(self.done) < len(self.kills) and not self._over.is_set():
+                event = self._awaited(self.kills[len(self.done)])
+                if event is not None:
+                    self._carry_out(self.kills[len(self.done)], event)
+                time.sleep(0.01)
         except Exception as error:
-            problem = f"{type(error).__name__}: {error}"
-        wrong += bool(problem)
-        seconds = time.monotonic() - started
-        print(f"{number + 1:3} {stage:<9} {target:<6} {seconds:5.1f} s  {problem or 'ok'}", flush=True)
-        nodes.replace_dead()
-    ray.shutdown()
-    nodes.cluster.shutdown()
-    print(f"{num_kills - first + 1} kills, {wrong} wrong")
-    return wrong
+            self.problem = f"the killer: {type(error).__name__}: {error}"
+
+    def _awaited(self, kill: Kill) -> Event | None:
+        """The newest line of the stage that the next kill is for, once its n-th item is in hand."""
+        name = STARTS.get(kill.stage, "started")
+        found = [
+            event
+            for event in self.events.read()
+            if event.name == name and (kill.stage == "publish" or event.stage == kill.stage)
+        ]
+        return found[-1] if len(found) > kill.nth and found[-1] != self._missed else None
+
+    def _carry_out(self, kill: Kill, event: Event) -> None:
+        time.sleep(kill.pause_s)
+        worker = None if kill.stage == "publish" else event.pid
+        pids = {"worker": worker, "driver": self.driver, "raylet": self.nodes.raylet_of(worker)}
+        pid = pids[kill.target]
+        assert pid
+        self.done.append(kill)
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it ended by itself in that moment: the next item will do
+            self.done.pop()
+            self._missed = event
 
 
-def judge(out: Path, expected: dict[str, str], events: Events, killer: Killer) -> str:
-    """What is wrong with a run that has ended, "" when nothing is."""
-    if killer.killed is None:
-        return "nothing was killed: the stage went by unseen"
+def run_with_kills(killer: Killer, log: Path, drivers: Drivers, config: ffsplit.JobConfig) -> str:
+    """One run; whenever its driver is killed another one follows. Returns what went wrong."""
+    with killer.at_work():
+        while True:
+            child = drivers.start(config, log)
+            killer.driver = child.pid
+            code = drivers.end_of(child, meanwhile=killer.nodes.replace_dead)
+            if code == 0:
+                break
+            if code != -signal.SIGKILL or killer.done[-1].target != "driver":
+                return f"the driver ended with {code}: {log.read_text()[-2000:]}"
+    if killer.problem:
+        return killer.problem
+    if len(killer.done) < len(killer.kills):
+        return f"{killer.kills[len(killer.done)].stage} went by, and nothing was killed"
+    again = recomputed(killer.events.read())
+    return f"computed again: {', '.join(again)}" if again else ""
+
+
+def run_twice_at_once(logs: Sequence[Path], drivers: Drivers, config: ffsplit.JobConfig) -> str:
+    """Two drivers of one run, side by side. Returns what went wrong."""
+    both = [drivers.start(config, log) for log in logs]
+    codes = [drivers.end_of(child, meanwhile=lambda: None) for child in both]
+    if codes != [0, 0]:
+        return f"the drivers ended with {codes}: {[log.read_text()[-2000:] for log in logs]}"
+    attempts = list(Path(config.out).glob("*/*/manifest.json"))
+    return "" if len(attempts) == 1 else f"{len(attempts)} attempts were left"
+
+
+def judge(out: Path, expected: dict[str, str]) -> str:
+    """What is wrong with what a run has left, "" when nothing is."""
     if committed_digests(out) != expected:
         return "other bytes than the undisturbed run's"
     if not verify(str(out)).ok:
         return "the artifact is not whole"
-    if (out / ".scratch").exists():
-        return "the scratch was left behind"
-    again = recomputed(events.read())
-    return f"computed again: {', '.join(again)}" if again else ""
+    return "the scratch was left behind" if (out / ".scratch").exists() else ""
+
+
+def drill(num_kills: int, *, seed: int, folder: Path, side_by_side: bool = False) -> int:
+    """Carry out the drill; returns how many runs went wrong."""
+    job = SmallJob(folder, save_checkpoint(folder / "model", "bert"))
+    settings: dict[str, Any] = {"recipe": job.recipe(**HEALED_SHARDS), "healing_threads": 1}
+    ffsplit.compress(job.config(folder / "undisturbed", **settings))
+    expected = committed_digests(folder / "undisturbed")
+    drivers, nodes, wrong = Drivers.ready(), Nodes.start(), 0
+    settings |= {"runner": "ray", "address": nodes.cluster.address}
+
+    def carry_out(name: str, run: Callable[[ffsplit.JobConfig], str]) -> None:
+        nonlocal wrong
+        started, out = time.monotonic(), folder / name
+        try:
+            problem = run(job.config(out, **settings)) or judge(out, expected)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        wrong += bool(problem)
+        print(f"{name}: {time.monotonic() - started:.1f} s, {problem or 'ok'}", flush=True)
+        nodes.replace_dead()
+
+    for number, kills in enumerate(planned(num_kills, seed=seed), start=1):
+        log = folder / f"drivers-{number}.err"
+        killer = Killer(Events(nodes.logs, (log,)), nodes, kills)
+        carry_out(f"run-{number}", partial(run_with_kills, killer, log, drivers))
+        print("  killed", ", ".join(f"{kill.stage} {kill.target}" for kill in killer.done), flush=True)
+    if side_by_side:
+        logs = [folder / f"side-by-side-{number}.err" for number in (1, 2)]
+        carry_out("side-by-side", partial(run_twice_at_once, logs, drivers))
+    nodes.cluster.shutdown()
+    print(f"{num_kills} kills, {wrong} runs went wrong")
+    return wrong
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=60)
-    parser.add_argument("--first", type=int, default=1, help="leave out the kills before this one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--side-by-side", action="store_true", help="two drivers of one run besides")
     asked = parser.parse_args()
-    raise SystemExit(1 if drill(asked.kills, seed=asked.seed, folder=asked.folder, first=asked.first) else 0)
+    wrong = drill(asked.kills, seed=asked.seed, folder=asked.folder, side_by_side=asked.side_by_side)
+    raise SystemExit(1 if wrong else 0)

@@ -18,12 +18,14 @@ ROOT = Path(__file__).parents[2]
 def test_kills_cost_at_most_the_work_in_hand(tmp_path: Path) -> None:
     kills, seed = os.environ.get("FFSPLIT_TEST_KILLS", "4"), os.environ.get("FFSPLIT_TEST_SEED", "0")
     command = [sys.executable, "-m", "tests.faults.drill", "--kills", kills, "--seed", seed]
+    is_long = int(kills) > 10
+    command += ["--side-by-side"] if is_long else []
     with environment_of_ray(tmp_path) as environment:
         done = subprocess.run(
             isolated([*command, "--folder", str(tmp_path)]),
             cwd=ROOT,
             env=environment,
-            stdout=None if int(kills) > 10 else subprocess.PIPE,  # a long drill is watched as it goes
+            stdout=None if is_long else subprocess.PIPE,  # a long drill is watched as it goes
             stderr=subprocess.PIPE,
             text=True,
             timeout=120 + 120 * int(kills),

@@ -113,20 +113,13 @@ def test_a_store_that_is_away_for_a_minute(
 
 
 @long
-@pytest.mark.parametrize("runner", ["serial", "ray"])
-@pytest.mark.ray
-def test_two_drivers_of_one_run_never_mix(runner: str, small_job: SmallJob, tmp_path: Path) -> None:
+def test_two_drivers_of_one_run_never_mix(small_job: SmallJob, tmp_path: Path) -> None:
+    """Without Ray; the drill has two on one cluster."""
     ffsplit.compress(small_job.config(tmp_path / "undisturbed"))
     out = tmp_path / "out"
-    arguments = command(small_job, out, "--runner", runner, "--workers", "1")
-    with environment_of_ray(tmp_path) as environment:
-        both = [
-            subprocess.Popen(
-                isolated(arguments), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-            )
-            for _ in range(2)
-        ]
-        ends = [(process.communicate(timeout=300)[1], process.returncode) for process in both]
+    arguments = command(small_job, out, "--runner", "serial")
+    both = [subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ends = [(process.communicate(timeout=300)[1], process.returncode) for process in both]
     assert [code for _, code in ends] == [0, 0], ends
     assert verify(str(out)).ok
     assert committed_digests(out) == committed_digests(tmp_path / "undisturbed")
@@ -196,4 +189,4 @@ def test_a_stopped_run_leaves_nothing_running(
     assert process.returncode == 130, lines
     assert not list((tmp_path / "out").glob("*/commit.json"))
     assert not list((tmp_path / "out").glob("*/*/manifest.json"))
-    assert not list(temporary.glob("ffsplit-*"))
+    assert not list(temporary.iterdir())

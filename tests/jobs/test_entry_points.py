@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,9 @@ def test_every_entry_point_does_its_work_as_a_job(
         assert done.returncode == 0, done.stdout + done.stderr
         assert expected in done.stdout, name
     assert verify(str(out)).ok and verify(str(copy)).ok and verify(str(tmp_path / "zoo" / "small")).ok
+    asked = ("ray", "list", "tasks", "--address", cluster.url, "--format", "json", "--limit", "10000")
+    shown = {task["name"] for task in json.loads(cluster.run(*asked).stdout)}
+    assert {"calibrate", "compress", "measure"} <= shown, "the dashboard shows stages by their names"
 
 
 @pytest.mark.parametrize("name", ["compress", "retrieve", "zoo"])
