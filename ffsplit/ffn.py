@@ -92,8 +92,17 @@ class PartLayout(Record):
         return cls(num_neurons=num_neurons, gate=Dense() if shape.gated else None)
 
     @property
+    def formats(self) -> tuple[Dense | LowRank | Integer, ...]:
+        return tuple(linear for linear in (self.up, self.gate, self.down) if linear is not None)
+
+    @property
     def is_dense(self) -> bool:
-        return all(isinstance(linear, Dense | None) for linear in (self.up, self.gate, self.down))
+        return all(isinstance(linear, Dense) for linear in self.formats)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether gate and up are one matrix in a checkpoint: two of one format that is not low rank."""
+        return self.gate == self.up and not isinstance(self.up, LowRank)
 
     def _maps(self, shape: FFNShape) -> list[tuple[Dense | LowRank | Integer, int, int]]:
         maps = [
@@ -139,6 +148,32 @@ class LayerLayout(Record):
         return len(self.parts) == 1 and self.parts[0].is_dense
 
     @property
+    def can_fold(self) -> bool:
+        """Whether both parts are one in a checkpoint: their matrices are of one format, which allows it.
+
+        Integers do where no group of columns, whose scale is its own, nor a byte reaches into both parts.
+        """
+        if self.heavy is None or self.light is None:
+            return False
+        formats = {*self.heavy.formats, *self.light.formats}
+        (first, *others) = formats
+        if others or isinstance(first, LowRank):
+            return False
+        if isinstance(first, Dense):
+            return True
+        width = self.heavy.num_neurons
+        return first.group_size is not None and width % first.group_size == 0 and width % 2 == 0
+
+    @property
+    def folded(self) -> LayerLayout:
+        """The layout of a checkpoint."""
+        if not self.can_fold:
+            return self
+        assert self.heavy is not None
+        heavy = self.heavy.model_copy(update={"num_neurons": self.num_neurons})
+        return self.model_copy(update={"heavy": heavy, "light": None})
+
+    @property
     def num_neurons(self) -> int:
         return sum(part.num_neurons for part in self.parts)
 
@@ -160,7 +195,7 @@ def is_stock_form(
     groups = groups or (0,) * len(layouts)
     widths: dict[int, set[int]] = {}
     for layout, shape, group in zip(layouts, shapes, groups, strict=True):
-        if not layout.is_dense or layout.down_bias != shape.down_bias:
+        if not layout.folded.is_dense or layout.down_bias != shape.down_bias:
             return False
         if group < 0 and layout.num_neurons != shape.num_neurons:
             return False

@@ -78,6 +78,26 @@ def _spread(weight_scale: Tensor, num_columns: int, group_size: int | None) -> T
     return weight_scale.float().repeat_interleave(group_size, dim=1)[:, :num_columns]
 
 
+def joined(tensors: Mapping[str, Tensor]) -> Tensor:
+    """A matrix as one tensor of an even number of bytes: the scales, then the integers.
+
+    So a checkpoint has one tensor for each matrix, and none that could be taken for the original's.
+    """
+    scales, integers = (tensors[name].contiguous().view(torch.uint8) for name in ("weight_scale", "weight"))
+    size = scales.numel() + integers.numel()
+    return torch.cat([scales.flatten(), integers.flatten(), scales.new_zeros(size % 2)])
+
+
+def parted(
+    stored: Tensor, *, num_bits: int, num_rows: int, num_groups: int, num_columns: int
+) -> dict[str, Tensor]:
+    """What `joined` put together, as views: `weight` and `weight_scale` as `quantize_rows` gives them."""
+    split = 2 * num_rows * num_groups
+    width, dtype = (num_columns, torch.int8) if num_bits == 8 else (-(-num_columns // 2), torch.uint8)
+    integers = stored[split : split + num_rows * width].view(dtype).view(num_rows, width)
+    return {"weight": integers, "weight_scale": stored[:split].view(torch.float16).view(num_rows, num_groups)}
+
+
 def pack_nibbles(integers: Tensor) -> Tensor:
     """Two's-complement nibbles, the even column in the low half; an odd last column gets a zero."""
     if integers.shape[1] % 2:

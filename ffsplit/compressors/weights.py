@@ -5,7 +5,7 @@ Shape suffixes: T tokens, D hidden size, N neurons, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,6 +51,20 @@ class LinearMap:
         else:
             y = x @ self.weight.T
         return y if self.bias is None else y + self.bias
+
+
+def stacked(maps: Sequence[LinearMap]) -> LinearMap:
+    """Maps of one format and of the same inputs as one, whose outputs are theirs one after the other."""
+    tensors = {name: torch.cat([each.tensors[name] for each in maps]) for name in maps[0].tensors}
+    biases = [each.bias for each in maps if each.bias is not None]
+    return replace(maps[0], tensors=tensors, bias=torch.cat(biases) if biases else None)
+
+
+def _side_by_side(maps: Sequence[LinearMap]) -> LinearMap:
+    """The sum of maps of one format as one map, whose inputs are theirs one after the other."""
+    tensors = {name: torch.cat([each.tensors[name] for each in maps], dim=1) for name in maps[0].tensors}
+    widths = [each.num_columns for each in maps if each.num_columns is not None]
+    return LinearMap(maps[0].format, tensors, num_columns=sum(widths) if widths else None)
 
 
 @dataclass(frozen=True)
@@ -104,6 +118,21 @@ class FFNWeights:
             light=None if self.light is None else self.light.layout,
             down_bias=self.down_bias is not None,
         )
+
+    def folded(self) -> FFNWeights:
+        """The same function with both parts as one, in no order of neurons, where their layout can fold."""
+        if not self.layout.can_fold:
+            return self
+        assert self.heavy is not None and self.light is not None
+        pairs = (self.heavy, self.light)
+        gates = [part.gate for part in pairs if part.gate is not None]
+        part = FFNPart(
+            neurons=torch.cat([part.neurons for part in pairs]),
+            up=stacked([part.up for part in pairs]),
+            gate=stacked(gates) if gates else None,
+            down=_side_by_side([part.down for part in pairs]),
+        )
+        return replace(self, heavy=part, light=None)
 
     def __call__(self, x_TD: Tensor) -> Tensor:
         """The FFN's output [T, D]."""

@@ -29,8 +29,7 @@ def work_of(model: Any) -> Work:
 def _of_module(module: nn.Module) -> Work:
     if isinstance(module, IntegerMap):
         count = module.num_rows * module.num_columns
-        scales = module.weight_scale.numel() * module.weight_scale.element_size()
-        return Work(count, count * module.num_bits // 8 + scales)
+        return Work(count, module.size_bytes)
     if isinstance(module, nn.Linear | DenseMap):
         matrices = [module.weight]
     elif isinstance(module, LowRankMap):

@@ -70,18 +70,19 @@ def artifact_config(
 ) -> dict[str, Any]:
     """The original's config with the new width, or with the layout of every layer."""
     config = dict(checkpoint.config)
+    layouts = [layout.folded for layout in layouts]
     if is_plain(checkpoint, layouts) and linears is None:
         for ffn, layout in zip(checkpoint.ffns, layouts, strict=True):
             config = _with_width(config, ffn, layout.num_neurons)
     else:
         config["quantization_config"] = {
             "quant_method": "ffsplit",
-            "version": 1,
+            "version": 3,
             "layers": [layout.model_dump(mode="json") for layout in layouts],
             "shapes": [shape.model_dump(mode="json") for shape in checkpoint.shapes],
         }
-        if linears is not None:  # which readers of version 1 would pass over
-            config["quantization_config"] |= {"version": 2, "linears": linears}
+        if linears is not None:
+            config["quantization_config"]["linears"] = linears
     return config
 
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from ffsplit.compressors.base import OutputNorm
-from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
+from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap, stacked
+from ffsplit.ffn import Integer
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.headers import opened
 from ffsplit.models.places import FFNPlace, MatrixPlace
+from ffsplit.quantization import joined
 
 
 def load_ffn(checkpoint: Checkpoint, index: int, *, activation: Any, device: torch.device) -> FFNWeights:
@@ -72,6 +74,7 @@ def layer_tensors(
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[
         checkpoint.tensors[ffn.down.name].dtype
     ]
+    weights = weights.folded()
     if plain:
         tensors = _plain_tensors(ffn, weights)
     else:
@@ -79,9 +82,8 @@ def layer_tensors(
         tensors = {base + name: tensor for name, tensor in _split_tensors(weights)}
         if ffn.index == ffn.unit:
             tensors[checkpoint.prefix + ffn.guard] = torch.zeros(1)
-    kept = (torch.int8, torch.uint8, torch.float16)  # integers and their scales stay what they are
     return {
-        name: (tensor.cpu() if tensor.dtype in kept else tensor.to("cpu", dtype)).contiguous()
+        name: (tensor.cpu() if tensor.dtype == torch.uint8 else tensor.to("cpu", dtype)).contiguous()
         for name, tensor in tensors.items()
     }
 
@@ -109,10 +111,16 @@ def _split_tensors(weights: FFNWeights) -> Iterator[tuple[str, Tensor]]:
     for role, part in (("heavy", weights.heavy), ("light", weights.light)):
         if part is None:
             continue
-        for path, linear in (("up", part.up), ("gate", part.gate), ("down", part.down)):
-            if linear is None:
-                continue
-            for name, tensor in linear.tensors.items():
+        if part.gate is not None and part.layout.is_fused:
+            maps = {"gate_up": stacked([part.gate, part.up]), "down": part.down}
+        else:
+            maps = {"up": part.up, "down": part.down}
+            maps |= {} if part.gate is None else {"gate": part.gate}
+        for path, linear in maps.items():
+            stored = linear.tensors
+            if isinstance(linear.format, Integer):
+                stored = {"weight": joined(stored)}
+            for name, tensor in stored.items():
                 yield f"{role}.{path}.{name}", tensor
             if linear.bias is not None:
                 yield f"{role}.{path}.bias", linear.bias

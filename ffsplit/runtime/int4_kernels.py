@@ -1,12 +1,14 @@
 """Products of floating-point inputs with 4-bit weights, one scale a group of input columns.
 
-torch's kernels take nibbles from 0 to 15, which stand for -8 to 7, in their own order; CUDA's computes in
-bfloat16, the CPU's in the input's dtype.
+torch's kernels take nibbles from 0 to 15, which stand for -8 to 7, in their own order, and compute in
+bfloat16; inputs of other types are rounded to it. The CPU's kernel takes its time for each row of inputs,
+so many rows are multiplied by the matrix in floating point instead, which is made anew for every product.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -16,23 +18,30 @@ from ffsplit.quantization import pack_nibbles, unpack_nibbles
 GROUP_SIZES = (256, 128, 64, 32)
 UNPACKED_COLUMNS = 256
 """Columns that are read back from a packed matrix at a time."""
+MANY_ROWS = 128
+"""From this many rows of inputs on, a matrix in bfloat16 is worth making on the CPU."""
+BLOCK = 64
+"""Rows of a matrix that the CPU's kernel keeps side by side where there is AVX-512."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix as the kernel keeps it, and its scales [groups, rows, (scale, zero)] by input dtype."""
+    """A matrix as the kernel keeps it, and its scales as the kernel wants them and as they were stored."""
 
     weight: Tensor
-    scales: dict[torch.dtype, Tensor]
+    scales: Tensor  # [groups, rows, (scale, zero)], bfloat16
+    weight_scale: Tensor
     num_columns: int
     group_size: int
 
     def __call__(self, x: Tensor, bias: Tensor | None, activation: nn.Module | None = None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        if rows.dtype not in self.scales:
-            self.scales[rows.dtype] = next(iter(self.scales.values())).to(rows.dtype)
-        y = self._product(rows, self.scales[rows.dtype])
-        y = (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
+        if not rows.is_cuda and len(rows) >= MANY_ROWS and packs_by_blocks() and not len(self.weight) % BLOCK:
+            y = rows @ self._matrix_KN()
+        else:
+            y = self._product(rows.contiguous(), self.scales)
+        y = y.to(x.dtype)
+        y = (y if bias is None else y + bias.to(x.dtype)).view(*x.shape[:-1], -1)
         return y if activation is None else activation(y)
 
     def _product(self, rows: Tensor, scales: Tensor) -> Tensor:
@@ -40,22 +49,47 @@ class Packed:
         y: Tensor = getattr(torch.ops.aten, name)(rows, self.weight, self.group_size, scales)
         return y
 
+    def _matrix_KN(self) -> Tensor:
+        """The matrix [columns, rows] in bfloat16."""
+        integers_KN = unpacked_blocks(self.weight, self.num_columns)
+        groups = integers_KN.view(len(self.scales), self.group_size, -1)
+        return (groups * self.scales[:, None, :, 0]).view(integers_KN.shape)
+
     def takes(self, x: Tensor, *, compiling: bool) -> bool:
-        """CUDA's kernel computes in bfloat16; the CPU's layout is as easily traced, but depends on it."""
+        """CUDA's kernel is for models in bfloat16; on the CPU inputs may be of any type."""
         return x.device == self.weight.device and (not x.is_cuda or x.dtype == torch.bfloat16)
 
-    def integers(self) -> Tensor:
-        """The matrix [rows, columns / 2] as it was stored, read back through the kernel itself."""
-        dtype = torch.bfloat16 if self.weight.is_cuda else torch.float32
-        ones = torch.zeros_like(next(iter(self.scales.values())), dtype=dtype)
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrix [rows, columns / 2] and its scales as they were stored, by way of the kernel itself."""
+        ones = torch.zeros_like(self.scales)
         ones[:, :, 0] = 1
         parts = []
         for start in range(0, self.num_columns, UNPACKED_COLUMNS):
-            rows = torch.zeros(UNPACKED_COLUMNS, self.num_columns, dtype=dtype, device=ones.device)
+            rows = ones.new_zeros(UNPACKED_COLUMNS, self.num_columns)
             rows.diagonal(start).fill_(1)
             parts.append(self._product(rows, ones))
         integers_NK = torch.cat(parts)[: self.num_columns].t().round().to(torch.int8)
-        return pack_nibbles(integers_NK).contiguous()
+        return {"weight": pack_nibbles(integers_NK).contiguous(), "weight_scale": self.weight_scale}
+
+
+def unpacked_blocks(weight: Tensor, num_columns: int) -> Tensor:
+    """The int8 matrix [columns, rows] of a packed one.
+
+    It is in blocks of rows, of whose bytes [columns, BLOCK / 2] the low halves are the first rows.
+    """
+    packed = weight.view(-1, num_columns, BLOCK // 2).transpose(0, 1)
+    integers = torch.empty(num_columns, packed.shape[1], BLOCK, dtype=torch.uint8)
+    torch.bitwise_and(packed, 15, out=integers[:, :, : BLOCK // 2])
+    torch.bitwise_right_shift(packed, 4, out=integers[:, :, BLOCK // 2 :])
+    return integers.view(torch.int8).sub_(8).view(num_columns, -1)
+
+
+@cache
+def packs_by_blocks() -> bool:
+    """Whether `unpacked_blocks` undoes what the CPU's kernel packs here, which depends on the processor."""
+    values = torch.arange(BLOCK * 32, dtype=torch.int32).mul(7).remainder(16).view(BLOCK, 32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
+    return torch.equal(unpacked_blocks(packed, 32), values.t() - 8)
 
 
 def kernel_group_size(num_columns: int, group_size: int | None) -> int | None:
@@ -79,7 +113,7 @@ def pack(weight: Tensor, weight_scale: Tensor, *, group_size: int | None, like: 
         packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
     else:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
-    scale = weight_scale.to(like.dtype)
+    scale = weight_scale.to(torch.bfloat16)
     scale = scale.repeat_interleave(num_columns // group_size // scale.shape[1], dim=1)
     scales = torch.stack([scale, torch.zeros_like(scale)], dim=-1).transpose(0, 1).contiguous()
-    return Packed(packed, {like.dtype: scales}, num_columns, group_size)
+    return Packed(packed, scales, weight_scale.clone(), num_columns, group_size)

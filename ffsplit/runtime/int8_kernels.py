@@ -7,7 +7,10 @@ oneDNN multiplies unsigned inputs by signed weights (VNNI where the processor ha
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +27,40 @@ POST_OPS = {
 """Activation modules that oneDNN applies to the products on their way out."""
 
 
+class Inputs(NamedTuple):
+    """Inputs as bytes [T, columns]: x is about (byte - zero) * scale, and times a token's own scale."""
+
+    integers: Tensor
+    scale: float
+    zero: int
+    scale_T1: Tensor | None
+
+
+class SharedInputs:
+    """Makes inputs integers once for several maps that are given the same tensor one after the other."""
+
+    def __init__(self) -> None:
+        self._held: tuple[Callable[[], Tensor | None], int, Inputs] | None = None
+
+    def of(self, x: Tensor, *, per_token: bool) -> Inputs:
+        version = 0 if x.is_inference() else x._version
+        held = self._held
+        if held is not None and held[0]() is x and held[1] == version:
+            return held[2]
+        rows = x.reshape(-1, x.shape[-1])
+        rows = rows if rows.dtype == torch.float32 else rows.float()
+        inputs = _as_bytes_by_token(rows) if per_token and rows.shape[0] > 1 else _as_bytes(rows)
+        self._held = weakref.ref(x, self._forget), version, inputs
+        return inputs
+
+    def _forget(self, _: Any) -> None:
+        self._held = None
+
+    def __reduce__(self) -> Any:
+        """A copy of a model shares inputs among its own maps."""
+        return SharedInputs, ()
+
+
 @dataclass(frozen=True)
 class Packed:
     """A matrix as oneDNN keeps it, and its scales. Calls take and give any floating-point dtype."""
@@ -32,38 +69,25 @@ class Packed:
     scale: Tensor
     zero_points: Tensor
     per_token: bool
+    inputs: SharedInputs
 
     def __call__(self, x: Tensor, bias: Tensor | None, activation: nn.Module | None = None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        rows = rows if rows.dtype == torch.float32 else rows.float()
         bias = bias if bias is None or bias.dtype == torch.float32 else bias.float()
+        inputs = self.inputs.of(x, per_token=self.per_token)
         post_op = None if activation is None else POST_OPS.get(type(activation).__name__)
-        if self.per_token and rows.shape[0] > 1:
-            y, post_op = self._by_token(rows, bias), None
+        if inputs.scale_T1 is None:
+            y = self._product(inputs, bias, post_op=post_op or NO_OP)
         else:
-            y = self._product(*_as_bytes(rows), bias, post_op=post_op or NO_OP)
+            y, post_op = self._product(inputs, None), None
+            scale_T1 = inputs.scale_T1
+            y = y.mul_(scale_T1) if bias is None else torch.addcmul(bias, y, scale_T1)
         y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return y if activation is None or post_op is not None else activation(y)
 
-    def _by_token(self, rows: Tensor, bias: Tensor | None) -> Tensor:
-        """Each token has a scale of its own; its zero point is 128."""
-        scale_T1 = (rows.abs().amax(1, keepdim=True) / 127).clamp_(min=1e-12)
-        integers = rows.div(scale_T1).round_().add_(128).to(torch.uint8)
-        y = self._product(integers, 1.0, 128, None)
-        return y.mul_(scale_T1) if bias is None else torch.addcmul(bias, y, scale_T1)
-
-    def _product(
-        self,
-        integers: Tensor,
-        scale: float,
-        zero: int,
-        bias: Tensor | None,
-        *,
-        post_op: tuple[str, str] = NO_OP,
-    ) -> Tensor:
+    def _product(self, inputs: Inputs, bias: Tensor | None, *, post_op: tuple[str, str] = NO_OP) -> Tensor:
         name, algorithm = post_op
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            integers, scale, zero, self.weight, self.scale, self.zero_points, bias,
+            inputs.integers, inputs.scale, inputs.zero, self.weight, self.scale, self.zero_points, bias,
             1.0, 0, torch.float32, name, [], algorithm,
         )  # fmt: skip
         return y
@@ -72,13 +96,13 @@ class Packed:
         """oneDNN's own layout cannot be traced."""
         return x.device.type == "cpu" and not compiling
 
-    def integers(self) -> Tensor:
-        """The matrix [rows, columns] as it was stored."""
-        return self.weight.to_dense().t().contiguous()
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrix [rows, columns] and its scales [rows, 1] as they were stored."""
+        return {"weight": self.weight.to_dense().t().contiguous(), "weight_scale": self.scale.half()[:, None]}
 
 
-def _as_bytes(rows: Tensor) -> tuple[Tensor, float, int]:
-    """A matrix as bytes with one scale and zero point: x is about (byte - zero) * scale.
+def _as_bytes(rows: Tensor) -> Inputs:
+    """A matrix as bytes with one scale and zero point.
 
     254 steps from the lowest value to the highest, so that rounding the zero point needs no clamp; adding
     a half and cutting off rounds.
@@ -87,18 +111,29 @@ def _as_bytes(rows: Tensor) -> tuple[Tensor, float, int]:
     low, high = min(lowest.item(), 0.0), max(highest.item(), 0.0)
     scale = max(high - low, 1e-12) / 254
     if not math.isfinite(scale):
-        return torch.zeros_like(rows, dtype=torch.uint8), math.nan, 1
+        return Inputs(torch.zeros_like(rows, dtype=torch.uint8), math.nan, 1, None)
     zero = round(-low / scale)
-    return torch.rsub(rows, zero + 0.5, alpha=-1 / scale).to(torch.uint8), scale, zero
+    return Inputs(_bytes(torch.rsub(rows, zero + 0.5, alpha=-1 / scale)), scale, zero, None)
 
 
-def pack(weight: Tensor, weight_scale: Tensor, *, per_token: bool) -> Packed | None:
+def _as_bytes_by_token(rows: Tensor) -> Inputs:
+    """Each token has a scale of its own; its zero point is 128."""
+    scale_T1 = (rows.abs().amax(1, keepdim=True) / 127).clamp_(min=1e-12)
+    return Inputs(_bytes(rows.div(scale_T1).add_(128.5)), 1.0, 128, scale_T1)
+
+
+def _bytes(values: Tensor) -> Tensor:
+    """Values of 0 up to 255.9, cut off: by way of 16 bits, which torch has vector instructions for."""
+    return values.to(torch.int16).to(torch.uint8)
+
+
+def pack(weight: Tensor, weight_scale: Tensor, *, per_token: bool, inputs: SharedInputs) -> Packed | None:
     """Pack a matrix [rows, columns] of int8; None away from the CPU, or where torch lacks the kernel."""
     if weight.device.type != "cpu" or "onednn" not in torch.backends.quantized.supported_engines:
         return None
     packed = torch.ops.onednn.qlinear_prepack(weight, None)
     zero_points = torch.zeros(len(weight), dtype=torch.long)
-    return Packed(packed, weight_scale[:, 0].float().contiguous(), zero_points, per_token)
+    return Packed(packed, weight_scale[:, 0].float().contiguous(), zero_points, per_token, inputs)
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:

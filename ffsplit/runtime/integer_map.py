@@ -7,6 +7,7 @@ are. Whatever no kernel takes, gradients included, goes through the matrix in fl
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ffsplit.ffn import Integer
-from ffsplit.quantization import dequantize
+from ffsplit.quantization import dequantize, joined, parted
 from ffsplit.runtime import int4_kernels, int8_kernels
 
 Packed = int8_kernels.Packed | int4_kernels.Packed
@@ -26,35 +27,72 @@ INITIALIZED = True
 class IntegerMap(nn.Module):
     """y = (integers * scales) x + bias.
 
-    On the CPU the weight is packed for its kernel when it is first used; the packed form then takes the
-    place of the stored one, which comes back whenever the module is saved, moved or copied.
+    `weight` is the matrix as `joined` puts it together; with `scales_apart`, as in checkpoints of before
+    format 3, it is the integers and `weight_scale` the scales. On the CPU the matrix is packed for its
+    kernel when it is first used; the packed form then takes the place of the stored one, which comes back
+    whenever the module is saved, moved or copied.
     """
 
     _is_hf_initialized = INITIALIZED
     weight: Tensor | None
-    weight_scale: Tensor
 
     def __init__(
-        self, format: Integer, num_rows: int, num_columns: int, *, bias: bool, per_token: bool = False
+        self,
+        format: Integer,
+        num_rows: int,
+        num_columns: int,
+        *,
+        bias: bool,
+        per_token: bool = False,
+        scales_apart: bool = False,
     ) -> None:
         super().__init__()
         self.num_rows, self.num_columns = num_rows, num_columns
         self.num_bits, self.group_size = format.num_bits, format.group_size
-        self.per_token = per_token
-        num_groups = 1 if format.group_size is None else -(-num_columns // format.group_size)
-        dtype, stored = (
-            (torch.int8, num_columns) if format.num_bits == 8 else (torch.uint8, -(-num_columns // 2))
-        )
-        self.register_buffer("weight", torch.empty(num_rows, stored, dtype=dtype))
-        self.register_buffer("weight_scale", torch.empty(num_rows, num_groups, dtype=torch.float16))
+        self.num_groups = 1 if format.group_size is None else -(-num_columns // format.group_size)
+        self.size_bytes = format.size_bytes(num_rows, num_columns, itemsize=1)
+        self.per_token, self.scales_apart = per_token, scales_apart
+        if scales_apart:
+            dtype, stored = (
+                (torch.int8, num_columns) if self.num_bits == 8 else (torch.uint8, -(-num_columns // 2))
+            )
+            self.register_buffer("weight", torch.empty(num_rows, stored, dtype=dtype))
+            self.register_buffer("weight_scale", torch.empty(num_rows, self.num_groups, dtype=torch.float16))
+        else:
+            self.register_buffer(
+                "weight", torch.empty(self.size_bytes + self.size_bytes % 2, dtype=torch.uint8)
+            )
         self.bias = nn.Parameter(torch.empty(num_rows)) if bias else None
         self.activation: nn.Module | None = None  # of the products, where the kernel can do it on the way
+        self.inputs = int8_kernels.SharedInputs()
         self._packed: Packed | None = None
         self.register_state_dict_pre_hook(_unpack_before)  # type: ignore[no-untyped-call]
 
     @property
     def is_packed(self) -> bool:
         return self._packed is not None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`weight`, integers [rows, columns] or half as many bytes, and `weight_scale` [rows, groups]."""
+        self.unpack()
+        assert self.weight is not None
+        if self.scales_apart:
+            return {"weight": self.weight, "weight_scale": self.weight_scale}
+        return parted(
+            self.weight,
+            num_bits=self.num_bits,
+            num_rows=self.num_rows,
+            num_groups=self.num_groups,
+            num_columns=self.num_columns,
+        )
+
+    def hold(self, tensors: dict[str, Tensor]) -> None:
+        """Take the integers and scales of a matrix, as `tensors` gives them."""
+        self._packed = None
+        if self.scales_apart:
+            self.weight, self.weight_scale = tensors["weight"], tensors["weight_scale"]
+        else:
+            self.weight = joined(tensors)
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """The map's output, added to `plus`: a bias, or a tensor of the output's shape."""
@@ -84,16 +122,16 @@ class IntegerMap(nn.Module):
 
     def float_weight(self, dtype: torch.dtype) -> Tensor:
         """The matrix [rows, columns] in floating point."""
-        self.unpack()
-        assert self.weight is not None
-        tensors = {"weight": self.weight, "weight_scale": self.weight_scale}
-        return dequantize(tensors, num_columns=self.num_columns, group_size=self.group_size, dtype=dtype)
+        return dequantize(
+            self.tensors(), num_columns=self.num_columns, group_size=self.group_size, dtype=dtype
+        )
 
     def _plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same map by operations that torch.compile and other devices know."""
-        if self.weight is not None and self._has_one_scale and int8_kernels.multiplies(x, self.weight):
-            scale = self.weight_scale[:, 0]
-            return int8_kernels.matmul(x, self.weight, scale, bias, per_token=self.per_token)
+        if self._has_one_scale:
+            weight, scale = self.tensors().values()
+            if int8_kernels.multiplies(x, weight):
+                return int8_kernels.matmul(x, weight, scale[:, 0], bias, per_token=self.per_token)
         return self._floating(x, bias)
 
     def _floating(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -101,27 +139,24 @@ class IntegerMap(nn.Module):
 
     @property
     def _has_one_scale(self) -> bool:
-        return self.num_bits == 8 and self.weight_scale.shape[1] == 1
+        return self.num_bits == 8 and self.num_groups == 1
 
     def _pack(self, x: Tensor) -> None:
         """Exchange the stored integers for what a kernel takes, where there is one for them."""
-        assert self.weight is not None
+        weight, scale = self.tensors().values()
+        packed: Packed | None = None
         if self._has_one_scale:
-            packed: Packed | None = int8_kernels.pack(
-                self.weight, self.weight_scale, per_token=self.per_token
-            )
+            packed = int8_kernels.pack(weight, scale, per_token=self.per_token, inputs=self.inputs)
         elif self.num_bits == 4:
             size = int4_kernels.kernel_group_size(self.num_columns, self.group_size)
-            packed = int4_kernels.pack(self.weight, self.weight_scale, group_size=size, like=x)
-        else:
-            packed = None
+            packed = int4_kernels.pack(weight, scale, group_size=size, like=x)
         if packed is not None:
             self.weight, self._packed = None, packed
 
     def unpack(self) -> None:
         """Put the stored integers back where they were packed."""
         if self._packed is not None:
-            self.weight, self._packed = self._packed.integers(), None
+            self.hold(self._packed.tensors())
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.unpack()
@@ -145,3 +180,11 @@ def unpack(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, IntegerMap):
             module.unpack()
+
+
+def share_inputs(maps: Iterable[nn.Module]) -> None:
+    """Let the integer maps among these make what they are given integers once, if it is the same tensor."""
+    inputs = int8_kernels.SharedInputs()
+    for each in maps:
+        if isinstance(each, IntegerMap):
+            each.inputs = inputs

@@ -15,8 +15,9 @@ from ffsplit.errors import ArtifactError, UnsupportedModelError
 from ffsplit.ffn import Integer
 from ffsplit.models.checkpoint import FFN_DTYPES, Checkpoint
 from ffsplit.models.headers import opened
-from ffsplit.quantization import quantize_rows, scales_of
-from ffsplit.runtime.integer_map import IntegerMap
+from ffsplit.quantization import joined, quantize_rows, scales_of
+from ffsplit.runtime.integer_map import share_inputs
+from ffsplit.runtime.split_ffn import Form
 
 FORMAT = Integer(num_bits=8)
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
@@ -72,8 +73,7 @@ def quantize_linears(checkpoint: Checkpoint, folder: Path) -> tuple[list[Path], 
                 weight = file.get_tensor(name).float()
             scale = scales_of(weight, num_bits=8, group_size=None)
             integers = quantize_rows(weight, scale, num_bits=8, group_size=None)
-            tensors[name] = integers["weight"]
-            tensors[f"{name}_scale"] = integers["weight_scale"]
+            tensors[name] = joined(integers)
             elements, before = elements + info.num_elements, before + info.size_bytes
             size += FORMAT.size_bytes(info.shape[0], info.shape[1], itemsize=1)
         files.append(folder / f"linears-{number:03d}.safetensors")
@@ -89,14 +89,18 @@ def linears_config(modules: tuple[str, ...]) -> dict[str, Any]:
     return {"format": FORMAT.model_dump(mode="json"), "modules": list(modules)}
 
 
-def install_linears(base: nn.Module, config: dict[str, Any], *, per_token: bool) -> None:
+def install_linears(base: nn.Module, config: dict[str, Any], *, form: Form) -> None:
     """Put empty integer maps in the place of a base model's linear layers."""
     format = Integer.model_validate(config["format"])
+    siblings: dict[str, list[nn.Module]] = {}
     for path in config["modules"]:
         old = base.get_submodule(path)
         if not isinstance(old, nn.Linear):
             raise ArtifactError(f"config.json names {path}, which is no linear layer in this model")
         with torch.device(old.weight.device):
-            new = IntegerMap(format, old.out_features, old.in_features, bias=False, per_token=per_token)
+            new = form.build(format, old.out_features, old.in_features, bias=False)
         new.bias = old.bias
         base.set_submodule(path, new)
+        siblings.setdefault(path.rpartition(".")[0], []).append(new)
+    for maps in siblings.values():  # queries, keys and values
+        share_inputs(maps)

@@ -35,10 +35,9 @@ class _Int8Product(nn.Module):
 
     def __init__(self, linear: IntegerMap) -> None:
         super().__init__()
-        linear.unpack()
-        assert linear.weight is not None
-        self.register_buffer("weight", linear.weight.t().contiguous())
-        self.register_buffer("scale", linear.weight_scale[:, 0].float())
+        weight, scale = linear.tensors().values()
+        self.register_buffer("weight", weight.t().contiguous())
+        self.register_buffer("scale", scale[:, 0].float())
         self.bias, self.activation, self.per_token = linear.bias, linear.activation, linear.per_token
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:

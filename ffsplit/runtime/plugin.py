@@ -23,10 +23,10 @@ from ffsplit.models.find import ffns_of
 from ffsplit.models.rows import FFNPaths
 from ffsplit.runtime.linears import install_linears
 from ffsplit.runtime.split_experts import SplitExperts
-from ffsplit.runtime.split_ffn import SplitFFN
+from ffsplit.runtime.split_ffn import Form, SplitFFN
 
 METHOD = "ffsplit"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @register_quantization_config(METHOD)
@@ -67,7 +67,7 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         layouts = [LayerLayout.model_validate(layer) for layer in config.layers]
         shapes = [FFNShape.model_validate(shape) for shape in config.shapes]
-        return install_split_ffns(model, layouts, shapes, linears=config.linears)
+        return install_split_ffns(model, layouts, shapes, linears=config.linears, version=config.version)
 
     @property
     def is_trainable(self) -> bool:
@@ -81,33 +81,38 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def install_split_ffns(
-    model: Any, layouts: list[LayerLayout], shapes: list[FFNShape], *, linears: dict[str, Any] | None = None
+    model: Any,
+    layouts: list[LayerLayout],
+    shapes: list[FFNShape],
+    *,
+    linears: dict[str, Any] | None = None,
+    version: int = FORMAT_VERSION,
 ) -> nn.Module:
     """Replace every FFN of a model by an empty SplitFFN, on whatever device the model is.
 
-    The linear layers that `linears` names become integer maps.
+    The linear layers that `linears` names become integer maps; `version` is the checkpoint's format.
     """
     prefix, places = ffns_of(model)
     if len(places) != len(layouts):
         raise ArtifactError(f"config.json describes {len(layouts)} split FFNs, the model has {len(places)}")
     config = model.config.to_dict()
     kind = architecture_of(model).kind
-    per_token = kind != "encoder"  # a few tokens of decoders are very large
+    form = Form(per_token=kind != "encoder", is_old=version < 3)  # a few tokens of decoders are very large
     experts: dict[str, SplitExperts] = {}
     for place, layout, shape in zip(places, layouts, shapes, strict=True):
         activation = ACT2FN[activation_name(config, place.tower)]
         guard = place.paths.guard
         if place.expert is None:
-            split_ffn = SplitFFN(layout, shape, activation, guard=guard, per_token=per_token)
+            split_ffn = SplitFFN(layout, shape, activation, guard=guard, form=form)
             install_split_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, split_ffn)
             continue
         if place.index == place.unit:
             experts[place.split_path] = SplitExperts(guard=guard)
             model.set_submodule(f"{prefix}{place.split_path}", experts[place.split_path])
-        experts[place.split_path].append(SplitFFN(layout, shape, activation, per_token=per_token))
+        experts[place.split_path].append(SplitFFN(layout, shape, activation, form=form))
     if linears is not None:
         base = model.get_submodule(prefix.removesuffix("."))
-        install_linears(base, linears, per_token=per_token)
+        install_linears(base, linears, form=form)
     return model  # type: ignore[no-any-return]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ffsplit.ffn import FFNShape, Format, Integer, LayerLayout, LowRank, PartLayout
-from ffsplit.runtime.integer_map import INITIALIZED, IntegerMap
+from ffsplit.runtime.integer_map import INITIALIZED, IntegerMap, share_inputs
 
 
 class DenseMap(nn.Module):
@@ -47,15 +49,30 @@ def linear(x: Tensor, weight: Tensor, plus: Tensor | None) -> Tensor:
     return rows.view(plus.shape)
 
 
-def build_map(
-    format: Format, num_rows: int, num_columns: int, *, bias: bool, per_token: bool = False
-) -> nn.Module:
-    """An empty linear map of some format; `per_token` is about the inputs of int8 weights."""
-    if isinstance(format, LowRank):
-        return LowRankMap(num_rows, num_columns, rank=format.rank, bias=bias)
-    if isinstance(format, Integer):
-        return IntegerMap(format, num_rows, num_columns, bias=bias, per_token=per_token)
-    return DenseMap(num_rows, num_columns, bias=bias)
+@dataclass(frozen=True)
+class Form:
+    """How the maps of a checkpoint are built.
+
+    `per_token` is about the inputs of int8 weights: whether each token's get a scale of their own. `is_old`
+    means before format 3, where scales are tensors of their own and gates are never fused.
+    """
+
+    per_token: bool = False
+    is_old: bool = False
+
+    def build(self, format: Format, num_rows: int, num_columns: int, *, bias: bool) -> nn.Module:
+        """An empty linear map."""
+        if isinstance(format, LowRank):
+            return LowRankMap(num_rows, num_columns, rank=format.rank, bias=bias)
+        if isinstance(format, Integer):
+            apart = self.is_old
+            return IntegerMap(
+                format, num_rows, num_columns, bias=bias, per_token=self.per_token, scales_apart=apart
+            )
+        return DenseMap(num_rows, num_columns, bias=bias)
+
+
+NEWEST = Form()
 
 
 class FFNPartModule(nn.Module):
@@ -63,30 +80,41 @@ class FFNPartModule(nn.Module):
 
     _is_hf_initialized = INITIALIZED
 
-    def __init__(
-        self, layout: PartLayout, shape: FFNShape, activation: nn.Module, *, per_token: bool = False
-    ) -> None:
+    def __init__(self, layout: PartLayout, shape: FFNShape, activation: nn.Module, *, form: Form) -> None:
         super().__init__()
         n, d = layout.num_neurons, shape.hidden_size
-
-        def made(format: Format, num_rows: int, num_columns: int, *, bias: bool) -> nn.Module:
-            return build_map(format, num_rows, num_columns, bias=bias, per_token=per_token)
-
-        self.up = made(layout.up, n, d, bias=shape.up_bias)
-        self.gate = None if layout.gate is None else made(layout.gate, n, d, bias=shape.up_bias)
-        self.down = made(layout.down, d, n, bias=False)
+        self.gate_up = self.gate = self.up = None
+        if layout.is_fused and not form.is_old:
+            self.gate_up = form.build(layout.up, 2 * n, d, bias=shape.up_bias)
+        else:
+            self.up = form.build(layout.up, n, d, bias=shape.up_bias)
+            if layout.gate is not None:
+                self.gate = form.build(layout.gate, n, d, bias=shape.up_bias)
+        self.down = form.build(layout.down, d, n, bias=False)
         first = self.up if self.gate is None else self.gate
         self.activation = activation
         if isinstance(first, IntegerMap):
             first.activation, self.activation = activation, nn.Identity()
 
+    @property
+    def first_maps(self) -> tuple[nn.Module, ...]:
+        """The maps that take the part's inputs."""
+        return tuple(each for each in (self.gate_up, self.gate, self.up) if each is not None)
+
     def forward(self, x: Tensor, plus: Tensor | None) -> Tensor:
-        if self.gate is None:
-            hidden = self.activation(self.up(x))
-        else:
-            hidden = self.activation(self.gate(x)) * self.up(x)
-        output: Tensor = self.down(hidden, plus)
+        output: Tensor = self.down(self._hidden(x), plus)
         return output
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """Neuron activations, the input of the down projection."""
+        if self.gate_up is not None:
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+        else:
+            assert self.up is not None
+            if self.gate is None:
+                return self.activation(self.up(x))  # type: ignore[no-any-return]
+            gate, up = self.gate(x), self.up(x)
+        return self.activation(gate) * up  # type: ignore[no-any-return]
 
 
 class SplitFFN(nn.Module):
@@ -94,7 +122,6 @@ class SplitFFN(nn.Module):
 
     It also holds a guard: a tensor under the original name of one of the FFN's weights, of a shape
     that cannot match, so that a load without ffsplit fails instead of starting from random weights.
-    `per_token` is for int8 weights: whether each token's inputs get a scale of their own.
     """
 
     _is_hf_initialized = INITIALIZED
@@ -106,14 +133,15 @@ class SplitFFN(nn.Module):
         activation: nn.Module,
         *,
         guard: str | None = None,
-        per_token: bool = False,
+        form: Form = NEWEST,
     ) -> None:
         super().__init__()
         heavy, light = (
-            None if part is None else FFNPartModule(part, shape, activation, per_token=per_token)
+            None if part is None else FFNPartModule(part, shape, activation, form=form)
             for part in (layout.heavy, layout.light)
         )
         self.heavy, self.light = heavy, light
+        share_inputs(part_map for part in (heavy, light) if part is not None for part_map in part.first_maps)
         self.down_bias = nn.Parameter(torch.empty(shape.hidden_size)) if layout.down_bias else None
         if guard is None:  # whatever holds this FFN has one
             return

@@ -122,5 +122,5 @@ def test_a_split_config_keeps_the_original_and_carries_the_layouts(compressed_of
     config = json.loads((compressed.directory / "config.json").read_text())
     split = config.pop("quantization_config")
     assert config == compressed.source.config
-    assert split["quant_method"] == "ffsplit" and split["version"] == 1
+    assert split["quant_method"] == "ffsplit" and split["version"] == 3
     assert split["layers"] == [layout.model_dump(mode="json") for layout in compressed.layouts]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -13,11 +15,14 @@ from transformers.activations import ACT2FN
 
 from ffsplit.ffn import Integer
 from ffsplit.quantization import quantize_rows, scales_of
-from ffsplit.runtime.integer_map import IntegerMap, unpack
+from ffsplit.runtime.int4_kernels import MANY_ROWS, packs_by_blocks
+from ffsplit.runtime.integer_map import IntegerMap, share_inputs, unpack
 
 SHAPES = [(48, 64), (30, 33), (16, 128), (1, 8), (96, 256)]
 HALF_STEP = 0.51 / 127
 """What rounding an input to 8 bits moves it by at most, as a part of the largest."""
+BFLOAT16_STEP = 2.0**-9
+"""What rounding a number to bfloat16 moves it by at most, as a part of it."""
 
 
 def made(
@@ -30,7 +35,7 @@ def made(
     tensors = quantize_rows(weight, scale, num_bits=num_bits, group_size=group_size)
     options = {"bias": True} | options
     result = IntegerMap(Integer(num_bits=num_bits, group_size=group_size), rows, columns, **options)
-    result.weight, result.weight_scale = tensors["weight"], tensors["weight_scale"]
+    result.hold(tensors)
     if result.bias is not None:
         result.bias.data = torch.randn(rows, generator=generator)
     return result.eval()
@@ -112,31 +117,45 @@ def test_an_activation_on_the_way_out(name: str, per_token: bool) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_rows", [1, 15, MANY_ROWS])
 @pytest.mark.parametrize(
     ("rows", "columns", "group_size"),
-    [(48, 64, 32), (48, 64, None), (32, 256, 64), (16, 96, 32), (30, 64, 32), (16, 33, 8), (16, 128, 48)],
+    [(48, 64, 32), (128, 64, None), (64, 256, 64), (16, 96, 32), (30, 64, 32), (16, 33, 8), (16, 128, 48)],
 )
-def test_int4_equals_its_matrix(rows: int, columns: int, group_size: int | None, dtype: torch.dtype) -> None:
-    """By the kernel where it takes the shape, by floating point where it does not."""
-    linear, x = made(4, rows, columns, group_size=group_size), inputs(3, 5, columns).to(dtype)
+def test_int4_equals_its_matrix(
+    rows: int, columns: int, group_size: int | None, num_rows: int, dtype: torch.dtype
+) -> None:
+    """No further from it than bfloat16 moves inputs, scales, their product and the sum with the bias."""
+    linear, x = made(4, rows, columns, group_size=group_size), inputs(num_rows, columns).to(dtype)
     found = linear(x)
     assert linear.is_packed == (rows % 16 == 0 and group_size in (32, 64, None) and columns % 32 == 0)
-    expected = functional.linear(x.float(), linear.float_weight(torch.float32), linear.bias)
-    tolerance = 1e-4 if dtype is torch.float32 else 0.1
-    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+    weight = linear.float_weight(torch.float32)
+    expected = functional.linear(x.float(), weight, linear.bias)
+    bound = 4 * BFLOAT16_STEP * functional.linear(x.float().abs(), weight.abs(), linear.bias.abs()) + 1e-4
+    assert found.dtype == dtype and ((found.float() - expected).abs() <= bound).all()
+
+
+def test_the_order_of_packed_nibbles_is_known_where_there_is_avx_512() -> None:
+    """Then many rows are multiplied by a matrix that is made from them."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("the order is another on this processor")
+    assert packs_by_blocks()
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("num_bits", "group_size"), [(8, None), (8, 32), (4, 32), (4, None), (4, 128)])
-def test_packing_is_undone_to_the_bit(num_bits: int, group_size: int | None) -> None:
+@pytest.mark.parametrize("scales_apart", [True, False])
+def test_packing_is_undone_to_the_bit(num_bits: int, group_size: int | None, scales_apart: bool) -> None:
     """In what is saved, copied and cast; and there is one copy at a time."""
-    linear = made(num_bits, 48, 640, group_size=group_size)
-    stored, scale, x = linear.weight, linear.weight_scale, inputs(2, 640)
+    linear = made(num_bits, 48, 640, group_size=group_size, scales_apart=scales_apart)
+    stored, x = linear.weight, inputs(2, 640)
+    expected = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    assert expected.keys() == {"weight", "bias"} | ({"weight_scale"} if scales_apart else set())
     before = linear(x)
     assert (linear.weight is None) == linear.is_packed
     saved = linear.state_dict()
-    assert torch.equal(saved["weight"], stored) and torch.equal(saved["weight_scale"], scale)
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
     linear(x)
     twin = copy.deepcopy(linear)
     assert torch.equal(twin.weight, stored) and torch.equal(twin(x), before)
@@ -179,3 +198,34 @@ def test_runs_under_autocast(num_bits: int, group_size: int | None) -> None:
     expected = linear(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(linear(x.bfloat16()).float(), expected, atol=0.15, rtol=0.05)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("per_token", [True, False])
+def test_maps_that_share_inputs_see_each_tensor_anew(per_token: bool) -> None:
+    """Also one that is changed in place, as far as torch knows of it, and one that is another's successor."""
+    maps = [made(8, 48, 64, per_token=per_token, seed=seed) for seed in range(2)]
+    alone = copy.deepcopy(maps)
+    share_inputs(maps)
+    assert maps[0].inputs is maps[1].inputs
+    for seed in range(3):
+        x = inputs(5, 64, seed=seed)
+        for linear, twin in zip(maps, alone, strict=True):
+            assert torch.equal(linear(x), twin(x))
+        del x
+    with torch.inference_mode(False), torch.no_grad():
+        x = inputs(5, 64)
+        maps[0](x)
+        assert torch.equal(maps[1](x.mul_(2)), alone[1](x))
+    assert copy.deepcopy(nn.ModuleList(maps))[0](x).shape == (5, 48)
+
+
+def test_inputs_that_are_gone_take_no_memory() -> None:
+    linear, x = made(8, 48, 64), inputs(5, 64)
+    with torch.no_grad():
+        linear(x)
+    held = weakref.ref(linear.inputs._held[2].integers)  # type: ignore[index]
+    assert held() is not None
+    del x
+    gc.collect()
+    assert held() is None

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ffsplit.ffn import Dense, FFNShape, Integer, LayerLayout, LowRank, PartLayout
+from ffsplit.quantization import quantize_rows, scales_of
 from ffsplit.runtime.integer_map import IntegerMap
 from ffsplit.runtime.split_ffn import SplitFFN
 
@@ -34,14 +35,13 @@ def made(parts: str, *, gated: bool, bias: bool = True) -> SplitFFN:
     layout = LayerLayout(heavy=heavy, light=light, down_bias=bias)
     split = SplitFFN(layout, shape, nn.SiLU() if gated else nn.GELU(), guard="down.weight")
     generator = torch.Generator().manual_seed(0)
-    for tensor in split.state_dict(keep_vars=True).values():
-        if tensor.dtype in (torch.int8, torch.uint8):
-            low, high = (-127, 128) if tensor.dtype == torch.int8 else (0, 256)
-            tensor.copy_(torch.randint(low, high, tensor.shape, generator=generator))
-        elif tensor.dtype == torch.float16:
-            tensor.fill_(0.002)
-        else:
-            tensor.data.copy_(0.2 * torch.randn(tensor.shape, generator=generator))
+    for module in split.modules():
+        if isinstance(module, IntegerMap):
+            weight = 0.15 * torch.randn(module.num_rows, module.num_columns, generator=generator)
+            options = {"num_bits": module.num_bits, "group_size": module.group_size}
+            module.hold(quantize_rows(weight, scales_of(weight, **options), **options))
+    for parameter in split.parameters():
+        parameter.data.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
     return split.eval()
 
 
@@ -61,11 +61,14 @@ def by_parts(split: SplitFFN, x: torch.Tensor) -> torch.Tensor:
     for part in (split.heavy, split.light):
         if part is None:
             continue
-        up = product(part.up, x)
-        if part.gate is None:
-            hidden = nn.functional.gelu(up)
+        if part.gate_up is None and part.gate is None:
+            hidden = nn.functional.gelu(product(part.up, x))
         else:
-            hidden = nn.functional.silu(product(part.gate, x)) * up
+            if part.gate_up is None:
+                gate, up = product(part.gate, x), product(part.up, x)
+            else:
+                gate, up = product(part.gate_up, x).chunk(2, -1)
+            hidden = nn.functional.silu(gate) * up
         total = total + product(part.down, hidden)
     return total
 
@@ -125,3 +128,24 @@ def test_a_dense_and_a_low_rank_part_take_their_products_and_nothing_else() -> N
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts["aten::addmm"] + counts.get("aten::mm", 0) == 6 and counts["aten::gelu"] == 2
     assert "aten::add" not in counts and "aten::add_" not in counts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("parts", "products"), [("dense", 2), ("int8", 2), ("int8 and int4", 4)])
+def test_gate_and_up_are_one_product(parts: str, products: int) -> None:
+    split = made(parts, gated=True)
+    split(torch.randn(4, 32))  # packs
+    with torch.profiler.profile() as profile:
+        split(torch.randn(4, 32))
+    names = ("aten::addmm", "aten::mm", "onednn::qlinear_pointwise", "aten::_weight_int4pack_mm_for_cpu")
+    assert sum(event.count for event in profile.key_averages() if event.key in names) == products
+
+
+@torch.no_grad()
+def test_int8_parts_make_their_input_integers_once() -> None:
+    shape = FFNShape(num_neurons=96, hidden_size=32, gated=False, up_bias=False, down_bias=False)
+    parts = (PartLayout(num_neurons=n, up=INT8, down=INT8) for n in (64, 32))
+    split = SplitFFN(LayerLayout(heavy=next(parts), light=next(parts), down_bias=False), shape, nn.GELU())
+    first = [*split.heavy.first_maps, *split.light.first_maps]
+    assert len({id(each.inputs) for each in first}) == 1 and len(first) == 2
+    assert split.heavy.down.inputs is not split.light.down.inputs
