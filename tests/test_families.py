@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import wave
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ffsplit
+from ffsplit.compressors.weights import FFNPart, LinearMap
 from ffsplit.ffn import LayerLayout
 from ffsplit.measurement.examples import example_inputs
 from ffsplit.models.activations import activation_named
@@ -89,6 +91,16 @@ def noise(seed: int) -> bytes:
     return target.getvalue()
 
 
+def factored(part: FFNPart) -> FFNPart:
+    """The same part as factors of full rank, which do not fold into a dense part."""
+
+    def factors(linear: LinearMap) -> LinearMap:
+        return LinearMap.low_rank(torch.eye(len(linear.weight)), linear.weight, linear.bias)
+
+    gate = None if part.gate is None else factors(part.gate)
+    return replace(part, up=factors(part.up), gate=gate, down=factors(part.down))
+
+
 def split_exactly(checkpoint: Checkpoint, directory: Path) -> None:
     """An artifact whose FFNs are two dense parts each: every other neuron, and the rest."""
     files, layouts = [], []
@@ -97,6 +109,7 @@ def split_exactly(checkpoint: Checkpoint, directory: Path) -> None:
         activation = activation_named(checkpoint.activation_of(ffn.index))
         weights = load_ffn(checkpoint, ffn.index, activation=activation, device=CPU)
         weights = weights.split(torch.arange(0, ffn.shape.num_neurons, 2))
+        weights = replace(weights, light=factored(weights.light))
         files.append(directory.with_name(f"{directory.name}-{ffn.index}.safetensors"))
         save_file(layer_tensors(checkpoint, ffn.index, weights, plain=False), files[-1])
         layouts.append(weights.layout)

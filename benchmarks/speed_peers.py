@@ -1,0 +1,91 @@
+"""What one would pick instead of FFSplit on the same dense model: other tools' int8 and int4."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+Forward = Callable[[torch.Tensor], Any]
+
+
+def encoder_peers(dense: Any, notes: list[str]) -> dict[str, Forward]:
+    """Forward passes of what runs here; what does not is said in `notes`."""
+    made: dict[str, Forward] = {}
+    for name, make in (
+        ("torch dynamic int8", lambda: runs(torch_dynamic(dense))),
+        ("torchao int8", lambda: runs(torchao(dense, "Int8DynamicActivationInt8WeightConfig"))),
+        ("onnxruntime int8", lambda: onnx_forward(dense)),
+        ("llm-compressor int8", lambda: runs(llm_compressor(dense))),
+    ):
+        _try(name, make, made, notes)
+    return made
+
+
+def causal_peers(dense: Any, notes: list[str]) -> dict[str, Any]:
+    """Models of what runs here."""
+    made: dict[str, Any] = {}
+    int4 = {"group_size": 64, "int4_packing_format": "opaque"}
+    for name, make in (
+        ("torch dynamic int8", lambda: torch_dynamic(dense)),
+        ("torchao int8", lambda: torchao(dense, "Int8DynamicActivationInt8WeightConfig")),
+        ("torchao int4, in bfloat16", lambda: torchao(dense.bfloat16(), "Int4WeightOnlyConfig", **int4)),
+    ):
+        _try(name, make, made, notes)
+        dense.float()
+    return made
+
+
+def _try(name: str, make: Callable[[], Any], made: dict[str, Any], notes: list[str]) -> None:
+    try:
+        made[name] = make()
+    except Exception as error:  # of whatever kind a tool raises where it cannot run
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        notes.append(f"{name}: not run here ({type(error).__name__}: {reason[:160]})")
+
+
+def runs(model: Any) -> Forward:
+    return lambda ids: model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+
+
+def torch_dynamic(dense: Any) -> Any:
+    return torch.ao.quantization.quantize_dynamic(dense, {nn.Linear}, torch.qint8)
+
+
+def torchao(dense: Any, config: str, **options: Any) -> Any:
+    """Not compiled, as the others are not."""
+    import torchao.quantization
+
+    model = copy.deepcopy(dense)
+    torchao.quantization.quantize_(model, getattr(torchao.quantization, config)(**options))
+    return model
+
+
+def llm_compressor(dense: Any) -> Any:
+    import llmcompressor  # noqa: F401
+
+    return dense
+
+
+def onnx_forward(dense: Any) -> Forward:
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    from ffsplit.runtime.onnx_export import export_onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        dense.save_pretrained(folder)
+        plain = export_onnx(Path(folder), Path(folder) / "model.onnx")
+        quantize_dynamic(plain, Path(folder) / "int8.onnx", weight_type=QuantType.QInt8, per_channel=True)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(str(Path(folder) / "int8.onnx"), options)
+    return lambda ids: session.run(
+        None, {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, dtype=np.int64)}
+    )

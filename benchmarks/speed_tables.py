@@ -1,0 +1,182 @@
+"""The tables of the speed page: encoders, a causal model's prefill and decode, loading."""
+
+from __future__ import annotations
+
+import gc
+import re
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from speed_models import bert, bert_int8, bert_kept, bert_paper, llama, llama_split
+from speed_peers import Forward, causal_peers, encoder_peers, runs
+
+from ffsplit.measurement.work import work_of
+from ffsplit.models.load import quiet_transformers
+
+SHAPES = {"cpu": ((8, 128), (1, 128), (1, 16)), "cuda": ((32, 512), (1, 128))}
+REACH = {
+    ("keep .3535", "8 x 128"): "1.65",
+    ("keep .3535", "32 x 512"): "1.6",
+    ("recipe int8", "8 x 128"): "4.5",
+    ("recipe int8", "1 x 128"): "3",
+    ("recipe int8", "1 x 16"): "3",
+}
+PROMPT_TOKENS = 128
+WARM_UP_ROUNDS = 2
+
+
+@torch.inference_mode()
+def in_turn(calls: dict[str, Callable[[], Any]], num_rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each, round by round, each round beginning with another one."""
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(num_rounds + WARM_UP_ROUNDS):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            start = time.perf_counter()
+            calls[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number >= WARM_UP_ROUNDS:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def ratio(times: dict[str, list[float]], first: str, second: str) -> float:
+    """How many times faster the second is: the median over rounds."""
+    return statistics.median(a / b for a, b in zip(times[first], times[second], strict=True))
+
+
+def encoder_table(name: str, device: str, *, quick: bool) -> list[str]:
+    """Forward passes of one BERT shape, as fast as each candidate makes them."""
+    notes: list[str] = []
+    models = {
+        "dense": bert(name),
+        "keep .3535": bert_kept(name),
+        "recipe paper": bert_paper(name),
+        "recipe int8": bert_int8(name),
+    }
+    limits = {key: work_of(models["dense"]).multiplications / work_of(models[key]).multiplications
+              for key in ("keep .3535", "recipe paper")}  # fmt: skip
+    if device == "cuda":
+        models = {key: model.to(device, torch.bfloat16) for key, model in models.items()}
+    forwards = {key: runs(model) for key, model in models.items()}
+    if device == "cpu":
+        forwards |= encoder_peers(models["dense"], notes)
+    columns: dict[str, dict[str, list[float]]] = {}
+    for rows, tokens in SHAPES[device]:
+        ids = torch.randint(1000, 20000, (rows, tokens)).to(device)
+        calls = {key: _call(forward, ids) for key, forward in forwards.items()}
+        large, small = (8, 24) if name == "bert-large" else (12, 40)
+        columns[f"{rows} x {tokens}"] = in_turn(
+            calls, 2 if quick else large if rows * tokens > 512 else small
+        )
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for key in forwards:
+        cells = []
+        for title, times in columns.items():
+            target = f" (reach {REACH[key, title]})" if (key, title) in REACH else ""
+            cells.append(f"{statistics.median(times[key]):.1f} ms, {ratio(times, 'dense', key):.2f}x{target}")
+        lines.append(f"| {key} | " + " | ".join(cells) + " |")
+    first = next(iter(columns.values()))
+    lines += ["", f"At {next(iter(columns))}, limits by the multiplications that are gone:"]
+    for key, limit in limits.items():
+        share = ratio(first, "dense", key) / limit
+        lines.append(
+            f"- {key}: {limit:.3f}x at most, of which {share:.2f} is reached"
+            + " (reach 0.80)" * (key == "recipe paper")
+        )
+    if "torch dynamic int8" in forwards:
+        gain = ratio(first, "torch dynamic int8", "recipe int8")
+        lines.append(f"- recipe int8 over the dense model by torch dynamic int8: {gain:.2f}x (reach 1.6)")
+    return lines + [f"- {note}" for note in notes]
+
+
+def _call(forward: Forward, ids: torch.Tensor) -> Callable[[], Any]:
+    return lambda: forward(ids)
+
+
+def causal_table(device: str, *, quick: bool) -> list[str]:
+    """A causal model at batch 1: int8 heavy hitters, int4 for the rest, int8 attention."""
+    notes: list[str] = []
+    num_layers = 2 if quick else None
+    with quiet_transformers():
+        models = {"dense": llama(num_layers=num_layers), "split": llama_split(num_layers=num_layers)}
+    limit = work_of(models["dense"]).weight_bytes / work_of(models["split"]).weight_bytes
+    if device == "cuda":
+        models = {key: model.to(device, torch.bfloat16) for key, model in models.items()}
+    else:
+        models |= causal_peers(models["dense"], notes)
+    ids = torch.randint(1000, 20000, (1, PROMPT_TOKENS)).to(device)
+    prefill = in_turn({key: _prefill(model, ids) for key, model in models.items()}, 2 if quick else 8)
+    decode = in_turn({key: _decode(model, ids) for key, model in models.items()}, 4 if quick else 48)
+    lines = [f"| | prefill of {PROMPT_TOKENS} tokens | decode, a token |", "|---|---|---|"]
+    for key in models:
+        cells = [
+            f"{statistics.median(t[key]):.1f} ms, {ratio(t, 'dense', key):.2f}x" for t in (prefill, decode)
+        ]
+        lines.append(f"| {key} | " + " | ".join(cells) + " |")
+    share = ratio(decode, "dense", "split") / limit
+    lines += [
+        "",
+        f"- decode: the bytes that are gone would give {limit:.2f}x at most, of which {share:.2f} is reached "
+        "(reach 0.70)",
+    ]
+    return lines + [f"- {note}" for note in notes]
+
+
+def _prefill(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
+    return lambda: model(input_ids=ids, use_cache=True)
+
+
+@torch.inference_mode()
+def _decode(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
+    """Each call reads one more token, after what the cache holds."""
+    cache, token = model(input_ids=ids, use_cache=True).past_key_values, ids[:, -1:]
+    return lambda: model(input_ids=token, past_key_values=cache, use_cache=True)
+
+
+def load_table(*, quick: bool) -> list[str]:
+    """Loading an int8 artifact, and a dense checkpoint of as many layers and as many bytes."""
+    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+        split, dense = Path(folder) / "split", Path(folder) / "dense"
+        bert_int8("bert-base").save_pretrained(split)
+        _save_dense(dense, size=(split / "model.safetensors").stat().st_size)
+        times: dict[Path, list[float]] = {split: [], dense: []}
+        for _ in range(3 if quick else 21):
+            for directory in times:
+                times[directory].append(_load_ms(directory))
+        sizes = [(each / "model.safetensors").stat().st_size / 1e6 for each in times]
+    medians = [statistics.median(each) for each in times.values()]
+    paired = statistics.median(a / b for a, b in zip(times[split], times[dense], strict=True))
+    return [
+        "| | bytes | from_pretrained |",
+        "|---|---|---|",
+        f"| int8 artifact of BERT-base | {sizes[0]:.0f} MB | {medians[0]:.0f} ms |",
+        f"| dense checkpoint, 12 layers | {sizes[1]:.0f} MB | {medians[1]:.0f} ms |",
+        f"| ratio, median of pairs | | {paired:.2f} (reach 1.2 at most) |",
+        "",
+        "As in a process that has loaded nothing before: transformers compiles a pattern for every tensor.",
+    ]
+
+
+def _save_dense(directory: Path, *, size: int) -> None:
+    """A dense BERT of 12 layers, with as many embeddings as make up the bytes."""
+    fields = {"hidden_size": 384, "num_attention_heads": 12, "intermediate_size": 1536}
+    empty = transformers.BertModel(transformers.BertConfig(**fields, vocab_size=1), add_pooling_layer=False)
+    rest = size - 4 * sum(parameter.numel() for parameter in empty.parameters())
+    config = transformers.BertConfig(**fields, vocab_size=max(rest // (4 * 384), 1))
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(directory)
+
+
+def _load_ms(directory: Path) -> float:
+    gc.collect()
+    re.purge()
+    start = time.perf_counter()
+    transformers.BertModel.from_pretrained(directory, add_pooling_layer=False)
+    return 1e3 * (time.perf_counter() - start)
