@@ -1,32 +1,32 @@
 """Compress a model larger than a worker, killed half way and resumed, into benchmarks/large_models.md.
 
-    python benchmarks/large_models.py FOLDER          about 40 GB free there; half an hour on two idle cores
+    python -m benchmarks.large_models FOLDER                     about 40 GB free there; half an hour
+    python -m benchmarks.large_models FOLDER --part commands     a minute, on a machine that does nothing else
 
-Writes a checkpoint of Llama-7B's shape with random bf16 weights, shard by shard; takes 48 sequences of 128
-tokens through calibration, pruning with bias compensation, assembly and fidelity, block by block; kills the
-driver with SIGKILL when half of the calibration is done, and runs the same again. The memory of every
-process is read from /proc twice a second: anonymous pages are what has to be in memory, file-backed ones
-are what the kernel keeps there as long as there is room. Fails where a process went over --limit.
-What it wrote in FOLDER is removed at the end, unless --keep-files is given.
+The first writes a checkpoint of Llama-7B's shape with random bf16 weights, shard by shard; takes 48
+sequences of 128 tokens through calibration, pruning with bias compensation, assembly and fidelity, block by
+block; kills the driver with SIGKILL when half of the calibration is done, and runs the same again. The
+memory of every process is read from /proc four times a second. Fails where a process went over --limit.
+
+The second times `ffsplit inspect` and the pre-flight on a checkpoint of a 70 billion parameters' shape.
+What each part found stands in FOLDER/found, from which the page is written; the rest of what was written
+is removed at the end, unless --keep-files is given.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import psutil
+from benchmarks.large_checkpoint import write_checkpoint
+from benchmarks.large_models_page import Outcome, TimedCommand, page
+from benchmarks.watched_run import Event, drive, watch
 
 HERE = Path(__file__).parent
 RECIPE = """\
@@ -38,34 +38,18 @@ steps: [{kind: prune, compensation: bias}]
 calibration: {shard_size: 8, batch_tokens: 1024, sampled_tokens: 256, held_out: 4}
 measurement: {peak_memory: false}
 """
-MAX_LENGTH, KEEP, VOCABULARY, MEMORY = 128, 0.5, 32000, "6GB"
-POOL_SIZE = 10_000_019
-"""Random numbers that all weights are cut from; drawing 6.7 billion would take longer than the rest."""
-SAMPLE_EVERY_S = 0.5
+MAX_LENGTH, KEEP = 128, 0.5
 GB = 1e9
-
-
-class Peak(NamedTuple):
-    """The most that one process of a role held during one stage, in bytes."""
-
-    anonymous: int = 0
-    file_backed: int = 0
-
-
-class Run(NamedTuple):
-    """One start of the driver: seconds and peaks by stage, in order, and how it ended."""
-
-    seconds: dict[str, float]
-    peaks: dict[tuple[str, str], Peak]
-    reused: dict[str, str]
-    killed: bool
+REPEATS = 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--part", choices=("run", "commands", "page"), default="run")
     parser.add_argument("--layers", type=int, default=32, help="fewer for a trial")
     parser.add_argument("--rows", type=int, default=48, help="sequences; fewer for a trial")
+    parser.add_argument("--memory", default="6GB", help="what the run is told that a worker may use")
     parser.add_argument("--limit", type=float, default=6.0, help="GB of anonymous memory a process may hold")
     parser.add_argument("--out", type=Path, default=HERE / "large_models.md")
     parser.add_argument("--keep-files", action="store_true")
@@ -73,250 +57,100 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     folder: Path = parsed.folder.resolve()
     if parsed.drive:
-        return drive(folder, num_rows=parsed.rows)
-    folder.mkdir(parents=True, exist_ok=True)
+        drive_run(folder, num_rows=parsed.rows, memory=parsed.memory)
+        return 0
+    found = folder / "found"
+    found.mkdir(parents=True, exist_ok=True)
     try:
-        started = time.monotonic()
-        write_checkpoint(folder / "model", num_layers=parsed.layers)
-        written_s = time.monotonic() - started
-        (folder / "recipe.yaml").write_text(RECIPE)
-        runs = [observe(folder, num_rows=parsed.rows, kill_half_way=kill) for kill in (True, False)]
-        page, largest = describe(folder, runs, written_s=written_s, parsed=parsed)
-        parsed.out.write_text(page)
-        print(page)
-        return 0 if largest < parsed.limit * GB else 1
+        if parsed.part == "run":
+            outcome = run(folder, num_layers=parsed.layers, num_rows=parsed.rows, memory=parsed.memory)
+            (found / "run.json").write_text(outcome.model_dump_json(indent=2))
+        elif parsed.part == "commands":
+            timed = [each.model_dump() for each in time_commands(folder)]
+            (found / "commands.json").write_text(json.dumps(timed, indent=2))
     finally:
         if not parsed.keep_files:
-            for name in ("model", "out", "tmp"):
+            for name in ("model", "shape", "out", "tmp"):
                 shutil.rmtree(folder / name, ignore_errors=True)
+    outcome = Outcome.model_validate_json((found / "run.json").read_text())
+    commands = found / "commands.json"
+    timed = json.loads(commands.read_text()) if commands.exists() else []
+    parsed.out.write_text(page(outcome, [TimedCommand.model_validate(each) for each in timed]))
+    return 0 if outcome.largest < parsed.limit * GB else 1
 
 
-def write_checkpoint(directory: Path, *, num_layers: int) -> None:
-    """Llama-7B's shape with random weights, a file a layer, one layer in memory at a time."""
-    import torch
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig
-
-    if (directory / "model.safetensors.index.json").exists():
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(
-        num_hidden_layers=num_layers, vocab_size=VOCABULARY, architectures=["LlamaForCausalLM"]
-    )
-    config.save_pretrained(directory)
-    write_tokenizer(directory)
-    width, inner = config.hidden_size, config.intermediate_size
-    attention = {f"self_attn.{name}_proj.weight": (width, width) for name in "qkvo"}
-    ffn = {"mlp.gate_proj.weight": (inner, width), "mlp.up_proj.weight": (inner, width)}
-    norms = {"input_layernorm.weight": (width,), "post_attention_layernorm.weight": (width,)}
-    block = attention | ffn | {"mlp.down_proj.weight": (width, inner)} | norms
-    parts = [
-        {f"model.layers.{layer}.{name}": shape for name, shape in block.items()}
-        for layer in range(num_layers)
-    ]
-    table = (VOCABULARY, width)
-    parts.append({"model.embed_tokens.weight": table, "lm_head.weight": table, "model.norm.weight": (width,)})
-    generator, weight_map = torch.Generator().manual_seed(0), {}
-    pool = torch.empty(POOL_SIZE, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-    for index, part in enumerate(parts):
-        file = f"model-{index + 1:05d}-of-{len(parts):05d}.safetensors"
-        tensors = {}
-        for name, shape in part.items():
-            start = int(torch.randint(POOL_SIZE, (), generator=generator))
-            values = pool.roll(start).repeat(-(-math.prod(shape) // POOL_SIZE))[: math.prod(shape)]
-            tensors[name] = torch.ones(shape, dtype=pool.dtype) if len(shape) == 1 else values.view(shape)
-        save_file(tensors, directory / file, {"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
-    index_file = directory / "model.safetensors.index.json"
-    index_file.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-
-
-def write_tokenizer(directory: Path) -> None:
-    """A byte-level BPE of the text that calibration reads."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from ffsplit.calibration.sources import read_all
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=4000, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(read_all(("builtin:pydoc",)), trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
-    ).save_pretrained(directory)
-
-
-def drive(folder: Path, *, num_rows: int) -> int:
-    """The driver, a process of its own: one run, which tells its stages on stdout."""
-    import ffsplit
-    from ffsplit.artifacts.units import parse_size
-    from ffsplit.progress import Progress
-
-    class Told(Progress):
-        def start(self, stage: str, total: int) -> None:
-            super().start(stage, total)
-            print(f"start {stage} {total}", flush=True)
-
-        def advance(self) -> None:
-            super().advance()
-            print(f"done {self._stage} {self._done} {self._total}", flush=True)
-
-    config = ffsplit.JobConfig(
-        model=str(folder / "model"),
-        out=str(folder / "out"),
-        recipe=str(folder / "recipe.yaml"),
-        keep=KEEP,
-        samples=num_rows,
-        max_length=MAX_LENGTH,
-        dtype="bfloat16",
-        memory_per_worker=parse_size(MEMORY, name="memory"),
-    )
-    ffsplit.compress(config, progress=Told.to_stderr())
-    return 0
-
-
-def observe(folder: Path, *, num_rows: int, kill_half_way: bool) -> Run:
-    """Run the driver and watch it and everything it started."""
-    (folder / "tmp").mkdir(exist_ok=True)
-    environment = os.environ | {"TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(HERE.parent)}
-    command = [sys.executable, __file__, str(folder), "--rows", str(num_rows), "--drive"]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert driver.stdout is not None
-    os.set_blocking(driver.stdout.fileno(), False)
-    stage, since, seconds = "prepare", time.monotonic(), defaultdict(float)
-    peaks: dict[tuple[str, str], Peak] = defaultdict(Peak)
-    family: dict[int, psutil.Process] = {}
-    killed = False
-    while driver.poll() is None:
-        for process, role in relatives(driver.pid):
-            family[process.pid] = process
-            anonymous, file_backed = resident(process.pid)
-            peak = peaks[stage, role]
-            peaks[stage, role] = Peak(max(peak.anonymous, anonymous), max(peak.file_backed, file_backed))
-        for line in driver.stdout.readlines():
-            event, name, *numbers = line.split()
-            following = name if event == "start" else f"after {name}" if numbers[0] == numbers[1] else stage
-            now = time.monotonic()
-            seconds[stage] += now - since
-            stage, since = following, now
-            if (
-                kill_half_way
-                and name == "calibrate"
-                and event == "done"
-                and 2 * int(numbers[0]) >= int(numbers[1])
-            ):
-                driver.send_signal(signal.SIGKILL)
-                killed = True
-        time.sleep(SAMPLE_EVERY_S)
-    seconds[stage] += time.monotonic() - since
-    if not killed and driver.returncode != 0:
-        raise SystemExit(f"the run failed with exit code {driver.returncode}")
-    _, alive = psutil.wait_procs(list(family.values()), timeout=30)
-    for process in alive:
-        process.kill()
-    return Run(dict(seconds), dict(peaks), reused_of(folder), killed)
-
-
-def relatives(pid: int) -> Iterator[tuple[psutil.Process, str]]:
-    """The driver and its descendants, each with its role."""
-    try:
-        driver = psutil.Process(pid)
-        yield driver, "driver"
-        for process in driver.children(recursive=True):
-            name = " ".join(process.cmdline()[:2])
-            yield process, "worker" if name.startswith("ray::") else "Ray's own"
-    except psutil.NoSuchProcess:
-        return
-
-
-def resident(pid: int) -> tuple[int, int]:
-    """Anonymous and file-backed resident bytes of a process."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0, 0
-    found = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
-    return tuple(int(found.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssFile"))  # type: ignore[return-value]
-
-
-def reused_of(folder: Path) -> dict[str, str]:
-    manifests = list((folder / "out").glob("*/*/manifest.json"))
-    if not manifests:
-        return {}
-    stages = json.loads(manifests[0].read_text())["stages"]
-    return {each["name"]: f"{each['num_reused']} of {each['num_items']}" for each in stages}
-
-
-NAMES = {
-    "after calibrate": "reduce, plan",
-    "after compress": "assemble",
-    "after measure": "documents, publish",
-}
-
-
-def describe(
-    folder: Path, runs: Sequence[Run], *, written_s: float, parsed: argparse.Namespace
-) -> tuple[str, int]:
-    """The page, and the largest anonymous memory of any process."""
+def run(folder: Path, *, num_layers: int, num_rows: int, memory: str) -> Outcome:
+    """The checkpoint, a run of it that is killed, and one that takes it up."""
     import ffsplit
     from ffsplit.artifacts.verify import verify
-    from ffsplit.environment import describe_environment
 
+    started = time.monotonic()
+    write_checkpoint(folder / "model", num_layers=num_layers)
+    written_s = time.monotonic() - started
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "tmp").mkdir(exist_ok=True)
+    environment = os.environ | {"TMPDIR": str(folder / "tmp"), "PYTHONPATH": str(HERE.parent)}
+    settings = ["--rows", str(num_rows), "--memory", memory]
+    command = [sys.executable, "-m", "benchmarks.large_models", str(folder), *settings, "--drive"]
+
+    def half_way(event: Event) -> bool:
+        return event.stage == "calibrate" and 2 * event.num_done >= event.total
+
+    def never(event: Event) -> bool:
+        return False
+
+    runs = tuple(watch(command, environment=environment, kill_when=when) for when in (half_way, never))
     (path,) = (folder / "out").glob("*/*/manifest.json")
-    manifest = ffsplit.Manifest.from_json(path.read_text())
-    measured: Any = manifest.measurements
-    hardware = describe_environment().hardware
-    largest = max(peak.anonymous for run in runs for peak in run.peaks.values())
-    report = verify(str(folder / "out"))
-    lines = [
-        "# Models larger than a worker",
-        "",
-        f"`python benchmarks/large_models.py FOLDER`: Llama-7B's shape with {parsed.layers} of 32 layers, "
-        f"random bf16 weights, {measured.original_size.file_bytes / GB:.1f} GB; {parsed.rows} sequences of "
-        f"{MAX_LENGTH} tokens, bf16, {MEMORY} a worker, so one block at a time; keep {KEEP}, neurons pruned "
-        f"with bias compensation. {hardware['processor']}, {hardware['num_cpus']} cores, "
-        f"{int(hardware['memory_bytes']) / GB:.0f} GB.",
-        "",
-        f"**The largest anonymous memory of any process was {largest / GB:.2f} GB.** "
-        f"The checkpoint took {written_s:.0f} s to write.",
-        "",
-        "Peaks in GB, of one process. Anonymous pages have to be in memory; file-backed ones (weights and "
-        "hidden states, mapped) are kept there while there is room.",
+    return Outcome(
+        runs=runs,
+        num_layers=num_layers,
+        num_rows=num_rows,
+        max_length=MAX_LENGTH,
+        keep=KEEP,
+        memory=memory,
+        written_s=written_s,
+        is_whole=verify(str(folder / "out")).ok,
+        manifest=ffsplit.Manifest.from_json(path.read_text()),
+    )
+
+
+def drive_run(folder: Path, *, num_rows: int, memory: str) -> None:
+    """One start of the run, in the process that is watched."""
+    import ffsplit
+    from ffsplit.artifacts.units import parse_size
+
+    drive(
+        ffsplit.JobConfig(
+            model=str(folder / "model"),
+            out=str(folder / "out"),
+            recipe=str(folder / "recipe.yaml"),
+            keep=KEEP,
+            samples=num_rows,
+            max_length=MAX_LENGTH,
+            dtype="bfloat16",
+            memory_per_worker=parse_size(memory, name="--memory"),
+        )
+    )
+
+
+def time_commands(folder: Path) -> list[TimedCommand]:
+    """Wall and CPU time of the commands that look before anything starts, Python's own start included."""
+    from tests.shaped_checkpoints import LLAMA_70B, save_llama_shape
+
+    shutil.rmtree(folder / "shape", ignore_errors=True)
+    model = save_llama_shape(folder / "shape", **LLAMA_70B)
+    flags = ["--out", str(folder / "out"), "--recipe", "flap", "--dtype", "bfloat16", "--dry-run"]
+    commands = {
+        "ffsplit inspect MODEL": ["inspect", str(model)],
+        "ffsplit compress MODEL --recipe flap --dtype bfloat16 --dry-run": ["compress", str(model), *flags],
+    }
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    return [
+        TimedCommand.timed(
+            name, [sys.executable, "-m", "ffsplit.cli", *arguments], environment, times=REPEATS
+        )
+        for name, arguments in commands.items()
     ]
-    for run in runs:
-        title = "Killed with SIGKILL half way through calibration" if run.killed else "Resumed, to the end"
-        lines += ["", f"## {title}", ""]
-        lines += [
-            "| stage | seconds | reused | driver, anonymous | worker, anonymous | worker, file-backed |"
-        ]
-        lines += ["|---|---|---|---|---|---|"]
-        for stage, seconds in run.seconds.items():
-            driver, worker = (run.peaks.get((stage, role), Peak()) for role in ("driver", "worker"))
-            numbers = [driver.anonymous, worker.anonymous, worker.file_backed]
-            cells = [f"{value / GB:.2f}" if value else "" for value in numbers]
-            reused = "" if run.killed else run.reused.get(stage, "")
-            lines += [f"| {NAMES.get(stage, stage)} | {seconds:.0f} | {reused} | {' | '.join(cells)} |"]
-    first, last = measured.blocks[0], measured.blocks[-1]
-    scores = ", ".join(f"{name} {value:.4g}" for name, value in measured.fidelity.items())
-    lines += [
-        "",
-        "## The result",
-        "",
-        f"{measured.compressed_size.file_bytes / GB:.1f} GB in files of at most 5 GB; `ffsplit verify`: "
-        f"{'whole' if report.ok else 'NOT whole'}. Random weights lose much when half of them go; "
-        "the figures only show that the comparison runs.",
-        "",
-        f"Hidden states after block {first.layer}: relative error {first.relative_error:.3f}, cosine "
-        f"{first.cosine:.4f}; after block {last.layer}: {last.relative_error:.3f}, {last.cosine:.4f}.",
-        "",
-        f"On held-out text: {scores}.",
-        "",
-        *(f"Not measured: {each}." for each in measured.skipped),
-    ]
-    return "\n".join([*lines, ""]), largest
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from ffsplit.ffn import LayerLayout, ModelShape
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "report.html"
 MAX_MANIFEST_BYTES = 64 << 20
 SIGNATURE_NAME = "manifest.json.sig"
 UNLISTED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})

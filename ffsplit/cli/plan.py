@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+from ffsplit.cli_job import add_trust_flag
+
 Run = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
 
@@ -40,6 +42,7 @@ def add_plan_commands(command: AddCommand) -> None:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--revision", metavar="R", help="of a hub id")
+    add_trust_flag(table)
 
 
 def _plan(parsed: argparse.Namespace) -> int:

@@ -42,6 +42,7 @@ def add_run_commands(command: AddCommand) -> None:
     export.add_argument(
         "--out", required=True, metavar="DIR", help="a directory that does not exist, or is empty"
     )
+    add_trust_flag(export)
 
 
 def _benchmark(parsed: argparse.Namespace) -> int:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from ffsplit.artifacts.manifest import Latency, Manifest, Measurements
+from ffsplit.artifacts.manifest import REPORT_NAME, Latency, Manifest, Measurements
 from ffsplit.gates import describe_result
 from ffsplit.inspection import FFNGroup, Inspection
-from ffsplit.pipeline.documents import REPORT_NAME
 from ffsplit.planning import LayerForecast, Plans
 from ffsplit.preflight.records import Preflight
 from ffsplit.report.humanize import (

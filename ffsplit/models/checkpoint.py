@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn import FFNShape
 from ffsplit.models.activations import OTHER_NAMES
 from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.contents import digest_files
 from ffsplit.models.detect import detect_architecture
 from ffsplit.models.find import config_part, find_ffns
 from ffsplit.models.headers import ITEM_SIZES, TensorInfo, read_headers, read_json
@@ -163,31 +163,24 @@ class Checkpoint:
         return ", ".join(map(str, named)) if isinstance(named, list) else str(named) if named else None
 
     def model_digest(self) -> str:
-        """sha256 over the config, the model's own code and every weight file: 64 hex digits."""
+        """sha256 over the config, the model's own code and every weight file: 64 hex digits.
+
+        Raises ConfigError when a tensor holds a NaN or an infinity.
+        """
         code = code_files(self.directory)
-        return _digest_files(self.directory, ("config.json", *code, *self.weight_files))
+        return digest_files(self.directory, ("config.json", *code, *self.weight_files))
 
     def tokenizer_digest(self) -> str:
         """sha256 over whatever turns rows into the model's inputs."""
         names = tokenizer_files(self.directory)
         if self.kind not in TEXT_KINDS:
             names += tuple(name for name in PROCESSOR_FILES if (self.directory / name).is_file())
-        return _digest_files(self.directory, names)
+        return digest_files(self.directory, names)
 
 
 def tokenizer_files(directory: Path) -> tuple[str, ...]:
     """The files a tokenizer is made from, sorted by name."""
     return tuple(sorted(path.name for path in directory.iterdir() if TOKENIZER_FILE.match(path.name)))
-
-
-def _digest_files(directory: Path, names: tuple[str, ...]) -> str:
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(f"{name}\0{(directory / name).stat().st_size}\0".encode())
-        with (directory / name).open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:

@@ -11,7 +11,6 @@ import torch
 
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import Checkpoint, tokenizer_files
-from ffsplit.models.finite import check_finite
 from ffsplit.models.headers import opened
 from ffsplit.models.trust import check_trusted, remote_classes, trusted, trusting
 
@@ -113,10 +112,7 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 def load_tensors(
     model: Any, checkpoint: Checkpoint, names: Sequence[str], *, device: torch.device, dtype: torch.dtype
 ) -> None:
-    """Fill part of an empty model with some of a checkpoint's tensors, as from_pretrained does.
-
-    Raises ConfigError when one of them is not finite.
-    """
+    """Fill part of an empty model with some of a checkpoint's tensors, as from_pretrained does."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -132,8 +128,6 @@ def load_tensors(
         for file in sorted({checkpoint.tensors[name].file for name in names}):
             files[file] = stack.enter_context(opened(checkpoint.directory / file, "pt"))
         slices = {name: files[checkpoint.tensors[name].file].get_slice(name) for name in names}
-        for name, view in slices.items():
-            check_finite(name, view[...], where=checkpoint.directory)
         convert_and_load_state_dict_in_model(model=model, state_dict=slices, load_config=settings)
 
 

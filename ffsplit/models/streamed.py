@@ -37,7 +37,7 @@ class StreamedModel:
     and each batch is brought through it. After the last block, `finish` gives the model's own output
     for a batch, or `recall` has it wait for the same call from elsewhere. Block outputs wait in files
     without a name, which go with the process; only the pages in use are in memory. Raises ConfigError
-    when a tensor is missing or not finite.
+    when a tensor is missing.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from ffsplit.artifacts.entries import FileEntry, StoreGuarantees
 from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import (
     MANIFEST_NAME,
+    REPORT_NAME,
     CalibrationRecord,
     GateResult,
     LayerRecord,
@@ -42,7 +43,6 @@ from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.plan import LayerPlan
 from ffsplit.splitting.scores import energy_counts, energy_share, is_starved, output_energy
 
-REPORT_NAME = "report.html"
 CARD_NAME = "README.md"
 
 

@@ -20,7 +20,6 @@ from ffsplit.ffn import LayerLayout
 from ffsplit.gates import Gate, gated_key
 from ffsplit.measurement.tasks.evaluations import Evaluation
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.finite import check_all_finite
 from ffsplit.models.trust import trusting
 from ffsplit.pipeline.examine import Examined, examine, keep_of
 from ffsplit.pipeline.origin import check_origin
@@ -33,9 +32,6 @@ from ffsplit.splitting.solver import Solver
 from ffsplit.stages.profile import ComputeProfile
 
 """Directories that do not say which model they hold; their parents do."""
-
-CHECKED_BEFORE_BYTES = 4 * 10**9
-"""Weights of at most so many bytes are looked through for NaN before anything starts."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +89,9 @@ def preflight(config: JobConfig, *, kind: Kind = "model") -> Preflight:
 def identify(job: Examined, flight: Preflight) -> PreparedRun:
     """Read every byte that a run starts from, and name its results by it.
 
-    Raises ConfigError where weights are not finite; large ones are looked at when they are first used.
+    Raises ConfigError where weights are not finite.
     """
     config, recipe, checkpoint = job.config, job.recipe, job.checkpoint
-    if checkpoint.num_bytes <= CHECKED_BEFORE_BYTES:
-        check_all_finite(checkpoint.directory, checkpoint.tensors)
     if checkpoint.is_guessed:
         check_by_trial(checkpoint)
     digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}

@@ -14,7 +14,7 @@ from ffsplit.artifacts.digests import file_entries
 from ffsplit.artifacts.entries import StoreGuarantees
 from ffsplit.artifacts.index import latest_commit
 from ffsplit.artifacts.locate import locate, read_manifest
-from ffsplit.artifacts.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
+from ffsplit.artifacts.manifest import MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAME, Manifest
 from ffsplit.artifacts.paths import check_outside_attempts
 from ffsplit.artifacts.publish import Upload, new_attempt_id
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX, Scratch
@@ -27,7 +27,7 @@ from ffsplit.errors import ConfigError, FFSplitError, GateError, StoreError
 from ffsplit.gates import judge, refusal
 from ffsplit.models.trust import trusting
 from ffsplit.pipeline.computation import compute_model, compute_statistics
-from ffsplit.pipeline.documents import REPORT_NAME, write_documents
+from ffsplit.pipeline.documents import write_documents
 from ffsplit.pipeline.placement import place
 from ffsplit.pipeline.prepare import PreparedRun, prepare
 from ffsplit.preflight.words import in_one_line

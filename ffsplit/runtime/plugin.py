@@ -20,10 +20,9 @@ from ffsplit.ffn import FFNShape, LayerLayout
 from ffsplit.models.checkpoint import activation_name
 from ffsplit.models.detect import architecture_of
 from ffsplit.models.find import ffns_of
-from ffsplit.models.rows import FFNPaths
 from ffsplit.runtime.linears import install_linears
 from ffsplit.runtime.split_experts import SplitExperts
-from ffsplit.runtime.split_ffn import Form, SplitFFN
+from ffsplit.runtime.split_ffn import Form, SplitFFN, install_split_ffn
 
 METHOD = "ffsplit"
 FORMAT_VERSION = 3
@@ -114,12 +113,3 @@ def install_split_ffns(
         base = model.get_submodule(prefix.removesuffix("."))
         install_linears(base, linears, form=form)
     return model  # type: ignore[no-any-return]
-
-
-def install_split_ffn(block: nn.Module, paths: FFNPaths, split_ffn: nn.Module) -> None:
-    """Put a split FFN where a block has its own; whatever ran around it becomes an identity."""
-    block.set_submodule(paths.split_path, split_ffn)
-    if paths.module is None:
-        block.set_submodule(paths.down, nn.Identity())
-        if paths.activation is not None:
-            block.set_submodule(paths.activation, nn.Identity())

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ffsplit.ffn import FFNShape, Format, Integer, LayerLayout, LowRank, PartLayout
+from ffsplit.models.rows import FFNPaths
 from ffsplit.runtime.integer_map import INITIALIZED, IntegerMap, share_inputs
 
 
@@ -160,3 +161,12 @@ class SplitFFN(nn.Module):
             y = self.light(x, y)
         assert y is not None
         return y
+
+
+def install_split_ffn(block: nn.Module, paths: FFNPaths, split_ffn: nn.Module) -> None:
+    """Put a split FFN where a block has its own; whatever ran around it becomes an identity."""
+    block.set_submodule(paths.split_path, split_ffn)
+    if paths.module is None:
+        block.set_submodule(paths.down, nn.Identity())
+        if paths.activation is not None:
+            block.set_submodule(paths.activation, nn.Identity())

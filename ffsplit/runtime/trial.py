@@ -11,7 +11,7 @@ from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.load import load_base_model
 from ffsplit.runtime.ffn_tensors import load_ffn
-from ffsplit.runtime.plugin import install_split_ffn
+from ffsplit.runtime.split_ffn import install_split_ffn
 
 TOLERANCE = 1e-4
 """Largest difference of an output, as a part of the largest output."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ffsplit.errors import ConfigError, UnsupportedModelError
+from ffsplit.models import contents
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.models.finite import check_all_finite
 from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.pipeline.examine import check_vocabulary
@@ -196,12 +197,27 @@ def test_a_tokenizer_of_another_model(bert: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(bert: Path, value: float) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("-inf"), "infinite numbers")])
+def test_weights_that_are_not_finite_are_named(
+    bert: Path, value: float, kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever in a tensor they are, and without holding it."""
+    monkeypatch.setattr(contents, "CHUNK_BYTES", 64)
     path = bert / "model.safetensors"
-    tensors = load_file(path)
-    tensors["embeddings.LayerNorm.bias"][3] = value
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path).items()}
+    tensors["encoder.layer.1.output.dense.bias"][-1] = value
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ConfigError, match=r"tensor embeddings\.LayerNorm\.bias holds") as caught:
-        check_all_finite(bert, open_checkpoint(bert).tensors)
+    with pytest.raises(
+        ConfigError, match=rf"tensor encoder\.layer\.1\.output\.dense\.bias holds {kind}"
+    ) as caught:
+        open_checkpoint(bert).model_digest()
     assert "\n" not in str(caught.value) and str(bert) in str(caught.value)
+
+
+def test_a_digest_is_of_every_byte(bert: Path) -> None:
+    expected = hashlib.sha256()
+    for name in ("config.json", "model.safetensors"):
+        content = (bert / name).read_bytes()
+        expected.update(f"{name}\0{len(content)}\0".encode() + content)
+    assert open_checkpoint(bert).model_digest() == expected.hexdigest()

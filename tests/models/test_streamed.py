@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -111,16 +112,12 @@ def test_a_spilled_tensor_is_the_same(dtype: torch.dtype) -> None:
     assert spilled(tensor[:0]).shape == (0, 4, 3)
 
 
-def damaged(directory: Path, target: Path, name: str, change: Any) -> Path:
-    """A copy of a checkpoint with one tensor changed, or left out where `change` gives None."""
-    import shutil
-
+def without(directory: Path, target: Path, name: str) -> Path:
+    """A copy of a checkpoint that lacks a tensor."""
     shutil.copytree(directory, target)
     tensors: dict[str, Tensor] = load_file(target / "model.safetensors")
-    changed = change(tensors.pop(name))
-    save_file(
-        tensors | ({} if changed is None else {name: changed}), target / "model.safetensors", {"format": "pt"}
-    )
+    del tensors[name]
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
     return target
 
 
@@ -128,20 +125,6 @@ def damaged(directory: Path, target: Path, name: str, change: Any) -> Path:
 def test_a_tensor_that_is_missing_is_named(
     checkpoint_of: CheckpointFactory, tmp_path: Path, name: str
 ) -> None:
-    directory = damaged(checkpoint_of("llama"), tmp_path / "model", name, lambda tensor: None)
+    directory = without(checkpoint_of("llama"), tmp_path / "model", name)
     with pytest.raises(ConfigError, match=f"holds no tensor for {name}"):
-        run_through(streamed(directory), BATCHES)
-
-
-@pytest.mark.parametrize(("value", "kind"), [(float("nan"), "NaN"), (float("-inf"), "infinite")])
-@pytest.mark.parametrize("name", ["layers.2.mlp.up_proj.weight", "norm.weight"])
-def test_a_tensor_that_is_not_finite_is_named(
-    checkpoint_of: CheckpointFactory, tmp_path: Path, name: str, value: float, kind: str
-) -> None:
-    def spoil(tensor: Tensor) -> Tensor:
-        tensor.view(-1)[1] = value
-        return tensor
-
-    directory = damaged(checkpoint_of("llama"), tmp_path / "model", name, spoil)
-    with pytest.raises(ConfigError, match=f"tensor {name} holds {kind}"):
         run_through(streamed(directory), BATCHES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,12 @@ import pytest
 import torch
 
 import ffsplit
+from ffsplit.artifacts.scratch import Scratch
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.load import load_base_model
+from ffsplit.models.source import described, staged
 from ffsplit.models.trust import trusted, trusting
 from tests.conftest import CheckpointFactory
 from tests.small_jobs import SmallJob
@@ -49,11 +53,14 @@ def test_trust_ends_with_its_block() -> None:
     assert not trusted()
 
 
-@pytest.mark.parametrize("command", ["compress", "calibrate", "inspect"])
+@pytest.mark.parametrize(
+    "command", ["compress", "calibrate", "inspect", "latency-table", "export", "benchmark"]
+)
 def test_code_is_refused_in_one_line(
     with_code: Path, small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    more = [] if command == "inspect" else ["--out", str(tmp_path / "out"), "--runner", "serial"]
+    more = [] if command in ("inspect", "benchmark") else ["--out", str(tmp_path / "out")]
+    more += {"compress": ["--runner", "serial"], "export": ["--format", "onnx"]}.get(command, [])
     assert main([command, str(with_code), *more]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
@@ -87,3 +94,27 @@ def test_code_is_part_of_a_models_digest(with_code: Path) -> None:
         before = open_checkpoint(with_code).model_digest()
         (with_code / "modeling_doubled.py").write_text("# other code\n")
         assert open_checkpoint(with_code).model_digest() != before
+
+
+@pytest.mark.parametrize("command", ["inspect", "latency-table"])
+def test_a_command_that_is_told_to_trusts(
+    with_code: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    more = ["--out", str(tmp_path / "table.json"), "--num-tokens", "8"] if command == "latency-table" else []
+    assert main([command, str(with_code), *more, "--trust-remote-code"]) == 0
+    assert (tmp_path / "mark").exists() == (command == "latency-table")
+
+
+def test_another_host_gets_the_code_with_the_model(with_code: Path, tmp_path: Path) -> None:
+    """A model that only the driver's host sees, put into the scratch for the others."""
+    source = described(with_code)
+    assert "modeling_doubled.py" in {entry.path for entry in source.files}
+    place = Scratch(uri=str(tmp_path / "store"), prefix="scratch/model")
+    there = pickle.loads(pickle.dumps(staged(source, place, once=True)))
+    shutil.rmtree(with_code)
+    directory = there.directory()
+    assert directory.is_relative_to(tmp_path / "store")
+    with trusting():
+        checkpoint = open_checkpoint(directory)
+        model = load_base_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    assert type(model).__name__ == "DoubledBert"
