@@ -60,7 +60,9 @@ def save_llama_shape(directory: Path, *, max_shard_bytes: int = 5 * 10**9, **siz
         file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
         _write_holes(directory / file, shard)
         weight_map |= dict.fromkeys(shard, file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return directory
 
 

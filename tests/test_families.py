@@ -28,11 +28,11 @@ from ffsplit.models.load import load_whole_model
 from ffsplit.runtime.assemble import assemble
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
 from tests.small_jobs import SmallJob
-from tests.tiny_families import FAMILIES, outputs, save_checkpoint
+from tests.tiny_families import FAMILIES, heads_of, outputs, save_checkpoint, usual_head
 from tests.tiny_models import WORDS
 
 CPU = torch.device("cpu")
-WITH_HEADS = [(name, head) for name, family in FAMILIES.items() for head in ("", *family.heads)]
+WITH_HEADS = [(name, head) for name in FAMILIES for head in ("", *heads_of(name))]
 Saved = Callable[..., Path]
 
 
@@ -131,7 +131,7 @@ def test_an_exact_split_is_the_dense_model(saved: Saved, tmp_path: Path, family:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_of_it_saves_loads_and_runs(saved: Saved, tmp_path: Path, family: str) -> None:
-    source = saved(family, FAMILIES[family].usual_head)
+    source = saved(family, usual_head(family))
     job = SmallJob(tmp_path, source)
     recipe = job.recipe(step="{kind: prune}")
     calibration = calibration_of(open_checkpoint(source).kind, tmp_path)
@@ -161,7 +161,7 @@ def test_half_of_it_saves_loads_and_runs(saved: Saved, tmp_path: Path, family: s
 def test_dtype_and_tied_weights_are_kept(
     saved: Saved, tmp_path: Path, family: str, dtype: torch.dtype
 ) -> None:
-    checkpoint = open_checkpoint(saved(family, FAMILIES[family].usual_head, dtype))
+    checkpoint = open_checkpoint(saved(family, usual_head(family), dtype))
     split_exactly(checkpoint, tmp_path / "split")
     tensors = load_file(tmp_path / "split" / "model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {dtype}
@@ -173,7 +173,7 @@ def test_dtype_and_tied_weights_are_kept(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keeping_everything_changes_no_tensor(saved: Saved, tmp_path: Path, family: str) -> None:
-    checkpoint = open_checkpoint(saved(family, FAMILIES[family].usual_head))
+    checkpoint = open_checkpoint(saved(family, usual_head(family)))
     files, layouts = [], [LayerLayout.dense(shape) for shape in checkpoint.shapes]
     for ffn in checkpoint.ffns:
         weights = load_ffn(checkpoint, ffn.index, activation=torch.relu, device=CPU)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
+import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -180,12 +180,19 @@ def test_the_public_names() -> None:
 
 
 def test_help_answers_within_a_second() -> None:
+    """A second of the processor: on a busy machine those of the clock are others'."""
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        start = _processor_seconds()
         done = subprocess.run(
             [sys.executable, "-m", "ffsplit.cli", "--help"], capture_output=True, text=True, check=True
         )
-        times.append(time.perf_counter() - start)
+        times.append(_processor_seconds() - start)
         assert "compress" in done.stdout
     assert statistics.median(times) < 1.0
+
+
+def _processor_seconds() -> float:
+    """Of all processes that this one started and waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

@@ -76,6 +76,7 @@ def test_a_starved_expert_is_reported(compressed: tuple[Manifest, Path, str]) ->
     assert "keep their neurons by weight norm: layer 1 expert 4 (0)" in said
     page = (attempt / "report.html").read_text()
     assert "layer 1 expert 4 (0)" in page and "0, too few" in page
+    assert "All 6 FFNs as a table" in page and "each layer" not in page
     plans = plan_budgets(str(attempt), budgets=[Budget(kind="keep", limit=0.5)])
     assert [each.name for each in plans.concentration] == [layer.name for layer in manifest.layers]
     model = ffsplit.load(str(attempt))
@@ -91,6 +92,22 @@ def test_a_starved_expert_keeps_the_neurons_of_the_largest_weights(source: Path,
     largest = norms_N.topk(after.shape[1]).indices.sort().values
     assert 0 < len(largest) < len(norms_N)
     assert torch.equal(after, before[:, largest])
+
+
+def test_a_starved_expert_has_no_say_in_a_search(source: Path, tmp_path: Path) -> None:
+    """The experts of a layer share one width in every candidate, as those that were judged suggest it."""
+    job = SmallJob(tmp_path, source)
+    recipe = job.recipe(step="{kind: prune}", allocation="search")
+    manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe))
+    assert manifest.allocation is not None and manifest.layers[1 + STARVED].by_weight_norm
+    names = [candidate.name for candidate in manifest.allocation.candidates]
+    assert names[0] == "uniform" and len(names) > 1
+    for candidate in manifest.allocation.candidates:
+        dense, *experts = candidate.num_elements
+        assert len(set(experts)) == 1 and dense > 0
+    widths = {layer.layout.num_neurons for layer in manifest.layers[1:]}
+    assert len(widths) == 1
+    assert outputs(ffsplit.load(str(tmp_path / "out"))).isfinite().all()
 
 
 def _down_of_starved(directory: Path) -> torch.Tensor:

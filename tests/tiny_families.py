@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 
 from ffsplit.measurement.examples import example_inputs
+from ffsplit.models.table import HEADS
 from tests.tiny_models import VOCAB_SIZE, randomize, save_tokenizer
 
 NUM_LAYERS = 2
@@ -45,33 +46,22 @@ _T5 |= {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "eos_token_id": 3, "decoder
 _PIXELS = _SIZES | {"image_size": 16, "patch_size": 8}
 _WHISPER = {"max_source_positions": 50, "max_target_positions": 64, "num_mel_bins": 8}
 _WHISPER |= {"suppress_tokens": [], "begin_suppress_tokens": []}
-_WHISPER_HEADS = ("ForConditionalGeneration", "ForAudioClassification")
 _SOUND = {"vocab_size": 32, "conv_dim": [8, 8], "conv_stride": [5, 4], "conv_kernel": [10, 4]}
 _SOUND |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 _MOE = _LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-_HEADS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-_ENCODER_HEADS = ("ForMaskedLM", *_HEADS)
 
 
 class Family(NamedTuple):
-    """How a family's classes are called, its config, and the heads that are tried beside the base model."""
+    """How a family's classes are called, its config, and what differs from the table of what works."""
 
     prefix: str
     config: dict[str, Any]
-    heads: tuple[str, ...]
     model_type: str = ""
-
-    @property
-    def usual_head(self) -> str:
-        return self.heads[0] if self.heads else ""
+    usual_head: str | None = None
 
 
-def _bert(prefix: str, heads: tuple[str, ...] = _ENCODER_HEADS, **more: Any) -> Family:
-    return Family(prefix, _TEXT | more, heads)
-
-
-def _decoder(prefix: str, config: dict[str, Any] = _LLAMA, heads: tuple[str, ...] = _HEADS[:1]) -> Family:
-    return Family(prefix, config, ("ForCausalLM", *heads))
+def _bert(prefix: str, **more: Any) -> Family:
+    return Family(prefix, _TEXT | more)
 
 
 _GPT2 = _IDS | {"vocab_size": VOCAB_SIZE, "n_embd": 16, "n_layer": NUM_LAYERS, "n_head": 2, "n_positions": 64}
@@ -80,62 +70,75 @@ _FALCON = _TEXT | {"ffn_hidden_size": 32}
 _RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
 
 FAMILIES: dict[str, Family] = {
-    "bert": _bert("Bert", ("ForPreTraining", "ForNextSentencePrediction", *_ENCODER_HEADS)),
+    "bert": _bert("Bert"),
     "roberta": _bert("Roberta"),
     "xlm-roberta": _bert("XLMRoberta"),
-    "electra": _bert("Electra", ("ForPreTraining", *_ENCODER_HEADS), embedding_size=8),
+    "electra": _bert("Electra", embedding_size=8),
     "distilbert": Family(
         "DistilBert",
         _IDS
         | {"vocab_size": VOCAB_SIZE, "dim": 16, "hidden_dim": 32, "n_layers": NUM_LAYERS, "n_heads": 2}
         | {"max_position_embeddings": 64},
-        _ENCODER_HEADS,
     ),
     "mpnet": _bert("MPNet"),
     "deberta-v2": _bert("DebertaV2", **_RELATIVE),
     "modernbert": _bert("ModernBert", cls_token_id=2, sep_token_id=3),
-    "gpt2": Family("GPT2", _GPT2, ("LMHeadModel", "DoubleHeadsModel", *_HEADS)),
-    "gpt_neox": _decoder("GPTNeoX", _TEXT, _HEADS),
-    "opt": _decoder("OPT", _TEXT | {"ffn_dim": 32, "word_embed_proj_dim": 16}),
-    "llama": _decoder("Llama", _LLAMA | {"mlp_bias": True}, _HEADS),
-    "mistral": _decoder("Mistral"),
-    "qwen2": _decoder("Qwen2"),
-    "qwen3": _decoder("Qwen3"),
-    "gemma2": _decoder("Gemma2"),
-    "gemma3_text": Family("Gemma3", _LLAMA, ("ForCausalLM", "TextForSequenceClassification")),
-    "phi3": _decoder("Phi3"),
-    "falcon": _decoder("Falcon", _FALCON, _HEADS),
-    "bloom": _decoder("Bloom", _BLOOM, _HEADS),
-    "starcoder2": _decoder("Starcoder2"),
-    "mixtral": _decoder("Mixtral", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "qwen2_moe": _decoder(
-        "Qwen2Moe", _MOE | {"shared_expert_intermediate_size": 40, "decoder_sparse_step": 1}
+    "gpt2": Family("GPT2", _GPT2),
+    "gpt_neox": Family("GPTNeoX", _TEXT),
+    "opt": Family("OPT", _TEXT | {"ffn_dim": 32, "word_embed_proj_dim": 16}),
+    "llama": Family("Llama", _LLAMA | {"mlp_bias": True}),
+    "mistral": Family("Mistral", _LLAMA),
+    "qwen2": Family("Qwen2", _LLAMA),
+    "qwen3": Family("Qwen3", _LLAMA),
+    "gemma2": Family("Gemma2", _LLAMA),
+    "gemma3_text": Family("Gemma3", _LLAMA),
+    "gemma3": Family(
+        "Gemma3",
+        {"text_config": _LLAMA | {"sliding_window": 32}, "vision_config": _PIXELS, "mm_tokens_per_image": 4}
+        | {"image_token_index": VOCAB_SIZE - 1},
     ),
-    "qwen3_moe": _decoder("Qwen3Moe", _MOE | {"mlp_only_layers": [0]}),
-    "t5": Family("T5", _T5, ("ForConditionalGeneration", "EncoderModel")),
-    "t5-gated": Family("T5", _T5 | {"feed_forward_proj": "gated-gelu"}, ("ForConditionalGeneration",), "t5"),
-    "bart": Family("Bart", _ENCODER_DECODER | {"max_position_embeddings": 64}, ("ForConditionalGeneration",)),
-    "whisper": Family("Whisper", _ENCODER_DECODER | _WHISPER, _WHISPER_HEADS),
-    "vit": Family("ViT", _PIXELS, ("ForImageClassification", "ForMaskedImageModeling")),
+    "phi3": Family("Phi3", _LLAMA),
+    "falcon": Family("Falcon", _FALCON),
+    "bloom": Family("Bloom", _BLOOM),
+    "starcoder2": Family("Starcoder2", _LLAMA),
+    "mixtral": Family("Mixtral", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": Family("Qwen2Moe", _MOE | {"shared_expert_intermediate_size": 40, "decoder_sparse_step": 1}),
+    "qwen3_moe": Family("Qwen3Moe", _MOE | {"mlp_only_layers": [0]}),
+    "t5": Family("T5", _T5),
+    "t5-gated": Family("T5", _T5 | {"feed_forward_proj": "gated-gelu"}, "t5"),
+    "bart": Family("Bart", _ENCODER_DECODER | {"max_position_embeddings": 64}),
+    "whisper": Family("Whisper", _ENCODER_DECODER | _WHISPER),
+    "vit": Family("ViT", _PIXELS),
     "clip": Family(
         "CLIP",
         {"text_config": _TEXT, "vision_config": _PIXELS, "projection_dim": 8},
-        ("Model", "ForImageClassification"),
+        usual_head="",
     ),
     "siglip": Family(
         "Siglip",
         {"text_config": _TEXT | {"projection_size": 16}, "vision_config": _PIXELS},
-        ("Model", "ForImageClassification"),
+        usual_head="",
     ),
-    "wav2vec2": Family("Wav2Vec2", _SIZES | _IDS | _SOUND, ("ForCTC", "ForSequenceClassification")),
-    "relu2": _decoder("Llama", _LLAMA | {"hidden_act": "relu2"}, ())._replace(model_type="llama"),
+    "wav2vec2": Family("Wav2Vec2", _SIZES | _IDS | _SOUND),
+    "relu2": Family("Llama", _LLAMA | {"hidden_act": "relu2"}, "llama"),
 }
 """By model_type; `relu2` is a Llama with squared ReLU."""
 
 
+def heads_of(family: str) -> tuple[str, ...]:
+    """The task heads that are tried with a family, beside its base model."""
+    return HEADS[FAMILIES[family].model_type or family]
+
+
+def usual_head(family: str) -> str:
+    """The head that a family is mostly used with."""
+    usual = FAMILIES[family].usual_head
+    return heads_of(family)[0] if usual is None else usual
+
+
 def make_model(family: str, head: str = "") -> Any:
     """A random model in eval mode; without a head, the base model."""
-    prefix, config, _, _ = FAMILIES[family]
+    prefix, config, *_ = FAMILIES[family]
     base = "TextModel" if family == "gemma3_text" else "Model"
     chosen = getattr(transformers, f"{prefix}{head or base}")
     model = chosen(chosen.config_class(**config))

@@ -20,6 +20,7 @@ from ffsplit.report.humanize import (
     score_change,
     size,
     times,
+    unit,
 )
 from ffsplit.splitting.latency import LatencyTable
 
@@ -173,7 +174,7 @@ def print_latency_table(measured: LatencyTable) -> None:
 
 def print_plans(plans: Plans) -> None:
     """Budgets side by side, then each layer, and what the predicted error is."""
-    print(f"{plans.model}, recipe {plans.recipe}, uniform layers; from {plans.statistics}")
+    print(f"{plans.model}, recipe {plans.recipe}, the same share of every FFN; from {plans.statistics}")
     table = _table("budgets", "", "keep", "parameters", "FFN bytes", "forward", "plain", "predicted error")
     before = (f"{plans.num_parameters:,}", size(plans.ffn_bytes), "", "", "")
     table.add_row("original", "1", *before)
@@ -190,8 +191,9 @@ def print_plans(plans: Plans) -> None:
         )
     _print(table)
     budgets = [str(each.budget) for each in plans.budgets]
+    units = unit((spread.name, spread.layer) for spread in plans.concentration)
     table = _table(
-        "layers: layout, heavy hitters, predicted error", "", "neurons for 50 / 90 / 99 %", *budgets
+        f"{units}s: layout, heavy hitters, predicted error", "", "neurons for 50 / 90 / 99 %", *budgets
     )
     for spread in plans.concentration:
         counts = " / ".join(f"{count:,}" for count in spread.neurons_for_energy.values())
@@ -199,7 +201,7 @@ def print_plans(plans: Plans) -> None:
         table.add_row(ffn(spread.name, layer=spread.layer), f"{counts} of {spread.num_neurons:,}", *cells)
     _print(table)
     print(
-        "predicted error: share of a layer's output energy (the sum of its neurons' own) that is not the\n"
+        "predicted error: share of an FFN's output energy (the sum of its neurons' own) that is not the\n"
         "heavy hitters'; what refits, factorised parts and later layers make up for is not in it"
     )
 

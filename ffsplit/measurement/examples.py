@@ -16,7 +16,8 @@ def example_inputs(
     """Arguments of a forward pass: token ids of `num_tokens` a row, and pictures or sounds.
 
     Pictures have the size the model is made for; a sound has as many samples as come to `num_tokens`
-    frames, or what an encoder of fixed length takes. The same arguments give the same inputs.
+    frames, or what an encoder of fixed length takes. Where pictures stand among the tokens there are
+    none. The same arguments give the same inputs.
     """
     names = _argument_names(model)
     generator = torch.Generator().manual_seed(0)
@@ -29,7 +30,7 @@ def example_inputs(
         size = vocab_size or vocab_size_of(model)
         inputs["input_ids"] = torch.randint(size, (num_rows, num_tokens), generator=generator)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if "pixel_values" in names:
+    if "pixel_values" in names and not hasattr(config, "image_token_id"):
         vision = getattr(config, "vision_config", config)
         sizes = vision.image_size
         height, width = sizes if isinstance(sizes, list | tuple) else (sizes, sizes)

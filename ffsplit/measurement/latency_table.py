@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
+from ffsplit.measurement.examples import vocab_size_of
 from ffsplit.measurement.size import model_shape
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import random_model
@@ -25,8 +26,6 @@ FRACTIONS = [Fraction(n, 24) for n in (1, 2, 3, 4, 6, 8, 10, 12, 15, 18, 21, 24)
 """Of the original width. Of the usual widths all are multiples of 64 or 32, which kernels like."""
 NUM_ROUNDS = 3
 RUNS_A_ROUND = 4
-RESERVED_POSITIONS = 2
-"""Positions that some families count before the first token."""
 
 
 def measure_latency_table(
@@ -44,9 +43,9 @@ def measure_latency_table(
     reads fewer tokens than a row is to have.
     """
     checkpoint = open_checkpoint(locate_model(model, revision=revision).directory)
-    positions = checkpoint.config.get("max_position_embeddings")
-    if isinstance(positions, int) and shape[1] > positions - RESERVED_POSITIONS:
-        raise ConfigError(f"--num-tokens {shape[1]} is more than the model reads, {positions}")
+    longest = checkpoint.max_positions
+    if longest is not None and shape[1] > longest:
+        raise ConfigError(f"--num-tokens {shape[1]} is more than the model reads, {longest}")
     dense = model_shape(checkpoint)
     widths = table_widths({each.num_neurons for each in dense.shapes})
     with profile.applied():
@@ -84,7 +83,7 @@ def _time_widths(
     progress: Callable[[int, int], None] | None,
 ) -> dict[int, list[float]]:
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(int(model.config.vocab_size), shape, generator=generator).to(model.device)
+    ids = torch.randint(vocab_size_of(model), shape, generator=generator).to(model.device)
     layers = list(_ffns(model, checkpoint))
     times: dict[int, list[float]] = {width: [] for width in widths}
     done = 0

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ffsplit.artifacts.benchmarks import Figures, Timing
+from ffsplit.measurement.examples import vocab_size_of
 from ffsplit.measurement.latency import allow_batches, paired_times
 from ffsplit.measurement.work import FEW_TOKENS, work_of
 
@@ -25,7 +26,7 @@ def time_models(
     for model in models:
         allow_batches(model)
     decodes = new_tokens > 0 and type(original).__name__.endswith("ForCausalLM")
-    vocab_size = min(int(model.config.vocab_size) for model in models)
+    vocab_size = min(map(vocab_size_of, models))
     timings = []
     for rows, tokens in shapes:
         generator = torch.Generator().manual_seed(0)

@@ -24,6 +24,8 @@ from ffsplit.models.rows import TEXT_KINDS, Architecture, ModelKind, Tower
 from ffsplit.models.trust import check_trusted, code_files
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""How the classes end that give a distribution over the next token."""
 FFN_DTYPES = ("F32", "F16", "BF16")
 TOKENIZER_FILE = re.compile(
     r"(tokenizer.*|vocab.*|merges|special_tokens_map|added_tokens|spiece|sentencepiece.*)\.(json|txt|model)$"
@@ -72,7 +74,7 @@ class Checkpoint:
     @property
     def compared_as(self) -> ModelKind:
         """What its outputs are compared as: a causal LM with another head by its hidden states."""
-        if self.kind != "causal_lm" or self.class_name.endswith(("ForCausalLM", "LMHeadModel")):
+        if self.kind != "causal_lm" or self.class_name.endswith(GENERATORS):
             return self.kind
         return "encoder"
 
@@ -83,7 +85,8 @@ class Checkpoint:
 
     @property
     def vocab_size(self) -> int:
-        return int(self.config.get("vocab_size") or 1)
+        """How many tokens its text side reads; 1 where the config does not say."""
+        return int(self.text_config.get("vocab_size") or 1)
 
     @property
     def is_whole(self) -> bool:
@@ -102,12 +105,17 @@ class Checkpoint:
     def max_positions(self) -> int | None:
         """The most tokens that a row may have; None where the config sets no limit."""
         row = self.architecture
-        text = self.config.get("text_config")
-        for config in (self.config, text if isinstance(text, dict) else {}):
+        for config in (self.config, self.text_config):
             positions = config.get(row.positions_field)
             if isinstance(positions, int):
                 return positions - row.position_offset
         return None
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of the config that is about text: all of it where it has no such part."""
+        part = self.config.get("text_config")
+        return part if isinstance(part, dict) else self.config
 
     @property
     def itemsize(self) -> int:

@@ -64,13 +64,16 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
     """Every tensor of a checkpoint, by name. Raises ConfigError when a file or a tensor is missing."""
     index = directory / INDEX_NAME
     if index.is_file():
-        weight_map: dict[str, str] = read_json(index, "").get("weight_map") or {}
+        stated = read_json(index, "")
+        weight_map: dict[str, str] = stated.get("weight_map") or {}
         if not (
             weight_map
             and isinstance(weight_map, dict)
             and all(isinstance(v, str) for v in weight_map.values())
         ):
             raise ConfigError(f"{index} has no weight_map")
+        if not isinstance(stated.get("metadata"), dict):  # without which transformers does not load it
+            raise ConfigError(f'{index} has no metadata: add "metadata": {{}} to it')
         files = sorted(set(weight_map.values()))
     elif (directory / "model.safetensors").is_file():
         weight_map, files = {}, ["model.safetensors"]

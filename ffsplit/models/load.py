@@ -14,6 +14,9 @@ from ffsplit.models.checkpoint import Checkpoint, tokenizer_files
 from ffsplit.models.headers import opened
 from ffsplit.models.trust import check_trusted, remote_classes, trusted, trusting
 
+POOLER = "pooler"
+"""What transformers makes up where a checkpoint lacks it; the hidden states do not depend on it."""
+
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
@@ -42,6 +45,35 @@ def load_base_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torc
     model = getattr(model, model.base_model_prefix, model)
     _see_whole_rows(model)
     return model.to(device)
+
+
+def check_complete(checkpoint: Checkpoint) -> None:
+    """Raise ConfigError when a tensor of the model is missing, or has not the shape that the config states.
+
+    transformers would make it up. No weight is read. A head is asked for where the result is compared by
+    what it gives; what pools encoders' states never is.
+    """
+    where = checkpoint.directory
+    needs_head = checkpoint.compared_as == "causal_lm" or not checkpoint.is_whole
+    chosen = model_class(checkpoint.class_name if needs_head else "", where=where)
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        "use_safetensors": True,
+        "trust_remote_code": trusted(),
+    }
+    options |= {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with quiet_transformers():
+            _, found = chosen.from_pretrained(where, **options)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(f"{where} does not load: {' '.join(str(error).split())}") from None
+    absent = sorted(name for name in found["missing_keys"] if POOLER not in name)
+    if absent:
+        raise ConfigError(f"{where} holds no tensor for {absent[0]}")
+    for name, shape, expected in sorted(found["mismatched_keys"]):
+        raise ConfigError(
+            f"{where}: {name} has the shape {tuple(shape)}, config.json makes it {tuple(expected)}"
+        )
 
 
 def _see_whole_rows(model: Any) -> None:

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.load import empty_model, load_tensors
+from ffsplit.models.load import POOLER, empty_model, load_tensors
 
 Inputs = Mapping[str, Tensor]
-POOLER = "pooler"
-"""What transformers makes up where a checkpoint lacks it; the hidden states do not depend on it."""
 
 
 class _Answered(Exception):

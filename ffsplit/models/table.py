@@ -23,10 +23,36 @@ COMPARED: dict[ModelKind, str] = {
     "image_text": "picture and text embeddings",
     "audio": "frame and pooled states",
 }
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+_ENCODER_HEADS = ("ForMaskedLM", *_CLASSIFIERS)
+_DECODER_HEADS = ("ForCausalLM", "ForSequenceClassification")
+HEADS: dict[str, tuple[str, ...]] = {
+    "bert": ("ForPreTraining", "ForNextSentencePrediction", *_ENCODER_HEADS),
+    "electra": ("ForPreTraining", *_ENCODER_HEADS),
+    **dict.fromkeys(
+        ("roberta", "xlm-roberta", "mpnet", "deberta-v2", "distilbert", "modernbert"), _ENCODER_HEADS
+    ),
+    "gpt2": ("LMHeadModel", "DoubleHeadsModel", *_CLASSIFIERS),
+    **dict.fromkeys(("gpt_neox", "falcon", "bloom", "llama"), ("ForCausalLM", *_CLASSIFIERS)),
+    **dict.fromkeys(
+        ("opt", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "starcoder2", "mixtral"), _DECODER_HEADS
+    ),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe"), _DECODER_HEADS),
+    "gemma3_text": ("ForCausalLM", "TextForSequenceClassification"),
+    "gemma3": ("ForConditionalGeneration", "ForSequenceClassification"),
+    "t5": ("ForConditionalGeneration", "EncoderModel"),
+    "bart": ("ForConditionalGeneration",),
+    "whisper": ("ForConditionalGeneration", "ForAudioClassification"),
+    "vit": ("ForImageClassification", "ForMaskedImageModeling"),
+    "clip": ("ForImageClassification",),
+    "siglip": ("ForImageClassification",),
+    "wav2vec2": ("ForCTC", "ForSequenceClassification"),
+}
+"""The task heads that tests try with every family, as their classes' names end."""
 
 
 def table() -> str:
-    """One line a family, from the rows of the table of architectures."""
+    """One line a family, from the rows of the table of architectures, and its heads."""
     lines = [
         "# Models",
         "",
@@ -36,7 +62,10 @@ def table() -> str:
         "| `model_type` | reads | FFNs | compared by | without ffsplit | healing | one block at a time |",
         "|---|---|---|---|---|---|---|",
     ]
-    return "\n".join([*lines, *(_line(row) for row in ARCHITECTURES.values())]) + "\n"
+    lines += map(_line, ARCHITECTURES.values())
+    lines += ["", "## Task heads", "", "| `model_type` | the base model, and with |", "|---|---|"]
+    lines += [f"| `{row}` | {', '.join(f'`{head}`' for head in HEADS[row])} |" for row in ARCHITECTURES]
+    return "\n".join(lines) + "\n"
 
 
 def _line(row: Architecture) -> str:

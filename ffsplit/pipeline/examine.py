@@ -228,8 +228,7 @@ def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) 
 
 def check_vocabulary(tokenizer: Any, checkpoint: Checkpoint) -> None:
     """Raise ConfigError when the tokenizer gives tokens that the model has no embedding for."""
-    text = checkpoint.config.get("text_config")
-    stated = (text if isinstance(text, dict) else checkpoint.config).get("vocab_size")
+    stated = checkpoint.text_config.get("vocab_size")
     token, index = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1], default=("", -1))
     if isinstance(stated, int) and index >= stated:
         raise ConfigError(

@@ -23,7 +23,7 @@ def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recip
 def check_stays_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
     """Raise ConfigError when the result of --plain would not be an ordinary checkpoint."""
     if recipe.allocation == "search":
-        reason = "its search may give layers different widths"
+        reason = "its search may give FFNs different widths"
     elif recipe.after_healing is not None:
         reason = "it ends with integer weights"
     elif not is_plain(checkpoint, layouts):

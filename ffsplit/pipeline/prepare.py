@@ -20,6 +20,7 @@ from ffsplit.ffn import LayerLayout
 from ffsplit.gates import Gate, gated_key
 from ffsplit.measurement.tasks.evaluations import Evaluation
 from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.load import check_complete
 from ffsplit.models.trust import trusting
 from ffsplit.pipeline.examine import Examined, examine, keep_of
 from ffsplit.pipeline.origin import check_origin
@@ -89,9 +90,10 @@ def preflight(config: JobConfig, *, kind: Kind = "model") -> Preflight:
 def identify(job: Examined, flight: Preflight) -> PreparedRun:
     """Read every byte that a run starts from, and name its results by it.
 
-    Raises ConfigError where weights are not finite.
+    Raises ConfigError where weights are missing or not finite.
     """
     config, recipe, checkpoint = job.config, job.recipe, job.checkpoint
+    check_complete(checkpoint)
     if checkpoint.is_guessed:
         check_by_trial(checkpoint)
     digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}

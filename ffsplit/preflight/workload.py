@@ -55,8 +55,7 @@ class Workload:
     @property
     def num_logits(self) -> int:
         """A token, where fidelity compares logits."""
-        is_causal = self.checkpoint.class_name.endswith("ForCausalLM")
-        return int(self.checkpoint.config.get("vocab_size") or 0) if is_causal else 0
+        return self.checkpoint.vocab_size if self.checkpoint.compared_as == "causal_lm" else 0
 
     @property
     def num_blocks(self) -> int:

@@ -61,6 +61,7 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
         tiles=_tiles(manifest),
         figures=_figures(manifest, curves),
         layouts=_layouts(manifest.layers),
+        unit=_unit(manifest.layers),
         tokens_differ=len({layer.num_tokens for layer in manifest.layers}) > 1,
         starved=[layer for layer in manifest.layers if layer.by_weight_norm],
         hardware=_hardware(manifest),
@@ -146,17 +147,19 @@ def _speed_tile(measured: Measurements) -> Tile:
 
 
 def _statistics_tiles(manifest: Manifest) -> list[Tile]:
-    calibration = manifest.calibration
+    calibration, unit = manifest.calibration, _unit(manifest.layers)
+    experts = len({layer.num_tokens for layer in manifest.layers}) > 1
+    seen = "of calibration text" if experts else f"counted in each {unit}'s statistics"
     tiles = [
-        Tile("Layers", humanize.count(len(manifest.layers)), "observed") if manifest.layers else None,
-        Tile("Tokens", humanize.count(calibration.num_tokens), "counted in each layer's statistics"),
+        Tile(f"{unit[0].upper()}{unit[1:]}s", humanize.count(len(manifest.layers)), "observed"),
+        Tile("Tokens", humanize.count(calibration.num_tokens), seen),
         Tile("Rows of text", f"{calibration.num_rows:,}", f"{calibration.num_shards} shards"),
     ]
     shares = [share for layer in manifest.layers if (share := layer.energy_in_top_5_percent) is not None]
     if shares:
         note = f"at most, {humanize.percent(min(shares))} at least"
         tiles.append(Tile("Energy in the top 5\u00a0%", humanize.percent(max(shares)), note))
-    return [tile for tile in tiles if tile is not None]
+    return tiles if manifest.layers else tiles[1:]
 
 
 def _figures(manifest: Manifest, curves: Sequence[EnergyCurve]) -> dict[str, Markup | None]:
@@ -185,15 +188,20 @@ def _both_widths(name: str, draw: Callable[[float, str], str]) -> Markup:
     return Markup(f'<div class="wide">{wide}</div>\n<div class="narrow">{narrow}</div>')
 
 
+def _unit(layers: Sequence[LayerRecord]) -> str:
+    return humanize.unit((layer.name, layer.layer) for layer in layers)
+
+
 def _layouts(layers: Sequence[LayerRecord]) -> str:
-    """The layouts in one phrase where they are few: `width 512 in all 6 layers`."""
+    """The layouts in one phrase where they are few: `width 512 in every layer`."""
+    unit = _unit(layers)
     counted = Counter(humanize.layout(layer.layout) for layer in layers)
     if len(counted) == 1:
         (only,) = counted
-        return f"{only} in every layer" if len(layers) > 1 else only
+        return f"{only} in every {unit}" if len(layers) > 1 else only
     if 1 < len(counted) <= 3:
-        return "; ".join(f"{layout} in {number} layers" for layout, number in counted.items())
-    return "differs from layer to layer" if counted else ""
+        return "; ".join(f"{layout} in {number} {unit}s" for layout, number in counted.items())
+    return f"differs from {unit} to {unit}" if counted else ""
 
 
 def _hardware(manifest: Manifest) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Final
 
 from ffsplit.ffn import Dense, LayerLayout, LowRank, PartLayout
@@ -104,6 +105,11 @@ def shape(batch_size: int, *, num_tokens: int) -> str:
 def ffn(name: str, *, layer: int) -> str:
     """Which FFN it is; older manifests have its number alone."""
     return name or f"layer {layer}"
+
+
+def unit(ffns: Iterable[tuple[str, int]]) -> str:
+    """What to call FFNs of these names and numbers: layers where every one is the only FFN of its layer."""
+    return "layer" if all(name in ("", f"layer {number}") for name, number in ffns) else "FFN"
 
 
 def layout(layer: LayerLayout) -> str:

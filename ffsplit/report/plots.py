@@ -73,7 +73,7 @@ def energy_curve(
 
 
 def energy_figure(curves: Sequence[EnergyCurve], *, width: float, name: str) -> str:
-    """Cumulative energy over the share of neurons, one line a layer."""
+    """Cumulative energy over the share of neurons, one line an FFN."""
     assert curves
     wide = width > 2 * NARROW
     ordered = sorted(curves, key=lambda curve: curve.layer)
@@ -107,6 +107,7 @@ def energy_figure(curves: Sequence[EnergyCurve], *, width: float, name: str) -> 
         )
 
     shares = [curve.at(HEAVY_SHARE) for curve in ordered]
+    unit = humanize.unit((curve.name, curve.layer) for curve in ordered)
     spread = f"from {humanize.percent(min(shares))} to {humanize.percent(max(shares))}"
     return render_svg(
         draw,
@@ -114,7 +115,7 @@ def energy_figure(curves: Sequence[EnergyCurve], *, width: float, name: str) -> 
         height=bottom + 44 + legend_height,
         name=name,
         title="Energy of the FFN output over the share of neurons",
-        description=f"{len(ordered)} lines, one a layer. The top 5 % of neurons carry {spread} of it.",
+        description=f"{len(ordered)} lines, one a {unit}. The top 5 % of neurons carry {spread} of it.",
     )
 
 
@@ -173,13 +174,14 @@ def _legend(
 
 
 def error_figure(layers: Sequence[LayerRecord], *, width: float, name: str) -> str:
-    """Each layer's relative error with its layout; many layers as columns, with their elements below."""
+    """Each FFN's relative error with its layout; many of them as columns, with their elements below."""
     measured = [layer for layer in layers if layer.relative_error is not None]
     assert measured
     errors = [layer.relative_error or 0.0 for layer in measured]
     spread = f"from {humanize.percent(min(errors))} to {humanize.percent(max(errors))}"
-    title = "Relative error of each layer's FFN output"
-    description = f"{len(measured)} layers, {spread}."
+    unit = humanize.unit((layer.name, layer.layer) for layer in measured)
+    title = "Relative error of each FFN's output"
+    description = f"{len(measured)} {unit}s, {spread}."
     colors = depth_colors(len(measured))
     if len(measured) <= _MOST_ROWS:
         rows = [
@@ -191,8 +193,6 @@ def error_figure(layers: Sequence[LayerRecord], *, width: float, name: str) -> s
             for layer, error, color in zip(measured, errors, colors, strict=True)
         ]
         return bar_rows(rows, width=width, name=name, title=title, description=description)
-
-    numbered = "layer" if all(layer.name in ("", f"layer {layer.layer}") for layer in measured) else "FFN"
 
     def draw(figure: Figure) -> None:
         numbers = [layer.layer for layer in measured]
@@ -209,7 +209,7 @@ def error_figure(layers: Sequence[LayerRecord], *, width: float, name: str) -> s
             axes.grid(axis="y")
             axes.spines["left"].set_visible(False)
             axes.set_title(label, loc="left", fontsize=12, color=MUTED, pad=8)
-        axes.set_xlabel(numbered, labelpad=6)
+        axes.set_xlabel(unit, labelpad=6)
 
     return render_svg(draw, width=width, height=388, name=name, title=title, description=description)
 

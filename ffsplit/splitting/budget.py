@@ -85,7 +85,7 @@ def fit_layers(
         if layout is None:
             smallest = max(smallest_keep(each, heavy=heavy, steps=steps) for each in set_of(shapes))
             raise BudgetError(
-                f"--keep {keep:g} is too small for one neuron a layer: the smallest is {smallest:.6f}"
+                f"--keep {keep:g} is too small for one neuron an FFN: the smallest is {smallest:.6f}"
             )
         layouts.append(layout)
     return tuple(layouts)

@@ -15,7 +15,7 @@ ScoreName = Literal["mean", "rms", "centred"]
 
 def _checked(stats: NeuronStats) -> int:
     if stats.num_tokens == 0:
-        raise CalibrationError("a layer saw no token, so its neurons cannot be judged")
+        raise CalibrationError("an FFN saw no token, so its neurons cannot be judged")
     return stats.num_tokens
 
 

@@ -78,7 +78,7 @@ class Solver:
         if layouts is None or not self._meets(budget, layouts):
             least = "none" if layouts is None else _rounded_up(budget, self.cost(budget, layouts))
             raise BudgetError(
-                f"{budget} is too small for one neuron a layer and the rest of the model: "
+                f"{budget} is too small for one neuron an FFN and the rest of the model: "
                 f"the smallest is {least}"
             )
 

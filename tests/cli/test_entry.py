@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import ffsplit
 from ffsplit.cli import main
+from ffsplit.models.headers import INDEX_NAME
 from tests.small_jobs import SmallJob
 from tests.tiny_families import save_checkpoint
 
@@ -201,6 +204,12 @@ BAD_MODELS: dict[str, str] = {
     "pickle only": "safetensors",
     "unknown family": "known: ",
     "truncated": "not a whole safetensors file",
+    "missing shard": "model-00002-of-00002.safetensors is missing",
+    "absent tensor": "names ghost.weight, which model.safetensors does not hold",
+    "not a number": "tensor encoder.layer.2.output.dense.weight holds NaN",
+    "no attention": "holds no tensor for encoder.layer.1.attention.self.query.weight",
+    "another shape": "self.query.weight has the shape (8, 32), config.json makes it (32, 32)",
+    "another tokenizer": "the tokenizer does not belong to the model",
     "no tokenizer": "tokenizer",
     "compressed already": "original",
     "no number of layers": "num_hidden_layers",
@@ -255,6 +264,7 @@ CONFIG_CHANGES: dict[str, dict[str, Any]] = {
     "no number of layers": {"num_hidden_layers": None},
     "fewer layers": {"num_hidden_layers": 1},
     "another width": {"intermediate_size": 1000},
+    "another tokenizer": {"vocab_size": 50},
     "unknown class": {"architectures": ["MyBert"]},
 }
 
@@ -270,6 +280,25 @@ def spoil(model: Path, name: str) -> None:
         (model / "config.json").write_text(json.dumps(config | {"model_type": "resnet"}))
     elif name == "truncated":
         weights.write_bytes(weights.read_bytes()[:-1000])
+    elif name == "missing shard":
+        index = {name: "model.safetensors" for name in load_file(weights)}
+        index["ghost.weight"] = "model-00002-of-00002.safetensors"
+        (model / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    elif name == "absent tensor":
+        index = dict.fromkeys([*load_file(weights), "ghost.weight"], "model.safetensors")
+        (model / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    elif name == "not a number":
+        tensors = load_file(weights)
+        tensors["encoder.layer.2.output.dense.weight"][-1, -1] = float("nan")
+        save_file(tensors, weights, {"format": "pt"})
+    elif name == "no attention":
+        tensors = load_file(weights)
+        del tensors["encoder.layer.1.attention.self.query.weight"]
+        save_file(tensors, weights, {"format": "pt"})
+    elif name == "another shape":
+        tensors = load_file(weights)
+        tensors["encoder.layer.1.attention.self.query.weight"] = torch.zeros(8, 32)
+        save_file(tensors, weights, {"format": "pt"})
     elif name == "no tokenizer":
         for path in model.glob("*token*"):
             path.unlink()

@@ -17,14 +17,17 @@ from ffsplit.calibration.hooks import Sampling
 from ffsplit.calibration.observe import observe
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import ConfigError
+from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_base_model, load_whole_model
 from ffsplit.models.streamed import StreamedModel, spilled
 from tests.conftest import CheckpointFactory
-from tests.tiny_models import ENCODERS, FAMILIES, random_rows
+from tests.tiny_families import FAMILIES, save_checkpoint, usual_head
+from tests.tiny_models import random_rows
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
+STREAMED = [name for name, family in FAMILIES.items() if ARCHITECTURES[family.model_type or name].can_stream]
 BATCHES = list(padded_batches(random_rows(9), batch_tokens=60, pad_id=0))
 
 
@@ -49,13 +52,21 @@ def run_through(model: StreamedModel, batches: Sequence[Batch]) -> list[Any]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("headed", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "llama"])
 def test_outputs_are_the_whole_models(
     checkpoint_of: CheckpointFactory, family: str, headed: bool, dtype: torch.dtype
 ) -> None:
-    head = "" if not headed else "ForMaskedLM" if family in ENCODERS else "ForCausalLM"
-    directory = checkpoint_of(family, head=head, dtype=torch.bfloat16)
+    head = "" if not headed else "ForMaskedLM" if family == "bert" else "ForCausalLM"
+    check_outputs(checkpoint_of(family, head=head, dtype=torch.bfloat16), dtype=dtype)
+
+
+@pytest.mark.parametrize("family", STREAMED)
+def test_every_family_that_is_said_to_goes_block_by_block(tmp_path: Path, family: str) -> None:
+    check_outputs(save_checkpoint(tmp_path, family, usual_head(family)))
+
+
+@torch.no_grad()
+def check_outputs(directory: Path, *, dtype: torch.dtype = torch.float32) -> None:
     whole = load_whole_model(directory, open_checkpoint(directory).class_name, dtype=dtype)
     expected = [whole(**batch.arguments)[0] for batch in BATCHES]
     got = run_through(streamed(directory, dtype=dtype, whole=True), BATCHES)

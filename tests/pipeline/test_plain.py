@@ -14,7 +14,7 @@ NOT_PLAIN = {
     "paper": "it leaves more than one dense FFN",
     "svd": "it leaves more than one dense FFN",
     "int8": "it ends with integer weights",
-    "search": "its search may give layers different widths",
+    "search": "its search may give FFNs different widths",
 }
 
 

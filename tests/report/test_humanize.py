@@ -107,3 +107,9 @@ def test_layouts_in_words():
     assert humanize.layout(LayerLayout(heavy=dense, light=None, down_bias=True)) == "width 77"
     both = LayerLayout(heavy=dense, light=factored, down_bias=True)
     assert humanize.layout(both) == "77 dense + 1,459 at rank 64 / rank 80"
+
+
+def test_ffns_are_layers_where_each_is_a_layers_only_one() -> None:
+    assert humanize.unit([("layer 0", 0), ("layer 1", 1)]) == humanize.unit([("", 0), ("", 1)]) == "layer"
+    assert humanize.unit([("layer 0", 0), ("layer 1 expert 0", 1)]) == "FFN"
+    assert humanize.unit([("encoder layer 0", 0), ("decoder layer 0", 1)]) == "FFN"

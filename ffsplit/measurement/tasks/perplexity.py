@@ -13,6 +13,7 @@ from ffsplit.calibration.batches import padded_batches
 from ffsplit.calibration.text_files import lines
 from ffsplit.config import Record, digest_of
 from ffsplit.errors import FFSplitError
+from ffsplit.measurement.examples import vocab_size_of
 from ffsplit.measurement.tasks.scoring import Score, longest_row
 from ffsplit.measurement.tasks.table import read_decoded, task_error, task_file
 from ffsplit.models.checkpoint import Checkpoint
@@ -75,7 +76,7 @@ def tokenize_text(tokenizer: Any, text: str) -> list[int]:
 def windows_perplexity(model: Any, windows: Sequence[Sequence[int]]) -> tuple[float, int]:
     """exp of the mean loss in nats, and how many tokens were predicted: all but the first of each window."""
     longest = max(map(len, windows))
-    batch_tokens = max(longest, LOGITS_AT_ONCE // int(model.config.vocab_size))
+    batch_tokens = max(longest, LOGITS_AT_ONCE // vocab_size_of(model))
     long_enough = [ids for ids in windows if len(ids) > 1]
     total, num_tokens = 0.0, 0
     for batch in padded_batches(long_enough, batch_tokens=batch_tokens, pad_id=0):
