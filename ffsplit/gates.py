@@ -120,7 +120,7 @@ def check_gates(
     config: JobConfig,
 ) -> None:
     """Raise ConfigError for a gate on what the run is not going to measure."""
-    is_language_model = checkpoint.class_name.endswith("ForCausalLM")
+    is_language_model = checkpoint.compared_as == "causal_lm"
     longest_row = checkpoint.max_positions
     measured = LANGUAGE_FIDELITY if is_language_model else ENCODER_FIDELITY
     for gate in gates:

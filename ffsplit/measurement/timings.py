@@ -13,6 +13,7 @@ from ffsplit.artifacts.benchmarks import Figures, Timing
 from ffsplit.measurement.examples import vocab_size_of
 from ffsplit.measurement.latency import allow_batches, paired_times
 from ffsplit.measurement.work import FEW_TOKENS, work_of
+from ffsplit.models.load import decodes
 
 Phase = Literal["forward", "prefill", "decode"]
 
@@ -25,7 +26,7 @@ def time_models(
     models = (original, compressed)
     for model in models:
         allow_batches(model)
-    decodes = new_tokens > 0 and type(original).__name__.endswith("ForCausalLM")
+    in_phases = new_tokens > 0 and decodes(original)
     vocab_size = min(map(vocab_size_of, models))
     timings = []
     for rows, tokens in shapes:
@@ -34,9 +35,9 @@ def time_models(
         mask = torch.ones_like(ids)
         calls = [_forward(model, ids, mask) for model in models]
         times = paired_times(*calls, num_pairs=num_pairs, on_cuda=ids.is_cuda)
-        phase: Phase = "prefill" if decodes else "forward"
+        phase: Phase = "prefill" if in_phases else "forward"
         timings.append(_timing(phase, times, models, rows=rows, tokens=tokens, tokens_a_call=rows * tokens))
-        if decodes:
+        if in_phases:
             steps = [_decoder(model, ids) for model in models]
             times = paired_times(*steps, num_pairs=new_tokens, on_cuda=ids.is_cuda)
             timings.append(_timing("decode", times, models, rows=rows, tokens=tokens, tokens_a_call=rows))

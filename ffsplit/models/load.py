@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 
 from ffsplit.errors import ConfigError
-from ffsplit.models.checkpoint import Checkpoint, tokenizer_files
+from ffsplit.models.checkpoint import GENERATORS, Checkpoint, tokenizer_files
 from ffsplit.models.headers import opened
 from ffsplit.models.trust import check_trusted, remote_classes, trusted, trusting
 
@@ -90,6 +90,11 @@ def load_whole_model(directory: Path, class_name: str, **options: Any) -> Any:
         chosen = model_class(class_name, where=directory)
         options |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trusted()}
         return chosen.from_pretrained(directory, **options).eval()
+
+
+def decodes(model: Any) -> bool:
+    """Whether a loaded model reads and writes one text, a token after the other."""
+    return type(model).__name__.endswith(GENERATORS) and not model.config.is_encoder_decoder
 
 
 def model_class(class_name: str, *, where: Path) -> Any:

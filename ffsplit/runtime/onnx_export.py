@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,14 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ffsplit.errors import ConfigError, FFSplitError
-from ffsplit.models.load import load_whole_model, quiet_transformers
+from ffsplit.models.load import decodes, load_whole_model, quiet_transformers
 from ffsplit.runtime.integer_map import IntegerMap
 
 INSTALL = "pip install 'ffsplit[onnx]'"
 FILE_NAME = "model.onnx"
 OPSET = 18
+EXAMPLE, EXAMPLE_PAST = torch.arange(5, 19).reshape(2, 7), 3
+Cache = list[tuple[Tensor, Tensor]]
 
 
 @torch.library.custom_op("ffsplit::int8_product", mutates_args=())
@@ -47,50 +51,65 @@ class _Int8Product(nn.Module):
         return y if self.activation is None else self.activation(y)
 
 
-class _Wrapped(nn.Module):
+class _Encoder(nn.Module):
     """A model with two inputs and one output."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        result: Tensor = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, **self.options(), return_dict=True
-        )[0]
+        result: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)[0]
         return result
 
-    def options(self) -> dict[str, bool]:
-        causal = type(self.model).__name__.endswith("ForCausalLM")
-        return {"use_cache": False} if causal else {}
+
+class _Decoder(nn.Module):
+    """A causal model as a function of new tokens, and of the keys and values of those before."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, past: Cache) -> tuple[Tensor, Cache]:
+        """`attention_mask` is as long as past and new tokens together; padding on the left is no position."""
+        options = {}
+        if self.takes_positions:
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            options["position_ids"] = positions[:, -input_ids.shape[1] :]
+        result = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=DynamicCache(past),
+            use_cache=True,
+            return_dict=True,
+            **options,
+        )
+        return result.logits, [(layer.keys, layer.values) for layer in result.past_key_values.layers]
 
 
 def export_onnx(directory: Path, target: Path) -> Path:
     """Write a checkpoint's model to `target`, in float32 but for its integers, and return that file.
 
     Inputs are `input_ids` and `attention_mask` [batch, tokens]; the output is `logits`, or
-    `last_hidden_state` of a model without a head. Raises ConfigError where the extra is missing or the
-    model has what the file could not hold.
+    `last_hidden_state` of a model without a head. Causal models with a head also take
+    `past_key_values.N.key` and `.value` [batch, heads, past tokens, size], of no tokens to begin with, and
+    give `present.N.key` and `.value`. Raises ConfigError where the extra is missing or the model has what
+    the file could not hold.
     """
     translations = _translations()
     config = json.loads((directory / "config.json").read_text("utf-8"))
     class_name = (config.get("architectures") or [""])[0]
     model = load_whole_model(directory, class_name, dtype=torch.float32)
     _replace_integer_maps(model)
-    has_head = hasattr(model, "base_model") and model.base_model is not model
-    batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=1)
-    ids = torch.arange(5, 19).reshape(2, 7)
     with quiet_transformers(), ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         try:
+            options = _decoder_options(model) if decodes(model) else _encoder_options(model)
             program = torch.onnx.export(
-                _Wrapped(model).eval(),
-                (ids, torch.ones_like(ids)),
+                **options,
                 dynamo=True,
                 opset_version=OPSET,
-                input_names=["input_ids", "attention_mask"],
-                output_names=["logits" if has_head else "last_hidden_state"],
-                dynamic_shapes={"input_ids": {0: batch, 1: tokens}, "attention_mask": {0: batch, 1: tokens}},
                 custom_translation_table=translations,
                 verbose=False,
             )
@@ -100,6 +119,41 @@ def export_onnx(directory: Path, target: Path) -> Path:
     assert program is not None
     program.save(str(target))
     return target
+
+
+def _encoder_options(model: Any) -> dict[str, Any]:
+    has_head = hasattr(model, "base_model") and model.base_model is not model
+    axes = {0: _dim("batch"), 1: _dim("tokens")}
+    return {
+        "model": _Encoder(model).eval(),
+        "args": (EXAMPLE, torch.ones_like(EXAMPLE)),
+        "input_names": ["input_ids", "attention_mask"],
+        "output_names": ["logits" if has_head else "last_hidden_state"],
+        "dynamic_shapes": {"input_ids": axes, "attention_mask": axes},
+    }
+
+
+def _decoder_options(model: Any) -> dict[str, Any]:
+    layers = model(input_ids=EXAMPLE, use_cache=True).past_key_values.layers
+    past = [tuple(each[:, :, :EXAMPLE_PAST].contiguous() for each in (x.keys, x.values)) for x in layers]
+    batch = _dim("batch")
+    in_cache = ({0: batch, 2: _dim("past_tokens")},) * 2
+    names = [f"{number}.{kind}" for number in range(len(past)) for kind in ("key", "value")]
+    return {
+        "model": _Decoder(model).eval(),
+        "args": (EXAMPLE[:, EXAMPLE_PAST:], torch.ones_like(EXAMPLE), past),
+        "input_names": ["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in names)],
+        "output_names": ["logits", *(f"present.{name}" for name in names)],
+        "dynamic_shapes": {
+            "input_ids": {0: batch, 1: _dim("tokens")},
+            "attention_mask": {0: batch, 1: _dim("past_and_new_tokens")},
+            "past": [in_cache] * len(past),
+        },
+    }
+
+
+def _dim(name: str) -> Any:
+    return torch.export.Dim(name, min=0 if name == "past_tokens" else 1)
 
 
 def _replace_integer_maps(model: nn.Module) -> None:
