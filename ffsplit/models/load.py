@@ -11,7 +11,7 @@ import torch
 
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import GENERATORS, Checkpoint, tokenizer_files
-from ffsplit.models.headers import opened
+from ffsplit.models.headers import opened, read_json
 from ffsplit.models.trust import check_trusted, remote_classes, trusted, trusting
 
 POOLER = "pooler"
@@ -53,6 +53,8 @@ def check_complete(checkpoint: Checkpoint) -> None:
     transformers would make it up. No weight is read. A head is asked for where the result is compared by
     what it gives; what pools encoders' states never is.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     where = checkpoint.directory
     needs_head = checkpoint.compared_as == "causal_lm" or not checkpoint.is_whole
     chosen = model_class(checkpoint.class_name if needs_head else "", where=where)
@@ -65,6 +67,8 @@ def check_complete(checkpoint: Checkpoint) -> None:
     try:
         with quiet_transformers():
             _, found = chosen.from_pretrained(where, **options)
+    except StrictDataclassError as error:
+        raise _does_not_hold(where, error) from None
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(f"{where} does not load: {' '.join(str(error).split())}") from None
     absent = sorted(name for name in found["missing_keys"] if POOLER not in name)
@@ -214,6 +218,26 @@ def load_config(directory: Path) -> Any:
     return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted())
 
 
+def _does_not_hold(directory: Path, error: Exception) -> ConfigError:
+    """What to say of a config that its family's class refuses."""
+    return ConfigError(f"{directory}/config.json does not hold: {' '.join(str(error).split())}")
+
+
+def _config_of_tokenizer(directory: Path) -> Any:
+    """The config to find a tokenizer's class by; None for the model's own.
+
+    Where the tokenizer's own file names its class, nothing of the model's is needed but its type, and the
+    family's modules, which take as long to import as all the rest, need not be loaded.
+    """
+    from transformers import PreTrainedConfig
+
+    path = directory / "tokenizer_config.json"
+    stated = read_json(path, "") if path.is_file() else {}
+    if not stated.get("tokenizer_class") or remote_classes(directory):
+        return None
+    return PreTrainedConfig.from_pretrained(directory, local_files_only=True)
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises ConfigError when it has none that works."""
     from huggingface_hub.errors import StrictDataclassError
@@ -224,11 +248,13 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(
-                checkpoint.directory, local_files_only=True, trust_remote_code=trusted()
+                checkpoint.directory,
+                config=_config_of_tokenizer(checkpoint.directory),
+                local_files_only=True,
+                trust_remote_code=trusted(),
             )
     except StrictDataclassError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{checkpoint.directory}/config.json does not hold: {reason}") from None
+        raise _does_not_hold(checkpoint.directory, error) from None
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{checkpoint.directory} has no tokenizer that loads: {reason}") from None

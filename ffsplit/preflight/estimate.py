@@ -83,7 +83,7 @@ def _stages(
     statistics_only: bool,
 ) -> Iterator[StageNeeds]:
     workers = machine.num_workers
-    with profile.applied():
+    with profile.pinned():
         speed, single = (operations_per_second(profile.device, dtype) for dtype in (profile.dtype, "float32"))
 
     def needs(name: str, memory: int, seconds: float, *, alone: bool = True) -> StageNeeds:

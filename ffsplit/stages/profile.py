@@ -41,8 +41,20 @@ class ComputeProfile(Record):
         return self.model_dump(mode="json", exclude={"trust_remote_code"})
 
     @contextmanager
+    def pinned(self, *, threads: int | None = None) -> Iterator[None]:
+        """This process computes with the profile's CPU threads, or other ones, for a while."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    @contextmanager
     def applied(self, *, threads: int | None = None) -> Iterator[None]:
-        """Pin this process to the profile for a while, with other `threads` where they are given.
+        """Hold this process to the profile for a while, with other `threads` where they are given.
 
         Raises ConfigError when the process has no such device.
         """
@@ -50,12 +62,10 @@ class ComputeProfile(Record):
 
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("--device cuda: this worker sees no CUDA device")
-        before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-        torch.set_num_threads(threads or self.threads)
+        before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            with trusting(self.trust_remote_code):
+            with self.pinned(threads=threads), trusting(self.trust_remote_code):
                 yield
         finally:
-            torch.set_num_threads(before[0])
-            torch.use_deterministic_algorithms(before[1])
+            torch.use_deterministic_algorithms(before)

@@ -209,6 +209,7 @@ BAD_MODELS: dict[str, str] = {
     "not a number": "tensor encoder.layer.2.output.dense.weight holds NaN",
     "no attention": "holds no tensor for encoder.layer.1.attention.self.query.weight",
     "another shape": "self.query.weight has the shape (8, 32), config.json makes it (32, 32)",
+    "no config of its family": "config.json does not hold",
     "another tokenizer": "the tokenizer does not belong to the model",
     "no tokenizer": "tokenizer",
     "compressed already": "original",
@@ -265,6 +266,7 @@ CONFIG_CHANGES: dict[str, dict[str, Any]] = {
     "fewer layers": {"num_hidden_layers": 1},
     "another width": {"intermediate_size": 1000},
     "another tokenizer": {"vocab_size": 50},
+    "no config of its family": {"num_attention_heads": "four"},
     "unknown class": {"architectures": ["MyBert"]},
 }
 

@@ -10,9 +10,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from ffsplit.models.checkpoint import open_checkpoint, tokenizer_files
 from ffsplit.models.headers import INDEX_NAME
+from ffsplit.models.load import load_tokenizer, quiet_transformers
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import CAUSAL, FAMILIES, MAX_POSITIONS, NUM_LAYERS
 
@@ -146,3 +148,19 @@ def test_digests_do_not_depend_on_the_place_or_the_name(bert: Path, tmp_path: Pa
     first, second = open_checkpoint(bert), open_checkpoint(copy)
     assert first.model_digest() == second.model_digest()
     assert first.tokenizer_digest() == second.tokenizer_digest()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "opt"])
+@pytest.mark.parametrize("named", ["PreTrainedTokenizerFast", "BertTokenizer", "GPT2TokenizerFast", None])
+def test_the_tokenizer_is_the_one_that_transformers_finds(
+    checkpoint_of: CheckpointFactory, tmp_path: Path, family: str, named: str | None
+) -> None:
+    directory = Path(shutil.copytree(checkpoint_of(family), tmp_path / "model"))
+    path = directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": named}))
+    with quiet_transformers():
+        expected = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    found = load_tokenizer(open_checkpoint(directory))
+    assert type(found) is type(expected)
+    assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    assert found.special_tokens_map == expected.special_tokens_map
