@@ -27,7 +27,6 @@ from ffsplit.pipeline.origin import check_origin
 from ffsplit.preflight.estimate import estimate
 from ffsplit.preflight.records import Preflight
 from ffsplit.recipes.recipe import Recipe
-from ffsplit.runtime.trial import check_by_trial
 from ffsplit.splitting.plan import num_energetic
 from ffsplit.splitting.solver import Solver
 from ffsplit.stages.profile import ComputeProfile
@@ -95,6 +94,8 @@ def identify(job: Examined, flight: Preflight) -> PreparedRun:
     config, recipe, checkpoint = job.config, job.recipe, job.checkpoint
     check_complete(checkpoint)
     if checkpoint.is_guessed:
+        from ffsplit.runtime.trial import check_by_trial  # loads transformers' modelling code
+
         check_by_trial(checkpoint)
     digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}
     if job.origin is not None:

@@ -26,7 +26,6 @@ from ffsplit.distributed import make_runner
 from ffsplit.errors import ConfigError, FFSplitError, GateError, StoreError
 from ffsplit.gates import judge, refusal
 from ffsplit.models.trust import trusting
-from ffsplit.pipeline.computation import compute_model, compute_statistics
 from ffsplit.pipeline.documents import write_documents
 from ffsplit.pipeline.placement import place
 from ffsplit.pipeline.prepare import PreparedRun, prepare
@@ -135,6 +134,8 @@ def _carry_out(
     shown: Progress,
 ) -> Manifest | None:
     """Compute a run and publish it. Returns its manifest instead where its gates refuse it."""
+    from ffsplit.pipeline.computation import compute_model, compute_statistics  # none for a committed run
+
     config, log = run.config, StageLog(shown)
     with (
         logs.fields(run=key),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,26 +25,31 @@ class Events:
 
     session: Path
     drivers: tuple[Path, ...]
-    _read_to: dict[Path, int] = field(default_factory=dict)
+    _read_to: dict[int, int] = field(default_factory=dict)
+    """By the files themselves: Ray renames that of a worker which it gives to a job."""
     _found: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._read_to = {path: path.stat().st_size for path in self._files()}
+        for path in self._files():
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                self._read_to[found.st_ino] = found.st_size
 
     def _files(self) -> list[Path]:
-        return [*self.session.glob("worker*.err"), *(path for path in self.drivers if path.exists())]
+        return [*self.session.glob("worker*.err"), *self.drivers]
 
     def read(self) -> list[Event]:
         """All events so far, in the order of their times."""
         for path in self._files():
-            start = self._read_to.get(path, 0)
-            if path.stat().st_size > start:
-                with path.open("rb") as file:
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                found = os.fstat(file.fileno())
+                start = self._read_to.get(found.st_ino, 0)
+                if found.st_size > start:
                     file.seek(start)
                     data = file.read()
-                whole = data[: data.rfind(b"\n") + 1]
-                self._read_to[path] = start + len(whole)
-                self._found += [event for line in whole.splitlines() if (event := _parse(line))]
+                    whole = data[: data.rfind(b"\n") + 1]
+                    self._read_to[found.st_ino] = start + len(whole)
+                    self._found += [event for line in whole.splitlines() if (event := _parse(line))]
         return sorted(self._found)
 
 
