@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a minute's worth, to see that it runs")
     parser.add_argument("--page", type=Path, default=PAGE)
     parsed = parser.parse_args()
-    small = parsed.small
+    small, load = parsed.small, os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="ffsplit-bench-") as name:
         folder, workers = Path(name), (1, 2) if small else (1, 2, 4)
         cost = overhead(num_rows=64 if small else 512, rounds=2 if small else 7)
@@ -236,7 +236,7 @@ def main() -> None:
             reduce_cost(folder, num_shards=count) for count in ((100, 400) if small else (1000, 10_000))
         ]
     parsed.page.write_text(
-        page(cost, text, layers, rerun, simulated=simulated, tasks=tasks, merges=merges), "utf-8"
+        page(cost, text, layers, rerun, load=load, simulated=simulated, tasks=tasks, merges=merges), "utf-8"
     )
     print(f"{parsed.page}; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
@@ -247,6 +247,7 @@ def page(
     layers: Sequence[Rate],
     rerun: float,
     *,
+    load: float,
     simulated: Any,
     tasks: Any,
     merges: Sequence[Any],
@@ -255,7 +256,8 @@ def page(
     hardware = describe_environment().hardware
     lines = ["# How the work spreads", "", "Written by `make bench-scaling`.", ""]
     lines += [
-        f"{hardware['processor']}, {hardware['num_cpus']} cores; all-MiniLM-L6-v2, one thread a worker."
+        f"{hardware['processor']}, {hardware['num_cpus']} cores; all-MiniLM-L6-v2, one thread a worker. "
+        f"Load average before the start: {load:.1f}."
     ]
     lines += ["", "| workers | calibration, tokens/s | over one | Ray's share |", "|---|---|---|---|"]
     lines += [
