@@ -176,7 +176,7 @@ def check_model_class(class_name: str, *, where: Path) -> None:
     """Raise ConfigError when neither transformers nor the model's own code has a class; none is imported."""
     import transformers
 
-    if class_name and class_name not in dir(transformers) and _auto_class(class_name, where) is None:
+    if class_name and class_name not in transformers.__all__ and _auto_class(class_name, where) is None:
         raise ConfigError(f"{where}: transformers {transformers.__version__} has no class {class_name}")
 
 
