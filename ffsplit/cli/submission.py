@@ -100,7 +100,7 @@ def _of_run(command: str, config: JobConfig, entrypoint: str) -> Job:
     from ffsplit.artifacts.commits import Kind, read_commit
     from ffsplit.artifacts.stores import open_store
     from ffsplit.pipeline.examine import examine
-    from ffsplit.pipeline.prepare import identify
+    from ffsplit.pipeline.prepare import check_weights, identify
     from ffsplit.preflight.estimate import estimate
 
     kind: Kind = "model" if command == "compress" else "statistics"
@@ -110,6 +110,8 @@ def _of_run(command: str, config: JobConfig, entrypoint: str) -> Job:
     store, is_done = open_store(config.out), False
     with suppress(FFSplitError):  # a store that only the cluster can read: the job will see for itself
         is_done = read_commit(store, key) is not None
+    if not is_done:
+        check_weights(run.checkpoint)
     place = digest_of({"out": store.uri})[:6]
     return Job(f"ffsplit-{command}-{key}-{place}", entrypoint, is_done)
 

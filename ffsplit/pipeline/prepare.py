@@ -87,16 +87,8 @@ def preflight(config: JobConfig, *, kind: Kind = "model") -> Preflight:
 
 
 def identify(job: Examined, flight: Preflight) -> PreparedRun:
-    """Read every byte that a run starts from, and name its results by it.
-
-    Raises ConfigError where weights are missing or not finite.
-    """
+    """Name a run's results by every byte that it starts from."""
     config, recipe, checkpoint = job.config, job.recipe, job.checkpoint
-    check_complete(checkpoint)
-    if checkpoint.is_guessed:
-        from ffsplit.runtime.trial import check_by_trial  # loads transformers' modelling code
-
-        check_by_trial(checkpoint)
     digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}
     if job.origin is not None:
         check_origin(job.origin, digests=digests, revision=job.revision, profile=job.profile)
@@ -126,6 +118,19 @@ def identify(job: Examined, flight: Preflight) -> PreparedRun:
         run_key=gated_key(work_key, job.gates),
         nonce=nonce,
     )
+
+
+def check_weights(checkpoint: Checkpoint) -> None:
+    """What must hold before a run begins, and needs no second look where its result stands.
+
+    Loads the modelling code of the model's family. Raises ConfigError where weights are missing or not
+    finite, UnsupportedModelError where FFNs were guessed wrongly.
+    """
+    check_complete(checkpoint)
+    if checkpoint.is_guessed:
+        from ffsplit.runtime.trial import check_by_trial
+
+        check_by_trial(checkpoint)
 
 
 def settle(run: PreparedRun, statistics: Sequence[NeuronStats]) -> PreparedRun:

@@ -28,7 +28,7 @@ from ffsplit.gates import judge, refusal
 from ffsplit.models.trust import trusting
 from ffsplit.pipeline.documents import write_documents
 from ffsplit.pipeline.placement import place
-from ffsplit.pipeline.prepare import PreparedRun, prepare
+from ffsplit.pipeline.prepare import PreparedRun, check_weights, prepare
 from ffsplit.preflight.words import in_one_line
 from ffsplit.progress import Progress, StageLog
 from ffsplit.temporary import full_disk_explained, temporary_folder
@@ -90,6 +90,7 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{work}")
         refused, is_new = None, not _is_committed(store, key)
         if is_new:
+            check_weights(run.checkpoint)
             guarantees = store.check_writable()
             if guarantees.conditional_put != "atomic":
                 shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
