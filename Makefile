@@ -55,7 +55,8 @@ docs: venv ## Generate docs/manifest.schema.json and docs/models.md
 
 .PHONY: bench-speed
 bench-speed: venv ## Time compressed models beside other tools' into benchmarks/speed_<hardware>.md
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .bench torchao==0.18.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .bench torchao==0.18.0 \
+		compressed-tensors==0.19.0 loguru
 	PYTHONPATH=.:.bench $(BIN)/python benchmarks/speed.py
 
 .PHONY: bench-scaling

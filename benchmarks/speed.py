@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import platform
 import re
 import sys
@@ -62,8 +63,9 @@ def main() -> None:
     for title, table in tables.items():
         if given.only and title not in given.only:
             continue
-        start = time.perf_counter()
-        sections[title] = "\n".join(table())
+        start, load = time.perf_counter(), os.getloadavg()[0]
+        lines = [*table(), "", f"{torch.get_num_threads()} threads; load average {load:.1f} when it began."]
+        sections[title] = "\n".join(lines)
         print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         gc.collect()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
@@ -75,7 +77,7 @@ def main() -> None:
     lines = [
         f"# Speed on {name}",
         "",
-        f"Made by `{command}`: {name}, {torch.get_num_threads()} threads; {versions}.",
+        f"Made by `{command}`: {name}; {versions}.",
         "Weights are random: speed depends on shapes alone. Candidates of a table take turns in one process;",
         "times are medians, speed-ups medians of the ratios to the dense model (float32 on the CPU, bfloat16",
         "on a GPU) within a round. `rows x tokens`; *reach* is what was asked for. Remarks: speed-notes.md.",

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import nn
 
@@ -92,15 +91,20 @@ def linears_config(modules: tuple[str, ...]) -> dict[str, Any]:
 def install_linears(base: nn.Module, config: dict[str, Any], *, form: Form) -> None:
     """Put empty integer maps in the place of a base model's linear layers."""
     format = Integer.model_validate(config["format"])
-    siblings: dict[str, list[nn.Module]] = {}
+    children: dict[str, list[str]] = {}
     for path in config["modules"]:
-        old = base.get_submodule(path)
-        if not isinstance(old, nn.Linear):
-            raise ArtifactError(f"config.json names {path}, which is no linear layer in this model")
-        with torch.device(old.weight.device):
-            new = form.build(format, old.out_features, old.in_features, bias=False)
-        new.bias = old.bias
-        base.set_submodule(path, new)
-        siblings.setdefault(path.rpartition(".")[0], []).append(new)
-    for maps in siblings.values():  # queries, keys and values
-        share_inputs(maps)
+        parent, _, name = path.rpartition(".")
+        children.setdefault(parent, []).append(name)
+    for path, names in children.items():
+        parent = base.get_submodule(path)
+        for name in names:
+            old = getattr(parent, name, None)
+            if not isinstance(old, nn.Linear):
+                raise ArtifactError(
+                    f"config.json names {path}.{name}, which is no linear layer in this model"
+                )
+            with old.weight.device:
+                new = form.build(format, old.out_features, old.in_features, bias=False)
+            new.bias = old.bias
+            setattr(parent, name, new)
+        share_inputs(getattr(parent, name) for name in names)  # queries, keys and values
