@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ffsplit.calibration.batches import Batch, padded, padded_batches, tokenize_rows
 from ffsplit.calibration.sound import decode_sound
+from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.load import load_processor, load_tokenizer
 
@@ -210,6 +211,13 @@ class SoundReader:
 
 
 def _image(encoded: str) -> Any:
-    from PIL import Image
-
-    return Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+    """A picture. Raises ConfigError for what is none, or cannot be decoded without Pillow."""
+    try:
+        from PIL import Image
+    except ImportError:
+        raise ConfigError("pictures need Pillow: pip install 'ffsplit[image]'") from None
+    try:
+        return Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).partition(": <")[0]
+        raise ConfigError(f"a calibration picture cannot be decoded ({reason}): take it out") from None

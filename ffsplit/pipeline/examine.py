@@ -206,7 +206,7 @@ def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) 
         raise ConfigError(f"--max-length {max_length} is more than the model's {longest} positions")
     reader = make_reader(checkpoint, max_length=max_length, batch_tokens=max_length)
     if not isinstance(reader, TextReader):
-        if not reader.encode(rows[:8]):
+        if next(reader.batches(reader.encode(rows[:8])), None) is None:
             raise ConfigError("the calibration rows hold nothing that the model reads: give others")
         return
     tokenizer = reader.tokenizer

@@ -1,0 +1,116 @@
+"""Pairs of texts, pictures and sounds, from every form that a spec may have; and specs that are none."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import wave
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ffsplit.calibration.media import embedded, read_media, read_pairs
+from ffsplit.calibration.readers import _image
+from ffsplit.calibration.sound import decode_sound
+from ffsplit.errors import ConfigError
+
+PICTURES = [b"one", b"two", b"three"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pictures as files below a folder, and named by files of every form."""
+    (tmp_path / "pictures" / "more").mkdir(parents=True)
+    names = ["pictures/a.png", "pictures/b.JPG", "pictures/more/c.webp"]
+    for name, content in zip(names, PICTURES, strict=True):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    (tmp_path / "list.csv").write_text("picture,text\n" + "".join(f"{name},words\n" for name in names))
+    columns = {
+        "bytes": PICTURES,
+        "record": [{"bytes": content, "path": None} for content in PICTURES],
+        "path": names,
+        "text": ["words"] * 3,
+    }
+    pq.write_table(pa.table(columns), tmp_path / "table.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["pictures", "list.csv#picture", "table.parquet#bytes", "table.parquet#record", "table.parquet#path"],
+)
+def test_pictures_from_every_form(folder: Path, spec: str) -> None:
+    rows = read_media([f"{folder}/{spec}"], kind="image")
+    assert [base64.b64decode(json.loads(embedded(row))[0]) for row in rows] == PICTURES
+    assert all(len(row) < 500 for row in rows)  # named until they are sampled
+
+
+@pytest.mark.parametrize("spec", ["list.csv#picture,text", "table.parquet#record,text"])
+def test_a_text_beside_each_picture(folder: Path, spec: str) -> None:
+    rows = [json.loads(embedded(row)) for row in read_media([f"{folder}/{spec}"], kind="image_text")]
+    assert [base64.b64decode(content) for content, _ in rows] == PICTURES
+    assert {text for _, text in rows} == {"words"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "complaint"),
+    [
+        ("pictures/more", "audio", "the folder holds no sound: .wav"),
+        ("pictures", "image_text", "this model reads images"),
+        ("none", "image", "name a folder, FILE.parquet#COLUMN or FILE.csv"),
+        ("table.parquet", "image", r"name 1 column\(s\)"),
+        ("table.parquet#bytes", "image_text", r"name 2 column\(s\)"),
+        ("table.parquet#other", "image", "other"),
+        ("gone.parquet#bytes", "image", "not a Parquet file"),
+    ],
+)
+def test_specs_that_name_no_media(folder: Path, spec: str, kind: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        read_media([f"{folder}/{spec}"], kind=kind)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_picture_that_is_not_there_or_is_none(folder: Path) -> None:
+    rows = read_media([f"{folder}/list.csv#picture"], kind="image")
+    with pytest.raises(ConfigError, match="a calibration picture cannot be decoded"):
+        _image(json.loads(embedded(rows[0]))[0])
+    (folder / "pictures" / "a.png").unlink()
+    with pytest.raises(ConfigError, match=r"a\.png"):
+        embedded(rows[0])
+
+
+def test_pairs_of_texts(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text("source,target\na,b\n,nothing\nc,d\n")
+    assert [json.loads(row) for row in read_pairs([f"{path}#source,target"])] == [["a", "b"], ["c", "d"]]
+    assert json.loads(read_pairs([f"{path}#target"])[0]) == ["b", "b"]
+    with pytest.raises(ConfigError, match="name two columns at most"):
+        read_pairs([f"{path}#source,target,more"])
+    path.write_text("source,target\na,\n,b\n")
+    with pytest.raises(ConfigError, match="no row has both texts"):
+        read_pairs([f"{path}#source,target"])
+
+
+@pytest.mark.parametrize(("width", "dtype"), [(1, np.uint8), (2, np.int16), (4, np.int32)])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_sounds_of_every_width_at_the_models_rate(width: int, dtype: type, channels: int) -> None:
+    """A tone of a quarter of full scale, at half the rate that is wanted."""
+    tone = 0.25 * np.sin(2 * np.pi * 440 * np.arange(4000) / 8000)
+    whole = tone * 2.0 ** (8 * width - 1) + (128 if width == 1 else 0)
+    file = io.BytesIO()
+    with wave.open(file, "wb") as target:
+        target.setparams((channels, width, 8000, 0, "NONE", ""))
+        target.writeframes(np.repeat(whole.astype(dtype), channels).tobytes())
+    found = decode_sound(file.getvalue(), rate=16000)
+    assert found.shape == (8000,) and found.dtype == np.float32
+    assert np.abs(found).max() == pytest.approx(0.25, abs=0.02)
+
+
+def test_a_sound_that_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"soundfile|cannot be decoded"):
+        decode_sound(b"no sound", rate=16000)
