@@ -111,7 +111,7 @@ def _of_run(command: str, config: JobConfig, entrypoint: str) -> Job:
     with suppress(FFSplitError):  # a store that only the cluster can read: the job will see for itself
         is_done = read_commit(store, key) is not None
     if not is_done:
-        check_weights(run.checkpoint)
+        check_weights(run.checkpoint, block_by_block=run.flight.block_by_block)
     place = digest_of({"out": store.uri})[:6]
     return Job(f"ffsplit-{command}-{key}-{place}", entrypoint, is_done)
 

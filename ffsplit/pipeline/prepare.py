@@ -120,7 +120,7 @@ def identify(job: Examined, flight: Preflight) -> PreparedRun:
     )
 
 
-def check_weights(checkpoint: Checkpoint) -> None:
+def check_weights(checkpoint: Checkpoint, *, block_by_block: bool) -> None:
     """What must hold before a run begins, and needs no second look where its result stands.
 
     Loads the modelling code of the model's family. Raises ConfigError where weights are missing or not
@@ -130,7 +130,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
     if checkpoint.is_guessed:
         from ffsplit.runtime.trial import check_by_trial
 
-        check_by_trial(checkpoint)
+        check_by_trial(checkpoint, block_by_block=block_by_block)
 
 
 def settle(run: PreparedRun, statistics: Sequence[NeuronStats]) -> PreparedRun:

@@ -90,7 +90,7 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{work}")
         refused, is_new = None, not _is_committed(store, key)
         if is_new:
-            check_weights(run.checkpoint)
+            check_weights(run.checkpoint, block_by_block=run.flight.block_by_block)
             guarantees = store.check_writable()
             if guarantees.conditional_put != "atomic":
                 shown.note(f"warning: {store.uri} {NOT_ATOMIC}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from ffsplit.errors import UnsupportedModelError
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.load import load_base_model
+from ffsplit.models.places import FFNPlace
+from ffsplit.models.streamed import StreamedModel
 from ffsplit.runtime.ffn_tensors import load_ffn
 from ffsplit.runtime.split_ffn import install_split_ffn
 
@@ -30,20 +34,14 @@ class _Halves(nn.Module):
         return flat.reshape(x.shape)
 
 
-@torch.no_grad()
-def check_by_trial(checkpoint: Checkpoint) -> None:
-    """Split every FFN exactly and run the model on random tokens.
+def check_by_trial(checkpoint: Checkpoint, *, block_by_block: bool) -> None:
+    """Split every FFN exactly and run the model on random tokens, whole or with a block of it in memory.
 
-    Raises UnsupportedModelError when its outputs are not the dense model's: the guess was wrong.
+    Raises UnsupportedModelError when its outputs, or a block's, are not the dense ones: the guess was wrong.
     """
-    model = load_base_model(checkpoint, device=CPU, dtype=torch.float32)
     ids = torch.randint(checkpoint.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
-    expected = model(input_ids=ids)[0]
-    for ffn in checkpoint.ffns:
-        activation = activation_named(checkpoint.activation_of(ffn.index))
-        weights = load_ffn(checkpoint, ffn.index, activation=activation, device=CPU)
-        install_split_ffn(model.get_submodule(ffn.block), ffn.paths, _Halves(weights))
-    difference = float((model(input_ids=ids)[0] - expected).abs().max() / expected.abs().max())
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    difference = (_difference_of_blocks if block_by_block else _difference)(checkpoint, inputs)
     if not difference <= TOLERANCE:
         first = checkpoint.ffns[0]
         raise UnsupportedModelError(
@@ -51,3 +49,43 @@ def check_by_trial(checkpoint: Checkpoint) -> None:
             f"{first.paths.up} and {first.paths.down} looked like its FFNs, but an exact split of them "
             f"changes the model's outputs (by {difference:.1e})"
         )
+
+
+@torch.no_grad()
+def _difference(checkpoint: Checkpoint, inputs: dict[str, Tensor]) -> float:
+    model = load_base_model(checkpoint, device=CPU, dtype=torch.float32)
+    expected = model(**inputs)[0]
+    for ffn in checkpoint.ffns:
+        _split_exactly(model.get_submodule(ffn.block), checkpoint, ffn)
+    return _relative(model(**inputs)[0], expected)
+
+
+def _difference_of_blocks(checkpoint: Checkpoint, inputs: dict[str, Tensor]) -> float:
+    """The largest after any block: the same rows go through the dense blocks, and through the split ones."""
+    model = StreamedModel(checkpoint, device=CPU, dtype=torch.float32)
+    model.start([inputs, inputs])
+    differences = []
+    for index, path in enumerate(model.block_paths):
+        with model.block(index) as block:
+            expected = _states(model.advance(0))
+            for ffn in checkpoint.ffns:
+                if ffn.block == path:
+                    _split_exactly(block, checkpoint, ffn)
+            differences.append(_relative(_states(model.advance(1)), expected))
+    return max(differences)
+
+
+def _split_exactly(block: nn.Module, checkpoint: Checkpoint, ffn: FFNPlace) -> None:
+    activation = activation_named(checkpoint.activation_of(ffn.index))
+    weights = load_ffn(checkpoint, ffn.index, activation=activation, device=CPU)
+    install_split_ffn(block, ffn.paths, _Halves(weights))
+
+
+def _states(output: Any) -> Tensor:
+    """A block's hidden states, which some blocks give alone and some first."""
+    states: Tensor = output if isinstance(output, Tensor) else output[0]
+    return states
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -57,16 +57,23 @@ def test_a_family_without_a_row_is_found_and_compressed(tmp_path: Path, prefix: 
     assert found.isfinite().all() and (found - dense).abs().max() > 1e-3
 
 
-def test_a_wrong_guess_is_refused_by_trial(tmp_path: Path) -> None:
+@pytest.mark.parametrize("block_by_block", [False, True])
+@pytest.mark.parametrize("prefix", UNKNOWN)
+def test_a_guess_that_is_true_passes_its_trial(tmp_path: Path, prefix: str, block_by_block: bool) -> None:
+    checkpoint = open_checkpoint(save(tmp_path, prefix, **UNKNOWN[prefix]))
+    check_by_trial(checkpoint, block_by_block=block_by_block)
+
+
+@pytest.mark.parametrize("block_by_block", [False, True])
+def test_a_wrong_guess_is_refused_by_trial(tmp_path: Path, block_by_block: bool) -> None:
     """A gate and an up projection that are taken for each other."""
     checkpoint = open_checkpoint(save(tmp_path, "Granite", **UNKNOWN["Granite"]))
-    check_by_trial(checkpoint)
     for ffn in checkpoint.ffns:
         up, gate = ffn.up, ffn.gate
         object.__setattr__(ffn, "up", gate)
         object.__setattr__(ffn, "gate", up)
     with pytest.raises(UnsupportedModelError, match="changes the model's outputs"):
-        check_by_trial(checkpoint)
+        check_by_trial(checkpoint, block_by_block=block_by_block)
 
 
 def test_what_was_found_is_listed(tmp_path: Path) -> None:
