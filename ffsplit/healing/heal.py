@@ -24,6 +24,10 @@ SORTED_BATCHES = 16
 """Rows are shuffled, then sorted by length within this many batches, so that little is padding."""
 
 
+FAR = 0.15
+"""An encoder at this distance from its original, or farther, is healed at the whole learning rate."""
+
+
 class FakeQuantize(nn.Module):
     """A weight as it will be once it is quantized, for gradients that know."""
 
@@ -77,13 +81,14 @@ def heal(
         state = HealingState()
         distillation.judge(state, batches)
         state.first_loss = state.best_loss
+    peak = peak_rate(settings, state.first_loss, kind=kind)
     num_steps = settings.epochs * math.ceil(len(data.rows) / rows_a_step(data.rows, settings))
     evaluate_every = max(1, num_steps // (settings.epochs * settings.evaluations))
     for step, rows in enumerate(_training(data, settings, seed=seed)):
         if step < state.step:
             continue
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * schedule(step, num_steps, warm_up=settings.warm_up)
+            group["lr"] = peak * schedule(step, num_steps, warm_up=settings.warm_up)
         distillation.set_gradient(rows, pad_id=data.pad_id, accelerator=accelerator)
         accelerator.clip_grad_norm_(weights.values(), settings.max_gradient_norm)
         optimizer.step()
@@ -139,6 +144,16 @@ def settle(linears: Sequence[nn.Module]) -> None:
     """Undo `fake_quantized`; the weights stay on the grid."""
     for linear in linears:
         parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
+
+
+def peak_rate(settings: HealingSettings, first_loss: float, *, kind: ModelKind) -> float:
+    """The highest learning rate: that of the settings, less for an encoder near its original already.
+
+    Steps keep a model stirring at some distance that grows with their size. One that is nearer than
+    that would first be led away, and may not come back before the steps are over.
+    """
+    nearness = min(1.0, first_loss / FAR) if kind == "encoder" else 1.0
+    return settings.learning_rate * nearness**2
 
 
 def schedule(step: int, num_steps: int, *, warm_up: float) -> float:

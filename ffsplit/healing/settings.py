@@ -20,7 +20,9 @@ class HealingSettings(Record):
     epochs: int = Field(default=3, ge=1)
     batch_rows: int = Field(default=64, ge=1, description="rows a step, at most")
     batch_tokens: int = Field(default=2048, ge=1, description="tokens a step, on average, at most")
-    learning_rate: float = Field(default=5e-4, gt=0)
+    learning_rate: float = Field(
+        default=5e-4, gt=0, description="at its peak; less for an encoder that is near its original already"
+    )
     warm_up: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")
     max_gradient_norm: float = Field(default=1.0, gt=0)
     evaluations: int = Field(default=2, ge=1)

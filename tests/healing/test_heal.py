@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from ffsplit.healing.heal import HealingData, fake_quantized, heal, rows_a_step, settle, trainable_weights
+from ffsplit.healing.heal import (
+    HealingData,
+    fake_quantized,
+    heal,
+    peak_rate,
+    rows_a_step,
+    settle,
+    trainable_weights,
+)
 from ffsplit.healing.losses import mean_distance
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.state import HealingState
@@ -57,6 +65,13 @@ def test_the_student_comes_closer(family: str, head: str, kind: Any) -> None:
     assert mean_distance(student, teacher, batches, kind=kind) == pytest.approx(state.best_loss, rel=1e-5)
 
 
+def test_what_is_near_its_original_already_is_healed_at_a_lower_rate() -> None:
+    settings = HealingSettings(learning_rate=4e-4)
+    rates = [peak_rate(settings, loss, kind="encoder") for loss in (0.3, 0.15, 0.075, 0.0)]
+    assert rates == [4e-4, 4e-4, pytest.approx(1e-4), 0.0]
+    assert peak_rate(settings, 0.01, kind="causal_lm") == 4e-4
+
+
 @pytest.mark.parametrize(("family", "head", "kind"), KINDS)
 def test_mixed_precision_learns_as_well(family: str, head: str, kind: Any) -> None:
     teacher = make_model(family, head=head)
@@ -78,7 +93,7 @@ def validation_batches() -> list[Any]:
 def test_a_hopeless_learning_rate_returns_the_model_it_was_given() -> None:
     teacher, student = make_model("bert"), disturbed("bert", "", noise=0.001)
     before = {name: weight.detach().clone() for name, weight in trainable_weights(student).items()}
-    state = run(student, teacher, "encoder", learning_rate=10.0, max_gradient_norm=1e6, patience=2)
+    state = run(student, teacher, "encoder", learning_rate=1e8, max_gradient_norm=1e6, patience=2)
     assert state.best_step == 0
     assert state.step < 12
     assert all(torch.equal(weight, before[name]) for name, weight in trainable_weights(student).items())
