@@ -69,11 +69,10 @@ def main() -> None:
         print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         gc.collect()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    command = (
-        "make bench-speed"
-        if given.device == "cpu"
-        else "PYTHONPATH=. python benchmarks/speed.py --device cuda"
+    options = f" --threads {given.threads}" * bool(given.threads) + " --device cuda" * (
+        given.device == "cuda"
     )
+    command = f"PYTHONPATH=.:.bench python benchmarks/speed.py{options}" if options else "make bench-speed"
     lines = [
         f"# Speed on {name}",
         "",
