@@ -257,7 +257,7 @@ def page(
     lines = ["# How the work spreads", "", "Written by `make bench-scaling`.", ""]
     lines += [
         f"{hardware['processor']}, {hardware['num_cpus']} cores; all-MiniLM-L6-v2, one thread a worker. "
-        f"Load average before the start: {load:.1f}."
+        f"Load average before the start: {load:.1f}. Each row is one run."
     ]
     lines += ["", "| workers | calibration, tokens/s | over one | Ray's share |", "|---|---|---|---|"]
     lines += [
