@@ -1,10 +1,11 @@
 """How the work spreads over workers, into benchmarks/scaling.md.
 
-    make bench-scaling        two idle cores, under ten minutes
+    make bench-scaling        two idle cores, about fifteen minutes
 
 Each worker is pinned to one thread. Rates are taken while every worker is busy: from the moment that each
 has answered once until the last item has been handed out. *Ray's share* is the part of that time that the
-workers were not in FFSplit's code.
+workers were not in FFSplit's code. The numbers of workers take turns, and what is written are medians of the
+rates, and of the ratios to one worker in the same turn: one run of half a minute says little.
 """
 
 from __future__ import annotations
@@ -59,12 +60,24 @@ class Answer(NamedTuple):
 
 
 class Rate(NamedTuple):
-    """How a number of workers did."""
+    """How a number of workers did in one turn."""
 
     num_workers: int
     items_per_minute: float
     tokens_per_s: float
     rays_share: float
+
+
+class Row(NamedTuple):
+    """A number of workers: medians over all turns."""
+
+    num_workers: int
+    rate: float
+    over_one: float
+    rays_share: float
+
+    def __str__(self) -> str:
+        return f"| {self.num_workers} | {self.rate:,.0f} | {self.over_one:.2f} | {self.rays_share:.1%} |"
 
 
 class Timed:
@@ -103,16 +116,35 @@ def shards_of(num_shards: int, rows_each: int) -> list[Shard]:
     return [Shard(index, group) for index, group in enumerate(groups)]
 
 
-def calibration(folder: Path, workers: Sequence[int], *, num_shards: int) -> list[Rate]:
+def calibration(folder: Path, num_workers: int, *, num_shards: int) -> Rate:
+    job = calibration_job(folder, num_shards=num_shards)
+    with RayRunner(address="local", num_workers=num_workers) as runner:
+        factory = partial(Timed, partial(CalibrationWorker, job))
+        answers = dict(runner.map_workers("calibrate", factory, shards_of(num_shards, 64)))
+    return rate_of(list(answers.values()), num_workers=num_workers)
+
+
+def in_turns(
+    measure: Callable[[Path, int], Rate], folder: Path, workers: Sequence[int], *, turns: int
+) -> list[list[Rate]]:
+    """What each number of workers gave, a list a turn."""
     rates = []
-    for count in workers:
-        job = calibration_job(folder / f"calibrate-{count}", num_shards=num_shards)
-        with RayRunner(address="local", num_workers=count) as runner:
-            factory = partial(Timed, partial(CalibrationWorker, job))
-            answers = dict(runner.map_workers("calibrate", factory, shards_of(num_shards, 64)))
-        rates.append(rate_of(list(answers.values()), num_workers=count))
-        print(rates[-1], flush=True)
+    for turn in range(turns):
+        rates.append([measure(folder / f"{count}-{turn}", count) for count in workers])
+        print(*rates[-1], sep="\n", flush=True)
     return rates
+
+
+def rows_of(turns: Sequence[Sequence[Rate]], *, of: Callable[[Rate], float]) -> list[Row]:
+    return [
+        Row(
+            rates[0].num_workers,
+            median(map(of, rates)),
+            median(of(rate) / of(turn[0]) for rate, turn in zip(rates, turns, strict=True)),
+            median(rate.rays_share for rate in rates),
+        )
+        for rates in zip(*turns, strict=True)
+    ]
 
 
 def calibration_job(out: Path, *, num_shards: int) -> CalibrationJob:
@@ -127,18 +159,19 @@ def calibration_job(out: Path, *, num_shards: int) -> CalibrationJob:
     )
 
 
-def compression(folder: Path, workers: Sequence[int], *, repeats: int) -> list[Rate]:
-    """The recipe `norm-prune` refitted by least squares, every layer several times over."""
-    worker, shards = CalibrationWorker(calibration_job(folder / "inputs", num_shards=4)), shards_of(4, 64)
-    sampled = [worker(each) for each in shards]
-    rates = []
-    for count in workers:
-        jobs = layer_jobs(folder / f"compress-{count}", folder / "inputs", sampled, repeats=repeats)
-        with RayRunner(address="local", num_workers=count) as runner:
-            answers = dict(runner.map_workers("compress", partial(Timed, compress_layer), jobs))
-        rates.append(rate_of(list(answers.values()), num_workers=count))
-        print(rates[-1], flush=True)
-    return rates
+def sampled_inputs(folder: Path) -> list[Result]:
+    worker = CalibrationWorker(calibration_job(folder, num_shards=4))
+    return [worker(each) for each in shards_of(4, 64)]
+
+
+def compression(
+    folder: Path, num_workers: int, *, inputs: Path, sampled: Sequence[Result], repeats: int
+) -> Rate:
+    """Neurons dropped and the rest refitted by least squares, every layer several times over."""
+    jobs = layer_jobs(folder, inputs, sampled, repeats=repeats)
+    with RayRunner(address="local", num_workers=num_workers) as runner:
+        answers = dict(runner.map_workers("compress", partial(Timed, compress_layer), jobs))
+    return rate_of(list(answers.values()), num_workers=num_workers)
 
 
 def layer_jobs(out: Path, inputs: Path, sampled: Sequence[Result], *, repeats: int) -> list[LayerJob]:
@@ -227,8 +260,13 @@ def main() -> None:
         folder, workers = Path(name), (1, 2) if small else (1, 2, 4)
         cost = overhead(num_rows=64 if small else 512, rounds=2 if small else 7)
         print(cost, flush=True)
-        text = calibration(folder, workers, num_shards=8 if small else 32)
-        layers = compression(folder, workers, repeats=2 if small else 8)
+        turns, inputs = 1 if small else 3, folder / "inputs"
+        calibrate = partial(calibration, num_shards=8 if small else 24)
+        compress = partial(
+            compression, inputs=inputs, sampled=sampled_inputs(inputs), repeats=2 if small else 8
+        )
+        text = in_turns(calibrate, folder / "calibrate", workers, turns=turns)
+        layers = in_turns(compress, folder / "compress", workers, turns=turns)
         rerun = warm_rerun(folder)
         simulated = dispatch_cost(num_workers=1000, num_shards=10_000)
         tasks = ray_cost(num_workers=100 if small else 1000, num_shards=500 if small else 10_000)
@@ -243,8 +281,8 @@ def main() -> None:
 
 def page(
     cost: Overhead,
-    text: Sequence[Rate],
-    layers: Sequence[Rate],
+    text: Sequence[Sequence[Rate]],
+    layers: Sequence[Sequence[Rate]],
     rerun: float,
     *,
     load: float,
@@ -257,20 +295,12 @@ def page(
     lines = ["# How the work spreads", "", "Written by `make bench-scaling`.", ""]
     lines += [
         f"{hardware['processor']}, {hardware['num_cpus']} cores; all-MiniLM-L6-v2, one thread a worker. "
-        f"Load average before the start: {load:.1f}. Each row is one run."
+        f"Load average before the start: {load:.1f}. Medians of {len(text)} turns."
     ]
     lines += ["", "| workers | calibration, tokens/s | over one | Ray's share |", "|---|---|---|---|"]
-    lines += [
-        f"| {each.num_workers} | {each.tokens_per_s:,.0f} | {each.tokens_per_s / text[0].tokens_per_s:.2f} "
-        f"| {each.rays_share:.1%} |"
-        for each in text
-    ]
+    lines += map(str, rows_of(text, of=lambda rate: rate.tokens_per_s))
     lines += ["", "| workers | compression, layers/min | over one | Ray's share |", "|---|---|---|---|"]
-    lines += [
-        f"| {each.num_workers} | {each.items_per_minute:,.1f} "
-        f"| {each.items_per_minute / layers[0].items_per_minute:.2f} | {each.rays_share:.1%} |"
-        for each in layers
-    ]
+    lines += map(str, rows_of(layers, of=lambda rate: rate.items_per_minute))
     lines += ["", "| forward on the same batches | tokens/s | of the plain one |", "|---|---|---|"]
     names = ("plain", "with the statistics of every neuron", "with a tenth of the FFN inputs kept as well")
     lines += [
