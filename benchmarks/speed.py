@@ -64,7 +64,7 @@ def main() -> None:
         if given.only and title not in given.only:
             continue
         start, load = time.perf_counter(), os.getloadavg()[0]
-        lines = [*table(), "", f"{torch.get_num_threads()} threads; load average {load:.1f} when it began."]
+        lines = [*table(), "", f"Threads: {torch.get_num_threads()}; load average {load:.1f} when it began."]
         sections[title] = "\n".join(lines)
         print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         gc.collect()
