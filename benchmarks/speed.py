@@ -4,7 +4,8 @@
 
 Models have random weights: speed depends on shapes alone, and BERT-base is not in any Python package. All
 candidates of a table take turns in one process; figures are medians. With --only, the other tables of the
-page stay as they are. On a GPU it needs torch, transformers and this package's folder, nothing else.
+page stay as they are. On a GPU, where models are compiled, it needs torch, transformers and this package's
+folder, nothing else.
 """
 
 from __future__ import annotations

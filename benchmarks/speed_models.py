@@ -21,13 +21,23 @@ BERTS = {
     "bert-base": {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12},
     "bert-large": {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 24},
 }
-LLAMA = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_hidden_layers": 8,
-    "vocab_size": 32000,
+LLAMAS = {
+    "cpu": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": 8,
+        "vocab_size": 32000,
+    },
+    "cuda": {  # half of a Llama 2 of 7 billion parameters
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "num_hidden_layers": 16,
+        "vocab_size": 32000,
+    },
 }
 BERT_ATTENTION = (
     "attention.self.query",
@@ -66,15 +76,16 @@ def bert_int8(name: str, **options: Any) -> Any:
     return split(model, layout, shape, linears=_paths(model, "encoder.layer", BERT_ATTENTION))
 
 
-def llama(*, num_layers: int | None = None) -> Any:
+def llama(device: str, *, num_layers: int | None = None) -> Any:
     """A dense causal model."""
-    fields = LLAMA | ({} if num_layers is None else {"num_hidden_layers": num_layers})
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
+    fields = LLAMAS[device] | ({} if num_layers is None else {"num_hidden_layers": num_layers})
+    with torch.device(device):
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
 
 
-def llama_split(**options: Any) -> Any:
+def llama_split(device: str, **options: Any) -> Any:
     """A quarter of its neurons heavy hitters in int8, the rest in int4, attention in int8."""
-    model = llama(**options)
+    model = llama(device, **options)
     shape = _shape(model.config, gated=True)
     heavy = shape.num_neurons // 4 // 64 * 64
     layout = LayerLayout(
@@ -82,7 +93,8 @@ def llama_split(**options: Any) -> Any:
         light=_integer_part(shape.num_neurons - heavy, INT4, gated=True),
         down_bias=False,
     )
-    return split(model, layout, shape, linears=_paths(model, "layers", LLAMA_ATTENTION))
+    with torch.device(device):
+        return split(model, layout, shape, linears=_paths(model, "layers", LLAMA_ATTENTION))
 
 
 @torch.no_grad()

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 import transformers
+from speed_gpu import compiled, compiled_decode
 from speed_models import bert, bert_int8, bert_kept, bert_paper, llama, llama_split
 from speed_peers import Forward, causal_peers, encoder_peers, runs
 
 from ffsplit.measurement.work import work_of
 from ffsplit.models.load import quiet_transformers
 
-SHAPES = {"cpu": ((8, 128), (1, 128), (1, 16)), "cuda": ((32, 512), (1, 128))}
+SHAPES = {"cpu": ((8, 128), (1, 128), (1, 16)), "cuda": ((32, 512),)}
 REACH = {
     ("keep .3535", "8 x 128"): "1.65",
     ("keep .3535", "32 x 512"): "1.6",
@@ -68,16 +69,16 @@ def encoder_table(name: str, device: str, *, quick: bool) -> list[str]:
     }
     limits = {key: work_of(models["dense"]).multiplications / work_of(models[key]).multiplications
               for key in ("keep .3535", "recipe paper")}  # fmt: skip
-    if device == "cuda":
-        models = {key: model.to(device, torch.bfloat16) for key, model in models.items()}
     forwards = {key: runs(model) for key, model in models.items()}
-    if device == "cpu":
+    if device == "cuda":
+        forwards = {key: compiled(model.to(device, torch.bfloat16)) for key, model in models.items()}
+    else:
         forwards |= encoder_peers(models["dense"], notes, slow_ones=name == "bert-base")
     columns: dict[str, dict[str, list[float]]] = {}
     for rows, tokens in SHAPES[device]:
         ids = torch.randint(1000, 20000, (rows, tokens)).to(device)
         calls = {key: _call(forward, ids) for key, forward in forwards.items()}
-        num_rounds = 2 if quick else 12 if rows * tokens > 512 else 40
+        num_rounds = 2 if quick else 12 if rows * tokens > 512 and device == "cpu" else 40
         columns[f"{rows} x {tokens}"] = in_turn(calls, num_rounds)
     titles = [f"{title}, {len(times['dense'])} rounds" for title, times in columns.items()]
     lines = ["| | " + " | ".join(titles) + " |", "|---|" + "---|" * len(columns)]
@@ -110,15 +111,19 @@ def causal_table(device: str, *, quick: bool) -> list[str]:
     notes: list[str] = []
     num_layers = 2 if quick else None
     with quiet_transformers():
-        models = {"dense": llama(num_layers=num_layers), "split": llama_split(num_layers=num_layers)}
-    limit = work_of(models["dense"]).weight_bytes / work_of(models["split"]).weight_bytes
+        models = {
+            "dense": llama(device, num_layers=num_layers),
+            "split": llama_split(device, num_layers=num_layers),
+        }
     if device == "cuda":
-        models = {key: model.to(device, torch.bfloat16) for key, model in models.items()}
-    else:
+        models = {key: model.bfloat16() for key, model in models.items()}
+    limit = work_of(models["dense"]).weight_bytes / work_of(models["split"]).weight_bytes
+    if device == "cpu":
         models |= causal_peers(models["dense"], notes)
     ids = torch.randint(1000, 20000, (1, PROMPT_TOKENS)).to(device)
     prefill = in_turn({key: _prefill(model, ids) for key, model in models.items()}, 2 if quick else 8)
-    decode = in_turn({key: _decode(model, ids) for key, model in models.items()}, 4 if quick else 48)
+    start_decoding = compiled_decode if device == "cuda" else _decode
+    decode = in_turn({key: start_decoding(model, ids) for key, model in models.items()}, 4 if quick else 48)
     lines = [f"| | prefill of {PROMPT_TOKENS} tokens | decode, a token |", "|---|---|---|"]
     for key in models:
         cells = [

@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ffsplit.quantization import pack_nibbles, unpack_nibbles
 
@@ -21,6 +22,8 @@ UNPACKED_COLUMNS = 256
 MANY_ROWS = 64
 """From this many rows of inputs on, a matrix in bfloat16 is worth making on the CPU."""
 BLOCKS_AT_ONCE = 16
+CUDA_COLUMNS = 128
+"""CUDA's kernel takes columns by so many; where there are fewer, zeros make them up."""
 BLOCK = 64
 """Rows of a matrix that the CPU's kernel keeps side by side where there is AVX-512."""
 
@@ -46,6 +49,8 @@ class Packed:
         return y if activation is None else activation(y)
 
     def _product(self, rows: Tensor, scales: Tensor) -> Tensor:
+        missing = len(scales) * self.group_size - rows.shape[1]
+        rows = functional.pad(rows, (0, missing)) if missing else rows
         name = "_weight_int4pack_mm" if rows.is_cuda else "_weight_int4pack_mm_for_cpu"
         y: Tensor = getattr(torch.ops.aten, name)(rows, self.weight, self.group_size, scales)
         return y
@@ -115,9 +120,10 @@ def pack(weight: Tensor, weight_scale: Tensor, *, group_size: int | None, like: 
     step = 8 if like.is_cuda else 16
     if group_size is None or num_rows % step or like.device.type not in ("cpu", "cuda"):
         return None
-    if like.is_cuda and (like.dtype != torch.bfloat16 or num_columns % 128):
+    if like.is_cuda and like.dtype != torch.bfloat16:
         return None
-    values = unpack_nibbles(weight, num_columns).to(torch.int32) + 8
+    missing = -num_columns % CUDA_COLUMNS if like.is_cuda else 0
+    values = functional.pad(unpack_nibbles(weight, num_columns).to(torch.int32), (0, missing)) + 8
     if like.is_cuda:  # the even column in the high half
         pairs = (values[:, 0::2] << 4 | values[:, 1::2]).to(torch.uint8)
         packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
@@ -125,5 +131,6 @@ def pack(weight: Tensor, weight_scale: Tensor, *, group_size: int | None, like: 
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
     scale = weight_scale.to(torch.bfloat16)
     scale = scale.repeat_interleave(num_columns // group_size // scale.shape[1], dim=1)
+    scale = functional.pad(scale, (0, missing // group_size))
     scales = torch.stack([scale, torch.zeros_like(scale)], dim=-1).transpose(0, 1).contiguous()
     return Packed(packed, scales, weight_scale.clone(), num_columns, group_size)

@@ -137,9 +137,9 @@ def pack(weight: Tensor, weight_scale: Tensor, *, per_token: bool, inputs: Share
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether `matmul` takes these: on the CPU anything, on CUDA sizes that cuBLAS knows."""
+    """Whether `matmul` takes these: on the CPU anything, on CUDA sizes that cuBLAS knows, compiled."""
     if x.device.type == "cuda":
-        return weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0
+        return torch.compiler.is_compiling() and weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0
     return x.device.type == "cpu"
 
 

@@ -1,8 +1,9 @@
 """Linear maps with integer weights, run by the machine's own kernels.
 
 8 bits: inputs become integers too, while the model runs (one scale and zero point a batch in encoders,
-one a token where `per_token`), and the product is of integers. 4 bits: weights alone, inputs stay as they
-are. Whatever no kernel takes, gradients included, goes through the matrix in floating point.
+one a token where `per_token`), and the product is of integers. On a GPU they do so in a compiled model
+alone, and not for a few rows. 4 bits: weights alone, inputs stay as they are. Whatever no kernel takes,
+gradients included, goes through the matrix in floating point.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch.nn import functional
 
 from ffsplit.ffn import Integer
 from ffsplit.quantization import dequantize, joined, parted
-from ffsplit.runtime import int4_kernels, int8_kernels
+from ffsplit.runtime import few_rows, int4_kernels, int8_kernels
 
 Packed = int8_kernels.Packed | int4_kernels.Packed
 
@@ -127,9 +128,15 @@ class IntegerMap(nn.Module):
         )
 
     def _plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The same map by operations that torch.compile and other devices know."""
+        """The same map by operations that torch.compile and other devices know.
+
+        Integer products take a dozen operations besides the GEMM, so on a GPU they pay only where those
+        are fused; elsewhere its weights become floating-point numbers.
+        """
         if self._has_one_scale:
             weight, scale = self.tensors().values()
+            if few_rows.takes(x, weight):
+                return few_rows.product(x, weight, scale[:, 0].contiguous(), bias)
             if int8_kernels.multiplies(x, weight):
                 return int8_kernels.matmul(x, weight, scale[:, 0], bias, per_token=self.per_token)
         return self._floating(x, bias)

@@ -1,0 +1,26 @@
+"""Kernels for NVIDIA GPUs in Triton's language, which comes with torch for CUDA."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def row_products(  # type: ignore[no-untyped-def]
+    x, weight, scale, bias, y, num_rows, num_columns, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """y[token, row] = scale[row] * sum(weight[row] * x[token]) + bias[row]: a program for each of them."""
+    row, token = tl.program_id(0), tl.program_id(1)
+    weight += row.to(tl.int64) * num_columns
+    x += token * num_columns
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        is_in = columns < num_columns
+        weights = tl.load(weight + columns, mask=is_in, other=0).to(tl.float32)
+        sums += weights * tl.load(x + columns, mask=is_in, other=0).to(tl.float32)
+    total = tl.sum(sums, 0) * tl.load(scale + row).to(tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias + row).to(tl.float32)
+    tl.store(y + token * num_rows + row, total.to(y.dtype.element_ty))
