@@ -137,10 +137,10 @@ def draw(runs: Sequence[Run], names: Sequence[str], path: Path, order: Sequence[
         axes = figure.add_subplot(1, len(names), index + 1)
         mine = [run for run in runs if run.case == name]
         rows = rows_of(mine, order)
-        for recipe in order:
+        for number, recipe in enumerate(order):
             points = sorted((row.ffn_bytes / 1e6, row.score) for row in rows if row.recipe == recipe)
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=recipe)
+                axes.plot(*zip(*points, strict=True), marker="o", color=f"C{number}", label=recipe)
         axes.axhline(mine[0].original, color="grey", linestyle="--", label="dense")
         axes.set(xlabel="FFN size (MB)", ylabel=mine[0].metric, title=name)
         axes.set_xlim(0, 1.08 * max(row.ffn_bytes for row in rows) / 1e6)
