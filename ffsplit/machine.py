@@ -8,6 +8,8 @@ import time
 from functools import cache
 from pathlib import Path
 
+from ffsplit.errors import ConfigError
+
 CGROUPS = Path("/sys/fs/cgroup")
 MATRIX_SIZE = 768
 
@@ -69,6 +71,32 @@ def bytes_below(path: Path) -> int:
             except OSError:  # removed meanwhile
                 continue
     return found
+
+
+def check_device(device: str, dtype: str) -> None:
+    """Raise ConfigError where this machine lacks a device, or the device a dtype: --device and --dtype."""
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU on this machine")
+    if not _multiplies(device, dtype):
+        name = torch.cuda.get_device_name() if device == "cuda" else "this machine's CPU"
+        raise ConfigError(f"--dtype {dtype}: {name} does not compute in it: take --dtype float32")
+
+
+def _multiplies(device: str, dtype: str) -> bool:
+    """Whether a device multiplies matrices of a dtype, and not only by way of another dtype; by trying it."""
+    import torch
+
+    if (device, dtype) == ("cuda", "bfloat16") and not torch.cuda.is_bf16_supported(
+        including_emulation=False
+    ):
+        return False
+    try:
+        a = torch.ones(2, 2, dtype=getattr(torch, dtype), device=device)
+        return bool((a @ a).float().eq(2).all())
+    except RuntimeError:  # "not implemented for ..."
+        return False
 
 
 @cache

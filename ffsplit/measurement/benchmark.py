@@ -18,6 +18,7 @@ from ffsplit.artifacts.pull import materialize
 from ffsplit.config import Device, DType
 from ffsplit.environment import describe_environment
 from ffsplit.errors import ConfigError
+from ffsplit.machine import check_device
 from ffsplit.measurement.latency import WARM_UP_RUNS
 from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.measurement.timings import time_models
@@ -48,10 +49,7 @@ class Settings:
                 raise ConfigError(f"{flag} must be 1 or more")
         if self.pairs < 1 or self.new_tokens < 0 or (self.threads is not None and self.threads < 1):
             raise ConfigError("--pairs and --threads must be 1 or more, --new-tokens 0 or more")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device cuda: torch finds no GPU on this machine")
-        if self.torch_dtype is torch.bfloat16 and self.on_cuda and not torch.cuda.is_bf16_supported():
-            raise ConfigError(f"--dtype bfloat16: {torch.cuda.get_device_name()} has no such numbers")
+        check_device("cuda" if self.on_cuda else "cpu", str(self.torch_dtype).removeprefix("torch."))
         return self
 
     @property

@@ -19,6 +19,7 @@ from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import Gate, check_gates, parse_gates
+from ffsplit.machine import check_device
 from ffsplit.measurement.size import model_shape
 from ffsplit.measurement.tasks.evaluations import Evaluation, read_evaluations
 from ffsplit.models.activations import activation_named
@@ -70,6 +71,8 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
         config = inherit(config, origin)
     recipe = resolve_recipe(config)
     profile = ComputeProfile.resolve(config)
+    if profile.device == "cpu" or config.runner == "serial":  # GPUs may be those of other hosts
+        check_device(profile.device, profile.dtype)
     directory, revision, stored = locate_model(config.model, revision=config.revision)
     if revision is None and stored is None:
         config = config.model_copy(update={"model": str(directory)})

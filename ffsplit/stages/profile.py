@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ffsplit.config import JobConfig, Record
 from ffsplit.errors import ConfigError
+from ffsplit.machine import check_device
 from ffsplit.models.trust import trusting
 
 
@@ -56,12 +57,11 @@ class ComputeProfile(Record):
     def applied(self, *, threads: int | None = None) -> Iterator[None]:
         """Hold this process to the profile for a while, with other `threads` where they are given.
 
-        Raises ConfigError when the process has no such device.
+        Raises ConfigError when the process has no such device, or the device lacks the dtype.
         """
         import torch
 
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("--device cuda: this worker sees no CUDA device")
+        check_device(self.device, self.dtype)
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:

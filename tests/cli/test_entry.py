@@ -198,6 +198,38 @@ def assert_one_line(code: int, expected: str, capsys: Captured) -> None:
     assert expected in captured.err
 
 
+@pytest.mark.parametrize("runner", ["serial", "ray"])
+@pytest.mark.parametrize("command", ["compress", "calibrate", "benchmark", "latency-table"])
+def test_a_dtype_that_the_device_lacks_is_refused(
+    small_job: SmallJob, tmp_path: Path, capsys: Captured, monkeypatch: Any, command: str, runner: str
+) -> None:
+    """As torch refuses float16 on a processor that it has no product of such matrices for."""
+    product = torch.Tensor.__matmul__
+
+    def without_halves(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if a.dtype == torch.float16:
+            raise RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'")
+        return product(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", without_halves)
+    arguments = {
+        "benchmark": [str(small_job.model)],
+        "latency-table": [str(small_job.model), "--out", str(tmp_path / "out")],
+    }.get(command, [*small_job.arguments(tmp_path / "out"), "--runner", runner])
+    code = main([command, *arguments, "--device", "cpu", "--dtype", "float16"])
+    assert_one_line(code, "--dtype float16: this machine's CPU does not compute in it", capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_device_that_the_machine_lacks_is_refused(
+    small_job: SmallJob, tmp_path: Path, capsys: Captured
+) -> None:
+    arguments = small_job.arguments(tmp_path / "out", "--runner", "serial", "--device", "cuda")
+    assert_one_line(main(["compress", *arguments]), "--device cuda: torch finds no GPU", capsys)
+    assert not (tmp_path / "out").exists()
+
+
 BAD_MODELS: dict[str, str] = {
     "missing": "does not exist",
     "no config": "config.json",
