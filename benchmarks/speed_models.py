@@ -10,9 +10,10 @@ import transformers
 from ffsplit.ffn import FFNShape, Integer, LayerLayout, PartLayout
 from ffsplit.quantization import quantize_rows, scales_of
 from ffsplit.recipes.recipe import load_recipe
+from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, FFNRun
 from ffsplit.runtime.integer_map import IntegerMap
 from ffsplit.runtime.linears import linears_config
-from ffsplit.runtime.plugin import FORMAT_VERSION, install_split_ffns
+from ffsplit.runtime.plugin import install_split_ffns
 from ffsplit.splitting.budget import fit_layers
 
 KEEP = 0.3535
@@ -102,7 +103,8 @@ def split(model: Any, layout: LayerLayout, shape: FFNShape, *, linears: tuple[st
     """A random model with FFNs of a layout, in the form of its artifact."""
     count = model.config.num_hidden_layers
     attention = linears_config(linears) if linears else None
-    install_split_ffns(model, [layout] * count, [shape] * count, linears=attention)
+    runs = [FFNRun(count=count, layout=layout, shape=shape)]
+    install_split_ffns(model, runs, linears=attention)
     for module in model.modules():
         if isinstance(module, IntegerMap):
             weight = 0.02 * torch.randn(module.num_rows, module.num_columns)
@@ -114,8 +116,7 @@ def split(model: Any, layout: LayerLayout, shape: FFNShape, *, linears: tuple[st
     model.config.quantization_config = {
         "quant_method": "ffsplit",
         "version": FORMAT_VERSION,
-        "layers": [layout.model_dump(mode="json")] * count,
-        "shapes": [shape.model_dump(mode="json")] * count,
+        "ffns": [run.model_dump(mode="json") for run in runs],
         "linears": attention,
     }
     return model.eval()

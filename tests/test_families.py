@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import wave
 from collections.abc import Callable
 from dataclasses import replace
@@ -154,6 +156,37 @@ def test_half_of_it_saves_loads_and_runs(saved: Saved, tmp_path: Path, family: s
         inputs = example_inputs(model, num_rows=1, num_tokens=3)[model.main_input_name]
         generated = model.generate(inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
         assert generated.shape[1] > (0 if model.config.is_encoder_decoder else 3)
+
+
+TOWERS = {
+    "t5": ("T5EncoderModel",),
+    "bart": ("BartForCausalLM",),
+    "clip": ("CLIPTextModel", "CLIPVisionModel"),
+}
+LOADS_TOWERS = """
+import sys, transformers
+
+for each in sys.argv[1:]:
+    name, directory = each.split("=")
+    try:
+        getattr(transformers, name).from_pretrained(directory)
+    except RuntimeError as error:
+        assert "ignore_mismatched_sizes" in str(error), error
+    else:
+        sys.exit(f"{name} was loaded")
+assert "ffsplit" not in sys.modules
+"""
+
+
+def test_no_tower_loads_alone_without_ffsplit(saved: Saved, tmp_path: Path) -> None:
+    """Each tower has a guard of its own."""
+    arguments = []
+    for family, names in TOWERS.items():
+        split_exactly(open_checkpoint(saved(family, usual_head(family))), tmp_path / family)
+        arguments += [f"{name}={tmp_path / family}" for name in names]
+    command = [sys.executable, "-c", LOADS_TOWERS, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

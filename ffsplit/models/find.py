@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn import FFNShape
 from ffsplit.models.detect import architecture_of
-from ffsplit.models.headers import TensorInfo
 from ffsplit.models.places import STACKED, FFNPlace, MatrixPlace, join_paths
 from ffsplit.models.rows import Architecture, FFNPaths, Tower
 
 
+class Shaped(Protocol):
+    """A tensor, or what a file's header says of one."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
 def find_ffns(
     architecture: Architecture,
-    tensors: Mapping[str, TensorInfo],
+    tensors: Mapping[str, Shaped],
     *,
     where: str,
     config: Mapping[str, Any] | None = None,
@@ -32,10 +38,7 @@ def find_ffns(
 
 def ffns_of(model: Any) -> tuple[str, tuple[FFNPlace, ...]]:
     """The path of a model's base model, ending in a dot where it is not empty, and the FFNs below it."""
-    tensors = {
-        name: TensorInfo("", "F32", tuple(tensor.shape))
-        for name, tensor in model.state_dict(keep_vars=True).items()
-    }
+    tensors = dict(model.named_parameters(remove_duplicate=False))
     return find_ffns(architecture_of(model), tensors, where=type(model).__name__)
 
 
@@ -48,7 +51,7 @@ def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any
 class _Finder:
     """Looks for the FFNs of one checkpoint among the names of its tensors."""
 
-    def __init__(self, architecture: Architecture, tensors: Mapping[str, TensorInfo], where: str) -> None:
+    def __init__(self, architecture: Architecture, tensors: Mapping[str, Shaped], where: str) -> None:
         self._row, self._tensors, self._where = architecture, tensors, where
         patterns = [each for tower in architecture.towers for each in self._downs(tower)]
         regexes = [re.compile(rf"((?:.*\.)?){_regex(pattern)}") for pattern in dict.fromkeys(patterns)]

@@ -15,6 +15,7 @@ from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.places import FFNPlace
 from ffsplit.models.tensor_files import TensorSpan, read_spans, write_spans
 from ffsplit.models.trust import code_files
+from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, runs_of
 
 MAX_SHARD_BYTES = 5 * 10**9
 COMPANIONS = re.compile(r".*\.(json|txt|model|tiktoken|jinja)$|(LICEN[CS]E|NOTICE).*")
@@ -77,9 +78,8 @@ def artifact_config(
     else:
         config["quantization_config"] = {
             "quant_method": "ffsplit",
-            "version": 3,
-            "layers": [layout.model_dump(mode="json") for layout in layouts],
-            "shapes": [shape.model_dump(mode="json") for shape in checkpoint.shapes],
+            "version": FORMAT_VERSION,
+            "ffns": [run.model_dump(mode="json") for run in runs_of(layouts, checkpoint.shapes)],
         }
         if linears is not None:
             config["quantization_config"]["linears"] = linears

@@ -16,6 +16,7 @@ from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.headers import opened
 from ffsplit.models.places import FFNPlace, MatrixPlace
 from ffsplit.quantization import joined
+from ffsplit.runtime.checkpoint_format import guarded
 
 
 def load_ffn(checkpoint: Checkpoint, index: int, *, activation: Any, device: torch.device) -> FFNWeights:
@@ -80,7 +81,7 @@ def layer_tensors(
     else:
         base = f"{checkpoint.prefix}{ffn.split_prefix}."
         tensors = {base + name: tensor for name, tensor in _split_tensors(weights)}
-        if ffn.index == ffn.unit:
+        if index in guarded(checkpoint.ffns):
             tensors[checkpoint.prefix + ffn.guard] = torch.zeros(1)
     return {
         name: (tensor.cpu() if tensor.dtype == torch.uint8 else tensor.to("cpu", dtype)).contiguous()

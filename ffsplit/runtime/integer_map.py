@@ -35,6 +35,7 @@ class IntegerMap(nn.Module):
     """
 
     _is_hf_initialized = INITIALIZED
+    _packed: Packed | None = None
     weight: Tensor | None
 
     def __init__(
@@ -48,10 +49,7 @@ class IntegerMap(nn.Module):
         scales_apart: bool = False,
     ) -> None:
         super().__init__()
-        self.num_rows, self.num_columns = num_rows, num_columns
-        self.num_bits, self.group_size = format.num_bits, format.group_size
-        self.num_groups = 1 if format.group_size is None else -(-num_columns // format.group_size)
-        self.size_bytes = format.size_bytes(num_rows, num_columns, itemsize=1)
+        self.format, self.num_rows, self.num_columns = format, num_rows, num_columns
         self.per_token, self.scales_apart = per_token, scales_apart
         if scales_apart:
             dtype, stored = (
@@ -60,14 +58,29 @@ class IntegerMap(nn.Module):
             self.register_buffer("weight", torch.empty(num_rows, stored, dtype=dtype))
             self.register_buffer("weight_scale", torch.empty(num_rows, self.num_groups, dtype=torch.float16))
         else:
-            self.register_buffer(
-                "weight", torch.empty(self.size_bytes + self.size_bytes % 2, dtype=torch.uint8)
-            )
+            size = self.size_bytes
+            self.register_buffer("weight", torch.empty(size + size % 2, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(num_rows)) if bias else None
         self.activation: nn.Module | None = None  # of the products, where the kernel can do it on the way
         self.inputs = int8_kernels.SharedInputs()
-        self._packed: Packed | None = None
-        self.register_state_dict_pre_hook(_unpack_before)  # type: ignore[no-untyped-call]
+
+    @property
+    def num_bits(self) -> int:
+        return self.format.num_bits
+
+    @property
+    def group_size(self) -> int | None:
+        return self.format.group_size
+
+    @property
+    def num_groups(self) -> int:
+        """Scales a row."""
+        return 1 if self.group_size is None else -(-self.num_columns // self.group_size)
+
+    @property
+    def size_bytes(self) -> int:
+        """What integers and scales take."""
+        return self.format.size_bytes(self.num_rows, self.num_columns, itemsize=1)
 
     @property
     def is_packed(self) -> bool:
@@ -165,6 +178,10 @@ class IntegerMap(nn.Module):
         if self._packed is not None:
             self.hold(self._packed.tensors())
 
+    def _save_to_state_dict(self, *given: Any) -> None:
+        self.unpack()
+        super()._save_to_state_dict(*given)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.unpack()
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -175,11 +192,6 @@ class IntegerMap(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_columns}, {self.num_rows}, num_bits={self.num_bits}, group_size={self.group_size}"
-
-
-def _unpack_before(module: nn.Module, *_: Any) -> None:
-    assert isinstance(module, IntegerMap)
-    module.unpack()
 
 
 def unpack(model: nn.Module) -> None:

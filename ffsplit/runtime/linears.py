@@ -89,22 +89,25 @@ def linears_config(modules: tuple[str, ...]) -> dict[str, Any]:
 
 
 def install_linears(base: nn.Module, config: dict[str, Any], *, form: Form) -> None:
-    """Put empty integer maps in the place of a base model's linear layers."""
+    """Put empty integer maps in the place of a base model's linear layers, on the device it is on."""
     format = Integer.model_validate(config["format"])
     children: dict[str, list[str]] = {}
     for path in config["modules"]:
         parent, _, name = path.rpartition(".")
         children.setdefault(parent, []).append(name)
-    for path, names in children.items():
-        parent = base.get_submodule(path)
-        for name in names:
-            old = getattr(parent, name, None)
-            if not isinstance(old, nn.Linear):
-                raise ArtifactError(
-                    f"config.json names {path}.{name}, which is no linear layer in this model"
-                )
-            with old.weight.device:
-                new = form.build(format, old.out_features, old.in_features, bias=False)
-            new.bias = old.bias
-            setattr(parent, name, new)
-        share_inputs(getattr(parent, name) for name in names)  # queries, keys and values
+    with next(base.parameters()).device:
+        for path, names in children.items():
+            _replace(base.get_submodule(path), path, names, format, form=form)
+
+
+def _replace(parent: nn.Module, path: str, names: list[str], format: Integer, *, form: Form) -> None:
+    maps = []
+    for name in names:
+        old = getattr(parent, name, None)
+        if not isinstance(old, nn.Linear):
+            raise ArtifactError(f"config.json names {path}.{name}, which is no linear layer in this model")
+        new = form.build(format, old.out_features, old.in_features, bias=False)
+        new.bias = old.bias
+        setattr(parent, name, new)
+        maps.append(new)
+    share_inputs(maps)  # queries, keys and values

@@ -7,6 +7,7 @@ soon as transformers itself is, and never before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -16,27 +17,28 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffsplit.errors import ArtifactError
-from ffsplit.ffn import FFNShape, LayerLayout
 from ffsplit.models.checkpoint import activation_name
 from ffsplit.models.detect import architecture_of
 from ffsplit.models.find import ffns_of
+from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, FFNRun, guarded
 from ffsplit.runtime.linears import install_linears
 from ffsplit.runtime.split_experts import SplitExperts
 from ffsplit.runtime.split_ffn import Form, SplitFFN, install_split_ffn
 
 METHOD = "ffsplit"
-FORMAT_VERSION = 3
 
 
 @register_quantization_config(METHOD)
 class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a split checkpoint."""
+    """The `quantization_config` of a split checkpoint: `ffns`, or before format 4 `layers` and `shapes`."""
 
     def __init__(
         self,
-        layers: list[dict[str, Any]],
-        shapes: list[dict[str, Any]],
         version: int,
+        *,
+        ffns: list[dict[str, Any]] | None = None,
+        layers: list[dict[str, Any]] | None = None,
+        shapes: list[dict[str, Any]] | None = None,
         linears: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
@@ -46,16 +48,25 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         self.quant_method = METHOD
         self.version = version
-        self.layers = layers
-        self.shapes = shapes
+        self.ffns, self.layers, self.shapes = ffns, layers, shapes
         self.linears = linears
+
+    @property
+    def runs(self) -> list[FFNRun]:
+        """The model's FFNs."""
+        if self.ffns is not None:
+            return [FFNRun.model_validate(ffns) for ffns in self.ffns]
+        pairs = zip(self.layers or [], self.shapes or [], strict=True)
+        return [
+            FFNRun.model_validate({"count": 1, "layout": layer, "shape": shape}) for layer, shape in pairs
+        ]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitConfig:
         """Itself: nobody changes it, and a config is copied several times while a model is loaded."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @register_quantizer(METHOD)
@@ -64,9 +75,7 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
-        layouts = [LayerLayout.model_validate(layer) for layer in config.layers]
-        shapes = [FFNShape.model_validate(shape) for shape in config.shapes]
-        return install_split_ffns(model, layouts, shapes, linears=config.linears, version=config.version)
+        return install_split_ffns(model, config.runs, linears=config.linears, version=config.version)
 
     @property
     def is_trainable(self) -> bool:
@@ -81,8 +90,7 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def install_split_ffns(
     model: Any,
-    layouts: list[LayerLayout],
-    shapes: list[FFNShape],
+    runs: Sequence[FFNRun],
     *,
     linears: dict[str, Any] | None = None,
     version: int = FORMAT_VERSION,
@@ -92,23 +100,25 @@ def install_split_ffns(
     The linear layers that `linears` names become integer maps; `version` is the checkpoint's format.
     """
     prefix, places = ffns_of(model)
-    if len(places) != len(layouts):
-        raise ArtifactError(f"config.json describes {len(layouts)} split FFNs, the model has {len(places)}")
+    ffns = [run for run in runs for _ in range(run.count)]
+    if len(places) != len(ffns):
+        raise ArtifactError(f"config.json describes {len(ffns)} split FFNs, the model has {len(places)}")
     config = model.config.to_dict()
     kind = architecture_of(model).kind
     form = Form(per_token=kind != "encoder", is_old=version < 3)  # a few tokens of decoders are very large
     experts: dict[str, SplitExperts] = {}
-    for place, layout, shape in zip(places, layouts, shapes, strict=True):
+    guards = guarded(places) if version >= 4 else {place.unit for place in places}
+    for place, ffn in zip(places, ffns, strict=True):
         activation = ACT2FN[activation_name(config, place.tower)]
-        guard = place.paths.guard
+        guard = place.paths.guard if place.index in guards else None
         if place.expert is None:
-            split_ffn = SplitFFN(layout, shape, activation, guard=guard, form=form)
+            split_ffn = SplitFFN(ffn.layout, ffn.shape, activation, guard=guard, form=form)
             install_split_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, split_ffn)
             continue
         if place.index == place.unit:
             experts[place.split_path] = SplitExperts(guard=guard)
             model.set_submodule(f"{prefix}{place.split_path}", experts[place.split_path])
-        experts[place.split_path].append(SplitFFN(layout, shape, activation, form=form))
+        experts[place.split_path].append(SplitFFN(ffn.layout, ffn.shape, activation, form=form))
     if linears is not None:
         base = model.get_submodule(prefix.removesuffix("."))
         install_linears(base, linears, form=form)

@@ -11,12 +11,13 @@ from ffsplit.runtime.split_ffn import SplitFFN
 class SplitExperts(nn.Module):
     """A block's experts, each a split FFN of its own; it takes the place of the experts' module.
 
-    `guard` is the original's stacked tensor, stored with a shape that cannot match.
+    `guard`, where it has one, is the original's stacked tensor, stored with a shape that cannot match.
     """
 
-    def __init__(self, *, guard: str) -> None:
+    def __init__(self, *, guard: str | None) -> None:
         super().__init__()
-        self.register_buffer(guard, torch.zeros(1))
+        if guard is not None:
+            self.register_buffer(guard, torch.zeros(1))
         self._num_experts = 0
 
     def append(self, expert: SplitFFN) -> None:

@@ -93,9 +93,11 @@ class FFNPartModule(nn.Module):
                 self.gate = form.build(layout.gate, n, d, bias=shape.up_bias)
         self.down = form.build(layout.down, d, n, bias=False)
         first = self.up if self.gate is None else self.gate
-        self.activation = activation
+        self.activation: nn.Module | None = None  # the first map's own, where that applies it to its products
         if isinstance(first, IntegerMap):
-            first.activation, self.activation = activation, nn.Identity()
+            first.activation = activation
+        else:
+            self.activation = activation
 
     @property
     def first_maps(self) -> tuple[nn.Module, ...]:
@@ -113,15 +115,22 @@ class FFNPartModule(nn.Module):
         else:
             assert self.up is not None
             if self.gate is None:
-                return self.activation(self.up(x))  # type: ignore[no-any-return]
+                return self._activated(self.up(x))
             gate, up = self.gate(x), self.up(x)
-        return self.activation(gate) * up  # type: ignore[no-any-return]
+        product: Tensor = self._activated(gate) * up
+        return product
+
+    def _activated(self, y: Tensor) -> Tensor:
+        if self.activation is None:
+            return y
+        activated: Tensor = self.activation(y)
+        return activated
 
 
 class SplitFFN(nn.Module):
     """FFN(x) = heavy(x) + light(x) + bias; the sum is taken by the products themselves.
 
-    It also holds a guard: a tensor under the original name of one of the FFN's weights, of a shape
+    It may hold a guard: a tensor under the original name of one of the FFN's weights, of a shape
     that cannot match, so that a load without ffsplit fails instead of starting from random weights.
     """
 
@@ -144,7 +153,7 @@ class SplitFFN(nn.Module):
         self.heavy, self.light = heavy, light
         share_inputs(part_map for part in (heavy, light) if part is not None for part_map in part.first_maps)
         self.down_bias = nn.Parameter(torch.empty(shape.hidden_size)) if layout.down_bias else None
-        if guard is None:  # whatever holds this FFN has one
+        if guard is None:
             return
         owner: nn.Module = self
         *path, name = guard.split(".")

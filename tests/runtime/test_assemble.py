@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.load import load_whole_model
+from ffsplit.runtime.checkpoint_format import FFNRun, runs_of
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import compress, head_of, outputs, reference
 from tests.runtime.conftest import CompressedFactory
@@ -38,21 +39,21 @@ def test_what_is_no_ffn_is_copied_bit_for_bit(
     added = [name for name in after if name not in before]
     assert bool(added) == (not compressed.plain)
     elements = sum(after[name].numel() for name in {*added, *(ffn & after.keys())})
-    num_guards = 0 if compressed.plain else len(compressed.layouts)
+    num_guards = 0 if compressed.plain else 1
     shapes = compressed.source.shapes
     layouts = zip(compressed.layouts, shapes, strict=True)
     assert elements - num_guards == sum(layout.num_elements(shape) for layout, shape in layouts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_layer_of_a_split_checkpoint_has_a_guard(compressed_of: CompressedFactory, family: str) -> None:
+def test_a_split_checkpoint_has_a_guard_in_its_first_layer(
+    compressed_of: CompressedFactory, family: str
+) -> None:
     compressed = compressed_of(family, recipe="svd")
     before, after = all_tensors(compressed.source.directory), all_tensors(compressed.directory)
-    for layer in range(3):
-        names = compressed.source.ffns[layer].tensor_names
-        guards = [name for name in names if name in after]
-        assert len(guards) == 1
-        assert after[guards[0]].shape == (1,) != before[guards[0]].shape
+    guards = [[name for name in ffn.tensor_names if name in after] for ffn in compressed.source.ffns]
+    assert [len(names) for names in guards] == [1, 0, 0]
+    assert after[guards[0][0]].shape == (1,) != before[guards[0][0]].shape
 
 
 @pytest.mark.parametrize("recipe", ["paper", "fast"])
@@ -122,5 +123,8 @@ def test_a_split_config_keeps_the_original_and_carries_the_layouts(compressed_of
     config = json.loads((compressed.directory / "config.json").read_text())
     split = config.pop("quantization_config")
     assert config == compressed.source.config
-    assert split["quant_method"] == "ffsplit" and split["version"] == 3
-    assert split["layers"] == [layout.model_dump(mode="json") for layout in compressed.layouts]
+    assert split["quant_method"] == "ffsplit" and split["version"] == 4
+    shapes = compressed.source.shapes
+    assert split["ffns"] == [run.model_dump(mode="json") for run in runs_of(compressed.layouts, shapes)]
+    runs = [FFNRun.model_validate(run) for run in split["ffns"]]
+    assert [run.layout for run in runs for _ in range(run.count)] == list(compressed.layouts)

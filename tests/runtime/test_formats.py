@@ -17,7 +17,9 @@ SAMPLES = Path(__file__).parent / "samples"
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("sample", ["format-1-low-rank", "format-1-int4", "format-2-int8"])
+@pytest.mark.parametrize(
+    "sample", ["format-1-low-rank", "format-1-int4", "format-2-int8", "format-3-integers"]
+)
 def test_an_earlier_format(sample: str, tmp_path: Path) -> None:
     """One of each precision, with fused gates and integers in attention since; outputs were stored beside."""
     directory = SAMPLES / sample
