@@ -49,10 +49,14 @@ class Packed:
         return y if activation is None else activation(y)
 
     def _product(self, rows: Tensor, scales: Tensor) -> Tensor:
+        y: Tensor
+        if not rows.is_cuda:
+            cpu = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+            y = cpu(rows, self.weight, self.group_size, scales)
+            return y
         missing = len(scales) * self.group_size - rows.shape[1]
         rows = functional.pad(rows, (0, missing)) if missing else rows
-        name = "_weight_int4pack_mm" if rows.is_cuda else "_weight_int4pack_mm_for_cpu"
-        y: Tensor = getattr(torch.ops.aten, name)(rows, self.weight, self.group_size, scales)
+        y = torch.ops.aten._weight_int4pack_mm.default(rows, self.weight, self.group_size, scales)
         return y
 
     def _by_matrix(self, rows: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 SMALLEST_CUDA_ROWS = 17
 """cuBLAS multiplies int8 matrices of more than 16 rows."""
 
+MANY = 16384
+"""Values from which on two conversions that are vectorized take less time than one that is not."""
+T = TypeVar("T")
 NO_OP = ("none", "none")
 POST_OPS = {
     "GELUActivation": ("gelu", "none"),
@@ -36,25 +40,44 @@ class Inputs(NamedTuple):
     scale_T1: Tensor | None
 
 
+class LastOf(Generic[T]):
+    """What was made of a tensor last, for as long as that lives and is not changed."""
+
+    def __init__(self) -> None:
+        self._held: tuple[Callable[[], Tensor | None], int, T] | None = None
+
+    def get(self, x: Tensor) -> T | None:
+        held = self._held
+        return held[2] if held is not None and held[0]() is x and held[1] == _version(x) else None
+
+    def keep(self, x: Tensor, made: T) -> T:
+        self._held = weakref.ref(x, self._forget), _version(x), made
+        return made
+
+    def _forget(self, _: Any) -> None:
+        self._held = None
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
+
+
 class SharedInputs:
     """Makes inputs integers once for several maps that are given the same tensor one after the other."""
 
     def __init__(self) -> None:
-        self._held: tuple[Callable[[], Tensor | None], int, Inputs] | None = None
+        self._last: LastOf[Inputs] = LastOf()
+        self.packed_for: LastOf[list[Any]] = LastOf()
+        """The maps that were packed when they were given a tensor."""
 
     def of(self, x: Tensor, *, per_token: bool) -> Inputs:
-        version = 0 if x.is_inference() else x._version
-        held = self._held
-        if held is not None and held[0]() is x and held[1] == version:
-            return held[2]
+        inputs = self._last.get(x)
+        if inputs is not None:
+            return inputs
         rows = x.reshape(-1, x.shape[-1])
         rows = rows if rows.dtype == torch.float32 else rows.float()
         inputs = _as_bytes_by_token(rows) if per_token and rows.shape[0] > 1 else _as_bytes(rows)
-        self._held = weakref.ref(x, self._forget), version, inputs
-        return inputs
-
-    def _forget(self, _: Any) -> None:
-        self._held = None
+        return self._last.keep(x, inputs)
 
     def __reduce__(self) -> Any:
         """A copy of a model shares inputs among its own maps."""
@@ -86,7 +109,7 @@ class Packed:
 
     def _product(self, inputs: Inputs, bias: Tensor | None, *, post_op: tuple[str, str] = NO_OP) -> Tensor:
         name, algorithm = post_op
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+        y: Tensor = torch.ops.onednn.qlinear_pointwise.default(
             inputs.integers, inputs.scale, inputs.zero, self.weight, self.scale, self.zero_points, bias,
             1.0, 0, torch.float32, name, [], algorithm,
         )  # fmt: skip
@@ -94,11 +117,60 @@ class Packed:
 
     def takes(self, x: Tensor, *, compiling: bool) -> bool:
         """oneDNN's own layout cannot be traced."""
-        return x.device.type == "cpu" and not compiling
+        return x.is_cpu and not compiling
 
     def tensors(self) -> dict[str, Tensor]:
         """The matrix [rows, columns] and its scales [rows, 1] as they were stored."""
         return {"weight": self.weight.to_dense().t().contiguous(), "weight_scale": self.scale.half()[:, None]}
+
+
+class SharedProduct:
+    """The product of one tensor with a matrix that several maps have their rows in."""
+
+    def __init__(self, packed: Packed) -> None:
+        self.packed = packed
+        self._last: LastOf[tuple[Tensor, set[int]]] = LastOf()
+
+    def columns(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Some columns of the product. Each are given out once, as they may be changed in place."""
+        y, given = self._last.get(x) or (None, set())
+        if y is None or start in given:
+            y, given = self._last.keep(x, (self.packed(x, None), set()))
+        given.add(start)
+        return y[..., start:stop]
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """One map's rows of a matrix that is packed as a whole."""
+
+    product: SharedProduct
+    start: int
+    stop: int
+
+    def __call__(self, x: Tensor, bias: Tensor | None, activation: nn.Module | None = None) -> Tensor:
+        y = self.product.columns(x, self.start, self.stop)
+        y = y if bias is None else y + bias.to(y.dtype)
+        return y if activation is None else activation(y)
+
+    def takes(self, x: Tensor, *, compiling: bool) -> bool:
+        return self.product.packed.takes(x, compiling=compiling)
+
+    def tensors(self) -> dict[str, Tensor]:
+        whole = self.product.packed.tensors()
+        return {name: tensor[self.start : self.stop].clone() for name, tensor in whole.items()}
+
+
+def together(packed: Sequence[Packed | PackedRows]) -> list[PackedRows]:
+    """Matrices of maps that are given the same inputs, packed as one."""
+    stored = [each.tensors() for each in packed]
+    weight, scale = (torch.cat([each[name] for each in stored]) for name in ("weight", "weight_scale"))
+    first = packed[0] if isinstance(packed[0], Packed) else packed[0].product.packed
+    whole = pack(weight, scale, per_token=first.per_token, inputs=SharedInputs())
+    assert whole is not None
+    stops = list(accumulate(len(each["weight"]) for each in stored))
+    product = SharedProduct(whole)
+    return [PackedRows(product, *pair) for pair in zip([0, *stops], stops, strict=False)]
 
 
 def _as_bytes(rows: Tensor) -> Inputs:
@@ -123,8 +195,8 @@ def _as_bytes_by_token(rows: Tensor) -> Inputs:
 
 
 def _bytes(values: Tensor) -> Tensor:
-    """Values of 0 up to 255.9, cut off: by way of 16 bits, which torch has vector instructions for."""
-    return values.to(torch.int16).to(torch.uint8)
+    """Values of 0 up to 255.9, cut off: many by way of 16 bits, which torch has vector instructions for."""
+    return values.to(torch.uint8) if values.numel() < MANY else values.to(torch.int16).to(torch.uint8)
 
 
 def pack(weight: Tensor, weight_scale: Tensor, *, per_token: bool, inputs: SharedInputs) -> Packed | None:

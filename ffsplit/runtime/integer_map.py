@@ -19,7 +19,7 @@ from ffsplit.ffn import Integer
 from ffsplit.quantization import dequantize, joined, parted
 from ffsplit.runtime import few_rows, int4_kernels, int8_kernels
 
-Packed = int8_kernels.Packed | int4_kernels.Packed
+Packed = int8_kernels.Packed | int8_kernels.PackedRows | int4_kernels.Packed
 
 INITIALIZED = True
 """What transformers asks a module before it initializes it, which a model's own code cannot do for these."""
@@ -110,17 +110,17 @@ class IntegerMap(nn.Module):
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """The map's output, added to `plus`: a bias, or a tensor of the output's shape."""
-        bias, rest = (self.bias, None) if plus is None else (plus, None) if plus.dim() == 1 else (None, plus)
-        y = self._output(x, bias)
-        return y if rest is None else y + rest
+        if plus is not None and plus.dim() > 1:
+            return self._output(x, None) + plus
+        return self._output(x, self.bias if plus is None else plus)
 
     def _output(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
+        if x.requires_grad and torch.is_grad_enabled():
             return self._activated(self._floating(x, bias))
-        compiling = torch.compiler.is_compiling()
-        if self._packed is None and not compiling:
+        compiling, packed = torch.compiler.is_compiling(), self._packed
+        if packed is None and not compiling:
             self._pack(x)
-        packed = self._packed
+            packed = self._packed
         if packed is not None and packed.takes(x, compiling=compiling):
             return packed(x, bias, self.activation)
         if packed is not None and compiling:
@@ -172,6 +172,17 @@ class IntegerMap(nn.Module):
             packed = int4_kernels.pack(weight, scale, group_size=size, like=x)
         if packed is not None:
             self.weight, self._packed = None, packed
+        if isinstance(packed, int8_kernels.Packed) and self.bias is None and self.activation is None:
+            self._join(x)
+
+    def _join(self, x: Tensor) -> None:
+        """Share a matrix with the maps that were packed for the same inputs just before."""
+        before = self.inputs.packed_for.get(x) or []
+        maps = [*(each for each in before if each is not self and each.is_packed), self]
+        self.inputs.packed_for.keep(x, maps)
+        if len(maps) > 1:
+            for each, rows in zip(maps, int8_kernels.together([each._packed for each in maps]), strict=True):
+                each._packed = rows
 
     def unpack(self) -> None:
         """Put the stored integers back where they were packed."""

@@ -15,6 +15,7 @@ from transformers.activations import ACT2FN
 
 from ffsplit.ffn import Integer
 from ffsplit.quantization import quantize_rows, scales_of
+from ffsplit.runtime import int8_kernels
 from ffsplit.runtime.int4_kernels import MANY_ROWS, packs_by_blocks
 from ffsplit.runtime.integer_map import IntegerMap, share_inputs, unpack
 
@@ -220,11 +221,38 @@ def test_maps_that_share_inputs_see_each_tensor_anew(per_token: bool) -> None:
     assert copy.deepcopy(nn.ModuleList(maps))[0](x).shape == (5, 48)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("per_token", [True, False])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_maps_packed_for_the_same_inputs_are_one_matrix(num_tokens: int, per_token: bool) -> None:
+    """As queries, keys and values are, but not what comes after attention."""
+    options: dict[str, Any] = {"bias": False, "per_token": per_token}
+    maps = [made(8, rows, 64, seed=rows, **options) for rows in (64, 32, 48, 64)]
+    stored = [linear.state_dict()["weight"].clone() for linear in maps]
+    alone = copy.deepcopy(maps)
+    share_inputs(maps)
+    for seed in range(3):
+        x, later = inputs(num_tokens, 64, seed=seed), inputs(num_tokens, 64, seed=seed + 9)
+        for linear, twin, given in zip(maps, alone, (x, x, x, later), strict=True):
+            expected = twin(given)
+            assert torch.equal(linear(given), expected)
+            linear(given).zero_()  # a part of the product that is asked for again is made again
+            assert torch.equal(linear(given), expected)
+        del x, later
+    packed: list[Any] = [linear._packed for linear in maps]
+    assert packed[0].product is packed[1].product is packed[2].product
+    assert isinstance(packed[3], int8_kernels.Packed)
+    x = inputs(num_tokens, 64)
+    for linear, twin, weight in zip(maps, alone, stored, strict=True):
+        assert torch.equal(linear.state_dict()["weight"], weight)
+        assert torch.equal(linear(x), twin(x))
+
+
 def test_inputs_that_are_gone_take_no_memory() -> None:
     linear, x = made(8, 48, 64), inputs(5, 64)
     with torch.no_grad():
         linear(x)
-    held = weakref.ref(linear.inputs._held[2].integers)  # type: ignore[index]
+    held = weakref.ref(linear.inputs._last._held[2].integers)  # type: ignore[index]
     assert held() is not None
     del x
     gc.collect()
