@@ -128,6 +128,13 @@ def test_light_modules_load_no_heavy_library(module: str) -> None:
     assert not heavy & libraries(loaded_by(module))
 
 
+def test_a_run_that_is_committed_loads_neither_stages_nor_reports() -> None:
+    """What its driver loads anyway; a test of the pipeline sees that it asks for no tokenizer."""
+    loaded = loaded_by("ffsplit.pipeline.run") | loaded_by("ffsplit.cli.summary")
+    assert not {"ray", "boto3", "botocore", "pyarrow", "jinja2", "matplotlib"} & libraries(loaded)
+    assert set(in_room("stages")) & loaded <= {"ffsplit.stages", "ffsplit.stages.profile"}
+
+
 @pytest.mark.parametrize("module", in_room(*LOWER_ROOMS))
 def test_lower_rooms_import_no_upper_room(module: str) -> None:
     upper = {name for name in every_import(module) if name in MODULES and room(name) in UPPER_ROOMS}

@@ -100,18 +100,20 @@ def _of_run(command: str, config: JobConfig, entrypoint: str) -> Job:
     from ffsplit.artifacts.commits import Kind, read_commit
     from ffsplit.artifacts.stores import open_store
     from ffsplit.pipeline.examine import examine
-    from ffsplit.pipeline.prepare import check_weights, identify
+    from ffsplit.pipeline.prepare import check_weights, complete, identify
     from ffsplit.preflight.estimate import estimate
 
     kind: Kind = "model" if command == "compress" else "statistics"
     job = examine(config, kind=kind)
-    run = identify(job, estimate(job, kind=kind))  # whether it fits is for the cluster to say, not for here
-    key = run.run_key if kind == "model" else run.calibration_key
+    flight = estimate(job, kind=kind)  # whether it fits is for the cluster to say, not for here
+    identity = identify(job)
+    key, _ = identity.keys(kind)
     store, is_done = open_store(config.out), False
     with suppress(FFSplitError):  # a store that only the cluster can read: the job will see for itself
         is_done = read_commit(store, key) is not None
     if not is_done:
-        check_weights(run.checkpoint, block_by_block=run.flight.block_by_block)
+        complete(job, identity, flight)
+        check_weights(job.checkpoint, block_by_block=flight.block_by_block)
     place = digest_of({"out": store.uri})[:6]
     return Job(f"ffsplit-{command}-{key}-{place}", entrypoint, is_done)
 

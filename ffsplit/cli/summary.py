@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.table import Table
 
 from ffsplit.artifacts.manifest import REPORT_NAME, Latency, Manifest, Measurements
 from ffsplit.gates import describe_result
-from ffsplit.inspection import FFNGroup, Inspection
-from ffsplit.planning import LayerForecast, Plans
-from ffsplit.preflight.records import Preflight
 from ffsplit.report.humanize import (
     duration,
     ffn,
@@ -22,7 +21,12 @@ from ffsplit.report.humanize import (
     times,
     unit,
 )
-from ffsplit.splitting.latency import LatencyTable
+
+if TYPE_CHECKING:
+    from ffsplit.inspection import FFNGroup, Inspection
+    from ffsplit.planning import LayerForecast, Plans
+    from ffsplit.preflight.records import Preflight
+    from ffsplit.splitting.latency import LatencyTable
 
 WIDTH = 100
 

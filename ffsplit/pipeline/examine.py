@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.inputs import StoredFiles
 from ffsplit.artifacts.statistics import PublishedStatistics, open_statistics
-from ffsplit.calibration.batches import num_rows_within, tokenize_rows
 from ffsplit.calibration.media import embedded, read_media, read_pairs
-from ffsplit.calibration.readers import TextReader, make_reader
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
 from ffsplit.calibration.sources import read_all
 from ffsplit.config import Budget, JobConfig
@@ -21,10 +18,10 @@ from ffsplit.ffn import LayerLayout
 from ffsplit.gates import Gate, check_gates, parse_gates
 from ffsplit.machine import check_device
 from ffsplit.measurement.size import model_shape
-from ffsplit.measurement.tasks.evaluations import Evaluation, read_evaluations
+from ffsplit.measurement.tasks import AnyTask
+from ffsplit.measurement.tasks.evaluations import read_tasks
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.models.load import check_model_class, load_tokenizer
 from ffsplit.models.locate import locate_model
 from ffsplit.models.rows import TEXT_KINDS
 from ffsplit.pipeline.capabilities import check_capabilities
@@ -42,7 +39,10 @@ CHARACTERS_PER_TOKEN = 6
 
 @dataclass(frozen=True)
 class Examined:
-    """A job whose settings go together. `recipe` is as its settings make it, without what gates time."""
+    """A job whose settings go together. `recipe` is as its settings make it, without what gates time.
+
+    `text` is the sample that was drawn, of which as much is read as the recipe's tokens allow.
+    """
 
     config: JobConfig
     recipe: Recipe
@@ -54,7 +54,7 @@ class Examined:
     revision: str | None
     text: TextSample
     origin: PublishedStatistics | None
-    evaluations: tuple[Evaluation, ...]
+    tasks: dict[str, AnyTask]
     profile: ComputeProfile
     layouts: tuple[LayerLayout, ...]
     gates: tuple[Gate, ...]
@@ -80,7 +80,6 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
     recipe = recipe.settled(checkpoint.kind, max_positions=checkpoint.max_positions)
     for index in range(len(checkpoint.ffns)):
         activation_named(checkpoint.activation_of(index))
-    check_model_class(checkpoint.class_name, where=directory)
     check_capabilities(config, recipe, checkpoint)
     budget = config.budget or Budget(kind="keep", limit=recipe.keep)
     solver = make_solver(config, recipe, checkpoint, profile)
@@ -93,11 +92,8 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
     if config.plain:
         check_stays_plain(checkpoint, layouts, recipe=recipe)
     text = sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
-    check_rows(text.calibration, checkpoint=checkpoint, max_length=recipe.calibration.row_length)
-    text = within_tokens(text, recipe=recipe, checkpoint=checkpoint)
-    evaluations = read_evaluations(
-        config.eval, checkpoint=checkpoint, calibration=text.calibration, max_length=window
-    )
+    check_row_length(recipe.calibration.row_length, checkpoint=checkpoint)
+    tasks = read_tasks(config.eval, checkpoint=checkpoint, max_length=window)
     check_gates(gates, checkpoint=checkpoint, recipe=recipe, config=config)
     return Examined(
         config=config,
@@ -110,7 +106,7 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
         revision=revision,
         text=text,
         origin=origin,
-        evaluations=evaluations,
+        tasks=tasks,
         profile=profile,
         layouts=layouts,
         gates=gates,
@@ -183,58 +179,8 @@ def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint,
     return sample if kind in TEXT_KINDS else sample.mapped(embedded)
 
 
-def within_tokens(text: TextSample, *, recipe: Recipe, checkpoint: Checkpoint) -> TextSample:
-    """The sample with no more rows than the recipe's `max_tokens` and `held_out_tokens` have room for."""
-    settings = recipe.calibration
-    if checkpoint.kind not in ("encoder", "causal_lm"):
-        return text
-    tokenizer = load_tokenizer(checkpoint)
-
-    def count(rows: Sequence[str], most: int | None) -> int:
-        if most is None or len(rows) * settings.row_length <= most:
-            return len(rows)
-        return num_rows_within(tokenizer, rows, max_length=settings.row_length, max_tokens=most)
-
-    return text.first(
-        count(text.calibration, settings.max_tokens),
-        held_out=count(text.held_out, settings.held_out_tokens),
-        judged=count(text.judged, settings.held_out_tokens),
-    )
-
-
-def check_rows(rows: Sequence[str], *, checkpoint: Checkpoint, max_length: int) -> None:
-    """Raise ConfigError when rows are longer than the model reads, or none has a token to learn from."""
+def check_row_length(max_length: int, *, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError when rows are longer than the model reads."""
     longest = checkpoint.max_positions
     if longest is not None and max_length > longest and checkpoint.kind in TEXT_KINDS:
         raise ConfigError(f"--max-length {max_length} is more than the model's {longest} positions")
-    reader = make_reader(checkpoint, max_length=max_length, batch_tokens=max_length)
-    if not isinstance(reader, TextReader):
-        if next(reader.batches(reader.encode(rows[:8])), None) is None:
-            raise ConfigError("the calibration rows hold nothing that the model reads: give others")
-        return
-    tokenizer = reader.tokenizer
-    check_vocabulary(tokenizer, checkpoint)
-    num_special = tokenizer.num_special_tokens_to_add()
-    if max_length <= num_special:
-        raise ConfigError(
-            f"--max-length {max_length} leaves no room beside {num_special} special tokens: "
-            f"give {num_special + 1} or more"
-        )
-    for start in range(0, len(rows), 256):
-        if tokenize_rows(tokenizer, rows[start : start + 256], max_length=max_length):
-            return
-    raise ConfigError(
-        f"the calibration text is nothing but padding and special tokens at --max-length {max_length}: "
-        "give other text or a larger --max-length"
-    )
-
-
-def check_vocabulary(tokenizer: Any, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError when the tokenizer gives tokens that the model has no embedding for."""
-    stated = checkpoint.text_config.get("vocab_size")
-    token, index = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1], default=("", -1))
-    if isinstance(stated, int) and index >= stated:
-        raise ConfigError(
-            f"{checkpoint.directory}: the tokenizer does not belong to the model: it has token {token!r} as "
-            f"number {index}, and the model reads numbers below {stated}"
-        )

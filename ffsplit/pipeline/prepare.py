@@ -18,12 +18,13 @@ from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.config import Budget, JobConfig, digest_of, stage_key
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import Gate, gated_key
-from ffsplit.measurement.tasks.evaluations import Evaluation
+from ffsplit.measurement.tasks.evaluations import Evaluation, evaluations_of, key_inputs
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.load import check_complete
 from ffsplit.models.trust import trusting
 from ffsplit.pipeline.examine import Examined, examine, keep_of
 from ffsplit.pipeline.origin import check_origin
+from ffsplit.pipeline.reading import readable
 from ffsplit.preflight.estimate import estimate
 from ffsplit.preflight.records import Preflight
 from ffsplit.recipes.recipe import Recipe
@@ -31,7 +32,24 @@ from ffsplit.splitting.plan import num_energetic
 from ffsplit.splitting.solver import Solver
 from ffsplit.stages.profile import ComputeProfile
 
-"""Directories that do not say which model they hold; their parents do."""
+
+@dataclass(frozen=True)
+class Identity:
+    """The names of a run's results, and the digests that they are made from.
+
+    `work_key` names what is computed, and so its scratch; `run_key` is the same, or where there are
+    gates, the hash of it and them.
+    """
+
+    digests: dict[str, str]
+    calibration_key: str
+    work_key: str
+    run_key: str
+    nonce: str | None
+
+    def keys(self, kind: Kind) -> tuple[str, str]:
+        """What the result is published under, and what its scratch is."""
+        return (self.run_key, self.work_key) if kind == "model" else (self.calibration_key,) * 2
 
 
 @dataclass(frozen=True)
@@ -40,9 +58,8 @@ class PreparedRun:
 
     `layouts` and `keep` are what the budget comes to; where the statistics have a say in that, they
     are the least it can come to until the statistics are there. `checkpoint` is in a directory of this
-    machine; where the model is in a store, other nodes have theirs from `stored_model`.
-    `work_key` names what is computed, and so its scratch; `run_key` is the same, or where there are
-    gates, the hash of it and them. `flight` says what of the model is held at a time.
+    machine; where the model is in a store, other nodes have theirs from `stored_model`. `text` is what is
+    read of the sample, and so is its digest. `flight` says what of the model is held at a time.
     """
 
     config: JobConfig
@@ -76,18 +93,24 @@ def prepare(config: JobConfig, *, kind: Kind = "model") -> PreparedRun:
         job = examine(config, kind=kind)
         flight = estimate(job, kind=kind)
         flight.check()
-        return identify(job, flight)
+        return complete(job, identify(job), flight)
 
 
 def preflight(config: JobConfig, *, kind: Kind = "model") -> Preflight:
     """What a run would need, by its checked settings. Raises ConfigError as `prepare` does."""
     check_outside_attempts(open_store(config.out).uri, flag="--out")
     with trusting(config.trust_remote_code):
-        return estimate(examine(config, kind=kind), kind=kind)
+        job = examine(config, kind=kind)
+        readable(job.text, settings=job.recipe.calibration, checkpoint=job.checkpoint)
+        return estimate(job, kind=kind)
 
 
-def identify(job: Examined, flight: Preflight) -> PreparedRun:
-    """Name a run's results by every byte that it starts from."""
+def identify(job: Examined) -> Identity:
+    """Name a run's results by every byte that it starts from.
+
+    How much of the sample is read follows from it, the tokenizer and the settings, which are all in the
+    keys: no row has to be tokenized to know them.
+    """
     config, recipe, checkpoint = job.config, job.recipe, job.checkpoint
     digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}
     if job.origin is not None:
@@ -105,13 +128,9 @@ def identify(job: Examined, flight: Preflight) -> PreparedRun:
     healing = healing_inputs(config) if recipe.healing is not None else None
     split = split_inputs(recipe, job.budget, job.solver, layouts=job.layouts, keep=job.keep)
     run_inputs = inputs | split | {"healing": healing}
-    run_inputs |= {"evaluations": [evaluation.key_inputs for evaluation in job.evaluations]}
+    run_inputs |= {"evaluations": [key_inputs(task) for task in job.tasks.values()]}
     work_key = stage_key("run", run_inputs)
-    known = {field.name: getattr(job, field.name) for field in fields(job)}
-    known["recipe"] = recipe.timing([gate.shape for gate in job.gates if gate.shape])
-    return PreparedRun(
-        **known,
-        flight=flight,
+    return Identity(
         digests=digests,
         calibration_key=stage_key("calibrate", inputs),
         work_key=work_key,
@@ -120,8 +139,25 @@ def identify(job: Examined, flight: Preflight) -> PreparedRun:
     )
 
 
+def complete(job: Examined, identity: Identity, flight: Preflight) -> PreparedRun:
+    """What a run needs beside its name, and what needs no second look where its result stands.
+
+    Loads the tokenizer. Raises ConfigError where the model cannot read the rows.
+    """
+    text = readable(job.text, settings=job.recipe.calibration, checkpoint=job.checkpoint)
+    known = {field.name: getattr(job, field.name) for field in fields(job) if field.name != "tasks"}
+    known |= {field.name: getattr(identity, field.name) for field in fields(identity)}
+    known |= {
+        "recipe": job.recipe.timing([gate.shape for gate in job.gates if gate.shape]),
+        "text": text,
+        "digests": identity.digests | {"text": text.digest},
+    }
+    evaluations = evaluations_of(job.tasks, calibration=text.calibration)
+    return PreparedRun(**known, evaluations=evaluations, flight=flight)
+
+
 def check_weights(checkpoint: Checkpoint, *, block_by_block: bool) -> None:
-    """What must hold before a run begins, and needs no second look where its result stands.
+    """What else must hold before a run begins, and needs no second look either.
 
     Loads the modelling code of the model's family. Raises ConfigError where weights are missing or not
     finite, UnsupportedModelError where FFNs were guessed wrongly.

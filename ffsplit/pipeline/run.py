@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ffsplit import logs
 from ffsplit.artifacts.commits import Kind, read_commit
-from ffsplit.artifacts.digests import file_entries
-from ffsplit.artifacts.entries import StoreGuarantees
 from ffsplit.artifacts.index import latest_commit
 from ffsplit.artifacts.locate import locate, read_manifest
-from ffsplit.artifacts.manifest import MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAME, Manifest
+from ffsplit.artifacts.manifest import REPORT_NAME, Manifest
 from ffsplit.artifacts.paths import check_outside_attempts
-from ffsplit.artifacts.publish import Upload, new_attempt_id
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX, Scratch
 from ffsplit.artifacts.signing import sign_manifest
-from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.artifacts.stores import NOT_ATOMIC, Store, open_store
 from ffsplit.config import JobConfig
-from ffsplit.distributed import make_runner
 from ffsplit.errors import ConfigError, FFSplitError, GateError, StoreError
-from ffsplit.gates import judge, refusal
+from ffsplit.gates import refusal
 from ffsplit.models.trust import trusting
-from ffsplit.pipeline.documents import write_documents
-from ffsplit.pipeline.placement import place
-from ffsplit.pipeline.prepare import PreparedRun, check_weights, prepare
-from ffsplit.preflight.words import in_one_line
-from ffsplit.progress import Progress, StageLog
-from ffsplit.temporary import full_disk_explained, temporary_folder
+from ffsplit.pipeline.examine import examine
+from ffsplit.pipeline.prepare import check_weights, complete, identify
+from ffsplit.preflight.estimate import estimate
+from ffsplit.progress import Progress
 
-REFUSED_REPORT = f"refused/{REPORT_NAME}"
-"""Where in the scratch the report of a result lies that its gates refused."""
+State = Literal["published", "committed already", "refused"]
 
 
 class Finished(NamedTuple):
@@ -44,7 +33,7 @@ class Finished(NamedTuple):
     """
 
     manifest: Manifest
-    state: Literal["published", "committed already", "refused"]
+    state: State
     report: str
 
 
@@ -85,34 +74,39 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         check_outside_attempts(store.uri, flag="--out")
         if sign_key is not None:
             sign_manifest(b"{}", key=sign_key)  # a key that cannot sign is said before the work
-        run = prepare(config, kind=kind)
-        key, work = (run.run_key, run.work_key) if kind == "model" else (run.calibration_key,) * 2
+        job = examine(config, kind=kind)
+        flight = estimate(job, kind=kind)
+        flight.check()
+        identity = identify(job)
+        key, work = identity.keys(kind)
         scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{work}")
-        refused, is_new = None, not _is_committed(store, key)
-        if is_new:
-            check_weights(run.checkpoint, block_by_block=run.flight.block_by_block)
+        state: State = "committed already"
+        if _is_committed(store, key):
+            shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
+        else:
+            from ffsplit.pipeline.attempt import Attempt  # the stages: a committed run needs none of them
+
+            run = complete(job, identity, flight)
+            check_weights(run.checkpoint, block_by_block=flight.block_by_block)
             guarantees = store.check_writable()
             if guarantees.conditional_put != "atomic":
                 shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
+            attempt = Attempt(run, kind, key, scratch, store, guarantees, sign_key)
             try:
-                refused = _carry_out(
-                    run, key, scratch, store, guarantees, kind=kind, sign_key=sign_key, shown=shown
-                )
+                refused = attempt.carry_out(shown)
+                if refused is not None:
+                    return Finished(refused, "refused", attempt.refused_report)
+                state = "published"
             except Exception:
                 if not _is_committed(store, key):
                     raise
                 shown.note(f"{store.uri}/{key} was committed by another run of the same key meanwhile")
-                is_new = False
-        else:
-            shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
-        if refused is not None:
-            return Finished(refused, "refused", scratch.key(REFUSED_REPORT))
         with suppress(FFSplitError):  # the artifact stands; the next run of this key cleans up
             store.delete_prefix(scratch.prefix)
             latest_commit(store)
         manifest = read_manifest(locate(f"{store.uri}/{key}"))
         report = f"{key}/{manifest.attempt}/{REPORT_NAME}"
-        return Finished(manifest, "published" if is_new else "committed already", report)
+        return Finished(manifest, state, report)
 
 
 def _is_committed(store: Store, key: str) -> bool:
@@ -121,51 +115,3 @@ def _is_committed(store: Store, key: str) -> bool:
         return read_commit(store, key) is not None
     except StoreError as error:
         raise ConfigError(f"--out: {error}") from None
-
-
-def _carry_out(
-    run: PreparedRun,
-    key: str,
-    scratch: Scratch,
-    store: Store,
-    guarantees: StoreGuarantees,
-    *,
-    kind: Kind,
-    sign_key: Path | None,
-    shown: Progress,
-) -> Manifest | None:
-    """Compute a run and publish it. Returns its manifest instead where its gates refuse it."""
-    from ffsplit.pipeline.computation import compute_model, compute_statistics  # none for a committed run
-
-    config, log = run.config, StageLog(shown)
-    with (
-        logs.fields(run=key),
-        full_disk_explained(),
-        make_runner(config) as runner,
-        temporary_folder() as folder,
-    ):
-        shown.note(in_one_line(run.flight))
-        shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
-        attempt = new_attempt_id()
-        staging = folder / attempt
-        (staging / STATISTICS_PATH).parent.mkdir(parents=True)
-        compute = compute_model if kind == "model" else compute_statistics
-        run, outcome = compute(place(run, scratch, runner, log, shown=shown), staging)
-        outcome = replace(outcome, guarantees=guarantees)
-        if outcome.measurements is not None:
-            outcome = replace(outcome, gates=judge(run.gates, outcome.measurements))
-        write = partial(
-            write_documents, run, outcome, staging, run_key=key, attempt=attempt, stages=log.stages
-        )
-        if refusal(outcome.gates) is not None:
-            manifest = write(files=file_entries(staging))
-            store.put_file(scratch.key(REFUSED_REPORT), staging / REPORT_NAME)
-            return manifest
-        logs.log("publishing", attempt=attempt)
-        with Upload(store, run_key=key, attempt=attempt) as upload:
-            write(files=upload.add(staging))
-            if sign_key is not None:
-                data = (staging / MANIFEST_NAME).read_bytes()
-                (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=sign_key))
-            upload.commit(staging, kind=kind, move_latest=kind == "model")
-    return None

@@ -52,7 +52,7 @@ def healing_seconds(work: Workload, *, speed: float) -> float:
 
 def measurement_seconds(work: Workload, *, speed: float, block_by_block: bool) -> float:
     both = 2 * work.num_elements * (1 + work.compressed_bytes / work.file_bytes)
-    tokens = work.tokens_of(work.text.held_out)
+    tokens = work.held_out_tokens
     if not block_by_block:
         settings = work.recipe.measurement
         tokens += sum(rows * length for rows, length in settings.latency_shapes) * settings.latency_pairs

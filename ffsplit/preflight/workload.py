@@ -18,7 +18,10 @@ ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Workload:
-    """Elements are parameters; `itemsize` is the bytes of one in the dtype that is computed in."""
+    """Elements are parameters; `itemsize` is the bytes of one in the dtype that is computed in.
+
+    `text` is the sample; of rows of text as many are read as the recipe's tokens allow, by a guess here.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -98,20 +101,37 @@ class Workload:
     @property
     def shard_tokens(self) -> int:
         settings = self.recipe.calibration
-        return min(settings.rows_a_shard, len(self.text.calibration)) * settings.row_length
+        return min(settings.rows_a_shard, self.num_rows) * settings.row_length
 
     @cached_property
     def num_shards(self) -> int:
-        return -(-len(self.text.calibration) // self.recipe.calibration.rows_a_shard)
+        return -(-self.num_rows // self.recipe.calibration.rows_a_shard)
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Rows that are calibrated on."""
+        rows = self.text.calibration
+        return max(1, len(rows) * self.calibration_tokens // self.tokens_of(rows))
 
     @cached_property
     def calibration_tokens(self) -> int:
-        return self.tokens_of(self.text.calibration)
+        return self._at_most(self.recipe.calibration.max_tokens, self.text.calibration)
+
+    @cached_property
+    def held_out_tokens(self) -> int:
+        return self._at_most(self.recipe.calibration.held_out_tokens, self.text.held_out)
 
     @property
     def sampled_tokens(self) -> int:
         """Tokens whose FFN inputs are kept, over all shards."""
         return min(self.calibration_tokens, self.recipe.calibration.sampled_tokens)
+
+    def _at_most(self, limit: int | None, rows: Sequence[str]) -> int:
+        """About how many tokens of some rows are read."""
+        num_tokens = self.tokens_of(rows)
+        if limit is None or self.checkpoint.kind not in ("encoder", "causal_lm"):
+            return num_tokens
+        return min(num_tokens, limit)
 
     def tokens_of(self, rows: Sequence[str]) -> int:
         """About how many tokens some rows have."""

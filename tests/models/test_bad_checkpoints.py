@@ -17,7 +17,7 @@ from ffsplit.models import contents
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.load import load_tokenizer, load_whole_model
-from ffsplit.pipeline.examine import check_vocabulary
+from ffsplit.pipeline.reading import check_vocabulary
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import FAMILIES
 

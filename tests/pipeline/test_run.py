@@ -82,6 +82,22 @@ def test_a_second_call_does_nothing(
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
+def test_a_second_call_tokenizes_nothing(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the tokens decide how many rows are read: the key is known without."""
+    path = tmp_path / "few.yaml"
+    given = Path(small_job.recipe()).read_text("utf-8")
+    path.write_text(
+        given.replace("held_out: 8", "held_out: 8, max_tokens: 100, held_out_tokens: 30"), "utf-8"
+    )
+    config = small_job.config(tmp_path / "out", recipe=str(path), samples=None)
+    first = ffsplit.compress(config)
+    assert first.calibration.num_rows < 40
+    monkeypatch.setattr(pipeline, "complete", None)
+    assert ffsplit.compress(config) == first
+
+
 def test_the_run_key_names_what_is_computed(small_job: SmallJob, tmp_path: Path) -> None:
     def key(**fields: Any) -> str:
         return prepare(small_job.config(**({"out": tmp_path / "out"} | fields))).run_key

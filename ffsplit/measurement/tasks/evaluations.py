@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ffsplit.artifacts.manifest import TaskScore
@@ -33,26 +33,33 @@ class Evaluation(Record):
     task: AnyTask
     overlap_with_calibration: int
 
-    @property
-    def key_inputs(self) -> dict[str, Any]:
-        """What its scores depend on, but for the model: no path."""
-        return {"kind": self.task.kind, "digest": self.task.digest, "max_length": self.task.max_length}
 
-
-def read_evaluations(
-    specs: Sequence[str], *, checkpoint: Checkpoint, calibration: Sequence[str], max_length: int | None
-) -> tuple[Evaluation, ...]:
-    """Read and check every task; a SPEC given twice counts once.
+def read_tasks(specs: Sequence[str], *, checkpoint: Checkpoint, max_length: int | None) -> dict[str, AnyTask]:
+    """Read and check every task, by its SPEC; one given twice counts once.
 
     `max_length` is the window of perplexity. Raises ConfigError when a task is unknown, does not fit
     the model, or its file is not what it should be.
     """
-    evaluations = []
-    for spec in dict.fromkeys(specs):
-        task = _read(spec, checkpoint, max_length)
-        overlap = count_overlap(task.texts, calibration, running=task.kind == "perplexity")
-        evaluations.append(Evaluation(spec=spec, task=task, overlap_with_calibration=overlap))
-    return tuple(evaluations)
+    return {spec: _read(spec, checkpoint, max_length) for spec in dict.fromkeys(specs)}
+
+
+def key_inputs(task: AnyTask) -> dict[str, Any]:
+    """What a task's scores depend on, but for the model: no path."""
+    return {"kind": task.kind, "digest": task.digest, "max_length": task.max_length}
+
+
+def evaluations_of(tasks: Mapping[str, AnyTask], *, calibration: Sequence[str]) -> tuple[Evaluation, ...]:
+    """The tasks, and how much of each stands in the calibration's rows."""
+    return tuple(
+        Evaluation(
+            spec=spec,
+            task=task,
+            overlap_with_calibration=count_overlap(
+                task.texts, calibration, running=task.kind == "perplexity"
+            ),
+        )
+        for spec, task in tasks.items()
+    )
 
 
 def score_evaluations(

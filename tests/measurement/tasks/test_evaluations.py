@@ -10,7 +10,13 @@ import pytest
 
 from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.measurement.tasks import Classification
-from ffsplit.measurement.tasks.evaluations import Evaluation, read_evaluations, score_evaluations
+from ffsplit.measurement.tasks.evaluations import (
+    Evaluation,
+    evaluations_of,
+    key_inputs,
+    read_tasks,
+    score_evaluations,
+)
 from ffsplit.measurement.tasks.scoring import Score
 from ffsplit.models.checkpoint import Checkpoint
 from tests.measurement.tasks.conftest import LoadedFactory
@@ -24,9 +30,11 @@ def pairs(tmp_path: Path) -> Path:
     return path
 
 
-def read(spec: str, checkpoint: Checkpoint, **options: Any) -> tuple[Evaluation, ...]:
-    given: dict[str, Any] = {"calibration": (), "max_length": None}
-    return read_evaluations((spec,), checkpoint=checkpoint, **(given | options))
+def read(
+    spec: str, checkpoint: Checkpoint, *, calibration: tuple[str, ...] = (), max_length: int | None = None
+) -> tuple[Evaluation, ...]:
+    tasks = read_tasks((spec,), checkpoint=checkpoint, max_length=max_length)
+    return evaluations_of(tasks, calibration=calibration)
 
 
 def test_the_key_names_the_data_and_no_path(loaded: LoadedFactory, pairs: Path, tmp_path: Path) -> None:
@@ -35,24 +43,24 @@ def test_the_key_names_the_data_and_no_path(loaded: LoadedFactory, pairs: Path, 
     elsewhere = tmp_path / "elsewhere.csv"
     elsewhere.write_text(pairs.read_text())
     (second,) = read(f"sts:{elsewhere}#0,1,2", checkpoint)
-    assert first.key_inputs == second.key_inputs
-    assert str(tmp_path) not in str(first.key_inputs)
+    assert key_inputs(first.task) == key_inputs(second.task)
+    assert str(tmp_path) not in str(key_inputs(first.task))
     elsewhere.write_text(pairs.read_text().replace("3", "4"))
     (third,) = read(f"sts:{elsewhere}", checkpoint)
-    assert third.key_inputs != first.key_inputs
+    assert key_inputs(third.task) != key_inputs(first.task)
 
 
 def test_a_window_is_part_of_the_key(loaded: LoadedFactory, tmp_path: Path) -> None:
     checkpoint = loaded("llama", head="ForCausalLM").checkpoint
     (tmp_path / "a.txt").write_text("the people of this time " * 20)
-    keys = [read(f"perplexity:{tmp_path}/a.txt", checkpoint, max_length=n)[0].key_inputs for n in (16, 32)]
-    assert keys[0] != keys[1]
+    tasks = [read(f"perplexity:{tmp_path}/a.txt", checkpoint, max_length=n)[0].task for n in (16, 32)]
+    assert key_inputs(tasks[0]) != key_inputs(tasks[1])
 
 
 def test_a_spec_given_twice_counts_once(loaded: LoadedFactory, pairs: Path) -> None:
     spec = f"sts:{pairs}"
-    options: dict[str, Any] = {"checkpoint": loaded("bert").checkpoint, "calibration": (), "max_length": 8}
-    assert len(read_evaluations((spec, f"{spec}#0,1,2", spec), **options)) == 2
+    checkpoint = loaded("bert").checkpoint
+    assert len(read_tasks((spec, f"{spec}#0,1,2", spec), checkpoint=checkpoint, max_length=8)) == 2
 
 
 def test_sentences_seen_in_calibration_are_counted(loaded: LoadedFactory, pairs: Path) -> None:

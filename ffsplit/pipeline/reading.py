@@ -1,0 +1,87 @@
+"""A run's rows as its model reads them: what the tokenizer, and so transformers, has to be loaded for.
+
+A run's key needs none of it. Its digests and settings decide what is found here, so that a run that is
+committed already was found sound when it was computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ffsplit.calibration.batches import num_rows_within, tokenize_rows
+from ffsplit.calibration.readers import Reader, TextReader, make_reader
+from ffsplit.calibration.sampling import TextSample
+from ffsplit.calibration.settings import CalibrationSettings
+from ffsplit.errors import ConfigError
+from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.load import check_model_class
+
+CHECKED_ROWS = 256
+"""Rows that are tokenized at once, until one holds a token to learn from."""
+
+
+def readable(text: TextSample, *, settings: CalibrationSettings, checkpoint: Checkpoint) -> TextSample:
+    """The part of a sample that a run reads: the first rows, as far as the settings' tokens allow.
+
+    Raises ConfigError when transformers does not know the model's class, there is no tokenizer that
+    belongs to it, or no row has a token to learn from.
+    """
+    check_model_class(checkpoint.class_name, where=checkpoint.directory)
+    length = settings.row_length
+    reader = make_reader(checkpoint, max_length=length, batch_tokens=length)
+    if not isinstance(reader, TextReader):
+        _check_media(text.calibration, reader=reader)
+        return text
+    check_vocabulary(reader.tokenizer, checkpoint)
+    _check_text(text.calibration, tokenizer=reader.tokenizer, max_length=length)
+    return _within_tokens(text, settings=settings, tokenizer=reader.tokenizer)
+
+
+def _within_tokens(text: TextSample, *, settings: CalibrationSettings, tokenizer: Any) -> TextSample:
+    """The sample with no more rows than the settings' `max_tokens` and `held_out_tokens` have room for."""
+
+    def count(rows: Sequence[str], most: int | None) -> int:
+        if most is None or len(rows) * settings.row_length <= most:
+            return len(rows)
+        return num_rows_within(tokenizer, rows, max_length=settings.row_length, max_tokens=most)
+
+    return text.first(
+        count(text.calibration, settings.max_tokens),
+        held_out=count(text.held_out, settings.held_out_tokens),
+        judged=count(text.judged, settings.held_out_tokens),
+    )
+
+
+def _check_media(rows: Sequence[str], *, reader: Reader) -> None:
+    """Raise ConfigError when the first rows hold nothing that the model reads."""
+    if next(reader.batches(reader.encode(rows[:8])), None) is None:
+        raise ConfigError("the calibration rows hold nothing that the model reads: give others")
+
+
+def _check_text(rows: Sequence[str], *, tokenizer: Any, max_length: int) -> None:
+    """Raise ConfigError when no row has a token to learn from."""
+    num_special = tokenizer.num_special_tokens_to_add()
+    if max_length <= num_special:
+        raise ConfigError(
+            f"--max-length {max_length} leaves no room beside {num_special} special tokens: "
+            f"give {num_special + 1} or more"
+        )
+    for start in range(0, len(rows), CHECKED_ROWS):
+        if tokenize_rows(tokenizer, rows[start : start + CHECKED_ROWS], max_length=max_length):
+            return
+    raise ConfigError(
+        f"the calibration text is nothing but padding and special tokens at --max-length {max_length}: "
+        "give other text or a larger --max-length"
+    )
+
+
+def check_vocabulary(tokenizer: Any, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError when the tokenizer gives tokens that the model has no embedding for."""
+    stated = checkpoint.text_config.get("vocab_size")
+    token, index = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1], default=("", -1))
+    if isinstance(stated, int) and index >= stated:
+        raise ConfigError(
+            f"{checkpoint.directory}: the tokenizer does not belong to the model: it has token {token!r} as "
+            f"number {index}, and the model reads numbers below {stated}"
+        )
