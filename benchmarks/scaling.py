@@ -1,6 +1,6 @@
 """How the work spreads over workers, into benchmarks/scaling.md.
 
-    make bench-scaling        two idle cores, about fifteen minutes
+    make bench-scaling        two idle cores, about twenty-five minutes
 
 Each worker is pinned to one thread. Rates are taken while every worker is busy: from the moment that each
 has answered once until the last item has been handed out. *Ray's share* is the part of that time that the
@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -33,6 +34,7 @@ from ffsplit.calibration.batches import padded_batches, tokenize_rows
 from ffsplit.calibration.hooks import NOTHING, FFNObserver, Sampling
 from ffsplit.calibration.settings import CalibrationSettings
 from ffsplit.calibration.sources import read_all
+from ffsplit.distributed.ray_cluster import connect, disconnect
 from ffsplit.distributed.ray_runner import RayRunner
 from ffsplit.ffn import LayerLayout
 from ffsplit.models.checkpoint import open_checkpoint
@@ -76,28 +78,40 @@ def compress_layer() -> Callable[[LayerJob], Result]:
 
 
 def rate_of(answers: Sequence[Answer], *, num_workers: int) -> Rate:
-    """The rate while every worker was busy."""
+    """The rate while every worker was busy, to which an item counts by its part in it."""
     first = {answer.process: answer.ended for answer in sorted(answers, key=lambda each: -each.ended)}
     begin, end = max(first.values()), sorted(answer.started for answer in answers)[-len(first)]
-    counted = [answer for answer in answers if begin < answer.ended <= end]
-    tokens = sum(int(str(answer.result.facts.get("num_tokens", 0))) for answer in counted)
-    within = [(max(answer.started, begin), min(answer.ended, end)) for answer in answers]
-    busy = sum(stop - start for start, stop in within if stop > start)
+    items = tokens = busy = 0.0
+    for answer in answers:
+        within = max(0.0, min(answer.ended, end) - max(answer.started, begin))
+        part = within / (answer.ended - answer.started)
+        items += part
+        tokens += part * int(str(answer.result.facts.get("num_tokens", 0)))
+        busy += within
     span = end - begin
-    share = 1 - busy / (span * len(first))
-    return Rate(num_workers, 60 * len(counted) / span, tokens / span, share)
+    return Rate(num_workers, 60 * items / span, tokens / span, 1 - busy / (span * len(first)))
 
 
 def shards_of(num_shards: int, rows_each: int) -> list[Shard]:
-    texts = list(read_all(["builtin:pydoc"]))
-    rows = [texts[index % len(texts)] for index in range(num_shards * rows_each)]
-    groups = [tuple(rows[start : start + rows_each]) for start in range(0, len(rows), rows_each)]
-    return [Shard(index, group) for index, group in enumerate(groups)]
+    """Every shard has the same rows, so that all of them cost the same."""
+    rows = tuple(read_all(["builtin:pydoc"])[:rows_each])
+    return [Shard(index, rows) for index in range(num_shards)]
+
+
+@contextmanager
+def ray_of(num_workers: int) -> Iterator[RayRunner]:
+    """So many workers at once, on a Ray that is told to have a CPU for each, whatever this machine has."""
+    connect("local", num_cpus=num_workers)
+    try:
+        with RayRunner(address=None, num_workers=num_workers) as runner:
+            yield runner
+    finally:
+        disconnect()
 
 
 def calibration(folder: Path, num_workers: int, *, num_shards: int) -> Rate:
     job = calibration_job(folder, num_shards=num_shards)
-    with RayRunner(address="local", num_workers=num_workers) as runner:
+    with ray_of(num_workers) as runner:
         factory = partial(Timed, partial(CalibrationWorker, job))
         answers = dict(runner.map_workers("calibrate", factory, shards_of(num_shards, 64)))
     return rate_of(list(answers.values()), num_workers=num_workers)
@@ -136,7 +150,7 @@ def compression(
 ) -> Rate:
     """Neurons dropped and the rest refitted by least squares, every layer several times over."""
     jobs = layer_jobs(folder, inputs, sampled, repeats=repeats)
-    with RayRunner(address="local", num_workers=num_workers) as runner:
+    with ray_of(num_workers) as runner:
         answers = dict(runner.map_workers("compress", partial(Timed, compress_layer), jobs))
     return rate_of(list(answers.values()), num_workers=num_workers)
 
@@ -220,7 +234,7 @@ def main() -> None:
         cost = overhead(num_rows=64 if small else 512, rounds=2 if small else 7)
         print(cost, flush=True)
         turns, inputs = 1 if small else 3, folder / "inputs"
-        calibrate = partial(calibration, num_shards=8 if small else 24)
+        calibrate = partial(calibration, num_shards=8 if small else 36)
         compress = partial(
             compression, inputs=inputs, sampled=sampled_inputs(inputs), repeats=2 if small else 8
         )

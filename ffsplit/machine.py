@@ -14,6 +14,18 @@ CGROUPS = Path("/sys/fs/cgroup")
 MATRIX_SIZE = 768
 
 
+def num_workers_here(requested: int | None, *, threads: int, on_gpu: bool) -> int:
+    """How many workers of so many threads to run at once on this machine: one a core at most.
+
+    More would take turns on the cores, each after it has loaded the model. Workers on GPUs wait for
+    those, and are as many as are asked for.
+    """
+    cores = max(1, (os.cpu_count() or 1) // threads)
+    if requested is None:
+        return cores
+    return requested if on_gpu else min(requested, cores)
+
+
 def memory_limit_bytes() -> int:
     """The memory of this machine, or of the container that this process is in, where that is less."""
     import psutil

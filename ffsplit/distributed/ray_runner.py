@@ -20,6 +20,7 @@ from ffsplit.distributed.ray_cluster import Share, check_room, connect, disconne
 from ffsplit.distributed.ray_pools import ActorPool, TaskPool, error_of, run_task
 from ffsplit.distributed.ray_train import place, run_together
 from ffsplit.distributed.runner import Answer, Item, Worker
+from ffsplit.machine import num_workers_here
 from ffsplit.temporary import remove_abandoned
 
 PRESENCE, A_LITTLE = f"{IMPLICIT_RESOURCE_PREFIX}ffsplit", 0.0001
@@ -31,8 +32,9 @@ class RayRunner:
 
     At most `num_workers` items are worked on at once, and no more than the cluster has room for at the
     moment: a stage that is under way gives work to nodes that join, and goes on without those that leave.
-    None means one for every `threads_per_worker` CPUs. Raises ConfigError when the cluster cannot be
-    reached, or when not even one worker would ever find room.
+    None means one for every `threads_per_worker` CPUs. A cluster that is started on the spot has no more
+    CPUs than this machine has cores, unless one worker alone takes more. Raises ConfigError when the
+    cluster cannot be reached, or when not even one worker would ever find room.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class RayRunner:
 
     def __enter__(self) -> RayRunner:
         if not ray.is_initialized():
-            workers = self._requested or max(1, (os.cpu_count() or 1) // self._share.cpus)
+            workers = num_workers_here(self._requested, threads=self._share.cpus, on_gpu=self._share.gpus > 0)
             connect(self._address, num_cpus=max(workers * self._share.cpus, self._together))
             self._connected = True
         try:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from ffsplit.config import JobConfig, Record
 from ffsplit.errors import ConfigError
-from ffsplit.machine import memory_limit_bytes
+from ffsplit.machine import memory_limit_bytes, num_workers_here
 from ffsplit.stages.profile import ComputeProfile
 
 SHARE_OF_MEMORY = 0.9
@@ -28,11 +28,16 @@ class Machine(Record):
     @classmethod
     def of(cls, config: JobConfig, profile: ComputeProfile) -> Machine:
         """This machine's, or what --memory-per-worker says."""
-        here = max(1, (os.cpu_count() or 1) // profile.threads)
-        workers = 1 if config.runner == "serial" else config.workers or here
         given = config.memory_per_worker
         elsewhere = config.runner == "ray" and (config.address or os.environ.get("RAY_ADDRESS"))
-        if given is not None or elsewhere or profile.device != "cpu":
+        on_gpu = profile.device == "cuda"
+        if config.runner == "serial":
+            workers = 1
+        elif elsewhere and config.workers is not None:
+            workers = config.workers
+        else:
+            workers = num_workers_here(config.workers, threads=profile.threads, on_gpu=on_gpu)
+        if given is not None or elsewhere or on_gpu:
             return cls(num_workers=workers, worker_bytes=given, alone_bytes=given)
         usable = int(memory_limit_bytes() * SHARE_OF_MEMORY)
         return cls(num_workers=workers, worker_bytes=usable // workers, alone_bytes=usable)

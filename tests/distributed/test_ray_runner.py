@@ -17,10 +17,11 @@ import pytest
 from ray._private.utils import check_version_info
 
 import ffsplit
-from ffsplit.distributed.ray_cluster import Share, refusal
+from ffsplit.distributed.ray_cluster import Share, connect, disconnect, refusal
 from ffsplit.distributed.ray_runner import RayRunner
 from ffsplit.distributed.runner import Runner, SerialRunner
 from ffsplit.errors import CalibrationError, ConfigError
+from ffsplit.machine import num_workers_here
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
 pytestmark = pytest.mark.ray
@@ -29,9 +30,10 @@ WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """One Ray for all tests of this file, which the runners find started."""
-    with RayRunner(address="local", num_workers=4):
-        yield
+    """One Ray for all tests of this file, which the runners find started; with CPUs to spare."""
+    connect("local", num_cpus=4)
+    yield
+    disconnect()
 
 
 class Sleeper:
@@ -113,6 +115,13 @@ def test_no_more_workers_than_there_is_room_for(local_ray: None) -> None:
         assert runner.num_workers == 4
         answers = dict(runner.map_workers("sleep", Sleeper, list(range(9))))
     assert len(answers) == 9
+
+
+def test_no_more_workers_than_this_machine_has_cores() -> None:
+    cores = os.cpu_count() or 1
+    assert [num_workers_here(asked, threads=1, on_gpu=False) for asked in (None, 1, 64)] == [cores, 1, cores]
+    assert num_workers_here(64, threads=1, on_gpu=True) == 64
+    assert num_workers_here(4, threads=10 * cores, on_gpu=False) == 1
 
 
 def test_more_gpus_than_there_are_are_refused_at_once(local_ray: None) -> None:

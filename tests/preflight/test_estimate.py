@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -112,6 +113,7 @@ def test_fewer_workers_where_that_is_enough(
     llama_70b: Path, small_job: SmallJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records, "memory_limit_bytes", lambda: 50 * GB)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     settings: dict[str, Any] = {
         "model": str(llama_70b),
         "recipe": "flap",
@@ -121,6 +123,7 @@ def test_fewer_workers_where_that_is_enough(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     crowded = preflight(small_job.config("out", workers=8, **settings))
     assert any("give --workers" in problem for problem in crowded.problems)
+    assert preflight(small_job.config("out", workers=9, **settings)).machine == crowded.machine
     elsewhere = preflight(small_job.config("out", workers=8, address="10.0.0.1:6379", **settings))
     assert all(stage.available_bytes is None for stage in elsewhere.stages)
 
