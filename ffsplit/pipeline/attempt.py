@@ -53,7 +53,7 @@ class Attempt:
             make_runner(config) as runner,
             temporary_folder() as folder,
         ):
-            shown.note(in_one_line(run.flight))
+            shown.note(in_one_line(run.flight, asked=config.workers if config.runner == "ray" else None))
             shown.note(f"run {self.key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
             attempt = new_attempt_id()
             staging = folder / attempt

@@ -6,13 +6,14 @@ from ffsplit.preflight.records import Preflight
 from ffsplit.report.humanize import duration, size
 
 
-def in_one_line(flight: Preflight) -> str:
-    """Memory, disk and time, and whether the model is held whole."""
+def in_one_line(flight: Preflight, *, asked: int | None = None) -> str:
+    """Memory, disk and time, whether the model is held whole, and that more workers were asked for."""
     hungriest = max(flight.stages, key=lambda stage: stage.memory_bytes)
     workers = flight.machine.num_workers
     there = "" if hungriest.available_bytes is None else f" of {size(hungriest.available_bytes)}"
+    of_those = f" ({asked} asked for, one a core)" if asked is not None and asked > workers else ""
     parts = [
-        f"{workers} worker{'s' if workers > 1 else ''}",
+        f"{workers} worker{'s' if workers > 1 else ''}{of_those}",
         f"up to {size(hungriest.memory_bytes)} of memory each{there}",
         f"{size(flight.temporary.needed_bytes)} of temporary files",
         f"{size(flight.store.needed_bytes)} in {flight.store.place}",

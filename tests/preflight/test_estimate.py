@@ -17,6 +17,7 @@ from ffsplit.cli import main
 from ffsplit.errors import ConfigError
 from ffsplit.pipeline.prepare import preflight
 from ffsplit.preflight import estimate, records
+from ffsplit.preflight.words import in_one_line
 from tests.conftest import CheckpointFactory
 from tests.shaped_checkpoints import LLAMA_70B, save_llama_shape
 from tests.small_jobs import SmallJob
@@ -124,6 +125,8 @@ def test_fewer_workers_where_that_is_enough(
     crowded = preflight(small_job.config("out", workers=8, **settings))
     assert any("give --workers" in problem for problem in crowded.problems)
     assert preflight(small_job.config("out", workers=9, **settings)).machine == crowded.machine
+    assert in_one_line(crowded, asked=9).startswith("pre-flight: 8 workers (9 asked for, one a core), ")
+    assert in_one_line(crowded, asked=8).startswith("pre-flight: 8 workers, ")
     elsewhere = preflight(small_job.config("out", workers=8, address="10.0.0.1:6379", **settings))
     assert all(stage.available_bytes is None for stage in elsewhere.stages)
 
