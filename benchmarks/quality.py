@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(done[-1]._asdict()) + "\n")
             print(*done[-1].key, f"{done[-1].score:.2f}", flush=True)
-    write_page(done, folder=Path(__file__).parent, order=RECIPES)
+    write_page(done, folder=Path(__file__).parent, order=RECIPES, keeps=KEEPS)
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ def rows_of(runs: Sequence[Run], order: Sequence[str]) -> list[Row]:
     return rows
 
 
-def write_page(runs: Sequence[Run], *, folder: Path, order: Sequence[str]) -> None:
-    """quality.md and quality.png."""
+def write_page(runs: Sequence[Run], *, folder: Path, order: Sequence[str], keeps: Sequence[float]) -> None:
+    """quality.md and quality.png; `order` and `keeps` are the recipes and budgets of the whole grid."""
     names = [name for name in TITLES if any(run.case == name for run in runs)]
     machines = {each: index + 1 for index, each in enumerate(sorted({machine(run) for run in runs}))}
     lines = [
@@ -95,7 +95,8 @@ def write_page(runs: Sequence[Run], *, folder: Path, order: Sequence[str]) -> No
         *(f"{number}. {each}" for each, number in machines.items()),
     ]
     for name in names:
-        lines += ["", *table([run for run in runs if run.case == name], order, machines)]
+        mine = [run for run in runs if run.case == name]
+        lines += ["", *table(mine, order, machines), *not_run(mine, order, keeps)]
     lines += ["", "What else was tried: [quality-tried.md](quality-tried.md).", ""]
     lines += ["![scores against FFN bytes](quality.png)", ""]
     (folder / "quality.md").write_text("\n".join(lines), "utf-8")
@@ -128,6 +129,14 @@ def table(runs: Sequence[Run], order: Sequence[str], machines: Mapping[str, int]
             f"| {', '.join(str(machines[each]) for each in row.machines)} |"
         )
     return lines
+
+
+def not_run(runs: Sequence[Run], order: Sequence[str], keeps: Sequence[float]) -> list[str]:
+    """What one case lacks of the grid, in a line where there is something."""
+    found = {(run.keep, run.recipe) for run in runs}
+    missing = {keep: [recipe for recipe in order if (keep, recipe) not in found] for keep in sorted(keeps)}
+    parts = [f"{keep:g} {', '.join(recipes)}" for keep, recipes in reversed(missing.items()) if recipes]
+    return ["", f"Not run: {'; '.join(parts)}."] if parts else []
 
 
 def draw(runs: Sequence[Run], names: Sequence[str], path: Path, order: Sequence[str]) -> None:

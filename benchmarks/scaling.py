@@ -1,6 +1,6 @@
 """How the work spreads over workers, into benchmarks/scaling.md.
 
-    make bench-scaling        two idle cores, about twenty-five minutes
+    make bench-scaling        two idle cores, about sixteen minutes
 
 Each worker is pinned to one thread. Rates are taken while every worker is busy: from the moment that each
 has answered once until the last item has been handed out. *Ray's share* is the part of that time that the

@@ -91,12 +91,12 @@ def check_device(device: str, dtype: str) -> None:
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU on this machine")
-    if not _multiplies(device, dtype):
+    if not computes_in(device, dtype):
         name = torch.cuda.get_device_name() if device == "cuda" else "this machine's CPU"
         raise ConfigError(f"--dtype {dtype}: {name} does not compute in it: take --dtype float32")
 
 
-def _multiplies(device: str, dtype: str) -> bool:
+def computes_in(device: str, dtype: str) -> bool:
     """Whether a device multiplies matrices of a dtype, and not only by way of another dtype; by trying it."""
     import torch
 

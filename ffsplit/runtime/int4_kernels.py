@@ -17,13 +17,13 @@ from torch.nn import functional
 from ffsplit.quantization import pack_nibbles, unpack_nibbles
 
 GROUP_SIZES = (256, 128, 64, 32)
+CUDA_COLUMNS = 128
+"""CUDA's kernel takes columns by so many; where there are fewer, zeros make them up."""
 UNPACKED_COLUMNS = 256
 """Columns that are read back from a packed matrix at a time."""
 MANY_ROWS = 64
 """From this many rows of inputs on, a matrix in bfloat16 is worth making on the CPU."""
 BLOCKS_AT_ONCE = 16
-CUDA_COLUMNS = 128
-"""CUDA's kernel takes columns by so many; where there are fewer, zeros make them up."""
 BLOCK = 64
 """Rows of a matrix that the CPU's kernel keeps side by side where there is AVX-512."""
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from ffsplit.errors import ConfigError, FFSplitError, GateError
 from ffsplit.pipeline import computation, execution
 from ffsplit.pipeline import run as pipeline
 from ffsplit.pipeline.documents import render_published
-from ffsplit.pipeline.prepare import PreparedRun, prepare
+from ffsplit.pipeline.prepare import prepare
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
 WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")
@@ -98,27 +96,6 @@ def test_a_second_call_tokenizes_nothing(
     assert ffsplit.compress(config) == first
 
 
-def test_the_run_key_names_what_is_computed(small_job: SmallJob, tmp_path: Path) -> None:
-    def key(**fields: Any) -> str:
-        return prepare(small_job.config(**({"out": tmp_path / "out"} | fields))).run_key
-
-    base = key()
-    assert key(workers=7, out=tmp_path / "elsewhere") == base
-    changes: list[dict[str, Any]] = [
-        {"keep": 0.4},
-        {"samples": 39},
-        {"max_length": 15},
-        {"seed": 1},
-        {"dtype": "bfloat16"},
-        {"threads_per_worker": 2},
-        {"recipe": small_job.recipe(heavy_share=0.5, step=LOW_RANK)},
-        {"fresh": True},
-    ]
-    keys = [key(**change) for change in changes]
-    small_job.text.write_text(small_job.text.read_text() + "\nthe one more of these", "utf-8")
-    assert len({base, *keys, key()}) == len(changes) + 2
-
-
 def test_tasks_are_scored_for_both_models(small_job: SmallJob, tmp_path: Path) -> None:
     seen = small_job.text.read_text().splitlines()[0]
     pairs = tmp_path / "pairs.csv"
@@ -135,19 +112,6 @@ def test_tasks_are_scored_for_both_models(small_job: SmallJob, tmp_path: Path) -
     assert "Task scores" in (attempt / "report.html").read_text()
 
 
-def test_evaluation_data_is_part_of_the_run_and_not_of_the_statistics(
-    small_job: SmallJob, tmp_path: Path
-) -> None:
-    paths = [tmp_path / name for name in ("a.csv", "b.csv", "same-as-a.csv")]
-    for path, score in zip(paths, (1, 2, 1), strict=True):
-        path.write_text(f"at home,one time,{score}\nmany people,her years,3\n")
-    runs = [prepare(small_job.config(tmp_path / "out"))]
-    runs += [prepare(small_job.config(tmp_path / "out", eval=(f"sts:{path}",))) for path in paths]
-    assert len({run.run_key for run in runs}) == 3
-    assert runs[1].run_key == runs[3].run_key
-    assert len({run.calibration_key for run in runs}) == 1
-
-
 def test_a_classifier_of_a_causal_family_runs_end_to_end(
     small_job: SmallJob, tmp_path: Path, checkpoint_of: Any
 ) -> None:
@@ -161,18 +125,6 @@ def test_a_classifier_of_a_causal_family_runs_end_to_end(
     assert [score.metric for score in measured.tasks] == ["accuracy", "f1"]
 
 
-def test_the_run_key_has_what_a_budget_resolves_to(small_job: SmallJob, tmp_path: Path) -> None:
-    def run(**fields: Any) -> PreparedRun:
-        return prepare(small_job.config(tmp_path, keep=None, **fields))
-
-    model = run(max_bytes=40_000).solver.model
-    used = model.bytes_of(run(max_bytes=40_000).layouts)
-    assert run(max_bytes=40_000).run_key == run(max_bytes=used).run_key
-    assert run(max_bytes=used - 1).run_key != run(max_bytes=used).run_key
-    parameters = model.parameters_of(run(max_bytes=40_000).layouts)
-    assert run(max_parameters=parameters).run_key == run(max_bytes=used).run_key
-
-
 def test_heavy_hitters_by_energy_differ_from_layer_to_layer(small_job: SmallJob, tmp_path: Path) -> None:
     recipe = small_job.recipe(heavy_energy=0.6)
     manifest = ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe, keep=0.9))
@@ -182,18 +134,6 @@ def test_heavy_hitters_by_energy_differ_from_layer_to_layer(small_job: SmallJob,
         assert layer.neurons_for_energy is not None
         assert layer.neurons_for_energy["50"] <= count <= layer.neurons_for_energy["90"]
     assert manifest.keep == 0.9
-
-
-def test_gates_are_part_of_the_run_and_not_of_what_it_computes(small_job: SmallJob, tmp_path: Path) -> None:
-    def run(*gates: str, **fields: Any) -> PreparedRun:
-        return prepare(small_job.config(tmp_path / "out", gate=gates, **fields))
-
-    bare, gated = run(), run("fidelity>=.9", "speedup@4x8 >= 1")
-    assert bare.run_key == bare.work_key == gated.work_key != gated.run_key
-    assert run("speedup@4x8 >= 1.0", "fidelity >= 0.90", "fidelity >= 0.9").run_key == gated.run_key
-    assert run("fidelity >= 0.91", "speedup@4x8 >= 1").run_key != gated.run_key
-    assert run("speedup >= 1.5").run_key == run(require_speedup=1.5).run_key
-    assert (4, 8) in gated.recipe.measurement.latency_shapes
 
 
 def test_a_refused_result_is_taken_up_with_looser_gates(small_job: SmallJob, tmp_path: Path) -> None:
@@ -314,82 +254,6 @@ def test_a_run_is_published_to_s3(small_job: SmallJob, s3_uri: str) -> None:
     with torch.no_grad():
         assert torch.isfinite(ffsplit.load(s3_uri)(ids)[0]).all()
     assert ffsplit.compress(small_job.config(s3_uri)) == manifest
-
-
-HEALING = "healing: {epochs: 10, batch_rows: 8, learning_rate: 0.002, evaluations: 1, checkpoint_steps: 4}"
-
-
-def test_healing_and_quantization_end_a_run(small_job: SmallJob, tmp_path: Path) -> None:
-    def run(name: str, more: str) -> ffsplit.Manifest:
-        recipe = small_job.recipe(step="{kind: prune}", more=more)
-        return ffsplit.compress(small_job.config(tmp_path / name, recipe=recipe, keep=0.3))
-
-    plain, healed = run("plain", ""), run("healed", HEALING)
-    tiny = run("tiny", f"{HEALING}\nafter_healing: {{kind: quantize, num_bits: 8}}")
-    assert healed.plain and not tiny.plain
-    assert [stage.name for stage in tiny.stages] == ["calibrate", "compress", "heal", "quantize", "measure"]
-    assert plain.measurements and healed.measurements and tiny.measurements
-    before, after = plain.measurements, healed.measurements
-    assert after.compressed_size == before.compressed_size
-    assert after.fidelity["token_cosine"] > before.fidelity["token_cosine"]
-    assert tiny.measurements.fidelity["token_cosine"] > before.fidelity["token_cosine"]
-    assert tiny.measurements.compressed_size.ffn_elements == before.compressed_size.ffn_elements
-    assert tiny.measurements.compressed_size.ffn_bytes < 0.4 * before.compressed_size.ffn_bytes
-    code = "import sys; from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(attempt_of(tmp_path / "tiny"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "mismatch" in done.stderr
-
-
-def test_the_number_of_healing_workers_is_part_of_a_run_that_heals(
-    small_job: SmallJob, tmp_path: Path
-) -> None:
-    """And of no other: one process gives the bytes of as many as it stands in for, so it stays in the key."""
-    healing, plain = small_job.recipe(more=HEALING), small_job.recipe()
-
-    def key(recipe: str, **fields: Any) -> str:
-        config = small_job.config(tmp_path, recipe=recipe, healing_threads=1, **fields)
-        return prepare(config).run_key
-
-    assert key(healing) == key(healing, healing_workers=1) != key(healing, healing_workers=2)
-    assert key(healing, healing_workers=2) == key(healing, healing_workers=2, workers=3, runner="ray")
-    assert key(plain) == key(plain, healing_workers=2)
-    manifest = ffsplit.compress(small_job.config(tmp_path / "out", recipe=healing, healing_workers=2))
-    assert manifest.config.healing_workers == 2
-
-
-def attempt_of(out: Path) -> Path:
-    (manifest,) = out.glob("*/*/manifest.json")
-    return manifest.parent
-
-
-def test_healing_resumes_to_the_same_bytes(
-    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = small_job.recipe(more=HEALING)
-    ffsplit.compress(small_job.config(tmp_path / "undisturbed", recipe=recipe))
-
-    def stop(*arguments: Any) -> None:
-        save(*arguments)
-        raise KeyboardInterrupt
-
-    from ffsplit.stages import heal
-
-    save = heal._checkpoint
-    with monkeypatch.context() as patch:
-        patch.setattr(heal, "_checkpoint", stop)
-        with pytest.raises(KeyboardInterrupt):
-            ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe))
-    ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe))
-    assert digests(tmp_path / "out", *WEIGHTS) == digests(tmp_path / "undisturbed", *WEIGHTS)
-
-
-def test_healing_what_is_not_an_ordinary_model_is_refused(small_job: SmallJob, tmp_path: Path) -> None:
-    recipe = small_job.recipe(heavy_share=0.5, step=LOW_RANK, more=HEALING)
-    with pytest.raises(ConfigError, match="prune or distill"):
-        ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe))
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_that_another_finishes_first_is_done(

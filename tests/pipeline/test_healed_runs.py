@@ -1,0 +1,93 @@
+"""Runs that heal what they have compressed, and then quantize it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ffsplit
+from ffsplit.errors import ConfigError
+from ffsplit.pipeline.prepare import prepare
+from tests.small_jobs import LOW_RANK, SmallJob, digests
+
+WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")
+
+
+HEALING = "healing: {epochs: 10, batch_rows: 8, learning_rate: 0.002, evaluations: 1, checkpoint_steps: 4}"
+
+
+def test_healing_and_quantization_end_a_run(small_job: SmallJob, tmp_path: Path) -> None:
+    def run(name: str, more: str) -> ffsplit.Manifest:
+        recipe = small_job.recipe(step="{kind: prune}", more=more)
+        return ffsplit.compress(small_job.config(tmp_path / name, recipe=recipe, keep=0.3))
+
+    plain, healed = run("plain", ""), run("healed", HEALING)
+    tiny = run("tiny", f"{HEALING}\nafter_healing: {{kind: quantize, num_bits: 8}}")
+    assert healed.plain and not tiny.plain
+    assert [stage.name for stage in tiny.stages] == ["calibrate", "compress", "heal", "quantize", "measure"]
+    assert plain.measurements and healed.measurements and tiny.measurements
+    before, after = plain.measurements, healed.measurements
+    assert after.compressed_size == before.compressed_size
+    assert after.fidelity["token_cosine"] > before.fidelity["token_cosine"]
+    assert tiny.measurements.fidelity["token_cosine"] > before.fidelity["token_cosine"]
+    assert tiny.measurements.compressed_size.ffn_elements == before.compressed_size.ffn_elements
+    assert tiny.measurements.compressed_size.ffn_bytes < 0.4 * before.compressed_size.ffn_bytes
+    code = "import sys; from transformers import AutoModel; AutoModel.from_pretrained(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(attempt_of(tmp_path / "tiny"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "mismatch" in done.stderr
+
+
+def test_the_number_of_healing_workers_is_part_of_a_run_that_heals(
+    small_job: SmallJob, tmp_path: Path
+) -> None:
+    """And of no other: one process gives the bytes of as many as it stands in for, so it stays in the key."""
+    healing, plain = small_job.recipe(more=HEALING), small_job.recipe()
+
+    def key(recipe: str, **fields: Any) -> str:
+        config = small_job.config(tmp_path, recipe=recipe, healing_threads=1, **fields)
+        return prepare(config).run_key
+
+    assert key(healing) == key(healing, healing_workers=1) != key(healing, healing_workers=2)
+    assert key(healing, healing_workers=2) == key(healing, healing_workers=2, workers=3, runner="ray")
+    assert key(plain) == key(plain, healing_workers=2)
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out", recipe=healing, healing_workers=2))
+    assert manifest.config.healing_workers == 2
+
+
+def attempt_of(out: Path) -> Path:
+    (manifest,) = out.glob("*/*/manifest.json")
+    return manifest.parent
+
+
+def test_healing_resumes_to_the_same_bytes(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = small_job.recipe(more=HEALING)
+    ffsplit.compress(small_job.config(tmp_path / "undisturbed", recipe=recipe))
+
+    def stop(*arguments: Any) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    from ffsplit.stages import heal
+
+    save = heal._checkpoint
+    with monkeypatch.context() as patch:
+        patch.setattr(heal, "_checkpoint", stop)
+        with pytest.raises(KeyboardInterrupt):
+            ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe))
+    ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe))
+    assert digests(tmp_path / "out", *WEIGHTS) == digests(tmp_path / "undisturbed", *WEIGHTS)
+
+
+def test_healing_what_is_not_an_ordinary_model_is_refused(small_job: SmallJob, tmp_path: Path) -> None:
+    recipe = small_job.recipe(heavy_share=0.5, step=LOW_RANK, more=HEALING)
+    with pytest.raises(ConfigError, match="prune or distill"):
+        ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe))
+    assert not (tmp_path / "out").exists()
