@@ -27,6 +27,7 @@ from quality_page import Run, write_page
 
 import ffsplit
 from ffsplit.calibration.sources import read_all
+from ffsplit.config import ALGORITHM_VERSION
 from ffsplit.recipes.recipe import shipped_recipes
 
 PEERS = ("svd", "whitened-svd", "paper", "norm-prune", "flap")
@@ -120,7 +121,7 @@ def run(job: Job) -> Run:
         num_rows=manifest.calibration.num_rows,
         num_tokens=manifest.calibration.num_tokens,
         hardware={**manifest.environment.hardware},
-        versions={**manifest.environment.versions},
+        versions={**manifest.environment.versions, "algorithm": str(ALGORITHM_VERSION)},
     )
 
 

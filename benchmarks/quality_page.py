@@ -105,7 +105,9 @@ def write_page(runs: Sequence[Run], *, folder: Path, order: Sequence[str], keeps
 
 def machine(run: Run) -> str:
     device = run.hardware.get("gpu") or f"{run.hardware['processor']}, {run.hardware['num_cpus']} cores"
-    return f"{device}, torch {run.versions['torch']}, transformers {run.versions['transformers']}"
+    versions = run.versions
+    libraries = f"torch {versions['torch']}, transformers {versions['transformers']}"
+    return f"{device}, {libraries}, this package's algorithm {versions['algorithm']}"
 
 
 def table(runs: Sequence[Run], order: Sequence[str], machines: Mapping[str, int]) -> list[str]:

@@ -65,8 +65,9 @@ def encoder_table(name: str, device: str, *, quick: bool) -> list[str]:
         "dense": bert(name),
         "keep .3535": bert_kept(name),
         "recipe paper": bert_paper(name),
-        "recipe int8": bert_int8(name),
     }
+    if device == "cpu":  # its products need integers, which a GPU makes by a dozen kernels
+        models["recipe int8"] = bert_int8(name)
     limits = {key: work_of(models["dense"]).multiplications / work_of(models[key]).multiplications
               for key in ("keep .3535", "recipe paper")}  # fmt: skip
     forwards = {key: runs(model) for key, model in models.items()}

@@ -15,6 +15,9 @@ from pydantic import Field
 
 from ffsplit.config import Record
 
+FAST_MULTIPLES = (64, 32, 16, 8)
+MAX_LOSS_TO_ROUNDING = 0.02
+
 
 class Dense(Record):
     """A weight matrix as it was."""
@@ -183,6 +186,18 @@ class LayerLayout(Record):
     def size_bytes(self, shape: FFNShape, itemsize: int) -> int:
         parts = sum(part.size_bytes(shape, itemsize) for part in self.parts)
         return parts + shape.hidden_size * self.down_bias * itemsize
+
+
+def rounded_down(size: int, *, most_lost: float) -> int:
+    """The largest multiple of 64, 32, 16 or 8 that is less than `most_lost` below a width or a rank.
+
+    Kernels like such sizes. Where no multiple is that close, the size is left as it is.
+    """
+    for multiple in FAST_MULTIPLES:
+        rounded = size // multiple * multiple
+        if rounded > 0 and size - rounded < most_lost:
+            return rounded
+    return size
 
 
 def is_stock_form(

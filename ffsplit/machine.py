@@ -111,6 +111,16 @@ def computes_in(device: str, dtype: str) -> bool:
         return False
 
 
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether a device has instructions for products in bfloat16, which take less time than in float32."""
+    import torch
+
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
 @cache
 def operations_per_second(device: str, dtype: str) -> float:
     """Floating-point operations of a matrix product, a second, with this process's threads; by trying it."""

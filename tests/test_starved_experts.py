@@ -53,7 +53,8 @@ def compressed(
     """The manifest, where it is, and what the run said."""
     job = SmallJob(tmp_path, source)
     energy = {"heavy_energy": 0.9} if request.param == "energy" else {}
-    recipe = job.recipe(step="{kind: prune}" if not energy else "{kind: low_rank}", **energy)
+    refits = "" if energy else "refits: [{num_steps: 3}]"
+    recipe = job.recipe(step="{kind: prune}" if not energy else "{kind: low_rank}", more=refits, **energy)
     manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe))
     attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
     return manifest, attempt, capsys.readouterr().err
@@ -68,6 +69,7 @@ def test_a_starved_expert_is_reported(compressed: tuple[Manifest, Path, str]) ->
     ]
     assert dense.num_tokens == manifest.calibration.num_tokens
     assert sum(each.num_tokens or 0 for each in experts) == 2 * manifest.calibration.num_tokens
+    assert "refit" not in {stage.name for stage in manifest.stages}, "other tokens might be sent to an expert"
     starved = [each.by_weight_norm for each in experts]
     assert starved == [(each.num_tokens or 0) < FEWEST_TOKENS for each in experts]
     assert experts[STARVED].num_tokens == 0 and not all(starved)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -33,17 +34,52 @@ class OutputNorm:
 class LayerContext:
     """What a compressor may look at: the original FFN and a sample of the inputs it saw.
 
-    `inputs` are matrices [T, D] in float32, in shard order.
+    `inputs` are matrices [T, D] in float32, in shard order. `own_inputs` are those of the same tokens in a
+    compressed model, where there is one: what is fitted then sees them too, and makes up for what the
+    layers before have changed.
     """
 
     original: FFNWeights
     inputs: Sequence[Tensor]
     output_norm: OutputNorm | None = None
+    own_inputs: Sequence[Tensor] | None = None
 
     def chunks(self) -> Iterator[Tensor]:
         """The sampled inputs, at most CHUNK_TOKENS rows at a time, always cut at the same places."""
         for shard_TD in self.inputs:
             yield from torch.split(shard_TD, CHUNK_TOKENS)
+
+    @cached_property
+    @torch.no_grad()
+    def outputs(self) -> list[Tensor]:
+        """What the original gives of each chunk: [T, D]. Computed once, as much memory as the inputs."""
+        return [self.original(x_TD) for x_TD in self.chunks()]
+
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Chunks of inputs and the original's outputs."""
+        return zip(self.chunks(), self.outputs, strict=True)
+
+    def own_chunks(self) -> Iterator[Tensor]:
+        """As `chunks`, what the compressed FFN sees of the same tokens."""
+        for shard_TD in self.inputs if self.own_inputs is None else self.own_inputs:
+            yield from torch.split(shard_TD, CHUNK_TOKENS)
+
+    def examples(self) -> tuple[Tensor, Tensor]:
+        """Inputs [n, D] to fit an FFN to, and what it should pass on of them [n, D].
+
+        Where there are own inputs, both they and the original's, with the same targets. Layers that are
+        fitted side by side to their own alone all make up for the same drift, and together for too much.
+        """
+        inputs_TD = torch.cat(list(self.inputs))
+        with torch.no_grad():
+            targets_TD = torch.cat([self.passed_on(x_TD, y_TD) for x_TD, y_TD in self.pairs()])
+        if self.own_inputs is None:
+            return inputs_TD, targets_TD
+        return torch.cat([*self.own_inputs, inputs_TD]), torch.cat([targets_TD, targets_TD])
+
+    def passed_on(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
+        """What the next layer sees of an FFN's output y: itself, or norm(x + y) in some families."""
+        return y_TD if self.output_norm is None else self.output_norm(x_TD + y_TD)
 
 
 def second_moment(inputs: Iterable[Tensor]) -> Tensor:
@@ -57,17 +93,11 @@ def second_moment(inputs: Iterable[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def relative_error(ffn: FFNWeights, context: LayerContext) -> float:
-    """|z' - z| / |z| over the sampled inputs, Frobenius norms.
-
-    z is what the next layer sees of the FFN: its output y, or norm(x + y) in families that normalise
-    there.
-    """
-    norm = context.output_norm
+    """|z' - z| / |z| over the sampled inputs, Frobenius norms; z is what the FFN passes on."""
     error = total = 0.0
-    for x_TD in context.chunks():
-        original_TD, compressed_TD = context.original(x_TD), ffn(x_TD)
-        if norm is not None:
-            original_TD, compressed_TD = norm(x_TD + original_TD), norm(x_TD + compressed_TD)
+    for (x_TD, y_TD), own_TD in zip(context.pairs(), context.own_chunks(), strict=True):
+        original_TD = context.passed_on(x_TD, y_TD)
+        compressed_TD = context.passed_on(own_TD, ffn(own_TD))
         error += float((compressed_TD - original_TD).square().sum(dtype=torch.float64))
         total += float(original_TD.square().sum(dtype=torch.float64))
     return float((error / total) ** 0.5) if total > 0 else 0.0

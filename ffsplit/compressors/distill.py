@@ -1,8 +1,7 @@
 """A narrower FFN is fitted by gradient descent to its own layer's original outputs.
 
-Each layer is fitted alone, on the inputs it saw in the original model, so layers are independent.
-Where the family normalises x + FFN(x), the error is taken after that norm, which is what the next
-layer sees.
+Each layer is fitted alone, on the inputs it saw in the original model, and then also on those that it sees
+in the compressed one, so layers are independent. The error is taken of what the next layer sees.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from ffsplit.compressors.least_squares import refit_down
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.config import Record
 from ffsplit.ffn import FFNShape, LayerLayout, PartLayout
+from ffsplit.machine import multiplies_bfloat16
 
 WARM_UP_STEPS = 20
 WIDE = 1024
@@ -32,7 +32,8 @@ class DistillCompressor(Record):
     `whole` fits all that is left of the FFN, as prune left it. `light` keeps the heavy hitters exact
     and replaces the light part by its strongest neurons, as many as the budget allows, which are
     refitted and then fitted to make up for all of it. A fit that ends with a larger error than it began
-    with is not taken.
+    with is not taken. Products are in bfloat16 where the processor or GPU has instructions for it, all
+    else is in float32.
     """
 
     kind: Literal["distill"] = "distill"
@@ -41,6 +42,7 @@ class DistillCompressor(Record):
     batch_tokens: int = Field(default=2048, ge=1)
     learning_rate: float = Field(default=8e-3, gt=0)
     ridge: float = Field(default=1e-3, ge=0)
+    mixed_precision: Literal["auto", "no"] = "auto"
 
     @property
     def adds_down_bias(self) -> bool:
@@ -90,21 +92,20 @@ class DistillCompressor(Record):
             if tensor.requires_grad
         ]
         optimizer = torch.optim.Adam(groups, lr=self.learning_rate, betas=(0.9, 0.99))
-        inputs_TD = torch.cat(list(context.inputs))
-        with torch.no_grad():
-            targets_TD = torch.cat([context.original(x_TD) for x_TD in context.chunks()])
-        scale = targets_TD.square().mean()
+        inputs_TD, targets_TD = context.examples()
+        scale = 1.0 if context.output_norm is not None else targets_TD.square().mean()
+        device = inputs_TD.device.type
+        in_bfloat16 = self.mixed_precision == "auto" and multiplies_bfloat16(device)
         generator = torch.Generator().manual_seed(0)
         for step in range(self.num_steps):
             for group in optimizer.param_groups:
                 group["lr"] = self.learning_rate * group["scale"] * schedule(step, self.num_steps)
             rows = torch.randint(len(inputs_TD), (self.batch_tokens,), generator=generator)
-            x_TD, y_TD = inputs_TD[rows], targets_TD[rows]
-            if context.output_norm is None:
-                loss = (trainable(x_TD) - y_TD).square().mean() / scale
-            else:
-                norm = context.output_norm
-                loss = (norm(x_TD + trainable(x_TD)) - norm(x_TD + y_TD)).square().mean()
+            x_TD = inputs_TD[rows]
+            with torch.autocast(device, torch.bfloat16, enabled=in_bfloat16):
+                y_TD = trainable(x_TD)
+            error_TD = context.passed_on(x_TD, y_TD.float()) - targets_TD[rows]
+            loss = error_TD.square().mean() / scale
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ffsplit.compressors.base import Compressor, LayerContext, OutputNorm, relative_error
+from ffsplit.compressors.distill import DistillCompressor
 from ffsplit.compressors.weights import FFNWeights
 from ffsplit.ffn import LayerLayout, LowRank
 
@@ -38,6 +39,13 @@ def compress_layer(
     got = ffn.layout
     assert got == layout or _no_larger(got, layout), f"planned {layout}, got {got}"
     return CompressedLayer(ffn, relative_error(ffn, context))
+
+
+@torch.no_grad()
+def refit_layer(compressed: FFNWeights, step: DistillCompressor, *, context: LayerContext) -> CompressedLayer:
+    """Fit a compressed FFN again, to what it sees in the compressed model. Pure, as `compress_layer`."""
+    fitted = step.compress(compressed, layout=compressed.layout, context=context)
+    return CompressedLayer(fitted, relative_error(fitted, context))
 
 
 def _no_larger(layout: LayerLayout, planned: LayerLayout) -> bool:

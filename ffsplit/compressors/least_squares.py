@@ -26,11 +26,11 @@ def refit_down(ffn: FFNWeights, *, context: LayerContext, ridge: float) -> FFNWe
     size = num_neurons + has_bias
     gram = weight.new_zeros(size, size, dtype=torch.float64)
     cross = weight.new_zeros(size, len(weight), dtype=torch.float64)
-    for x_TD in context.chunks():
+    for x_TD, y_TD in context.pairs():
         a_TN = ffn.heavy.hidden(x_TD, ffn.activation)
         if has_bias:
             a_TN = torch.cat([a_TN, a_TN.new_ones(len(a_TN), 1)], dim=1)
-        residual_TD = context.original(x_TD) - ffn(x_TD)
+        residual_TD = y_TD - ffn(x_TD)
         gram += (a_TN.T @ a_TN).double()
         cross += (a_TN.T @ residual_TD).double()
     change = solve_ridge(gram, cross, ridge=ridge, num_ridged=num_neurons)
@@ -48,8 +48,8 @@ def refit_bias(ffn: FFNWeights, *, context: LayerContext) -> FFNWeights:
     """
     missing_D = torch.zeros_like(context.inputs[0][0], dtype=torch.float64)
     num_tokens = 0
-    for x_TD in context.chunks():
-        missing_D += (context.original(x_TD) - ffn(x_TD)).sum(0, dtype=torch.float64)
+    for x_TD, y_TD in context.pairs():
+        missing_D += (y_TD - ffn(x_TD)).sum(0, dtype=torch.float64)
         num_tokens += len(x_TD)
     mean_D = (missing_D / max(1, num_tokens)).float()
     return replace(ffn, down_bias=mean_D if ffn.down_bias is None else ffn.down_bias + mean_D)

@@ -17,7 +17,16 @@ from torch import Tensor
 from ffsplit.compressors.base import LayerContext, second_moment
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.config import Record
-from ffsplit.ffn import Dense, FFNShape, Format, LayerLayout, LowRank, PartLayout
+from ffsplit.ffn import (
+    MAX_LOSS_TO_ROUNDING,
+    Dense,
+    FFNShape,
+    Format,
+    LayerLayout,
+    LowRank,
+    PartLayout,
+    rounded_down,
+)
 
 
 class LowRankCompressor(Record):
@@ -38,7 +47,10 @@ class LowRankCompressor(Record):
         return False
 
     def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
-        """The largest common rank that fits. A factorisation no smaller than the matrix leaves it dense."""
+        """The largest common rank that fits, or the multiple just below that kernels like.
+
+        A factorisation no smaller than the matrix leaves it dense.
+        """
         if layout.light is None:
             return layout if layout.num_elements(shape) <= budget else None
         num_neurons = layout.light.num_neurons
@@ -48,6 +60,7 @@ class LowRankCompressor(Record):
         rank = left_over // (num_matrices * (num_neurons + shape.hidden_size))
         if rank < 1:
             return None
+        rank = rounded_down(rank, most_lost=MAX_LOSS_TO_ROUNDING * rank)
         smaller = rank * (num_neurons + shape.hidden_size) < num_neurons * shape.hidden_size
         format: Format = LowRank(rank=rank) if smaller else Dense()
         light = PartLayout(

@@ -24,8 +24,10 @@ SORTED_BATCHES = 16
 """Rows are shuffled, then sorted by length within this many batches, so that little is padding."""
 
 
+ENCODER_RATE = 2.0
+"""What an encoder is healed at, in learning rates."""
 FAR = 0.15
-"""An encoder at this distance from its original, or farther, is healed at the whole learning rate."""
+"""An encoder nearer to its original than this is healed at a lower rate."""
 
 
 class FakeQuantize(nn.Module):
@@ -82,7 +84,7 @@ def heal(
         distillation.judge(state, batches)
         state.first_loss = state.best_loss
     peak = peak_rate(settings, state.first_loss, kind=kind)
-    num_steps = settings.epochs * math.ceil(len(data.rows) / rows_a_step(data.rows, settings))
+    num_steps = num_epochs(data.rows, settings) * steps_an_epoch(data.rows, settings)
     evaluate_every = max(1, num_steps // (settings.epochs * settings.evaluations))
     for step, rows in enumerate(_training(data, settings, seed=seed)):
         if step < state.step:
@@ -119,6 +121,15 @@ def rows_a_step(rows: Sequence[Sequence[int]], settings: HealingSettings) -> int
     return max(1, min(settings.batch_rows, int(settings.batch_tokens / max(1.0, mean_length))))
 
 
+def steps_an_epoch(rows: Sequence[Sequence[int]], settings: HealingSettings) -> int:
+    return math.ceil(len(rows) / rows_a_step(rows, settings))
+
+
+def num_epochs(rows: Sequence[Sequence[int]], settings: HealingSettings) -> int:
+    """As many as are asked for, or as it takes to make the fewest steps."""
+    return max(settings.epochs, math.ceil(settings.min_steps / max(1, steps_an_epoch(rows, settings))))
+
+
 def trainable_weights(student: Any) -> dict[str, Tensor]:
     """Every floating-point parameter but the embeddings (and what is tied to them), set to take gradients."""
     tables = [module for module in student.modules() if isinstance(module, nn.Embedding)]
@@ -147,13 +158,14 @@ def settle(linears: Sequence[nn.Module]) -> None:
 
 
 def peak_rate(settings: HealingSettings, first_loss: float, *, kind: ModelKind) -> float:
-    """The highest learning rate: that of the settings, less for an encoder near its original already.
+    """The highest learning rate: that of the settings, or for an encoder twice that, less if it is near.
 
     Steps keep a model stirring at some distance that grows with their size. One that is nearer than
     that would first be led away, and may not come back before the steps are over.
     """
-    nearness = min(1.0, first_loss / FAR) if kind == "encoder" else 1.0
-    return settings.learning_rate * nearness**2
+    if kind != "encoder":
+        return settings.learning_rate
+    return settings.learning_rate * ENCODER_RATE * min(1.0, first_loss / FAR) ** 2
 
 
 def schedule(step: int, num_steps: int, *, warm_up: float) -> float:
@@ -169,7 +181,7 @@ def _validation(data: HealingData) -> Iterator[Batch]:
 def _training(data: HealingData, settings: HealingSettings, *, seed: int) -> Iterator[list[Sequence[int]]]:
     """The rows of every step of all epochs, in an order that depends on the seed and the epoch alone."""
     size = rows_a_step(data.rows, settings)
-    for epoch in range(settings.epochs):
+    for epoch in range(num_epochs(data.rows, settings)):
         generator = random.Random(f"{seed}/{epoch}")
         order = generator.sample(range(len(data.rows)), len(data.rows))
         for start in range(0, len(order), size * SORTED_BATCHES):

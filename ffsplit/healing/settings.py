@@ -12,16 +12,20 @@ from ffsplit.config import Record
 class HealingSettings(Record):
     """AdamW over every weight but the embeddings, linear warm-up, then a half cosine to zero.
 
-    The model is judged on validation rows `evaluations` times an epoch; healing stops after `patience`
-    of them without a better one, and the best state seen, the first included, is what it returns. The
-    distance may rise while the learning rate is high and fall at its end, so patience should outlast that.
+    Where `epochs` of the text are fewer than `min_steps` steps, there are more of them. The model is judged
+    on validation rows `epochs * evaluations` times; healing stops after `patience` of them without a better
+    one, and the best state seen, the first included, is what it returns. The distance may rise while the
+    learning rate is high and fall at its end, so patience should outlast that.
     """
 
     epochs: int = Field(default=3, ge=1)
+    min_steps: int = Field(default=0, ge=0)
     batch_rows: int = Field(default=64, ge=1, description="rows a step, at most")
     batch_tokens: int = Field(default=2048, ge=1, description="tokens a step, on average, at most")
     learning_rate: float = Field(
-        default=5e-4, gt=0, description="at its peak; less for an encoder that is near its original already"
+        default=5e-4,
+        gt=0,
+        description="at its peak; an encoder's is twice that, or less if it is near already",
     )
     warm_up: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")
     max_gradient_norm: float = Field(default=1.0, gt=0)

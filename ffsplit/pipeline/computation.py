@@ -16,6 +16,7 @@ from ffsplit.pipeline.documents import Outcome
 from ffsplit.pipeline.execution import Execution, Layers
 from ffsplit.pipeline.plain import check_plain
 from ffsplit.pipeline.prepare import PreparedRun, settle
+from ffsplit.pipeline.refits import refitted
 from ffsplit.recipes.recipe import Recipe
 from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.runtime.linears import linears_config, quantize_linears
@@ -52,6 +53,7 @@ def compute_model(execution: Execution, staging: Path) -> tuple[PreparedRun, Out
     execution = replace(execution, run=run)
     plans = plan_split(statistics, run.layouts, score=run.recipe.score)
     layers = execution.compress("compress", run.checkpoint, run.recipe.steps, plans, shards, place=place)
+    layers = refitted(execution, layers, shards, staging)
     layers, linears = _finish(execution, layers, shards, staging)
     measured = execution.measure(staging, layers.layouts)
     outcome = Outcome(

@@ -55,25 +55,36 @@ class Execution:
 
     def calibrate(self) -> list[Result]:
         """Statistics and sampled FFN inputs of every shard; the inputs alone where there are statistics."""
+        if self.run.origin is not None:
+            return self.sample(self.model, place="calibrate", key=self.run.calibration_key)
+        job, shards = self._calibration(self.model, place="calibrate")
+        answers = self.runner.map_workers("calibrate", partial(CalibrationWorker, job), shards)
+        return self.log.collect("calibrate", self.run.calibration_key, len(shards), answers)
+
+    def sample(self, model: ModelSource, *, place: str, key: str) -> list[Result]:
+        """The FFN inputs of the sampled tokens alone, of the original or of a compressed model."""
+        job, shards = self._calibration(model, place=place, inputs_only=True)
+        shards = [each for each in shards if job.num_sampled(each.index)]
+        answers = self.runner.map_workers("sample", partial(CalibrationWorker, job), shards)
+        return self.log.collect("sample", key, len(shards), answers)
+
+    def _calibration(
+        self, model: ModelSource, *, place: str, inputs_only: bool = False
+    ) -> tuple[CalibrationJob, list[Shard]]:
         run, settings = self.run, self.run.recipe.calibration
         groups = shard(run.text.calibration, shard_size=settings.rows_a_shard)
-        shards = [Shard(index, rows) for index, rows in enumerate(groups)]
         job = CalibrationJob(
-            model=self.model,
+            model=model,
             settings=settings,
-            num_shards=len(shards),
+            num_shards=len(groups),
             seed=run.config.seed,
             lineage=lineage(run),
             profile=run.profile,
-            scratch=self.place("calibrate"),
-            inputs_only=run.origin is not None,
+            scratch=self.place(place),
+            inputs_only=inputs_only,
             block_by_block=run.flight.block_by_block,
         )
-        name = "calibrate"
-        if job.inputs_only:
-            name, shards = "sample", [each for each in shards if job.num_sampled(each.index)]
-        answers = self.runner.map_workers(name, partial(CalibrationWorker, job), shards)
-        return self.log.collect(name, run.calibration_key, len(shards), answers)
+        return job, [Shard(index, rows) for index, rows in enumerate(groups)]
 
     def reduce(self, shards: Sequence[Result], target: Path) -> tuple[NeuronStats, ...]:
         """Merge the shards' statistics in their order, along a fixed tree, into one Parquet file.
@@ -145,7 +156,10 @@ class Execution:
         planned = [plan.model_dump(mode="json") for plan in plans]
         key = stage_key(stage, {"run": self.run.run_key, "plans": planned})
         answers = self.runner.map_tasks(stage, compress_layer_job, jobs)
-        results = self.log.collect(stage, key, len(jobs), answers)
+        return self.layers(self.log.collect(stage, key, len(jobs), answers))
+
+    def layers(self, results: Sequence[Result]) -> Layers:
+        """What the tasks of a stage have left in the scratch."""
         return Layers(
             files=tuple(self.scratch.path(result.files[0]) for result in results),
             layouts=tuple(LayerLayout.model_validate(result.facts["layout"]) for result in results),
@@ -221,7 +235,7 @@ class Execution:
                 plan=plan,
                 steps=steps,
                 plain=plain,
-                inputs=tuple(_input_files(shards, checkpoint.ffns[plan.layer].unit)),
+                inputs=tuple(input_files(shards, checkpoint.ffns[plan.layer].unit)),
                 scratch=place,
                 profile=self.run.profile,
             )
@@ -239,7 +253,7 @@ def _statistics_file(result: Result) -> FileEntry:
     return entry
 
 
-def _input_files(shards: Sequence[Result], unit: int) -> list[FileEntry]:
+def input_files(shards: Sequence[Result], unit: int) -> list[FileEntry]:
     """The sampled inputs of one FFN, or of a block's experts, in shard order."""
     folder = f"/inputs/layer-{unit:03d}/"
     return [entry for result in shards for entry in result.files if folder in entry.path]

@@ -20,6 +20,14 @@ def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recip
         )
 
 
+def can_refit(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
+    """Whether the compressed FFNs are read as the original's are, and see the same tokens.
+
+    Experts do not: which tokens are sent to them can change.
+    """
+    return is_plain(checkpoint, layouts) and all(ffn.expert is None for ffn in checkpoint.ffns)
+
+
 def check_stays_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
     """Raise ConfigError when the result of --plain would not be an ordinary checkpoint."""
     if recipe.allocation == "search":

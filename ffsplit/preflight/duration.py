@@ -27,6 +27,13 @@ def compression_seconds(work: Workload, *, workers: int, speed: float) -> float:
     return layer * work.num_ffns / (speed * min(workers, work.num_ffns))
 
 
+def refit_seconds(work: Workload, *, workers: int, speed: float, block_by_block: bool) -> float:
+    """Each is a pass of the text through the compressed model, and a fit of every layer."""
+    passes = calibration_seconds(work, workers=workers, speed=speed, block_by_block=block_by_block)
+    fits = work.num_ffns * sum(_step_operations(step, work) for step in work.recipe.refits)
+    return passes * len(work.recipe.refits) + fits / (speed * min(workers, work.num_ffns))
+
+
 def _step_operations(step: object, work: Workload) -> float:
     kind, shape = getattr(step, "kind", ""), work.shape
     neurons, hidden, kept = shape.num_neurons, shape.hidden_size, work.kept_neurons
@@ -47,7 +54,8 @@ def healing_seconds(work: Workload, *, speed: float) -> float:
         return 0.0
     student = work.compressed_bytes / work.file_bytes
     passes = 1 + (1 + BACKWARD) * student
-    return 2 * work.num_elements * work.calibration_tokens * settings.epochs * passes / speed
+    tokens = max(work.calibration_tokens * settings.epochs, settings.min_steps * settings.batch_tokens)
+    return 2 * work.num_elements * tokens * passes / speed
 
 
 def measurement_seconds(work: Workload, *, speed: float, block_by_block: bool) -> float:

@@ -12,6 +12,7 @@ from ffsplit.artifacts.scratch import SCRATCH_PREFIX
 from ffsplit.artifacts.stores import open_store
 from ffsplit.machine import bytes_below, free_bytes, operations_per_second
 from ffsplit.pipeline.examine import Examined
+from ffsplit.pipeline.plain import can_refit
 from ffsplit.preflight import duration, footprint
 from ffsplit.preflight.problems import find_problems
 from ffsplit.preflight.records import DiskNeeds, Machine, Preflight, StageNeeds
@@ -50,7 +51,9 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
     scratch, artifact = footprint.sampled_input_bytes(work), 0
     if not statistics_only:
         artifact = work.compressed_bytes
-        scratch += footprint.layer_bytes(work) + footprint.healing_state_bytes(work)
+        num_refits = len(job.recipe.refits) if can_refit(job.checkpoint, job.layouts) else 0
+        scratch += num_refits * footprint.sampled_input_bytes(work) + footprint.healing_state_bytes(work)
+        scratch += (1 + num_refits) * footprint.layer_bytes(work)
         spilled += footprint.staged_bytes(work)
     flight = Preflight(
         model_bytes=work.file_bytes,
@@ -110,6 +113,16 @@ def _stages(
         duration.compression_seconds(work, workers=workers, speed=single),
         alone=False,
     )
+    if work.recipe.refits and can_refit(work.checkpoint, work.layouts):
+        yield needs(
+            "refit",
+            max(
+                footprint.compression_bytes(work),
+                footprint.calibration_bytes(work, block_by_block=streamed[0]),
+            ),
+            duration.refit_seconds(work, workers=workers, speed=single, block_by_block=streamed[0]),
+            alone=False,
+        )
     if work.recipe.healing is not None:
         yield needs("heal", footprint.healing_bytes(work), duration.healing_seconds(work, speed=single))
     yield needs("assemble", footprint.PROCESS_BYTES, duration.assembly_seconds(work))

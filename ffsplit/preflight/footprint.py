@@ -31,7 +31,7 @@ def compression_bytes(work: Workload) -> int:
     """One layer's FFN in float32, as it was, split and compressed, and the inputs it is fitted to."""
     shape, tokens = work.shape, work.sampled_tokens
     weights = int(shape.num_elements * SINGLE * (2 + 2 * work.kept))
-    inputs = tokens * shape.hidden_size * SINGLE * 2
+    inputs = tokens * shape.hidden_size * SINGLE * (3 if work.recipe.refits else 2)
     chunk = min(tokens, CHUNK_TOKENS) * (4 * shape.num_neurons + 4 * shape.hidden_size) * SINGLE
     squares = max((_squares_bytes(step, work) for step in work.recipe.steps), default=0)
     return PROCESS_BYTES + weights + inputs + chunk + squares

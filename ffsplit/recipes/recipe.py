@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from ffsplit.calibration.settings import CalibrationSettings
-from ffsplit.compressors import AnyCompressor, QuantizeCompressor
+from ffsplit.compressors import AnyCompressor, DistillCompressor, QuantizeCompressor
 from ffsplit.config import Record, describe_validation_error
 from ffsplit.errors import ConfigError
 from ffsplit.healing.settings import HealingSettings
@@ -36,7 +36,8 @@ class Recipe(Record):
 
     Exactly one of the `heavy_` fields says how many there are; a budget without room for them cuts
     them down.
-    What the steps leave may be healed end to end, and then quantized; both need a plain result.
+    What the steps leave may be fitted again, healed end to end, and then quantized; these need a plain
+    result, without which it is not fitted again.
     """
 
     name: str
@@ -50,6 +51,9 @@ class Recipe(Record):
         default=None, ge=0, le=1, description="of a layer's output energy, which so few neurons hold"
     )
     steps: tuple[AnyCompressor, ...] = Field(min_length=1)
+    refits: tuple[DistillCompressor, ...] = Field(
+        default=(), description="fits of all layers to the inputs that the compressed model gives them"
+    )
     healing: HealingSettings | None = None
     after_healing: QuantizeCompressor | None = None
     linears: Literal["kept", "int8"] = Field(

@@ -1,7 +1,7 @@
 """A few rows of inputs times an int8 matrix on CUDA, in one kernel that reads each weight once.
 
 Such a product waits for its weights alone, so inputs stay in floating point. torch's own kernel for this,
-`_weight_int8pack_mm`, reads 0.1 to 0.2 TB/s on an H100, this one 1.0 to 2.1 (benchmarks/speed-notes.md).
+`_weight_int8pack_mm`, reads 0.1 to 0.2 TB/s on an H100, this one 1.6 to 2.4 (benchmarks/speed-notes.md).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ except ImportError:  # a torch without CUDA comes without Triton
 
 MOST_ROWS = 8
 """Each row reads the matrix anew, by way of the GPU's cache; with more a product of matrices is better."""
-BLOCK, WARPS = 1024, 4
-"""The best of twelve pairs that were timed over six shapes."""
+BLOCK, WARPS = 2048, 4
+"""The best of what was timed over several shapes (benchmarks/speed-notes.md)."""
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

@@ -7,10 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from ffsplit.config import Record
-from ffsplit.ffn import FFNShape
-
-WIDTH_MULTIPLES = (64, 32, 16, 8)
-MAX_LOSS_TO_ROUNDING = 0.02
+from ffsplit.ffn import MAX_LOSS_TO_ROUNDING, FFNShape, rounded_down
 
 
 class HeavyRule(Record):
@@ -35,16 +32,4 @@ class HeavyRule(Record):
         else:
             for_neurons = budget - shape.hidden_size * shape.down_bias
             width = max(0, int(self.value * for_neurons)) // shape.elements_per_neuron
-        return rounded_width(width, elements_per_neuron=shape.elements_per_neuron, budget=budget)
-
-
-def rounded_width(width: int, *, elements_per_neuron: int, budget: int) -> int:
-    """Round down to the largest multiple of 64, 32, 16 or 8 that gives up under 2 % of the budget.
-
-    Kernels like such widths. Where no multiple is that close, the width is left as it is.
-    """
-    for multiple in WIDTH_MULTIPLES:
-        rounded = width // multiple * multiple
-        if rounded > 0 and (width - rounded) * elements_per_neuron < MAX_LOSS_TO_ROUNDING * budget:
-            return rounded
-    return width
+        return rounded_down(width, most_lost=MAX_LOSS_TO_ROUNDING * budget / shape.elements_per_neuron)

@@ -1,4 +1,4 @@
-"""The compression stage: one task a layer, which reads that layer's tensors and sampled inputs alone."""
+"""The compression stages: one task a layer, which reads that layer's tensors and sampled inputs alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.scratch import Result, Scratch
-from ffsplit.compressors import AnyCompressor
-from ffsplit.compressors.layer import compress_layer
+from ffsplit.compressors import AnyCompressor, DistillCompressor
+from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.layer import CompressedLayer, compress_layer, refit_layer
 from ffsplit.config import Record
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import open_checkpoint
@@ -37,7 +38,24 @@ class LayerJob(Record):
 
     @property
     def name(self) -> str:
-        return f"layer-{self.plan.layer:03d}"
+        return _layer_name(self.plan.layer)
+
+
+class RefitJob(Record):
+    """A layer of a compressed model, and where the inputs of both models' layers are, of the same tokens."""
+
+    original: ModelSource
+    compressed: ModelSource
+    layer: int
+    step: DistillCompressor
+    inputs: tuple[FileEntry, ...]
+    own_inputs: tuple[FileEntry, ...]
+    scratch: Scratch
+    profile: ComputeProfile
+
+    @property
+    def name(self) -> str:
+        return _layer_name(self.layer)
 
 
 def compress_layer_job(job: LayerJob) -> Result:
@@ -46,7 +64,17 @@ def compress_layer_job(job: LayerJob) -> Result:
         return job.scratch.load_or_compute(job.name, lambda: _compress(job))
 
 
-def _sampled(job: LayerJob, entry: FileEntry) -> dict[str, Tensor]:
+def refit_layer_job(job: RefitJob) -> Result:
+    """Fit one layer of a compressed model again, into a file as `compress_layer_job` gives it."""
+    with job.profile.applied():
+        return job.scratch.load_or_compute(job.name, lambda: _refit(job))
+
+
+def _layer_name(layer: int) -> str:
+    return f"layer-{layer:03d}"
+
+
+def _sampled(job: LayerJob | RefitJob, entry: FileEntry) -> dict[str, Tensor]:
     """What a shard has of this layer's inputs."""
     with job.scratch.reading(entry) as path:
         tensors: dict[str, Tensor] = load_file(path, device=job.profile.device)
@@ -80,12 +108,35 @@ def _compress(job: LayerJob) -> Result:
         output_norm=load_output_norm(checkpoint, job.plan.layer, device=device),
     )
     tensors = layer_tensors(checkpoint, job.plan.layer, compressed.weights, plain=job.plain)
+    return _saved(job, job.plan.layer, compressed, tensors)
+
+
+def _refit(job: RefitJob) -> Result:
+    device = torch.device(job.profile.device)
+    original, compressed = (open_checkpoint(each.directory()) for each in (job.original, job.compressed))
+    activation = activation_named(original.activation_of(job.layer))
+    ffn, narrow = (
+        load_ffn(each, job.layer, activation=activation, device=device) for each in (original, compressed)
+    )
+    inputs, own_inputs = (
+        [_sampled(job, entry)["input"].float() for entry in entries]
+        for entries in (job.inputs, job.own_inputs)
+    )
+    norm = load_output_norm(original, job.layer, device=device)
+    fitted = refit_layer(narrow, job.step, context=LayerContext(ffn, inputs, norm, own_inputs))
+    tensors = layer_tensors(compressed, job.layer, fitted.weights, plain=True)
+    return _saved(job, job.layer, fitted, tensors)
+
+
+def _saved(
+    job: LayerJob | RefitJob, layer: int, compressed: CompressedLayer, tensors: dict[str, Tensor]
+) -> Result:
     with temporary_folder() as folder:
         path = folder / f"{job.name}.safetensors"
         save_file(tensors, path, {"format": "pt"})
         layout = compressed.weights.layout.model_dump(mode="json")
         facts: dict[str, JsonValue] = {
-            "layer": job.plan.layer,
+            "layer": layer,
             "relative_error": compressed.relative_error,
             "layout": layout,
         }

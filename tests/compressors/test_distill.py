@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ffsplit.compressors import DistillCompressor, PruneCompressor
-from ffsplit.compressors.base import OutputNorm
+from ffsplit.compressors import DistillCompressor, PruneCompressor, distill
+from ffsplit.compressors.base import LayerContext, OutputNorm, relative_error
 from ffsplit.compressors.distill import rate_scale
-from ffsplit.compressors.layer import compress_layer
+from ffsplit.compressors.layer import compress_layer, refit_layer
 from ffsplit.ffn import FFNShape, LayerLayout, PartLayout
 from tests.compressors.random_ffn import FORMS, all_tensors, random_ffn, random_inputs
 
@@ -41,6 +41,67 @@ def test_fitting_lowers_the_error_of_a_refit(shape: FFNShape, with_norm: bool) -
         for steps in ([REFIT], [REFIT, fit])
     ]
     assert errors[1] < 0.97 * errors[0]
+
+
+@forms
+def test_products_in_bfloat16_fit_as_well(shape: FFNShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this processor has: autocast computes in bfloat16 on any."""
+    monkeypatch.setattr(distill, "multiplies_bfloat16", lambda device: True)
+    ffn, inputs = random_ffn(shape), random_inputs(shape.hidden_size, sizes=SIZES)
+    fitted = [
+        compress_layer(
+            ffn,
+            heavy_neurons=range(20),
+            layout=LayerLayout.dense(shape, 20),
+            steps=[REFIT, DistillCompressor(num_steps=60, batch_tokens=256, mixed_precision=precision)],
+            inputs=inputs,
+        )
+        for precision in ("no", "auto")
+    ]
+    full, mixed = fitted
+    assert mixed.relative_error == pytest.approx(full.relative_error, rel=0.02)
+    assert mixed.relative_error != full.relative_error
+    assert all(tensor.dtype == torch.float32 for tensor in all_tensors(mixed.weights))
+
+
+def test_own_inputs_are_fitted_beside_the_originals() -> None:
+    """With the same targets: what the original passes on of its own inputs."""
+    shape = FORMS["plain"]
+    inputs = random_inputs(shape.hidden_size, sizes=SIZES)
+    own = [0.5 * x_TD for x_TD in inputs]
+    norm = output_norm(shape.hidden_size)
+    context = LayerContext(random_ffn(shape), inputs, norm, own)
+    alone = LayerContext(random_ffn(shape), inputs, norm)
+    examples_TD, targets_TD = context.examples()
+    assert torch.equal(examples_TD, torch.cat([*own, *inputs]))
+    assert torch.equal(targets_TD, torch.cat([alone.examples()[1]] * 2))
+    x_TD = inputs[0][:5]
+    assert torch.allclose(targets_TD[:5], norm(x_TD + context.original(x_TD)), atol=1e-6)
+
+
+@forms
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_fitting_again_makes_up_for_what_the_layers_before_have_changed(
+    shape: FFNShape, with_norm: bool
+) -> None:
+    """The compressed model gives the layer other inputs for the same tokens; both see the same targets."""
+    ffn, inputs = random_ffn(shape), random_inputs(shape.hidden_size, sizes=SIZES)
+    own = [0.9 * x_TD + 0.1 for x_TD in inputs]
+    norm = output_norm(shape.hidden_size) if with_norm else None
+    narrow = compress_layer(
+        ffn,
+        heavy_neurons=range(20),
+        layout=LayerLayout.dense(shape, 20),
+        steps=[REFIT],
+        inputs=inputs,
+        output_norm=norm,
+    )
+    context = LayerContext(ffn, inputs, norm, own)
+    drifted = relative_error(narrow.weights, context)
+    fit = DistillCompressor(num_steps=60, batch_tokens=256)
+    again = refit_layer(narrow.weights, fit, context=context)
+    assert again.relative_error == relative_error(again.weights, context) < 0.9 * drifted
+    assert again.weights.layout == narrow.weights.layout
 
 
 @forms

@@ -13,6 +13,7 @@ from ffsplit.healing.heal import (
     HealingData,
     fake_quantized,
     heal,
+    num_epochs,
     peak_rate,
     rows_a_step,
     settle,
@@ -68,7 +69,7 @@ def test_the_student_comes_closer(family: str, head: str, kind: Any) -> None:
 def test_what_is_near_its_original_already_is_healed_at_a_lower_rate() -> None:
     settings = HealingSettings(learning_rate=4e-4)
     rates = [peak_rate(settings, loss, kind="encoder") for loss in (0.3, 0.15, 0.075, 0.0)]
-    assert rates == [4e-4, 4e-4, pytest.approx(1e-4), 0.0]
+    assert rates == [8e-4, 8e-4, pytest.approx(2e-4), 0.0]
     assert peak_rate(settings, 0.01, kind="causal_lm") == 4e-4
 
 
@@ -105,6 +106,13 @@ def test_a_hopeless_learning_rate_returns_the_model_it_was_given() -> None:
 def test_a_step_has_rows_up_to_its_tokens(lengths: list[int], rows: int) -> None:
     settings = HealingSettings(batch_rows=16, batch_tokens=512)
     assert rows_a_step([[1] * length for length in lengths], settings) == rows
+
+
+@pytest.mark.parametrize(("num_rows", "epochs"), [(64, 7), (65, 6), (500, 2)])
+def test_little_text_is_read_more_often(num_rows: int, epochs: int) -> None:
+    """Four rows a step: 16 steps an epoch, 17 and 125, of which there should be 100 in all."""
+    settings = HealingSettings(epochs=2, min_steps=100, batch_rows=4)
+    assert num_epochs([[1] * 10] * num_rows, settings) == epochs
 
 
 def test_embeddings_stay_as_they_are() -> None:

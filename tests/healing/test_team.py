@@ -59,7 +59,7 @@ def run(
     size: int, *, stop_at: int | None = None, path: Path | None = None, steps: int = 12
 ) -> dict[str, Tensor]:
     """Weights after healing in `size` shares, stopped at a step and taken up again where asked for."""
-    rows, settings = data(), HealingSettings(epochs=2, batch_rows=8, learning_rate=3e-3, checkpoint_steps=5)
+    rows, settings = data(), HealingSettings(epochs=2, batch_rows=8, learning_rate=1.5e-3, checkpoint_steps=5)
     rows = HealingData(rows.rows[: 4 * steps], rows.validation, rows.pad_id, rows.batch_tokens)
     teacher, student = make_model("bert"), disturbed("bert", "")
 

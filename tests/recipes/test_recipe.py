@@ -39,7 +39,10 @@ def test_every_shipped_recipe_loads_and_bears_its_own_name(name: str) -> None:
 def test_the_recipes_that_are_shipped() -> None:
     shipped = ["best", "demo", "fast", "flap", "int8", "norm-prune", "paper", "svd", "tiny", "whitened-svd"]
     assert list(shipped_recipes()) == shipped
-    assert load_recipe("fast").steps == (PruneCompressor(compensation="least_squares"), DistillCompressor())
+    fit = DistillCompressor(num_steps=400)
+    assert load_recipe("fast").steps == (PruneCompressor(compensation="least_squares"), fit)
+    assert load_recipe("fast").refits == load_recipe("int8").refits == (fit,)
+    assert load_recipe("best").refits == load_recipe("tiny").refits == ()
     assert load_recipe("paper").steps == load_recipe("svd").steps == (LowRankCompressor(),)
     assert (load_recipe("paper").heavy_share, load_recipe("svd").heavy_share) == (0.5, 0)
     assert load_recipe("paper").score == "mean"
