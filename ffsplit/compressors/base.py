@@ -65,17 +65,16 @@ class LayerContext:
             yield from torch.split(shard_TD, CHUNK_TOKENS)
 
     def examples(self) -> tuple[Tensor, Tensor]:
-        """Inputs [n, D] to fit an FFN to, and what it should pass on of them [n, D].
+        """Inputs to fit an FFN to, and what it should pass on of them: [n, D] each.
 
-        Where there are own inputs, both they and the original's, with the same targets. Layers that are
-        fitted side by side to their own alone all make up for the same drift, and together for too much.
+        Where there are own inputs, they come first and the original's after them: [2n, D], and the targets
+        are those of both. Layers that are fitted side by side to their own alone all make up for the same
+        drift, and together for too much.
         """
-        inputs_TD = torch.cat(list(self.inputs))
+        inputs_TD = torch.cat([*(self.own_inputs or ()), *self.inputs])
         with torch.no_grad():
             targets_TD = torch.cat([self.passed_on(x_TD, y_TD) for x_TD, y_TD in self.pairs()])
-        if self.own_inputs is None:
-            return inputs_TD, targets_TD
-        return torch.cat([*self.own_inputs, inputs_TD]), torch.cat([targets_TD, targets_TD])
+        return inputs_TD, targets_TD
 
     def passed_on(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
         """What the next layer sees of an FFN's output y: itself, or norm(x + y) in some families."""

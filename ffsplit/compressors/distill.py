@@ -104,7 +104,7 @@ class DistillCompressor(Record):
             x_TD = inputs_TD[rows]
             with torch.autocast(device, torch.bfloat16, enabled=in_bfloat16):
                 y_TD = trainable(x_TD)
-            error_TD = context.passed_on(x_TD, y_TD.float()) - targets_TD[rows]
+            error_TD = context.passed_on(x_TD, y_TD.float()) - targets_TD[rows % len(targets_TD)]
             loss = error_TD.square().mean() / scale
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

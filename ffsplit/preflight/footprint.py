@@ -31,10 +31,16 @@ def compression_bytes(work: Workload) -> int:
     """One layer's FFN in float32, as it was, split and compressed, and the inputs it is fitted to."""
     shape, tokens = work.shape, work.sampled_tokens
     weights = int(shape.num_elements * SINGLE * (2 + 2 * work.kept))
-    inputs = tokens * shape.hidden_size * SINGLE * (3 if work.recipe.refits else 2)
+    inputs = tokens * shape.hidden_size * SINGLE * _input_copies(work)
     chunk = min(tokens, CHUNK_TOKENS) * (4 * shape.num_neurons + 4 * shape.hidden_size) * SINGLE
     squares = max((_squares_bytes(step, work) for step in work.recipe.steps), default=0)
     return PROCESS_BYTES + weights + inputs + chunk + squares
+
+
+def _input_copies(work: Workload) -> int:
+    """What is held of the sampled tokens: inputs and outputs, and where layers are fitted, all once more."""
+    is_fitted = any(step.kind == "distill" for step in work.recipe.steps)
+    return 2 + 2 * is_fitted + 2 * bool(work.recipe.refits)
 
 
 def _squares_bytes(step: object, work: Workload) -> int:

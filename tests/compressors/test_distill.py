@@ -74,7 +74,7 @@ def test_own_inputs_are_fitted_beside_the_originals() -> None:
     alone = LayerContext(random_ffn(shape), inputs, norm)
     examples_TD, targets_TD = context.examples()
     assert torch.equal(examples_TD, torch.cat([*own, *inputs]))
-    assert torch.equal(targets_TD, torch.cat([alone.examples()[1]] * 2))
+    assert torch.equal(targets_TD, alone.examples()[1])
     x_TD = inputs[0][:5]
     assert torch.allclose(targets_TD[:5], norm(x_TD + context.original(x_TD)), atol=1e-6)
 
