@@ -107,7 +107,7 @@ def machine(run: Run) -> str:
     device = run.hardware.get("gpu") or f"{run.hardware['processor']}, {run.hardware['num_cpus']} cores"
     versions = run.versions
     libraries = f"torch {versions['torch']}, transformers {versions['transformers']}"
-    return f"{device}, {libraries}, this package's algorithm {versions['algorithm']}"
+    return f"{device}, {libraries}, this package's algorithm {versions.get('algorithm', 'unknown')}"
 
 
 def table(runs: Sequence[Run], order: Sequence[str], machines: Mapping[str, int]) -> list[str]:

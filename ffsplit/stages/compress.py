@@ -119,7 +119,7 @@ def _refit(job: RefitJob) -> Result:
         load_ffn(each, job.layer, activation=activation, device=device) for each in (original, compressed)
     )
     inputs, own_inputs = (
-        [_sampled(job, entry)["input"].float() for entry in entries]
+        _inputs([_sampled(job, entry) for entry in entries], expert=None)
         for entries in (job.inputs, job.own_inputs)
     )
     norm = load_output_norm(original, job.layer, device=device)

@@ -110,6 +110,25 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_fits_in_the_compressed_model_are_foreseen(small_job: SmallJob) -> None:
+    """A pass of the text and a fit of every layer each time, and none where the result is not plain."""
+
+    def of(more: str, step: str = "{kind: prune}, {kind: distill, num_steps: 9}", **how: Any) -> Any:
+        recipe = small_job.recipe(step=step, more=more, **how)
+        flight = preflight(small_job.config("out", recipe=recipe, keep=0.5))
+        return flight, {stage.name: stage for stage in flight.stages}
+
+    (none, stages), (once, refitting) = of(""), of("refits: [{num_steps: 9}]")
+    assert set(refitting) - set(stages) == {"refit"}
+    assert refitting["refit"].memory_bytes > stages["compress"].memory_bytes
+    twice = of("refits: [{num_steps: 9}, {num_steps: 9}]")[1]
+    assert twice["refit"].seconds == pytest.approx(2 * refitting["refit"].seconds, rel=0.5)
+    assert once.temporary.needed_bytes + once.store.needed_bytes > (
+        none.temporary.needed_bytes + none.store.needed_bytes
+    )
+    assert "refit" not in of("refits: [{num_steps: 9}]", "{kind: low_rank}", heavy_share=0.5)[1]
+
+
 def test_fewer_workers_where_that_is_enough(
     llama_70b: Path, small_job: SmallJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
