@@ -200,18 +200,24 @@ def rounded_down(size: int, *, most_lost: float) -> int:
     return size
 
 
+def is_narrowed_form(layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape]) -> bool:
+    """Whether these FFNs are like the original's but for their widths: dense, no added bias."""
+    pairs = zip(layouts, shapes, strict=True)
+    return all(layout.folded.is_dense and layout.down_bias == shape.down_bias for layout, shape in pairs)
+
+
 def is_stock_form(
     layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape], *, groups: Sequence[int] | None = None
 ) -> bool:
-    """Whether stock modelling code can hold these FFNs: dense, one width for a group, no added bias.
+    """Whether stock modelling code can hold these FFNs: narrowed, to one width for a group.
 
     `groups` are as in `ModelShape.width_groups`.
     """
+    if not is_narrowed_form(layouts, shapes):
+        return False
     groups = groups or (0,) * len(layouts)
     widths: dict[int, set[int]] = {}
     for layout, shape, group in zip(layouts, shapes, groups, strict=True):
-        if not layout.folded.is_dense or layout.down_bias != shape.down_bias:
-            return False
         if group < 0 and layout.num_neurons != shape.num_neurons:
             return False
         widths.setdefault(group, set()).add(layout.num_neurons)

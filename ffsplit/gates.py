@@ -34,10 +34,16 @@ LANGUAGE_FIDELITY: dict[str, Sense] = {
 }
 ENCODER_FIDELITY: dict[str, Sense] = {"pooled_cosine": ">=", "token_cosine": ">="}
 """What is measured of a model, the headline first, and which way is better."""
+CLASSIFIER_FIDELITY: dict[str, Sense] = {
+    **ENCODER_FIDELITY,
+    "label_agreement": ">=",
+    "logit_error": "<=",
+}
+FIDELITY: dict[str, Sense] = CLASSIFIER_FIDELITY | LANGUAGE_FIDELITY
 HEADLINES = (next(iter(ENCODER_FIDELITY)), next(iter(LANGUAGE_FIDELITY)))
 """What `fidelity` stands for: whichever of them was measured."""
 REDUCTIONS = ("parameters", "blocks", "size", "memory")
-SHARES = ("top1_agreement", "fidelity", *(f"{name} reduction" for name in REDUCTIONS))
+SHARES = ("top1_agreement", "label_agreement", "fidelity", *(f"{name} reduction" for name in REDUCTIONS))
 """What may be given in percent."""
 FORMS = (
     "speedup >= F, speedup@8x128 >= F, fidelity >= F, pooled_cosine >= F, kl_divergence <= F, TASK drop <= F "
@@ -120,16 +126,14 @@ def check_gates(
     config: JobConfig,
 ) -> None:
     """Raise ConfigError for a gate on what the run is not going to measure."""
-    is_language_model = checkpoint.compared_as == "causal_lm"
     longest_row = checkpoint.max_positions
-    measured = LANGUAGE_FIDELITY if is_language_model else ENCODER_FIDELITY
+    kind, measured = _measured_of(checkpoint)
     for gate in gates:
         metric = gate.metric
         needs_whole = gate.task or metric.startswith("speedup") or metric == "memory reduction"
         if needs_whole and config.block_by_block:
             raise _error(str(gate), "with --block-by-block only fidelity and size are measured")
-        if metric in ENCODER_FIDELITY | LANGUAGE_FIDELITY and metric not in measured:
-            kind = "a language model" if is_language_model else "an encoder"
+        if metric in FIDELITY and metric not in measured:
             raise _error(str(gate), f"of {kind} {', '.join(measured)} are measured")
         if metric in (*measured, "fidelity") and recipe.calibration.held_out == 0:
             raise _error(str(gate), "no text is held out to measure it on: the recipe's held_out is 0")
@@ -140,6 +144,15 @@ def check_gates(
         if gate.task and not any(_names_spec(gate.task[0], spec) for spec in config.eval):
             known = f": it is given {', '.join(config.eval)}" if config.eval else ": it is not given"
             raise _error(str(gate), f"no --eval scores {gate.task[0]!r}{known}")
+
+
+def _measured_of(checkpoint: Checkpoint) -> tuple[str, dict[str, Sense]]:
+    """What a model is, in words, and what is measured of it."""
+    if checkpoint.compared_as == "causal_lm":
+        return "a language model", LANGUAGE_FIDELITY
+    if checkpoint.classifies:
+        return "a classifier", CLASSIFIER_FIDELITY
+    return "an encoder", ENCODER_FIDELITY
 
 
 def judge(gates: Sequence[Gate], measured: Measurements) -> tuple[GateResult, ...]:
@@ -181,7 +194,7 @@ def _canonical(spec: str, metric: str) -> str:
     first, _, last = metric.rpartition(" ")
     if last == "drop" and first:
         return metric
-    known = ["speedup", "fidelity", *ENCODER_FIDELITY, *LANGUAGE_FIDELITY]
+    known = ["speedup", "fidelity", *FIDELITY]
     known += [f"{name} reduction" for name in REDUCTIONS]
     if metric in known:
         return metric
@@ -193,7 +206,7 @@ def _canonical(spec: str, metric: str) -> str:
 def _better(metric: str) -> Sense:
     if metric.endswith(" drop"):
         return "<="
-    return (ENCODER_FIDELITY | LANGUAGE_FIDELITY).get(metric, ">=")
+    return FIDELITY.get(metric, ">=")
 
 
 def _names_spec(task: str, spec: str) -> bool:

@@ -97,9 +97,9 @@ def test_a_starved_expert_keeps_the_neurons_of_the_largest_weights(source: Path,
 
 
 def test_a_starved_expert_has_no_say_in_a_search(source: Path, tmp_path: Path) -> None:
-    """The experts of a layer share one width in every candidate, as those that were judged suggest it."""
+    """The experts of a layer share one layout in every candidate: it is their layer that is judged."""
     job = SmallJob(tmp_path, source)
-    recipe = job.recipe(step="{kind: prune}", allocation="search")
+    recipe = job.recipe(step="{kind: low_rank}", heavy_share=0.5, allocation="search")
     manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe))
     assert manifest.allocation is not None and manifest.layers[1 + STARVED].by_weight_norm
     names = [candidate.name for candidate in manifest.allocation.candidates]

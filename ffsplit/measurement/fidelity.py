@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ffsplit.calibration.batches import Batch
 from ffsplit.errors import FFSplitError
+from ffsplit.models.checkpoint import CLASSIFIERS
 from ffsplit.models.rows import ModelKind
 
 LARGEST_LOSS = 700.0
@@ -21,11 +22,14 @@ LARGEST_LOSS = 700.0
 def fidelity(
     original: Any, compressed: Any, batches: Iterable[Batch], *, kind: ModelKind
 ) -> dict[str, float]:
-    """Causal LMs: KL, agreement, perplexity. All others: mean cosines of what they make of a row."""
+    """Causal LMs: KL, agreement, perplexity. All others: mean cosines of what they make of a row; of
+    classifiers how far their logits are, too."""
     if kind == "causal_lm":
         return causal_fidelity(original, compressed, batches)
     if kind == "image_text":
         return pair_fidelity(original, compressed, batches)
+    if type(original).__name__.endswith(CLASSIFIERS):
+        return classifier_fidelity(original, compressed, batches)
     return encoder_fidelity(original, compressed, batches)
 
 
@@ -36,18 +40,45 @@ def encoder_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -
     The states are the base model's, of a model with a decoder the decoder's. Positions count where the
     batch has a mask for them that says so, and where it has none.
     """
-    token_sum = pooled_sum = 0.0
-    num_tokens = num_rows = 0
+    return _mean_cosines([_cosine_sums(original, compressed, batch) for batch in batches])
+
+
+@torch.no_grad()
+def classifier_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    """As `encoder_fidelity`, and over rows: the share whose first label is the same (`label_agreement`),
+    and the logits' squared error over their square (`logit_error`).
+
+    What all labels of a row have in common changes no label, and counts for neither; of one label, which
+    is a score, all of it counts.
+    """
+    cosines, sums = [], torch.zeros(4, dtype=torch.float64)
     for batch in batches:
-        a_BTD, b_BTD = (hidden_states(model, batch) for model in (original, compressed))
-        mask_BT = mask_of(batch, a_BTD)
-        mask_BT1 = mask_BT.unsqueeze(-1)
-        cosine_BT = functional.cosine_similarity(a_BTD, b_BTD, dim=-1)
-        a_BD, b_BD = ((state * mask_BT1).sum(1) / mask_BT1.sum(1) for state in (a_BTD, b_BTD))
-        token_sum += float((cosine_BT * mask_BT).sum(dtype=torch.float64))
-        pooled_sum += float(functional.cosine_similarity(a_BD, b_BD, dim=-1).sum(dtype=torch.float64))
-        num_tokens += int(mask_BT.sum())
-        num_rows += batch.num_rows
+        cosines.append(_cosine_sums(original, compressed, batch))
+        a_BL, b_BL = (model(**batch.arguments).logits.double() for model in (original, compressed))
+        same = (a_BL.argmax(-1) == b_BL.argmax(-1)).sum()
+        if a_BL.shape[-1] > 1:
+            a_BL, b_BL = (logits - logits.mean(-1, keepdim=True) for logits in (a_BL, b_BL))
+        found = (same, (b_BL - a_BL).square().sum(), a_BL.square().sum())
+        sums += torch.tensor([batch.num_rows, *map(float, found)], dtype=torch.float64)
+    num_rows, num_same, error, square = sums.tolist()
+    scores = {"label_agreement": num_same / num_rows, "logit_error": error / max(square, 1e-300)}
+    return _mean_cosines(cosines) | scores
+
+
+def _cosine_sums(original: Any, compressed: Any, batch: Batch) -> tuple[float, float, int, int]:
+    """Of one batch: the sums of the tokens' and of the pooled rows' cosines, and how many both are."""
+    a_BTD, b_BTD = (hidden_states(model, batch) for model in (original, compressed))
+    mask_BT = mask_of(batch, a_BTD)
+    mask_BT1 = mask_BT.unsqueeze(-1)
+    cosine_BT = functional.cosine_similarity(a_BTD, b_BTD, dim=-1)
+    a_BD, b_BD = ((state * mask_BT1).sum(1) / mask_BT1.sum(1) for state in (a_BTD, b_BTD))
+    token_sum = float((cosine_BT * mask_BT).sum(dtype=torch.float64))
+    pooled_sum = float(functional.cosine_similarity(a_BD, b_BD, dim=-1).sum(dtype=torch.float64))
+    return token_sum, pooled_sum, int(mask_BT.sum()), batch.num_rows
+
+
+def _mean_cosines(sums: Sequence[tuple[float, float, int, int]]) -> dict[str, float]:
+    token_sum, pooled_sum, num_tokens, num_rows = (sum(each) for each in zip(*sums, strict=True))
     return {"token_cosine": token_sum / num_tokens, "pooled_cosine": pooled_sum / num_rows}
 
 

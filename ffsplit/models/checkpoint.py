@@ -26,6 +26,14 @@ from ffsplit.models.trust import check_trusted, code_files
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the classes end that give a distribution over the next token."""
+CLASSIFIERS = ("ForSequenceClassification",)
+"""How the classes end whose head reads one state of a row and gives its logits."""
+NARROWED = "narrowed"
+"""The form of a checkpoint of this package whose FFNs are the original's but for widths that differ.
+
+Its tensors have the original's names. That their shapes do not match config.json makes a load without
+ffsplit fail.
+"""
 FFN_DTYPES = ("F32", "F16", "BF16")
 TOKENIZER_FILE = re.compile(
     r"(tokenizer.*|vocab.*|merges|special_tokens_map|added_tokens|spiece|sentencepiece.*)\.(json|txt|model)$"
@@ -77,6 +85,15 @@ class Checkpoint:
         if self.kind != "causal_lm" or self.class_name.endswith(GENERATORS):
             return self.kind
         return "encoder"
+
+    @property
+    def classifies(self) -> bool:
+        """Whether its head gives logits of a whole row of text."""
+        return self.kind in ("encoder", "causal_lm") and self.class_name.endswith(CLASSIFIERS)
+
+    @property
+    def has_experts(self) -> bool:
+        return any(ffn.expert is not None for ffn in self.ffns)
 
     @property
     def is_guessed(self) -> bool:
@@ -191,16 +208,18 @@ def tokenizer_files(directory: Path) -> tuple[str, ...]:
     return tuple(sorted(path.name for path in directory.iterdir() if TOKENIZER_FILE.match(path.name)))
 
 
-def open_checkpoint(directory: Path) -> Checkpoint:
+def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
     """Read and check a checkpoint's config and headers.
 
-    Raises ConfigError when it is not a safetensors checkpoint or brings code that is not trusted, and
-    UnsupportedModelError when its family is not in the table or its tensors are not where the table says.
+    `uneven` takes a NARROWED one too. Raises ConfigError when it is not a safetensors checkpoint or brings
+    code that is not trusted, and UnsupportedModelError when its family is not in the table or its tensors
+    are not where the table says.
     """
     config = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
     check_trusted(directory)
     model_type = config.get("model_type")
-    if config.get("quantization_config"):
+    stored = config.get("quantization_config")
+    if stored and not (uneven and stored.get("form") == NARROWED):
         raise UnsupportedModelError(
             f"{directory} is already compressed or quantized: start from the original"
         )
@@ -217,7 +236,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
                 raise UnsupportedModelError(
                     f"{directory}: {place.name} is {info.dtype}; FFNs may be {', '.join(FFN_DTYPES)}"
                 )
-    _check_config(directory, config, ffns)
+    _check_config(directory, config, ffns, widths_differ=bool(stored))
     return Checkpoint(directory, config, architecture, tensors, prefix, ffns)
 
 
@@ -229,7 +248,9 @@ def activation_name(config: Mapping[str, Any], tower: Tower) -> str:
     return OTHER_NAMES.get(name, name)
 
 
-def _check_config(directory: Path, config: dict[str, Any], ffns: Sequence[FFNPlace]) -> None:
+def _check_config(
+    directory: Path, config: dict[str, Any], ffns: Sequence[FFNPlace], *, widths_differ: bool
+) -> None:
     """Raise UnsupportedModelError where config.json states other sizes than the tensors have."""
     for tower in dict.fromkeys(ffn.tower for ffn in ffns if ffn.tower.is_list):
         blocks = {ffn.block for ffn in ffns if ffn.tower == tower}
@@ -239,15 +260,11 @@ def _check_config(directory: Path, config: dict[str, Any], ffns: Sequence[FFNPla
                 f"{directory}: config.json says {tower.layers_field} {stated!r}, "
                 f"the tensors say {len(blocks)}"
             )
-    for ffn in ffns:
+    for ffn in () if widths_differ else ffns:
         part, field = ffn.width_key
         stated = None if field is None else config_part(config, part).get(field)
         width = ffn.shape.num_neurons
-        if stated is not None and (not isinstance(stated, int) or stated < width):
-            raise UnsupportedModelError(
-                f"{directory}: config.json says {field} {stated!r}, the tensors say {width}"
-            )
         if stated is not None and stated != width:
             raise UnsupportedModelError(
-                f"{directory}: {ffn.down.name} has {width} columns, config.json says otherwise"
+                f"{directory}: config.json says {field} {stated!r}, {ffn.down.name} has {width} columns"
             )

@@ -13,8 +13,7 @@ from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.ffn import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.pipeline.documents import Outcome
-from ffsplit.pipeline.execution import Execution, Layers
-from ffsplit.pipeline.plain import check_plain
+from ffsplit.pipeline.execution import Execution, Layers, place_of
 from ffsplit.pipeline.prepare import PreparedRun, settle
 from ffsplit.pipeline.refits import refitted
 from ffsplit.recipes.recipe import Recipe
@@ -49,7 +48,7 @@ def compute_model(execution: Execution, staging: Path) -> tuple[PreparedRun, Out
             statistics, shards, folder=staging.with_name("candidates")
         )
         run, allocation = replace(run, layouts=found.chosen.layouts), found.record
-        place = f"allocate/{found.chosen.name}"
+        place = place_of(found.chosen)
     execution = replace(execution, run=run)
     plans = plan_split(statistics, run.layouts, score=run.recipe.score)
     layers = execution.compress("compress", run.checkpoint, run.recipe.steps, plans, shards, place=place)
@@ -105,7 +104,6 @@ def _finish(
     if recipe.healing is None and recipe.after_healing is None:
         assemble(run.checkpoint, layers.files, layers.layouts, staging)
         return layers, None
-    check_plain(run.checkpoint, layers.layouts, recipe=recipe)  # a search may have made the layers uneven
     whole = staging if recipe.after_healing is None else staging.with_name("healed")
     assemble(run.checkpoint, layers.files, layers.layouts, whole)
     if recipe.healing is not None:
@@ -113,7 +111,7 @@ def _finish(
         replace_weights(whole, execution.scratch.path(healed.files[0]))
     if recipe.after_healing is None:
         return layers, None
-    checkpoint = open_checkpoint(whole)
+    checkpoint = open_checkpoint(whole, uneven=True)
     plans = _quantization_plans(checkpoint, recipe)
     quantized = execution.compress(
         "quantize", checkpoint, (recipe.after_healing,), plans, shards, place="quantize"

@@ -24,8 +24,8 @@ from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.source import ModelSource, described, staged
 from ffsplit.pipeline.prepare import PreparedRun, healing_threads
 from ffsplit.progress import StageLog
-from ffsplit.runtime.assemble import is_plain
-from ffsplit.splitting.allocation import Candidate, propose
+from ffsplit.runtime.assemble import keeps_names
+from ffsplit.splitting.allocation import UNIFORM, Candidate, propose
 from ffsplit.splitting.plan import LayerPlan, plan_split
 from ffsplit.stages.allocate import Allocation, JudgeJob, allocate
 from ffsplit.stages.calibrate import CalibrationJob, CalibrationWorker, Shard
@@ -111,23 +111,23 @@ class Execution:
     ) -> Allocation:
         """Search for a better way than uniform to share the budget out over the layers."""
         run = self.run
-        candidates = propose(run.solver, run.budget, statistics, uniform=run.layouts)
+        settings, key = run.recipe.calibration, stage_key("allocate", {"run": run.run_key})
+        uniform = Candidate(UNIFORM, run.layouts)
 
-        def compress(candidate: Candidate) -> list[Result]:
+        def compress(candidate: Candidate) -> list[Path]:
             plans = plan_split(statistics, candidate.layouts, score=run.recipe.score)
-            place = self.place(f"allocate/{candidate.name}")
+            place = self.place(place_of(candidate))
             jobs = self._layer_jobs(run.checkpoint, run.recipe.steps, plans, shards, place)
             answers = dict(self.runner.map_tasks("allocate", compress_layer_job, jobs))
-            return [answers[index] for index in range(len(jobs))]
+            return [self.scratch.path(answers[index].files[0]) for index in range(len(jobs))]
 
-        settings, key = run.recipe.calibration, stage_key("allocate", {"run": run.run_key})
-        with self.log.stage("allocate", key, num_items=len(candidates)):
+        with self.log.stage("allocate", key, num_items=1):
             return allocate(
-                candidates,
+                uniform,
                 checkpoint=run.checkpoint,
                 model=run.solver.model,
+                propose=lambda errors: propose(run.solver, run.budget, errors, uniform=run.layouts),
                 compress=compress,
-                layer_file=lambda result: self.scratch.path(result.files[0]),
                 hand_over=self.hand_over,
                 job=JudgeJob(
                     original=self.model,
@@ -226,7 +226,7 @@ class Execution:
         shards: Sequence[Result],
         place: Scratch,
     ) -> list[LayerJob]:
-        plain = is_plain(checkpoint, [plan.layout for plan in plans])
+        plain = keeps_names(checkpoint, [plan.layout for plan in plans])
         ours = checkpoint.directory == self.run.checkpoint.directory
         model = self.model if ours else self.hand_over(checkpoint.directory)
         return [
@@ -241,6 +241,11 @@ class Execution:
             )
             for plan in plans
         ]
+
+
+def place_of(candidate: Candidate) -> str:
+    """Where the layers of a candidate are, below the scratch."""
+    return f"allocate/{candidate.name}"
 
 
 def lineage(run: PreparedRun) -> dict[str, str]:

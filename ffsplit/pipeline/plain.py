@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.recipes.recipe import Recipe
-from ffsplit.runtime.assemble import is_plain
+from ffsplit.runtime.assemble import is_plain, keeps_names
 
 
 def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
-    """Raise ConfigError when a recipe would heal, or quantize afterwards, what is not an ordinary model."""
-    if not is_plain(checkpoint, layouts):
+    """Raise ConfigError when a recipe would heal, or quantize afterwards, more than a narrower model."""
+    if not keeps_names(checkpoint, layouts):
         raise ConfigError(
-            f"recipe {recipe.name}: healing and after_healing need steps that leave one dense FFN of one "
-            "width a layer, without a bias that the architecture lacks: prune or distill"
+            f"recipe {recipe.name}: healing and after_healing need steps that leave one dense FFN "
+            "a layer, without a bias that the architecture lacks: prune or distill"
         )
+
+
+def may_be_uneven(config: JobConfig, checkpoint: Checkpoint) -> bool:
+    """Whether a job can give FFNs widths that differ: it holds the model whole, and need not stay plain."""
+    return not (config.plain or config.block_by_block or checkpoint.has_experts)
 
 
 def can_refit(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
@@ -25,7 +31,7 @@ def can_refit(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
 
     Experts do not: which tokens are sent to them can change.
     """
-    return is_plain(checkpoint, layouts) and all(ffn.expert is None for ffn in checkpoint.ffns)
+    return keeps_names(checkpoint, layouts) and not checkpoint.has_experts
 
 
 def check_stays_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:

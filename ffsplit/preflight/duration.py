@@ -27,6 +27,13 @@ def compression_seconds(work: Workload, *, workers: int, speed: float) -> float:
     return layer * work.num_ffns / (speed * min(workers, work.num_ffns))
 
 
+def search_seconds(work: Workload, *, workers: int, single: float, speed: float) -> float:
+    """Layers are compressed once more than they are anyway; each block and both results are judged."""
+    tokens = work.tokens_of(work.text.judged)
+    judged = 2 * 2 * work.num_elements * tokens * (work.num_blocks + 2) / speed
+    return compression_seconds(work, workers=workers, speed=single) + judged
+
+
 def refit_seconds(work: Workload, *, workers: int, speed: float, block_by_block: bool) -> float:
     """Each is a pass of the text through the compressed model, and a fit of every layer."""
     passes = calibration_seconds(work, workers=workers, speed=speed, block_by_block=block_by_block)

@@ -53,7 +53,8 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
         artifact = work.compressed_bytes
         num_refits = len(job.recipe.refits) if can_refit(job.checkpoint, job.layouts) else 0
         scratch += num_refits * footprint.sampled_input_bytes(work) + footprint.healing_state_bytes(work)
-        scratch += (1 + num_refits) * footprint.layer_bytes(work)
+        num_searched = 1 if job.recipe.allocation == "search" else 0
+        scratch += (1 + num_searched + num_refits) * footprint.layer_bytes(work)
         spilled += footprint.staged_bytes(work)
     flight = Preflight(
         model_bytes=work.file_bytes,
@@ -107,6 +108,12 @@ def _stages(
     )
     if statistics_only:
         return
+    if work.recipe.allocation == "search":
+        yield needs(
+            "allocate",
+            footprint.compression_bytes(work),
+            duration.search_seconds(work, workers=workers, single=single, speed=speed),
+        )
     yield needs(
         "compress",
         footprint.compression_bytes(work),

@@ -59,10 +59,10 @@ class Recipe(Record):
     linears: Literal["kept", "int8"] = Field(
         default="kept", description="the linear layers of attention; int8 goes with after_healing"
     )
-    allocation: Literal["uniform", "search"] = Field(
+    allocation: Literal["uniform", "search", "auto"] = Field(
         default="uniform",
-        description="of the budget over the layers; a search compresses a few candidates and takes one "
-        "only where it beats uniform end to end",
+        description="of the budget over the layers; a search compresses what single layers' errors suggest, "
+        "too, and takes it only where it beats uniform end to end; auto searches for classifiers",
     )
     calibration: CalibrationSettings = CalibrationSettings()
     measurement: MeasurementSettings = MeasurementSettings()
@@ -103,6 +103,12 @@ class Recipe(Record):
         """This recipe, as it reads a model of this kind with so many positions, if those are limited."""
         calibration = self.calibration.settled(kind, max_positions=max_positions)
         return self.model_copy(update={"calibration": calibration})
+
+    def searching(self, search: bool) -> Recipe:
+        """This recipe, with `auto` decided."""
+        if self.allocation != "auto":
+            return self
+        return self.model_copy(update={"allocation": "search" if search else "uniform"})
 
     @property
     def heavy(self) -> HeavyRule:

@@ -28,6 +28,8 @@ TEMPLATE_NAME: Final = "report.html"
 _METRIC_NAMES: Final = {
     "token_cosine": "cosine of token states",
     "pooled_cosine": "cosine of mean-pooled states",
+    "label_agreement": "label agreement",
+    "logit_error": "relative squared error of logits",
     "kl_divergence": "KL divergence, nats a token",
     "top1_agreement": "top-1 agreement",
     "original_perplexity": "perplexity, original",

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ffsplit.ffn import LayerLayout, is_stock_form
-from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.ffn import LayerLayout, is_narrowed_form, is_stock_form
+from ffsplit.models.checkpoint import NARROWED, Checkpoint
 from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.places import FFNPlace
 from ffsplit.models.tensor_files import TensorSpan, read_spans, write_spans
@@ -25,6 +25,12 @@ COMPANIONS = re.compile(r".*\.(json|txt|model|tiktoken|jinja)$|(LICEN[CS]E|NOTIC
 def is_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
     """Whether stock modelling code can load it: one width for all layers, dense, no added bias."""
     return is_stock_form(layouts, checkpoint.shapes, groups=checkpoint.width_groups)
+
+
+def keeps_names(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
+    """Whether its tensors have the original's names: a plain one, or one narrowed to widths that differ."""
+    narrowed = not checkpoint.has_experts and is_narrowed_form(layouts, checkpoint.shapes)
+    return narrowed or is_plain(checkpoint, layouts)
 
 
 def assemble(
@@ -81,6 +87,8 @@ def artifact_config(
             "version": FORMAT_VERSION,
             "ffns": [run.model_dump(mode="json") for run in runs_of(layouts, checkpoint.shapes)],
         }
+        if keeps_names(checkpoint, layouts) and not is_plain(checkpoint, layouts):
+            config["quantization_config"]["form"] = NARROWED
         if linears is not None:
             config["quantization_config"]["linears"] = linears
     return config

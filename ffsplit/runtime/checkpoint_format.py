@@ -11,7 +11,7 @@ from ffsplit.config import Record
 from ffsplit.ffn import FFNShape, LayerLayout
 from ffsplit.models.places import FFNPlace
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 class FFNRun(Record):

@@ -17,11 +17,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffsplit.errors import ArtifactError
-from ffsplit.models.checkpoint import activation_name
+from ffsplit.models.checkpoint import NARROWED, activation_name
 from ffsplit.models.detect import architecture_of
 from ffsplit.models.find import ffns_of
+from ffsplit.models.places import FFNPlace
 from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, FFNRun, guarded
 from ffsplit.runtime.linears import install_linears
+from ffsplit.runtime.narrow import narrow_ffn
 from ffsplit.runtime.split_experts import SplitExperts
 from ffsplit.runtime.split_ffn import Form, SplitFFN, install_split_ffn
 
@@ -30,7 +32,10 @@ METHOD = "ffsplit"
 
 @register_quantization_config(METHOD)
 class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a split checkpoint: `ffns`, or before format 4 `layers` and `shapes`."""
+    """The `quantization_config` of a split checkpoint: `ffns`, or before format 4 `layers` and `shapes`.
+
+    `form` is NARROWED, or None where FFNs are split.
+    """
 
     def __init__(
         self,
@@ -40,6 +45,7 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layers: list[dict[str, Any]] | None = None,
         shapes: list[dict[str, Any]] | None = None,
         linears: dict[str, Any] | None = None,
+        form: str | None = None,
         **_: Any,
     ) -> None:
         if version > FORMAT_VERSION:
@@ -50,6 +56,7 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.version = version
         self.ffns, self.layers, self.shapes = ffns, layers, shapes
         self.linears = linears
+        self.form = form
 
     @property
     def runs(self) -> list[FFNRun]:
@@ -75,6 +82,8 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
+        if config.form == NARROWED:
+            return narrow_ffns(model, config.runs)
         return install_split_ffns(model, config.runs, linears=config.linears, version=config.version)
 
     @property
@@ -99,10 +108,7 @@ def install_split_ffns(
 
     The linear layers that `linears` names become integer maps; `version` is the checkpoint's format.
     """
-    prefix, places = ffns_of(model)
-    ffns = [run for run in runs for _ in range(run.count)]
-    if len(places) != len(ffns):
-        raise ArtifactError(f"config.json describes {len(ffns)} split FFNs, the model has {len(places)}")
+    prefix, places, ffns = _paired(model, runs)
     config = model.config.to_dict()
     kind = architecture_of(model).kind
     form = Form(per_token=kind != "encoder", is_old=version < 3)  # a few tokens of decoders are very large
@@ -123,3 +129,20 @@ def install_split_ffns(
         base = model.get_submodule(prefix.removesuffix("."))
         install_linears(base, linears, form=form)
     return model  # type: ignore[no-any-return]
+
+
+def narrow_ffns(model: Any, runs: Sequence[FFNRun]) -> nn.Module:
+    """Give every FFN of an empty model the width that its layout says."""
+    prefix, places, ffns = _paired(model, runs)
+    for place, ffn in zip(places, ffns, strict=True):
+        narrow_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, ffn.layout.num_neurons)
+    return model  # type: ignore[no-any-return]
+
+
+def _paired(model: Any, runs: Sequence[FFNRun]) -> tuple[str, Sequence[FFNPlace], list[FFNRun]]:
+    """The prefix of the base model, its FFNs, and what config.json says of each."""
+    prefix, places = ffns_of(model)
+    ffns = [run for run in runs for _ in range(run.count)]
+    if len(places) != len(ffns):
+        raise ArtifactError(f"config.json describes {len(ffns)} split FFNs, the model has {len(places)}")
+    return prefix, places, ffns

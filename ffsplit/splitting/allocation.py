@@ -1,26 +1,29 @@
-"""Ways to share one budget out over the layers, as the statistics suggest them.
+"""A way to share one budget out over the blocks, as their single errors suggest it.
 
-They are proposals only: errors of single layers do not add up to the model's, so whoever takes one
-has to judge it end to end against the uniform layers.
+It is a proposal only: errors of single blocks do not add up to the model's, so whoever takes it has to
+judge it end to end against the uniform layers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
-from ffsplit.calibration.statistics import Floats, NeuronStats, experts_together
 from ffsplit.config import Budget
 from ffsplit.errors import BudgetError
 from ffsplit.ffn import LayerLayout
-from ffsplit.splitting.scores import judged, output_energy
 from ffsplit.splitting.solver import Solver
 
-UNIFORM = "uniform"
-SMALLEST_WEIGHT = 1 / 8
-"""No layer is proposed a fraction under this part of the average layer's."""
+UNIFORM, SENSITIVITY = "uniform", "sensitivity"
+HALVING = 0.18
+"""The fraction of an FFN's neurons that halves its error, whatever it has already.
+
+What each of MiniLM's layers alone did to the logits on SST-2 at .18, .35 and .53 of its neurons: half as
+much at every step (benchmarks/quality-tried.md).
+"""
+SMALLEST_WEIGHT = 1 / 16
+"""No FFN is proposed a fraction under this part of the average one's."""
 
 
 class Candidate(NamedTuple):
@@ -31,58 +34,41 @@ class Candidate(NamedTuple):
 
 
 def propose(
-    solver: Solver, budget: Budget, statistics: Sequence[NeuronStats], *, uniform: tuple[LayerLayout, ...]
-) -> list[Candidate]:
-    """The uniform layers first, then what differs from them and from one another within the budget.
+    solver: Solver, budget: Budget, errors: Sequence[float], *, uniform: tuple[LayerLayout, ...]
+) -> Candidate | None:
+    """Within the budget, what makes the errors' sum least if they are those of the uniform layers.
 
-    `equal-error` leaves the same share of each layer's output energy outside its heavy hitters;
-    `energy` ranks the neurons of all layers together by output energy; `-half` lies half-way
-    between one of these and uniform.
+    `errors` are those of the model with one FFN alone compressed, an FFN each. None where nothing but the
+    uniform layers comes of it.
     """
-    size = solver.model.elements_of(uniform)
-    costs = [shape.elements_per_neuron for shape in solver.model.shapes]
-    energies = [np.sort(output_energy(stats))[::-1] for stats in statistics]
-    candidates = [Candidate(UNIFORM, uniform)]
-    for name, counts in (
-        ("equal-error", equal_error_counts(energies, costs=costs, num_elements=size)),
-        ("energy", top_energy_counts(energies, costs=costs, num_elements=size)),
-    ):
-        weights = np.array([max(1, n) for n in counts]) / [len(energy) for energy in energies]
-        for group in experts_together(statistics):
-            weights[group] = weights[judged(statistics, group)].mean()
-        weights = np.maximum(weights / weights.mean(), SMALLEST_WEIGHT)
-        for suffix, profile in (("", weights), ("-half", (weights + 1) / 2)):
-            try:
-                layouts = solver.solve(budget, profile=profile.tolist())
-            except BudgetError:
-                continue
-            if all(layouts != each.layouts for each in candidates):
-                candidates.append(Candidate(name + suffix, layouts))
-    return candidates
+    sizes = [shape.num_elements for shape in solver.model.shapes]
+    kept = solver.model.elements_of(uniform) / solver.model.ffn_elements
+    fractions = least_error_fractions(errors, sizes=sizes, kept=kept)
+    try:
+        layouts = solver.solve(budget, profile=[fraction / kept for fraction in fractions])
+    except BudgetError:
+        return None
+    return None if layouts == uniform else Candidate(SENSITIVITY, layouts)
 
 
-def equal_error_counts(energies: Sequence[Floats], *, costs: Sequence[int], num_elements: int) -> list[int]:
-    """Neurons a layer, so that each leaves the same share of its energy out, in about `num_elements`.
+def least_error_fractions(errors: Sequence[float], *, sizes: Sequence[int], kept: float) -> list[float]:
+    """The fraction of each FFN to keep, `kept` of all elements in all.
 
-    `energies` are each layer's [N], largest first; `costs` are the elements of one neuron.
+    Where every HALVING of an FFN halves its error, and costs what it has elements, the sum of the errors
+    is least where HALVING log2(error / size), raised by a constant, is kept of each: reverse
+    water-filling, within SMALLEST_WEIGHT * kept and 1.
     """
-    outside = [1 - np.cumsum(energy) / max(energy.sum(), 1e-300) for energy in energies]
+    least = 1e-9 * max(*errors, 1e-300)
+    levels = [
+        HALVING * math.log2(max(error, least) / size) for error, size in zip(errors, sizes, strict=True)
+    ]
 
-    def counts(share: float) -> list[int]:
-        return [int(np.searchsorted(-left, -share)) + 1 for left in outside]
+    def fractions(raised: float) -> list[float]:
+        return [min(1.0, max(SMALLEST_WEIGHT * kept, level + raised)) for level in levels]
 
-    low, high = 0.0, 1.0
-    for _ in range(50):
+    low, high = -max(levels), 1.0 - min(levels)
+    for _ in range(60):
         middle = (low + high) / 2
-        taken = sum(n * cost for n, cost in zip(counts(middle), costs, strict=True))
-        low, high = (middle, high) if taken > num_elements else (low, middle)
-    return [min(n, len(energy)) for n, energy in zip(counts(high), energies, strict=True)]
-
-
-def top_energy_counts(energies: Sequence[Floats], *, costs: Sequence[int], num_elements: int) -> list[int]:
-    """Neurons a layer, when those of most energy an element are taken from all layers at once."""
-    layer = np.concatenate([np.full(len(energy), i) for i, energy in enumerate(energies)])
-    cost = np.asarray(costs)[layer]
-    order = np.argsort(-np.concatenate(energies) / cost, kind="stable")
-    taken = order[np.cumsum(cost[order]) <= num_elements]
-    return [int(count) for count in np.bincount(layer[taken], minlength=len(energies))]
+        taken = sum(size * each for size, each in zip(sizes, fractions(middle), strict=True)) / sum(sizes)
+        low, high = (low, middle) if taken > kept else (middle, high)
+    return fractions(low)

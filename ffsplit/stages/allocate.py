@@ -1,4 +1,4 @@
-"""The allocation stage: candidates compressed like any run, and judged end to end on rows of their own."""
+"""The allocation stage: two ways compressed like any run, and judged end to end on rows of their own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ffsplit.artifacts.allocation import AllocationRecord, CandidateRecord
-from ffsplit.artifacts.scratch import Result
 from ffsplit.calibration.readers import make_reader
 from ffsplit.config import Record
 from ffsplit.distributed.runner import Runner
@@ -28,10 +28,17 @@ from ffsplit.stages.profile import ComputeProfile
 Fidelity = dict[str, float]
 NUM_FOLDS = 4
 """Parts of the judge's rows. What beats the uniform layers has to on each of them."""
+LEAST_GAIN = 0.1
+"""The part of the uniform layers' distance that a candidate has to take away.
+
+One common width is worth that much: it makes an ordinary checkpoint.
+"""
+MOST_ROWS = 256
+"""Rows on which blocks are compared one by one."""
 
 
 class JudgeJob(Record):
-    """Candidates' checkpoints, and the text to judge them on."""
+    """Compressed checkpoints, and the text to judge them on."""
 
     original: ModelSource
     candidates: tuple[ModelSource, ...]
@@ -40,43 +47,85 @@ class JudgeJob(Record):
     batch_tokens: int
     profile: ComputeProfile
 
+    def of(self, *candidates: ModelSource) -> JudgeJob:
+        """This job with candidates."""
+        return self.model_copy(update={"candidates": candidates})
+
 
 class Allocation(NamedTuple):
-    """The candidate that won, and the scores of all."""
+    """The candidate that was chosen, and what led to it."""
 
     chosen: Candidate
     record: AllocationRecord
 
 
+class _Bench:
+    """The original and its batches, a fold at a time, for a job's time."""
+
+    def __init__(self, job: JudgeJob, *, rows: Sequence[str], num_folds: int) -> None:
+        self._checkpoint = open_checkpoint(job.original.directory())
+        self._dtype, self._device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
+        reader = make_reader(self._checkpoint, max_length=job.max_length, batch_tokens=job.batch_tokens)
+        encoded = reader.encode(rows)
+        num_folds = min(num_folds, len(encoded))
+        self._folds = [
+            [batch.to(self._device, dtype=self._dtype) for batch in reader.batches(encoded[start::num_folds])]
+            for start in range(num_folds)
+        ]
+        self.original = self.load(self._checkpoint.directory)
+        self.blocks = [ffn.block for ffn in self._checkpoint.ffns]
+
+    def load(self, directory: Path) -> Any:
+        return load_whole_model(directory, self._checkpoint.class_name, dtype=self._dtype).to(self._device)
+
+    def judge(self, model: Any) -> tuple[Fidelity, ...]:
+        """The fidelity of a model to the original, a fold at a time."""
+        kind = self._checkpoint.compared_as
+        return tuple(fidelity(self.original, model, batches, kind=kind) for batches in self._folds)
+
+
 def judge_job(job: JudgeJob) -> tuple[tuple[Fidelity, ...], ...]:
     """The fidelity of each candidate to the original, a fold at a time; the original is loaded once."""
     with job.profile.applied():
-        checkpoint = open_checkpoint(job.original.directory())
-        dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
-        reader = make_reader(checkpoint, max_length=job.max_length, batch_tokens=job.batch_tokens)
-        rows = reader.encode(job.rows)
-        num_folds = min(NUM_FOLDS, len(rows))
-        folds = [
-            [batch.to(device, dtype=dtype) for batch in reader.batches(rows[start::num_folds])]
-            for start in range(num_folds)
-        ]
+        bench = _Bench(job, rows=job.rows, num_folds=NUM_FOLDS)
+        return tuple(bench.judge(bench.load(source.directory())) for source in job.candidates)
 
-        def load(directory: Path) -> Any:
-            return load_whole_model(directory, checkpoint.class_name, dtype=dtype).to(device)
 
-        original, kind = load(checkpoint.directory), checkpoint.compared_as
-        judged = []
-        for source in job.candidates:
-            candidate = load(source.directory())
-            judged.append(tuple(fidelity(original, candidate, batches, kind=kind) for batches in folds))
-        return tuple(judged)
+def single_errors_job(job: JudgeJob) -> tuple[float, ...]:
+    """Minus the score of the original with one block from the only candidate, for the block of each FFN."""
+    with job.profile.applied():
+        bench = _Bench(job, rows=job.rows[:MOST_ROWS], num_folds=1)
+        (source,) = job.candidates
+        mixed, blocks = bench.load(source.directory()), list(dict.fromkeys(bench.blocks))
+        compressed = [_exchanged(mixed, block, _block(bench.original, block)) for block in blocks]
+        errors = {}
+        for block, module in zip(blocks, compressed, strict=True):
+            own = _exchanged(mixed, block, module)
+            (found,) = bench.judge(mixed)
+            _exchanged(mixed, block, own)
+            errors[block] = max(0.0, -score_of(found))
+        return tuple(errors[block] for block in bench.blocks)
+
+
+def _block(model: Any, path: str) -> nn.Module:
+    base: nn.Module = getattr(model, model.base_model_prefix, model)
+    return base.get_submodule(path)
+
+
+def _exchanged(model: Any, path: str, other: nn.Module) -> nn.Module:
+    """The block that was there before this one was put in its place."""
+    own = _block(model, path)
+    getattr(model, model.base_model_prefix, model).set_submodule(path, other)
+    return own
 
 
 def score_of(fidelity: Fidelity) -> float:
-    """One number to choose by, higher is better: minus the KL divergence, or the mean of the cosines."""
+    """One number to choose by, at most 0, higher is better: minus the distance from the original."""
     if "kl_divergence" in fidelity:
         return -fidelity["kl_divergence"]
-    return fmean(fidelity.values())
+    if "logit_error" in fidelity:
+        return -fidelity["logit_error"]
+    return fmean(fidelity.values()) - 1.0
 
 
 def record_of(candidate: Candidate, folds: Sequence[Fidelity], *, model: ModelShape) -> CandidateRecord:
@@ -92,50 +141,50 @@ def record_of(candidate: Candidate, folds: Sequence[Fidelity], *, model: ModelSh
     )
 
 
-def best_of(records: Sequence[CandidateRecord]) -> int:
-    """The best of those that beat the first on every fold, and the first where none does.
-
-    Folds keep chance out: a search that wins by a hair would cost an ordinary checkpoint for nothing.
-    """
-    first = records[0].fold_scores
-    winners = [
-        index
-        for index, record in enumerate(records)
-        if all(ours > theirs for ours, theirs in zip(record.fold_scores, first, strict=True))
-    ]
-    return max(winners, key=lambda index: records[index].score, default=0)
+def wins(record: CandidateRecord, uniform: CandidateRecord) -> bool:
+    """Whether a candidate is so much closer to the original on every fold that it is worth its widths."""
+    pairs = zip(record.fold_scores, uniform.fold_scores, strict=True)
+    return all(ours > (1 - LEAST_GAIN) * theirs for ours, theirs in pairs)
 
 
 def allocate(
-    candidates: Sequence[Candidate],
+    uniform: Candidate,
     *,
     checkpoint: Checkpoint,
     model: ModelShape,
-    compress: Callable[[Candidate], Sequence[Result]],
-    layer_file: Callable[[Result], Path],
+    propose: Callable[[Sequence[float]], Candidate | None],
+    compress: Callable[[Candidate], Sequence[Path]],
     hand_over: Callable[[Path], ModelSource],
     job: JudgeJob,
     runner: Runner,
     folder: Path,
 ) -> Allocation:
-    """Compress every candidate, judge them together, and take the first unless one beats it.
+    """Compress the uniform layers and what their single errors suggest, and take the latter if it wins.
 
-    `job` lacks its candidates, which are put together in `folder` and removed again.
+    `compress` gives a file a layer; `job` lacks its candidates, which are put together in `folder` and
+    removed again.
     """
-    directories = []
-    for candidate in candidates:
-        files = [layer_file(result) for result in compress(candidate)]
-        directories.append(folder / candidate.name)
-        assemble(checkpoint, files, candidate.layouts, directories[-1])
-    sources = tuple(hand_over(path) for path in directories)
-    judged = runner.run_alone("allocate", judge_job, job.model_copy(update={"candidates": sources}))
+
+    def built(candidate: Candidate) -> ModelSource:
+        directory = folder / candidate.name
+        assemble(checkpoint, compress(candidate), candidate.layouts, directory)
+        return hand_over(directory)
+
+    sources, candidates = [built(uniform)], [uniform]
+    errors = runner.run_alone("allocate", single_errors_job, job.of(*sources))
+    proposed = propose(errors)
+    if proposed is not None:
+        sources.append(built(proposed))
+        candidates.append(proposed)
+    judged = runner.run_alone("allocate", judge_job, job.of(*sources))
     shutil.rmtree(folder)
     if not all(judged):
         raise ConfigError("the rows to judge candidates on are nothing but padding: give other text")
     records = tuple(
         record_of(candidate, folds, model=model) for candidate, folds in zip(candidates, judged, strict=True)
     )
-    chosen = candidates[best_of(records)]
+    chosen = candidates[-1] if proposed is not None and wins(records[-1], records[0]) else uniform
     return Allocation(
-        chosen, AllocationRecord(chosen=chosen.name, num_rows=len(job.rows), candidates=records)
+        chosen,
+        AllocationRecord(chosen=chosen.name, num_rows=len(job.rows), errors=errors, candidates=records),
     )

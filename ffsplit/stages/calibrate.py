@@ -70,7 +70,7 @@ class CalibrationWorker:
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
-        return open_checkpoint(self._job.model.directory())
+        return open_checkpoint(self._job.model.directory(), uneven=True)
 
     @cached_property
     def _reader(self) -> Reader:

@@ -95,7 +95,7 @@ def _inputs(shards: Sequence[Mapping[str, Tensor]], expert: int | None) -> list[
 
 def _compress(job: LayerJob) -> Result:
     device = torch.device(job.profile.device)
-    checkpoint = open_checkpoint(job.model.directory())
+    checkpoint = open_checkpoint(job.model.directory(), uneven=True)
     expert = checkpoint.ffns[job.plan.layer].expert
     inputs = _inputs([_sampled(job, entry) for entry in job.inputs], expert)
     activation = activation_named(checkpoint.activation_of(job.plan.layer))
@@ -113,7 +113,9 @@ def _compress(job: LayerJob) -> Result:
 
 def _refit(job: RefitJob) -> Result:
     device = torch.device(job.profile.device)
-    original, compressed = (open_checkpoint(each.directory()) for each in (job.original, job.compressed))
+    original, compressed = (
+        open_checkpoint(each.directory(), uneven=True) for each in (job.original, job.compressed)
+    )
     activation = activation_named(original.activation_of(job.layer))
     ffn, narrow = (
         load_ffn(each, job.layer, activation=activation, device=device) for each in (original, compressed)

@@ -28,7 +28,7 @@ RESULT, PROGRESS = "healed", "progress"
 
 
 class HealJob(Record):
-    """What to heal, on which text. The compressed checkpoint must be plain."""
+    """What to heal, on which text. The compressed checkpoint has its original's names."""
 
     original: ModelSource
     compressed: ModelSource
@@ -62,7 +62,7 @@ def heal_job(job: HealJob) -> Result | None:
 def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState]:
     """The healed student, the checkpoint it came from, and how it went."""
     original = open_checkpoint(job.original.directory())
-    compressed = open_checkpoint(job.compressed.directory())
+    compressed = open_checkpoint(job.compressed.directory(), uneven=True)
     device = torch.device(job.profile.device)
     teacher, student = (
         load_whole_model(each.directory, original.class_name, dtype=torch.float32).to(device)

@@ -247,7 +247,7 @@ BAD_MODELS: dict[str, str] = {
     "compressed already": "original",
     "no number of layers": "num_hidden_layers",
     "fewer layers": "num_hidden_layers",
-    "another width": "config.json says otherwise",
+    "another width": "config.json says intermediate_size",
     "unknown class": "has no class MyBert",
 }
 

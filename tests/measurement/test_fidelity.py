@@ -25,7 +25,10 @@ def batches(batch_tokens: int = 60) -> list[Batch]:
 def test_an_encoder_is_faithful_to_itself(family: str, head: str) -> None:
     model = make_model(family, head=head)
     scores = fidelity(model, model, batches(), kind="encoder")
-    assert scores == {"token_cosine": pytest.approx(1, abs=1e-6), "pooled_cosine": pytest.approx(1, abs=1e-6)}
+    expected = {"token_cosine": 1, "pooled_cosine": 1} | (
+        {"label_agreement": 1, "logit_error": 0} if head else {}
+    )
+    assert scores == {name: pytest.approx(value, abs=1e-6) for name, value in expected.items()}
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])
@@ -54,6 +57,22 @@ def test_encoder_fidelity_by_its_definition(batch_tokens: int) -> None:
     assert scores["token_cosine"] == pytest.approx(sum(token) / len(token), abs=1e-5)
     assert scores["pooled_cosine"] == pytest.approx(sum(pooled) / len(pooled), abs=1e-5)
     assert abs(scores["token_cosine"]) < 0.9
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
+def test_classifier_fidelity_by_its_definition(batch_tokens: int) -> None:
+    original, compressed = (make_model("bert", head="ForSequenceClassification", seed=s) for s in (0, 1))
+    with torch.no_grad():
+        a_RL, b_RL = (
+            torch.cat([model(input_ids=torch.tensor([row])).logits.double() for row in ROWS])
+            for model in (original, compressed)
+        )
+    scores = fidelity(original, compressed, batches(batch_tokens), kind="encoder")
+    same = (a_RL.argmax(1) == b_RL.argmax(1)).double().mean()
+    assert scores["label_agreement"] == pytest.approx(float(same))
+    a_RL, b_RL = (logits - logits.mean(1, keepdim=True) for logits in (a_RL, b_RL))
+    error = (a_RL - b_RL).square().sum() / a_RL.square().sum()
+    assert scores["logit_error"] == pytest.approx(float(error), rel=1e-4) and scores["logit_error"] > 0.01
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])

@@ -21,7 +21,7 @@ from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_base_model, load_whole_model
 from ffsplit.recipes.recipe import load_recipe
-from ffsplit.runtime.assemble import MAX_SHARD_BYTES, assemble, is_plain
+from ffsplit.runtime.assemble import MAX_SHARD_BYTES, assemble, is_plain, keeps_names
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
 from ffsplit.splitting.budget import fit_layers
 from ffsplit.splitting.plan import plan_split
@@ -96,7 +96,8 @@ def compress(
         )
         weights.append(layer.weights)
         files.append(target.with_name(f"{target.name}-layer-{plan.layer:03d}.safetensors"))
-        save_file(layer_tensors(checkpoint, plan.layer, layer.weights, plain=plain), files[-1])
+        named = keeps_names(checkpoint, layouts)
+        save_file(layer_tensors(checkpoint, plan.layer, layer.weights, plain=named), files[-1])
     assemble(checkpoint, files, layouts, target, max_shard_bytes=max_shard_bytes)
     return Compressed(checkpoint, target, layouts, tuple(weights), plain)
 

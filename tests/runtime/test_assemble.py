@@ -123,7 +123,7 @@ def test_a_split_config_keeps_the_original_and_carries_the_layouts(compressed_of
     config = json.loads((compressed.directory / "config.json").read_text())
     split = config.pop("quantization_config")
     assert config == compressed.source.config
-    assert split["quant_method"] == "ffsplit" and split["version"] == 4
+    assert split["quant_method"] == "ffsplit" and split["version"] == 5
     shapes = compressed.source.shapes
     assert split["ffns"] == [run.model_dump(mode="json") for run in runs_of(compressed.layouts, shapes)]
     runs = [FFNRun.model_validate(run) for run in split["ffns"]]

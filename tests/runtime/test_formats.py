@@ -18,10 +18,11 @@ SAMPLES = Path(__file__).parent / "samples"
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "sample", ["format-1-low-rank", "format-1-int4", "format-2-int8", "format-3-integers"]
+    "sample",
+    ["format-1-low-rank", "format-1-int4", "format-2-int8", "format-3-integers", "format-4-widths"],
 )
 def test_an_earlier_format(sample: str, tmp_path: Path) -> None:
-    """One of each precision, with fused gates and integers in attention since; outputs were stored beside."""
+    """Each precision, fused gates, integers in attention and widths that differ; outputs lie beside."""
     directory = SAMPLES / sample
     config = json.loads((directory / "config.json").read_text())
     assert config["quantization_config"]["version"] == int(sample.split("-")[1])

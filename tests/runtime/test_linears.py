@@ -108,7 +108,7 @@ def test_no_load_without_ffsplit(artifact: Any, tmp_path: Path) -> None:
 
 def test_an_older_ffsplit_would_refuse_it(artifact: Any) -> None:
     config = json.loads((artifact[2] / "config.json").read_text())["quantization_config"]
-    assert config["version"] == 4 and config["linears"]["modules"]
+    assert config["version"] == 5 and config["linears"]["modules"]
 
 
 def test_linears_go_with_quantized_ffns() -> None:

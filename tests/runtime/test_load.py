@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 import ffsplit  # noqa: F401  (registers the split format with transformers)
 from ffsplit.errors import UnsupportedModelError
+from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
 from ffsplit.recipes.recipe import load_recipe, shipped_recipes
+from ffsplit.runtime.split_ffn import SplitFFN
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import compress, head_of, outputs, reference
 from tests.runtime.conftest import CompressedFactory
@@ -117,13 +119,30 @@ def test_save_pretrained_and_load_again(
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("family", ["bert", "opt", "llama"])
-def test_layers_of_different_widths(compressed_of: CompressedFactory, family: str) -> None:
-    """Dense parts, but no stock model has a width of its own for each layer."""
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_different_widths(compressed_of: CompressedFactory, family: str, tmp_path: Path) -> None:
+    """No stock model has a width of its own for each layer; names and modules stay the original's."""
     compressed = compressed_of(family, recipe="fast", keep=(0.5, 0.25, 1.0))
     assert not compressed.plain
     model = load_whole_model(compressed.directory, compressed.source.class_name)
+    assert not any(isinstance(module, SplitFFN) for module in model.modules())
     torch.testing.assert_close(outputs(model), outputs(reference(compressed)), atol=1e-5, rtol=1e-4)
+    first = load_file(compressed.directory / "model.safetensors")
+    assert first.keys() == compressed.source.tensors.keys()
+    model.save_pretrained(tmp_path)
+    second = load_file(tmp_path / "model.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    again = load_whole_model(tmp_path, compressed.source.class_name)
+    assert torch.equal(outputs(again), outputs(model))
+
+
+def test_a_narrowed_checkpoint_is_no_model_to_start_from(compressed_of: CompressedFactory) -> None:
+    directory = compressed_of("bert", recipe="fast", keep=(0.5, 0.25, 1.0)).directory
+    with pytest.raises(UnsupportedModelError, match="start from the original"):
+        open_checkpoint(directory)
+    checkpoint = open_checkpoint(directory, uneven=True)
+    assert len({shape.num_neurons for shape in checkpoint.shapes}) == 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

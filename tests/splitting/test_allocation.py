@@ -1,15 +1,21 @@
-"""Proposals spend the same budget, differ from uniform, and do what their names say."""
+"""A proposal spends the same budget, and more of it where an error is larger."""
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import pytest
 
-from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.compressors import PruneCompressor
 from ffsplit.config import Budget
 from ffsplit.ffn import FFNShape, ModelShape
-from ffsplit.splitting.allocation import UNIFORM, equal_error_counts, propose, top_energy_counts
+from ffsplit.splitting.allocation import (
+    HALVING,
+    SENSITIVITY,
+    SMALLEST_WEIGHT,
+    least_error_fractions,
+    propose,
+)
 from ffsplit.splitting.heavy import HeavyRule
 from ffsplit.splitting.solver import Solver
 
@@ -18,68 +24,52 @@ MODEL = ModelShape(
     shapes=(SHAPE,) * 3, itemsize=4, num_parameters=200_000, num_parameters_without_embeddings=100_000
 )
 SOLVER = Solver(model=MODEL, heavy=HeavyRule(by="share", value=1), steps=(PruneCompressor(),))
-POWERS = (0.2, 0.6, 1.5)
-ENERGIES = [np.arange(1, 401, dtype=np.float64) ** -power for power in POWERS]
-COSTS = [SHAPE.elements_per_neuron] * 3
+ERRORS = (0.04, 0.01, 0.0025)
 
 
-def stats_of(energy: np.ndarray) -> NeuronStats:
-    n = len(energy)
-    return NeuronStats(
-        num_tokens=1,
-        sum_abs=np.sqrt(energy),
-        sum=np.zeros(n),
-        sum_squares=energy,
-        max_abs=np.ones(n),
-        num_active=np.ones(n, dtype=np.int64),
-        down_norm=np.ones(n),
-    )
+@pytest.mark.parametrize("budget", [Budget(kind="keep", limit=0.4), Budget(kind="max_bytes", limit=90_000)])
+def test_a_proposal_keeps_to_the_budget_and_uses_it(budget: Budget) -> None:
+    found = propose(SOLVER, budget, ERRORS, uniform=SOLVER.solve(budget))
+    assert found is not None and found.name == SENSITIVITY
+    assert 0.9 * budget.limit < SOLVER.cost(budget, found.layouts) <= budget.limit
+    widths = [layout.num_neurons for layout in found.layouts]
+    assert widths[0] > widths[1] > widths[2]
 
 
-@pytest.mark.parametrize("limit", [0.5, 0.2])
-def test_every_candidate_keeps_to_the_budget(limit: float) -> None:
-    budget = Budget(kind="keep", limit=limit)
-    uniform = SOLVER.solve(budget)
-    candidates = propose(SOLVER, budget, [stats_of(e) for e in ENERGIES], uniform=uniform)
-    assert candidates[0] == (UNIFORM, uniform)
-    assert [each.name for each in candidates[1:]] == [
-        "equal-error",
-        "equal-error-half",
-        "energy",
-        "energy-half",
-    ]
-    for candidate in candidates:
-        assert 0.85 * limit < SOLVER.cost(budget, candidate.layouts) <= limit
-    widths = [layout.num_neurons for layout in candidates[1].layouts]
-    assert widths[0] > widths[1] > widths[2], "flat layers need more neurons for the same error"
-
-
-def test_layers_alike_stay_uniform_but_for_what_does_not_divide() -> None:
+@pytest.mark.parametrize("errors", [(0.01,) * 3, (0.0,) * 3])
+def test_layers_alike_are_as_the_uniform_ones(errors: tuple[float, ...]) -> None:
     budget = Budget(kind="keep", limit=0.5)
     uniform = SOLVER.solve(budget)
-    for candidate in propose(SOLVER, budget, [stats_of(ENERGIES[1])] * 3, uniform=uniform):
-        for layout, other in zip(candidate.layouts, uniform, strict=True):
-            assert abs(layout.num_neurons - other.num_neurons) <= 2
+    found = propose(SOLVER, budget, errors, uniform=uniform)
+    widths = [layout.num_neurons for layout in (found.layouts if found else uniform)]
+    assert max(widths) - min(widths) <= 2
 
 
-def test_equal_error_leaves_the_same_share_out() -> None:
-    size = 600 * COSTS[0]
-    counts = equal_error_counts(ENERGIES, costs=COSTS, num_elements=size)
-    left = [1 - e[:n].sum() / e.sum() for e, n in zip(ENERGIES, counts, strict=True)]
-    assert max(left) - min(left) < 0.01
-    assert 590 < sum(counts) <= 600
+def test_four_times_the_error_is_worth_two_halvings() -> None:
+    fractions = least_error_fractions(ERRORS, sizes=[1] * 3, kept=0.5)
+    assert fractions == pytest.approx([0.5 + 2 * HALVING, 0.5, 0.5 - 2 * HALVING], abs=1e-6)
 
 
-def test_the_most_energetic_of_all_layers_are_taken() -> None:
-    counts = top_energy_counts(ENERGIES, costs=COSTS, num_elements=300 * COSTS[0])
-    assert sum(counts) == 300
-    taken = np.concatenate([e[:n] for e, n in zip(ENERGIES, counts, strict=True)])
-    left = np.concatenate([e[n:] for e, n in zip(ENERGIES, counts, strict=True)])
-    assert taken.min() >= left.max()
+def test_an_element_goes_where_it_takes_away_the_most_error() -> None:
+    """By the rule that every HALVING halves an error, no shift of elements makes the sum smaller."""
+    errors, sizes = (0.03, 0.02, 0.004), (1.0, 2.0, 3.0)
+    fractions = least_error_fractions(errors, sizes=[int(each) for each in sizes], kept=0.4)
+    gains = [
+        error * math.log(2) / HALVING * 2 ** (-fraction / HALVING) / size
+        for error, fraction, size in zip(errors, fractions, sizes, strict=True)
+    ]
+    assert gains == pytest.approx([gains[0]] * 3, rel=1e-6)
+    assert sum(f * s for f, s in zip(fractions, sizes, strict=True)) / sum(sizes) == pytest.approx(0.4)
 
 
-def test_a_layer_without_energy_keeps_something() -> None:
-    budget = Budget(kind="keep", limit=0.3)
-    statistics = [stats_of(ENERGIES[0]), stats_of(np.zeros(400)), stats_of(ENERGIES[2])]
-    for candidate in propose(SOLVER, budget, statistics, uniform=SOLVER.solve(budget)):
-        assert min(layout.num_neurons for layout in candidate.layouts) >= 1
+@pytest.mark.parametrize("kept", [0.05, 0.3535, 0.9])
+def test_no_layer_gets_all_or_nothing(kept: float) -> None:
+    fractions = least_error_fractions((1.0, 1e-5, 0.0), sizes=[5] * 3, kept=kept)
+    assert all(SMALLEST_WEIGHT * kept <= fraction <= 1 for fraction in fractions)
+    assert fractions[0] >= fractions[1] >= fractions[2]
+    assert sum(fractions) / 3 == pytest.approx(kept, rel=1e-3)
+
+
+def test_a_budget_that_leaves_no_choice_gives_no_proposal() -> None:
+    budget = Budget(kind="keep", limit=1.0)
+    assert propose(SOLVER, budget, ERRORS, uniform=SOLVER.solve(budget)) is None
