@@ -7,6 +7,7 @@ from ffsplit.errors import BudgetError
 from ffsplit.ffn import FFNShape, LayerLayout
 from ffsplit.measurement.size import compressed_size, original_size
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.classifying import may_search
 from ffsplit.models.locate import locate_model
 from ffsplit.recipes.recipe import load_recipe
 from ffsplit.runtime.assemble import is_plain
@@ -53,8 +54,9 @@ class Inspection(Record):
 
 def inspect_model(model: str, *, recipe: str = "fast") -> Inspection:
     """Look at a model without loading a weight. Raises ConfigError when it is not one to compress."""
-    chosen = load_recipe(recipe)
     checkpoint = open_checkpoint(locate_model(model).directory)
+    chosen = load_recipe(recipe).searching(may_search(checkpoint))
+    may_be_plain = chosen.after_healing is None and chosen.allocation == "uniform"
     size = original_size(checkpoint)
     budgets, firsts = [], [indices[0] for indices in _alike(checkpoint).values()]
     for keep in BUDGETS:
@@ -67,7 +69,7 @@ def inspect_model(model: str, *, recipe: str = "fast") -> Inspection:
             BudgetPreview(
                 keep=keep,
                 layouts=tuple(layouts[first] for first in firsts),
-                plain=chosen.after_healing is None and is_plain(checkpoint, layouts),
+                plain=may_be_plain and is_plain(checkpoint, layouts),
                 num_parameters=after.num_parameters,
                 num_parameters_without_embeddings=after.num_parameters_without_embeddings,
             )

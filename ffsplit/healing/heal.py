@@ -17,6 +17,7 @@ from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.state import HealingState
 from ffsplit.healing.step import Distillation
 from ffsplit.healing.team import Alone, Team
+from ffsplit.models.classifying import classifies
 from ffsplit.models.rows import ModelKind
 from ffsplit.quantization import fake_quantize
 
@@ -26,8 +27,8 @@ SORTED_BATCHES = 16
 
 ENCODER_RATE = 2.0
 """What an encoder is healed at, in learning rates."""
-FAR = 0.15
-"""An encoder nearer to its original than this is healed at a lower rate."""
+FAR, FAR_LOGITS = 0.15, 0.02
+"""An encoder nearer to its original than this is healed at a lower rate; a classifier by its logits."""
 
 
 class FakeQuantize(nn.Module):
@@ -83,7 +84,8 @@ def heal(
         state = HealingState()
         distillation.judge(state, batches)
         state.first_loss = state.best_loss
-    peak = peak_rate(settings, state.first_loss, kind=kind)
+    far = FAR_LOGITS if classifies(teacher) else FAR
+    peak = peak_rate(settings, state.first_loss, kind=kind, far=far)
     num_steps = num_epochs(data.rows, settings) * steps_an_epoch(data.rows, settings)
     evaluate_every = max(1, num_steps // (settings.epochs * settings.evaluations))
     for step, rows in enumerate(_training(data, settings, seed=seed)):
@@ -157,7 +159,7 @@ def settle(linears: Sequence[nn.Module]) -> None:
         parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
 
 
-def peak_rate(settings: HealingSettings, first_loss: float, *, kind: ModelKind) -> float:
+def peak_rate(settings: HealingSettings, first_loss: float, *, kind: ModelKind, far: float = FAR) -> float:
     """The highest learning rate: that of the settings, or for an encoder twice that, less if it is near.
 
     Steps keep a model stirring at some distance that grows with their size. One that is nearer than
@@ -165,7 +167,7 @@ def peak_rate(settings: HealingSettings, first_loss: float, *, kind: ModelKind) 
     """
     if kind != "encoder":
         return settings.learning_rate
-    return settings.learning_rate * ENCODER_RATE * min(1.0, first_loss / FAR) ** 2
+    return settings.learning_rate * ENCODER_RATE * min(1.0, first_loss / far) ** 2
 
 
 def schedule(step: int, num_steps: int, *, warm_up: float) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ffsplit.calibration.batches import Batch
+from ffsplit.models.classifying import classifies, row_logits
 from ffsplit.models.rows import ModelKind
 
 
@@ -43,20 +44,31 @@ def weight(teacher: Tensor, batch: Batch, *, kind: ModelKind) -> Tensor:
 
 
 def mean_distance(student: Any, teacher: Any, batches: Sequence[Batch], *, kind: ModelKind) -> float:
-    """The mean distance over batches, weighted by their tokens."""
-    total, num_tokens = total_distance(student, teacher, batches, kind=kind)
-    return total / max(1.0, num_tokens)
+    """What a student is judged by: its distance over all batches, as `total_distance` has it."""
+    return quotient(*total_distance(student, teacher, batches, kind=kind))
+
+
+def quotient(total: float, weight: float) -> float:
+    return total / weight if weight > 0 else 0.0
 
 
 @torch.no_grad()
 def total_distance(
     student: Any, teacher: Any, batches: Sequence[Batch], *, kind: ModelKind
 ) -> tuple[float, float]:
-    """The sum of the batches' distances, each times its tokens; and the number of tokens."""
-    total = num_tokens = 0.0
+    """What the distance is a quotient of: sums over the batches, which add up over parts of them.
+
+    The batches' distances, each times its tokens, and the tokens. Of a classifier the squared error of its
+    logits and their square: states that its head does not read are no part of what it gives.
+    """
+    total = weights = 0.0
     for batch in batches:
-        found = outputs(student, batch, kind=kind)
-        expected = outputs(teacher, batch, kind=kind)
+        if classifies(teacher):
+            s_BL, t_BL = (row_logits(model, batch.arguments) for model in (student, teacher))
+            total += float((s_BL - t_BL).square().sum())
+            weights += float(t_BL.square().sum())
+            continue
+        found, expected = (outputs(model, batch, kind=kind) for model in (student, teacher))
         total += float(distance(found, expected, batch, kind=kind)) * batch.num_tokens
-        num_tokens += batch.num_tokens
-    return total, num_tokens
+        weights += batch.num_tokens
+    return total, weights

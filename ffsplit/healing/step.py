@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ffsplit.calibration.batches import Batch, padded_batches
-from ffsplit.healing.losses import distance, outputs, total_distance, weight
+from ffsplit.healing.losses import distance, outputs, quotient, total_distance, weight
 from ffsplit.healing.state import HealingState
 from ffsplit.healing.team import Team
 from ffsplit.models.rows import ModelKind
@@ -78,8 +78,7 @@ class Distillation:
             mine = batches[share :: self.team.size]
             totals = total_distance(self.student, self.teacher, mine, kind=self.kind)
             sums.append(torch.tensor(totals, dtype=torch.float64, device=self.device))
-        total, num_tokens = self.team.sum(sums).tolist()
-        loss = total / max(1.0, num_tokens)
+        loss = quotient(*self.team.sum(sums).tolist())
         if loss < state.best_loss:
             state.best_loss, state.best_step, state.num_worse = loss, state.step, 0
             state.best = {name: tensor.detach().clone() for name, tensor in self.weights.items()}

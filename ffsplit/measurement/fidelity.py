@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ffsplit.calibration.batches import Batch
 from ffsplit.errors import FFSplitError
-from ffsplit.models.checkpoint import CLASSIFIERS
+from ffsplit.models.classifying import classifies, row_logits
 from ffsplit.models.rows import ModelKind
 
 LARGEST_LOSS = 700.0
@@ -28,7 +28,7 @@ def fidelity(
         return causal_fidelity(original, compressed, batches)
     if kind == "image_text":
         return pair_fidelity(original, compressed, batches)
-    if type(original).__name__.endswith(CLASSIFIERS):
+    if classifies(original):
         return classifier_fidelity(original, compressed, batches)
     return encoder_fidelity(original, compressed, batches)
 
@@ -48,16 +48,13 @@ def classifier_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]
     """As `encoder_fidelity`, and over rows: the share whose first label is the same (`label_agreement`),
     and the logits' squared error over their square (`logit_error`).
 
-    What all labels of a row have in common changes no label, and counts for neither; of one label, which
-    is a score, all of it counts.
+    What all labels of a row have in common counts for neither.
     """
     cosines, sums = [], torch.zeros(4, dtype=torch.float64)
     for batch in batches:
         cosines.append(_cosine_sums(original, compressed, batch))
-        a_BL, b_BL = (model(**batch.arguments).logits.double() for model in (original, compressed))
+        a_BL, b_BL = (row_logits(model, batch.arguments) for model in (original, compressed))
         same = (a_BL.argmax(-1) == b_BL.argmax(-1)).sum()
-        if a_BL.shape[-1] > 1:
-            a_BL, b_BL = (logits - logits.mean(-1, keepdim=True) for logits in (a_BL, b_BL))
         found = (same, (b_BL - a_BL).square().sum(), a_BL.square().sum())
         sums += torch.tensor([batch.num_rows, *map(float, found)], dtype=torch.float64)
     num_rows, num_same, error, square = sums.tolist()

@@ -21,6 +21,7 @@ from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.runtime.linears import linears_config, quantize_linears
 from ffsplit.splitting.plan import LayerPlan, plan_split
 from ffsplit.splitting.scores import FEWEST_TOKENS, is_starved
+from ffsplit.stages.allocate import in_one_line
 
 MOST_NAMED = 16
 """Experts named in a line; the manifest has all."""
@@ -49,6 +50,7 @@ def compute_model(execution: Execution, staging: Path) -> tuple[PreparedRun, Out
         )
         run, allocation = replace(run, layouts=found.chosen.layouts), found.record
         place = place_of(found.chosen)
+        execution.log.note(in_one_line(found.record))
     execution = replace(execution, run=run)
     plans = plan_split(statistics, run.layouts, score=run.recipe.score)
     layers = execution.compress("compress", run.checkpoint, run.recipe.steps, plans, shards, place=place)

@@ -22,11 +22,12 @@ from ffsplit.measurement.tasks import AnyTask
 from ffsplit.measurement.tasks.evaluations import read_tasks
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.classifying import may_search
 from ffsplit.models.locate import locate_model
 from ffsplit.models.rows import TEXT_KINDS
 from ffsplit.pipeline.capabilities import check_capabilities
 from ffsplit.pipeline.origin import inherit
-from ffsplit.pipeline.plain import check_plain, check_stays_plain, may_be_uneven
+from ffsplit.pipeline.plain import check_plain, check_stays_plain
 from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.runtime.linears import attention_linears
 from ffsplit.splitting.latency import read_latency_table
@@ -78,7 +79,7 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
         config = config.model_copy(update={"model": str(directory)})
     checkpoint = open_checkpoint(directory)
     recipe = recipe.settled(checkpoint.kind, max_positions=checkpoint.max_positions)
-    recipe = recipe.searching(may_be_uneven(config, checkpoint) and checkpoint.classifies)
+    recipe = recipe.searching(may_search(checkpoint) and not (config.plain or config.block_by_block))
     for index in range(len(checkpoint.ffns)):
         activation_named(checkpoint.activation_of(index))
     check_capabilities(config, recipe, checkpoint)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint
@@ -19,11 +18,6 @@ def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recip
             f"recipe {recipe.name}: healing and after_healing need steps that leave one dense FFN "
             "a layer, without a bias that the architecture lacks: prune or distill"
         )
-
-
-def may_be_uneven(config: JobConfig, checkpoint: Checkpoint) -> bool:
-    """Whether a job can give FFNs widths that differ: it holds the model whole, and need not stay plain."""
-    return not (config.plain or config.block_by_block or checkpoint.has_experts)
 
 
 def can_refit(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:

@@ -101,9 +101,8 @@ def single_errors_job(job: JudgeJob) -> tuple[float, ...]:
         errors = {}
         for block, module in zip(blocks, compressed, strict=True):
             own = _exchanged(mixed, block, module)
-            (found,) = bench.judge(mixed)
+            errors[block] = max(0.0, -sum(score_of(found) for found in bench.judge(mixed)))
             _exchanged(mixed, block, own)
-            errors[block] = max(0.0, -score_of(found))
         return tuple(errors[block] for block in bench.blocks)
 
 
@@ -145,6 +144,20 @@ def wins(record: CandidateRecord, uniform: CandidateRecord) -> bool:
     """Whether a candidate is so much closer to the original on every fold that it is worth its widths."""
     pairs = zip(record.fold_scores, uniform.fold_scores, strict=True)
     return all(ours > (1 - LEAST_GAIN) * theirs for ours, theirs in pairs)
+
+
+def in_one_line(record: AllocationRecord) -> str:
+    """What a search found, for whoever waits for the run."""
+    uniform, *others = record.candidates
+    if not others:
+        return "search: the layers matter alike, and keep one share"
+    found = others[0]
+    distances = f"{-found.score:.3g} from the original, and with one share for all {-uniform.score:.3g}"
+    if record.chosen == uniform.name:
+        return f"search: the layers keep one share; with shares of their own they are {distances}"
+    largest = max(found.num_elements)
+    shares = ", ".join(f"{100 * each / largest:.0f}" for each in found.num_elements)
+    return f"search: the layers get shares of their own ({shares} % of the largest): {distances}"
 
 
 def allocate(

@@ -80,7 +80,7 @@ def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState]:
         student,
         teacher,
         data,
-        kind=original.kind,
+        kind=original.compared_as,
         settings=job.settings,
         seed=job.seed,
         resume=lambda weights, optimizer: _resume(job.scratch, weights, optimizer),

@@ -17,6 +17,7 @@ import ffsplit
 from ffsplit.artifacts.allocation import CandidateRecord
 from ffsplit.artifacts.manifest import Manifest
 from ffsplit.ffn import LayerLayout
+from ffsplit.inspection import inspect_model
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.source import ModelSource
 from ffsplit.pipeline.prepare import prepare
@@ -120,12 +121,16 @@ def test_every_candidate_meets_the_budget(small_job: SmallJob, tmp_path: Path) -
 
 
 def test_uniform_stays_unless_it_is_beaten(
-    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_job: SmallJob,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(allocate, "wins", lambda record, uniform: False)
     manifest = searched(small_job, tmp_path / "out")
     plain = ffsplit.compress(small_job.config(tmp_path / "plain", keep=0.3))
     assert manifest.allocation is not None and manifest.allocation.chosen == "uniform"
+    assert "search: the layers keep one share" in capsys.readouterr().err
     assert [layer.layout for layer in manifest.layers] == [layer.layout for layer in plain.layers]
     assert manifest.plain
 
@@ -138,8 +143,11 @@ def uneven(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("uneven")
-def test_layers_of_different_widths_load_through_ffsplit_alone(small_job: SmallJob, tmp_path: Path) -> None:
+def test_layers_of_different_widths_load_through_ffsplit_alone(
+    small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     manifest = searched(small_job, tmp_path / "out")
+    assert "search: the layers get shares of their own (100, " in capsys.readouterr().err
     assert manifest.allocation is not None and manifest.allocation.chosen == "sensitivity"
     widths = [layer.layout.num_neurons for layer in manifest.layers]
     assert widths[0] > widths[1] > widths[2]
@@ -204,6 +212,18 @@ def test_auto_searches_for_classifiers_that_need_not_stay_plain(
     uniform = prepare(small_job.config(tmp_path, model=model, **fields))
     assert (run.run_key == uniform.run_key) == (not searches)
     assert len(run.text.judged) == (8 if searches else 0)
+
+
+def test_inspect_promises_no_plain_result_where_there_will_be_a_search(checkpoint_of: Any) -> None:
+    plain = [
+        {
+            budget.plain
+            for budget in inspect_model(str(checkpoint_of("bert", head=head)), recipe=recipe).budgets
+        }
+        for head in ("", "ForSequenceClassification")
+        for recipe in ("fast", "norm-prune")
+    ]
+    assert plain == [{True}, {True}, {False}, {True}]
 
 
 def test_the_judge_has_rows_of_its_own(small_job: SmallJob, tmp_path: Path) -> None:
