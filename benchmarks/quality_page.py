@@ -17,6 +17,10 @@ TITLES = {
 FIDELITY = {"STS-B": "pooled_cosine", "SST-2": "pooled_cosine", "corpus": "kl_divergence"}
 
 
+MOST_BEHIND = 12.0
+"""Points under the original that a plot shows."""
+
+
 class Run(NamedTuple):
     """One recipe at one budget with one seed, scored."""
 
@@ -142,8 +146,8 @@ def not_run(runs: Sequence[Run], order: Sequence[str], keeps: Sequence[float]) -
 
 
 def draw(runs: Sequence[Run], names: Sequence[str], path: Path, order: Sequence[str]) -> None:
-    """Score against bytes, a panel a case."""
-    figure = Figure(figsize=(5.2 * len(names), 4.4), layout="constrained")
+    """Score against bytes, a panel a case. What is far behind the others is out of the picture."""
+    figure = Figure(figsize=(5.0 * len(names) + 1.2, 4.4), layout="constrained")
     for index, name in enumerate(names):
         axes = figure.add_subplot(1, len(names), index + 1)
         mine = [run for run in runs if run.case == name]
@@ -160,5 +164,9 @@ def draw(runs: Sequence[Run], names: Sequence[str], path: Path, order: Sequence[
             axes.set_ylim(
                 0.95 * min(best, mine[0].original), min(1.05 * max(r.score for r in rows), 3 * best)
             )
-        axes.legend(fontsize="small")
+        else:
+            worst = max(min(row.score for row in rows), mine[0].original - MOST_BEHIND)
+            axes.set_ylim(bottom=worst - 0.5)
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside right center", fontsize="small")
     figure.savefig(path, dpi=110)
