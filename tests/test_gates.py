@@ -10,7 +10,15 @@ import torch
 from ffsplit.artifacts.manifest import Latency, Measurements, Size, TaskScore
 from ffsplit.calibration.batches import padded_batches
 from ffsplit.errors import ConfigError
-from ffsplit.gates import ENCODER_FIDELITY, LANGUAGE_FIDELITY, describe_result, judge, parse_gate, refusal
+from ffsplit.gates import (
+    CLASSIFIER_FIDELITY,
+    ENCODER_FIDELITY,
+    LANGUAGE_FIDELITY,
+    describe_result,
+    judge,
+    parse_gate,
+    refusal,
+)
 from ffsplit.measurement.fidelity import fidelity
 from tests.tiny_models import make_model, random_rows
 
@@ -146,12 +154,18 @@ def test_a_bad_gate_is_named(spec: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-def test_fidelity_has_no_measure_that_a_gate_does_not_know(family: str) -> None:
-    head: Any = "" if family == "bert" else "ForCausalLM"
-    kind: Any = "encoder" if family == "bert" else "causal_lm"
+@pytest.mark.parametrize(
+    ("family", "head", "kind", "known"),
+    [
+        ("bert", "", "encoder", ENCODER_FIDELITY),
+        ("bert", "ForSequenceClassification", "encoder", CLASSIFIER_FIDELITY),
+        ("llama", "ForCausalLM", "causal_lm", LANGUAGE_FIDELITY),
+    ],
+)
+def test_fidelity_has_no_measure_that_a_gate_does_not_know(
+    family: str, head: Any, kind: Any, known: dict[str, Any]
+) -> None:
     batches = padded_batches(random_rows(2), batch_tokens=64, pad_id=0)
     with torch.no_grad():
         measured = fidelity(*[make_model(family, head=head) for _ in range(2)], batches, kind=kind)
-    known = ENCODER_FIDELITY if family == "bert" else LANGUAGE_FIDELITY
     assert set(known) == set(measured) - {"original_perplexity"}

@@ -150,7 +150,7 @@ def in_one_line(record: AllocationRecord) -> str:
     """What a search found, for whoever waits for the run."""
     uniform, *others = record.candidates
     if not others:
-        return "search: the layers matter alike, and keep one share"
+        return "search: the errors of single layers suggest no other shares than one for all"
     found = others[0]
     distances = f"{-found.score:.3g} from the original, and with one share for all {-uniform.score:.3g}"
     if record.chosen == uniform.name:

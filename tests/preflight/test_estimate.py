@@ -129,6 +129,20 @@ def test_fits_in_the_compressed_model_are_foreseen(small_job: SmallJob) -> None:
     assert "refit" not in of("refits: [{num_steps: 9}]", "{kind: low_rank}", heavy_share=0.5)[1]
 
 
+def test_a_search_is_foreseen(small_job: SmallJob) -> None:
+    """Layers are compressed a second time, and judged: time and room in the store."""
+
+    def of(allocation: str) -> Any:
+        recipe = small_job.recipe(allocation=allocation)
+        flight = preflight(small_job.config("out", recipe=recipe, keep=0.5))
+        return flight, {stage.name: stage for stage in flight.stages}
+
+    (uniform, stages), (search, searching) = of("uniform"), of("search")
+    assert set(searching) - set(stages) == {"allocate"}
+    assert searching["allocate"].seconds > searching["compress"].seconds
+    assert search.store.needed_bytes > uniform.store.needed_bytes
+
+
 def test_fewer_workers_where_that_is_enough(
     llama_70b: Path, small_job: SmallJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
