@@ -8,7 +8,8 @@ A case whose files are not there is left out. The model of the first one comes i
 
 All recipes of a case read the same text: unlabelled training sentences that are not among those scored
 on. Healing stops on rows of that text which it does not learn from. Nothing is timed here, so runs may go
-side by side (`--jobs`). What is finished stands in results.jsonl below --out and is not run again.
+side by side and share the cores (`--jobs`). What is finished stands in results.jsonl below --out and is
+not run again.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -83,6 +85,7 @@ class Job(NamedTuple):
     seed: int
     out: Path
     device: str
+    threads: int
 
     @property
     def key(self) -> tuple[str, str, float, int]:
@@ -103,6 +106,7 @@ def run(job: Job) -> Run:
         runner="serial",
         device=job.device,
         dtype="float32",
+        healing_threads=job.threads,
     )
     manifest = ffsplit.compress(config)
     measured = manifest.measurements
@@ -160,7 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = parsed.out / "results.jsonl"
     done = finished(results)
     grid = itertools.product(parsed.keeps, parsed.seeds, chosen, parsed.recipes)
-    jobs = [Job(case, recipe, keep, seed, parsed.out, parsed.device) for keep, seed, case, recipe in grid]
+    here = parsed.out, parsed.device, max(1, (os.cpu_count() or 1) // parsed.jobs)
+    jobs = [Job(case, recipe, keep, seed, *here) for keep, seed, case, recipe in grid]
     keys = {each.key for each in done}
     waiting = [job for job in jobs if job.key not in keys]
     with ProcessPoolExecutor(parsed.jobs, mp_context=get_context("spawn")) as pool:
