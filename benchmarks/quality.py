@@ -8,8 +8,8 @@ A case whose files are not there is left out. The model of the first one comes i
 
 All recipes of a case read the same text: unlabelled training sentences that are not among those scored
 on. Healing stops on rows of that text which it does not learn from. Nothing is timed here, so runs may go
-side by side and share the cores (`--jobs`). What is finished stands in results.jsonl below --out and is
-not run again.
+side by side and share the cores and the GPUs (`--jobs`). What is finished stands in results.jsonl below
+--out and is not run again; the runs behind the page stand beside it, in quality.jsonl.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 from quality_page import Run, write_page
 
@@ -33,7 +35,8 @@ from ffsplit.config import ALGORITHM_VERSION
 from ffsplit.recipes.recipe import shipped_recipes
 
 PEERS = ("svd", "whitened-svd", "paper", "norm-prune", "flap")
-RECIPES = (*PEERS, "fast", "best", "tiny", "int8")
+HEALED = ("best", "tiny")
+RECIPES = (*PEERS, "fast", *HEALED, "int8")
 KEEPS = (0.3535, 0.5, 0.2, 0.125)
 NOT_TIMED = {"latency_shapes": [[1, 16]], "latency_pairs": 1, "peak_memory": False}
 
@@ -137,6 +140,15 @@ def untimed_recipes(names: Sequence[str], folder: Path) -> None:
         (folder / f"{name}.yaml").write_text(text, "utf-8")
 
 
+def take_share(started: Synchronized[int], threads: int, gpus: int) -> None:
+    """Give a new process its share of the host: some cores, and a GPU, which they take in turn."""
+    torch.set_num_threads(threads)
+    with started.get_lock():
+        if gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = str(started.value % gpus)
+        started.value += 1
+
+
 def finished(path: Path) -> list[Run]:
     """The runs of earlier calls."""
     if not path.is_file():
@@ -164,11 +176,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = parsed.out / "results.jsonl"
     done = finished(results)
     grid = itertools.product(parsed.keeps, parsed.seeds, chosen, parsed.recipes)
-    here = parsed.out, parsed.device, max(1, (os.cpu_count() or 1) // parsed.jobs)
+    threads = max(1, (os.cpu_count() or 1) // parsed.jobs)
+    here = parsed.out, parsed.device, threads
     jobs = [Job(case, recipe, keep, seed, *here) for keep, seed, case, recipe in grid]
     keys = {each.key for each in done}
     waiting = [job for job in jobs if job.key not in keys]
-    with ProcessPoolExecutor(parsed.jobs, mp_context=get_context("spawn")) as pool:
+    waiting.sort(key=lambda job: job.recipe not in HEALED)  # what takes longest first
+    context = get_context("spawn")
+    share = context.Value("i", 0), threads, torch.cuda.device_count()
+    with ProcessPoolExecutor(parsed.jobs, context, take_share, share) as pool:
         for future in as_completed([pool.submit(run, job) for job in waiting]):
             done.append(future.result())
             with results.open("a", encoding="utf-8") as file:

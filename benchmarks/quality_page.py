@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -85,7 +86,10 @@ def rows_of(runs: Sequence[Run], order: Sequence[str]) -> list[Row]:
 
 
 def write_page(runs: Sequence[Run], *, folder: Path, order: Sequence[str], keeps: Sequence[float]) -> None:
-    """quality.md and quality.png; `order` and `keeps` are the recipes and budgets of the whole grid."""
+    """quality.md, quality.png and the runs themselves, quality.jsonl.
+
+    `order` and `keeps` are the recipes and budgets of the whole grid.
+    """
     names = [name for name in TITLES if any(run.case == name for run in runs)]
     machines = {each: index + 1 for index, each in enumerate(sorted({machine(run) for run in runs}))}
     lines = [
@@ -101,9 +105,12 @@ def write_page(runs: Sequence[Run], *, folder: Path, order: Sequence[str], keeps
     for name in names:
         mine = [run for run in runs if run.case == name]
         lines += ["", *table(mine, order, machines), *not_run(mine, order, keeps)]
+    lines += ["", "Every run: [quality.jsonl](quality.jsonl)."]
     lines += ["", "What else was tried: [quality-tried.md](quality-tried.md).", ""]
     lines += ["![scores against FFN bytes](quality.png)", ""]
     (folder / "quality.md").write_text("\n".join(lines), "utf-8")
+    sorted_runs = sorted(runs, key=lambda run: run.key)
+    (folder / "quality.jsonl").write_text("".join(json.dumps(run._asdict()) + "\n" for run in sorted_runs))
     draw(runs, names, folder / "quality.png", order)
 
 
