@@ -38,6 +38,7 @@ PEERS = ("svd", "whitened-svd", "paper", "norm-prune", "flap")
 HEALED = ("best", "tiny")
 RECIPES = (*PEERS, "fast", *HEALED, "int8")
 KEEPS = (0.3535, 0.5, 0.2, 0.125)
+NAMED_HARDWARE = ("processor", "num_cpus", "gpu")
 NOT_TIMED = {"latency_shapes": [[1, 16]], "latency_pairs": 1, "peak_memory": False}
 
 
@@ -114,6 +115,7 @@ def run(job: Job) -> Run:
     manifest = ffsplit.compress(config)
     measured = manifest.measurements
     assert measured is not None
+    hardware = manifest.environment.hardware
     return Run(
         case=job.case.name,
         recipe=job.recipe,
@@ -127,7 +129,7 @@ def run(job: Job) -> Run:
         original_ffn_bytes=measured.original_size.ffn_bytes,
         num_rows=manifest.calibration.num_rows,
         num_tokens=manifest.calibration.num_tokens,
-        hardware={**manifest.environment.hardware},
+        hardware={name: value for name, value in hardware.items() if name in NAMED_HARDWARE},
         versions={**manifest.environment.versions, "algorithm": str(ALGORITHM_VERSION)},
     )
 

@@ -78,7 +78,7 @@ def rows_of(runs: Sequence[Run], order: Sequence[str]) -> list[Row]:
                         *extremes,
                         len(same),
                         statistics.median(figures),
-                        same[0].ffn_bytes,
+                        statistics.median_low([run.ffn_bytes for run in same]),
                         tuple(sorted({machine(run) for run in same})),
                     )
                 )
@@ -90,6 +90,7 @@ def write_page(runs: Sequence[Run], *, folder: Path, order: Sequence[str], keeps
 
     `order` and `keeps` are the recipes and budgets of the whole grid.
     """
+    runs = sorted(runs, key=lambda run: run.key)
     names = [name for name in TITLES if any(run.case == name for run in runs)]
     machines = {each: index + 1 for index, each in enumerate(sorted({machine(run) for run in runs}))}
     lines = [
@@ -109,8 +110,7 @@ def write_page(runs: Sequence[Run], *, folder: Path, order: Sequence[str], keeps
     lines += ["", "What else was tried: [quality-tried.md](quality-tried.md).", ""]
     lines += ["![scores against FFN bytes](quality.png)", ""]
     (folder / "quality.md").write_text("\n".join(lines), "utf-8")
-    sorted_runs = sorted(runs, key=lambda run: run.key)
-    (folder / "quality.jsonl").write_text("".join(json.dumps(run._asdict()) + "\n" for run in sorted_runs))
+    (folder / "quality.jsonl").write_text("".join(json.dumps(run._asdict()) + "\n" for run in runs), "utf-8")
     draw(runs, names, folder / "quality.png", order)
 
 
