@@ -113,6 +113,7 @@ def plan_budgets(
         model=model,
         heavy=chosen.heavy,
         steps=chosen.steps,
+        finish=chosen.after_healing,
         latency=table,
         num_energetic=num_energetic(chosen.heavy, statistics),
     )
@@ -151,34 +152,32 @@ def _forecast(
     budget: Budget, solver: Solver, statistics: Sequence[NeuronStats], *, recipe: Recipe
 ) -> BudgetForecast:
     model, layouts = solver.model, solver.solve(budget)
+    plans, stored = plan_split(statistics, layouts, score=recipe.score), solver.stored(layouts)
     layers = []
-    for plan, shape, stats in zip(
-        plan_split(statistics, layouts, score=recipe.score), model.shapes, statistics, strict=True
-    ):
+    for plan, layout, shape, stats in zip(plans, stored, model.shapes, statistics, strict=True):
         layers.append(
             LayerForecast(
                 layer=plan.layer,
-                layout=plan.layout,
-                num_elements=plan.layout.num_elements(shape),
-                size_bytes=plan.layout.size_bytes(shape, model.itemsize),
+                layout=layout,
+                num_elements=layout.num_elements(shape),
+                size_bytes=layout.size_bytes(shape, model.itemsize),
                 heavy_neurons=plan.heavy_neurons,
                 energy_outside=energy_outside(stats, plan.heavy_neurons),
             )
         )
     elements = model.elements_of(layouts)
-    timed = solver.latency is not None and all(layout.is_dense for layout in layouts)
+    timed = solver.latency is not None and all(layout.is_dense for layout in stored)
     in_latency = Budget(kind="max_latency_ms", limit=1)
     return BudgetForecast(
         budget=budget,
         keep=elements / model.ffn_elements,
-        plain=recipe.after_healing is None
-        and is_stock_form(layouts, model.shapes, groups=model.width_groups),
+        plain=is_stock_form(stored, model.shapes, groups=model.width_groups),
         num_parameters=model.parameters_of(layouts),
         num_parameters_without_embeddings=model.num_parameters_without_embeddings
         - model.ffn_elements
         + elements,
         ffn_elements=elements,
-        ffn_bytes=model.bytes_of(layouts),
+        ffn_bytes=model.bytes_of(stored),
         latency_ms=solver.cost(in_latency, layouts) if timed else None,
         energy_outside=sum(layer.energy_outside for layer in layers) / len(layers),
         layers=tuple(layers),

@@ -21,21 +21,27 @@ from tests.small_jobs import LOW_RANK, PRUNE, SmallJob
 
 
 @pytest.mark.parametrize(
-    ("rule", "step"),
-    [({"heavy_share": 1}, PRUNE), ({"heavy_share": 0.5}, LOW_RANK), ({"heavy_energy": 0.6}, PRUNE)],
+    ("rule", "step", "after", "max_bytes"),
+    [
+        ({"heavy_share": 1}, PRUNE, "", 40_000),
+        ({"heavy_share": 0.5}, LOW_RANK, "", 40_000),
+        ({"heavy_energy": 0.6}, PRUNE, "", 40_000),
+        ({"heavy_share": 1}, PRUNE, "after_healing: {kind: quantize}", 10_000),
+        ({"heavy_share": 1}, PRUNE, "after_healing: {kind: quantize, num_bits: 4, group_size: 8}", 10_000),
+    ],
 )
 def test_the_sizes_are_those_that_compress_makes(
-    rule: dict[str, float], step: str, small_job: SmallJob, tmp_path: Path
+    rule: dict[str, float], step: str, after: str, max_bytes: int, small_job: SmallJob, tmp_path: Path
 ) -> None:
-    recipe = small_job.recipe(**rule, step=step)  # type: ignore[arg-type]
+    recipe = small_job.recipe(**rule, step=step, more=after)  # type: ignore[arg-type]
     original, small_job.model = small_job.model, tmp_path / "copy"
     shutil.copytree(original, small_job.model)
     statistics = pipeline.calibrate(small_job.config(tmp_path / "stats", recipe=recipe))
     shutil.rmtree(small_job.model)  # no model is needed to plan
-    budgets = [checked_budget("keep", 0.4), checked_budget("max_bytes", 40_000)]
+    budgets = [checked_budget("keep", 0.4), checked_budget("max_bytes", max_bytes)]
     plans = plan_budgets(f"{tmp_path}/stats/{statistics.run_key}", budgets=budgets)
     small_job.model = original
-    given = ({"keep": 0.4}, {"keep": None, "max_bytes": 40_000})
+    given = ({"keep": 0.4}, {"keep": None, "max_bytes": max_bytes})
     for forecast, fields in zip(plans.budgets, given, strict=True):
         manifest = ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe, **fields))
         assert manifest.measurements is not None
@@ -49,7 +55,7 @@ def test_the_sizes_are_those_that_compress_makes(
             assert (planned.num_elements, planned.size_bytes) == (made.num_elements, made.size_bytes)
             assert len(planned.heavy_neurons) == made.num_heavy_hitters
         if "max_bytes" in fields:
-            assert size.ffn_bytes <= 40_000
+            assert size.ffn_bytes <= max_bytes
 
 
 def test_the_predicted_error_is_the_energy_outside_the_heavy_hitters(

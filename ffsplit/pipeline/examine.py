@@ -144,7 +144,9 @@ def make_solver(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint, profi
                 f"--latency-table {config.latency_table} was measured in {table.dtype}, "
                 f"the run computes in {profile.dtype}: give the same --dtype to both"
             )
-    return Solver(model=model, heavy=recipe.heavy, steps=recipe.steps, latency=table)
+    return Solver(
+        model=model, heavy=recipe.heavy, steps=recipe.steps, finish=recipe.after_healing, latency=table
+    )
 
 
 def with_target_shape(recipe: Recipe, solver: Solver) -> Recipe:

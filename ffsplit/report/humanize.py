@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Final
 
-from ffsplit.ffn import Dense, LayerLayout, LowRank, PartLayout
+from ffsplit.ffn import Dense, Integer, LayerLayout, LowRank, PartLayout
 
 SPACE: Final = "\u00a0"
 MINUS: Final = "\u2212"
@@ -113,7 +113,7 @@ def unit(ffns: Iterable[tuple[str, int]]) -> str:
 
 
 def layout(layer: LayerLayout) -> str:
-    """One layer's layout in words: its width, and the rank of what is factored."""
+    """One layer's layout in words: its width, the rank of what is factored, the bits of integers."""
     if layer.is_dense:
         return f"width {layer.num_neurons:,}"
     return " + ".join(_part(part) for part in layer.parts) or "nothing kept"
@@ -122,13 +122,13 @@ def layout(layer: LayerLayout) -> str:
 def _part(part: PartLayout) -> str:
     if part.is_dense:
         return f"{part.num_neurons:,} dense"
-    names: list[str] = []
-    for linear in (part.up, part.gate, part.down):
-        if linear is None or isinstance(linear, Dense):
-            continue
-        name = (
-            f"rank {linear.rank:,}" if isinstance(linear, LowRank) else str(linear.format).replace("_", " ")
-        )
-        if name not in names:
-            names.append(name)
+    formats = [each for each in (part.up, part.gate, part.down) if each and not isinstance(each, Dense)]
+    names = dict.fromkeys(_format(each) for each in formats)
     return f"{part.num_neurons:,} at {' / '.join(names)}"
+
+
+def _format(format: LowRank | Integer) -> str:
+    if isinstance(format, LowRank):
+        return f"rank {format.rank:,}"
+    groups = "" if format.group_size is None else f" in groups of {format.group_size:,}"
+    return f"int{format.num_bits}{groups}"

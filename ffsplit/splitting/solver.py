@@ -18,31 +18,47 @@ if TYPE_CHECKING:
     from ffsplit.compressors.base import Compressor
 
 Layouts = tuple[LayerLayout, ...]
+OF_THE_WHOLE_MODEL = ("max_parameters", "max_latency_ms")
+"""Budgets of which the FFNs have what the rest of the model leaves. The others limit FFNs alone."""
 
 
 @dataclass(frozen=True)
 class Solver:
     """Knows a model and a recipe, and finds the largest layouts that a budget allows.
 
-    `latency` is for budgets in milliseconds; `num_energetic`, a number a layer, for heavy hitters
-    by energy. Without the latter their rule counts as one neuron a layer, the least it can ask for.
+    `finish` is what a recipe ends with, once the layers are what the steps make of them: it stores the
+    same elements in fewer bytes. `latency` is for budgets in milliseconds; `num_energetic`, a number a
+    layer, for heavy hitters by energy. Without the latter their rule counts as one neuron a layer, the
+    least it can ask for.
     """
 
     model: ModelShape
     heavy: HeavyRule
     steps: Sequence[Compressor]
+    finish: Compressor | None = None
     latency: LatencyTable | None = None
     num_energetic: tuple[int, ...] | None = None
 
     def cost(self, budget: Budget, layouts: Sequence[LayerLayout]) -> float:
         """What these layouts take of what the budget limits, in its units."""
         if budget.kind == "max_bytes":
-            return self.model.bytes_of(layouts)
+            return self.model.bytes_of(self.stored(layouts))
         if budget.kind == "max_parameters":
             return self.model.parameters_of(layouts)
         if budget.kind == "max_latency_ms":
             return self._latency_ms(layouts)
         return self.model.elements_of(layouts) / self.model.ffn_elements
+
+    def stored(self, layouts: Sequence[LayerLayout]) -> Layouts:
+        """The layouts in the form that a result has in the end."""
+        if self.finish is None:
+            return tuple(layouts)
+        stored = []
+        for layout, shape in zip(layouts, self.model.shapes, strict=True):
+            finished = self.finish.plan(layout, shape=shape, budget=layout.num_elements(shape))
+            assert finished is not None, "what a recipe ends with keeps every element"
+            stored.append(finished)
+        return tuple(stored)
 
     def _latency_ms(self, layouts: Sequence[LayerLayout]) -> float:
         """The mean over layers of what the table says of their widths.
@@ -50,7 +66,7 @@ class Solver:
         Where all the model's time is a fixed part plus one part a layer, that is its latency.
         """
         assert self.latency is not None, "a latency budget comes with its table"
-        if not all(layout.is_dense for layout in layouts):
+        if not all(layout.is_dense for layout in self.stored(layouts)):
             raise BudgetError(
                 "--max-latency-ms is for recipes that make FFNs narrower: this one also stores them in "
                 "other forms, whose times the table does not hold"
@@ -77,10 +93,8 @@ class Solver:
         layouts = self._scaled(smallest, weights)
         if layouts is None or not self._meets(budget, layouts):
             least = "none" if layouts is None else _rounded_up(budget, self.cost(budget, layouts))
-            raise BudgetError(
-                f"{budget} is too small for one neuron an FFN and the rest of the model: "
-                f"the smallest is {least}"
-            )
+            rest = " and the rest of the model" if budget.kind in OF_THE_WHOLE_MODEL else ""
+            raise BudgetError(f"{budget} is too small for one neuron an FFN{rest}: the smallest is {least}")
 
         def holds(size: int) -> bool:
             scaled = self._scaled(size, weights)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ffsplit.ffn import LayerLayout, LowRank, PartLayout
+from ffsplit.ffn import Integer, LayerLayout, LowRank, PartLayout
 from ffsplit.report import humanize
 
 
@@ -107,6 +107,13 @@ def test_layouts_in_words():
     assert humanize.layout(LayerLayout(heavy=dense, light=None, down_bias=True)) == "width 77"
     both = LayerLayout(heavy=dense, light=factored, down_bias=True)
     assert humanize.layout(both) == "77 dense + 1,459 at rank 64 / rank 80"
+    for integer, shown in (
+        (Integer(num_bits=8), "int8"),
+        (Integer(num_bits=4, group_size=32), "int4 in groups of 32"),
+    ):
+        quantized = PartLayout(num_neurons=1536, up=integer, gate=integer, down=integer)
+        layer = LayerLayout(heavy=quantized, light=None, down_bias=False)
+        assert humanize.layout(layer) == f"1,536 at {shown}"
 
 
 def test_ffns_are_layers_where_each_is_a_layers_only_one() -> None:

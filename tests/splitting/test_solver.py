@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ffsplit.compressors import LowRankCompressor, PruneCompressor
+from ffsplit.compressors import LowRankCompressor, PruneCompressor, QuantizeCompressor
 from ffsplit.config import Budget, BudgetKind
 from ffsplit.errors import BudgetError
 from ffsplit.ffn import FFNShape, LayerLayout, ModelShape
@@ -33,6 +34,7 @@ TABLE = LatencyTable(
 ALL, HALF = HeavyRule(by="share", value=1), HeavyRule(by="share", value=0.5)
 PRUNE = Solver(model=MODEL, heavy=ALL, steps=(PruneCompressor(),), latency=TABLE)
 PAPER = Solver(model=MODEL, heavy=HALF, steps=(LowRankCompressor(),))
+INT8 = Solver(model=MODEL, heavy=ALL, steps=(PruneCompressor(),), finish=QuantizeCompressor())
 
 
 def widths(layouts: tuple[LayerLayout, ...]) -> list[int]:
@@ -95,10 +97,28 @@ def test_the_error_names_the_smallest_that_works(kind: BudgetKind) -> None:
         PRUNE.solve(Budget(kind=kind, limit=smallest * (1 - 1e-6) - 1e-3))
 
 
-def test_a_latency_budget_is_for_narrower_ffns() -> None:
-    factored = Solver(model=MODEL, heavy=HALF, steps=(LowRankCompressor(),), latency=TABLE)
+def test_only_budgets_of_the_whole_model_name_its_rest() -> None:
+    for kind, named in (("max_bytes", False), ("max_parameters", True), ("max_latency_ms", True)):
+        with pytest.raises(BudgetError) as caught:
+            PRUNE.solve(Budget(kind=kind, limit=1))
+        assert ("the rest of the model" in str(caught.value)) == named
+
+
+def test_bytes_are_those_of_what_a_recipe_ends_with() -> None:
+    budget = Budget(kind="max_bytes", limit=5_000_000)
+    layouts = INT8.solve(budget)
+    assert 0.98 * budget.limit < INT8.cost(budget, layouts) <= budget.limit
+    assert MODEL.bytes_of(INT8.stored(layouts)) == INT8.cost(budget, layouts)
+    assert widths(layouts)[0] > 3.5 * widths(PRUNE.solve(budget))[0]
+    assert all(layout.is_dense for layout in layouts), "until the recipe ends"
+    assert INT8.solve(Budget(kind="keep", limit=0.3535)) == PRUNE.solve(Budget(kind="keep", limit=0.3535))
+
+
+@pytest.mark.parametrize("stored", ["factors", "integers"])
+def test_a_latency_budget_is_for_narrower_ffns(stored: str) -> None:
+    solver = replace({"factors": PAPER, "integers": INT8}[stored], latency=TABLE)
     with pytest.raises(BudgetError, match="narrower"):
-        factored.solve(Budget(kind="max_latency_ms", limit=50))
+        solver.solve(Budget(kind="max_latency_ms", limit=50))
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("keep", 0.3535), *LIMITS])
