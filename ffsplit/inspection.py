@@ -12,6 +12,7 @@ from ffsplit.models.locate import locate_model
 from ffsplit.recipes.recipe import load_recipe
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.budget import fit_layers
+from ffsplit.splitting.solver import stored_layouts
 
 BUDGETS = (0.75, 0.5, 0.3535, 0.25, 0.125)
 
@@ -64,11 +65,12 @@ def inspect_model(model: str, *, recipe: str = "fast") -> Inspection:
             layouts = fit_layers(checkpoint.shapes, keep=keep, heavy=chosen.heavy, steps=chosen.steps)
         except BudgetError:
             continue
+        stored = stored_layouts(layouts, checkpoint.shapes, finish=chosen.after_healing)
         after = compressed_size(checkpoint, layouts, file_bytes=0)
         budgets.append(
             BudgetPreview(
                 keep=keep,
-                layouts=tuple(layouts[first] for first in firsts),
+                layouts=tuple(stored[first] for first in firsts),
                 plain=may_be_plain and is_plain(checkpoint, layouts),
                 num_parameters=after.num_parameters,
                 num_parameters_without_embeddings=after.num_parameters_without_embeddings,

@@ -107,8 +107,9 @@ def plan_budgets(
     chosen = load_recipe(recipe) if recipe is not None else recipe_of(manifest.recipe, where=uri)
     table = None
     if latency_table is not None:
-        hardware = hardware_fingerprint(ComputeProfile.resolve(manifest.config).device)
-        table = read_latency_table(latency_table, model=model, hardware=hardware)
+        profile = ComputeProfile.resolve(manifest.config)
+        hardware = hardware_fingerprint(profile.device)
+        table = read_latency_table(latency_table, model=model, hardware=hardware, dtype=profile.dtype)
     solver = Solver(
         model=model,
         heavy=chosen.heavy,

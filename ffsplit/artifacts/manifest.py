@@ -203,7 +203,7 @@ class Manifest(Record):
     plain: bool | None = Field(description="loads with transformers alone; None for statistics")
     config: JobConfig
     recipe: dict[str, Any] = Field(description="the recipe as resolved")
-    keep: float | None = Field(description="as given, or what another budget resolved to")
+    keep: float | None = Field(description="the elements of all FFNs over the original's")
     budget: Budget | None = Field(default=None, description="as given, or the recipe's keep")
     nonce: str | None = Field(default=None, description="set by --fresh, part of the run key")
     model: SourceModel

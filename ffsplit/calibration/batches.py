@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ffsplit.models.checkpoint import Checkpoint
+
 TOKENIZED_ROWS = 1024
 """Rows that are tokenized at once where they are only counted."""
 
@@ -71,6 +73,17 @@ def num_rows_within(tokenizer: Any, rows: Sequence[str], *, max_length: int, max
                 return max(1, num_rows)
             num_rows += 1
     return num_rows
+
+
+def pad_id_of(checkpoint: Checkpoint, tokenizer: Any) -> int:
+    """The id that fills short rows up: the model's own, by which its head may tell where a row ends.
+
+    That of its tokenizer where the config names none, and 0 where neither does.
+    """
+    named = checkpoint.text_config.get("pad_token_id")
+    if isinstance(named, int) and 0 <= named < checkpoint.vocab_size:
+        return named
+    return int(tokenizer.pad_token_id or 0)
 
 
 def padded_batches(rows: Sequence[Sequence[int]], *, batch_tokens: int, pad_id: int) -> Iterator[Batch]:

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ffsplit.calibration.batches import Batch, padded, padded_batches, tokenize_rows
+from ffsplit.calibration.batches import Batch, pad_id_of, padded, padded_batches, tokenize_rows
 from ffsplit.calibration.sound import decode_sound
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import Checkpoint
@@ -54,14 +54,14 @@ class TextReader:
 
     def __init__(self, checkpoint: Checkpoint, *, max_length: int, batch_tokens: int) -> None:
         self.tokenizer = load_tokenizer(checkpoint)
+        self._pad_id = pad_id_of(checkpoint, self.tokenizer)
         self._max_length, self._batch_tokens = max_length, batch_tokens
 
     def encode(self, rows: Sequence[str]) -> list[list[int]]:
         return tokenize_rows(self.tokenizer, rows, max_length=self._max_length)
 
     def batches(self, encoded: Sequence[list[int]]) -> Iterator[Batch]:
-        pad_id = self.tokenizer.pad_token_id or 0
-        return padded_batches(encoded, batch_tokens=self._batch_tokens, pad_id=pad_id)
+        return padded_batches(encoded, batch_tokens=self._batch_tokens, pad_id=self._pad_id)
 
     def num_tokens(self, encoded: Sequence[list[int]]) -> dict[str, int]:
         return {"attention_mask": sum(map(len, encoded))}

@@ -52,7 +52,7 @@ def _row(run: RunSummary, names: list[str]) -> tuple[str, ...]:
         commit.kind,
         run.model,
         run.recipe,
-        "" if run.keep is None else f"{run.keep:g}",
+        "" if run.keep is None else f"{run.keep:.4g}",
         size(run.size_bytes),
         " ".join(f"{name}={value:.4g}" for name, value in run.scores.items()),
         " ".join(f"{name}:{passed[value]}" for name, value in run.gates.items()),

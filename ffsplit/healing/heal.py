@@ -32,13 +32,19 @@ FAR, FAR_LOGITS = 0.15, 0.02
 
 
 class FakeQuantize(nn.Module):
-    """A weight as it will be once it is quantized, for gradients that know."""
+    """A weight as it will be once it is quantized, for gradients that know.
 
-    def __init__(self, *, num_bits: int, group_size: int | None) -> None:
+    Scales are those of its rows, [out, in]; of its columns where it is `transposed`.
+    """
+
+    def __init__(self, *, num_bits: int, group_size: int | None, transposed: bool) -> None:
         super().__init__()
         self._options: dict[str, Any] = {"num_bits": num_bits, "group_size": group_size}
+        self._transposed = transposed
 
     def forward(self, weight: Tensor) -> Tensor:
+        if self._transposed:
+            return fake_quantize(weight.T, **self._options).T
         return fake_quantize(weight, **self._options)
 
 
@@ -145,12 +151,16 @@ def trainable_weights(student: Any) -> dict[str, Tensor]:
     return weights
 
 
-def fake_quantized(linears: Sequence[nn.Module], *, num_bits: int, group_size: int | None) -> None:
-    """Make linear layers compute with the weights they will have once quantized."""
+def fake_quantized(
+    linears: Sequence[nn.Module], *, num_bits: int, group_size: int | None, transposed: bool = False
+) -> None:
+    """Make linear layers compute with the weights they will have once quantized.
+
+    `transposed` ones have weights [in, out]: transformers' Conv1D.
+    """
     for linear in linears:
-        parametrize.register_parametrization(
-            linear, "weight", FakeQuantize(num_bits=num_bits, group_size=group_size)
-        )
+        rounded = FakeQuantize(num_bits=num_bits, group_size=group_size, transposed=transposed)
+        parametrize.register_parametrization(linear, "weight", rounded)
 
 
 def settle(linears: Sequence[nn.Module]) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -21,17 +22,23 @@ def paired_latency(
     original: Any, compressed: Any, *, shapes: Sequence[tuple[int, int]], num_pairs: int
 ) -> tuple[Latency, ...]:
     """p50 and p95 over `num_pairs` forward passes of random inputs at each (rows, tokens a row)."""
-    for model in (original, compressed):
-        allow_batches(model)
-    return tuple(
-        _at_shape(original, compressed, rows, tokens, num_pairs=num_pairs) for rows, tokens in shapes
-    )
+    with batches_allowed(original, compressed):
+        return tuple(
+            _at_shape(original, compressed, rows, tokens, num_pairs=num_pairs) for rows, tokens in shapes
+        )
 
 
-def allow_batches(model: Any) -> None:
-    """Let a classifier on a causal model, which looks for padding, run batches that have none."""
-    if getattr(model.config, "pad_token_id", None) is None:
+@contextmanager
+def batches_allowed(*models: Any) -> Iterator[None]:
+    """Let classifiers on causal models, which look for padding, run batches that have none meanwhile."""
+    without = [model for model in models if getattr(model.config, "pad_token_id", None) is None]
+    for model in without:
         model.config.pad_token_id = vocab_size_of(model)
+    try:
+        yield
+    finally:
+        for model in without:
+            model.config.pad_token_id = None
 
 
 def _at_shape(original: Any, compressed: Any, rows: int, tokens: int, *, num_pairs: int) -> Latency:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
-from ffsplit.measurement.examples import vocab_size_of
+from ffsplit.measurement.examples import example_inputs
+from ffsplit.measurement.latency import batches_allowed
 from ffsplit.measurement.size import model_shape
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import random_model
@@ -50,7 +51,8 @@ def measure_latency_table(
     widths = table_widths({each.num_neurons for each in dense.shapes})
     with profile.applied():
         loaded = random_model(checkpoint, dtype=getattr(torch, profile.dtype)).to(profile.device)
-        times = _time_widths(loaded, checkpoint, widths, shape=shape, progress=progress)
+        with batches_allowed(loaded):
+            times = _time_widths(loaded, checkpoint, widths, shape=shape, progress=progress)
     return LatencyTable(
         model=model_name(model),
         model_shape=dense,
@@ -82,8 +84,8 @@ def _time_widths(
     shape: tuple[int, int],
     progress: Callable[[int, int], None] | None,
 ) -> dict[int, list[float]]:
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size_of(model), shape, generator=generator).to(model.device)
+    num_rows, num_tokens = shape
+    inputs = example_inputs(model, num_rows=num_rows, num_tokens=num_tokens)
     layers = list(_ffns(model, checkpoint))
     times: dict[int, list[float]] = {width: [] for width in widths}
     done = 0
@@ -91,8 +93,8 @@ def _time_widths(
         for width in widths if round_ % 2 == 0 else reversed(widths):
             for layer in layers:
                 layer.narrow(width)
-            _run_ms(model, ids)
-            times[width] += [_run_ms(model, ids) for _ in range(RUNS_A_ROUND)]
+            _run_ms(model, inputs)
+            times[width] += [_run_ms(model, inputs) for _ in range(RUNS_A_ROUND)]
             done += 1
             if progress is not None:
                 progress(done, NUM_ROUNDS * len(widths))
@@ -132,10 +134,10 @@ def _ffns(model: Any, checkpoint: Checkpoint) -> Iterator[_FFN]:
         yield _FFN([block.get_submodule(name) for name in names], block.get_submodule(paths.down))
 
 
-def _run_ms(model: Any, ids: Tensor) -> float:
+def _run_ms(model: Any, inputs: Mapping[str, Tensor]) -> float:
     start = time.perf_counter()
-    model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    if ids.is_cuda:
+    model(**inputs)
+    if model.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3
 

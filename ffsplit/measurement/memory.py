@@ -48,7 +48,7 @@ def _measure(
     import torch
 
     from ffsplit.measurement.examples import example_inputs
-    from ffsplit.measurement.latency import allow_batches
+    from ffsplit.measurement.latency import batches_allowed
     from ffsplit.models.load import load_whole_model, model_class
 
     where = Path(directory)
@@ -56,9 +56,8 @@ def _measure(
     before = _resident_peak_bytes()
     options = {"dtype": getattr(torch, dtype), "trust_remote_code": bool(trust)}
     model = load_whole_model(where, class_name, **options).to(device)
-    allow_batches(model)
     inputs = example_inputs(model, num_rows=int(rows), num_tokens=int(tokens))
-    with torch.inference_mode():
+    with torch.inference_mode(), batches_allowed(model):
         model(**inputs)
     return torch.cuda.max_memory_allocated() if device == "cuda" else _resident_peak_bytes() - before
 

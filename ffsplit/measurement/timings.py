@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ffsplit.artifacts.benchmarks import Figures, Timing
 from ffsplit.measurement.examples import vocab_size_of
-from ffsplit.measurement.latency import allow_batches, paired_times
+from ffsplit.measurement.latency import batches_allowed, paired_times
 from ffsplit.measurement.work import FEW_TOKENS, work_of
 from ffsplit.models.load import decodes
 
@@ -23,25 +23,27 @@ def time_models(
     original: Any, compressed: Any, *, shapes: Sequence[tuple[int, int]], num_pairs: int, new_tokens: int
 ) -> tuple[Timing, ...]:
     """Timings at each (rows, tokens a row); causal language models also decode `new_tokens` tokens."""
-    models = (original, compressed)
-    for model in models:
-        allow_batches(model)
-    in_phases = new_tokens > 0 and decodes(original)
+    with batches_allowed(original, compressed):
+        return tuple(_timings((original, compressed), shapes, num_pairs=num_pairs, new_tokens=new_tokens))
+
+
+def _timings(
+    models: tuple[Any, Any], shapes: Sequence[tuple[int, int]], *, num_pairs: int, new_tokens: int
+) -> Iterator[Timing]:
+    in_phases = new_tokens > 0 and decodes(models[0])
     vocab_size = min(map(vocab_size_of, models))
-    timings = []
     for rows, tokens in shapes:
         generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocab_size, (rows, tokens), generator=generator).to(original.device)
+        ids = torch.randint(vocab_size, (rows, tokens), generator=generator).to(models[0].device)
         mask = torch.ones_like(ids)
         calls = [_forward(model, ids, mask) for model in models]
         times = paired_times(*calls, num_pairs=num_pairs, on_cuda=ids.is_cuda)
         phase: Phase = "prefill" if in_phases else "forward"
-        timings.append(_timing(phase, times, models, rows=rows, tokens=tokens, tokens_a_call=rows * tokens))
+        yield _timing(phase, times, models, rows=rows, tokens=tokens, tokens_a_call=rows * tokens)
         if in_phases:
             steps = [_decoder(model, ids) for model in models]
             times = paired_times(*steps, num_pairs=new_tokens, on_cuda=ids.is_cuda)
-            timings.append(_timing("decode", times, models, rows=rows, tokens=tokens, tokens_a_call=rows))
-    return tuple(timings)
+            yield _timing("decode", times, models, rows=rows, tokens=tokens, tokens_a_call=rows)
 
 
 def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> Callable[[], Any]:

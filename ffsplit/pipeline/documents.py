@@ -113,7 +113,7 @@ def _draft(
         plain=is_plain(checkpoint, [plan.layout for plan in outcome.plans]) if is_model else None,
         config=run.config,
         recipe=run.recipe.model_dump(mode="json"),
-        keep=run.keep if is_model else None,
+        keep=_kept(run, outcome) if is_model else None,
         budget=run.budget if is_model else None,
         nonce=run.nonce,
         model=SourceModel(
@@ -152,6 +152,13 @@ def _calibration(run: PreparedRun, outcome: Outcome) -> CalibrationRecord:
         num_shards=outcome.num_shards,
         held_out_rows=len(text.held_out),
         held_out_is_disjoint=text.held_out_is_disjoint,
+    )
+
+
+def _kept(run: PreparedRun, outcome: Outcome) -> float:
+    """The elements of all FFNs over the original's."""
+    return (
+        run.solver.model.elements_of([plan.layout for plan in outcome.plans]) / run.solver.model.ffn_elements
     )
 
 

@@ -138,12 +138,7 @@ def make_solver(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint, profi
     model, table = model_shape(checkpoint), None
     if config.latency_table is not None:
         hardware = hardware_fingerprint(profile.device)
-        table = read_latency_table(config.latency_table, model=model, hardware=hardware)
-        if table.dtype != profile.dtype:
-            raise ConfigError(
-                f"--latency-table {config.latency_table} was measured in {table.dtype}, "
-                f"the run computes in {profile.dtype}: give the same --dtype to both"
-            )
+        table = read_latency_table(config.latency_table, model=model, hardware=hardware, dtype=profile.dtype)
     return Solver(
         model=model, heavy=recipe.heavy, steps=recipe.steps, finish=recipe.after_healing, latency=table
     )

@@ -180,6 +180,7 @@ class Execution:
             seed=run.config.seed,
             settings=settings,
             quantization=run.recipe.after_healing,
+            linears=run.recipe.linears,
             scratch=self.place("heal"),
             profile=run.profile,
             threads=threads,

@@ -32,6 +32,8 @@ def check_stays_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *,
     """Raise ConfigError when the result of --plain would not be an ordinary checkpoint."""
     if recipe.allocation == "search":
         reason = "its search may give FFNs different widths"
+    elif recipe.heavy.by == "energy":
+        reason = "its rule by energy may give FFNs different widths"
     elif recipe.after_healing is not None:
         reason = "it ends with integer weights"
     elif not is_plain(checkpoint, layouts):

@@ -50,7 +50,7 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
     spilled = footprint.spilled_bytes(work, workers=machine.num_workers) if calibrates_so else 0
     scratch, artifact = footprint.sampled_input_bytes(work), 0
     if not statistics_only:
-        artifact = work.compressed_bytes
+        artifact = work.artifact_bytes
         num_refits = len(job.recipe.refits) if can_refit(job.checkpoint, job.layouts) else 0
         scratch += num_refits * footprint.sampled_input_bytes(work) + footprint.healing_state_bytes(work)
         num_searched = 1 if job.recipe.allocation == "search" else 0

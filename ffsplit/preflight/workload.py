@@ -10,6 +10,7 @@ from ffsplit.calibration.sampling import TextSample
 from ffsplit.ffn import FFNShape, LayerLayout
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.recipes.recipe import Recipe
+from ffsplit.splitting.solver import stored_layouts
 
 CHARACTERS_PER_TOKEN = 4
 """Of English text, for a guess; a row is never longer than the recipe's row_length."""
@@ -86,11 +87,18 @@ class Workload:
 
     @cached_property
     def compressed_bytes(self) -> int:
-        """Of the compressed checkpoint's weights."""
+        """Of the compressed checkpoint's weights, before the recipe ends with fewer bits."""
+        return self._bytes_with(self.layouts)
+
+    @cached_property
+    def artifact_bytes(self) -> int:
+        """Of the weights that are published. Attention's, which may get fewer bits too, count in full."""
+        finish = self.recipe.after_healing
+        return self._bytes_with(stored_layouts(self.layouts, self.checkpoint.shapes, finish=finish))
+
+    def _bytes_with(self, layouts: Sequence[LayerLayout]) -> int:
         shapes, itemsize = self.checkpoint.shapes, self.checkpoint.itemsize
-        ffns = sum(
-            layout.size_bytes(shape, itemsize) for layout, shape in zip(self.layouts, shapes, strict=True)
-        )
+        ffns = sum(layout.size_bytes(shape, itemsize) for layout, shape in zip(layouts, shapes, strict=True))
         return self.file_bytes - sum(shape.num_elements for shape in shapes) * itemsize + ffns
 
     @property

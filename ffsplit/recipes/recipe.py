@@ -77,6 +77,14 @@ class Recipe(Record):
         return self
 
     @model_validator(mode="after")
+    def _quantizes_last(self) -> Recipe:
+        kinds = [step.kind for step in self.steps]
+        after = kinds[kinds.index("quantize") :] if "quantize" in kinds else []
+        if later := [kind for kind in after if kind != "quantize"]:
+            raise ValueError(f"steps: {later[0]} works on floating point, so quantize goes after it")
+        return self
+
+    @model_validator(mode="after")
     def _quantizes_ffns_first(self) -> Recipe:
         if self.linears != "kept" and self.after_healing is None:
             raise ValueError("linears: int8 needs after_healing, which quantizes the FFNs")

@@ -70,8 +70,10 @@ class LatencyTable(Record):
         return times[left] + share * (times[right] - times[left])
 
 
-def read_latency_table(path: str, *, model: ModelShape, hardware: Mapping[str, str | int]) -> LatencyTable:
-    """A table that holds for this model on this machine. Raises ConfigError, in one line, otherwise."""
+def read_latency_table(
+    path: str, *, model: ModelShape, hardware: Mapping[str, str | int], dtype: str
+) -> LatencyTable:
+    """A table that holds for this model on this machine in this dtype. Raises ConfigError otherwise."""
     again = "measure one here with ffsplit latency-table"
     try:
         table = LatencyTable.model_validate_json(Path(path).expanduser().read_bytes())
@@ -89,4 +91,9 @@ def read_latency_table(path: str, *, model: ModelShape, hardware: Mapping[str, s
             )
     if table.model_shape != model:
         raise ConfigError(f"--latency-table {path} is of another model, {table.model}: {again}")
+    if table.dtype != dtype:
+        raise ConfigError(
+            f"--latency-table {path} was measured in {table.dtype}, the run computes in {dtype}: "
+            "give the same --dtype to both"
+        )
     return table

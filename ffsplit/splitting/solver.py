@@ -51,14 +51,7 @@ class Solver:
 
     def stored(self, layouts: Sequence[LayerLayout]) -> Layouts:
         """The layouts in the form that a result has in the end."""
-        if self.finish is None:
-            return tuple(layouts)
-        stored = []
-        for layout, shape in zip(layouts, self.model.shapes, strict=True):
-            finished = self.finish.plan(layout, shape=shape, budget=layout.num_elements(shape))
-            assert finished is not None, "what a recipe ends with keeps every element"
-            stored.append(finished)
-        return tuple(stored)
+        return stored_layouts(layouts, self.model.shapes, finish=self.finish)
 
     def _latency_ms(self, layouts: Sequence[LayerLayout]) -> float:
         """The mean over layers of what the table says of their widths.
@@ -126,6 +119,21 @@ class Solver:
             )
         layouts = [made[each] for each in zip(self.model.shapes, weights, counts, strict=True)]
         return tuple(each for each in layouts if each is not None) if all(layouts) else None
+
+
+def stored_layouts(
+    layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape], *, finish: Compressor | None
+) -> Layouts:
+    """What becomes of the layouts that the steps leave, in the checkpoint that a recipe ends with."""
+    if finish is None:
+        return tuple(layouts)
+    stored = []
+    for layout, shape in zip(layouts, shapes, strict=True):
+        whole = layout.folded
+        finished = finish.plan(whole, shape=shape, budget=whole.num_elements(shape))
+        assert finished is not None, "what a recipe ends with keeps every element"
+        stored.append(finished)
+    return tuple(stored)
 
 
 def _rounded_up(budget: Budget, least: float) -> str:

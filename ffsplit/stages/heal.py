@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import JsonValue
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffsplit.artifacts.scratch import Result, Scratch
-from ffsplit.calibration.batches import tokenize_rows
+from ffsplit.calibration.batches import pad_id_of, tokenize_rows
 from ffsplit.compressors.quantize import QuantizeCompressor
 from ffsplit.config import Record
 from ffsplit.healing.heal import HealingData, fake_quantized, heal, settle
@@ -21,6 +21,7 @@ from ffsplit.healing.team import Team, find_team
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.models.source import ModelSource
+from ffsplit.runtime.linears import attention_linears
 from ffsplit.stages.profile import ComputeProfile
 from ffsplit.temporary import temporary_folder
 
@@ -39,6 +40,7 @@ class HealJob(Record):
     seed: int
     settings: HealingSettings
     quantization: QuantizeCompressor | None
+    linears: Literal["kept", "int8"]
     scratch: Scratch
     profile: ComputeProfile
     threads: int
@@ -68,14 +70,12 @@ def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState]:
         load_whole_model(each.directory, original.class_name, dtype=torch.float32).to(device)
         for each in (original, compressed)
     )
-    linears = _ffn_linears(student, compressed) if job.quantization is not None else []
-    if job.quantization is not None:
-        fake_quantized(linears, num_bits=job.quantization.num_bits, group_size=job.quantization.group_size)
+    rounded = _round(student, compressed, job)
     tokenizer = load_tokenizer(original)
     rows, validation = (
         tokenize_rows(tokenizer, texts, max_length=job.max_length) for texts in (job.rows, job.validation)
     )
-    data = HealingData(rows, validation, tokenizer.pad_token_id or 0, job.batch_tokens)
+    data = HealingData(rows, validation, pad_id_of(original, tokenizer), job.batch_tokens)
     state = heal(
         student,
         teacher,
@@ -87,18 +87,27 @@ def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState]:
         checkpoint=partial(_checkpoint, job.scratch) if 0 in team.mine else _keep_nothing,
         team=team,
     )
-    settle(linears)
+    settle(rounded)
     return student, compressed, state
 
 
-def _ffn_linears(student: Any, checkpoint: Checkpoint) -> list[nn.Module]:
+def _round(student: Any, checkpoint: Checkpoint, job: HealJob) -> list[nn.Module]:
+    """Let the student compute with the integers that it ends with; the linear layers that have them."""
+    if job.quantization is None:
+        return []
     base = getattr(student, student.base_model_prefix, student)
-    return [
-        base.get_submodule(f"{ffn.block}.{path}")
-        for ffn in checkpoint.ffns
-        for path in (ffn.paths.up, ffn.paths.gate, ffn.paths.down)
-        if path is not None
-    ]
+    num_bits, group_size = job.quantization.num_bits, job.quantization.group_size
+    rounded: list[nn.Module] = []
+    for ffn in checkpoint.ffns:
+        paths = [path for path in (ffn.paths.up, ffn.paths.gate, ffn.paths.down) if path is not None]
+        linears = [base.get_submodule(f"{ffn.block}.{path}") for path in dict.fromkeys(paths)]
+        fake_quantized(linears, num_bits=num_bits, group_size=group_size, transposed=ffn.paths.transposed)
+        rounded += linears
+    if job.linears == "int8":
+        linears = [base.get_submodule(path) for path in attention_linears(checkpoint)]
+        fake_quantized(linears, num_bits=8, group_size=None)
+        rounded += linears
+    return rounded
 
 
 def _resume(scratch: Scratch, weights: dict[str, Tensor], optimizer: Any) -> HealingState | None:

@@ -15,6 +15,7 @@ from ffsplit.measurement.latency_table import measure_latency_table, table_width
 from ffsplit.splitting.latency import LatencyTable
 from ffsplit.stages.profile import ComputeProfile
 from tests.small_jobs import LOW_RANK, SmallJob
+from tests.tiny_families import save_checkpoint
 from tests.tiny_models import FAMILIES
 
 CPU = ComputeProfile(device="cpu", dtype="float32", threads=1)
@@ -36,6 +37,12 @@ def test_every_family_is_timed_at_every_width(family: str, checkpoint_of: Any) -
     assert [point.width for point in table.points] == table_widths({widest})
     assert table.points[-1].width == widest and len(table.points) == 12
     assert all(point.ms > 0 for point in table.points)
+
+
+@pytest.mark.parametrize("family", ["t5", "vit", "clip", "wav2vec2"])
+def test_what_reads_more_than_tokens_is_timed_too(family: str, tmp_path: Path) -> None:
+    table = measure_latency_table(str(save_checkpoint(tmp_path, family)), shape=(1, 8), profile=CPU)
+    assert len(table.points) == 12 and all(point.ms > 0 for point in table.points)
 
 
 def test_layers_of_different_widths_have_no_table() -> None:

@@ -15,6 +15,7 @@ NOT_PLAIN = {
     "svd": "it leaves more than one dense FFN",
     "int8": "it ends with integer weights",
     "search": "its search may give FFNs different widths",
+    "energy": "its rule by energy may give FFNs different widths",
 }
 
 
@@ -22,7 +23,8 @@ NOT_PLAIN = {
 def test_a_recipe_that_is_not_plain_is_refused(
     name: str, small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = small_job.recipe(allocation="search") if name == "search" else name
+    made = {"search": {"allocation": "search"}, "energy": {"heavy_energy": 0.5}}
+    recipe = small_job.recipe(**made[name]) if name in made else name  # type: ignore[arg-type]
     arguments = small_job.arguments(tmp_path / "out", "--runner", "serial", "--recipe", recipe, "--plain")
     before = set(tmp_path.rglob("*"))
     assert main(["compress", *arguments]) == 2

@@ -15,6 +15,7 @@ import pytest
 import ffsplit
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
+from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.pipeline.prepare import preflight
 from ffsplit.preflight import estimate, records
 from ffsplit.preflight.words import in_one_line
@@ -190,6 +191,19 @@ def test_a_dry_run_writes_nothing_and_can_be_read_by_programs(
     assert main(["calibrate", str(small_job.model), *arguments]) == 0
     assert "measure" not in capsys.readouterr().out
     assert not out.exists()
+
+
+@pytest.mark.parametrize("after", ["", "after_healing: {kind: quantize}"])
+def test_the_artifact_is_as_large_as_foreseen(
+    after: str, small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ("--runner", "serial", "--recipe", small_job.recipe(more=after))
+    assert main(["compress", *small_job.arguments(tmp_path / "out", "--dry-run", "--json", *more)]) == 0
+    foreseen = json.loads(capsys.readouterr().out)["artifact_bytes"]
+    assert main(["compress", *small_job.arguments(tmp_path / "out", "--json", *more)]) == 0
+    sizes = json.loads(capsys.readouterr().out)["measurements"]
+    removed = sizes["original_size"]["ffn_bytes"] - sizes["compressed_size"]["ffn_bytes"]
+    assert foreseen == open_checkpoint(small_job.model).num_bytes - removed
 
 
 def test_a_size_that_is_none(checkpoint_of: CheckpointFactory, capsys: pytest.CaptureFixture[str]) -> None:

@@ -116,6 +116,10 @@ def test_an_unknown_field_like_no_other() -> None:
         (GOOD + "calibration:\n  samples: 0\n", "calibration.samples should be greater than or equal to 1"),
         (GOOD + "calibration: 5\n", "calibration"),
         (GOOD.replace("  - kind: low_rank", "  []"), "steps"),
+        (
+            GOOD.replace("  - kind: low_rank", "  - kind: quantize\n  - kind: low_rank"),
+            "steps: low_rank works on floating point, so quantize goes after it",
+        ),
         (GOOD.replace("low_rank", "quantise"), "quantise"),
         (GOOD.replace("kind: low_rank", "rank: 3"), "kind"),
         (GOOD.replace("low_rank", "prune\n    compensation: some"), "'some'"),

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from ffsplit.compressors import DistillCompressor, QuantizeCompressor
 from ffsplit.errors import BudgetError
 from ffsplit.ffn import FFNShape, LayerLayout, LowRank
 from ffsplit.recipes.recipe import Recipe, load_recipe, shipped_recipes
@@ -115,6 +116,12 @@ def test_the_error_names_the_smallest_keep_of_real_shapes(shape: FFNShape, name:
     assert fit(shape, smallest, RECIPES[name])
     with pytest.raises(BudgetError):
         fit(shape, smallest - 2e-6, RECIPES[name])
+
+
+def test_steps_that_make_nothing_smaller_meet_no_budget() -> None:
+    for step in (QuantizeCompressor(), DistillCompressor()):
+        with pytest.raises(BudgetError, match=r"--keep 0.5 cannot be met: .* as many elements as it had"):
+            fit_layers((MINILM,), keep=0.5, heavy=ALL, steps=(step,))
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

@@ -62,7 +62,10 @@ def test_widths_rise() -> None:
 
 def test_a_table_of_this_machine_and_model_is_read(tmp_path: Path) -> None:
     (tmp_path / "t.json").write_text(table(1, 2).model_dump_json())
-    assert read_latency_table(str(tmp_path / "t.json"), model=MODEL, hardware=HARDWARE) == table(1, 2)
+    path = str(tmp_path / "t.json")
+    assert read_latency_table(path, model=MODEL, hardware=HARDWARE, dtype="float32") == table(1, 2)
+    with pytest.raises(ConfigError, match="measured in float32, the run computes in bfloat16"):
+        read_latency_table(path, model=MODEL, hardware=HARDWARE, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("name", HARDWARE)
@@ -70,7 +73,7 @@ def test_a_table_from_another_machine_is_refused(name: str, tmp_path: Path) -> N
     path = tmp_path / "t.json"
     path.write_text(table(1, 2).model_dump_json())
     with pytest.raises(ConfigError, match=f"another machine \\({name} ") as caught:
-        read_latency_table(str(path), model=MODEL, hardware=HARDWARE | {name: "other"})
+        read_latency_table(str(path), model=MODEL, hardware=HARDWARE | {name: "other"}, dtype="float32")
     assert "\n" not in str(caught.value) and "measure one here" in str(caught.value)
 
 
@@ -79,7 +82,7 @@ def test_a_table_of_another_model_is_refused(tmp_path: Path) -> None:
     path.write_text(table(1, 2).model_dump_json())
     with pytest.raises(ConfigError, match="another model, m"):
         other = MODEL.model_copy(update={"num_parameters": 1})
-        read_latency_table(str(path), model=other, hardware=HARDWARE)
+        read_latency_table(str(path), model=other, hardware=HARDWARE, dtype="float32")
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", "[1]", "\x00"])
@@ -88,5 +91,5 @@ def test_what_is_no_table_is_one_line(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match="--latency-table") as caught:
-        read_latency_table(str(path), model=MODEL, hardware=HARDWARE)
+        read_latency_table(str(path), model=MODEL, hardware=HARDWARE, dtype="float32")
     assert "\n" not in str(caught.value)

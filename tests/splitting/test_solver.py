@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ffsplit.compressors import LowRankCompressor, PruneCompressor, QuantizeCompressor
+from ffsplit.compressors import DistillCompressor, LowRankCompressor, PruneCompressor, QuantizeCompressor
 from ffsplit.config import Budget, BudgetKind
 from ffsplit.errors import BudgetError
 from ffsplit.ffn import FFNShape, LayerLayout, ModelShape
@@ -112,6 +112,14 @@ def test_bytes_are_those_of_what_a_recipe_ends_with() -> None:
     assert widths(layouts)[0] > 3.5 * widths(PRUNE.solve(budget))[0]
     assert all(layout.is_dense for layout in layouts), "until the recipe ends"
     assert INT8.solve(Budget(kind="keep", limit=0.3535)) == PRUNE.solve(Budget(kind="keep", limit=0.3535))
+
+
+def test_parts_of_one_form_are_one_part_once_stored() -> None:
+    solver = replace(INT8, heavy=HALF, steps=(DistillCompressor(part="light"),))
+    layouts = solver.solve(Budget(kind="keep", limit=0.3535))
+    assert all(layout.light is not None for layout in layouts)
+    assert all(layout.light is None for layout in solver.stored(layouts))
+    assert widths(solver.stored(layouts)) == widths(layouts)
 
 
 @pytest.mark.parametrize("stored", ["factors", "integers"])

@@ -1,0 +1,78 @@
+"""What healing sees of the integers that a recipe ends with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from ffsplit.compressors import QuantizeCompressor
+from ffsplit.compressors.base import LayerContext
+from ffsplit.ffn import LayerLayout
+from ffsplit.healing.heal import settle
+from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.load import load_whole_model
+from ffsplit.quantization import fake_quantize
+from ffsplit.runtime.ffn_tensors import load_ffn
+from ffsplit.runtime.linears import attention_linears
+from ffsplit.stages.heal import HealJob, _round
+from tests.tiny_families import save_checkpoint
+
+
+def rounded(
+    folder: Path, quantization: QuantizeCompressor, *, linears: str = "kept"
+) -> tuple[Any, list[Any]]:
+    """A model that computes with the integers it ends with, and the linear layers that have them."""
+    checkpoint = open_checkpoint(folder)
+    student = load_whole_model(folder, checkpoint.class_name, dtype=torch.float32)
+    job = SimpleNamespace(quantization=quantization, linears=linears)
+    return student, _round(student, checkpoint, cast(HealJob, job))
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [QuantizeCompressor(), QuantizeCompressor(num_bits=4, group_size=8)],
+    ids=["int8", "int4 in groups"],
+)
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "phi3", "modernbert"])
+def test_it_computes_with_the_weights_that_are_published(
+    family: str, quantization: QuantizeCompressor, tmp_path: Path
+) -> None:
+    folder = save_checkpoint(tmp_path, family)
+    student, linears = rounded(folder, quantization)
+    checkpoint = open_checkpoint(folder)
+    base = getattr(student, student.base_model_prefix, student)
+    for ffn in checkpoint.ffns:
+        dense = load_ffn(checkpoint, ffn.index, activation=torch.relu, device=torch.device("cpu"))
+        layout = quantization.plan(
+            LayerLayout.dense(ffn.shape), shape=ffn.shape, budget=ffn.shape.num_elements
+        )
+        assert layout is not None
+        made = quantization.compress(dense, layout=layout, context=LayerContext(dense, inputs=())).heavy
+        assert made is not None
+        seen = base.get_submodule(f"{ffn.block}.{ffn.paths.down}").weight
+        assert torch.equal(seen.T if ffn.paths.transposed else seen, made.down.weight)
+        seen = base.get_submodule(f"{ffn.block}.{ffn.paths.up}").weight
+        seen = seen.T if ffn.paths.transposed else seen
+        parts = seen.chunk(2) if len(seen) > len(made.up.weight) else (seen,)
+        assert any(torch.equal(part, made.up.weight) for part in parts)
+    settle(linears)
+    assert all(type(linear).__name__ in ("Linear", "Conv1D") for linear in linears)
+
+
+def test_it_rounds_attention_where_the_recipe_ends_so(checkpoint_of: Any) -> None:
+    folder = checkpoint_of("bert")
+    plain = load_whole_model(folder, open_checkpoint(folder).class_name, dtype=torch.float32)
+    student, linears = rounded(folder, QuantizeCompressor(), linears="int8")
+    paths = attention_linears(open_checkpoint(folder))
+    assert len(paths) > 0
+    before, base = (getattr(each, each.base_model_prefix, each) for each in (plain, student))
+    for path in paths:
+        weight = before.get_submodule(path).weight
+        assert torch.equal(
+            base.get_submodule(path).weight, fake_quantize(weight, num_bits=8, group_size=None)
+        )
+    assert {id(base.get_submodule(path)) for path in paths} <= {id(linear) for linear in linears}
