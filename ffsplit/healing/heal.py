@@ -74,8 +74,9 @@ def heal(
 
     `resume` reads an earlier state into the weights and the optimizer, or returns None; `checkpoint` is
     called every `checkpoint_steps` steps. The same arguments give the same bytes on one kind of
-    hardware, resumed or not. Every process of a `team` calls this with the same arguments and ends with
-    the same weights; `checkpoint` is called in all of them.
+    processor, resumed or not; on a GPU those of a causal language model can differ in the last bits.
+    Every process of a `team` calls this with the same arguments and ends with the same weights;
+    `checkpoint` is called in all of them.
     """
     device = next(student.parameters()).device
     accelerator = fresh_accelerator(settings, device)
