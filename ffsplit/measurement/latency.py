@@ -70,16 +70,17 @@ def paired_times(
 ) -> NDArray[np.float64]:
     """Milliseconds of two calls, made in turn after a warm-up: [num_pairs, 2]."""
     for _ in range(WARM_UP_RUNS):
-        _run_ms(first, on_cuda)
-        _run_ms(second, on_cuda)
+        run_ms(first, on_cuda=on_cuda)
+        run_ms(second, on_cuda=on_cuda)
     times = np.empty((num_pairs, 2))
     for pair in range(num_pairs):
         for which in (0, 1) if pair % 2 == 0 else (1, 0):
-            times[pair, which] = _run_ms((first, second)[which], on_cuda)
+            times[pair, which] = run_ms((first, second)[which], on_cuda=on_cuda)
     return times
 
 
-def _run_ms(call: Callable[[], Any], on_cuda: bool) -> float:
+def run_ms(call: Callable[[], Any], *, on_cuda: bool) -> float:
+    """How long a call takes, with what it leaves to the GPU: milliseconds."""
     start = time.perf_counter()
     call()
     if on_cuda:

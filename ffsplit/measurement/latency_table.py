@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
 from ffsplit.measurement.examples import example_inputs
-from ffsplit.measurement.latency import batches_allowed
+from ffsplit.measurement.latency import batches_allowed, run_ms
 from ffsplit.measurement.size import model_shape
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import random_model
@@ -86,6 +86,7 @@ def _time_widths(
 ) -> dict[int, list[float]]:
     num_rows, num_tokens = shape
     inputs = example_inputs(model, num_rows=num_rows, num_tokens=num_tokens)
+    forward = partial(run_ms, lambda: model(**inputs), on_cuda=model.device.type == "cuda")
     layers = list(_ffns(model, checkpoint))
     times: dict[int, list[float]] = {width: [] for width in widths}
     done = 0
@@ -93,8 +94,8 @@ def _time_widths(
         for width in widths if round_ % 2 == 0 else reversed(widths):
             for layer in layers:
                 layer.narrow(width)
-            _run_ms(model, inputs)
-            times[width] += [_run_ms(model, inputs) for _ in range(RUNS_A_ROUND)]
+            forward()
+            times[width] += [forward() for _ in range(RUNS_A_ROUND)]
             done += 1
             if progress is not None:
                 progress(done, NUM_ROUNDS * len(widths))
@@ -132,14 +133,6 @@ def _ffns(model: Any, checkpoint: Checkpoint) -> Iterator[_FFN]:
             )
         names = [name for name in (paths.up, paths.gate) if name is not None]
         yield _FFN([block.get_submodule(name) for name in names], block.get_submodule(paths.down))
-
-
-def _run_ms(model: Any, inputs: Mapping[str, Tensor]) -> float:
-    start = time.perf_counter()
-    model(**inputs)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
 
 
 def check_target(out: str) -> None:

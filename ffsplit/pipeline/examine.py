@@ -49,7 +49,6 @@ class Examined:
     recipe: Recipe
     budget: Budget
     solver: Solver
-    keep: float
     checkpoint: Checkpoint
     stored_model: StoredFiles | None
     revision: str | None
@@ -102,7 +101,6 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
         recipe=recipe,
         budget=budget,
         solver=solver,
-        keep=keep_of(budget, solver, layouts),
         checkpoint=checkpoint,
         stored_model=stored,
         revision=revision,
@@ -149,13 +147,6 @@ def with_target_shape(recipe: Recipe, solver: Solver) -> Recipe:
     if solver.latency is None:
         return recipe
     return recipe.timing([(solver.latency.batch_size, solver.latency.num_tokens)])
-
-
-def keep_of(budget: Budget, solver: Solver, layouts: Sequence[LayerLayout]) -> float:
-    """The fraction of the FFN elements kept: as given, or what another kind of budget comes to."""
-    if budget.kind == "keep":
-        return float(budget.limit)
-    return solver.model.elements_of(layouts) / solver.model.ffn_elements
 
 
 def sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint, seed: int) -> TextSample:

@@ -22,7 +22,7 @@ from ffsplit.measurement.tasks.evaluations import Evaluation, evaluations_of, ke
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.load import check_complete
 from ffsplit.models.trust import trusting
-from ffsplit.pipeline.examine import Examined, examine, keep_of
+from ffsplit.pipeline.examine import Examined, examine
 from ffsplit.pipeline.origin import check_origin
 from ffsplit.pipeline.reading import readable
 from ffsplit.preflight.estimate import estimate
@@ -56,8 +56,8 @@ class Identity:
 class PreparedRun:
     """A checked run: what it starts from, and the keys of its results.
 
-    `layouts` and `keep` are what the budget comes to; where the statistics have a say in that, they
-    are the least it can come to until the statistics are there. `checkpoint` is in a directory of this
+    `layouts` are what the budget comes to; where the statistics have a say in that, they are the least it
+    can come to until the statistics are there. `checkpoint` is in a directory of this
     machine; where the model is in a store, other nodes have theirs from `stored_model`. `text` is what is
     read of the sample, and so is its digest. `flight` says what of the model is held at a time.
     """
@@ -66,7 +66,6 @@ class PreparedRun:
     recipe: Recipe
     budget: Budget
     solver: Solver
-    keep: float
     checkpoint: Checkpoint
     stored_model: StoredFiles | None
     revision: str | None
@@ -126,7 +125,7 @@ def identify(job: Examined) -> Identity:
         "nonce": nonce,
     }
     healing = healing_inputs(config) if recipe.healing is not None else None
-    split = split_inputs(recipe, job.budget, job.solver, layouts=job.layouts, keep=job.keep)
+    split = split_inputs(recipe, job.budget, job.solver, layouts=job.layouts)
     run_inputs = inputs | split | {"healing": healing}
     run_inputs |= {"evaluations": [key_inputs(task) for task in job.tasks.values()]}
     work_key = stage_key("run", run_inputs)
@@ -173,7 +172,7 @@ def settle(run: PreparedRun, statistics: Sequence[NeuronStats]) -> PreparedRun:
     """The run with the layouts that its budget comes to now that the statistics are there."""
     solver = replace(run.solver, num_energetic=num_energetic(run.recipe.heavy, statistics))
     layouts = run.layouts if solver.num_energetic is None else solver.solve(run.budget)
-    return replace(run, solver=solver, layouts=layouts, keep=keep_of(run.budget, solver, layouts))
+    return replace(run, solver=solver, layouts=layouts)
 
 
 def healing_threads(config: JobConfig) -> int:
@@ -188,7 +187,7 @@ def healing_inputs(config: JobConfig) -> dict[str, int]:
 
 
 def split_inputs(
-    recipe: Recipe, budget: Budget, solver: Solver, *, layouts: Sequence[LayerLayout], keep: float
+    recipe: Recipe, budget: Budget, solver: Solver, *, layouts: Sequence[LayerLayout]
 ) -> dict[str, Any]:
     """The run key's part on the recipe and the budget: what that resolves to, or all that decides it."""
     inputs: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
@@ -196,5 +195,6 @@ def split_inputs(
         table = None if solver.latency is None else digest_of(solver.latency.model_dump(mode="json"))
         return inputs | {"budget": budget.model_dump(mode="json"), "latency_table": table}
     if budget.kind == "keep":
-        return inputs | {"keep": keep}
-    return inputs | {"keep": keep, "layouts": [layout.model_dump(mode="json") for layout in layouts]}
+        return inputs | {"keep": float(budget.limit)}
+    kept = solver.model.elements_of(layouts) / solver.model.ffn_elements
+    return inputs | {"keep": kept, "layouts": [layout.model_dump(mode="json") for layout in layouts]}

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
     from ffsplit.compressors.base import Compressor
 
 
-NOTHING_SMALLER = "the recipe's steps leave every FFN as many elements as it had"
-
-
 def fit_layer(
     shape: FFNShape,
     *,
@@ -88,7 +85,7 @@ def fit_layers(
         if layout is None:
             smallest = max(smallest_keep(each, heavy=heavy, steps=steps) for each in set_of(shapes))
             if smallest >= 1:
-                raise BudgetError(f"--keep {keep:g} cannot be met: {NOTHING_SMALLER}")
+                raise BudgetError(f"--keep {keep:g} cannot be met: the recipe's steps make no FFN smaller")
             raise BudgetError(
                 f"--keep {keep:g} is too small for one neuron an FFN: the smallest is {smallest:.6f}"
             )

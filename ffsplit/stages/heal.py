@@ -40,7 +40,7 @@ class HealJob(Record):
     seed: int
     settings: HealingSettings
     quantization: QuantizeCompressor | None
-    linears: Literal["kept", "int8"] = "kept"
+    linears: Literal["kept", "int8"]
     scratch: Scratch
     profile: ComputeProfile
     threads: int

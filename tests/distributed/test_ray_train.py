@@ -46,6 +46,7 @@ def job(checkpoint_of: CheckpointFactory, tmp_path: Path) -> HealJob:
         seed=0,
         settings=HealingSettings(epochs=2, batch_rows=8, learning_rate=1e-3, checkpoint_steps=2),
         quantization=None,
+        linears="kept",
         scratch=Scratch(uri=str(tmp_path), prefix="run/heal"),
         profile=ComputeProfile(device="cpu", dtype="float32", threads=1),
         threads=1,

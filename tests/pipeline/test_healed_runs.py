@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 import ffsplit
 from ffsplit.errors import ConfigError
+from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.pipeline import computation
 from ffsplit.pipeline.prepare import prepare
+from ffsplit.quantization import fake_quantize
+from ffsplit.runtime.linears import attention_linears
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
 WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")
@@ -41,6 +48,27 @@ def test_healing_and_quantization_end_a_run(small_job: SmallJob, tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "mismatch" in done.stderr
+
+
+def test_attention_is_healed_on_the_grid_it_ends_on(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So rounding it afterwards changes nothing that healing has judged."""
+    healed: dict[str, Tensor] = {}
+
+    def replace_weights(directory: Path, weights: Path) -> None:
+        healed.update(load_file(weights))
+        computation_replace(directory, weights)
+
+    computation_replace = computation.replace_weights
+    monkeypatch.setattr(computation, "replace_weights", replace_weights)
+    ends = "after_healing: {kind: quantize, num_bits: 8}\nlinears: int8"
+    recipe = small_job.recipe(step="{kind: prune}", more=f"{HEALING}\n{ends}")
+    ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe, keep=0.3))
+    names = [f"{path}.weight" for path in attention_linears(open_checkpoint(small_job.model))]
+    assert names
+    for name in names:
+        assert torch.equal(healed[name], fake_quantize(healed[name], num_bits=8, group_size=None)), name
 
 
 def test_the_number_of_healing_workers_is_part_of_a_run_that_heals(
