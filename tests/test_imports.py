@@ -158,8 +158,8 @@ def test_no_drawers() -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_a_file_is_about_250_lines_at_most(module: str) -> None:
-    assert len(MODULES[module].read_text("utf-8").splitlines()) <= 270
+def test_a_file_is_about_400_lines_at_most(module: str) -> None:
+    assert len(MODULES[module].read_text("utf-8").splitlines()) <= 420
 
 
 def test_importing_ffsplit_loads_neither_torch_nor_transformers() -> None:
