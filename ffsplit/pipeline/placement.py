@@ -15,6 +15,7 @@ from ffsplit.artifacts.scratch import Scratch
 from ffsplit.artifacts.stores import open_store
 from ffsplit.distributed.runner import Runner
 from ffsplit.errors import ConfigError
+from ffsplit.machine import multiplies_bfloat16
 from ffsplit.models.source import ModelSource, described, staged
 from ffsplit.pipeline.execution import Execution
 from ffsplit.pipeline.prepare import PreparedRun
@@ -26,9 +27,23 @@ def place(run: PreparedRun, scratch: Scratch, runner: Runner, log: StageLog, *, 
     execution = Execution(run, scratch, runner, log, ModelSource(path=str(run.checkpoint.directory)))
     if not execution.runner.is_spread:
         return execution
+    _check_fits(execution)
     scratch = _seen_by_all(execution)
     execution = replace(execution, scratch=scratch)
     return replace(execution, model=_model_for_all(execution, shown))
+
+
+def _check_fits(execution: Execution) -> None:
+    """Raise ConfigError where a host cannot fit as this one; workers on GPUs find out for themselves."""
+    recipe, on_cpus = execution.run.recipe, execution.run.profile.device == "cpu"
+    if on_cpus and recipe.fits_in_bfloat16:
+        able = execution.runner.on_every_host("inputs", multiplies_bfloat16, "cpu")
+        unable = sorted(host for host, is_able in able.items() if not is_able)
+        if unable:
+            raise ConfigError(
+                f"this host fits layers with bfloat16 products, and {len(unable)} of {len(able)} hosts have "
+                f"no instructions for them ({unable[0]}): give --dtype float32, or use hosts of one kind"
+            )
 
 
 def _seen_by_all(execution: Execution) -> Scratch:
