@@ -7,11 +7,19 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from ffsplit.errors import ConfigError
 
-ALGORITHM_VERSION = 9
+ALGORITHM_VERSION = 10
 """Raised whenever the same configuration would give other statistics or weights; part of every key."""
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -19,9 +27,18 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 class Record(BaseModel):
-    """A frozen pydantic model that refuses fields it does not know."""
+    """A frozen pydantic model that refuses fields it does not know.
+
+    One that is read from a store may have more fields than its class (`artifacts/schema.py`): they are
+    written back with the rest.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_serializer(mode="wrap")
+    def _with_unknown_fields(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        known: dict[str, Any] = serialize(self)
+        return known | (self.__pydantic_extra__ or {})
 
 
 BudgetKind = Literal["keep", "max_bytes", "max_parameters", "max_latency_ms"]

@@ -18,7 +18,6 @@ from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.plan import num_energetic, plan_split
 from ffsplit.splitting.scores import energy_counts, energy_outside
 from ffsplit.splitting.solver import Solver
-from ffsplit.stages.profile import ComputeProfile
 
 DEFAULT_KEEPS = (0.75, 0.5, 0.3535, 0.25, 0.2, 0.125)
 
@@ -107,9 +106,9 @@ def plan_budgets(
     chosen = load_recipe(recipe) if recipe is not None else recipe_of(manifest.recipe, where=uri)
     table = None
     if latency_table is not None:
-        profile = ComputeProfile.resolve(manifest.config)
-        hardware = hardware_fingerprint(profile.device)
-        table = read_latency_table(latency_table, model=model, hardware=hardware, dtype=profile.dtype)
+        compute = manifest.compute
+        hardware = hardware_fingerprint(compute.device)
+        table = read_latency_table(latency_table, model=model, hardware=hardware, dtype=compute.dtype)
     solver = Solver(
         model=model,
         heavy=chosen.heavy,

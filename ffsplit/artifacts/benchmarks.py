@@ -15,6 +15,7 @@ from pydantic import Field
 from ffsplit.artifacts.commits import record_bytes
 from ffsplit.artifacts.locate import Location
 from ffsplit.artifacts.manifest import Environment
+from ffsplit.artifacts.schema import Versioned, read_record
 from ffsplit.config import Record
 
 BENCHMARKS_FOLDER = "benchmarks"
@@ -54,10 +55,9 @@ class Cost(Record):
     peak_memory_bytes: int | None
 
 
-class BenchmarkRecord(Record):
+class BenchmarkRecord(Versioned):
     """One benchmark of two models on one machine."""
 
-    schema_version: Literal[1] = 1
     created_at: str = Field(description="UTC, ISO 8601")
     model: str
     against: str
@@ -85,5 +85,5 @@ def append_benchmark(location: Location, record: BenchmarkRecord) -> str:
 def read_benchmarks(location: Location) -> list[BenchmarkRecord]:
     """Every benchmark of the run that a location names, oldest first."""
     store, prefix = location.store, f"{location.run_key}/{BENCHMARKS_FOLDER}"
-    found = [BenchmarkRecord.model_validate_json(store.get_bytes(key)) for key in store.list(prefix)]
+    found = [read_record(BenchmarkRecord, store.get_bytes(key), name=key) for key in store.list(prefix)]
     return sorted(found, key=lambda record: record.created_at)

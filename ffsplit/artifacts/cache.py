@@ -3,22 +3,26 @@
 <root>/artifacts/<digest>/      a whole artifact, verified before its directory appeared
 <root>/artifacts/.<digest>/     one that is arriving, or whose arrival broke off: it is taken up again
 <root>/locks/<digest>           exists while a process brings or removes that artifact
+<root>/readers/<digest>         locked by every process that was given that artifact, until the process ends
 
 The root is $FFSPLIT_CACHE, else ~/.cache/ffsplit; the size is $FFSPLIT_CACHE_LIMIT, as in 50GB, the
-default. What was used longest ago goes first, but nothing that was used in the last ten minutes.
+default. What was used longest ago goes first, but nothing that a process reads, whatever the limit, and
+nothing that was used in the last ten minutes. An artifact larger than the limit is brought and read like any
+other, and goes when nobody reads it any more.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from ffsplit.artifacts.locks import locked, try_locked
+from ffsplit.artifacts.locks import locked, share, try_locked
 from ffsplit.artifacts.units import parse_size
 from ffsplit.errors import ConfigError
 
@@ -41,9 +45,18 @@ class Cache:
         return cls(chosen.absolute(), parse_size(limit, name="FFSPLIT_CACHE_LIMIT"))
 
     def find(self, digest: str, *, is_whole: Callable[[Path], bool]) -> Path | None:
-        """The directory of a digest, None when it is not there or not whole. Counts as a use of it."""
+        """The directory of a digest, None when it is not there or not whole. Counts as a use of it.
+
+        It stays for as long as this process lives.
+        """
         directory = self.root / "artifacts" / digest
         if not is_whole(directory):
+            return None
+        try:
+            _read(self._readers(digest))
+        except OSError:  # a cache that may not be written is not shrunk by this user either
+            return directory
+        if not is_whole(directory):  # it went just before
             return None
         with suppress(OSError):
             os.utime(directory)
@@ -60,6 +73,7 @@ class Cache:
             return found
         target = self.root / "artifacts" / digest
         try:
+            _read(self._readers(digest))
             with locked(self._lock(digest)):
                 if found := self.find(digest, is_whole=is_whole):
                     return found
@@ -72,7 +86,7 @@ class Cache:
         return target
 
     def shrink(self) -> None:
-        """Remove what was used longest ago until the rest is within the limit."""
+        """Remove what was used longest ago, and nobody reads, until the rest is within the limit."""
         entries = []
         with suppress(OSError):
             for path in (self.root / "artifacts").iterdir():
@@ -82,13 +96,40 @@ class Cache:
         for used_at, size_bytes, path in sorted(entries):
             if total <= self.limit_bytes or time.time() - used_at < GRACE_S:
                 return
-            with try_locked(self._lock(path.name.removeprefix("."))) as held:
-                if held:
+            digest = path.name.removeprefix(".")
+            with try_locked(self._lock(digest)) as held, try_locked(self._readers(digest)) as unread:
+                if held and unread:
                     shutil.rmtree(path, ignore_errors=True)
                     total -= size_bytes
 
     def _lock(self, digest: str) -> Path:
         return self.root / "locks" / digest
+
+    def _readers(self, digest: str) -> Path:
+        return self.root / "readers" / digest
+
+
+_reading: dict[tuple[int, Path], int] = {}
+"""The descriptors that hold this process's locks as a reader; a child that was forked takes its own."""
+_guard = threading.Lock()
+
+
+def _read(path: Path) -> None:
+    """Lock an artifact as one of its readers, once a process, until the process ends. Raises OSError."""
+    with _guard:
+        held = _reading.get((os.getpid(), path))
+        if held is not None and _is_at(held, path):
+            return
+        _reading[os.getpid(), path] = share(path)
+        if held is not None:
+            os.close(held)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the file of a descriptor is still the one at a path: somebody may have cleared the cache."""
+    with suppress(OSError):
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    return False
 
 
 def _size_bytes(directory: Path) -> int:

@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from ffsplit.artifacts.paths import ATTEMPT_ID, RUN_KEY
+from ffsplit.artifacts.schema import NewerSchema, Versioned, read_record
 from ffsplit.artifacts.stores import MissingKey, Store, read_at_most
 from ffsplit.config import Record
 from ffsplit.errors import ArtifactError
@@ -21,7 +22,7 @@ NUM_READERS = 16
 Kind = Literal["model", "statistics"]
 
 
-class Named(Record):
+class Named(Versioned):
     """One committed attempt and when it was committed."""
 
     run_key: str = Field(pattern=f"^{RUN_KEY.pattern}$")
@@ -44,7 +45,6 @@ class Named(Record):
 class Commit(Named):
     """What makes one attempt the result of its run."""
 
-    schema_version: Literal[1] = 1
     manifest_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     kind: Kind
 
@@ -53,14 +53,14 @@ def read_commit(store: Store, run_key: str) -> Commit | None:
     """The commit of a run, None when it has none. Raises ArtifactError when it cannot be understood."""
     key = f"{run_key}/{COMMIT_NAME}"
     try:
-        commit = Commit.model_validate_json(read_at_most(store, key, MAX_RECORD_BYTES))
+        data = read_at_most(store, key, MAX_RECORD_BYTES)
+        commit = read_record(Commit, data, name=f"{store.uri}/{key}")
     except MissingKey:
         return None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "JSON"
-        mend = "upgrade ffsplit, or delete the file and publish again"
-        raise ArtifactError(f"{store.uri}/{key}: {where}: {first['msg']}: {mend}") from None
+    except NewerSchema:
+        raise
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}: delete the file and publish again") from None
     if commit.run_key != run_key:
         raise ArtifactError(f"{store.uri}/{key} is the commit of another run, {commit.run_key}")
     return commit

@@ -1,19 +1,20 @@
 """What is committed in a store, at a glance: index.json, a copy of the commits, and latest.json, a hint.
 
 Commits never change, so a copy of one is as good as itself. Whoever finds the index behind the runs
-that are there reads what is missing and mends it; whoever cannot write it goes on without.
+that are there reads what is missing and corrects it; whoever cannot write it goes on without, and logs it.
+What a newer version of FFSplit wrote is neither used nor replaced.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import Literal
+from contextlib import contextmanager, suppress
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
+from ffsplit import logs
 from ffsplit.artifacts.commits import (
     MAX_RECORD_BYTES,
     NUM_READERS,
@@ -26,9 +27,10 @@ from ffsplit.artifacts.commits import (
     run_keys,
 )
 from ffsplit.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from ffsplit.artifacts.schema import NewerSchema, Versioned, read_record
 from ffsplit.artifacts.stores import MissingKey, Store, read_at_most
 from ffsplit.config import Record
-from ffsplit.errors import ArtifactError, FFSplitError, StoreError
+from ffsplit.errors import ArtifactError, FFSplitError
 
 INDEX_NAME = "index.json"
 LATEST_NAME = "latest.json"
@@ -53,11 +55,14 @@ class RunSummary(Record):
     gates: dict[str, bool]
 
 
-class Index(Record):
+class Index(Versioned):
     """Every commit that its writer knew of, oldest first."""
 
-    schema_version: Literal[1] = 1
     runs: tuple[RunSummary, ...] = ()
+
+
+_NEWER = Index()
+"""Stands for an index of a newer schema."""
 
 
 def summarize(commit: Commit, manifest: Manifest) -> RunSummary:
@@ -77,8 +82,10 @@ def summarize(commit: Commit, manifest: Manifest) -> RunSummary:
 def read_index(store: Store) -> Index:
     """The index as it was last written; an empty one when it is missing or cannot be understood."""
     try:
-        return Index.model_validate_json(read_at_most(store, INDEX_NAME, MAX_INDEX_BYTES))
-    except (MissingKey, ValidationError):
+        return read_record(Index, read_at_most(store, INDEX_NAME, MAX_INDEX_BYTES), name=INDEX_NAME)
+    except NewerSchema:
+        return _NEWER
+    except (MissingKey, ArtifactError):
         return Index()
 
 
@@ -90,15 +97,19 @@ def list_runs(store: Store) -> list[RunSummary]:
     new = _read_summaries(store, read_commits(store, sorted(missing)))
     runs = sorted([*known, *new], key=lambda run: run.commit.order)
     if tuple(runs) != index.runs:
-        _write_index(store, runs)
+        with _logged(INDEX_NAME):
+            _write_index(store, runs, index=index)
     return runs
 
 
 def add_to_index(store: Store, commit: Commit, manifest: Manifest) -> None:
-    """Put a new commit into the index. Two writers at once lose one of both, which readers mend."""
-    with suppress(FFSplitError):
-        others = [run for run in read_index(store).runs if run.commit.run_key != commit.run_key]
-        _write_index(store, [*others, summarize(commit, manifest)])
+    """Put a new commit into the index. Two writers at once lose one of both, which readers correct.
+
+    Raises StoreError when the store fails.
+    """
+    index = read_index(store)
+    others = [run for run in index.runs if run.commit.run_key != commit.run_key]
+    _write_index(store, [*others, summarize(commit, manifest)], index=index)
 
 
 def latest_commit(store: Store) -> Commit | None:
@@ -111,7 +122,7 @@ def latest_commit(store: Store) -> Commit | None:
     latest = _newest_model([*known, *read_commits(store, sorted(missing))])
     if latest and read_commit(store, latest.run_key) != latest:
         latest = _newest_model(list_commits(store))
-    with suppress(FFSplitError):
+    with _logged(LATEST_NAME):
         hint = hinted.result()
         if latest and (hint is None or hint.order != latest.order or hint.attempt != latest.attempt):
             _write_hint(store, latest, after=hint)
@@ -119,18 +130,22 @@ def latest_commit(store: Store) -> Commit | None:
 
 
 def move_hint(store: Store, commit: Commit) -> None:
-    """Point latest.json to a commit unless it names a newer one. Readers mend it, so failing is no error."""
-    with suppress(FFSplitError):
-        hint = read_hint(store)
-        if hint is None or hint.order < commit.order:
-            _write_hint(store, commit, after=hint)
+    """Point latest.json to a commit unless it names a newer one. Raises StoreError when the store fails."""
+    hint = read_hint(store)
+    if hint is None or hint.order < commit.order:
+        _write_hint(store, commit, after=hint)
 
 
 def read_hint(store: Store) -> Latest | None:
-    """What latest.json names, None when it is missing or cannot be understood."""
+    """What latest.json names, None when it is missing or cannot be understood.
+
+    Raises NewerSchema for a hint that is not ours to replace.
+    """
     try:
-        return Latest.model_validate_json(read_at_most(store, LATEST_NAME, MAX_RECORD_BYTES))
-    except (MissingKey, ValidationError):
+        return read_record(Latest, read_at_most(store, LATEST_NAME, MAX_RECORD_BYTES), name=LATEST_NAME)
+    except NewerSchema:
+        raise
+    except (MissingKey, ArtifactError):
         return None
 
 
@@ -155,18 +170,29 @@ def _read_summaries(store: Store, commits: list[Commit]) -> list[RunSummary]:
 def _read_summary(store: Store, commit: Commit) -> RunSummary:
     """The summary of a commit, a bare one when its manifest is not the one committed."""
     key = f"{commit.run_key}/{commit.attempt}/{MANIFEST_NAME}"
-    with suppress(StoreError, ArtifactError):
+    with suppress(MissingKey, ArtifactError):
         data = read_at_most(store, key, MAX_MANIFEST_BYTES)
         if hashlib.sha256(data).hexdigest() == commit.manifest_sha256:
             return summarize(commit, Manifest.from_json(data))
     return RunSummary(commit=commit, model="?", recipe="?", keep=None, size_bytes=0, scores={}, gates={})
 
 
-def _write_index(store: Store, runs: list[RunSummary]) -> None:
+def _write_index(store: Store, runs: list[RunSummary], *, index: Index) -> None:
     """Write the index, without the runs whose manifest could not be read: perhaps the next reader can."""
+    if index is _NEWER:
+        return
     known = sorted((run for run in runs if run.model != "?"), key=lambda run: run.commit.order)
-    with suppress(FFSplitError):
-        store.put_bytes(INDEX_NAME, Index(runs=tuple(known)).model_dump_json().encode() + b"\n")
+    data = index.model_copy(update={"runs": tuple(known)}).model_dump_json()
+    store.put_bytes(INDEX_NAME, data.encode() + b"\n")
+
+
+@contextmanager
+def _logged(name: str) -> Iterator[None]:
+    """A reader may not be allowed to write, and needs nothing that it would."""
+    try:
+        yield
+    except FFSplitError as error:
+        logs.log(f"{name} was not corrected", error=str(error))
 
 
 def _write_hint(store: Store, commit: Commit, *, after: Latest | None) -> None:

@@ -11,20 +11,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
-from typing import Literal
 from urllib.parse import urlsplit
 
 import urllib3
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from ffsplit.artifacts.digests import CHUNK_BYTES
 from ffsplit.artifacts.locate import Location, locate, read_manifest
 from ffsplit.artifacts.manifest import MANIFEST_NAME, SIGNATURE_NAME
 from ffsplit.artifacts.paths import is_safe_path
 from ffsplit.artifacts.s3_client import MAX_ATTEMPTS, backoff_s
+from ffsplit.artifacts.schema import NewerSchema, Versioned, read_record
 from ffsplit.artifacts.stores import MissingKey
-from ffsplit.config import Record
-from ffsplit.errors import ConfigError, StoreError
+from ffsplit.errors import ArtifactError, ConfigError, StoreError
 
 SHARES_PREFIX = ".shares"
 SHARE_NAME = "share.json"
@@ -33,10 +32,9 @@ MAX_EXPIRY = timedelta(days=7)
 """What S3 allows a signature to last."""
 
 
-class Share(Record):
+class Share(Versioned):
     """Links to the files of one artifact, by their paths, and until when they work."""
 
-    schema_version: Literal[1] = 1
     run_key: str
     attempt: str
     expires_at: str = Field(description="UTC, ISO 8601")
@@ -110,8 +108,10 @@ class LinkedFiles:
         try:
             if len(data) > MAX_SHARE_BYTES:
                 raise ValueError
-            self.share = Share.model_validate_json(data)
-        except (ValidationError, ValueError):
+            self.share = read_record(Share, data, name=self.uri)
+        except NewerSchema:
+            raise
+        except (ArtifactError, ValueError):
             raise ConfigError(f"{self.uri} is no share of an artifact: `ffsplit share` makes one") from None
 
     def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:

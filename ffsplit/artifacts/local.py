@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -82,8 +83,12 @@ class LocalStore:
         return self._existing(key)
 
     def exists(self, key: str) -> bool:
-        with _os_errors(f"read {self._path(key)}"):
-            return self._path(key).is_file()
+        path = self._path(key)
+        with _os_errors(f"read {path}"):
+            try:
+                return stat.S_ISREG(path.stat().st_mode)
+            except (FileNotFoundError, NotADirectoryError):
+                return False
 
     def list(self, prefix: str) -> Iterator[str]:
         yield from (entry.key for entry in self.list_details(prefix))
@@ -158,10 +163,14 @@ class LocalStore:
     def _existing(self, key: str) -> Path:
         path = self._path(key)
         with _os_errors(f"read {path}"):
-            if path.is_symlink():
-                raise StoreError(f"{path} is a symbolic link, which no store may hold")
-            if not path.is_file():
-                raise MissingKey(f"{path} does not exist")
+            try:
+                mode = path.lstat().st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                raise MissingKey(f"{path} does not exist") from None
+        if stat.S_ISLNK(mode):
+            raise StoreError(f"{path} is a symbolic link, which no store may hold")
+        if not stat.S_ISREG(mode):
+            raise MissingKey(f"{path} does not exist")
         return path
 
     def _prune(self, directory: Path) -> None:

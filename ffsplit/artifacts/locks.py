@@ -1,4 +1,8 @@
-"""Locks between the processes of one machine, each a file that exists while it is held."""
+"""Locks between the processes of one machine: for one at a time, or for many that read.
+
+A lock for one is a file that exists while it is held. A lock that readers share stays where it is: only who
+has it alone may remove it.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +33,16 @@ def try_locked(path: Path) -> Iterator[bool]:
     finally:
         if descriptor is not None:
             _release(path, descriptor)
+
+
+def share(path: Path) -> int:
+    """A descriptor that holds a lock along with other readers, until it is closed or the process ends.
+
+    Waits for whoever has the lock alone. Raises OSError when the file cannot be made.
+    """
+    descriptor = _acquire(path, fcntl.LOCK_SH)
+    assert descriptor is not None
+    return descriptor
 
 
 def _acquire(path: Path, operation: int) -> int | None:

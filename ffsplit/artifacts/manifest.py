@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from ffsplit.artifacts.allocation import AllocationRecord
 from ffsplit.artifacts.entries import FileEntry, StoreGuarantees
-from ffsplit.config import Budget, JobConfig, Record
-from ffsplit.errors import ArtifactError
+from ffsplit.artifacts.schema import Versioned, read_record
+from ffsplit.config import Budget, Record
 from ffsplit.ffn import LayerLayout, ModelShape
 
-SCHEMA_VERSION: Final = 1
 MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "report.html"
 MAX_MANIFEST_BYTES = 64 << 20
@@ -191,17 +189,28 @@ class Environment(Record):
     hardware: dict[str, str | int]
 
 
-class Manifest(Record):
+class Compute(Record):
+    """What each worker computed with, as far as it can change the result's bytes."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    threads: int
+    healing_threads: int | None = Field(default=None, description="None where nothing was healed")
+    healing_workers: int | None = None
+    trust_remote_code: bool = Field(default=False, description="ran code that came with the model")
+
+
+class Manifest(Versioned):
     """Everything a consumer may ask of an artifact. Digests and sizes of every other file included."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
     kind: Literal["model", "statistics"]
     run_key: str
     attempt: str
     created_at: str = Field(description="UTC, ISO 8601")
     ffsplit_version: str
     plain: bool | None = Field(description="loads with transformers alone; None for statistics")
-    config: JobConfig
+    seed: int
+    compute: Compute
     recipe: dict[str, Any] = Field(description="the recipe as resolved")
     keep: float | None = Field(description="the elements of all FFNs over the original's")
     budget: Budget | None = Field(default=None, description="as given, or the recipe's keep")
@@ -223,26 +232,17 @@ class Manifest(Record):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
-        """Parse a manifest. Raises ArtifactError when it is not one, or is of a newer schema."""
-        try:
-            fields = json.loads(text)
-            version = fields.get("schema_version")
-        except (ValueError, AttributeError, RecursionError):
-            raise ArtifactError("manifest.json is not a JSON object") from None
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            newer = f"manifest schema {version} is newer than {SCHEMA_VERSION}, the newest this version reads"
-            needed = str(fields.get("ffsplit_version", ""))
-            known = re.fullmatch(r"\d+(\.\d+){0,3}", needed, re.ASCII)
-            mend = f"pip install 'ffsplit>={needed}'" if known else "upgrade ffsplit"
-            raise ArtifactError(f"{newer}: {mend}")
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            shown = where if where.isprintable() else repr(where)
-            raise ArtifactError(f"manifest.json: {shown}: {first['msg']}") from None
+        """Parse a manifest, of a later minor schema too. Raises ArtifactError when it is none."""
+        return read_record(cls, text, name=MANIFEST_NAME)
+
+
+def manifest_schema() -> dict[str, Any]:
+    """The manifest's JSON Schema, which allows other fields: a later minor version has some."""
+    schema = Manifest.model_json_schema()
+    for record in (schema, *schema["$defs"].values()):
+        record.pop("additionalProperties", None) if record.get("properties") else None
+    return schema
 
 
 if __name__ == "__main__":
-    print(json.dumps(Manifest.model_json_schema(), indent=2, sort_keys=True))
+    print(json.dumps(manifest_schema(), indent=2, sort_keys=True))

@@ -11,6 +11,7 @@ An attempt without a commit is invisible to readers.
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 import threading
 from collections.abc import Callable
@@ -20,10 +21,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
+from ffsplit import logs
 from ffsplit.artifacts.commits import COMMIT_NAME, Commit, Kind, read_commit, record_bytes
 from ffsplit.artifacts.digests import file_entry, list_files
 from ffsplit.artifacts.entries import FileEntry
-from ffsplit.artifacts.index import add_to_index, move_hint
+from ffsplit.artifacts.index import INDEX_NAME, LATEST_NAME, add_to_index, move_hint
 from ffsplit.artifacts.manifest import MANIFEST_NAME, UNLISTED, Manifest
 from ffsplit.artifacts.stores import Store
 from ffsplit.errors import ArtifactError, FFSplitError, StoreError
@@ -112,12 +114,22 @@ class Upload:
                 self._sent[name].result()
             self._is_open = False  # from here on what a commit may name stays
             self._standing = commit = _commit(self._store, commit)
-        with ThreadPoolExecutor(1) as pool:
-            if commit.attempt == self._attempt:
-                pool.submit(add_to_index, self._store, commit, manifest)
-            if move_latest and commit.kind == "model":
-                move_hint(self._store, commit)
+        self._announce(commit, manifest, move_latest=move_latest)
         return commit
+
+    def _announce(self, commit: Commit, manifest: Manifest, *, move_latest: bool) -> None:
+        """Write the index and the hint, which readers correct: what goes wrong there is no failure."""
+        written: dict[str, Future[None]] = {}
+        with ThreadPoolExecutor(2) as pool:
+            if commit.attempt == self._attempt:
+                written[INDEX_NAME] = pool.submit(add_to_index, self._store, commit, manifest)
+            if move_latest and commit.kind == "model":
+                written[LATEST_NAME] = pool.submit(move_hint, self._store, commit)
+        for name, future in written.items():
+            if (error := future.exception()) is not None:
+                what = f"{error}" if isinstance(error, FFSplitError) else f"{type(error).__name__}: {error}"
+                text = f"warning: {self._store.uri}/{name} is behind this commit until it is read: {what}"
+                logs.log(text, level=logging.WARNING)
 
     def _send(self, files: dict[str, Path]) -> None:
         sizes = {name: path.stat().st_size for name, path in files.items()}
@@ -177,5 +189,8 @@ def _commit(store: Store, commit: Commit) -> Commit:
 
 def _delete_attempt(store: Store, *, run_key: str, attempt: str) -> None:
     """Delete an attempt that did not win. A failure leaves an invisible orphan and hides no other error."""
-    with suppress(FFSplitError):
+    try:
         store.delete_prefix(f"{run_key}/{attempt}")
+    except FFSplitError as error:
+        text = f"warning: {store.uri}/{run_key}/{attempt} stays until ffsplit gc removes it: {error}"
+        logs.log(text, level=logging.WARNING)

@@ -1,20 +1,22 @@
 """What of a store may go: old runs, attempts that nobody committed, and what broken runs left behind.
 
-Never removed: the newest model, which `latest` names; what a pin names; what is not committed but was
-written to more recently than `min_age`, for somebody may be at work there.
+Never removed: the newest model, which `latest` names; what a pin names; a scratch that a run holds; what is
+not committed but was written to more recently than `min_age`, for somebody may be at work there.
 
     pins/<run key>.json      keeps that run
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
-from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 
+from ffsplit import logs
 from ffsplit.artifacts.benchmarks import BENCHMARKS_FOLDER
 from ffsplit.artifacts.commits import COMMIT_NAME, Commit, Named, read_commit, record_bytes
 from ffsplit.artifacts.index import latest_commit, list_runs
+from ffsplit.artifacts.leases import holders
 from ffsplit.artifacts.links import SHARES_PREFIX, has_expired
 from ffsplit.artifacts.locate import Location
 from ffsplit.artifacts.paths import ATTEMPT_ID, RUN_KEY
@@ -95,6 +97,8 @@ def plan(store: Store, *, keep_last: int, min_age: timedelta = DEFAULT_MIN_AGE) 
     for prefix, entries in sorted(by_prefix.items()):
         commit = committed.get(prefix.split("/")[0])
         is_winner = commit is not None and prefix == f"{commit.run_key}/{commit.attempt}"
+        if _is_held(prefix, entries):
+            continue
         if prefix.startswith(SHARES_PREFIX):
             if has_expired(prefix.partition("/")[2], datetime.now(timezone.utc)):
                 removals.append(_removal(prefix, entries, commit=None))
@@ -115,7 +119,8 @@ def plan(store: Store, *, keep_last: int, min_age: timedelta = DEFAULT_MIN_AGE) 
 def collect(store: Store, planned: Plan) -> list[Removal]:
     """Remove what was planned, and return what was removed.
 
-    A run that was pinned, became the newest or was committed meanwhile stays.
+    A run that was pinned, became the newest or was committed meanwhile stays, and so does a scratch that
+    a run holds by now.
     """
     removed = []
     for removal in planned.removals:
@@ -126,6 +131,8 @@ def collect(store: Store, planned: Plan) -> list[Removal]:
                 continue
             store.delete(f"{run_key}/{COMMIT_NAME}")
             store.delete_prefix(f"{run_key}/{BENCHMARKS_FOLDER}")
+        elif _is_held(removal.prefix, store.list_details(removal.prefix)):
+            continue
         elif RUN_KEY.fullmatch(run_key):
             standing = read_commit(store, run_key)
             if standing and standing.attempt == attempt:
@@ -133,9 +140,11 @@ def collect(store: Store, planned: Plan) -> list[Removal]:
         store.delete_prefix(removal.prefix)
         removed.append(removal)
     store.remove_leftovers(planned.leftovers_before, dry_run=False)
-    with suppress(FFSplitError):
+    try:
         list_runs(store)
         latest_commit(store)
+    except FFSplitError as error:
+        logs.log(f"warning: {store.uri}: the list of runs is not up to date: {error}", level=logging.WARNING)
     return removed
 
 
@@ -149,6 +158,11 @@ def _by_prefix(entries: Iterable[Stored]) -> dict[str, list[Stored]]:
         if is_attempt or (first == SCRATCH_PREFIX and RUN_KEY.fullmatch(second)) or first == SHARES_PREFIX:
             found.setdefault(f"{first}/{second}", []).append(entry)
     return found
+
+
+def _is_held(prefix: str, entries: Iterable[Stored]) -> bool:
+    """Whether this is the scratch of a run at work, however old its files are."""
+    return prefix.startswith(f"{SCRATCH_PREFIX}/") and bool(holders(entries, now=datetime.now(timezone.utc)))
 
 
 def _removal(prefix: str, entries: list[Stored], *, commit: Commit | None) -> Removal:

@@ -77,7 +77,7 @@ class S3Store:
                     self._put(key, data, IfNoneMatch="*")
                 return True
             except StoreError as error:
-                status = http_status(error.__cause__) if isinstance(error.__cause__, ClientError) else ""
+                status = _status_of(error)
                 if status == "412":
                     with suppress(MissingKey):  # gone again: not ours to report as existing
                         return self.get_bytes(key) == data
@@ -122,13 +122,18 @@ class S3Store:
     def fetch(self, key: str, directory: Path) -> Path:
         target = directory / check_key(key)
         partial = target.with_name(f".ffsplit-{secrets.token_hex(8)}.tmp")
-        with s3_errors(f"download {self._show(key)} to {directory}"):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._client.download_file(self._bucket, self._name(key), str(partial), Config=_TRANSFER)
-                os.replace(partial, target)
-            finally:
-                partial.unlink(missing_ok=True)
+        try:
+            with s3_errors(f"download {self._show(key)} to {directory}"):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    self._client.download_file(self._bucket, self._name(key), str(partial), Config=_TRANSFER)
+                    os.replace(partial, target)
+                finally:
+                    partial.unlink(missing_ok=True)
+        except StoreError as error:  # it begins with a HEAD, whose 404 has no body to say what is missing
+            if _status_of(error) == "404" and not self.exists(key):
+                raise MissingKey(f"{self._show(key)} does not exist") from error
+            raise
         return target
 
     def exists(self, key: str) -> bool:
@@ -235,3 +240,8 @@ class S3Store:
 
     def _show(self, key: str) -> str:
         return f"{self.uri}/{key}".rstrip("/")
+
+
+def _status_of(error: StoreError) -> str:
+    """The HTTP status of the reply that an error explains, "" where there was none."""
+    return http_status(error.__cause__) if isinstance(error.__cause__, ClientError) else ""

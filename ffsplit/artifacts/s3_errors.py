@@ -21,7 +21,6 @@ _NO_CREDENTIALS = (
     boto.ProfileNotFound,
 )
 _UNREACHABLE = (boto.HTTPClientError, boto.EndpointConnectionError, boto.ConnectionError)
-_MISSING = ("NoSuchKey", "NotFound", "404")
 _DENIED = ("AccessDenied", "AllAccessDisabled", "Forbidden", "403")
 _BAD_CREDENTIALS = (
     "ExpiredToken",
@@ -82,7 +81,7 @@ def _explain_reply(error: ClientError, *, action: str) -> FFSplitError:
     details = error.response.get("Error", {})
     code, message = details.get("Code") or "unknown", " ".join((details.get("Message") or "").split())
     said = f"cannot {action}: {message or 'refused'} ({code})"
-    if code in _MISSING:
+    if code == "NoSuchKey":  # a bare 404 may be a gateway's, or of a bucket that is gone
         return MissingKey(said)
     if code in ("InvalidRange", "416"):
         return PastTheEnd(said)

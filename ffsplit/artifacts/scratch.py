@@ -1,14 +1,15 @@
 """Results of a run that is not committed yet, so that a crash costs at most the work in hand.
 
-The scratch of a run is `<out>/.scratch/<run key>/`; each finished piece of work is one record,
+The scratch of a run is `<out>/.scratch/<work key>/`; each finished piece of work is one record,
 `<stage>/<name>.json`, written after its files and with their digests and its own. A record whose files do not
-match their digests counts as work not done. The pipeline removes the scratch once the run is
-committed.
+match their digests counts as work not done, and so does one that the store does not have; a store that cannot
+be asked is an error. Who may remove a scratch, and when, is in `leases.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -17,14 +18,15 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import JsonValue, ValidationError
+from pydantic import JsonValue
 
 from ffsplit import logs
 from ffsplit.artifacts.digests import sha256_file
 from ffsplit.artifacts.entries import FileEntry
-from ffsplit.artifacts.stores import Store, open_store
+from ffsplit.artifacts.schema import read_record
+from ffsplit.artifacts.stores import MissingKey, Store, open_store
 from ffsplit.config import Record
-from ffsplit.errors import ConfigError, StoreError
+from ffsplit.errors import ArtifactError, ConfigError, StoreError
 from ffsplit.temporary import full_disk_explained, process_folder
 
 SCRATCH_PREFIX = ".scratch"
@@ -69,17 +71,48 @@ class Scratch(Record):
         return result
 
     def load(self, name: str) -> Result | None:
-        """An earlier result, or None when there is none or its files are not what the record says."""
+        """An earlier result, or None when there is none or its files are not what the record says.
+
+        Raises StoreError when the store cannot say.
+        """
         try:
             record, _, digest = _store(self.uri).get_bytes(self.key(f"{name}.json")).partition(b"\n")
             if digest != _sha256(record):
                 return None
-            result = Result.model_validate_json(record)
+            result = read_record(Result, record, name=self.key(f"{name}.json"))
             if not all(self._matches(entry) for entry in result.files):
                 return None
-        except (StoreError, ValidationError):
+        except (MissingKey, ArtifactError):
             return None
         return result.model_copy(update={"reused": True})
+
+    def save_next(self, series: str, number: int, path: Path) -> Result:
+        """Store a file as the `number`-th of a series, and then remove those before it.
+
+        Each has a name and a record of its own, so that at any moment the newest record's file is whole.
+        """
+        name = f"{series}-{number:08d}"
+        saved = self.save(name, {f"{name}{path.suffix}": path}, facts={"number": number})
+        store, older = _store(self.uri), []
+        for key in store.list(self.prefix):
+            found = _numbered(key.removeprefix(f"{self.prefix}/"), series)
+            if found is not None and found < number:
+                older.append(key)
+        for key in sorted(older, key=lambda key: not key.endswith(".json")):  # no record without its file
+            store.delete(key)
+        return saved
+
+    def load_newest(self, series: str) -> Result | None:
+        """The last of a series that is whole, None when there is none. Raises StoreError as `load` does."""
+        names = {
+            key.removeprefix(f"{self.prefix}/").removesuffix(".json")
+            for key in _store(self.uri).list(self.prefix)
+            if key.endswith(".json") and _numbered(key.removeprefix(f"{self.prefix}/"), series) is not None
+        }
+        for name in sorted(names, reverse=True):
+            if (found := self.load(name)) is not None:
+                return found
+        return None
 
     def load_or_compute(self, name: str, compute: Callable[[], Computed]) -> Result | Computed:
         """An earlier result, or a new one, which may be another process's to save and is then None.
@@ -123,7 +156,12 @@ class Scratch(Record):
 
     def _matches(self, entry: FileEntry) -> bool:
         with self.reading(entry) as path:
-            return path.stat().st_size == entry.size_bytes and sha256_file(path) == entry.sha256
+            try:
+                return path.stat().st_size == entry.size_bytes and sha256_file(path) == entry.sha256
+            except FileNotFoundError:  # another run of the same key cleaned up meanwhile
+                return False
+            except OSError as error:
+                raise StoreError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _log_finished(result: Result, *, seconds: float) -> None:
@@ -133,6 +171,12 @@ def _log_finished(result: Result, *, seconds: float) -> None:
         size_bytes=sum(entry.size_bytes for entry in result.files),
         num_tokens=int(str(result.facts.get("num_tokens", 0))),
     )
+
+
+def _numbered(file_name: str, series: str) -> int | None:
+    """Which of a series a file belongs to, None for any other file."""
+    match = re.fullmatch(rf"{re.escape(series)}-(\d+)\.\w+", file_name)
+    return int(match[1]) if match else None
 
 
 def _sha256(record: bytes) -> bytes:

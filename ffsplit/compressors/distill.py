@@ -7,6 +7,7 @@ in the compressed one, so layers are independent. The error is taken of what the
 from __future__ import annotations
 
 import math
+import socket
 from dataclasses import replace
 from typing import Literal
 
@@ -18,6 +19,7 @@ from ffsplit.compressors.base import LayerContext, relative_error
 from ffsplit.compressors.least_squares import refit_down
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.config import Record
+from ffsplit.errors import ConfigError
 from ffsplit.ffn import FFNShape, LayerLayout, PartLayout
 from ffsplit.machine import multiplies_bfloat16
 
@@ -32,8 +34,9 @@ class DistillCompressor(Record):
     `whole` fits all that is left of the FFN, as prune left it. `light` keeps the heavy hitters exact
     and replaces the light part by its strongest neurons, as many as the budget allows, which are
     refitted and then fitted to make up for all of it. A fit that ends with a larger error than it began
-    with is not taken. Products are in bfloat16 where the processor or GPU has instructions for it, all
-    else is in float32.
+    with is not taken. Products are in bfloat16 with `mixed_precision: bfloat16`, all else is in float32.
+    A run decides what `auto` is, once for all its hosts (`settled`); a step that nobody settled asks the
+    processor or GPU that it runs on.
     """
 
     kind: Literal["distill"] = "distill"
@@ -42,11 +45,30 @@ class DistillCompressor(Record):
     batch_tokens: int = Field(default=2048, ge=1)
     learning_rate: float = Field(default=8e-3, gt=0)
     ridge: float = Field(default=1e-3, ge=0)
-    mixed_precision: Literal["auto", "no"] = "auto"
+    mixed_precision: Literal["auto", "bfloat16", "no"] = "auto"
 
     @property
     def adds_down_bias(self) -> bool:
         return False
+
+    def settled(self, *, in_bfloat16: bool) -> DistillCompressor:
+        """This step, with `auto` decided."""
+        if self.mixed_precision != "auto":
+            return self
+        return self.model_copy(update={"mixed_precision": "bfloat16" if in_bfloat16 else "no"})
+
+    def _in_bfloat16(self, device: str) -> bool:
+        """Whether products are in bfloat16. Raises ConfigError where this host would give other bytes."""
+        if self.mixed_precision == "no":
+            return False
+        able = multiplies_bfloat16(device)
+        if self.mixed_precision == "bfloat16" and not able:
+            what = "GPU" if device == "cuda" else "CPU"
+            raise ConfigError(
+                f"host {socket.gethostname()}: this run fits layers with bfloat16 products, for which this "
+                f"{what} has no instructions: give --dtype float32, or use hosts of one kind"
+            )
+        return able
 
     def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
         """The same layout; for `light`, as many light neurons as are left to the budget."""
@@ -95,7 +117,7 @@ class DistillCompressor(Record):
         inputs_TD, targets_TD = context.examples()
         scale = 1.0 if context.output_norm is not None else targets_TD.square().mean()
         device = inputs_TD.device.type
-        in_bfloat16 = self.mixed_precision == "auto" and multiplies_bfloat16(device)
+        in_bfloat16 = self._in_bfloat16(device)
         generator = torch.Generator().manual_seed(0)
         for step in range(self.num_steps):
             for group in optimizer.param_groups:

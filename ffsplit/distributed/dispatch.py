@@ -73,7 +73,7 @@ class Pool(Protocol[Slot]):
         """Give a slot that is ready an item."""
 
     def close(self, slot: Slot) -> None:
-        """Give a slot up, and stop what it is doing."""
+        """Give a slot up, and stop what it is doing; nothing happens to one that is closed."""
 
     def next_event(self, timeout_s: float) -> Event | None:
         """What happened next, None when nothing does in time."""
@@ -186,7 +186,8 @@ class _Slots(Generic[Slot]):
         return self.in_hand.pop(slot)
 
     def lose(self, slot: Slot, *, reason: str, stage: str) -> int | None:
-        """Forget a slot; the item that it had in hand."""
+        """Close a slot that is gone, since what it ran may live on; the item that it had in hand."""
+        self._pool.close(slot)
         if slot in self._opening:
             self._opening.remove(slot)
             self._failed_openings += 1

@@ -26,8 +26,9 @@ from ffsplit.distributed.observing import Observed
 from ffsplit.distributed.runner import Worker
 from ffsplit.errors import FFSplitError
 
+OUT_OF_MEMORY = "its host was out of memory: give fewer --workers or a larger host"
 LOSSES: dict[type[Exception], str] = {
-    OutOfMemoryError: "its host was out of memory: give fewer --workers or a larger host",
+    OutOfMemoryError: OUT_OF_MEMORY,
     NodeDiedError: "its host left",
     WorkerCrashedError: "its process died",
     ActorDiedError: "its process died",
@@ -36,6 +37,7 @@ LOSSES: dict[type[Exception], str] = {
     TaskUnschedulableError: "its host left",
     ObjectLostError: "its answer was lost with its host",
 }
+_KILLED_FOR_MEMORY = ("due to the node running low on memory", "NODE_OUT_OF_MEMORY")
 Options = dict[str, Any]
 
 
@@ -77,14 +79,13 @@ class _Pool:
         def ended(future: Any) -> None:
             if self._running.get(slot) is not reference:
                 return  # the slot was closed meanwhile
-            error = future.exception()
-            if error is None:
-                self._events.put(Ready(slot) if ready else Done(slot, future.result()))
-            else:
-                event = _event_of(slot, error)
+            try:
+                event = _event_of(slot, future, ready=ready)
                 if isinstance(event, Lost):
                     self._observed.lost(event.reason)
-                self._events.put(event)
+            except BaseException as error:  # in Ray's own thread nobody else would hear of it
+                event = Failed(slot, error)
+            self._events.put(event)
 
         self._running[slot] = reference
         reference.future().add_done_callback(ended)
@@ -148,20 +149,34 @@ class ActorPool(_Pool):
 
     def close(self, slot: int) -> None:
         self._running.pop(slot, None)
-        ray.kill(self._actors.pop(slot))
+        actor = self._actors.pop(slot, None)
+        if actor is not None:
+            ray.kill(actor)  # one whose host could not be reached may work on; nothing happens to a dead one
 
 
 def run_task(observed: Observed, function: Worker[Any, Any], item: Any) -> Any:
     return observed(function, item)
 
 
-def _event_of(slot: int, error: BaseException) -> Event:
+def _event_of(slot: int, future: Any, *, ready: bool) -> Event:
+    error = future.exception()
+    if error is None:
+        return Ready(slot) if ready else Done(slot, future.result())
     if isinstance(error, RayTaskError):
         return Failed(slot, error_of(error))
-    for kind, reason in LOSSES.items():
-        if isinstance(error, kind):
-            return Lost(slot, "its host was out of memory" if "memory" in str(error).lower() else reason)
-    return Failed(slot, error)
+    reason = reason_of_loss(error)
+    return Failed(slot, error) if reason is None else Lost(slot, reason)
+
+
+def reason_of_loss(error: BaseException) -> str | None:
+    """Why a worker is gone, None for an error that is no loss of a worker.
+
+    An actor that Ray's memory monitor ended died like any other, but for what the error says. Ray also
+    names memory among the causes that a death may have; that is no finding.
+    """
+    if any(said in str(error) for said in _KILLED_FOR_MEMORY):
+        return OUT_OF_MEMORY
+    return next((reason for kind, reason in LOSSES.items() if isinstance(error, kind)), None)
 
 
 def error_of(error: RayTaskError) -> Exception:

@@ -16,10 +16,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ffsplit.distributed.dispatch import Pool, dispatch
 from ffsplit.distributed.observing import Observed
-from ffsplit.distributed.ray_cluster import Share, check_room, connect, disconnect, hosts, room
-from ffsplit.distributed.ray_pools import ActorPool, TaskPool, error_of, run_task
+from ffsplit.distributed.ray_cluster import Host, Share, check_room, connect, disconnect, hosts, room
+from ffsplit.distributed.ray_pools import ActorPool, TaskPool, error_of, reason_of_loss, run_task
 from ffsplit.distributed.ray_train import place, run_together
-from ffsplit.distributed.runner import Answer, Item, Worker
+from ffsplit.distributed.runner import ANSWER_WITHIN_S, Answer, Item, Worker
+from ffsplit.errors import FFSplitError
 from ffsplit.machine import num_workers_here
 from ffsplit.temporary import remove_abandoned
 
@@ -119,24 +120,41 @@ class RayRunner:
         ((_, answer),) = self._dispatch(pool, [item], stage=stage)
         return answer  # type: ignore[no-any-return]
 
-    def on_every_host(self, stage: str, function: Worker[Item, Answer], item: Item) -> dict[str, Answer]:
+    def on_every_host(
+        self, stage: str, function: Worker[Item, Answer], item: Item, *, within_s: float = ANSWER_WITHIN_S
+    ) -> dict[str, Answer]:
         task, observed = ray.remote(run_task), Observed.here(stage)
-        asked = {
-            host.name: task.options(
+        asked = hosts(self._share)
+        references = [
+            task.options(
                 name=stage,
                 num_cpus=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(host.id, soft=False),
             ).remote(observed, function, item)
-            for host in hosts(self._share)
-        }
-        answers = {}
-        for name, reference in asked.items():
+            for host in asked
+        ]
+        late: list[Any] = []
+        if references:  # of a cluster that has yet to grow there may be none
+            _, late = ray.wait(references, num_returns=len(references), timeout=within_s)
+        answers, silent = {}, []
+        for host, reference in zip(asked, references, strict=True):
+            if reference in late:
+                ray.cancel(reference, force=True)
+                silent.append(host)
+                continue
             try:
-                answers[name] = ray.get(reference)
+                answers[host.name] = ray.get(reference, timeout=within_s)
             except RayTaskError as error:
                 raise error_of(error) from None
-            except RayError:
-                continue  # it left meanwhile
+            except RayError as error:
+                if _is_there(host):
+                    why = reason_of_loss(error) or str(error).splitlines()[0]
+                    raise FFSplitError(f"{stage}: host {host.name} did not answer: {why}") from None
+        if there := [host.name for host in silent if _is_there(host)]:
+            raise FFSplitError(
+                f"{stage}: {len(there)} of {len(asked)} hosts did not answer in {within_s:g} s ({there[0]}): "
+                "end that node, or see what holds it up, and run it again"
+            )
         return answers
 
     def run_together(
@@ -177,3 +195,8 @@ class RayRunner:
         cpus = max(self._share.cpus, min(threads, largest))
         presence = 1.0 if reserved else A_LITTLE
         return self._options() | {"num_cpus": cpus, "resources": {PRESENCE: presence}}
+
+
+def _is_there(host: Host) -> bool:
+    """Whether a host is still part of the cluster. One that left meanwhile has no say."""
+    return any(node["NodeID"] == host.id and node["Alive"] for node in ray.nodes())

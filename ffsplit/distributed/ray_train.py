@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from ffsplit.distributed.ray_pools import reason_of_loss
 from ffsplit.distributed.runner import Worker
 from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.temporary import temporary_folder
@@ -49,7 +50,14 @@ class Together:
                 if known is not None:
                     raise known from None
                 if not attempts_left:
-                    raise
+                    reasons = [reason for each in _causes(error) if (reason := reason_of_loss(each))]
+                    if not reasons:
+                        raise
+                    raise FFSplitError(
+                        f"{self.size} processes that work together were lost {1 + MAX_RETRIES} times, the "
+                        f"last because {reasons[0]}; what is finished stays, and the same command "
+                        "goes on from there"
+                    ) from None
         raise AssertionError("unreachable")
 
     def _fit(self, item: Any) -> Any:

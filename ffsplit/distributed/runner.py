@@ -11,6 +11,9 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 Worker = Callable[[Item], Answer]
 
+ANSWER_WITHIN_S = 600.0
+"""How long every host may take to answer a question that needs no transfer."""
+
 
 class Runner(Protocol):
     """Runs a stage's items somewhere. Answers come as they are ready, each with its item's index.
@@ -61,8 +64,14 @@ class Runner(Protocol):
         """
         ...
 
-    def on_every_host(self, stage: str, function: Worker[Item, Answer], item: Item) -> dict[str, Answer]:
-        """Call a function once on each host that items may run on; the answers by the hosts' names."""
+    def on_every_host(
+        self, stage: str, function: Worker[Item, Answer], item: Item, *, within_s: float = ANSWER_WITHIN_S
+    ) -> dict[str, Answer]:
+        """Call a function once on each host that items may run on; the answers by the hosts' names.
+
+        A host that leaves meanwhile has none. Raises FFSplitError for one that does not answer in time,
+        or whose process was ended.
+        """
         ...
 
     def run_together(
@@ -112,7 +121,9 @@ class SerialRunner:
     ) -> Answer:
         return function(item)
 
-    def on_every_host(self, stage: str, function: Worker[Item, Answer], item: Item) -> dict[str, Answer]:
+    def on_every_host(
+        self, stage: str, function: Worker[Item, Answer], item: Item, *, within_s: float = ANSWER_WITHIN_S
+    ) -> dict[str, Answer]:
         return {socket.gethostname(): function(item)}
 
     def run_together(

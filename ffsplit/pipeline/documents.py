@@ -17,6 +17,7 @@ from ffsplit.artifacts.manifest import (
     MANIFEST_NAME,
     REPORT_NAME,
     CalibrationRecord,
+    Compute,
     GateResult,
     LayerRecord,
     LinearsRecord,
@@ -36,7 +37,7 @@ from ffsplit.ffn import LayerLayout
 from ffsplit.gates import describe_result
 from ffsplit.models.locate import model_name
 from ffsplit.pipeline.origin import calibration_record
-from ffsplit.pipeline.prepare import PreparedRun
+from ffsplit.pipeline.prepare import PreparedRun, healing_threads
 from ffsplit.report.html import render_report
 from ffsplit.report.plots import energy_curve
 from ffsplit.runtime.assemble import is_plain
@@ -111,7 +112,8 @@ def _draft(
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         ffsplit_version=__version__,
         plain=is_plain(checkpoint, [plan.layout for plan in outcome.plans]) if is_model else None,
-        config=run.config,
+        seed=run.config.seed,
+        compute=_compute(run),
         recipe=run.recipe.model_dump(mode="json"),
         keep=_kept(run, outcome) if is_model else None,
         budget=run.budget if is_model else None,
@@ -136,6 +138,18 @@ def _draft(
         environment=describe_environment(),
         store=outcome.guarantees,
         files=(),
+    )
+
+
+def _compute(run: PreparedRun) -> Compute:
+    profile, heals = run.profile, run.recipe.healing is not None
+    return Compute(
+        device=profile.device,
+        dtype=profile.dtype,
+        threads=profile.threads,
+        healing_threads=healing_threads(run.config) if heals else None,
+        healing_workers=run.config.healing_workers if heals else None,
+        trust_remote_code=run.config.trust_remote_code,
     )
 
 

@@ -78,6 +78,7 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
         config = config.model_copy(update={"model": str(directory)})
     checkpoint = open_checkpoint(directory)
     recipe = recipe.settled(checkpoint.kind, max_positions=checkpoint.max_positions)
+    recipe = recipe.fitting(in_bfloat16=ComputeProfile.fits_in_bfloat16(config))
     recipe = recipe.searching(may_search(checkpoint) and not (config.plain or config.block_by_block))
     for index in range(len(checkpoint.ffns)):
         activation_named(checkpoint.activation_of(index))

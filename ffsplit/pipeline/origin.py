@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ffsplit.artifacts.manifest import CalibrationRecord, StatisticsOrigin
+from ffsplit.artifacts.manifest import CalibrationRecord, Compute, StatisticsOrigin
 from ffsplit.artifacts.statistics import PublishedStatistics
 from ffsplit.calibration.sampling import TextSample
 from ffsplit.config import JobConfig
@@ -21,7 +21,7 @@ def inherit(config: JobConfig, origin: PublishedStatistics) -> JobConfig:
     settings = manifest.recipe.get("calibration", {})
     lent = {
         "calibration": manifest.calibration.sources,
-        "seed": manifest.config.seed,
+        "seed": manifest.seed,
         "samples": manifest.calibration.num_rows if settings.get("max_tokens") else settings.get("samples"),
         "max_length": settings.get("max_length"),
     }
@@ -44,11 +44,11 @@ def check_origin(
         raise ConfigError(f"{where} is of another model or revision, {theirs}, not {ours}: {mend}")
     if model.tokenizer_digest != digests["tokenizer"]:
         raise ConfigError(f"{where} was collected with another tokenizer: {mend}")
-    theirs_profile = ComputeProfile.resolve(origin.manifest.config)
-    if theirs_profile.key_inputs != profile.key_inputs:
+    theirs, ours = (_describe(each) for each in (origin.manifest.compute, profile))
+    if theirs != ours:
         raise ConfigError(
-            f"{where} was computed on {_describe(theirs_profile)}, this run is on {_describe(profile)}: "
-            "give the same --device and --dtype, or leave --stats out"
+            f"{where} was computed on {theirs}, this run is on {ours}: "
+            "give the same --device, --dtype and --threads-per-worker, or leave --stats out"
         )
 
 
@@ -74,5 +74,5 @@ def _name(model: str, revision: str | None) -> str:
     return f"{model} at {revision}" if revision else model
 
 
-def _describe(profile: ComputeProfile) -> str:
+def _describe(profile: ComputeProfile | Compute) -> str:
     return f"{profile.device} in {profile.dtype} with {profile.threads} threads"

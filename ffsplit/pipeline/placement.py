@@ -13,12 +13,16 @@ from dataclasses import replace
 from ffsplit.artifacts.inputs import is_remote
 from ffsplit.artifacts.scratch import Scratch
 from ffsplit.artifacts.stores import open_store
-from ffsplit.distributed.runner import Runner
+from ffsplit.distributed.runner import ANSWER_WITHIN_S, Runner
 from ffsplit.errors import ConfigError
+from ffsplit.machine import multiplies_bfloat16
 from ffsplit.models.source import ModelSource, described, staged
 from ffsplit.pipeline.execution import Execution
 from ffsplit.pipeline.prepare import PreparedRun
 from ffsplit.progress import Progress, StageLog
+
+SLOWEST_BYTES_PER_S = 1 << 20
+"""A host that reads or fetches a model slower than this is taken for one that hangs."""
 
 
 def place(run: PreparedRun, scratch: Scratch, runner: Runner, log: StageLog, *, shown: Progress) -> Execution:
@@ -26,9 +30,23 @@ def place(run: PreparedRun, scratch: Scratch, runner: Runner, log: StageLog, *, 
     execution = Execution(run, scratch, runner, log, ModelSource(path=str(run.checkpoint.directory)))
     if not execution.runner.is_spread:
         return execution
+    _check_fits(execution)
     scratch = _seen_by_all(execution)
     execution = replace(execution, scratch=scratch)
     return replace(execution, model=_model_for_all(execution, shown))
+
+
+def _check_fits(execution: Execution) -> None:
+    """Raise ConfigError where a host cannot fit as this one; workers on GPUs find out for themselves."""
+    recipe, on_cpus = execution.run.recipe, execution.run.profile.device == "cpu"
+    if on_cpus and recipe.fits_in_bfloat16:
+        able = execution.runner.on_every_host("inputs", multiplies_bfloat16, "cpu")
+        unable = sorted(host for host, is_able in able.items() if not is_able)
+        if unable:
+            raise ConfigError(
+                f"this host fits layers with bfloat16 products, and {len(unable)} of {len(able)} hosts have "
+                f"no instructions for them ({unable[0]}): give --dtype float32, or use hosts of one kind"
+            )
 
 
 def _seen_by_all(execution: Execution) -> Scratch:
@@ -57,7 +75,8 @@ def _model_for_all(execution: Execution, shown: Progress) -> ModelSource:
         source = ModelSource(path=path, stored=run.stored_model)
     else:
         source = described(run.checkpoint.directory)
-        seen = execution.runner.on_every_host("inputs", ModelSource.is_here, source)
+        within_s = _longest_s(source)
+        seen = execution.runner.on_every_host("inputs", ModelSource.is_here, source, within_s=within_s)
         if all(seen.values()):
             return source
         blind = sorted(host for host, sees in seen.items() if not sees)
@@ -66,8 +85,14 @@ def _model_for_all(execution: Execution, shown: Progress) -> ModelSource:
             f"it is put into {execution.scratch.uri}/{execution.scratch.prefix} for all"
         )
         source = staged(source, execution.scratch.place("model"), once=True)
-    execution.runner.on_every_host("inputs", _fetch, source)
+    execution.runner.on_every_host("inputs", _fetch, source, within_s=_longest_s(source))
     return source
+
+
+def _longest_s(source: ModelSource) -> float:
+    """How long a host may take to read or fetch a model's files."""
+    files = source.files if source.stored is None else source.stored.files
+    return ANSWER_WITHIN_S + sum(entry.size_bytes for entry in files) / SLOWEST_BYTES_PER_S
 
 
 def _is_visible(scratch: Scratch) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ffsplit.artifacts.commits import Kind, read_commit
-from ffsplit.artifacts.index import latest_commit
+from ffsplit.artifacts.index import LATEST_NAME, latest_commit
+from ffsplit.artifacts.leases import Lease
 from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import REPORT_NAME, Manifest
 from ffsplit.artifacts.paths import check_outside_attempts
@@ -92,18 +92,21 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
             if guarantees.conditional_put != "atomic":
                 shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
             attempt = Attempt(run, kind, key, scratch, store, guarantees, sign_key)
-            try:
-                refused = attempt.carry_out(shown)
-                if refused is not None:
-                    return Finished(refused, "refused", attempt.refused_report)
-                state = "published"
-            except Exception:
-                if not _is_committed(store, key):
-                    raise
-                shown.note(f"{store.uri}/{key} was committed by another run of the same key meanwhile")
-        with suppress(FFSplitError):  # the artifact stands; the next run of this key cleans up
-            store.delete_prefix(scratch.prefix)
+            with Lease(store, scratch, run_key=key, note=shown.note) as lease:
+                try:
+                    refused = attempt.carry_out(shown)
+                    if refused is not None:
+                        return Finished(refused, "refused", attempt.refused_report)
+                    state = "published"
+                except Exception:
+                    if not _is_committed(store, key):
+                        raise
+                    shown.note(f"{store.uri}/{key} was committed by another run of the same key meanwhile")
+                lease.remove_scratch()
+        try:
             latest_commit(store)
+        except FFSplitError as error:  # the artifact stands
+            shown.note(f"warning: {LATEST_NAME} may be behind until it is read: {error}")
         manifest = read_manifest(locate(f"{store.uri}/{key}"))
         report = f"{key}/{manifest.attempt}/{REPORT_NAME}"
         return Finished(manifest, state, report)

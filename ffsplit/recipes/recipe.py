@@ -118,6 +118,21 @@ class Recipe(Record):
             return self
         return self.model_copy(update={"allocation": "search" if search else "uniform"})
 
+    def fitting(self, *, in_bfloat16: bool) -> Recipe:
+        """This recipe, with the precision of its fits decided, for all hosts alike."""
+        steps = tuple(
+            step.settled(in_bfloat16=in_bfloat16) if isinstance(step, DistillCompressor) else step
+            for step in self.steps
+        )
+        refits = tuple(step.settled(in_bfloat16=in_bfloat16) for step in self.refits)
+        return self.model_copy(update={"steps": steps, "refits": refits})
+
+    @property
+    def fits_in_bfloat16(self) -> bool:
+        """Whether some fit multiplies in bfloat16."""
+        fits = [step for step in (*self.steps, *self.refits) if isinstance(step, DistillCompressor)]
+        return any(step.mixed_precision == "bfloat16" for step in fits)
+
     @property
     def heavy(self) -> HeavyRule:
         """How many of a layer's neurons are heavy hitters."""

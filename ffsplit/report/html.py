@@ -59,7 +59,7 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
     return template.render(
         manifest=manifest,
         measured=manifest.measurements,
-        recipe_name=str(manifest.recipe.get("name") or manifest.config.recipe),
+        recipe_name=str(manifest.recipe.get("name", "")),
         tiles=_tiles(manifest),
         figures=_figures(manifest, curves),
         layouts=_layouts(manifest.layers),
@@ -70,7 +70,7 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
         total_s=sum(stage.wall_s for stage in manifest.stages),
         total_bytes=sum(file.size_bytes for file in manifest.files),
         recipe_json=_pretty(manifest.recipe),
-        config_json=_pretty(manifest.config.model_dump(mode="json")),
+        compute_json=_pretty({"seed": manifest.seed} | manifest.compute.model_dump(mode="json")),
         shape=humanize.shape,
         ffn=humanize.ffn,
         score_change=humanize.score_change,

@@ -76,7 +76,7 @@ def read_latency_table(
     """A table that holds for this model on this machine in this dtype. Raises ConfigError otherwise."""
     again = "measure one here with ffsplit latency-table"
     try:
-        table = LatencyTable.model_validate_json(Path(path).expanduser().read_bytes())
+        table = LatencyTable.model_validate_json(Path(path).expanduser().read_bytes(), extra="allow")
     except OSError as error:
         raise ConfigError(f"--latency-table {path} cannot be read: {error.strerror}") from None
     except ValidationError as error:

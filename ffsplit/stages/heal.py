@@ -10,6 +10,7 @@ from pydantic import JsonValue
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ffsplit import logs
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.batches import pad_id_of, tokenize_rows
 from ffsplit.compressors.quantize import QuantizeCompressor
@@ -111,15 +112,20 @@ def _round(student: Any, checkpoint: Checkpoint, job: HealJob) -> list[nn.Module
 
 
 def _resume(scratch: Scratch, weights: dict[str, Tensor], optimizer: Any) -> HealingState | None:
-    record = scratch.load(PROGRESS)
-    return None if record is None else HealingState.load(scratch.path(record.files[0]), weights, optimizer)
+    record = scratch.load_newest(PROGRESS)
+    if record is None:
+        return None
+    with scratch.reading(record.files[0]) as path:
+        state = HealingState.load(path, weights, optimizer)
+    logs.log("resumed", step=state.step)
+    return state
 
 
 def _checkpoint(scratch: Scratch, state: HealingState, weights: dict[str, Tensor], optimizer: Any) -> None:
     with temporary_folder() as folder:
         path = folder / f"{PROGRESS}.safetensors"
         state.save(path, weights, optimizer)
-        scratch.save(PROGRESS, {path.name: path}, facts={"step": state.step})
+        scratch.save_next(PROGRESS, state.step, path)
 
 
 def _keep_nothing(state: HealingState, weights: dict[str, Tensor], optimizer: Any) -> None:

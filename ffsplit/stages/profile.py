@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ffsplit.config import JobConfig, Record
 from ffsplit.errors import ConfigError
-from ffsplit.machine import check_device
+from ffsplit.machine import check_device, multiplies_bfloat16
 from ffsplit.models.trust import trusting
 
 
@@ -35,6 +35,22 @@ class ComputeProfile(Record):
             threads=config.threads_per_worker,
             trust_remote_code=config.trust_remote_code,
         )
+
+    @classmethod
+    def fits_in_bfloat16(cls, config: JobConfig) -> bool:
+        """Whether layers are fitted with products in bfloat16, as the driver decides for all workers.
+
+        Where this process's device has instructions for it, unless --dtype float32 is given. GPUs may be
+        those of other hosts: without one here they count as able.
+        """
+        import torch
+
+        if config.dtype == "float32":
+            return False
+        device = cls.resolve(config).device
+        if device == "cuda" and not torch.cuda.is_available():
+            return True
+        return multiplies_bfloat16(device)
 
     @property
     def key_inputs(self) -> dict[str, Any]:

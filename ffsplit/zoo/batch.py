@@ -7,12 +7,13 @@ from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from ffsplit.artifacts.manifest import GateResult, Manifest, Measurements
-from ffsplit.artifacts.stores import Store, read_at_most
+from ffsplit.artifacts.schema import Versioned, read_record
+from ffsplit.artifacts.stores import MissingKey, Store, read_at_most
 from ffsplit.config import Record
-from ffsplit.errors import FFSplitError
+from ffsplit.errors import ArtifactError
 from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, REFUSED
 
 BATCHES_PREFIX = "batches"
@@ -91,10 +92,9 @@ class BatchModel(Record):
     wall_s: float = Field(description="of all attempts, without the waits between them")
 
 
-class Batch(Record):
+class Batch(Versioned):
     """One pass over a zoo."""
 
-    schema_version: Literal[1] = 1
     id: str = Field(pattern=r"^\d{8}T\d{6}Z-[0-9a-f]{6}$", description="sorts by the time it began")
     zoo: str
     zoo_digest: str
@@ -136,6 +136,6 @@ def past_batches(store: Store, *, before: str) -> list[Batch]:
     keys = [key for key in store.list(BATCHES_PREFIX) if key.endswith(".json") and key < batch_key(before)]
     batches = []
     for key in sorted(keys)[-NUM_PAST_BATCHES:]:
-        with suppress(FFSplitError, ValidationError):
-            batches.append(Batch.model_validate_json(read_at_most(store, key, MAX_BATCH_BYTES)))
+        with suppress(MissingKey, ArtifactError):
+            batches.append(read_record(Batch, read_at_most(store, key, MAX_BATCH_BYTES), name=key))
     return batches

@@ -1,13 +1,16 @@
 """A tiny attempt to publish: three files and a manifest that lists them."""
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from ffsplit.artifacts.commits import Commit, Kind
 from ffsplit.artifacts.digests import file_entries
 from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.manifest import (
     CalibrationRecord,
+    Compute,
     Environment,
     Manifest,
     SourceModel,
@@ -15,7 +18,7 @@ from ffsplit.artifacts.manifest import (
 from ffsplit.artifacts.publish import Upload
 from ffsplit.artifacts.stores import Store
 from ffsplit.artifacts.transfer import Progress
-from ffsplit.config import JobConfig
+from ffsplit.config import Record
 
 RUN_KEY = "0123456789abcdef"
 ATTEMPT = "0123456789ab"
@@ -32,7 +35,8 @@ def make_manifest(
         created_at="2025-01-01T00:00:00+00:00",
         ffsplit_version="0",
         plain=True,
-        config=JobConfig(model="m", out="o"),
+        seed=0,
+        compute=Compute(device="cpu", dtype="float32", threads=1),
         recipe={},
         keep=0.5,
         model=SourceModel(
@@ -62,6 +66,20 @@ def make_manifest(
     )
 
 
+def from_the_future(record: Record) -> dict[str, Any]:
+    """The JSON of a record as a later minor version writes it: with a field more in every record."""
+
+    def planted(value: Any, written: Any) -> Any:
+        if isinstance(value, Record):
+            known = {name: planted(getattr(value, name), written[name]) for name in written}
+            return known | {"a_later_field": {"nested": [1, "two"]}}
+        if isinstance(value, tuple):
+            return [planted(*pair) for pair in zip(value, written, strict=True)]
+        return written
+
+    return dict(planted(record, record.model_dump(mode="json")))
+
+
 def write_attempt(
     directory: Path,
     *,
@@ -69,14 +87,18 @@ def write_attempt(
     attempt: str = ATTEMPT,
     kind: Kind = "model",
     files: dict[str, bytes] | None = None,
+    schema_version: str | None = None,
 ) -> Path:
-    """Write an attempt's files and their manifest into a new directory."""
+    """Write an attempt's files and their manifest into a new directory; of a later schema, where given."""
     for name, data in (FILES if files is None else files).items():
         path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     manifest = make_manifest(run_key=run_key, attempt=attempt, kind=kind, files=file_entries(directory))
-    (directory / "manifest.json").write_text(manifest.to_json())
+    text = manifest.to_json()
+    if schema_version is not None:
+        text = json.dumps(from_the_future(manifest) | {"schema_version": schema_version})
+    (directory / "manifest.json").write_text(text)
     return directory
 
 

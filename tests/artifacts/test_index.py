@@ -12,7 +12,7 @@ from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.cli import main
 from ffsplit.errors import StoreError
 
-from .attempts import ATTEMPT, RUN_KEY, publish
+from .attempts import ATTEMPT, RUN_KEY, from_the_future, publish
 
 OTHER_RUN = "fedcba9876543210"
 
@@ -105,6 +105,45 @@ def test_reads_do_not_grow_with_the_runs(tmp_path: Path, monkeypatch: pytest.Mon
     latest = latest_commit(store)
     assert latest and sorted(read) == sorted(["index.json", f"{latest.run_key}/commit.json", "latest.json"])
     assert read_commit(store, latest.run_key) == latest
+
+
+def test_an_index_of_a_later_version_is_used_and_its_fields_are_kept(store: Store, tmp_path: Path) -> None:
+    publish(store, tmp_path / "a")
+    later = from_the_future(index_of(store)) | {"schema_version": "1.3"}
+    store.put_bytes("index.json", json.dumps(later).encode())
+    publish(store, tmp_path / "b", run_key=OTHER_RUN)
+    assert keys_of(store) == [RUN_KEY, OTHER_RUN]
+    written = json.loads(store.get_bytes("index.json"))
+    assert written["runs"][0] == later["runs"][0] and len(written["runs"]) == 2
+    assert (written["schema_version"], written["a_later_field"]) == ("1.3", later["a_later_field"])
+
+
+def test_an_index_of_another_major_version_is_left_alone(store: Store, tmp_path: Path) -> None:
+    commit = publish(store, tmp_path / "a")
+    for name in ("index.json", "latest.json"):
+        store.put_bytes(name, json.dumps({"schema_version": "2.0", "runs": {}}).encode())
+    publish(store, tmp_path / "b", run_key=OTHER_RUN, kind="statistics")
+    assert keys_of(store) == [RUN_KEY, OTHER_RUN]
+    assert latest_commit(store) == commit
+    for name in ("index.json", "latest.json"):
+        assert json.loads(store.get_bytes(name))["schema_version"] == "2.0"
+
+
+def test_a_store_that_cannot_be_read_is_not_an_artifact_that_tells_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(store, tmp_path / "a")
+    store.delete("index.json")
+    original = store.open_stream
+
+    def fail(key: str, **options: Any) -> Any:
+        if key.endswith("manifest.json"):
+            raise StoreError("cannot read: 503")
+        return original(key, **options)
+
+    monkeypatch.setattr(store, "open_stream", fail)
+    with pytest.raises(StoreError, match="503"):
+        list_runs(store)
 
 
 def test_the_command(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

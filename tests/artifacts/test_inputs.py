@@ -28,7 +28,7 @@ def test_everything_is_in_the_store(small_job: SmallJob, s3_uri: str, tmp_path: 
     store.put_file("text.txt", small_job.text)
     config = small_job.config(f"{s3_uri}/out", model=f"{s3_uri}/model", calibration=(f"{s3_uri}/text.txt",))
     manifest = ffsplit.compress(config)
-    assert verify(f"{s3_uri}/out").ok and manifest.config.model == f"{s3_uri}/model"
+    assert verify(f"{s3_uri}/out").ok and manifest.model.id == f"{s3_uri}/model"
     local = ffsplit.compress(small_job.config(tmp_path / "out"))
     assert local.run_key == manifest.run_key
     assert [entry for entry in local.files if entry.path.endswith(".safetensors")] == [

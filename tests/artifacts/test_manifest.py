@@ -1,19 +1,24 @@
 import json
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ffsplit.artifacts.entries import FileEntry
-from ffsplit.artifacts.manifest import SCHEMA_VERSION, Manifest
+from ffsplit.artifacts.manifest import Manifest, manifest_schema
 from ffsplit.artifacts.paths import is_safe_path
+from ffsplit.artifacts.schema import SCHEMA_VERSION, NewerSchema
+from ffsplit.config import JobConfig
 from ffsplit.errors import ArtifactError
 
-from .attempts import ATTEMPT, RUN_KEY, make_manifest
+from .attempts import ATTEMPT, RUN_KEY, from_the_future, make_manifest
 
 DIGEST = "0" * 64
+ENTRY: dict[str, Any] = {"path": "a/b", "size_bytes": 1, "sha256": DIGEST}
 SAMPLES = Path(__file__).parent / "samples"
 
 
@@ -64,15 +69,44 @@ def test_a_newer_schema_names_the_version_to_install() -> None:
         Manifest.from_json('{"schema_version": 2, "ffsplit_version": "1; rm -rf"}')
 
 
-@pytest.mark.parametrize("sample", sorted(SAMPLES.glob("manifest-*.json")), ids=lambda path: path.stem)
-def test_a_stored_manifest_of_every_schema_still_loads(sample: Path) -> None:
+@pytest.mark.parametrize("version", ["1.0", "1.7", "1.12"])
+def test_a_later_minor_version_is_read_and_its_fields_are_kept(version: str) -> None:
+    """Unknown fields stand in every record, and a reader that writes the manifest writes them too."""
+    record = make_manifest(run_key=RUN_KEY, attempt=ATTEMPT, files=(FileEntry(**ENTRY),))
+    fields = {**from_the_future(record), "schema_version": version}
+    manifest = Manifest.from_json(json.dumps(fields))
+    assert json.loads(manifest.to_json()) == fields
+    assert (manifest.model.id, manifest.files[0].size_bytes) == ("m", 1)
+    changed = json.loads(manifest.model_copy(update={"attempt": "f" * 12}).to_json())
+    assert changed == fields | {"attempt": "f" * 12}
+
+
+def test_a_record_that_is_made_here_has_no_unknown_field() -> None:
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        FileEntry(**ENTRY, mtime=1)
+
+
+@pytest.mark.parametrize("version", [2, "2", "2.0", "10.3", 3.1])
+def test_a_higher_major_version_is_refused_though_it_looks_alike(version: object) -> None:
+    fields = json.loads(make_manifest(run_key=RUN_KEY, attempt=ATTEMPT).to_json())
+    fields |= {"schema_version": version, "ffsplit_version": "7.0"}
+    with pytest.raises(NewerSchema, match=r"manifest\.json has schema \d+, newer than 1.*ffsplit>=7\.0"):
+        Manifest.from_json(json.dumps(fields))
+
+
+def test_the_stored_sample_still_loads() -> None:
+    """One a major version: what it was when it was new."""
+    (sample,) = SAMPLES.iterdir()
+    assert sample.name == f"manifest-{SCHEMA_VERSION.partition('.')[0]}.json"
     manifest = Manifest.from_json(sample.read_bytes())
     assert manifest.run_key == RUN_KEY and len(manifest.files) == 1
 
 
-def test_there_is_a_sample_of_every_schema() -> None:
-    names = {path.name for path in SAMPLES.iterdir()}
-    assert names == {f"manifest-{version}.json" for version in range(1, SCHEMA_VERSION + 1)}
+def test_it_does_not_hold_the_command_line() -> None:
+    """A flag that comes or goes must not decide which version reads a manifest."""
+    assert "JobConfig" not in manifest_schema()["$defs"]
+    flags = {"out", "address", "runner", "workers", "trust_remote_code", "samples", "fresh", "gate"}
+    assert flags < set(JobConfig.model_fields) and not flags & set(Manifest.model_fields)
 
 
 FIELDS = sorted(Manifest.model_fields)
@@ -102,4 +136,6 @@ def test_depth_is_no_crash() -> None:
 def test_the_documented_schema_is_the_manifests() -> None:
     """`make docs` writes it."""
     documented = Path(__file__).parents[2] / "docs/manifest.schema.json"
-    assert json.loads(documented.read_text("utf-8")) == Manifest.model_json_schema()
+    assert json.loads(documented.read_text("utf-8")) == manifest_schema()
+    future = from_the_future(make_manifest(run_key=RUN_KEY, attempt=ATTEMPT, files=(FileEntry(**ENTRY),)))
+    jsonschema.validate(future, manifest_schema())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ffsplit.artifacts.commits import Commit, Kind, list_commits, read_commit
+from ffsplit.artifacts.commits import Commit, Kind, list_commits, read_commit, record_bytes
 from ffsplit.artifacts.digests import file_entries
 from ffsplit.artifacts.index import latest_commit
 from ffsplit.artifacts.paths import ATTEMPT_ID
@@ -17,7 +17,16 @@ from ffsplit.artifacts.publish import Upload, new_attempt_id
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.errors import ArtifactError, StoreError
 
-from .attempts import ATTEMPT, FILES, RUN_KEY, contents, publish, publish_directory, write_attempt
+from .attempts import (
+    ATTEMPT,
+    FILES,
+    RUN_KEY,
+    contents,
+    from_the_future,
+    publish,
+    publish_directory,
+    write_attempt,
+)
 
 OTHER_RUN = "fedcba9876543210"
 OTHER_ATTEMPT = "ba9876543210"
@@ -57,7 +66,7 @@ def test_everything_is_published_and_committed(store: Store, tmp_path: Path) -> 
         assert store.get_bytes(f"{prefix}/{name}") == (directory / name).read_bytes()
     assert read_commit(store, RUN_KEY) == commit == latest_commit(store)
     named = {"run_key": RUN_KEY, "attempt": ATTEMPT, "committed_at": commit.committed_at}
-    assert hint(store) == named | {"generation": 1}
+    assert hint(store) == named | {"generation": 1, "schema_version": "1.0"}
     total = sum((directory / name).stat().st_size for name in names)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert len(calls) == len(names) and calls[-1] == (total, total)
@@ -219,14 +228,54 @@ def test_an_outcome_that_cannot_be_learnt_keeps_the_files(
     assert store.exists(f"{RUN_KEY}/{ATTEMPT}/manifest.json")
 
 
-def test_a_failing_hint_is_no_failure(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [StoreError("denied"), KeyError("a fault of our own")], ids=repr)
+def test_what_goes_wrong_with_the_index_and_the_hint_is_said_and_is_no_failure(
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
     def refuse(key: str, data: bytes) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "put_bytes", refuse)
+        commit = publish(store, tmp_path / "attempt")
+    said = sorted(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert len(said) == 2
+    for name, line in zip(("index.json", "latest.json"), said, strict=True):
+        assert line.startswith(f"warning: {store.uri}/{name} is behind this commit until it is read: ")
+        assert str(error) in line
+    assert not store.exists("latest.json")
+    assert latest_commit(store) == commit
+
+
+def test_an_attempt_that_cannot_be_deleted_is_said(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(prefix: str) -> None:
         raise StoreError("denied")
 
-    monkeypatch.setattr(store, "put_bytes", refuse)
+    directory = write_attempt(tmp_path / "attempt")
+    monkeypatch.setattr(store, "delete_prefix", refuse)
+    with pytest.raises(ArtifactError), Upload(store, run_key=RUN_KEY, attempt=ATTEMPT) as upload:
+        upload.add(directory)
+        raise ArtifactError("given up")
+    assert f"{RUN_KEY}/{ATTEMPT} stays until ffsplit gc removes it: denied" in caplog.text
+
+
+def test_a_commit_of_a_later_version_is_read_and_kept(store: Store, tmp_path: Path) -> None:
     commit = publish(store, tmp_path / "attempt")
-    assert latest_commit(store) == commit
-    assert not store.exists("latest.json")
+    later = json.dumps(from_the_future(commit) | {"schema_version": "1.4"}).encode()
+    store.put_bytes(f"{RUN_KEY}/commit.json", later)
+    read = read_commit(store, RUN_KEY)
+    assert read is not None and read.attempt == ATTEMPT
+    assert json.loads(record_bytes(read)) == json.loads(later)
+    assert latest_commit(store) == read
+    store.put_bytes(f"{RUN_KEY}/commit.json", later.replace(b'"1.4"', b'"2.0"'))
+    with pytest.raises(ArtifactError, match=f"{RUN_KEY}/commit.json has schema 2, newer .* upgrade ffsplit$"):
+        read_commit(store, RUN_KEY)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"run_key": "x"}', b"\xff", None], ids=repr)
@@ -294,7 +343,6 @@ def test_looking_for_the_latest_makes_and_takes_nothing(tmp_path: Path) -> None:
         {"committed_at": "2025-01-01T00:00:00"},
         {"run_key": OTHER_RUN},
         {"attempt": "../../etc"},
-        {"extra": 1},
     ],
     ids=str,
 )

@@ -92,7 +92,7 @@ def test_benchmark_times_an_artifact_against_its_original(
     small_job: SmallJob, tmp_path: Path, capsys: Captured
 ) -> None:
     ffsplit.compress(small_job.config(tmp_path / "out"))
-    assert main(["benchmark", str(tmp_path / "out")]) == 0
+    assert main(["benchmark", str(tmp_path / "out"), "--against", str(small_job.model)]) == 0
     assert "tokens/s" in capsys.readouterr().out
     assert main(["benchmark", str(small_job.model)]) == 0
     assert main(["benchmark", str(tmp_path)]) == 2

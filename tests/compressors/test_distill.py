@@ -8,7 +8,8 @@ import torch
 from ffsplit.compressors import DistillCompressor, PruneCompressor, distill
 from ffsplit.compressors.base import LayerContext, OutputNorm, relative_error
 from ffsplit.compressors.distill import rate_scale
-from ffsplit.compressors.layer import compress_layer, refit_layer
+from ffsplit.compressors.layer import CompressedLayer, compress_layer, refit_layer
+from ffsplit.errors import ConfigError
 from ffsplit.ffn import FFNShape, LayerLayout, PartLayout
 from tests.compressors.random_ffn import FORMS, all_tensors, random_ffn, random_inputs
 
@@ -62,6 +63,29 @@ def test_products_in_bfloat16_fit_as_well(shape: FFNShape, monkeypatch: pytest.M
     assert mixed.relative_error == pytest.approx(full.relative_error, rel=0.02)
     assert mixed.relative_error != full.relative_error
     assert all(tensor.dtype == torch.float32 for tensor in all_tensors(mixed.weights))
+
+
+def test_a_host_without_bfloat16_products_says_so_and_gives_no_other_bytes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And one that has them does without, where the run was settled so."""
+    shape = FORMS["plain"]
+    ffn, inputs = random_ffn(shape), random_inputs(shape.hidden_size, sizes=SIZES)
+
+    def fit(*, in_bfloat16: bool) -> CompressedLayer:
+        step = DistillCompressor(num_steps=5, batch_tokens=64).settled(in_bfloat16=in_bfloat16)
+        layout = LayerLayout.dense(shape, 20)
+        return compress_layer(ffn, heavy_neurons=range(20), layout=layout, steps=[REFIT, step], inputs=inputs)
+
+    made: dict[tuple[bool, bool], list[torch.Tensor]] = {}
+    for able in (True, False):
+        monkeypatch.setattr(distill, "multiplies_bfloat16", lambda device, able=able: able)
+        for in_bfloat16 in (True, False) if able else (False,):
+            made[able, in_bfloat16] = list(all_tensors(fit(in_bfloat16=in_bfloat16).weights))
+    with pytest.raises(ConfigError, match=r"host .*: this run fits layers with bfloat16.*--dtype float32"):
+        fit(in_bfloat16=True)
+    assert all(map(torch.equal, made[True, False], made[False, False]))
+    assert not all(map(torch.equal, made[True, True], made[True, False]))
 
 
 def test_own_inputs_are_fitted_beside_the_originals() -> None:

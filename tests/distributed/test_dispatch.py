@@ -47,15 +47,13 @@ class Pool:
         self.events.append(self.outcome(slot, item))
 
     def close(self, slot: int) -> None:
-        self.open_now.remove(slot)
+        self.open_now.discard(slot)
 
     def next_event(self, timeout_s: float) -> Event | None:
         if not self.events:
             return None
         event = self.events.popleft()
         self.in_flight.discard(event.slot)
-        if isinstance(event, Lost):
-            self.open_now.discard(event.slot)
         return event
 
 
@@ -97,7 +95,25 @@ def test_a_lost_worker_costs_the_item_in_hand() -> None:
     pool = Pool([2], outcome)
     assert sorted(dispatch(pool, range(12), stage="s")) == [(item, item) for item in range(12)]
     assert sorted(calls) == sorted([*range(12), 7])
-    assert pool.opened == 3
+    assert (pool.opened, pool.open_now) == (3, set())
+
+
+def test_a_lost_slot_is_closed_at_once() -> None:
+    """Its worker may live on, out of reach: it must not go on with an item that another has by then."""
+    closed: list[int] = []
+    pool = Pool([1], lambda slot, item: Lost(slot, "out of reach") if slot == 0 else Done(slot, item))
+    close = pool.close
+    pool.close = lambda slot: (closed.append(slot), close(slot))[1]  # type: ignore[method-assign]
+    answers = dispatch(pool, range(3), stage="s")
+    next(answers)
+    assert closed == [0] and pool.open_now == {1}
+    assert len(list(answers)) == 2
+
+
+def test_a_slot_that_is_lost_before_it_is_ready_is_closed() -> None:
+    pool = Pool([1], starts=lambda slot: Lost(slot, "its process died") if slot < 2 else Ready(slot))
+    assert len(list(dispatch(pool, range(3), stage="s"))) == 3
+    assert (pool.opened, pool.open_now) == (3, set())
 
 
 def test_an_item_that_takes_its_workers_with_it_ends_the_stage() -> None:

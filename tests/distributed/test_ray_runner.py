@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from ray._private.utils import check_version_info
+from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 import ffsplit
+from ffsplit.distributed.observing import Observed
 from ffsplit.distributed.ray_cluster import Share, connect, disconnect, refusal
+from ffsplit.distributed.ray_pools import OUT_OF_MEMORY, reason_of_loss
 from ffsplit.distributed.ray_runner import RayRunner
 from ffsplit.distributed.runner import Runner, SerialRunner
-from ffsplit.errors import CalibrationError, ConfigError
+from ffsplit.errors import CalibrationError, ConfigError, FFSplitError
 from ffsplit.machine import num_workers_here
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
@@ -178,6 +182,71 @@ def test_every_host_is_asked_once(local_ray: None) -> None:
         assert not runner.is_spread
         with pytest.raises(CalibrationError, match="item 3"):
             runner.on_every_host("fail", fail, 3)
+
+
+def sleep_if_told(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def die(item: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+class Doomed:
+    def __call__(self, item: int) -> int:
+        return die(item)
+
+
+def test_a_host_that_does_not_answer_is_named_in_time(local_ray: None) -> None:
+    with RayRunner(address=None, num_workers=2) as runner:
+        with pytest.raises(FFSplitError, match=r"inputs: 1 of 1 hosts did not answer in 0\.5 s \(.+/.+\): "):
+            runner.on_every_host("inputs", sleep_if_told, 600.0, within_s=0.5)
+        assert list(runner.on_every_host("inputs", sleep_if_told, 0.0).values()) == [0.0]
+
+
+def test_a_host_whose_process_was_ended_did_not_leave(local_ray: None) -> None:
+    with (
+        RayRunner(address=None, num_workers=2) as runner,
+        pytest.raises(FFSplitError, match=r"inputs: host .+ did not answer: its process died$"),
+    ):
+        runner.on_every_host("inputs", die, 1)
+
+
+@pytest.mark.parametrize("kind", ["tasks", "workers"])
+def test_a_process_that_was_killed_was_not_out_of_memory(local_ray: None, kind: str) -> None:
+    """Ray's own words name memory among the causes that a death may have."""
+    with RayRunner(address=None, num_workers=1) as runner:
+        lost = (
+            runner.map_tasks("s", Doomed(), [1]) if kind == "tasks" else runner.map_workers("s", Doomed, [1])
+        )
+        with pytest.raises(FFSplitError, match="item 0 lost 4 workers, the last because its process died;"):
+            list(lost)
+        assert ray.util.list_named_actors() == []
+
+
+def test_memory_is_the_reason_where_ray_says_so() -> None:
+    said = "3 worker(s) were killed due to the node running low on memory. Refer to the documentation"
+    for error in (OutOfMemoryError(said), NodeDiedError(said)):
+        assert reason_of_loss(error) == OUT_OF_MEMORY
+    assert reason_of_loss(WorkerCrashedError()) == "its process died"
+    maybe = "(1) the process was killed by the OOM killer due to high memory usage, (2) ray stop"
+    assert reason_of_loss(NodeDiedError(maybe)) == "its host left"
+    assert reason_of_loss(ValueError("no memory of it")) is None
+
+
+def test_what_goes_wrong_with_an_answer_ends_the_stage(
+    local_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In Ray's own thread, where an exception is dropped: the stage would wait for ever."""
+
+    def fail(self: Any, reason: str) -> None:
+        raise KeyError("a fault of our own")
+
+    monkeypatch.setattr(Observed, "lost", fail)
+    with RayRunner(address=None, num_workers=1) as runner, pytest.raises(KeyError, match="of our own"):
+        list(runner.map_tasks("s", Doomed(), [1]))
 
 
 def test_a_worker_that_dies_costs_the_item_in_hand(local_ray: None, tmp_path: Path) -> None:

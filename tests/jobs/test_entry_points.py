@@ -31,7 +31,7 @@ def test_every_entry_point_does_its_work_as_a_job(
     zoo.write_text(yaml.safe_dump({"destination": str(tmp_path / "zoo"), "models": [fields]}))
     jobs: dict[str, tuple[tuple[str, ...], str]] = {
         "compress": (tuple(small_job.arguments(out, "--workers", "2")), f"artifact: {out}"),
-        "benchmark": ((str(out),), "tokens/s"),
+        "benchmark": ((str(out), "--against", str(small_job.model)), "tokens/s"),
         "retrieve": ((str(out), str(copy)), str(copy)),
         "zoo": ((str(zoo),), "1 of 1 published (1 now), 0 refused by gates, 0 failed"),
     }

@@ -29,7 +29,7 @@ def test_an_encoder_over_a_grid(small_job: SmallJob, tmp_path: Path, capsys: Any
     manifest = ffsplit.compress(small_job.config(out))
     before = sorted(path.name for path in (out / manifest.run_key / manifest.attempt).rglob("*"))
     capsys.readouterr()
-    assert main(["benchmark", str(out), *QUICK, "--json"]) == 0
+    assert main(["benchmark", str(out), *QUICK, "--json", "--against", str(small_job.model)]) == 0
     record = BenchmarkRecord.model_validate_json(capsys.readouterr().out)
     shapes = [(each.phase, each.batch_size, each.num_tokens) for each in record.timings]
     assert shapes == [("forward", rows, tokens) for rows in (1, 2) for tokens in (4, 9)]
@@ -48,7 +48,10 @@ def test_the_store_lives_with_benchmarks(small_job: SmallJob, tmp_path: Path, ca
     """They verify, list and go with their run."""
     out = tmp_path / "out"
     first = ffsplit.compress(small_job.config(out))
-    assert main(["benchmark", str(out), *QUICK]) == 0
+    assert main(["benchmark", str(out), *QUICK]) == 2
+    said = capsys.readouterr().err
+    assert f"was made from a local model, {small_job.model.name}: give its --against DIRECTORY" in said
+    assert main(["benchmark", str(out), *QUICK, "--against", str(small_job.model)]) == 0
     printed = capsys.readouterr().out
     assert "appended:" in printed and "tokens/s" in printed and "by multiplications" in printed
     assert verify(str(out)).ok and main(["list", str(out)]) == 0

@@ -77,7 +77,7 @@ def test_trusted_code_is_what_runs(
         small_job.config(out, model=str(with_code), trust_remote_code=True, block_by_block=block_by_block)
     )
     assert (tmp_path / "mark").exists()
-    assert manifest.config.trust_remote_code
+    assert manifest.compute.trust_remote_code
     assert "modeling_doubled.py" in {entry.path for entry in manifest.files}
     with pytest.raises(ConfigError, match="--trust-remote-code"):
         ffsplit.load(str(out))

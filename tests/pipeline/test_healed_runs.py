@@ -85,7 +85,7 @@ def test_the_number_of_healing_workers_is_part_of_a_run_that_heals(
     assert key(healing, healing_workers=2) == key(healing, healing_workers=2, workers=3, runner="ray")
     assert key(plain) == key(plain, healing_workers=2)
     manifest = ffsplit.compress(small_job.config(tmp_path / "out", recipe=healing, healing_workers=2))
-    assert manifest.config.healing_workers == 2
+    assert manifest.compute.healing_workers == 2
 
 
 def attempt_of(out: Path) -> Path:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from ffsplit.pipeline.prepare import PreparedRun, prepare
-from tests.small_jobs import LOW_RANK, SmallJob
+from ffsplit.stages import profile
+from tests.small_jobs import LOW_RANK, PRUNE, SmallJob
 
 
 def test_the_run_key_names_what_is_computed(small_job: SmallJob, tmp_path: Path) -> None:
@@ -65,3 +68,26 @@ def test_gates_are_part_of_the_run_and_not_of_what_it_computes(small_job: SmallJ
     assert run("fidelity >= 0.91", "speedup@4x8 >= 1").run_key != gated.run_key
     assert run("speedup >= 1.5").run_key == run(require_speedup=1.5).run_key
     assert (4, 8) in gated.recipe.measurement.latency_shapes
+
+
+DISTILL = "{kind: prune, compensation: least_squares}, {kind: distill, num_steps: 5}"
+
+
+def test_what_fits_multiply_in_is_decided_by_the_driver_and_part_of_the_run(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a cluster of two kinds of hosts would publish either's bytes under one key."""
+
+    def run(step: str, *, able: bool, **fields: Any) -> PreparedRun:
+        monkeypatch.setattr(profile, "multiplies_bfloat16", lambda device: able)
+        more = "refits: [{kind: distill, num_steps: 5}]" if step == DISTILL else ""
+        return prepare(small_job.config(tmp_path, recipe=small_job.recipe(step=step, more=more), **fields))
+
+    with_it, without = run(DISTILL, able=True), run(DISTILL, able=False)
+    assert with_it.run_key != without.run_key
+    assert with_it.calibration_key == without.calibration_key
+    for prepared, precision in ((with_it, "bfloat16"), (without, "no")):
+        fits = [*prepared.recipe.steps[1:], *prepared.recipe.refits]
+        assert [fit.model_dump()["mixed_precision"] for fit in fits] == [precision] * 2
+    assert run(PRUNE, able=True).run_key == run(PRUNE, able=False).run_key
+    assert run(DISTILL, able=True, dtype="float32").run_key == without.run_key

@@ -284,16 +284,41 @@ def test_a_run_that_another_finishes_first_is_done(
     assert not (tmp_path / "out" / ".scratch").exists()
 
 
-def test_a_second_call_cleans_up_and_mends_the_hint(small_job: SmallJob, tmp_path: Path) -> None:
+def test_a_second_call_corrects_the_hint_and_deletes_nothing(small_job: SmallJob, tmp_path: Path) -> None:
+    """The scratch may be that of a run with other gates, which is at work or was refused."""
     out = tmp_path / "out"
+    strict = ("token_cosine >= 0.9999",)
     manifest = ffsplit.compress(small_job.config(out))
-    leftover = out / ".scratch" / manifest.run_key / "calibrate"
-    leftover.mkdir(parents=True)
-    (leftover / "shard-00000.json").write_text("{}")
+    with pytest.raises(GateError):
+        ffsplit.compress(small_job.config(out, gate=strict))
+    scratch = out / ".scratch" / manifest.run_key
+    before = sorted(path for path in scratch.rglob("*") if path.is_file())
+    assert scratch / "refused/report.html" in before
     (out / "latest.json").unlink()
     ffsplit.compress(small_job.config(out))
-    assert not (out / ".scratch").exists()
+    assert sorted(path for path in scratch.rglob("*") if path.is_file()) == before
     assert json.loads((out / "latest.json").read_text())["attempt"] == manifest.attempt
+
+
+def test_a_run_that_ends_leaves_the_scratch_to_one_with_other_gates(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes when the last of them has ended, and no piece is computed twice."""
+    out = tmp_path / "out"
+    measure = execution.measure_job
+    ended: list[ffsplit.Manifest] = []
+
+    def other_first(*arguments: Any) -> Any:
+        monkeypatch.setattr(execution, "measure_job", measure)
+        ended.append(ffsplit.compress(small_job.config(out, gate=("token_cosine >= 0.2",))))
+        assert (out / ".scratch").exists()
+        return measure(*arguments)
+
+    monkeypatch.setattr(execution, "measure_job", other_first)
+    manifest = ffsplit.compress(small_job.config(out, gate=("token_cosine >= 0.1",)))
+    assert ended[0].run_key != manifest.run_key
+    assert [stage.num_reused for stage in ended[0].stages] == [5, 3, 0]
+    assert not (out / ".scratch").exists()
 
 
 def test_nothing_is_written_into_a_published_attempt(small_job: SmallJob, tmp_path: Path) -> None:

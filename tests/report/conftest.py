@@ -122,7 +122,8 @@ def manifest_fields(num_layers: int) -> dict[str, Any]:
         "created_at": "2025-03-14T10:17:33Z",
         "ffsplit_version": "0.1.0",
         "plain": True,
-        "config": {"model": "sentence-transformers/all-MiniLM-L6-v2", "out": "s3://zoo/minilm", "keep": 0.35},
+        "seed": 7,
+        "compute": {"device": "cpu", "dtype": "float32", "threads": 1},
         "recipe": {"name": "fast", "compressor": {"method": "prune", "refit": True}, "samples": 2048},
         "keep": 0.35,
         "model": {

@@ -105,7 +105,6 @@ def test_nothing_is_loaded_from_anywhere(make_manifest, make_curves):
 def test_hostile_strings_are_escaped(make_manifest, make_curves):
     fields = make_manifest().model_dump()
     fields["model"] |= dict.fromkeys(("id", "revision", "digest", "architecture", "license"), HOSTILE)
-    fields["config"] |= {"model": HOSTILE, "out": HOSTILE}
     fields["recipe"] = {"name": HOSTILE, HOSTILE: [HOSTILE]}
     fields["calibration"] |= {"sources": (HOSTILE,), "text_digest": HOSTILE}
     fields["stages"] = [stage | {"name": HOSTILE, "key": HOSTILE} for stage in fields["stages"]]

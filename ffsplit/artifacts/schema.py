@@ -1,0 +1,78 @@
+"""Records that other versions of FFSplit read: what their version means, and what a reader does with it.
+
+`schema_version` is MAJOR.MINOR. A higher minor only adds fields: a reader keeps those that it does not know,
+ignores them, and writes them back. A higher major changes what fields mean: it is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, TypeVar
+
+from pydantic import Field, ValidationError
+
+from ffsplit.config import Record
+from ffsplit.errors import ArtifactError
+
+SCHEMA_VERSION = "1.0"
+AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+class NewerSchema(ArtifactError):
+    """A record is of a schema that this version does not read."""
+
+
+class Versioned(Record):
+    """A record that says by which schema it was written."""
+
+    schema_version: str = Field(
+        default=SCHEMA_VERSION, pattern=r"^[0-9]+\.[0-9]+$", description="MAJOR.MINOR"
+    )
+
+
+def read_record(kind: type[AnyRecord], data: str | bytes, *, name: str) -> AnyRecord:
+    """Parse a stored record, with whatever fields it has besides.
+
+    Raises NewerSchema for one of a newer major version, ArtifactError for what is no such record.
+    """
+    try:
+        record = kind.model_validate_json(data, extra="allow")
+    except ValidationError as error:
+        fields = _fields_of(data)
+        if fields is None:
+            raise ArtifactError(f"{name} is not a JSON object") from None
+        _refuse_newer(fields, name=name)
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        shown = where if where.isprintable() else repr(where)
+        raise ArtifactError(f"{name}: {f'{shown}: ' if shown else ''}{_line(first['msg'])}") from None
+    if isinstance(record, Versioned):
+        _refuse_newer(record.model_dump(), name=name)
+    return record
+
+
+def _fields_of(data: str | bytes) -> dict[str, Any] | None:
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return fields if isinstance(fields, dict) else None
+
+
+def _refuse_newer(fields: dict[str, Any], *, name: str) -> None:
+    match = re.match(r"[0-9]{1,9}", str(fields.get("schema_version", "")))
+    ours = SCHEMA_VERSION.partition(".")[0]
+    if match is None or int(match[0]) <= int(ours):
+        return
+    needed = str(fields.get("ffsplit_version", ""))
+    known = re.fullmatch(r"\d+(\.\d+){0,3}", needed, re.ASCII)
+    fix = f"pip install 'ffsplit>={needed}'" if known else "upgrade ffsplit"
+    raise NewerSchema(
+        f"{name} has schema {int(match[0])}, newer than {ours}, which this version reads: {fix}"
+    )
+
+
+def _line(text: str) -> str:
+    line = " ".join(text.split())
+    return line if line.isprintable() else repr(line)

@@ -1,0 +1,153 @@
+"""Finished pieces: found again whole, done again where they are missing or damaged, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ffsplit.artifacts import scratch as module
+from ffsplit.artifacts.scratch import Scratch
+from ffsplit.artifacts.stores import Store
+from ffsplit.errors import ConfigError, FFSplitError, StoreError
+from tests.s3.fault_proxy import Fault, FaultProxy
+
+
+@pytest.fixture
+def place(store: Store) -> Scratch:
+    module._store.cache_clear()
+    return Scratch(uri=store.uri, prefix=".scratch/0123456789abcdef/stage")
+
+
+def file_with(folder: Path, data: bytes) -> Path:
+    path = folder / "made.safetensors"
+    path.write_bytes(data)
+    return path
+
+
+def test_what_was_saved_is_found_and_what_was_not_is_not(place: Scratch, tmp_path: Path) -> None:
+    saved = place.save("one", {"one.safetensors": file_with(tmp_path, b"weights")}, facts={"n": 1})
+    found = place.load("one")
+    assert found == saved.model_copy(update={"reused": True})
+    assert place.load("two") is None
+
+
+@pytest.mark.parametrize("damage", ["file missing", "file changed", "file shorter", "record changed"])
+def test_what_is_damaged_counts_as_not_done(
+    place: Scratch, store: Store, tmp_path: Path, damage: str
+) -> None:
+    place.save("one", {"one.safetensors": file_with(tmp_path, b"weights")}, facts={})
+    key = place.key("one.safetensors")
+    if damage == "file missing":
+        store.delete(key)
+    elif damage == "record changed":
+        record = store.get_bytes(place.key("one.json"))
+        store.put_bytes(place.key("one.json"), record.replace(b'"facts":{}', b'"facts":{"a":1}'))
+    else:
+        store.put_bytes(key, b"heights" if damage == "file changed" else b"w")
+    assert place.load("one") is None
+
+
+@pytest.mark.parametrize("error", [StoreError("cannot read: 503"), ConfigError("cannot read: expired token")])
+@pytest.mark.parametrize("method", ["get_bytes", "fetch"])
+def test_a_store_that_cannot_say_is_an_error(
+    place: Scratch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, error: FFSplitError
+) -> None:
+    """Or an outage of a moment would have hours computed again."""
+    place.save("one", {"one.safetensors": file_with(tmp_path, b"weights")}, facts={})
+
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(module._store(place.uri), method, fail)
+    with pytest.raises(type(error), match="cannot read"):
+        place.load("one")
+    with pytest.raises(type(error), match="cannot read"):
+        place.load_or_compute("one", lambda: pytest.fail("computed again"))
+
+
+def test_a_directory_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
+    if os.getuid() == 0:
+        pytest.skip("root may read anywhere")
+    place = Scratch(uri=str(tmp_path / "out"), prefix=".scratch/0123456789abcdef/stage")
+    place.save("one", {}, facts={})
+    folder = tmp_path / "out" / place.prefix
+    folder.chmod(0)
+    try:
+        with pytest.raises(StoreError, match="permission denied"):
+            place.load("one")
+    finally:
+        folder.chmod(0o700)
+
+
+@pytest.fixture
+def proxied(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Scratch, FaultProxy]]:
+    proxy = FaultProxy(int(os.environ["AWS_ENDPOINT_URL_S3"].rpartition(":")[2]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{proxy.port}")
+    module._store.cache_clear()
+    yield Scratch(uri=s3_uri, prefix=".scratch/0123456789abcdef/stage"), proxy
+    proxy.close()
+    module._store.cache_clear()
+
+
+NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\nConnection: close\r\n\r\nno\n"
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("reply", [None, NOT_FOUND], ids=["503", "a gateway's 404"])
+@pytest.mark.parametrize("request_line", [rb"GET .*one\.json", rb"HEAD .*one\.safetensors"])
+def test_only_no_such_key_means_never_computed(
+    proxied: tuple[Scratch, FaultProxy],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request_line: bytes,
+    reply: bytes | None,
+) -> None:
+    place, proxy = proxied
+    place.save("one", {"one.safetensors": file_with(tmp_path, b"weights")}, facts={})
+    if reply is not None:
+        monkeypatch.setattr("tests.s3.fault_proxy.UNAVAILABLE", reply)
+    proxy.faults.append(Fault("refused", 10**6, re.compile(request_line).match))
+    with pytest.raises(StoreError, match="cannot"):
+        place.load("one")
+    assert proxy.faults[0].struck
+    proxy.faults.clear()
+    assert place.load("one") is not None
+    assert place.load("two") is None
+
+
+def test_a_series_keeps_its_last_and_never_less(place: Scratch, store: Store, tmp_path: Path) -> None:
+    assert place.load_newest("progress") is None
+    for number in (5, 10, 100):
+        place.save_next("progress", number, file_with(tmp_path, b"%d" % number))
+        newest = place.load_newest("progress")
+        assert newest is not None and newest.facts == {"number": number}
+    names = [key.removeprefix(f"{place.prefix}/") for key in store.list(place.prefix)]
+    assert names == ["progress-00000100.json", "progress-00000100.safetensors"]
+
+
+def test_a_series_goes_back_to_what_is_whole(place: Scratch, store: Store, tmp_path: Path) -> None:
+    place.save_next("progress", 5, file_with(tmp_path, b"5"))
+    store.put_bytes(place.key("progress-00000010.safetensors"), b"its record never came")
+    assert (newest := place.load_newest("progress")) is not None and newest.facts == {"number": 5}
+    place.save("progress-00000020", {"progress-00000020.safetensors": file_with(tmp_path, b"20")}, facts={})
+    store.put_bytes(place.key("progress-00000020.safetensors"), b"damaged")
+    assert (newest := place.load_newest("progress")) is not None and newest.facts == {"number": 5}
+    place.save_next("progress", 15, file_with(tmp_path, b"15"))
+    assert not store.exists(place.key("progress-00000010.safetensors"))
+
+
+def test_a_record_of_a_later_version_is_read(place: Scratch, store: Store, tmp_path: Path) -> None:
+    place.save("one", {"one.safetensors": file_with(tmp_path, b"weights")}, facts={})
+    record = json.loads(store.get_bytes(place.key("one.json")).partition(b"\n")[0])
+    record["files"][0]["compression"] = "none"
+    data = json.dumps(record | {"host": "later"}).encode()
+    store.put_bytes(place.key("one.json"), data + b"\n" + module._sha256(data))
+    found = place.load("one")
+    assert found is not None and found.files[0].size_bytes == 7
+    assert found.model_dump()["host"] == "later"
