@@ -83,7 +83,7 @@ class Architecture(Record):
     kind: ModelKind
     towers: tuple[Tower, ...]
     file_names: tuple[tuple[str, str], ...] = Field(
-        default=(), description="what files call a part of a module's path, where that differs"
+        default=(), description="what files call parts of a module's path, replaced in this order"
     )
     position_offset: int = Field(default=0, description="positions reserved before the first token")
     positions_field: str = "max_position_embeddings"
