@@ -122,6 +122,7 @@ _ROWS = (
     llama_like("qwen3_moe", experts(width_field="moe_intermediate_size")),
     t5_like("t5"),
     bart_like("bart", "seq2seq", encoder_mask="attention_mask", output_norm="final_layer_norm"),
+    bart_like("marian", "seq2seq", encoder_mask="attention_mask", output_norm="final_layer_norm"),
     bart_like(
         "whisper", "speech", encoder_mask=None, output_norm=None, positions_field="max_target_positions"
     ),
