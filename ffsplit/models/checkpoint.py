@@ -253,8 +253,7 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
     tensors = read_headers(directory, named=config.get("transformers_weights"))
     read = None
     if row is None or not _headers_tell(row, tensors, config):
-        model = empty_class(directory, class_named(config))
-        read = None if model is None else names_read(model, tensors)
+        read = _read_by_class(directory, tensors, config, renamed=row is None)
     names = TensorNames(tensors, rules=architecture.file_names, read=read)
     prefix, ffns = find_ffns(architecture, tensors, where=str(directory), names=names, config=config)
     for ffn in ffns:
@@ -268,6 +267,20 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
                 )
     _check_config(directory, config, ffns, widths_differ=bool(stored))
     return Checkpoint(directory, config, architecture, tensors, prefix, ffns, read)
+
+
+def _read_by_class(
+    directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], *, renamed: bool
+) -> dict[str, ReadTensor | None] | None:
+    """What the class that a config names makes of stored names, where transformers has such a class.
+
+    Without `renamed` stored names stay as they are: the rules of a row begin with those.
+    """
+    model = empty_class(directory, class_named(config))
+    read = None if model is None else names_read(model, tensors)
+    if read is None or renamed:
+        return read
+    return {name: each and each._replace(renamed=name) for name, each in read.items()}
 
 
 def class_named(config: Mapping[str, Any]) -> str:

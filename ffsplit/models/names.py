@@ -118,7 +118,8 @@ def empty_class(directory: Path, class_name: str) -> Any | None:
         return None
     try:
         with init_empty_weights():
-            config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+            kind = getattr(chosen, "config_class", None) or transformers.AutoConfig
+            config = kind.from_pretrained(directory, local_files_only=True)
             return chosen(config) if class_name else chosen.from_config(config)
     except Exception as error:  # whatever a family's code raises on a config that it cannot read
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
