@@ -15,15 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import ffsplit
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.headers import INDEX_NAME, WEIGHTS_NAME
-from ffsplit.models.load import check_complete, load_base_model, load_whole_model
+from ffsplit.models.load import check_complete, load_base_model, load_whole_model, model_class
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.runtime.assemble import assemble
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
-from tests.test_families import split_exactly
+from tests.small_jobs import SmallJob
+from tests.test_families import calibration_of, split_exactly
 from tests.tiny_families import make_model, outputs, save_checkpoint
 
 CPU = torch.device("cpu")
@@ -255,6 +257,47 @@ def test_whoever_reads_it_reads_the_same(folder: Path) -> None:
         for name, value in model.state_dict().items():
             is_made_up = "pooler" in name or "masked_spec_embed" in name
             assert is_made_up or value.is_meta or torch.equal(value, inside[name]), name
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "shards that are not read": {},
+    "a file that the config names": {},
+    "gamma and beta": {},
+    "gamma and beta in a base model": {"block_by_block": True},
+    "a base model under its head's class": {"block_by_block": True},
+    "blocks for multi-token prediction": {"block_by_block": True},
+    "blocks that the config does not state": {},
+    "no masked_spec_embed": {},
+    "weight norm of older code": {},
+    "float32 beside float16": {},
+    "an encoder's class for two towers": {},
+    "sinusoidal positions": {},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_a_run_keeps_what_it_should(tmp_path: Path, name: str, keep: float) -> None:
+    """From the original to a published artifact, loaded as transformers loads it."""
+    ODD[name](tmp_path / "model")
+    checkpoint = open_checkpoint(tmp_path / "model")
+    job = SmallJob(tmp_path, checkpoint.directory)
+    recipe = job.recipe(step="{kind: prune}")
+    rows = (calibration_of(checkpoint.kind, tmp_path) or str(job.text),)
+    options: dict[str, Any] = RUNS[name] | {"keep": keep, "samples": 12, "calibration": rows}
+    manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, **options))
+    assert manifest.plain
+    (artifact,) = (path.parent for path in (tmp_path / "out").glob("*/*/config.json"))
+    made = []
+    for directory in (checkpoint.directory, artifact):
+        torch.manual_seed(0)
+        model = model_class(checkpoint.class_name, where=directory)
+        made.append(outputs(model.from_pretrained(directory).eval()))
+    assert torch.equal(*made) == (keep == 1.0) and made[1].isfinite().all()
+    after = stored(artifact)
+    before = {name: info.shape for name, info in checkpoint.tensors.items()}
+    assert {name for name in before if tuple(after[name].shape) != before[name]} <= checkpoint.ffn_names
+    assert after.keys() == before.keys()
 
 
 def refused(folder: Path) -> str:

@@ -17,7 +17,7 @@ from ffsplit.models.activations import OTHER_NAMES
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.contents import digest_files
 from ffsplit.models.detect import detect_architecture
-from ffsplit.models.find import base_prefixes, config_part, find_ffns
+from ffsplit.models.find import base_prefixes, config_part, find_ffns, towers_in
 from ffsplit.models.headers import ITEM_SIZES, TensorInfo, read_headers, read_json
 from ffsplit.models.names import ReadTensor, TensorNames, empty_class, names_read
 from ffsplit.models.places import FFNPlace
@@ -294,11 +294,12 @@ def _headers_tell(row: Architecture, tensors: Mapping[str, TensorInfo], config: 
     They do not where there are candidates below several prefixes, or where files hold towers that the
     class named in the config may lack: a T5 encoder reads nothing of a decoder.
     """
-    if len(base_prefixes(row, TensorNames(tensors, rules=row.file_names))) != 1:
+    names = TensorNames(tensors, rules=row.file_names)
+    if len(base_prefixes(row, names)) != 1:
         return False
     name = class_named(config)
-    is_base = name.lower() in ("", f"{row.model_type}model")
-    return len(row.towers) == 1 or is_base or name.endswith(WHOLE)
+    has_all = name.lower() in ("", f"{row.model_type}model") or name.endswith(WHOLE)
+    return has_all or len(towers_in(row, names)) == 1
 
 
 def activation_name(config: Mapping[str, Any], tower: Tower) -> str:

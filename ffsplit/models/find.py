@@ -67,6 +67,16 @@ def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any
     return part if isinstance(part, Mapping) else {}
 
 
+def towers_in(architecture: Architecture, names: TensorNames) -> list[str]:
+    """The towers of a family that may have an FFN among these tensors."""
+    found = []
+    for tower in architecture.towers:
+        regexes = [re.compile(rf"(?:.*\.)?{_regex(pattern)}") for pattern in _downs(tower)]
+        if any(regex.fullmatch(name) for name in names.modules for regex in regexes):
+            found.append(tower.path)
+    return found
+
+
 class _Finder:
     """Looks for the FFNs of one checkpoint among the names of its tensors' modules."""
 

@@ -90,12 +90,9 @@ class Architecture(Record):
 
     @property
     def can_heal(self) -> bool:
-        """Whether a model can be trained to give its original's outputs.
-
-        It must read one row of text, and its tensors must go by their modules' names in its files.
-        """
+        """Whether a model can be trained to give its original's outputs: it must read one row of text."""
         experts = any(ffn.experts for tower in self.towers for ffn in tower.ffns)
-        return self.kind in ("encoder", "causal_lm") and not self.file_names and not experts
+        return self.kind in ("encoder", "causal_lm") and not experts
 
     @property
     def can_stream(self) -> bool:
