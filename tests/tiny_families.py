@@ -107,6 +107,7 @@ FAMILIES: dict[str, Family] = {
     "t5": Family("T5", _T5),
     "t5-gated": Family("T5", _T5 | {"feed_forward_proj": "gated-gelu"}, "t5"),
     "bart": Family("Bart", _ENCODER_DECODER | {"max_position_embeddings": 64}),
+    "marian": Family("Marian", _ENCODER_DECODER | {"max_position_embeddings": 64}),
     "whisper": Family("Whisper", _ENCODER_DECODER | _WHISPER),
     "vit": Family("ViT", _PIXELS),
     "clip": Family(

@@ -92,7 +92,7 @@ _ROWS = (
         "gemma3",
         blocks="language_model.layers.*",
         config="text_config",
-        options={"file_names": (("language_model.layers.*", "language_model.model.layers.*"),)},
+        options={"file_names": (("language_model.", "language_model.model."),)},
         **_GEMMA,
     ),
     row(
@@ -111,9 +111,10 @@ _ROWS = (
         default_activation="silu",
         options={
             "file_names": (
-                ("mlp.experts.*.up_proj", "block_sparse_moe.experts.*.w3"),
-                ("mlp.experts.*.gate_proj", "block_sparse_moe.experts.*.w1"),
-                ("mlp.experts.*.down_proj", "block_sparse_moe.experts.*.w2"),
+                (".mlp.", ".block_sparse_moe."),
+                (".up_proj.", ".w3."),
+                (".gate_proj.", ".w1."),
+                (".down_proj.", ".w2."),
             )
         },
     ),
@@ -121,6 +122,7 @@ _ROWS = (
     llama_like("qwen3_moe", experts(width_field="moe_intermediate_size")),
     t5_like("t5"),
     bart_like("bart", "seq2seq", encoder_mask="attention_mask", output_norm="final_layer_norm"),
+    bart_like("marian", "seq2seq", encoder_mask="attention_mask", output_norm="final_layer_norm"),
     bart_like(
         "whisper", "speech", encoder_mask=None, output_norm=None, positions_field="max_target_positions"
     ),
@@ -132,7 +134,11 @@ _ROWS = (
         mask=None,
         options={
             "file_names": (
-                ("layers.*", "encoder.layer.*"),
+                ("layers.", "encoder.layer."),
+                ("q_proj", "attention.query"),
+                ("k_proj", "attention.key"),
+                ("v_proj", "attention.value"),
+                ("attention.o_proj", "attention.output.dense"),
                 ("mlp.fc1", "intermediate.dense"),
                 ("mlp.fc2", "output.dense"),
             )

@@ -17,8 +17,9 @@ from ffsplit.models.activations import OTHER_NAMES
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.contents import digest_files
 from ffsplit.models.detect import detect_architecture
-from ffsplit.models.find import config_part, find_ffns
+from ffsplit.models.find import base_prefixes, config_part, find_ffns, towers_in
 from ffsplit.models.headers import ITEM_SIZES, TensorInfo, read_headers, read_json
+from ffsplit.models.names import ReadTensor, TensorNames, empty_class, names_read
 from ffsplit.models.places import FFNPlace
 from ffsplit.models.rows import TEXT_KINDS, Architecture, ModelKind, Tower
 from ffsplit.models.trust import check_trusted, code_files
@@ -34,6 +35,10 @@ NARROWED = "narrowed"
 Its tensors have the original's names. That their shapes do not match config.json makes a load without
 ffsplit fail.
 """
+PRETRAINED = ("ForMaskedLM", "ForPreTraining")
+"""How the classes end whose head an encoder was pretrained with, and is mostly published without."""
+WHOLE = ("ForConditionalGeneration", "MTModel")
+"""How the classes end that have every tower of their family, beside the base model's class."""
 FFN_DTYPES = ("F32", "F16", "BF16")
 TOKENIZER_FILE = re.compile(
     r"(tokenizer.*|vocab.*|merges|special_tokens_map|added_tokens|spiece|sentencepiece.*)\.(json|txt|model)$"
@@ -43,7 +48,10 @@ TOKENIZER_FILE = re.compile(
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A readable, supported checkpoint. Made by `open_checkpoint`, which checks all of it."""
+    """A readable, supported checkpoint. Made by `open_checkpoint`, which checks all of it.
+
+    `read` is what transformers makes of the tensors' names, where the headers alone did not tell.
+    """
 
     directory: Path
     config: dict[str, Any]
@@ -51,6 +59,16 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     prefix: str
     ffns: tuple[FFNPlace, ...]
+    read: Mapping[str, ReadTensor | None] | None = None
+
+    @cached_property
+    def names(self) -> TensorNames:
+        """What the model calls the tensors that it reads, whose names in files are those of `tensors`."""
+        return TensorNames(self.tensors, rules=self.architecture.file_names, read=self.read)
+
+    def in_base(self, path: str) -> str:
+        """The stored name of a tensor of the base model."""
+        return self.names.stored(f"{self.prefix}{path}")
 
     @property
     def weight_files(self) -> tuple[str, ...]:
@@ -64,7 +82,18 @@ class Checkpoint:
     @property
     def class_name(self) -> str:
         """The transformers class it was saved from, or "" when the config does not say."""
-        return str((self.config.get("architectures") or [""])[0])
+        return class_named(self.config)
+
+    @property
+    def is_headless(self) -> bool:
+        """Whether it is an encoder without the head that it was pretrained with.
+
+        Its config may name that head's class all the same: sentence-transformers, for one, keeps the name
+        and not the head.
+        """
+        if not self.class_name.endswith(PRETRAINED):
+            return False
+        return not self.prefix or all(name.startswith(self.prefix) for name in self.names.modules)
 
     @property
     def kind(self) -> ModelKind:
@@ -156,22 +185,18 @@ class Checkpoint:
 
     def block_tensors(self, *blocks: str) -> list[str]:
         """The tensors of some blocks."""
-        paths = [path for block in blocks for path in (block, self._file_path(block))]
-        starts = tuple(f"{self.prefix}{path}." for path in paths)
-        return [name for name in self.tensors if name.startswith(starts)]
+        starts = tuple(f"{self.prefix}{block}." for block in blocks)
+        return [name for module, name in self.names.modules.items() if module.startswith(starts)]
+
+    @cached_property
+    def ffn_names(self) -> frozenset[str]:
+        """The tensors of all FFNs."""
+        return frozenset(name for ffn in self.ffns for name in ffn.tensor_names)
 
     @cached_property
     def names_in_blocks(self) -> frozenset[str]:
         """The tensors of all blocks."""
         return frozenset(self.block_tensors(*self.blocks))
-
-    def _file_path(self, block: str) -> str:
-        """A block's path as files may have it, whatever its module has."""
-        path, _, number = block.rpartition(".")
-        named = f"{path}.*"
-        for module_name, file_name in self.architecture.file_names:
-            named = named.replace(module_name, file_name)
-        return named.replace("*", number)
 
     @cached_property
     def license(self) -> str | None:
@@ -225,8 +250,12 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
         )
     row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     architecture = row or detect_architecture(directory, config)
-    tensors = read_headers(directory)
-    prefix, ffns = find_ffns(architecture, tensors, where=str(directory), config=config)
+    tensors = read_headers(directory, named=config.get("transformers_weights"))
+    read = None
+    if row is None or not _headers_tell(row, tensors, config):
+        read = _read_by_class(directory, tensors, config, renamed=row is None)
+    names = TensorNames(tensors, rules=architecture.file_names, read=read)
+    prefix, ffns = find_ffns(architecture, tensors, where=str(directory), names=names, config=config)
     for ffn in ffns:
         for place in ffn.matrices:
             info = tensors.get(place.name)
@@ -237,7 +266,40 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
                     f"{directory}: {place.name} is {info.dtype}; FFNs may be {', '.join(FFN_DTYPES)}"
                 )
     _check_config(directory, config, ffns, widths_differ=bool(stored))
-    return Checkpoint(directory, config, architecture, tensors, prefix, ffns)
+    return Checkpoint(directory, config, architecture, tensors, prefix, ffns, read)
+
+
+def _read_by_class(
+    directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], *, renamed: bool
+) -> dict[str, ReadTensor | None] | None:
+    """What the class that a config names makes of stored names, where transformers has such a class.
+
+    Without `renamed` stored names stay as they are: the rules of a row begin with those.
+    """
+    model = empty_class(directory, class_named(config))
+    read = None if model is None else names_read(model, tensors)
+    if read is None or renamed:
+        return read
+    return {name: each and each._replace(renamed=name) for name, each in read.items()}
+
+
+def class_named(config: Mapping[str, Any]) -> str:
+    """The class that a config was saved by, or ""."""
+    return str((config.get("architectures") or [""])[0])
+
+
+def _headers_tell(row: Architecture, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool:
+    """Whether headers alone say which tensors are FFNs that the model runs.
+
+    They do not where there are candidates below several prefixes, or where files hold towers that the
+    class named in the config may lack: a T5 encoder reads nothing of a decoder.
+    """
+    names = TensorNames(tensors, rules=row.file_names)
+    if len(base_prefixes(row, names)) != 1:
+        return False
+    name = class_named(config)
+    has_all = name.lower() in ("", f"{row.model_type}model") or name.endswith(WHOLE)
+    return has_all or len(towers_in(row, names)) == 1
 
 
 def activation_name(config: Mapping[str, Any], tower: Tower) -> str:

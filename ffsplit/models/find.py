@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn import FFNShape
 from ffsplit.models.detect import architecture_of
+from ffsplit.models.names import TensorNames
 from ffsplit.models.places import STACKED, FFNPlace, MatrixPlace, join_paths
 from ffsplit.models.rows import Architecture, FFNPaths, Tower
 
@@ -25,21 +26,39 @@ def find_ffns(
     tensors: Mapping[str, Shaped],
     *,
     where: str,
+    names: TensorNames,
     config: Mapping[str, Any] | None = None,
 ) -> tuple[str, tuple[FFNPlace, ...]]:
     """The prefix of the base model's tensors, and its FFNs.
 
-    A config says how many blocks there should be. Raises UnsupportedModelError when there is no FFN, or
-    one lacks a tensor.
+    A config says how many blocks there are: a tensor of a later one is no FFN's. Raises
+    UnsupportedModelError when there is no FFN, or one lacks a tensor.
     """
-    finder = _Finder(architecture, tensors, where)
-    return finder.prefix, tuple(finder.ffns(config or {}))
+    found = base_prefixes(architecture, names)
+    if len(found) != 1:
+        first = _downs(architecture.towers[0])[0].replace("*", "0")
+        what = f"tensors {names.stored(first)!r} below each of {', '.join(map(repr, found))}"
+        raise UnsupportedModelError(
+            f"{where}: {what if found else f'no tensor {names.stored(first)!r}'}, "
+            f"where a {architecture.model_type} keeps its first FFN"
+        )
+    finder = _Finder(architecture, tensors, where, names=names, prefix=found[0])
+    return found[0], tuple(finder.ffns(config or {}))
 
 
 def ffns_of(model: Any) -> tuple[str, tuple[FFNPlace, ...]]:
     """The path of a model's base model, ending in a dot where it is not empty, and the FFNs below it."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
-    return find_ffns(architecture_of(model), tensors, where=type(model).__name__)
+    names = TensorNames(tensors, rules=())
+    return find_ffns(architecture_of(model), tensors, where=type(model).__name__, names=names)
+
+
+def base_prefixes(architecture: Architecture, names: TensorNames) -> list[str]:
+    """What stands before the module names of FFNs, sorted: one prefix, where all are one model's."""
+    patterns = dict.fromkeys(each for tower in architecture.towers for each in _downs(tower))
+    regexes = [re.compile(rf"((?:.*\.)?){_regex(pattern)}") for pattern in patterns]
+    matches = (regex.fullmatch(name) for name in names.modules for regex in regexes)
+    return sorted({match[1] for match in matches if match})
 
 
 def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
@@ -48,21 +67,30 @@ def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any
     return part if isinstance(part, Mapping) else {}
 
 
-class _Finder:
-    """Looks for the FFNs of one checkpoint among the names of its tensors."""
+def towers_in(architecture: Architecture, names: TensorNames) -> list[str]:
+    """The towers of a family that may have an FFN among these tensors."""
+    found = []
+    for tower in architecture.towers:
+        regexes = [re.compile(rf"(?:.*\.)?{_regex(pattern)}") for pattern in _downs(tower)]
+        if any(regex.fullmatch(name) for name in names.modules for regex in regexes):
+            found.append(tower.path)
+    return found
 
-    def __init__(self, architecture: Architecture, tensors: Mapping[str, Shaped], where: str) -> None:
+
+class _Finder:
+    """Looks for the FFNs of one checkpoint among the names of its tensors' modules."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        tensors: Mapping[str, Shaped],
+        where: str,
+        *,
+        names: TensorNames,
+        prefix: str,
+    ) -> None:
         self._row, self._tensors, self._where = architecture, tensors, where
-        patterns = [each for tower in architecture.towers for each in self._downs(tower)]
-        regexes = [re.compile(rf"((?:.*\.)?){_regex(pattern)}") for pattern in dict.fromkeys(patterns)]
-        matches = (regex.fullmatch(name) for name in tensors for regex in regexes)
-        prefixes = {match[1] for match in matches if match}
-        if len(prefixes) != 1:
-            tail = patterns[0].replace("*", "0")
-            raise UnsupportedModelError(
-                f"{where}: no tensor {tail!r}, where a {architecture.model_type} keeps its first FFN"
-            )
-        self.prefix = prefixes.pop()
+        self._names, self._prefix = names, prefix
 
     def ffns(self, config: Mapping[str, Any]) -> list[FFNPlace]:
         found: list[FFNPlace] = []
@@ -74,49 +102,40 @@ class _Finder:
                     find = self._stacked if self._is_stacked(paths, block) else self._separate
                     found += find(tower, paths, block, first=len(found))
                 if len(found) == before:
-                    name = self._name(self._candidates(tower, tower.ffns[0].up)[0], block, 0)
-                    raise UnsupportedModelError(f"{self._where}: {name} is missing or is no matrix")
+                    raise self._missing(self._weight(tower, tower.ffns[0].up, block, 0))
         return found
 
-    def _candidates(self, tower: Tower, path: str) -> tuple[str, ...]:
-        """The patterns a module's tensors may go by: as files have it where they differ, as modules do."""
-        pattern = named = join_paths(tower.blocks, path)
-        for module_name, file_name in self._row.file_names:
-            named = named.replace(module_name, file_name)
-        return (named, pattern) if named != pattern else (pattern,)
-
-    def _downs(self, tower: Tower) -> Iterator[str]:
-        for paths in tower.ffns:
-            yield from (f"{each}.weight" for each in self._candidates(tower, paths.down))
-            if paths.experts:
-                yield join_paths(tower.blocks, f"{paths.module}.{STACKED['down']}")
-
     def _blocks(self, tower: Tower, *, num_stated: int) -> list[str]:
-        """The module paths of a tower's blocks, from the first on; of none where it has no FFN at all."""
-        numbers = [_regex(name).replace(r"\d+", r"(\d+)", int(tower.is_list)) for name in self._downs(tower)]
-        regexes = [re.compile(re.escape(self.prefix) + each) for each in numbers]
-        matches = [match for name in self._tensors for regex in regexes if (match := regex.fullmatch(name))]
+        """The module paths of a tower's blocks, from the first on; of none where it has no FFN at all.
+
+        As many as the config states, which is how many the model will have.
+        """
+        numbers = [_regex(name).replace(r"\d+", r"(\d+)", int(tower.is_list)) for name in _downs(tower)]
+        regexes = [re.compile(re.escape(self._prefix) + each) for each in numbers]
+        modules = self._names.modules
+        matches = [match for name in modules for regex in regexes if (match := regex.fullmatch(name))]
         if not tower.is_list:
             return [tower.path] if matches else []
         present = {int(match[1]) for match in matches}
         count = next(index for index in range(len(present) + 1) if index not in present)
-        return [f"{tower.path}.{index}" for index in range(max(count, num_stated if present else 0))]
+        return [f"{tower.path}.{index}" for index in range(num_stated or count)] if present else []
 
     def _is_stacked(self, paths: FFNPaths, block: str) -> bool:
-        name = f"{self.prefix}{join_paths(block, paths.module or '')}.{STACKED['down']}"
-        return paths.experts and name in self._tensors
+        name = f"{self._prefix}{join_paths(block, paths.module or '')}.{STACKED['down']}"
+        return paths.experts and name in self._names.modules
 
     def _stacked(self, tower: Tower, paths: FFNPaths, block: str, *, first: int) -> Iterator[FFNPlace]:
         """Experts that are one tensor."""
-        stack = f"{self.prefix}{join_paths(block, paths.module or '')}."
-        for expert in range(self._tensors[stack + STACKED["down"]].shape[0]):
+        stack = f"{self._prefix}{join_paths(block, paths.module or '')}."
+        stored = {role: self._names.stored(stack + name) for role, name in STACKED.items()}
+        for expert in range(self._tensors[stored["down"]].shape[0]):
             roles = (("up", paths.up, 1), ("gate", paths.gate, 0), ("down", paths.down, None))
             up, gate, down = (
                 MatrixPlace(
-                    stack + STACKED[role],
+                    stored[role],
                     expert=expert,
                     half=half,
-                    alone=self._name(self._candidates(tower, path or "")[0], block, expert),
+                    alone=self._names.stored(self._weight(tower, path or "", block, expert)),
                 )
                 for role, path, half in roles
             )
@@ -137,8 +156,7 @@ class _Finder:
             )
             for path, found in ((gate_path, gate), (paths.down, down)):
                 if path is not None and found is None:
-                    name = self._name(self._candidates(tower, path)[0], block, expert)
-                    raise UnsupportedModelError(f"{self._where}: {name} is missing or is no matrix")
+                    raise self._missing(self._weight(tower, path, block, expert))
             assert down is not None
             yield self._place(
                 tower, paths, block, up, gate, down, first=first, expert=expert if paths.experts else None
@@ -150,19 +168,22 @@ class _Finder:
     def _matrix(
         self, tower: Tower, paths: FFNPaths, path: str, block: str, expert: int, *, half: int | None
     ) -> MatrixPlace | None:
-        for candidate in self._candidates(tower, path):
-            name = self._name(candidate, block, expert)
-            if name in self._tensors:
-                bias = f"{name.removesuffix('weight')}bias"
-                found = bias if bias in self._tensors else None
-                return MatrixPlace(name, found, half=half, transposed=paths.transposed)
-        return None
+        name = self._weight(tower, path, block, expert)
+        if name not in self._names.modules:
+            return None
+        bias = f"{name.removesuffix('weight')}bias"
+        found = self._names.stored(bias) if bias in self._names.modules else None
+        return MatrixPlace(self._names.stored(name), found, half=half, transposed=paths.transposed)
 
-    def _name(self, pattern: str, block: str, expert: int) -> str:
-        """The weight of a pattern's module, in one block."""
+    def _weight(self, tower: Tower, path: str, block: str, expert: int) -> str:
+        """The weight of a module of one block, by its module's name."""
+        pattern = join_paths(tower.blocks, path)
         for number in (*_numbers(block), expert):
             pattern = pattern.replace("*", str(number), 1)
-        return f"{self.prefix}{pattern}.weight"
+        return f"{self._prefix}{pattern}.weight"
+
+    def _missing(self, name: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"{self._where}: {self._names.stored(name)} is missing or is no matrix")
 
     def _place(
         self,
@@ -191,6 +212,16 @@ class _Finder:
         )
         index = first + (expert or 0)
         return FFNPlace(index, name, tower, paths, block, up, gate, down, shape, expert=expert, unit=first)
+
+
+def _downs(tower: Tower) -> list[str]:
+    """The patterns of a tower's down projections, below the base model."""
+    found = []
+    for paths in tower.ffns:
+        found.append(f"{join_paths(tower.blocks, paths.down)}.weight")
+        if paths.experts:
+            found.append(join_paths(tower.blocks, f"{paths.module}.{STACKED['down']}"))
+    return found
 
 
 def _regex(pattern: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,21 +12,30 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, UnsupportedModelError
 
 ITEM_SIZES = {
+    "C64": 8,
     "F64": 8,
     "F32": 4,
     "F16": 2,
     "BF16": 2,
     "I64": 8,
+    "U64": 8,
     "I32": 4,
+    "U32": 4,
     "I16": 2,
+    "U16": 2,
     "I8": 1,
     "U8": 1,
     "BOOL": 1,
 }
+WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+"""Files of a checkpoint that was saved by several processes, a part of each tensor by each."""
+SCALED = re.compile(r"F[48]|[IU]4")
+"""Dtypes that mean nothing without scales, which are tensors of their own."""
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -44,7 +55,7 @@ class TensorInfo(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        return self.num_elements * ITEM_SIZES.get(self.dtype, 4)
+        return self.num_elements * ITEM_SIZES[self.dtype]
 
 
 def read_json(path: Path, missing: str) -> dict[str, Any]:
@@ -60,30 +71,16 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
     return value
 
 
-def read_headers(directory: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a checkpoint, by name. Raises ConfigError when a file or a tensor is missing."""
-    index = directory / INDEX_NAME
-    if index.is_file():
-        stated = read_json(index, "")
-        weight_map: dict[str, str] = stated.get("weight_map") or {}
-        if not (
-            weight_map
-            and isinstance(weight_map, dict)
-            and all(isinstance(v, str) for v in weight_map.values())
-        ):
-            raise ConfigError(f"{index} has no weight_map")
-        if not isinstance(stated.get("metadata"), dict):  # without which transformers does not load it
-            raise ConfigError(f'{index} has no metadata: add "metadata": {{}} to it')
-        files = sorted(set(weight_map.values()))
-    elif (directory / "model.safetensors").is_file():
-        weight_map, files = {}, ["model.safetensors"]
-    elif any(path.suffix in PICKLE_SUFFIXES for path in directory.iterdir()):
-        raise ConfigError(
-            f"{directory} holds only pickled weights, which can run code: convert them to safetensors "
-            "with save_pretrained"
-        )
-    else:
-        raise ConfigError(f"{directory} has no model.safetensors and no {INDEX_NAME}")
+def read_headers(directory: Path, *, named: object = None) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint, by name. Raises ConfigError when a file or a tensor is missing.
+
+    `named` is the file that config.json names as `transformers_weights`, if any.
+    """
+    weights = weights_file(directory, named=named)
+    weight_map: dict[str, str] = {}
+    if weights.name.endswith(".json"):
+        weight_map = _weight_map(weights)
+    files = sorted(set(weight_map.values())) or [str(weights.relative_to(directory))]
     tensors: dict[str, TensorInfo] = {}
     for name in files:
         with opened(directory / name) as file:
@@ -92,8 +89,69 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
                 tensors[tensor] = TensorInfo(name, view.get_dtype(), tuple(view.get_shape()))
     absent = [name for name in weight_map if name not in tensors]
     if absent:
-        raise ConfigError(f"{index} names {absent[0]}, which {weight_map[absent[0]]} does not hold")
+        raise ConfigError(f"{weights} names {absent[0]}, which {weight_map[absent[0]]} does not hold")
+    for name, info in tensors.items():
+        if info.dtype not in ITEM_SIZES:
+            raise UnsupportedModelError(
+                f"{directory}: {name} is {info.dtype}, which stands for numbers with scales: start from the "
+                "original in float32, float16 or bfloat16"
+                if SCALED.match(info.dtype)
+                else f"{directory}: {name} is {info.dtype}; weights may be {', '.join(ITEM_SIZES)}"
+            )
     return tensors
+
+
+def weights_file(directory: Path, *, named: object = None) -> Path:
+    """The file or the index that transformers reads, chosen as `from_pretrained` does; held by a test.
+
+    What the config names goes before all, then one file goes before an index; variants, which have a word
+    before their suffix, are only read by who asks for them. Raises ConfigError where there is none.
+    """
+    shards = [path.name for path in sorted(directory.iterdir()) if DISTRIBUTED.fullmatch(path.name)]
+    if shards:
+        raise ConfigError(
+            f"{directory} holds {shards[0]}, a process's part of a distributed checkpoint: load it with "
+            "from_pretrained and save it with save_pretrained"
+        )
+    if named is not None:
+        chosen = directory / str(named)
+        inside = Path(os.path.abspath(chosen)).is_relative_to(os.path.abspath(directory))
+        if not inside or not str(named).endswith((".safetensors", ".safetensors.index.json")):
+            raise ConfigError(
+                f"{directory}/config.json: transformers_weights {str(named)!r} must name a .safetensors file "
+                "or a .safetensors.index.json in the model's directory"
+            )
+        if not chosen.is_file():
+            raise ConfigError(f"{chosen} is missing, which config.json names as transformers_weights")
+        return chosen
+    for name in (WEIGHTS_NAME, INDEX_NAME):
+        if (directory / name).is_file():
+            return directory / name
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if others:
+        raise ConfigError(
+            f"{directory} has no {WEIGHTS_NAME} and no {INDEX_NAME}: transformers does not read {others[0]}; "
+            "rename it, or name it in config.json as transformers_weights"
+        )
+    if any(path.suffix in PICKLE_SUFFIXES for path in directory.iterdir()):
+        raise ConfigError(
+            f"{directory} holds only pickled weights, which can run code: convert them to safetensors "
+            "with save_pretrained"
+        )
+    raise ConfigError(f"{directory} has no {WEIGHTS_NAME} and no {INDEX_NAME}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, by an index. Raises ConfigError where the index is invalid."""
+    stated = read_json(index, "")
+    weight_map = stated.get("weight_map")
+    if not (
+        weight_map and isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
+    ):
+        raise ConfigError(f"{index} has no weight_map")
+    if not isinstance(stated.get("metadata"), dict):  # without which transformers does not load it
+        raise ConfigError(f'{index} has no metadata: add "metadata": {{}} to it')
+    return weight_map
 
 
 @contextmanager

@@ -9,13 +9,16 @@ from typing import Any, Literal
 
 import torch
 
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, UnsupportedModelError
 from ffsplit.models.checkpoint import GENERATORS, Checkpoint, tokenizer_files
 from ffsplit.models.headers import opened, read_json
+from ffsplit.models.names import below_base, names_read
 from ffsplit.models.trust import check_trusted, remote_classes, trusted, trusting
 
 POOLER = "pooler"
 """What transformers makes up where a checkpoint lacks it; the hidden states do not depend on it."""
+TRAINED_WITH = "masked_spec_embed"
+"""What speech models put in the place of masked frames, which they only do while they are trained."""
 
 
 @contextmanager
@@ -50,14 +53,14 @@ def load_base_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torc
 def check_complete(checkpoint: Checkpoint) -> None:
     """Raise ConfigError when a tensor of the model is missing, or has not the shape that the config states.
 
-    transformers would make it up. No weight is read. A head is asked for where the result is compared by
-    what it gives; what pools encoders' states never is.
+    transformers would make it up. No weight is read. What counts is the class that the config names, but
+    for the head of an encoder that has none; what pools the states of a base model is never asked for, nor
+    what a family's code makes up without harm. The tensors must be those that the headers promised.
     """
     from huggingface_hub.errors import StrictDataclassError
 
     where = checkpoint.directory
-    needs_head = checkpoint.compared_as == "causal_lm" or not checkpoint.is_whole
-    chosen = model_class(checkpoint.class_name if needs_head else "", where=where)
+    chosen = model_class("" if checkpoint.is_headless else checkpoint.class_name, where=where)
     options: dict[str, Any] = {
         "local_files_only": True,
         "use_safetensors": True,
@@ -66,18 +69,47 @@ def check_complete(checkpoint: Checkpoint) -> None:
     options |= {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         with quiet_transformers():
-            _, found = chosen.from_pretrained(where, **options)
+            model, found = chosen.from_pretrained(where, **options)
     except StrictDataclassError as error:
         raise _does_not_hold(where, error) from None
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(f"{where} does not load: {' '.join(str(error).split())}") from None
-    absent = sorted(name for name in found["missing_keys"] if POOLER not in name)
+    is_base = checkpoint.is_headless or checkpoint.class_name.endswith("Model") or not checkpoint.class_name
+    absent = sorted(name for name in found["missing_keys"] if not is_made_up(name, of_base=is_base))
     if absent:
         raise ConfigError(f"{where} holds no tensor for {absent[0]}")
     for name, shape, expected in sorted(found["mismatched_keys"]):
         raise ConfigError(
             f"{where}: {name} has the shape {tuple(shape)}, config.json makes it {tuple(expected)}"
         )
+    check_names(checkpoint, model)
+
+
+def is_made_up(name: str, *, of_base: bool) -> bool:
+    """Whether transformers may make a tensor up, since nothing that is computed here depends on it."""
+    return TRAINED_WITH in name or (of_base and POOLER in name)
+
+
+def check_names(checkpoint: Checkpoint, model: Any) -> None:
+    """Raise UnsupportedModelError where a block's tensor has another place than the headers promise.
+
+    What is compressed would then not be what transformers runs.
+    """
+    read = names_read(model, checkpoint.tensors)
+    for module, stored in checkpoint.names.modules.items():
+        if stored not in checkpoint.names_in_blocks:
+            continue
+        found = read[stored]
+        expected = module.removeprefix(checkpoint.prefix)
+        is_ffn = stored in checkpoint.ffn_names
+        if found is None and not is_ffn:
+            continue  # such as masks and frequencies that older code stored
+        if found is None or (found.is_whole and below_base(model, found.name) != expected):
+            as_what = "ignores" if found is None else f"reads as {found.name} and not as {expected}"
+            raise UnsupportedModelError(
+                f"{checkpoint.directory}: {stored} would be compressed, which transformers {as_what}: "
+                f"load the model as {type(model).__name__} and save it with save_pretrained"
+            )
 
 
 def _see_whole_rows(model: Any) -> None:

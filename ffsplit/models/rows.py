@@ -83,19 +83,16 @@ class Architecture(Record):
     kind: ModelKind
     towers: tuple[Tower, ...]
     file_names: tuple[tuple[str, str], ...] = Field(
-        default=(), description="what files call a part of a module's path, where that differs"
+        default=(), description="what files call parts of a module's path, replaced in this order"
     )
     position_offset: int = Field(default=0, description="positions reserved before the first token")
     positions_field: str = "max_position_embeddings"
 
     @property
     def can_heal(self) -> bool:
-        """Whether a model can be trained to give its original's outputs.
-
-        It must read one row of text, and its tensors must go by their modules' names in its files.
-        """
+        """Whether a model can be trained to give its original's outputs: it must read one row of text."""
         experts = any(ffn.experts for tower in self.towers for ffn in tower.ffns)
-        return self.kind in ("encoder", "causal_lm") and not self.file_names and not experts
+        return self.kind in ("encoder", "causal_lm") and not experts
 
     @property
     def can_stream(self) -> bool:

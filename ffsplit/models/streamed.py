@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.load import POOLER, empty_model, load_tensors
+from ffsplit.models.load import empty_model, is_made_up, load_tensors
 
 Inputs = Mapping[str, Tensor]
 
@@ -68,7 +68,7 @@ class StreamedModel:
         self.model.tie_weights()
         for name, parameter in self.model.named_parameters():
             if parameter.is_meta and parameter not in in_blocks:
-                if POOLER not in name:
+                if not is_made_up(name, of_base=True):
                     raise ConfigError(f"{self._checkpoint.directory} holds no tensor for {name}")
                 self.model.set_submodule(name.rpartition(".")[0], nn.Identity())
 

@@ -42,6 +42,7 @@ HEADS: dict[str, tuple[str, ...]] = {
     "gemma3": ("ForConditionalGeneration", "ForSequenceClassification"),
     "t5": ("ForConditionalGeneration", "EncoderModel"),
     "bart": ("ForConditionalGeneration",),
+    "marian": ("MTModel",),
     "whisper": ("ForConditionalGeneration", "ForAudioClassification"),
     "vit": ("ForImageClassification", "ForMaskedImageModeling"),
     "clip": ("ForImageClassification",),

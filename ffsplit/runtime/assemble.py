@@ -50,11 +50,10 @@ def assemble(
     Bytes are copied from file to file in small pieces, so neither model nor shard is ever in memory.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    replaced = {name for ffn in checkpoint.ffns for name in ffn.tensor_names}
     spans: dict[str, TensorSpan] = {}
     for file in checkpoint.weight_files:
         spans |= read_spans(checkpoint.directory / file)
-    spans = {name: spans[name] for name in checkpoint.tensors if name not in replaced}
+    spans = {name: spans[name] for name in checkpoint.tensors if name not in checkpoint.ffn_names}
     for path in layer_files:
         spans |= read_spans(path)
     _write_shards(spans, directory, max_shard_bytes=max_shard_bytes)
@@ -77,6 +76,7 @@ def artifact_config(
 ) -> dict[str, Any]:
     """The original's config with the new width, or with the layout of every layer."""
     config = dict(checkpoint.config)
+    config.pop("transformers_weights", None)  # the artifact's weights have the usual names
     layouts = [layout.folded for layout in layouts]
     if is_plain(checkpoint, layouts) and linears is None:
         for ffn, layout in zip(checkpoint.ffns, layouts, strict=True):

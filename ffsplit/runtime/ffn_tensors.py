@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from ffsplit.compressors.base import OutputNorm
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap, stacked
+from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn import Integer
 from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.contents import FLOATS
 from ffsplit.models.headers import opened
 from ffsplit.models.places import FFNPlace, MatrixPlace
 from ffsplit.quantization import joined
@@ -50,19 +53,28 @@ def _half(rows: Tensor, place: MatrixPlace) -> Tensor:
 
 
 def load_output_norm(checkpoint: Checkpoint, index: int, *, device: torch.device) -> OutputNorm | None:
-    """The layer norm of x + FFN(x), in float32, where the family has one."""
+    """The layer norm of x + FFN(x), in float32, where the family has one.
+
+    Raises UnsupportedModelError when the checkpoint lacks a tensor of it.
+    """
     ffn = checkpoint.ffns[index]
-    base = f"{checkpoint.prefix}{ffn.block}.{ffn.paths.output_norm}"
-    if ffn.paths.output_norm is None or f"{base}.weight" not in checkpoint.tensors:
+    if ffn.paths.output_norm is None:
         return None
-    weight, bias = (_read_float(checkpoint, f"{base}.{name}", device=device) for name in ("weight", "bias"))
+    norm = f"{ffn.block}.{ffn.paths.output_norm}"
+    weight, bias = (
+        _read_float(checkpoint, checkpoint.in_base(f"{norm}.{name}"), device=device)
+        for name in ("weight", "bias")
+    )
     return OutputNorm(weight, bias, eps=float(checkpoint.config.get("layer_norm_eps", ffn.tower.norm_eps)))
 
 
 def _read_float(
     checkpoint: Checkpoint, name: str, *, device: torch.device, expert: int | None = None
 ) -> Tensor:
-    with opened(checkpoint.directory / checkpoint.tensors[name].file, "pt") as file:
+    info = checkpoint.tensors.get(name)
+    if info is None:
+        raise UnsupportedModelError(f"{checkpoint.directory} holds no tensor {name}")
+    with opened(checkpoint.directory / info.file, "pt") as file:
         tensor: Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
         return tensor.to(device=device, dtype=torch.float32)
 
@@ -70,27 +82,45 @@ def _read_float(
 def layer_tensors(
     checkpoint: Checkpoint, index: int, weights: FFNWeights, *, plain: bool
 ) -> dict[str, Tensor]:
-    """A compressed FFN's tensors under the names that the artifact gives them, in the original's dtype."""
+    """A compressed FFN's tensors under the names that the artifact gives them.
+
+    Each has the dtype of the original's tensor that it stands for: they may differ within an FFN.
+    """
     ffn = checkpoint.ffns[index]
-    dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[
-        checkpoint.tensors[ffn.down.name].dtype
-    ]
     weights = weights.folded()
+    tensors: dict[str, Tensor] = {}
     if plain:
-        tensors = _plain_tensors(ffn, weights)
+        for name, stored, tensor in _plain_tensors(ffn, weights):
+            tensors[name] = tensor.to(_dtype(checkpoint, stored))
     else:
         base = f"{checkpoint.prefix}{ffn.split_prefix}."
-        tensors = {base + name: tensor for name, tensor in _split_tensors(weights)}
+        for name, tensor in _split_tensors(weights):
+            is_packed = tensor.dtype == torch.uint8
+            tensors[base + name] = tensor if is_packed else tensor.to(_split_dtype(checkpoint, ffn, name))
         if index in guarded(checkpoint.ffns):
-            tensors[checkpoint.prefix + ffn.guard] = torch.zeros(1)
-    return {
-        name: (tensor.cpu() if tensor.dtype == torch.uint8 else tensor.to("cpu", dtype)).contiguous()
-        for name, tensor in tensors.items()
-    }
+            tensors[checkpoint.prefix + ffn.guard] = torch.zeros(1, dtype=_dtype(checkpoint, ffn.down.name))
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _plain_tensors(ffn: FFNPlace, weights: FFNWeights) -> dict[str, Tensor]:
-    """The tensors of an ordinary FFN as the original has them; experts of a stack get names of their own."""
+def _dtype(checkpoint: Checkpoint, stored: str) -> torch.dtype:
+    return FLOATS[checkpoint.tensors[stored].dtype]
+
+
+def _split_dtype(checkpoint: Checkpoint, ffn: FFNPlace, name: str) -> torch.dtype:
+    """The dtype of a split FFN's tensor, `heavy.up.weight` for one: that of the matrix it is made from."""
+    role = name.removesuffix("_bias").split(".")[-2 if "." in name else 0]
+    places = {"up": [ffn.up], "gate": [ffn.gate or ffn.up], "down": [ffn.down]}
+    found = [place for part in role.split("_") for place in places[part]]
+    is_bias = name.endswith("bias")
+    stored = [place.bias if is_bias and place.bias else place.name for place in found]
+    return reduce(torch.promote_types, (_dtype(checkpoint, each) for each in stored))
+
+
+def _plain_tensors(ffn: FFNPlace, weights: FFNWeights) -> Iterator[tuple[str, str, Tensor]]:
+    """The tensors of an ordinary FFN as the original has them: name, the original's name, values.
+
+    The two names differ where experts are a stack: each gets a name of its own.
+    """
     (part,) = weights.parts
     up, down = part.up, replace(part.down, bias=weights.down_bias)
     if part.gate is not None and ffn.paths.fused:
@@ -100,12 +130,11 @@ def _plain_tensors(ffn: FFNPlace, weights: FFNWeights) -> dict[str, Tensor]:
     else:
         gate = [(ffn.gate, part.gate)] if ffn.gate is not None and part.gate is not None else []
         pairs = [(ffn.up, up), *gate, (ffn.down, down)]
-    tensors = {}
     for place, linear in pairs:
-        tensors[place.alone or place.name] = linear.weight.T if place.transposed else linear.weight
+        weight = linear.weight.T if place.transposed else linear.weight
+        yield place.alone or place.name, place.name, weight
         if place.bias is not None and linear.bias is not None:
-            tensors[place.bias] = linear.bias
-    return tensors
+            yield place.bias, place.bias, linear.bias
 
 
 def _split_tensors(weights: FFNWeights) -> Iterator[tuple[str, Tensor]]:

@@ -44,14 +44,13 @@ def attention_linears(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 def _matrices(checkpoint: Checkpoint, block: str, width: int) -> list[str]:
     base = f"{checkpoint.prefix}{block}."
-    in_ffns = {name for ffn in checkpoint.ffns for name in ffn.tensor_names}
-    names = (name for name in checkpoint.block_tensors(block) if name.startswith(base))
+    names = {module: name for module, name in checkpoint.names.modules.items() if module.startswith(base)}
     return [
-        f"{block}.{name.removeprefix(base).removesuffix('.weight')}"
-        for name in sorted(names)
-        if name.endswith(".weight")
-        and name not in in_ffns
-        and ATTENTION.search(name.removeprefix(base))
+        f"{block}.{module.removeprefix(base).removesuffix('.weight')}"
+        for module, name in sorted(names.items())
+        if module.endswith(".weight")
+        and name not in checkpoint.ffn_names
+        and ATTENTION.search(module.removeprefix(base))
         and len(checkpoint.tensors[name].shape) == 2
         and width in checkpoint.tensors[name].shape
         and checkpoint.tensors[name].dtype in FFN_DTYPES
@@ -66,7 +65,7 @@ def quantize_linears(checkpoint: Checkpoint, folder: Path) -> tuple[list[Path], 
     for number, block in enumerate(checkpoint.blocks):
         tensors = {}
         for path in (path for path in modules if path.startswith(f"{block}.")):
-            name = f"{checkpoint.prefix}{path}.weight"
+            name = checkpoint.in_base(f"{path}.weight")
             info = checkpoint.tensors[name]
             with opened(checkpoint.directory / info.file, "pt") as file:
                 weight = file.get_tensor(name).float()

@@ -7,6 +7,7 @@ soon as transformers itself is, and never before.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -125,10 +126,18 @@ def install_split_ffns(
             experts[place.split_path] = SplitExperts(guard=guard)
             model.set_submodule(f"{prefix}{place.split_path}", experts[place.split_path])
         experts[place.split_path].append(SplitFFN(ffn.layout, ffn.shape, activation, form=form))
+    _keep_wide(model, [f"{place.block}.{place.paths.down}.weight" for place in places])
     if linears is not None:
         base = model.get_submodule(prefix.removesuffix("."))
         install_linears(base, linears, form=form)
     return model  # type: ignore[no-any-return]
+
+
+def _keep_wide(model: Any, downs: Sequence[str]) -> None:
+    """Load down projections in float32 where the family does so whatever the model's dtype: T5 in float16."""
+    patterns = set(model._keep_in_fp32_modules or ())
+    if any(re.search(pattern, name) for pattern in patterns for name in downs):
+        model._keep_in_fp32_modules = patterns | {r"\.(?:heavy|light)\.down\."}
 
 
 def narrow_ffns(model: Any, runs: Sequence[FFNRun]) -> nn.Module:

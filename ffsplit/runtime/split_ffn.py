@@ -39,11 +39,12 @@ class LowRankMap(nn.Module):
         self.bias = nn.Parameter(torch.empty(num_rows)) if bias else None
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        return linear(functional.linear(x, self.right), self.left, self.bias if plus is None else plus)
+        return linear(linear(x, self.right, None), self.left, self.bias if plus is None else plus)
 
 
 def linear(x: Tensor, weight: Tensor, plus: Tensor | None) -> Tensor:
-    """x W^T + plus in one product; `plus` is a bias, or a tensor of the output's shape."""
+    """x W^T + plus in one product, in W's dtype; `plus` is a bias, or a tensor of the output's shape."""
+    x, plus = x.to(weight.dtype), None if plus is None else plus.to(weight.dtype)
     if plus is None or plus.dim() == 1:
         return functional.linear(x, weight, plus)
     rows = torch.addmm(plus.reshape(-1, plus.shape[-1]), x.reshape(-1, x.shape[-1]), weight.t())

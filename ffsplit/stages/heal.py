@@ -12,15 +12,20 @@ from torch import Tensor, nn
 
 from ffsplit import logs
 from ffsplit.artifacts.scratch import Result, Scratch
-from ffsplit.calibration.batches import pad_id_of, tokenize_rows
+from ffsplit.calibration.batches import Batch, pad_id_of, padded_batches, tokenize_rows
 from ffsplit.compressors.quantize import QuantizeCompressor
 from ffsplit.config import Record
-from ffsplit.healing.heal import HealingData, fake_quantized, heal, settle
+from ffsplit.errors import UnsupportedModelError
+from ffsplit.healing.heal import HealingData, fake_quantized, heal, settle, trainable_weights
+from ffsplit.healing.losses import outputs
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.state import HealingState
 from ffsplit.healing.team import Team, find_team
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.contents import FLOATS
 from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.names import names_read
+from ffsplit.models.rows import ModelKind
 from ffsplit.models.source import ModelSource
 from ffsplit.runtime.linears import attention_linears
 from ffsplit.stages.profile import ComputeProfile
@@ -71,12 +76,14 @@ def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState]:
         load_whole_model(each.directory, original.class_name, dtype=torch.float32).to(device)
         for each in (original, compressed)
     )
-    rounded = _round(student, compressed, job)
     tokenizer = load_tokenizer(original)
     rows, validation = (
         tokenize_rows(tokenizer, texts, max_length=job.max_length) for texts in (job.rows, job.validation)
     )
     data = HealingData(rows, validation, pad_id_of(original, tokenizer), job.batch_tokens)
+    one = next(padded_batches(rows[:1], batch_tokens=job.max_length, pad_id=data.pad_id)).to(device)
+    check_written(student, compressed, one, kind=original.compared_as)
+    rounded = _round(student, compressed, job)
     state = heal(
         student,
         teacher,
@@ -134,12 +141,7 @@ def _keep_nothing(state: HealingState, weights: dict[str, Tensor], optimizer: An
 
 def _save(scratch: Scratch, student: Any, checkpoint: Checkpoint, state: HealingState) -> Result:
     """The student's tensors, under the checkpoint's names and in its dtypes."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    tensors = {
-        name: tensor.to("cpu", dtypes[checkpoint.tensors[name].dtype]).contiguous()
-        for name, tensor in student.state_dict().items()
-        if name in checkpoint.tensors and checkpoint.tensors[name].dtype in dtypes
-    }
+    tensors = stored_tensors(student, checkpoint)
     with temporary_folder() as folder:
         path = folder / f"{RESULT}.safetensors"
         save_file(tensors, path)
@@ -150,3 +152,43 @@ def _save(scratch: Scratch, student: Any, checkpoint: Checkpoint, state: Healing
             "best_loss": state.best_loss,
         }
         return scratch.save(RESULT, {path.name: path}, facts=facts)
+
+
+def stored_tensors(student: Any, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """A model's floating-point tensors under the names and in the dtypes that the checkpoint's files have."""
+    values: dict[str, Tensor] = student.state_dict()
+    return {
+        stored: values[name].to("cpu", FLOATS[checkpoint.tensors[stored].dtype]).contiguous()
+        for stored, name in _stored_names(student, checkpoint).items()
+    }
+
+
+def _stored_names(student: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Each stored tensor of floating-point numbers that the model has as it is stored, and its name there."""
+    read = names_read(student, checkpoint.tensors)
+    return {
+        stored: found.name
+        for stored, found in read.items()
+        if found is not None and found.is_whole and checkpoint.tensors[stored].dtype in FLOATS
+    }
+
+
+def check_written(student: Any, checkpoint: Checkpoint, batch: Batch, *, kind: ModelKind) -> None:
+    """Raise UnsupportedModelError where something would be trained that the files have no tensor for.
+
+    What the outputs of a batch do not depend on, such as a pooler that was made up, is not trained.
+    """
+    parameters = dict(student.named_parameters(remove_duplicate=False))
+    names = _stored_names(student, checkpoint).values()
+    stored = {id(parameters[name]) for name in names if name in parameters}
+    unstored = {name: each for name, each in trainable_weights(student).items() if id(each) not in stored}
+    if not unstored:
+        return
+    torch.autograd.backward(outputs(student, batch, kind=kind).sum())
+    lost = [name for name, parameter in unstored.items() if parameter.grad is not None]
+    student.zero_grad(set_to_none=True)
+    if lost:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: healing would train {lost[0]} ({len(lost)} such tensors), which the "
+            "checkpoint's files store in another form: load the original and save it with save_pretrained"
+        )

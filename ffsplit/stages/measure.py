@@ -109,8 +109,9 @@ def _block_by_block(job: MeasureJob, checkpoint: Checkpoint, directory: Path) ->
     measured: dict[str, Any] = {"skipped": (NOT_HELD,)}
     if batches:
         both = (checkpoint, replace(checkpoint, directory=directory, tensors=read_headers(directory)))
+        class_name = None if checkpoint.is_headless else checkpoint.class_name
         original, compressed = (
-            StreamedModel(each, device=device, dtype=dtype, class_name=checkpoint.class_name) for each in both
+            StreamedModel(each, device=device, dtype=dtype, class_name=class_name) for each in both
         )
         scores, blocks = streamed_fidelity(original, compressed, batches, kind=checkpoint.compared_as)
         measured |= {"fidelity": scores, "blocks": blocks}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ffsplit
@@ -19,6 +20,7 @@ from ffsplit.pipeline import computation
 from ffsplit.pipeline.prepare import prepare
 from ffsplit.quantization import fake_quantize
 from ffsplit.runtime.linears import attention_linears
+from tests.conftest import CheckpointFactory
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
 WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")
@@ -119,3 +121,43 @@ def test_healing_what_is_not_an_ordinary_model_is_refused(small_job: SmallJob, t
     with pytest.raises(ConfigError, match="prune or distill"):
         ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe))
     assert not (tmp_path / "out").exists()
+
+
+OLD_NAMES = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
+
+
+@pytest.mark.parametrize("head", ["ForMaskedLM", ""])
+@pytest.mark.parametrize(
+    "more", [HEALING, f"{HEALING}\nafter_healing: {{kind: quantize, num_bits: 8}}\nlinears: int8"]
+)
+def test_names_of_older_code_change_nothing_but_names(
+    checkpoint_of: CheckpointFactory, tmp_path: Path, head: str, more: str
+) -> None:
+    """bert-base-uncased is published with LayerNorm.gamma and LayerNorm.beta."""
+    modern = checkpoint_of("bert", head=head)
+    legacy = Path(shutil.copytree(modern, tmp_path / "legacy"))
+    before = load_file(modern / "model.safetensors")
+    save_file(
+        {old(name): tensor for name, tensor in before.items()}, legacy / "model.safetensors", {"format": "pt"}
+    )
+    found = []
+    for name, model in (("new", modern), ("old", legacy)):
+        (tmp_path / name).mkdir()
+        job = SmallJob(tmp_path / name, model)
+        recipe = job.recipe(step="{kind: prune}, {kind: distill, num_steps: 40}", more=more)
+        ffsplit.compress(job.config(tmp_path / name / "out", recipe=recipe, healing_threads=1))
+        (weights,) = (tmp_path / name / "out").glob("*/*/model.safetensors")
+        found.append(load_file(weights))
+    new, legacy_names = found
+    assert {old(name) for name in new} == set(legacy_names)
+    assert all(torch.equal(tensor, legacy_names[old(name)]) for name, tensor in new.items())
+    trained = [name for name in new if "LayerNorm" in name and name in before and "embeddings" not in name]
+    changed = [name for name in trained if not torch.equal(new[name], before[name])]
+    in_blocks = [name for name in changed if "encoder.layer" in name]
+    assert len(in_blocks) == 3 * 2 * 2, "two norms of two tensors in each of three blocks"
+
+
+def old(name: str) -> str:
+    for modern, legacy in OLD_NAMES:
+        name = name.replace(modern, legacy)
+    return name
