@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 from pydantic import Field, ValidationError
 
 from ffsplit.artifacts.allocation import AllocationRecord
-from ffsplit.artifacts.entries import FileEntry, StoreGuarantees
+from ffsplit.artifacts.entries import FileEntry, LeftOut, StoreGuarantees
 from ffsplit.config import Budget, JobConfig, Record
 from ffsplit.errors import ArtifactError
 from ffsplit.ffn import LayerLayout, ModelShape
@@ -34,6 +34,9 @@ class SourceModel(Record):
     architecture: str
     license: str | None
     shape: ModelShape | None = Field(default=None, description="what `ffsplit plan` sizes budgets by")
+    left_out: tuple[LeftOut, ...] = Field(
+        default=(), description="what its folder holds that did not come along, and why"
+    )
 
 
 class CalibrationRecord(Record):

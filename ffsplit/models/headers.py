@@ -25,7 +25,6 @@ ITEM_SIZES = {
     "BOOL": 1,
 }
 INDEX_NAME = "model.safetensors.index.json"
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class TensorInfo(NamedTuple):
@@ -77,11 +76,6 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
         files = sorted(set(weight_map.values()))
     elif (directory / "model.safetensors").is_file():
         weight_map, files = {}, ["model.safetensors"]
-    elif any(path.suffix in PICKLE_SUFFIXES for path in directory.iterdir()):
-        raise ConfigError(
-            f"{directory} holds only pickled weights, which can run code: convert them to safetensors "
-            "with save_pretrained"
-        )
     else:
         raise ConfigError(f"{directory} has no model.safetensors and no {INDEX_NAME}")
     tensors: dict[str, TensorInfo] = {}
