@@ -203,14 +203,14 @@ def _emptied(names: Sequence[str], reasons: Mapping[str, tuple[str, str]]) -> di
     kept = [name for name in names if name.endswith(".safetensors") and name not in reasons]
     folders = {
         f"{name.rpartition('/')[0]}/": reason
-        for name, (_, reason) in reasons.items()
-        if reason in (COPY, ADAPTER) and "/" in name
+        for name, (cut, reason) in reasons.items()
+        if reason in (COPY, ADAPTER) and "/" in name and not cut.endswith("/")
     }
     emptied = sorted(folder for folder in folders if not any(name.startswith(folder) for name in kept))
     found: dict[str, tuple[str, str]] = {}
     for name in names:
         above = next((folder for folder in emptied if name.startswith(folder)), None)
-        if above is not None and reasons.get(name, ("", ""))[1] != HIDDEN:
+        if above is not None and not reasons.get(name, ("", ""))[0].endswith("/"):
             found[name] = (_escaped(above), folders[above])
     return found
 
@@ -238,7 +238,7 @@ def local_listing(directory: Path) -> Listing:
     names: list[str] = []
     others: list[str] = []
     is_model = (directory / CONFIG_NAME).is_file()
-    chains = {str(directory): (os.path.realpath(directory),)}
+    chains: dict[str, tuple[str, ...]] = {str(directory): (os.path.realpath(directory),)}
     for folder, children, files in os.walk(directory, followlinks=True, onerror=_cannot_read):
         above = os.path.relpath(folder, directory).replace(os.sep, "/")
         prefix = "" if above == "." else f"{above}/"

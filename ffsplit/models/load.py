@@ -12,6 +12,7 @@ import torch
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import GENERATORS, Checkpoint, tokenizer_files
 from ffsplit.models.headers import opened, read_json
+from ffsplit.models.recognise import check_tokenizer_library
 from ffsplit.models.trust import check_trusted, remote_classes, trusted, trusting
 
 POOLER = "pooler"
@@ -245,6 +246,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     if not tokenizer_files(checkpoint.directory):  # transformers would make an empty one up
         raise ConfigError(f"{checkpoint.directory} has no tokenizer: put its tokenizer.json beside the model")
+    check_tokenizer_library(checkpoint.directory)
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(

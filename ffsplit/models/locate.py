@@ -12,7 +12,6 @@ from ffsplit.artifacts.entries import LeftOut
 from ffsplit.artifacts.inputs import StoredFiles, is_remote, stored_files
 from ffsplit.artifacts.locate import locate
 from ffsplit.artifacts.paths import RUN_KEY
-from ffsplit.artifacts.pull import materialize
 from ffsplit.artifacts.stores import open_store, root_uri
 from ffsplit.errors import ConfigError
 from ffsplit.models.folder import CONFIG_NAME, FolderFiles, Listing, sort_files
@@ -57,7 +56,7 @@ def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
         if (directory / CONFIG_NAME).is_file():
             return LocatedModel(directory.resolve(), None)
         artifact = _artifact_in(str(directory))
-        return LocatedModel((directory if artifact is None else materialize(artifact)).resolve(), None)
+        return LocatedModel(Path(artifact or directory).resolve(), None)
     if directory.exists():
         raise ConfigError(f"model {model} is a file; give the directory that holds config.json")
     if not HUB_ID.match(model) or model.startswith("."):
@@ -80,7 +79,7 @@ def _artifact_in(uri: str) -> str | None:
 
 def _no_such_directory(model: str) -> str:
     match = ALMOST_HUB_ID.fullmatch(model)
-    if match is None or Path(model).parent.is_dir() != (Path(model).parent == Path(".")):
+    if match is None or match["id"] == model.rstrip("/"):
         return f"model directory {model} does not exist"
     revision = match["at"] or match["tree"]
     flag = f" with --revision {revision}" if revision else ""

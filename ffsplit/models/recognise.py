@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from ffsplit.errors import ConfigError, UnsupportedModelError
@@ -15,6 +17,8 @@ MODULE_FOLDER = re.compile(r"(\d+_\w+)/config\.json")
 HUB_FOLDER = re.compile(r"models--([\w.-]+?)(?:--([\w.-]+))?")
 MERGE = "merge it into its base (peft: merge_and_unload, then save_pretrained)"
 MOST_FOLDERS = 3
+SENTENCEPIECE_FILE = re.compile(r"(tokenizer|spiece|spm|sentencepiece).*\.model")
+OTHER_VOCABULARIES = ("tokenizer.json", "tekken.json", "vocab.json", "vocab.txt")
 QUANTIZED_TENSORS = {
     "qweight": "GPTQ or AWQ",
     "weight_packed": "compressed-tensors",
@@ -129,6 +133,25 @@ def _hub_cache(where: str, names: Collection[str]) -> str | None:
 
 def _hub_id(match: re.Match[str]) -> str:
     return "/".join(filter(None, match.groups()))
+
+
+def check_tokenizer_library(directory: Path) -> None:
+    """Raise ConfigError for a tokenizer that only sentencepiece reads, where that is not installed.
+
+    transformers takes the file for another format then, and asks for another library.
+    """
+    if find_spec("sentencepiece") is not None:
+        return
+    if any((directory / name).is_file() for name in OTHER_VOCABULARIES):
+        return
+    for path in sorted(directory.iterdir()):
+        if SENTENCEPIECE_FILE.fullmatch(path.name) and path.is_file():
+            with path.open("rb") as file:
+                if file.read(1) == b"\n":  # a protocol buffer that begins with the pieces
+                    raise ConfigError(
+                        f"{path} is read by sentencepiece, which is not installed: pip install "
+                        "sentencepiece, or put the model's tokenizer.json beside it"
+                    )
 
 
 def check_not_quantized(where: str, config: Mapping[str, Any], tensors: Collection[str]) -> None:

@@ -62,8 +62,11 @@ def replace_weights(directory: Path, replacements: Path) -> None:
     """Rewrite a checkpoint in place with the tensors of another file under the same names."""
     new = read_spans(replacements)
     for path in sorted(directory.glob("*.safetensors")):
+        spans = read_spans(path)
+        if new.keys().isdisjoint(spans):  # a file that came along with the original
+            continue
         rewritten = path.with_suffix(".rewritten")
-        write_spans(rewritten, {name: new.get(name, span) for name, span in read_spans(path).items()})
+        write_spans(rewritten, {name: new.get(name, span) for name, span in spans.items()})
         rewritten.replace(path)
 
 
