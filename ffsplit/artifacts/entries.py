@@ -1,4 +1,4 @@
-"""Records that stores and manifests share: a file with its digest, and what a store guarantees."""
+"""Records that stores and manifests share: files with digests or left out, and what a store guarantees."""
 
 from __future__ import annotations
 
@@ -25,6 +25,13 @@ class FileEntry(Record):
             message = "{path} is not a plain relative path inside the artifact"
             raise PydanticCustomError("unsafe_path", message, {"path": repr(path)})
         return path
+
+
+class LeftOut(Record):
+    """What a model's folder holds and its artifact does not."""
+
+    path: str = Field(description="relative to the folder; ends with / for all that is below it")
+    reason: str
 
 
 class StoreGuarantees(Record):

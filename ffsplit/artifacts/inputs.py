@@ -3,7 +3,7 @@
 The files are described by their digests. The description is small, so a driver can hand it to workers
 on other nodes, each of which has the very same files in a cache of its own, fetched when first used:
 
-    inputs = stored_files("s3://bucket/model", suffixes=(".json", ".safetensors"))    # the driver
+    inputs = stored_files("s3://bucket/model", choose=lambda names: names)            # the driver
     directory = inputs.materialize()                                                  # any worker
 
 What a store listed for a description (keys, sizes, times of writing) names it in the cache, so a file
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,17 +77,12 @@ def is_remote(uri: str) -> bool:
     return uri.lower().startswith("s3://")
 
 
-def stored_files(uri: str, *, suffixes: tuple[str, ...]) -> StoredFiles:
-    """The wanted files right in a directory, which are in the cache from now on.
-
-    Raises ConfigError when there are none.
-    """
+def stored_files(uri: str, *, choose: Callable[[tuple[str, ...]], Collection[str]]) -> StoredFiles:
+    """The files below a directory that `choose` takes of all, in the cache from now on."""
     store = open_store(uri)
-    entries = [entry for entry in store.list_details("") if "/" not in entry.key and is_safe_path(entry.key)]
-    entries = [entry for entry in entries if entry.key.endswith(suffixes)]
-    if not entries:
-        raise ConfigError(f"model directory {uri} does not exist, or holds no model")
-    return _described(store, entries)
+    entries = [entry for entry in store.list_details("") if not entry.key.endswith("/")]  # a folder's marker
+    chosen = choose(tuple(entry.key for entry in entries))
+    return _described(store, [entry for entry in entries if entry.key in chosen])
 
 
 def fetch_file(uri: str) -> Path:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ffsplit.artifacts.allocation import AllocationRecord
-from ffsplit.artifacts.entries import FileEntry, StoreGuarantees
+from ffsplit.artifacts.entries import FileEntry, LeftOut, StoreGuarantees
 from ffsplit.artifacts.schema import Versioned, read_record
 from ffsplit.config import Budget, Record
 from ffsplit.ffn import LayerLayout, ModelShape
@@ -32,6 +32,9 @@ class SourceModel(Record):
     architecture: str
     license: str | None
     shape: ModelShape | None = Field(default=None, description="what `ffsplit plan` sizes budgets by")
+    left_out: tuple[LeftOut, ...] = Field(
+        default=(), description="what its folder holds that did not come along, and why"
+    )
 
 
 class CalibrationRecord(Record):

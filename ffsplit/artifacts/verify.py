@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 
 from ffsplit.artifacts.entries import FileEntry
@@ -11,6 +12,9 @@ from ffsplit.artifacts.manifest import MANIFEST_NAME, UNLISTED, Manifest
 from ffsplit.artifacts.stores import MissingKey
 from ffsplit.config import Record
 from ffsplit.errors import ArtifactError, StoreError
+
+FROM_THE_HUB = re.compile(r"\.gitattributes$|\.cache/huggingface/")
+"""What the hub, and a download from it, put beside an artifact's files."""
 
 
 class VerifyReport(Record):
@@ -96,7 +100,7 @@ def _check_names(location: Location, manifest: Manifest) -> list[str]:
     problems = [f"{path}: is listed {count} times" for path, count in sorted(times.items()) if count > 1]
     if MANIFEST_NAME in times:
         problems.append(f"{MANIFEST_NAME}: lists itself")
-    extra = sorted(present - set(times) - UNLISTED)
+    extra = sorted(path for path in present - set(times) - UNLISTED if not FROM_THE_HUB.match(path))
     return problems + [f"{_printable(path)}: is not listed in {MANIFEST_NAME}" for path in extra]
 
 

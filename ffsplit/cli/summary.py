@@ -93,6 +93,8 @@ def _before_after(manifest: Manifest, measured: Measurements) -> Table:
 
 def print_preflight(flight: Preflight) -> None:
     """What a run would need: memory and time by stage, and disk."""
+    from ffsplit.models.folder import left_out_in_one_line
+
     table = _table(
         f"a model of {size(flight.model_bytes)}", "stage", "workers", "memory of one", "is there", "about"
     )
@@ -108,6 +110,8 @@ def print_preflight(flight: Preflight) -> None:
         print(f"{what}: {size(disk.needed_bytes)} in {disk.place}{free}".replace("\u00a0", " "))
     if flight.artifact_bytes:
         print(f"the artifact: {size(flight.artifact_bytes)} of weights".replace("\u00a0", " "))
+    if line := left_out_in_one_line(flight.left_out):
+        print(line)
 
 
 def print_inspection(found: Inspection) -> None:

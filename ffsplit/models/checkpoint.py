@@ -11,20 +11,22 @@ from typing import Any
 
 import yaml
 
-from ffsplit.errors import UnsupportedModelError
+from ffsplit.errors import ConfigError, UnsupportedModelError
 from ffsplit.ffn import FFNShape
 from ffsplit.models.activations import OTHER_NAMES
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.contents import digest_files
 from ffsplit.models.detect import detect_architecture
 from ffsplit.models.find import base_prefixes, config_part, find_ffns, towers_in
+from ffsplit.models.folder import CONFIG_NAME, ModelFolder, check_no_pointers, local_listing, sort_files
 from ffsplit.models.headers import ITEM_SIZES, TensorInfo, read_headers, read_json
 from ffsplit.models.names import ReadTensor, TensorNames, empty_class, names_read
 from ffsplit.models.places import FFNPlace
-from ffsplit.models.rows import TEXT_KINDS, Architecture, ModelKind, Tower
+from ffsplit.models.recognise import check_is_model, check_modules, check_not_quantized
+from ffsplit.models.rows import Architecture, ModelKind, Tower
+from ffsplit.models.tensor_files import read_spans
 from ffsplit.models.trust import check_trusted, code_files
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the classes end that give a distribution over the next token."""
 CLASSIFIERS = ("ForSequenceClassification",)
@@ -40,10 +42,6 @@ PRETRAINED = ("ForMaskedLM", "ForPreTraining")
 WHOLE = ("ForConditionalGeneration", "MTModel")
 """How the classes end that have every tower of their family, beside the base model's class."""
 FFN_DTYPES = ("F32", "F16", "BF16")
-TOKENIZER_FILE = re.compile(
-    r"(tokenizer.*|vocab.*|merges|special_tokens_map|added_tokens|spiece|sentencepiece.*)\.(json|txt|model)$"
-    r"|.*\.tiktoken$"
-)
 
 
 @dataclass(frozen=True)
@@ -221,16 +219,30 @@ class Checkpoint:
         return digest_files(self.directory, ("config.json", *code, *self.weight_files))
 
     def tokenizer_digest(self) -> str:
-        """sha256 over whatever turns rows into the model's inputs."""
-        names = tokenizer_files(self.directory)
-        if self.kind not in TEXT_KINDS:
-            names += tuple(name for name in PROCESSOR_FILES if (self.directory / name).is_file())
-        return digest_files(self.directory, names)
+        """sha256 over whatever turns rows into the model's inputs, or embeddings into a result.
+
+        Any file beside the weights may be a part of that, whatever its name, but for documents.
+        """
+        return digest_files(self.directory, self.folder.files.digested)
+
+    @cached_property
+    def folder(self) -> ModelFolder:
+        """What lies beside the weights, as it is when first asked for."""
+        return ModelFolder.look_at(self.directory, weights=self.weight_files, is_copy=self._is_copy)
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether a safetensors file that is not read holds FFNs of this model all the same."""
+        try:
+            spans = read_spans(self.directory / name)
+        except ConfigError:
+            return False
+        ours = (tensor for ffn in self.ffns for tensor in ffn.tensor_names)
+        return any(tensor in spans and spans[tensor].shape == self.tensors[tensor].shape for tensor in ours)
 
 
 def tokenizer_files(directory: Path) -> tuple[str, ...]:
-    """The files a tokenizer is made from, sorted by name."""
-    return tuple(sorted(path.name for path in directory.iterdir() if TOKENIZER_FILE.match(path.name)))
+    """The files that a tokenizer or processor may be made from, sorted by name."""
+    return sort_files(local_listing(directory)).digested
 
 
 def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
@@ -240,7 +252,10 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
     code that is not trusted, and UnsupportedModelError when its family is not in the table or its tensors
     are not where the table says.
     """
-    config = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
+    listing = local_listing(directory)
+    check_is_model(listing)
+    check_no_pointers(directory, sort_files(listing).wanted)
+    config = read_json(directory / CONFIG_NAME, f"{directory} is not a model: it has no config.json")
     check_trusted(directory)
     model_type = config.get("model_type")
     stored = config.get("quantization_config")
@@ -251,6 +266,8 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
     row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     architecture = row or detect_architecture(directory, config)
     tensors = read_headers(directory, named=config.get("transformers_weights"))
+    if not stored:
+        check_not_quantized(str(directory), config, tensors)
     read = None
     if row is None or not _headers_tell(row, tensors, config):
         read = _read_by_class(directory, tensors, config, renamed=row is None)
@@ -266,7 +283,9 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
                     f"{directory}: {place.name} is {info.dtype}; FFNs may be {', '.join(FFN_DTYPES)}"
                 )
     _check_config(directory, config, ffns, widths_differ=bool(stored))
-    return Checkpoint(directory, config, architecture, tensors, prefix, ffns, read)
+    checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, ffns, read)
+    check_modules(listing, checkpoint.folder.files)
+    return checkpoint
 
 
 def _read_by_class(

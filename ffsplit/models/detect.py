@@ -42,8 +42,9 @@ def detect_architecture(directory: Path, config: Mapping[str, Any]) -> Architect
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         known = ", ".join(sorted(ARCHITECTURES))
+        missing = f": {_without_model_type(config)}" if model_type is None else ""
         raise UnsupportedModelError(
-            f"{directory}: model type {model_type!r} is not supported (known: {known})"
+            f"{directory}: model type {model_type!r} is not supported{missing} (known: {known})"
         )
     try:
         with init_empty_weights():
@@ -53,6 +54,16 @@ def detect_architecture(directory: Path, config: Mapping[str, Any]) -> Architect
         reason = str(error).strip().splitlines()[0]
         raise UnsupportedModelError(f"{directory}: {model_type} is not in the table; {reason}") from None
     return row_by_structure(model, config={**made.to_dict(), **config})
+
+
+def _without_model_type(config: Mapping[str, Any]) -> str:
+    """What to do about a config that does not name its family: add what its class belongs to."""
+    import transformers
+
+    name = next(iter(config.get("architectures") or []), None)
+    belongs = getattr(getattr(transformers, str(name), None), "config_class", None)
+    family = f'"model_type": "{belongs.model_type}"' if belongs is not None else "its family"
+    return f"config.json names no model_type; add {family} to it"
 
 
 def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:

@@ -36,7 +36,6 @@ DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 """Files of a checkpoint that was saved by several processes, a part of each tensor by each."""
 SCALED = re.compile(r"F[48]|[IU]4")
 """Dtypes that mean nothing without scales, which are tensors of their own."""
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class TensorInfo(NamedTuple):
@@ -132,11 +131,6 @@ def weights_file(directory: Path, *, named: object = None) -> Path:
         raise ConfigError(
             f"{directory} has no {WEIGHTS_NAME} and no {INDEX_NAME}: transformers does not read {others[0]}; "
             "rename it, or name it in config.json as transformers_weights"
-        )
-    if any(path.suffix in PICKLE_SUFFIXES for path in directory.iterdir()):
-        raise ConfigError(
-            f"{directory} holds only pickled weights, which can run code: convert them to safetensors "
-            "with save_pretrained"
         )
     raise ConfigError(f"{directory} has no {WEIGHTS_NAME} and no {INDEX_NAME}")
 

@@ -13,6 +13,7 @@ from ffsplit.errors import ConfigError, UnsupportedModelError
 from ffsplit.models.checkpoint import GENERATORS, Checkpoint, tokenizer_files
 from ffsplit.models.headers import opened, read_json
 from ffsplit.models.names import below_base, names_read
+from ffsplit.models.recognise import check_tokenizer_library
 from ffsplit.models.trust import check_trusted, remote_classes, trusted, trusting
 
 POOLER = "pooler"
@@ -277,6 +278,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     if not tokenizer_files(checkpoint.directory):  # transformers would make an empty one up
         raise ConfigError(f"{checkpoint.directory} has no tokenizer: put its tokenizer.json beside the model")
+    check_tokenizer_library(checkpoint.directory)
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(

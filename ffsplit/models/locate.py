@@ -1,83 +1,152 @@
-"""From what a user calls a model, a directory or a hub id, to a directory on disk."""
+"""From what a user calls a model (a directory, an artifact, a hub id) to a directory on disk."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from ffsplit.artifacts.entries import LeftOut
 from ffsplit.artifacts.inputs import StoredFiles, is_remote, stored_files
+from ffsplit.artifacts.locate import locate
+from ffsplit.artifacts.paths import RUN_KEY
+from ffsplit.artifacts.stores import open_store, root_uri
 from ffsplit.errors import ConfigError
-from ffsplit.models.trust import trusted
+from ffsplit.models.folder import CONFIG_NAME, FolderFiles, Listing, sort_files
+from ffsplit.models.recognise import check_is_model, check_modules
 
 HUB_ID = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
-WANTED_FILES = [
-    "*.json",
-    "*.safetensors",
-    "*.txt",
-    "*.model",
-    "*.tiktoken",
-    "*.jinja",
-    "README.md",
-    "LICENSE*",
-]
-
-WANTED_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja", ".md", "LICENSE")
-CODE_SUFFIXES = (".py",)
-"""Wanted too where a model's own code is trusted."""
+ALMOST_HUB_ID = re.compile(
+    r"(?:hf:(?://)?|https?://(?:www\.)?huggingface\.co/|huggingface\.co/)?"
+    r"(?P<id>[\w.\-]+(?:/[\w.\-]+)?)(?:@(?P<at>[\w./\-]+)|/(?:tree|resolve|blob)/(?P<tree>[\w.\-]+).*)?/?"
+)
+"""A hub id with a revision behind it or a scheme before it."""
 GENERIC_NAMES = ("model", "checkpoint", "final", "best")
 
 
 class LocatedModel(NamedTuple):
     """A model's directory, the hub revision it was resolved to, and for a model in a store, its files there.
 
-    The directory is one of this machine; other nodes materialize `stored`.
+    The directory is one of this machine; other nodes materialize `stored`. `left_out` is what was not
+    fetched, since no artifact would keep it.
     """
 
     directory: Path
     revision: str | None
     stored: StoredFiles | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
 
 def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
     """Find a local directory, or bring one of s3:// or a snapshot of a hub id into a cache.
 
-    Raises ConfigError when there is no such directory and the hub does not have it either.
+    A place that runs were published to stands for what `ffsplit verify` finds there. Raises ConfigError
+    when there is no such directory and the hub does not have it either.
     """
     if is_remote(model):
         if revision is not None:
             raise ConfigError(f"--revision is for hub ids; {model} is in a store")
-        stored = stored_files(model, suffixes=(*WANTED_SUFFIXES, *_code_suffixes()))
-        return LocatedModel(stored.materialize(), None, stored)
-    directory = Path(model).expanduser()
+        return _fetch(model)
+    directory = Path(root_uri(model) if model.lower().startswith("file:") else model).expanduser()
     if directory.is_dir():
         if revision is not None:
             raise ConfigError(f"--revision is for hub ids; {model} is a local directory")
-        return LocatedModel(directory.resolve(), None)
+        if (directory / CONFIG_NAME).is_file():
+            return LocatedModel(directory.resolve(), None)
+        artifact = _artifact_in(str(directory))
+        return LocatedModel(Path(artifact or directory).resolve(), None)
     if directory.exists():
         raise ConfigError(f"model {model} is a file; give the directory that holds config.json")
     if not HUB_ID.match(model) or model.startswith("."):
-        raise ConfigError(f"model directory {model} does not exist")
+        raise ConfigError(_no_such_directory(model))
     return _download(model, revision)
 
 
-def _code_suffixes() -> tuple[str, ...]:
-    return CODE_SUFFIXES if trusted() else ()
+def _artifact_in(uri: str) -> str | None:
+    """The artifact that a place without a config.json stands for; None where it is no place of runs.
+
+    Raises ConfigError where it is one, and holds no artifact.
+    """
+    try:
+        return locate(uri).uri
+    except ConfigError:
+        if any(RUN_KEY.fullmatch(name) for name in open_store(uri).list_directories("")):
+            raise
+    return None
+
+
+def _no_such_directory(model: str) -> str:
+    match = ALMOST_HUB_ID.fullmatch(model)
+    if match is None or match["id"] == model.rstrip("/"):
+        return f"model directory {model} does not exist"
+    revision = match["at"] or match["tree"]
+    flag = f" with --revision {revision}" if revision else ""
+    return f"model {model} is neither a directory nor a hub id: give {match['id']}{flag}"
+
+
+def _fetch(model: str) -> LocatedModel:
+    """A model of a store, or the artifact that a place in a store stands for."""
+    if not open_store(model).exists(CONFIG_NAME):
+        model = _artifact_in(model) or model
+    store, left_out = open_store(model), list[LeftOut]()
+
+    def choose(names: tuple[str, ...]) -> Collection[str]:
+        if not names:
+            raise ConfigError(f"model directory {model} does not exist, or holds no model")
+        files = _checked(Listing(model, names, store.get_bytes))
+        left_out.extend(files.left_out)
+        return files.wanted
+
+    stored = stored_files(model, choose=choose)
+    return LocatedModel(stored.materialize(), None, stored, tuple(left_out))
+
+
+def _checked(listing: Listing) -> FolderFiles:
+    """The files of a folder that is not here. Raises ConfigError, before they are fetched, for no model."""
+    check_is_model(listing)
+    files = sort_files(listing)
+    check_modules(listing, files)
+    return files
 
 
 def _download(model: str, revision: str | None) -> LocatedModel:
-    from huggingface_hub import snapshot_download
+    """The snapshot of a hub id, without what no artifact keeps. Without the hub, what is cached of it."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    def read(name: str) -> bytes:
+        return Path(hf_hub_download(model, name, revision=revision)).read_bytes()
 
     try:
-        path = snapshot_download(
-            model,
-            revision=revision,
-            allow_patterns=[*WANTED_FILES, *(f"*{each}" for each in _code_suffixes())],
-        )
+        names = _hub_names(model, revision)
+        if names is None:
+            path = snapshot_download(model, revision=revision, allow_patterns=[CONFIG_NAME])
+            return LocatedModel(Path(path), Path(path).name)
+        files = _checked(Listing(model, names, read))
+        unwanted = sorted(set(names) - set(files.wanted))
+        path = snapshot_download(model, revision=revision, ignore_patterns=[*map(escape, unwanted)])
+        return LocatedModel(Path(path), Path(path).name, left_out=files.left_out)
+    except ConfigError:
+        raise
     except Exception as error:  # the hub client raises a score of types, requests' and its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(f"model {model}: no such directory, and not had from the hub ({reason})") from None
-    return LocatedModel(Path(path), Path(path).name)
+
+
+def _hub_names(model: str, revision: str | None) -> tuple[str, ...] | None:
+    """The files of a hub repository, as the hub lists them or an earlier download did; None without both."""
+    import huggingface_hub
+
+    try:
+        found = huggingface_hub.HfApi().model_info(model, revision=revision).siblings or []
+        return tuple(each.rfilename for each in found)
+    except Exception:  # offline, or an id that the hub does not know: what is cached may do
+        cached = getattr(huggingface_hub, "get_cached_repo_tree", None)  # since 2.0
+        try:
+            return None if cached is None else tuple(each.path for each in cached(model, revision=revision))
+        except Exception:
+            return None
 
 
 def model_name(model: str) -> str:

@@ -12,8 +12,7 @@ from ffsplit.artifacts.scratch import Scratch
 from ffsplit.artifacts.stores import open_store
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError
-from ffsplit.models.locate import WANTED_SUFFIXES
-from ffsplit.models.trust import code_files
+from ffsplit.models.folder import local_listing, sort_files
 
 
 class ModelSource(Record):
@@ -51,16 +50,10 @@ class ModelSource(Record):
 
 def described(directory: Path) -> ModelSource:
     """A local checkpoint with the digests of its files, all of which are read; its own code is among them."""
-    code = code_files(directory)
-    paths = [
-        path
-        for path in sorted(directory.iterdir())
-        if path.name.endswith(WANTED_SUFFIXES) or path.name in code
-    ]
     entries = tuple(
-        FileEntry(path=path.name, size_bytes=path.stat().st_size, sha256=sha256_file(path))
-        for path in paths
-        if path.is_file()
+        FileEntry(path=name, size_bytes=path.stat().st_size, sha256=sha256_file(path))
+        for name in sort_files(local_listing(directory)).wanted
+        for path in [directory / name]
     )
     return ModelSource(path=str(directory), files=entries)
 

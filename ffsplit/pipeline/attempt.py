@@ -18,6 +18,7 @@ from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.artifacts.stores import Store
 from ffsplit.distributed import make_runner
 from ffsplit.gates import judge, refusal
+from ffsplit.models.folder import left_out_in_one_line
 from ffsplit.pipeline.computation import compute_model, compute_statistics
 from ffsplit.pipeline.documents import write_documents
 from ffsplit.pipeline.placement import place
@@ -55,6 +56,8 @@ class Attempt:
         ):
             shown.note(in_one_line(run.flight, asked=config.workers if config.runner == "ray" else None))
             shown.note(f"run {self.key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
+            if self.kind == "model" and (left_out := left_out_in_one_line(run.left_out)):
+                shown.note(left_out)
             attempt = new_attempt_id()
             staging = folder / attempt
             (staging / STATISTICS_PATH).parent.mkdir(parents=True)

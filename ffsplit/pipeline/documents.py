@@ -35,6 +35,7 @@ from ffsplit.environment import describe_environment
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import describe_result
+from ffsplit.models.folder import CARD_NAME, ORIGINAL_CARD
 from ffsplit.models.locate import model_name
 from ffsplit.pipeline.origin import calibration_record
 from ffsplit.pipeline.prepare import PreparedRun, healing_threads
@@ -43,8 +44,6 @@ from ffsplit.report.plots import energy_curve
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.plan import LayerPlan
 from ffsplit.splitting.scores import energy_counts, energy_share, is_starved, output_energy
-
-CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,7 @@ def _draft(
             architecture=checkpoint.class_name,
             license=checkpoint.license,
             shape=run.solver.model,
+            left_out=run.left_out if is_model else (),
         ),
         calibration=_calibration(run, outcome),
         layers=tuple(_layers(run, outcome)),
@@ -240,6 +240,11 @@ def model_card(manifest: Manifest) -> str:
         body += ["", *(f"- {name}: {value:.5f}" for name, value in measured.fidelity.items())]
     if manifest.gates:
         body += ["", *(f"- {describe_result(result)}" for result in manifest.gates)]
+    if any(entry.path == ORIGINAL_CARD for entry in manifest.files):
+        body += ["", f"The original's card: [{ORIGINAL_CARD}]({ORIGINAL_CARD})."]
+    if model.left_out:
+        body += ["", "Of the original's folder, these files are not here:", ""]
+        body += [f"- `{each.path}`: {each.reason}" for each in model.left_out]
     return "\n".join([*front, "---", "", *body, ""])
 
 

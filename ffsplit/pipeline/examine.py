@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ffsplit.artifacts.commits import Kind
+from ffsplit.artifacts.entries import LeftOut
 from ffsplit.artifacts.inputs import StoredFiles
 from ffsplit.artifacts.statistics import PublishedStatistics, open_statistics
 from ffsplit.calibration.media import embedded, read_media, read_pairs
@@ -51,6 +52,7 @@ class Examined:
     solver: Solver
     checkpoint: Checkpoint
     stored_model: StoredFiles | None
+    left_out: tuple[LeftOut, ...]
     revision: str | None
     text: TextSample
     origin: PublishedStatistics | None
@@ -73,10 +75,11 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
     profile = ComputeProfile.resolve(config)
     if profile.device == "cpu" or config.runner == "serial":  # GPUs may be those of other hosts
         check_device(profile.device, profile.dtype)
-    directory, revision, stored = locate_model(config.model, revision=config.revision)
+    directory, revision, stored, unfetched = locate_model(config.model, revision=config.revision)
     if revision is None and stored is None:
         config = config.model_copy(update={"model": str(directory)})
     checkpoint = open_checkpoint(directory)
+    left_out = {each.path: each for each in (*unfetched, *checkpoint.folder.files.left_out)}
     recipe = recipe.settled(checkpoint.kind, max_positions=checkpoint.max_positions)
     recipe = recipe.fitting(in_bfloat16=ComputeProfile.fits_in_bfloat16(config))
     recipe = recipe.searching(may_search(checkpoint) and not (config.plain or config.block_by_block))
@@ -104,6 +107,7 @@ def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
         solver=solver,
         checkpoint=checkpoint,
         stored_model=stored,
+        left_out=tuple(left_out[path] for path in sorted(left_out)),
         revision=revision,
         text=text,
         origin=origin,

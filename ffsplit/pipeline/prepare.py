@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from ffsplit.artifacts.commits import Kind
+from ffsplit.artifacts.entries import LeftOut
 from ffsplit.artifacts.inputs import StoredFiles
 from ffsplit.artifacts.paths import check_outside_attempts
 from ffsplit.artifacts.statistics import PublishedStatistics
@@ -59,7 +60,8 @@ class PreparedRun:
     `layouts` are what the budget comes to; where the statistics have a say in that, they are the least it
     can come to until the statistics are there. `checkpoint` is in a directory of this
     machine; where the model is in a store, other nodes have theirs from `stored_model`. `text` is what is
-    read of the sample, and so is its digest. `flight` says what of the model is held at a time.
+    read of the sample, and so is its digest. `flight` says what of the model is held at a time. `left_out`
+    is what of the model's folder does not come along.
     """
 
     config: JobConfig
@@ -68,6 +70,7 @@ class PreparedRun:
     solver: Solver
     checkpoint: Checkpoint
     stored_model: StoredFiles | None
+    left_out: tuple[LeftOut, ...]
     revision: str | None
     digests: dict[str, str]
     text: TextSample

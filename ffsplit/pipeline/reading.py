@@ -77,9 +77,17 @@ def _check_text(rows: Sequence[str], *, tokenizer: Any, max_length: int) -> None
 
 
 def check_vocabulary(tokenizer: Any, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError when the tokenizer gives tokens that the model has no embedding for."""
-    stated = checkpoint.text_config.get("vocab_size")
-    token, index = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1], default=("", -1))
+    """Raise ConfigError when the tokenizer gives tokens that the model has no embedding for, or none.
+
+    transformers makes one up of special tokens alone where the vocabulary's file is missing.
+    """
+    stated, vocabulary = checkpoint.text_config.get("vocab_size"), tokenizer.get_vocab()
+    if len(vocabulary.keys() - set(tokenizer.all_special_tokens)) <= 1:
+        raise ConfigError(
+            f"{checkpoint.directory} has no tokenizer: its vocabulary is missing; put its tokenizer.json "
+            "beside the model"
+        )
+    token, index = max(vocabulary.items(), key=lambda pair: pair[1], default=("", -1))
     if isinstance(stated, int) and index >= stated:
         raise ConfigError(
             f"{checkpoint.directory}: the tokenizer does not belong to the model: it has token {token!r} as "

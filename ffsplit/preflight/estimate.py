@@ -51,6 +51,7 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
     scratch, artifact = footprint.sampled_input_bytes(work), 0
     if not statistics_only:
         artifact = work.artifact_bytes
+        scratch += job.checkpoint.folder.companion_bytes  # which the artifact holds too
         num_refits = len(job.recipe.refits) if can_refit(job.checkpoint, job.layouts) else 0
         scratch += num_refits * footprint.sampled_input_bytes(work) + footprint.healing_state_bytes(work)
         num_searched = 1 if job.recipe.allocation == "search" else 0
@@ -65,6 +66,7 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
         temporary=_disk(tempfile.gettempdir(), spilled),
         store=_disk(open_store(config.out).uri, scratch + artifact),
         artifact_bytes=artifact,
+        left_out=() if statistics_only else job.left_out,
     )
     problems = find_problems(flight, work=work, num_evaluations=len(config.eval))
     return flight.model_copy(update={"problems": tuple(problems)})

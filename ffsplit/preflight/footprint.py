@@ -97,9 +97,9 @@ def _ffn_bytes(work: Workload) -> int:
 
 
 def staged_bytes(work: Workload) -> int:
-    """The assembled checkpoint, and once more where it is quantized after healing."""
+    """The assembled checkpoint and what comes along, once more where it is quantized after healing."""
     copies = 1 if work.recipe.after_healing is None else 2
-    return copies * work.compressed_bytes
+    return copies * (work.compressed_bytes + work.checkpoint.folder.companion_bytes)
 
 
 def spilled_bytes(work: Workload, *, workers: int) -> int:

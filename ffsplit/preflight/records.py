@@ -6,6 +6,7 @@ import os
 
 from pydantic import Field
 
+from ffsplit.artifacts.entries import LeftOut
 from ffsplit.config import JobConfig, Record
 from ffsplit.errors import ConfigError
 from ffsplit.machine import memory_limit_bytes, num_workers_here
@@ -80,6 +81,9 @@ class Preflight(Record):
     temporary: DiskNeeds
     store: DiskNeeds = Field(description="the scratch and the artifact, while both are there")
     artifact_bytes: int
+    left_out: tuple[LeftOut, ...] = Field(
+        default=(), description="what of the model's folder does not come along"
+    )
     problems: tuple[str, ...] = Field(default=(), description="what cannot be done, and what would mend it")
 
     def check(self) -> None:

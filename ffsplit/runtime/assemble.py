@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,9 @@ from ffsplit.models.checkpoint import NARROWED, Checkpoint
 from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.places import FFNPlace
 from ffsplit.models.tensor_files import TensorSpan, read_spans, write_spans
-from ffsplit.models.trust import code_files
 from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, runs_of
 
 MAX_SHARD_BYTES = 5 * 10**9
-COMPANIONS = re.compile(r".*\.(json|txt|model|tiktoken|jinja)$|(LICEN[CS]E|NOTICE).*")
-"""Files beside the weights that an artifact keeps: configs, tokenizers, licences."""
 
 
 def is_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
@@ -58,7 +53,7 @@ def assemble(
         spans |= read_spans(path)
     _write_shards(spans, directory, max_shard_bytes=max_shard_bytes)
     config = artifact_config(checkpoint, layouts, linears=linears)
-    _copy_companions(checkpoint.directory, directory)
+    checkpoint.folder.copy_companions(directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
@@ -66,8 +61,11 @@ def replace_weights(directory: Path, replacements: Path) -> None:
     """Rewrite a checkpoint in place with the tensors of another file under the same names."""
     new = read_spans(replacements)
     for path in sorted(directory.glob("*.safetensors")):
+        spans = read_spans(path)
+        if new.keys().isdisjoint(spans):  # a file that came along with the original
+            continue
         rewritten = path.with_suffix(".rewritten")
-        write_spans(rewritten, {name: new.get(name, span) for name, span in read_spans(path).items()})
+        write_spans(rewritten, {name: new.get(name, span) for name, span in spans.items()})
         rewritten.replace(path)
 
 
@@ -126,20 +124,3 @@ def _write_shards(spans: Mapping[str, TensorSpan], directory: Path, *, max_shard
         total = sum(span.size_bytes for span in spans.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def _copy_companions(source: Path, directory: Path) -> None:
-    """Copy what belongs to the model beside its weights; the folders that modules.json names too."""
-    for path in sorted(source.iterdir()):
-        is_companion = COMPANIONS.match(path.name) or path.name in code_files(source)
-        if path.is_file() and is_companion and path.name != INDEX_NAME:
-            shutil.copyfile(path, directory / path.name)
-    modules = source / "modules.json"
-    if not modules.is_file():
-        return
-    for module in json.loads(modules.read_text("utf-8")):
-        folder = source / str(module.get("path", ""))
-        if folder != source and folder.is_dir() and folder.parent == source:
-            (directory / folder.name).mkdir(exist_ok=True)
-            for path in sorted(folder.glob("*.json")):
-                shutil.copyfile(path, directory / folder.name / path.name)

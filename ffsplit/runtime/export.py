@@ -35,6 +35,7 @@ def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
         whole.mkdir()
         export_onnx(directory, whole / FILE_NAME)
         for name in ("config.json", *tokenizer_files(directory)):
+            (whole / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(directory / name, whole / name)
         if out.exists():
             out.rmdir()

@@ -54,7 +54,8 @@ def measure_job(job: MeasureJob) -> Measurements:
 def _measure(job: MeasureJob) -> Measurements:
     checkpoint = open_checkpoint(job.original.directory())
     compressed = job.compressed.directory()
-    weights = compressed.glob("*.safetensors")
+    companions = checkpoint.folder.files.companions
+    weights = [path for path in compressed.glob("*.safetensors") if path.name not in companions]
     empty = Measurements(
         original_size=original_size(checkpoint),
         compressed_size=compressed_size(

@@ -13,6 +13,7 @@ from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
 from ffsplit.errors import ArtifactError, ConfigError
+from ffsplit.models.locate import locate_model
 from tests.small_jobs import SmallJob, digests
 
 from .test_locate import cache
@@ -60,7 +61,7 @@ def test_every_node_fetches_what_the_driver_described(
         contents | {"notes.pdf": b"", "nested/config.json": b"", "a\u202eb.json": b""}
     ).items():
         store._client.put_object(Bucket=store._bucket, Key=store._base + "model/" + name, Body=data)
-    described = stored_files(f"{s3_uri}/model", suffixes=(".json", ".safetensors"))
+    described = stored_files(f"{s3_uri}/model", choose=lambda names: {*names} & contents.keys())
     handed_over = pickle.loads(pickle.dumps(described))
     first = described.materialize()
     for node in ("a", "b"):
@@ -79,7 +80,7 @@ def test_a_node_refuses_what_changed_since(
 ) -> None:
     store = open_store(s3_uri)
     store.put_bytes("model/model.safetensors", b"weights" * 1000)
-    described = stored_files(f"{s3_uri}/model", suffixes=(".safetensors",))
+    described = stored_files(f"{s3_uri}/model", choose=set)
     store.delete("model/model.safetensors")
     if change is not None:
         store.put_bytes("model/model.safetensors", change)
@@ -110,7 +111,7 @@ def test_one_content_is_kept_once(s3_uri: str, cache: Path) -> None:
 
 def test_what_is_not_there(s3_uri: str, small_job: SmallJob, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="holds no model"):
-        stored_files(f"{s3_uri}/model", suffixes=(".json",))
+        locate_model(f"{s3_uri}/model")
     for wrong in ("s3://bucket", f"{s3_uri}/nothing.txt"):
         with pytest.raises(ConfigError):
             fetch_file(wrong)

@@ -136,11 +136,11 @@ def test_the_tokenizer_digest_changes_with_the_tokenizer_alone(bert: Path) -> No
     assert "tokenizer.json" in tokenizer_files(bert)
     flip(bert / "model.safetensors", -1)
     (bert / "README.md").write_text("A card.")
-    assert checkpoint.tokenizer_digest() == before
+    assert open_checkpoint(bert).tokenizer_digest() == before
     (bert / "vocab.txt").write_text("word")
-    with_vocabulary = checkpoint.tokenizer_digest()
+    with_vocabulary = open_checkpoint(bert).tokenizer_digest()
     (bert / "tokenizer.json").write_text((bert / "tokenizer.json").read_text() + "\n")
-    assert len({before, with_vocabulary, checkpoint.tokenizer_digest()}) == 3
+    assert len({before, with_vocabulary, open_checkpoint(bert).tokenizer_digest()}) == 3
 
 
 def test_digests_do_not_depend_on_the_place_or_the_name(bert: Path, tmp_path: Path) -> None:

@@ -8,15 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from ffsplit.errors import ArtifactError, FFSplitError
+from ffsplit.ffn import LayerLayout
+from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.load import load_whole_model
+from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.runtime.checkpoint_format import FFNRun, runs_of
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import compress, head_of, outputs, reference
 from tests.runtime.conftest import CompressedFactory
 from tests.tiny_models import FAMILIES
+
+
+def files_below(directory: Path) -> dict[str, Path]:
+    return {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
 
 
 def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
@@ -90,25 +98,55 @@ def test_the_bytes_repeat(checkpoint_of: CheckpointFactory, tmp_path: Path, reci
     assert files == {path.name: path.read_bytes() for path in second.iterdir()}
 
 
-def test_the_tokenizer_and_the_licence_come_along_and_nothing_else(
+def test_the_whole_folder_comes_along_but_for_other_weights(
     checkpoint_of: CheckpointFactory, tmp_path: Path
 ) -> None:
     source = Path(shutil.copytree(checkpoint_of("bert", head=head_of("bert")), tmp_path / "source"))
-    for name in ("LICENSE", "NOTICE.txt", "merges.txt", "chat_template.jinja", "pytorch_model.bin", "run.py"):
+    kept = ["LICENSE", "odd name.vocab", "run.py", "additional_chat_templates/tool_use.jinja", "a/b/c/d.xyz"]
+    kept += ["1_Pooling/config.json", "2_Dense/config.json", "extra.safetensors"]
+    left_out = ["pytorch_model.bin", "tf_model.h5", "onnx/config.json", "onnx/model.onnx", ".git/config"]
+    for name in (*kept, *left_out, "README.md"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_text(name)
-    (source / "1_Pooling").mkdir()
-    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
-    (source / "unlisted").mkdir()
-    (source / "unlisted" / "config.json").write_text("{}")
-    modules = [{"path": "", "type": "Transformer"}, {"path": "1_Pooling", "type": "Pooling"}]
-    (source / "modules.json").write_text(json.dumps(modules))
+    save_file({"linear.weight": torch.ones(2, 2)}, source / "2_Dense" / "model.safetensors")
     compressed = compress(source, tmp_path / "artifact", recipe="fast")
-    kept = {str(path.relative_to(compressed.directory)) for path in compressed.directory.rglob("*.*")}
-    assert {"NOTICE.txt", "merges.txt", "chat_template.jinja", "modules.json"} <= kept
-    assert "1_Pooling/config.json" in kept and (compressed.directory / "LICENSE").read_text() == "LICENSE"
-    assert not {"pytorch_model.bin", "run.py", "unlisted/config.json"} & kept
-    tokenizer = (compressed.directory / "tokenizer.json").read_bytes()
-    assert tokenizer == (source / "tokenizer.json").read_bytes()
+    found = {
+        path.relative_to(compressed.directory).as_posix(): path for path in files_below(compressed.directory)
+    }
+    there = {path.relative_to(source).as_posix(): path for path in files_below(source)}
+    assert found.keys() == (there.keys() - {*left_out, "README.md"}) | {"README.original.md"}
+    for name in (*kept, "2_Dense/model.safetensors", "tokenizer.json"):
+        assert found[name].read_bytes() == there[name].read_bytes()
+    assert found["README.original.md"].read_text() == "README.md"
+
+
+def test_a_file_that_changes_during_the_run_is_named(
+    checkpoint_of: CheckpointFactory, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(checkpoint_of("bert", head=head_of("bert")), tmp_path / "source"))
+    checkpoint = open_checkpoint(source)
+    layouts = [LayerLayout.dense(shape) for shape in checkpoint.shapes]
+    assemble(checkpoint, [], layouts, tmp_path / "first")
+    for name in ("tokenizer.json", "model.safetensors"):
+        data = (source / name).read_bytes()
+        (source / name).write_bytes(data + b" ")
+        with pytest.raises(ArtifactError, match=f"{name} was changed during the run"):
+            assemble(checkpoint, [], layouts, tmp_path / "second")
+        (source / name).unlink()
+        with pytest.raises(FFSplitError, match=name):
+            assemble(checkpoint, [], layouts, tmp_path / "third")
+        (source / name).write_bytes(data)
+        checkpoint = open_checkpoint(source)
+
+
+def test_healed_weights_leave_what_came_along_alone(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+    save_file({"v": torch.zeros(2)}, tmp_path / "extra.safetensors", {"kept": "as it was"})
+    before = (tmp_path / "extra.safetensors").read_bytes()
+    save_file({"w": torch.ones(2)}, tmp_path / "healed")
+    replace_weights(tmp_path, tmp_path / "healed")
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["w"], torch.ones(2))
+    assert (tmp_path / "extra.safetensors").read_bytes() == before
 
 
 def test_a_plain_config_changes_its_width_alone(compressed_of: CompressedFactory) -> None:
