@@ -57,7 +57,8 @@ def explained(what: str, *, kind: type[FFSplitError] = ConfigError, advice: str 
     except BaseException as error:
         if not isinstance(error, Exception) and not _is_panic(error):
             raise
-        raise kind(f"{what}: {reason_of(error, besides=what)}{advice and f'; {advice}'}") from error
+        reason = reason_of(error, besides=what)
+        raise kind(f"{what}: {reason.rstrip('.')}; {advice}" if advice else f"{what}: {reason}") from error
 
 
 def reason_of(error: BaseException, *, besides: str = "") -> str:
