@@ -24,6 +24,7 @@ def damped_root(moment: Tensor, *, ridge: float, num_ridged: int | None = None) 
     damping = torch.zeros_like(diagonal)
     damping[:num_ridged] = ridge * diagonal[:num_ridged].mean()
     matrix = moment + damping.diag()
+    root: Tensor
     root, failed = torch.linalg.cholesky_ex(matrix)
     if not failed:
         return root
@@ -32,5 +33,5 @@ def damped_root(moment: Tensor, *, ridge: float, num_ridged: int | None = None) 
         largest = float(values[-1])
         raised = values.clamp(min=RESOLUTION * largest) if largest > 0 else torch.ones_like(values)
         whole = (vectors * raised) @ vectors.T
-        factor: Tensor = torch.linalg.cholesky((whole + whole.T) / 2)
-    return factor
+        root = torch.linalg.cholesky((whole + whole.T) / 2)
+    return root

@@ -23,8 +23,8 @@ from ray.exceptions import (
 
 from ffsplit.distributed.dispatch import Done, Event, Failed, Lost, Ready
 from ffsplit.distributed.observing import Observed
-from ffsplit.distributed.runner import Worker
-from ffsplit.errors import FFSplitError
+from ffsplit.distributed.runner import Worker, stage_explained
+from ffsplit.errors import FFSplitError, reason_of
 
 LOSSES: dict[type[Exception], str] = {
     OutOfMemoryError: "its host was out of memory: give fewer --workers or a larger host",
@@ -46,7 +46,8 @@ class _Host:
         self._factory, self._observed = factory, observed
 
     def ready(self) -> None:
-        self._worker = self._factory()
+        with stage_explained(self._observed.stage, None):
+            self._worker = self._factory()
 
     def run(self, item: Any) -> Any:
         return self._observed(self._worker, item)
@@ -161,9 +162,18 @@ def _event_of(slot: int, error: BaseException) -> Event:
     for kind, reason in LOSSES.items():
         if isinstance(error, kind):
             return Lost(slot, "its host was out of memory" if "memory" in str(error).lower() else reason)
-    return Failed(slot, error)
+    return Failed(slot, _unforeseen(error))
 
 
-def error_of(error: RayTaskError) -> Exception:
-    """An error that FFSplit raised in a task, as itself; any other with the traceback from there."""
-    return error.cause if isinstance(error.cause, FFSplitError) else error
+def error_of(error: RayTaskError) -> FFSplitError:
+    """The error that FFSplit raised in a task; its cause holds the traceback from there."""
+    known = error.cause if isinstance(error.cause, FFSplitError) else _unforeseen(error.cause)
+    known.__cause__ = error
+    return known
+
+
+def _unforeseen(error: BaseException) -> FFSplitError:
+    """What Ray raises of itself, or of a task's answer that cannot be sent."""
+    raised = FFSplitError(f"Ray: {type(error).__name__}: {reason_of(error)}")
+    raised.__cause__ = error
+    return raised

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 
 from ffsplit.distributed.runner import Worker
-from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.errors import ConfigError, FFSplitError, reason_of
 from ffsplit.temporary import temporary_folder
 
 OLDEST = (2, 60)
@@ -49,7 +49,10 @@ class Together:
                 if known is not None:
                     raise known from None
                 if not attempts_left:
-                    raise
+                    first = next(iter(_causes(error)), error)
+                    raise FFSplitError(
+                        f"{self.size} processes together: {type(first).__name__}: {reason_of(first)}"
+                    ) from error
         raise AssertionError("unreachable")
 
     def _fit(self, item: Any) -> Any:

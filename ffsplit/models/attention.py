@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
-Attention = Literal["sdpa", "eager"]
-"""The kernels that need torch alone, by transformers' names."""
-ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
+if TYPE_CHECKING:
+    from ffsplit.config import Attention
+
+ATTENTIONS: tuple[Attention, ...] = ("sdpa", "eager")
 _STATED = ("attn_implementation", "_attn_implementation")
 _chosen: ContextVar[Attention | None] = ContextVar("attention", default=None)
 

@@ -113,7 +113,7 @@ def _sentence_length(checkpoint: Checkpoint) -> int:
     """Tokens a sentence is cut to: what the model's sentence-transformers file says, or all it can read."""
     path = checkpoint.directory / "sentence_bert_config.json"
     try:
-        longest = read_json(path, "").get("max_seq_length")
+        longest: Any = read_json(path, "").get("max_seq_length")
     except ConfigError:
         return longest_row(checkpoint)
     usable = isinstance(longest, int) and longest > 0
