@@ -24,6 +24,8 @@ ALGORITHM_VERSION = 10
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager"]
+"""The attention kernels that need torch alone, by transformers' names."""
 
 
 class Record(BaseModel):
@@ -95,6 +97,9 @@ class JobConfig(Record):
     dtype: DType = "auto"
     address: str | None = Field(default=None, description="a Ray cluster; default: one started on the spot")
     runner: Literal["ray", "serial"] = "ray"
+    attn_implementation: Attention | None = Field(
+        default=None, description="attention to run the model with; default: what its config names"
+    )
     trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
     block_by_block: bool = Field(default=False, description="hold one block of the model at a time")
     plain: bool = Field(default=False, description="refuse a recipe whose result needs ffsplit to load")

@@ -1,4 +1,15 @@
-"""Every error a user can meet, one tree. Each takes one message, so that it pickles through Ray."""
+"""Every error a user can meet, one tree. Each takes one message, so that it pickles through Ray.
+
+What a library raises joins the tree at the boundary to it: `with explained("...")` around the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LONGEST_REASON = 500
+"""Characters of a library's message that are quoted."""
 
 
 class FFSplitError(Exception):
@@ -31,3 +42,40 @@ class ArtifactError(FFSplitError):
 
 class GateError(FFSplitError):
     """A run finished, but its result did not pass its gates: nothing was published."""
+
+
+@contextmanager
+def explained(what: str, *, kind: type[FFSplitError] = ConfigError, advice: str = "") -> Iterator[None]:
+    """Turn any error of a library into one line: `what` failed, the first line of the error, and `advice`.
+
+    Our own errors pass as they are: they say more. The library's stays the cause, which --debug shows.
+    """
+    try:
+        yield
+    except FFSplitError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and not _is_panic(error):
+            raise
+        reason = reason_of(error, besides=what)
+        raise kind(f"{what}: {reason.rstrip('.')}; {advice}" if advice else f"{what}: {reason}") from error
+
+
+def reason_of(error: BaseException, *, besides: str = "") -> str:
+    """The first line of an error that says something, or its type; not a file that `besides` names."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        named = str(error.filename or "")
+        text = error.strerror if not named or named in besides else f"{error.strerror}: {named}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # "...:" has what is wrong below it
+    if isinstance(error, LookupError | AssertionError):  # "'text'" alone says little
+        line = f"{type(error).__name__}: {line}"
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether a library written in Rust met a bug of its own, which is no Exception in Python."""
+    return type(error).__name__ == "PanicException"

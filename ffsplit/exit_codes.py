@@ -6,14 +6,16 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
 from ffsplit import logs
-from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.errors import ConfigError, FFSplitError, reason_of
 
 DONE, FAILED, MISTAKE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
+DEBUG_VARIABLE = "FFSPLIT_DEBUG"
 DESCRIPTION = """\
 exit codes:
   0    done
@@ -31,10 +33,10 @@ def exit_code_of(run: Callable[[], int]) -> int:
         with _terminated_as_interrupted():
             return run()
     except ConfigError as error:
-        print(f"ffsplit: {error}", file=sys.stderr)
+        _report(error)
         return MISTAKE
     except FFSplitError as error:
-        print(f"ffsplit: {error}", file=sys.stderr)
+        _report(error)
         return FAILED
     except BrokenPipeError:  # whoever read the output has enough, as in `ffsplit ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -42,6 +44,21 @@ def exit_code_of(run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("ffsplit: interrupted, nothing was committed", file=sys.stderr)
         return INTERRUPTED
+    except Exception as error:  # whatever nobody foresaw
+        what = f"{type(error).__name__}: {reason_of(error)}"
+        _report(FFSplitError(f"an unforeseen error, {what} (--debug shows where)"), cause=error)
+        return FAILED
+
+
+def show_tracebacks() -> None:
+    """Have this process, and those that it starts, print the traceback of an error before its line."""
+    os.environ[DEBUG_VARIABLE] = "1"
+
+
+def _report(error: FFSplitError, *, cause: Exception | None = None) -> None:
+    if os.environ.get(DEBUG_VARIABLE):
+        traceback.print_exception(cause or error)
+    print(f"ffsplit: {error}", file=sys.stderr)
 
 
 @contextmanager

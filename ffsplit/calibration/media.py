@@ -9,8 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from ffsplit.calibration.sources import read_column
-from ffsplit.calibration.text_files import no_column, source_error
+from ffsplit.calibration.sources import parquet_column, read_column
+from ffsplit.calibration.text_files import reading_texts, source_error
 from ffsplit.models.rows import ModelKind
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
@@ -97,21 +97,10 @@ def _content(name: str) -> bytes:
         if isinstance(value, bytes):
             return value
         name = str(Path(path).parent / str(value))
-    try:
+    with reading_texts(name):
         return Path(name).read_bytes()
-    except OSError as error:
-        raise source_error(name, error.strerror or "it cannot be read") from None
 
 
 @lru_cache(maxsize=4)
 def _parquet_column(path: str, column: str) -> Any:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise no_column(f"{path}#{column}", column, file.schema_arrow.names)
-            return file.read(columns=[column]).column(column)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise source_error(path, f"not a Parquet file that can be read ({error})") from None
+    return parquet_column(f"{path}#{column}", Path(path), column)

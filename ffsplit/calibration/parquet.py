@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ffsplit.calibration.statistics import NeuronStats
-from ffsplit.errors import CalibrationError
+from ffsplit.errors import CalibrationError, explained
 
 SCHEMA_VERSION = 1
 COLUMNS: dict[str, tuple[pa.DataType, str]] = {
@@ -60,12 +60,10 @@ def write_statistics(path: Path, layers: Sequence[NeuronStats], *, lineage: Mapp
 
 def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
     """The statistics of every layer, in order. Raises CalibrationError when the file is not such a table."""
-    try:
+    with explained(f"{path} holds no neuron statistics", kind=CalibrationError):
         table = pq.read_table(path)
         names = [*COLUMNS, *([EXPERT] if EXPERT in table.column_names else [])]
         values = {name: table.column(name).to_numpy() for name in names}
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
-        raise CalibrationError(f"{path} holds no neuron statistics: {error}") from None
     if table.num_rows == 0:
         raise CalibrationError(f"{path} holds no neuron statistics: it has no rows")
     boundaries = np.flatnonzero(np.diff(values["layer"])) + 1
@@ -90,6 +88,7 @@ def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
 
 def read_lineage(path: Path) -> dict[str, str]:
     """What the statistics in a file were made from."""
-    metadata = pq.read_schema(path).metadata or {}
-    lineage: dict[str, str] = json.loads(metadata.get(b"ffsplit.lineage", b"{}"))
+    with explained(f"{path} holds no neuron statistics", kind=CalibrationError):
+        metadata = pq.read_schema(path).metadata or {}
+        lineage: dict[str, str] = json.loads(metadata.get(b"ffsplit.lineage", b"{}"))
     return lineage

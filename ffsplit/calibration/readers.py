@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ffsplit.calibration.batches import Batch, pad_id_of, padded, padded_batches, tokenize_rows
 from ffsplit.calibration.sound import decode_sound
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, explained
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.load import load_processor, load_tokenizer
 
@@ -216,8 +216,5 @@ def _image(encoded: str) -> Any:
         from PIL import Image
     except ImportError:
         raise ConfigError("pictures need Pillow: pip install 'ffsplit[image]'") from None
-    try:
+    with explained("a calibration picture cannot be decoded", advice="take it out"):
         return Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).partition(": <")[0]
-        raise ConfigError(f"a calibration picture cannot be decoded ({reason}): take it out") from None

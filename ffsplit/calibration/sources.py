@@ -14,14 +14,16 @@ from typing import Any
 from ffsplit.calibration.text_files import (
     DIALECTS,
     checked_text,
+    column_index,
     decoded,
     delimited_rows,
     json_records,
     lines,
     no_column,
+    reading_texts,
     source_error,
 )
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, reason_of
 
 FORMS = (
     "file.txt, file.jsonl#field, file.csv#column, file.tsv#column, file.parquet#column, "
@@ -63,17 +65,15 @@ def _read(spec: str) -> list[str]:
         return reader(spec, scheme[2])
     file = _FILE.fullmatch(spec)
     path = Path(file["path"] if file else spec)
-    if spec and path.is_dir():
-        raise source_error(spec, "it is a directory; name a file in it")
-    if file is None:
-        suffix = f"unknown suffix {path.suffix!r}" if path.suffix else "unknown form"
-        raise source_error(spec, f"{suffix}; the known forms are {FORMS}")
-    if not path.exists():
-        raise source_error(spec, "the file does not exist; check the path")
-    try:
+    with reading_texts(spec, advice="check the file"):
+        if spec and path.is_dir():
+            raise source_error(spec, "it is a directory; name a file in it")
+        if file is None:
+            suffix = f"unknown suffix {path.suffix!r}" if path.suffix else "unknown form"
+            raise source_error(spec, f"{suffix}; the known forms are {FORMS}")
+        if not path.exists():
+            raise source_error(spec, "the file does not exist; check the path")
         return _SUFFIXES[file["suffix"].lower()](spec, path, file["column"] or "")
-    except OSError as error:
-        raise source_error(spec, f"{error.strerror or _first_line(error)}; check the file") from None
 
 
 # ---- files: one reader a suffix ------------------------------------------------------------------
@@ -102,9 +102,7 @@ def _read_table(spec: str, path: Path, column: str, *, dialect: dict[str, Any]) 
     if by_index and int(column) >= len(header):
         last = len(header) - 1
         raise source_error(spec, f"no column {column}: its {len(header)} column(s) are numbered 0 to {last}")
-    if not by_index and (column not in header or not column):
-        raise no_column(spec, column, header)
-    index = int(column) if by_index else header.index(column)
+    index = int(column) if by_index else column_index(spec, column, header)
     texts = []
     for number, row in rows if by_index else rows[1:]:
         if index >= len(row):
@@ -115,18 +113,22 @@ def _read_table(spec: str, path: Path, column: str, *, dialect: dict[str, Any]) 
 
 
 def _read_parquet(spec: str, path: Path, column: str) -> list[str]:
-    import pyarrow
+    return _strings(spec, column, parquet_column(spec, path, column).to_pylist())
+
+
+def parquet_column(spec: str, path: Path, column: str) -> Any:
+    """One column of a Parquet file, as Arrow has it. Raises ConfigError when there is none to be read."""
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            columns: list[str] = file.schema_arrow.names
-            if column not in columns or not column:
-                raise no_column(spec, column, columns)
-            values = file.read(columns=[column]).column(column).to_pylist()
-    except (pyarrow.ArrowException, ValueError) as error:
-        raise source_error(spec, f"not a Parquet file that can be read ({_first_line(error)})") from None
-    return _strings(spec, column, values)
+            column_index(spec, column, file.schema_arrow.names)
+            return file.read(columns=[column]).column(column)
+    except ConfigError:
+        raise
+    except Exception as error:
+        why = f"not a Parquet file that can be read ({reason_of(error)})"
+        raise source_error(spec, why) from error
 
 
 # ---- schemes: one reader each --------------------------------------------------------------------
@@ -136,17 +138,21 @@ def _read_hub(spec: str, rest: str) -> list[str]:
     match = _HUB.fullmatch(rest)
     if match is None:
         raise source_error(spec, "write hf:dataset[:config]#column@split, for example hf:imdb#text@train")
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(match["name"], match["config"], split=match["split"])
-    except Exception as error:  # the hub, the network and every dataset have errors of their own
-        why = f"{type(error).__name__}: {_first_line(error)}"
-        raise source_error(spec, f"{why}; check the name, the network and HF_TOKEN, or name a file") from None
     column = match["column"]
-    if column not in dataset.column_names:
-        raise no_column(spec, column, dataset.column_names)
-    return _strings(spec, column, dataset[column])
+    try:
+        import datasets
+
+        dataset = datasets.load_dataset(match["name"], match["config"], split=match["split"])
+        column_index(spec, column, dataset.column_names)
+        values = list(dataset[column])
+    except ConfigError:
+        raise
+    except Exception as error:  # the hub, the network and every dataset have errors of their own
+        why = f"{type(error).__name__}: {reason_of(error)}"
+        raise source_error(
+            spec, f"{why}; check the name, the network and HF_TOKEN, or name a file"
+        ) from error
+    return _strings(spec, column, values)
 
 
 def _read_s3(spec: str, rest: str) -> list[str]:
@@ -169,10 +175,6 @@ def _strings(spec: str, column: str, values: Sequence[object]) -> list[str]:
                 spec, f"column {column!r} holds {type(value).__name__}, not text; name another"
             )
     return [text for text in texts if isinstance(text, str)]
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no details")
 
 
 def _read_builtin(spec: str, name: str) -> list[str]:

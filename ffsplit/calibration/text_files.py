@@ -6,10 +6,11 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, explained
 
 DIALECTS: dict[str, dict[str, Any]] = {
     ".csv": {"strict": True},
@@ -22,11 +23,26 @@ def source_error(where: object, why: str) -> ConfigError:
     return ConfigError(f"cannot read texts from {where or 'an empty source'}: {why}")
 
 
+def reading_texts(where: object, what: str = "", *, advice: str = "") -> AbstractContextManager[None]:
+    """At the boundary to whatever reads a source: its errors become one line that names the source."""
+    told = f"cannot read texts from {where or 'an empty source'}"
+    return explained(f"{told}: {what}" if what else told, advice=advice)
+
+
 def no_column(spec: str, column: str, columns: Sequence[str], *, noun: str = "column") -> ConfigError:
     """The error for a column that is missing from the spec, or from the source."""
     listed = ", ".join(repr(name[:40]) for name in columns[:20]) + (", ..." if len(columns) > 20 else "")
     wrong = f"there is no {noun} {column!r}" if column else f"no {noun} is named, write SOURCE#{noun}"
     return source_error(spec, f"{wrong}; the {noun}s there are {listed}")
+
+
+def column_index(spec: str, column: str, columns: Sequence[str]) -> int:
+    """Where a column stands among the source's. Raises ConfigError when it is missing, or there twice."""
+    if column not in columns or not column:
+        raise no_column(spec, column, columns)
+    if (count := list(columns).count(column)) > 1:
+        raise source_error(spec, f"{count} columns are named {column!r}; rename all but one")
+    return list(columns).index(column)
 
 
 def decoded(spec: str, path: Path) -> str:
@@ -57,9 +73,9 @@ def json_records(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path}:{number}"
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+        except Exception as error:
             why = error.msg if isinstance(error, json.JSONDecodeError) else "unreadable"
-            raise source_error(where, f"invalid JSON ({why}); write one object a line") from None
+            raise source_error(where, f"invalid JSON ({why}); write one object a line") from error
         if not isinstance(record, dict):
             raise source_error(where, "not a JSON object; write one object a line")
         yield where, record

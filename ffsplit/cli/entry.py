@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, NoReturn
 from ffsplit import __version__, logs
 from ffsplit.artifacts.paths import check_absolute
 from ffsplit.cli.batch import add_batch_commands
-from ffsplit.cli.job import add_job_flags, add_judging_flags, add_trust_flag
+from ffsplit.cli.job import add_job_flags, add_judging_flags, add_loading_flags
 from ffsplit.cli.plan import add_budget_flags, add_plan_commands
 from ffsplit.cli.run import add_run_commands
 from ffsplit.cli.store import add_store_commands
 from ffsplit.errors import ConfigError
-from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, exit_code_of
+from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, exit_code_of, show_tracebacks
+from ffsplit.models.attention import attending
 from ffsplit.models.trust import trusting
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"ffsplit {__version__}")
+    _add_debug_flag(parser)
     commands = parser.add_subparsers(metavar="command", required=True)
 
     def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
@@ -51,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(run=run)
+        _add_debug_flag(added)
         return added
 
     compress = command("compress", _compress, "calibrate, split, compress, measure and publish a model")
@@ -73,11 +76,21 @@ def build_parser() -> argparse.ArgumentParser:
     inspect = command("inspect", _inspect, "show a model's FFNs and what budgets would give")
     inspect.add_argument("model")
     inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
-    add_trust_flag(inspect)
+    add_loading_flags(inspect)
     add_plan_commands(command)
     add_store_commands(command)
     add_batch_commands(command, parse=parser.parse_args)
     return parser
+
+
+def _add_debug_flag(parser: argparse.ArgumentParser) -> None:
+    """Before the command's name or after it."""
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print the traceback of whatever fails",
+    )
 
 
 def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int:
@@ -89,12 +102,15 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
     def run() -> int:
         parsed = build_parser().parse_args(arguments)
         parsed.in_job = in_job
+        if "debug" in parsed:
+            show_tracebacks()
         if log_format := vars(parsed).get("log_format"):
             logs.ask_for(log_format)
         target: str | None = vars(parsed).get("out", vars(parsed).get("directory"))
         if in_job and target:
             check_absolute(target)
-        with trusting(getattr(parsed, "trust_remote_code", False)):
+        attention = getattr(parsed, "attn_implementation", None)
+        with trusting(getattr(parsed, "trust_remote_code", False)), attending(attention):
             code: int = parsed.run(parsed)
         return code
 

@@ -6,6 +6,7 @@ import argparse
 from functools import partial
 
 from ffsplit.artifacts.units import parse_size
+from ffsplit.models.attention import ATTENTIONS
 
 
 def add_job_flags(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,7 @@ def add_job_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="as in 6GB; default: a worker's share of this machine's",
     )
-    add_trust_flag(parser)
+    add_loading_flags(parser)
     add("--dry-run", action="store_true", help="say what the run would need, and stop")
     add("--fresh", action="store_true", help="run again even when this run is committed already")
     add("--sign-key", metavar="KEY", help="sign the manifest with this EC private key (PEM)")
@@ -50,7 +51,13 @@ def add_job_flags(parser: argparse.ArgumentParser) -> None:
     add("--log-format", choices=("text", "json"), help="of stderr; default: FFSPLIT_LOG, or text")
 
 
-def add_trust_flag(parser: argparse.ArgumentParser) -> None:
+def add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    """How a model is loaded, in every command that loads one."""
+    parser.add_argument(
+        "--attn-implementation",
+        choices=ATTENTIONS,
+        help="attention to run the model with; default: what its config names",
+    )
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model; read it first"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from ffsplit.cli.job import add_trust_flag
+from ffsplit.cli.job import add_loading_flags
 
 Run = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
@@ -42,7 +42,7 @@ def add_plan_commands(command: AddCommand) -> None:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     add("--revision", metavar="R", help="of a hub id")
-    add_trust_flag(table)
+    add_loading_flags(table)
 
 
 def _plan(parsed: argparse.Namespace) -> int:

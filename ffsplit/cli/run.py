@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-from ffsplit.cli.job import add_trust_flag
+from ffsplit.cli.job import add_loading_flags
 
 Run = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
@@ -14,7 +14,7 @@ AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
 
 def add_run_commands(command: AddCommand) -> None:
     benchmark = command("benchmark", _benchmark, "time an artifact and its original, in turn")
-    add_trust_flag(benchmark)
+    add_loading_flags(benchmark)
     add = benchmark.add_argument
     add("uri", metavar="URI_OR_MODEL")
     add(
@@ -46,7 +46,7 @@ def add_run_commands(command: AddCommand) -> None:
     export.add_argument(
         "--out", required=True, metavar="DIR", help="a directory that does not exist, or is empty"
     )
-    add_trust_flag(export)
+    add_loading_flags(export)
 
 
 def _benchmark(parsed: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.damping import damped_root
 from ffsplit.compressors.weights import FFNWeights, LinearMap
 
 SMALLEST_RIDGE = 1e-10
@@ -57,8 +58,5 @@ def refit_bias(ffn: FFNWeights, *, context: LayerContext) -> FFNWeights:
 
 def solve_ridge(gram: Tensor, cross: Tensor, *, ridge: float, num_ridged: int) -> Tensor:
     """Solve (G + ridge * mean(diag G) * I) X = C; the rows past `num_ridged` take no ridge."""
-    diagonal = gram.diagonal()
-    damping = torch.zeros_like(diagonal)
-    damping[:num_ridged] = max(ridge, SMALLEST_RIDGE) * diagonal[:num_ridged].mean()
-    solution: Tensor = torch.linalg.solve(gram + damping.diag(), cross)
-    return solution
+    root = damped_root(gram, ridge=max(ridge, SMALLEST_RIDGE), num_ridged=num_ridged)
+    return torch.cholesky_solve(cross, root)

@@ -15,8 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from ffsplit.compressors.base import LayerContext, second_moment
+from ffsplit.compressors.damping import damped_root
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.config import Record
+from ffsplit.errors import CalibrationError, explained
 from ffsplit.ffn import (
     MAX_LOSS_TO_ROUNDING,
     Dense,
@@ -96,7 +98,8 @@ def truncated_svd(
     evenly between the two, so that both have entries of one size.
     """
     target = weight.double() if root is None else weight.double() @ root
-    u, s, vh = torch.linalg.svd(target, full_matrices=False)
+    with explained("a matrix's singular values cannot be computed", kind=CalibrationError):
+        u, s, vh = torch.linalg.svd(target, full_matrices=False)
     share = s.square().cumsum(0) / s.square().sum()
     rank = min(rank, int((share < energy - 1e-12).sum()) + 1)
     scale = s[:rank].sqrt()
@@ -108,7 +111,4 @@ def truncated_svd(
 
 def _root(inputs: Iterator[Tensor], *, ridge: float) -> Tensor:
     """Lower Cholesky factor [n, n] of the ridged second moment of the rows of `inputs`, in float64."""
-    moment = second_moment(inputs)
-    damping = max(ridge, 1e-10) * moment.diagonal().mean()
-    factor: Tensor = torch.linalg.cholesky(moment + damping * torch.eye(len(moment)).to(moment))
-    return factor
+    return damped_root(second_moment(inputs), ridge=max(ridge, 1e-10))

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.damping import damped_root
 from ffsplit.compressors.least_squares import refit_bias, refit_down
 from ffsplit.compressors.weights import FFNWeights
 from ffsplit.config import Record
@@ -67,8 +68,7 @@ def optimal_brain_neurons(context: LayerContext, *, count: int, ridge: float) ->
     assert part is not None, "the original is dense"
     covariance = _covariance(context)
     num_neurons = len(covariance)
-    damping = max(ridge, 1e-10) * covariance.diagonal().mean()
-    inverse = torch.linalg.inv(covariance + damping * torch.eye(num_neurons).to(covariance))
+    inverse = torch.cholesky_inverse(damped_root(covariance, ridge=max(ridge, 1e-10)))
     weight_DN = part.down.weight.double().clone()
     is_left = torch.ones(num_neurons, dtype=torch.bool, device=covariance.device)
     for _ in range(num_neurons - count):

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ffsplit.compressors.base import LayerContext, second_moment
+from ffsplit.compressors.damping import damped_root
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.config import Record
 from ffsplit.ffn import Dense, FFNShape, Integer, LayerLayout, PartLayout
@@ -85,8 +86,7 @@ class QuantizeCompressor(Record):
 
 def _gptq(weight: Tensor, scales: Tensor, format: Integer, moment: Tensor, *, ridge: float) -> Tensor:
     """A matrix on the grid of `scales` whose outputs on the inputs are close to those of `weight`."""
-    damping = max(ridge, 1e-8) * moment.diagonal().mean()
-    inverse = torch.linalg.inv(moment + damping * torch.eye(len(moment)).to(moment))
+    inverse = torch.cholesky_inverse(damped_root(moment, ridge=max(ridge, 1e-8)))
     upper = torch.linalg.cholesky(inverse, upper=True)
     left, result = weight.double().clone(), torch.empty_like(weight)
     group_size = format.group_size or weight.shape[1]

@@ -11,7 +11,7 @@ from ray.util.metrics import Counter
 
 from ffsplit import logs
 from ffsplit.artifacts.scratch import Result
-from ffsplit.distributed.runner import Worker
+from ffsplit.distributed.runner import Worker, stage_explained
 
 COUNTERS = {
     "ffsplit_shards_done": "Shards of text, layers and other items of a stage that were computed",
@@ -40,10 +40,12 @@ class Observed:
         with logs.fields(**self.fields, stage=self.stage, item=name if isinstance(name, str) else None):
             logs.log("taken")
             try:
-                answer = worker(item)
+                with stage_explained(self.stage, item):
+                    answer = worker(item)
             except Exception as error:
                 count("ffsplit_failures", 1, stage=self.stage)
-                logs.log("failed", level=logging.ERROR, error=type(error).__name__)
+                cause = error.__cause__ or error
+                logs.log("failed", level=logging.ERROR, error=type(cause).__name__)
                 raise
             logs.log("answered")
             self._count(answer)

@@ -23,8 +23,8 @@ from ray.exceptions import (
 
 from ffsplit.distributed.dispatch import Done, Event, Failed, Lost, Ready
 from ffsplit.distributed.observing import Observed
-from ffsplit.distributed.runner import Worker
-from ffsplit.errors import FFSplitError
+from ffsplit.distributed.runner import Worker, stage_explained
+from ffsplit.errors import FFSplitError, reason_of
 
 OUT_OF_MEMORY = "its host was out of memory: give fewer --workers or a larger host"
 LOSSES: dict[type[Exception], str] = {
@@ -48,7 +48,8 @@ class _Host:
         self._factory, self._observed = factory, observed
 
     def ready(self) -> None:
-        self._worker = self._factory()
+        with stage_explained(self._observed.stage, None):
+            self._worker = self._factory()
 
     def run(self, item: Any) -> Any:
         return self._observed(self._worker, item)
@@ -165,7 +166,7 @@ def _event_of(slot: int, future: Any, *, ready: bool) -> Event:
     if isinstance(error, RayTaskError):
         return Failed(slot, error_of(error))
     reason = reason_of_loss(error)
-    return Failed(slot, error) if reason is None else Lost(slot, reason)
+    return Failed(slot, _unforeseen(error)) if reason is None else Lost(slot, reason)
 
 
 def reason_of_loss(error: BaseException) -> str | None:
@@ -179,6 +180,15 @@ def reason_of_loss(error: BaseException) -> str | None:
     return next((reason for kind, reason in LOSSES.items() if isinstance(error, kind)), None)
 
 
-def error_of(error: RayTaskError) -> Exception:
-    """An error that FFSplit raised in a task, as itself; any other with the traceback from there."""
-    return error.cause if isinstance(error.cause, FFSplitError) else error
+def error_of(error: RayTaskError) -> FFSplitError:
+    """The error that FFSplit raised in a task; its cause holds the traceback from there."""
+    known = error.cause if isinstance(error.cause, FFSplitError) else _unforeseen(error.cause)
+    known.__cause__ = error
+    return known
+
+
+def _unforeseen(error: BaseException) -> FFSplitError:
+    """What Ray raises of itself, or of a task's answer that cannot be sent."""
+    raised = FFSplitError(f"Ray: {type(error).__name__}: {reason_of(error)}")
+    raised.__cause__ = error
+    return raised

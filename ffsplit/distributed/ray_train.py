@@ -15,7 +15,7 @@ import ray
 
 from ffsplit.distributed.ray_pools import reason_of_loss
 from ffsplit.distributed.runner import Worker
-from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.errors import ConfigError, FFSplitError, reason_of
 from ffsplit.temporary import temporary_folder
 
 OLDEST = (2, 60)
@@ -51,13 +51,16 @@ class Together:
                     raise known from None
                 if not attempts_left:
                     reasons = [reason for each in _causes(error) if (reason := reason_of_loss(each))]
-                    if not reasons:
-                        raise
+                    if reasons:
+                        raise FFSplitError(
+                            f"{self.size} processes that work together were lost {1 + MAX_RETRIES} times, the "
+                            f"last because {reasons[0]}; what is finished stays, and the same command "
+                            "goes on from there"
+                        ) from error
+                    first = next(iter(_causes(error)), error)
                     raise FFSplitError(
-                        f"{self.size} processes that work together were lost {1 + MAX_RETRIES} times, the "
-                        f"last because {reasons[0]}; what is finished stays, and the same command "
-                        "goes on from there"
-                    ) from None
+                        f"{self.size} processes together: {type(first).__name__}: {reason_of(first)}"
+                    ) from error
         raise AssertionError("unreachable")
 
     def _fit(self, item: Any) -> Any:

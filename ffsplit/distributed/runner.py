@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, TypeVar
+
+from ffsplit.errors import FFSplitError, explained
+from ffsplit.temporary import full_disk_explained
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -13,6 +17,15 @@ Worker = Callable[[Item], Answer]
 
 ANSWER_WITHIN_S = 600.0
 """How long every host may take to answer a question that needs no transfer."""
+
+
+@contextmanager
+def stage_explained(stage: str, item: object) -> Iterator[None]:
+    """Turn whatever an item of a stage raises into one line, in the process that works on it."""
+    name = getattr(item, "name", None)
+    what = f"{stage} of {name} failed" if isinstance(name, str) else f"{stage} failed"
+    with explained(what, kind=FFSplitError), full_disk_explained():
+        yield
 
 
 class Runner(Protocol):
@@ -103,12 +116,16 @@ class SerialRunner:
         self, stage: str, function: Worker[Item, Answer], items: Sequence[Item]
     ) -> Iterator[tuple[int, Answer]]:
         for index, item in enumerate(items):
-            yield index, function(item)
+            with stage_explained(stage, item):
+                answer = function(item)
+            yield index, answer
 
     def map_workers(
         self, stage: str, factory: Callable[[], Worker[Item, Answer]], items: Sequence[Item]
     ) -> Iterator[tuple[int, Answer]]:
-        yield from self.map_tasks(stage, factory(), items)
+        with stage_explained(stage, None):
+            worker = factory()
+        yield from self.map_tasks(stage, worker, items)
 
     def run_alone(
         self,
@@ -119,14 +136,17 @@ class SerialRunner:
         threads: int = 1,
         reserved: bool = False,
     ) -> Answer:
-        return function(item)
+        with stage_explained(stage, item):
+            return function(item)
 
     def on_every_host(
         self, stage: str, function: Worker[Item, Answer], item: Item, *, within_s: float = ANSWER_WITHIN_S
     ) -> dict[str, Answer]:
-        return {socket.gethostname(): function(item)}
+        with stage_explained(stage, item):
+            return {socket.gethostname(): function(item)}
 
     def run_together(
         self, stage: str, function: Worker[Item, Answer], item: Item, *, size: int, threads: int = 1
     ) -> Answer:
-        return function(item)
+        with stage_explained(stage, item):
+            return function(item)

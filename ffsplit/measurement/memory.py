@@ -1,7 +1,7 @@
 """Peak memory of loading and running a model, in a fresh process of its own.
 
-`python -m ffsplit.measurement.memory DIRECTORY CLASS ROWS TOKENS DEVICE DTYPE VOCABULARY [trusted]`
-prints the bytes.
+`python -m ffsplit.measurement.memory DIRECTORY CLASS ROWS TOKENS DEVICE DTYPE OPTIONS` prints the bytes;
+OPTIONS is a JSON object that from_pretrained is given.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ffsplit.errors import FFSplitError
+from ffsplit.models.attention import attention_options
 from ffsplit.models.trust import trusted
 
 PR_SET_PDEATHSIG = 1
@@ -25,8 +26,8 @@ def peak_memory_bytes(
 ) -> int:
     """Peak resident memory on the CPU, over that of a process with its libraries loaded and no model;
     on CUDA the peak that the allocator handed out. For one load and one forward at `shape`."""
-    arguments = [str(directory), class_name, *map(str, shape), device, dtype]
-    arguments += ["trusted"] if trusted() else []
+    options = {"trust_remote_code": trusted(), **attention_options()}
+    arguments = [str(directory), class_name, *map(str, shape), device, dtype, json.dumps(options)]
     done = subprocess.run(
         [sys.executable, "-m", "ffsplit.measurement.memory", *arguments], capture_output=True, text=True
     )
@@ -43,7 +44,7 @@ def _measure(
     tokens: str,
     device: str,
     dtype: str,
-    trust: str = "",
+    options: str,
 ) -> int:
     import torch
 
@@ -54,8 +55,7 @@ def _measure(
     where = Path(directory)
     model_class(class_name, where=where)  # imports the modelling code, which is no model's memory
     before = _resident_peak_bytes()
-    options = {"dtype": getattr(torch, dtype), "trust_remote_code": bool(trust)}
-    model = load_whole_model(where, class_name, **options).to(device)
+    model = load_whole_model(where, class_name, dtype=getattr(torch, dtype), **json.loads(options)).to(device)
     inputs = example_inputs(model, num_rows=int(rows), num_tokens=int(tokens))
     with torch.inference_mode(), batches_allowed(model):
         model(**inputs)

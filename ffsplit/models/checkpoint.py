@@ -205,7 +205,7 @@ class Checkpoint:
         front = re.match(r"---\n(.*?\n)---\s*$", card.read_text("utf-8", "replace"), re.S | re.M)
         try:
             fields = yaml.safe_load(front.group(1)) if front else None
-        except yaml.YAMLError:
+        except Exception:  # a card is for people: what is no YAML there names no licence
             return None
         named = fields.get("license") if isinstance(fields, dict) else None
         return ", ".join(map(str, named)) if isinstance(named, list) else str(named) if named else None

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ffsplit.errors import UnsupportedModelError
+from ffsplit.errors import UnsupportedModelError, explained
 from ffsplit.models.activations import ACTIVATIONS
 from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.attention import attention_advice, attention_options
 from ffsplit.models.rows import Architecture, FFNPaths, Tower
 
 ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation", "act_fn")
@@ -46,13 +47,16 @@ def detect_architecture(directory: Path, config: Mapping[str, Any]) -> Architect
         raise UnsupportedModelError(
             f"{directory}: model type {model_type!r} is not supported{missing} (known: {known})"
         )
-    try:
-        with init_empty_weights():
-            made = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-            model = transformers.AutoModel.from_config(made)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"{directory}: {model_type} is not in the table; {reason}") from None
+    with (
+        explained(
+            f"{directory}: {model_type} is not in the table, and its structure cannot be looked at",
+            kind=UnsupportedModelError,
+            advice=attention_advice(config),
+        ),
+        init_empty_weights(),
+    ):
+        made = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        model = transformers.AutoModel.from_config(made, **attention_options())
     return row_by_structure(model, config={**made.to_dict(), **config})
 
 

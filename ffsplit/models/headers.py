@@ -6,13 +6,13 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from ffsplit.errors import ConfigError, UnsupportedModelError
+from ffsplit.errors import ConfigError, UnsupportedModelError, explained
 
 ITEM_SIZES = {
     "C64": 8,
@@ -61,10 +61,8 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
     """A JSON object. Raises ConfigError, with the text `missing` where there is no such file."""
     if not path.is_file():
         raise ConfigError(missing)
-    try:
+    with explained(f"{path} is not JSON that can be read"):
         value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a JSON object")
     return value
@@ -153,8 +151,7 @@ def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
     """A safetensors file, memory-mapped. Raises ConfigError when it is missing or truncated."""
     if not path.is_file():
         raise ConfigError(f"{path} is missing")
-    try:
-        with safe_open(path, framework=framework) as file:
-            yield file
-    except SafetensorError as error:
-        raise ConfigError(f"{path} is not a whole safetensors file: {error}") from None
+    with ExitStack() as stack:
+        with explained(f"{path} is not a whole safetensors file"):
+            file = stack.enter_context(safe_open(path, framework=framework))
+        yield file

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from ffsplit.errors import ConfigError, UnsupportedModelError
+from ffsplit.errors import ConfigError, UnsupportedModelError, explained
+from ffsplit.models.attention import attention_advice, attention_options
 from ffsplit.models.checkpoint import GENERATORS, Checkpoint, tokenizer_files
 from ffsplit.models.headers import opened, read_json
 from ffsplit.models.names import below_base, names_read
@@ -58,23 +59,17 @@ def check_complete(checkpoint: Checkpoint) -> None:
     for the head of an encoder that has none; what pools the states of a base model is never asked for, nor
     what a family's code makes up without harm. The tensors must be those that the headers promised.
     """
-    from huggingface_hub.errors import StrictDataclassError
-
     where = checkpoint.directory
     chosen = model_class("" if checkpoint.is_headless else checkpoint.class_name, where=where)
     options: dict[str, Any] = {
         "local_files_only": True,
         "use_safetensors": True,
         "trust_remote_code": trusted(),
+        **attention_options(),
     }
     options |= {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    try:
-        with quiet_transformers():
-            model, found = chosen.from_pretrained(where, **options)
-    except StrictDataclassError as error:
-        raise _does_not_hold(where, error) from None
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ConfigError(f"{where} does not load: {' '.join(str(error).split())}") from None
+    with _loading(where), quiet_transformers():
+        model, found = chosen.from_pretrained(where, **options)
     is_base = checkpoint.is_headless or checkpoint.class_name.endswith("Model") or not checkpoint.class_name
     absent = sorted(name for name in found["missing_keys"] if not is_made_up(name, of_base=is_base))
     if absent:
@@ -126,7 +121,16 @@ def load_whole_model(directory: Path, class_name: str, **options: Any) -> Any:
         check_trusted(directory)
         chosen = model_class(class_name, where=directory)
         options |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trusted()}
-        return chosen.from_pretrained(directory, **options).eval()
+        with _loading(directory):
+            return chosen.from_pretrained(directory, **attention_options() | options).eval()
+
+
+@contextmanager
+def _loading(directory: Path) -> Iterator[None]:
+    """At the boundary to transformers: whatever it raises of a model is a ConfigError in one line."""
+    config = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
+    with explained(f"{directory} does not load", advice=attention_advice(config)):
+        yield
 
 
 def decodes(model: Any) -> bool:
@@ -137,12 +141,14 @@ def decodes(model: Any) -> bool:
 def model_class(class_name: str, *, where: Path) -> Any:
     """A class of transformers by its name, AutoModel for none; for a model's own code, the Auto class.
 
-    Raises ConfigError when there is no such class.
+    Raises ConfigError when there is no such class, or its module does not import.
     """
     import transformers
 
     check_model_class(class_name, where=where)
-    return getattr(transformers, _auto_class(class_name, where) or class_name or "AutoModel")
+    name = _auto_class(class_name, where) or class_name or "AutoModel"
+    with explained(f"{where}: transformers' {name} does not import"):
+        return getattr(transformers, name)
 
 
 def _auto_class(class_name: str, where: Path) -> str | None:
@@ -162,7 +168,11 @@ def empty_model(checkpoint: Checkpoint, *, class_name: str | None, dtype: torch.
     from accelerate import init_empty_weights
     from transformers.quantizers.auto import AutoHfQuantizer
 
-    with quiet_transformers(), init_empty_weights(include_buffers=False):
+    with (
+        quiet_transformers(),
+        _loading(checkpoint.directory),
+        init_empty_weights(include_buffers=False),
+    ):
         config = load_config(checkpoint.directory)
         model = _make(model_class(class_name or "", where=checkpoint.directory), config, dtype=dtype)
         stored = getattr(config, "quantization_config", None)
@@ -197,7 +207,7 @@ def load_tensors(
         device_map={"": device},
         weight_mapping=get_model_conversion_mapping(model),
     )
-    with ExitStack() as stack, quiet_transformers():
+    with ExitStack() as stack, quiet_transformers(), _loading(checkpoint.directory):
         files: dict[str, Any] = {}
         for file in sorted({checkpoint.tensors[name].file for name in names}):
             files[file] = stack.enter_context(opened(checkpoint.directory / file, "pt"))
@@ -215,8 +225,7 @@ def check_model_class(class_name: str, *, where: Path) -> None:
 
 def random_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
     """A model of the checkpoint's class and shape with random weights, in eval mode."""
-
-    with quiet_transformers():
+    with quiet_transformers(), _loading(checkpoint.directory):
         chosen = model_class(checkpoint.class_name, where=checkpoint.directory)
         model = _make(chosen, load_config(checkpoint.directory))
     return model.to(dtype).eval()
@@ -228,16 +237,13 @@ def load_processor(checkpoint: Checkpoint, medium: Literal["image", "sound"]) ->
 
     options: dict[str, Any] = {"backend": "pil"} if medium == "image" else {}
     chosen = AutoImageProcessor if medium == "image" else AutoFeatureExtractor
-    try:
-        with quiet_transformers():
-            return chosen.from_pretrained(checkpoint.directory, local_files_only=True, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{checkpoint.directory} has no {medium} processor that loads: {reason}") from None
+    with quiet_transformers(), explained(f"{checkpoint.directory} has no {medium} processor that loads"):
+        return chosen.from_pretrained(checkpoint.directory, local_files_only=True, **options)
 
 
 def _make(chosen: Any, config: Any, **options: Any) -> Any:
     """A model of a class, or of the one that an Auto class finds."""
+    options |= attention_options()
     if hasattr(chosen, "_from_config"):
         return chosen._from_config(config, **options)
     return chosen.from_config(config, trust_remote_code=trusted(), **options)
@@ -248,12 +254,8 @@ def load_config(directory: Path) -> Any:
     from transformers import AutoConfig
 
     check_trusted(directory)
-    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted())
-
-
-def _does_not_hold(directory: Path, error: Exception) -> ConfigError:
-    """What to say of a config that its family's class refuses."""
-    return ConfigError(f"{directory}/config.json does not hold: {' '.join(str(error).split())}")
+    with explained(f"{directory}/config.json does not hold"):
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted())
 
 
 def _config_of_tokenizer(directory: Path) -> Any:
@@ -267,28 +269,25 @@ def _config_of_tokenizer(directory: Path) -> Any:
     path = directory / "tokenizer_config.json"
     stated = read_json(path, "") if path.is_file() else {}
     if not stated.get("tokenizer_class") or remote_classes(directory):
+        load_config(directory)  # an error of the config is not one of the tokenizer
         return None
-    return PreTrainedConfig.from_pretrained(directory, local_files_only=True)
+    with explained(f"{directory}/config.json does not hold"):
+        return PreTrainedConfig.from_pretrained(directory, local_files_only=True)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises ConfigError when it has none that works."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer
 
     if not tokenizer_files(checkpoint.directory):  # transformers would make an empty one up
         raise ConfigError(f"{checkpoint.directory} has no tokenizer: put its tokenizer.json beside the model")
     check_tokenizer_library(checkpoint.directory)
-    try:
-        with quiet_transformers():
+    with quiet_transformers():
+        config = _config_of_tokenizer(checkpoint.directory)
+        with explained(f"{checkpoint.directory} has no tokenizer that loads"):
             return AutoTokenizer.from_pretrained(
                 checkpoint.directory,
-                config=_config_of_tokenizer(checkpoint.directory),
+                config=config,
                 local_files_only=True,
                 trust_remote_code=trusted(),
             )
-    except StrictDataclassError as error:
-        raise _does_not_hold(checkpoint.directory, error) from None
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{checkpoint.directory} has no tokenizer that loads: {reason}") from None

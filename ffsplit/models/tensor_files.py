@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, explained
 
 CHUNK_BYTES = 4 << 20
 ALIGNMENT = 8
@@ -35,7 +35,9 @@ class TensorSpan(NamedTuple):
 
 def read_spans(path: Path) -> dict[str, TensorSpan]:
     """Where every tensor of a file is. Raises ConfigError when the header is no header."""
-    try:
+    if not path.exists():
+        raise ConfigError(f"{path} is missing")
+    with explained(f"{path} is not a whole safetensors file"):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header: dict[str, Any] = json.loads(file.read(length))
@@ -47,10 +49,6 @@ def read_spans(path: Path) -> dict[str, TensorSpan]:
             for name, info in header.items()
             if name != METADATA
         }
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing") from None
-    except (OSError, OverflowError, MemoryError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def write_spans(path: Path, spans: Mapping[str, TensorSpan]) -> None:

@@ -46,7 +46,7 @@ def remote_classes(directory: Path) -> dict[str, str]:
 def _auto_map(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):
+    except Exception:  # whoever needs what the file says finds that it does not hold, and says so
         return {}
     found = fields.get("auto_map") if isinstance(fields, dict) else None
     return found if isinstance(found, dict) else {}

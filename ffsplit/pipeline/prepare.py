@@ -20,6 +20,7 @@ from ffsplit.config import Budget, JobConfig, digest_of, stage_key
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import Gate, gated_key
 from ffsplit.measurement.tasks.evaluations import Evaluation, evaluations_of, key_inputs
+from ffsplit.models.attention import attending
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.load import check_complete
 from ffsplit.models.trust import trusting
@@ -91,7 +92,7 @@ def prepare(config: JobConfig, *, kind: Kind = "model") -> PreparedRun:
 
     What cannot fit is refused before any weight is read.
     """
-    with trusting(config.trust_remote_code):
+    with trusting(config.trust_remote_code), attending(config.attn_implementation):
         job = examine(config, kind=kind)
         flight = estimate(job, kind=kind)
         flight.check()
@@ -101,7 +102,7 @@ def prepare(config: JobConfig, *, kind: Kind = "model") -> PreparedRun:
 def preflight(config: JobConfig, *, kind: Kind = "model") -> Preflight:
     """What a run would need, by its checked settings. Raises ConfigError as `prepare` does."""
     check_outside_attempts(open_store(config.out).uri, flag="--out")
-    with trusting(config.trust_remote_code):
+    with trusting(config.trust_remote_code), attending(config.attn_implementation):
         job = examine(config, kind=kind)
         readable(job.text, settings=job.recipe.calibration, checkpoint=job.checkpoint)
         return estimate(job, kind=kind)

@@ -13,7 +13,7 @@ from ffsplit.calibration.batches import num_rows_within, tokenize_rows
 from ffsplit.calibration.readers import Reader, TextReader, make_reader
 from ffsplit.calibration.sampling import TextSample
 from ffsplit.calibration.settings import CalibrationSettings
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, explained
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.load import check_model_class
 
@@ -30,12 +30,13 @@ def readable(text: TextSample, *, settings: CalibrationSettings, checkpoint: Che
     check_model_class(checkpoint.class_name, where=checkpoint.directory)
     length = settings.row_length
     reader = make_reader(checkpoint, max_length=length, batch_tokens=length)
-    if not isinstance(reader, TextReader):
-        _check_media(text.calibration, reader=reader)
-        return text
-    check_vocabulary(reader.tokenizer, checkpoint)
-    _check_text(text.calibration, tokenizer=reader.tokenizer, max_length=length)
-    return _within_tokens(text, settings=settings, tokenizer=reader.tokenizer)
+    with explained(f"{checkpoint.directory}: its tokenizer or processor cannot read the rows"):
+        if not isinstance(reader, TextReader):
+            _check_media(text.calibration, reader=reader)
+            return text
+        check_vocabulary(reader.tokenizer, checkpoint)
+        _check_text(text.calibration, tokenizer=reader.tokenizer, max_length=length)
+        return _within_tokens(text, settings=settings, tokenizer=reader.tokenizer)
 
 
 def _within_tokens(text: TextSample, *, settings: CalibrationSettings, tokenizer: Any) -> TextSample:

@@ -17,6 +17,7 @@ from ffsplit.artifacts.stores import NOT_ATOMIC, Store, open_store
 from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, FFSplitError, GateError, StoreError
 from ffsplit.gates import refusal
+from ffsplit.models.attention import attending
 from ffsplit.models.trust import trusting
 from ffsplit.pipeline.examine import examine
 from ffsplit.pipeline.prepare import check_weights, complete, identify
@@ -69,7 +70,11 @@ def calibrate(
 
 
 def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: Path | None) -> Finished:
-    with trusting(config.trust_remote_code), progress or Progress.to_stderr() as shown:
+    with (
+        trusting(config.trust_remote_code),
+        attending(config.attn_implementation),
+        progress or Progress.to_stderr() as shown,
+    ):
         store = open_store(config.out)
         check_outside_attempts(store.uri, flag="--out")
         if sign_key is not None:

@@ -14,7 +14,7 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 from ffsplit.calibration.settings import CalibrationSettings
 from ffsplit.compressors import AnyCompressor, DistillCompressor, QuantizeCompressor
 from ffsplit.config import Record, describe_validation_error
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, explained, reason_of
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.models.rows import ModelKind
 from ffsplit.splitting.heavy import HeavyRule
@@ -165,7 +165,9 @@ def load_recipe(name: str) -> Recipe:
     if not path.is_file():
         raise ConfigError(f"recipe file {name} does not exist")
     try:
-        return parse_recipe(path.read_text("utf-8"), where=name)
+        with explained(f"recipe file {name} cannot be read"):
+            text = path.read_bytes()
+        return parse_recipe(text.decode("utf-8"), where=name)
     except UnicodeDecodeError:
         raise ConfigError(f"recipe file {name} is not UTF-8 text") from None
 
@@ -173,10 +175,11 @@ def load_recipe(name: str) -> Recipe:
 def parse_recipe(text: str, *, where: str) -> Recipe:
     try:
         fields = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except Exception as error:  # the parser's own, and what its values raise: a 30th of February
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{where}{line} is not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = getattr(error, "problem", None) or reason_of(error)
+        raise ConfigError(f"{where}{line} is not YAML: {problem}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{where} must be a YAML mapping with the fields {', '.join(Recipe.model_fields)}")
     try:

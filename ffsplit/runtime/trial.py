@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ffsplit.compressors.weights import FFNWeights
-from ffsplit.errors import UnsupportedModelError
+from ffsplit.errors import UnsupportedModelError, explained
 from ffsplit.models.activations import activation_named
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.load import load_base_model
@@ -41,7 +41,12 @@ def check_by_trial(checkpoint: Checkpoint, *, block_by_block: bool) -> None:
     """
     ids = torch.randint(checkpoint.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    difference = (_difference_of_blocks if block_by_block else _difference)(checkpoint, inputs)
+    with explained(
+        f"{checkpoint.architecture.model_type} is not in the table of architectures, and a trial of the FFNs "
+        "that its structure shows failed",
+        kind=UnsupportedModelError,
+    ):
+        difference = (_difference_of_blocks if block_by_block else _difference)(checkpoint, inputs)
     if not difference <= TOLERANCE:
         first = checkpoint.ffns[0]
         raise UnsupportedModelError(

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from ffsplit.config import JobConfig, Record
+from ffsplit.config import Attention, JobConfig, Record
 from ffsplit.errors import ConfigError
 from ffsplit.machine import check_device, multiplies_bfloat16
+from ffsplit.models.attention import attending
 from ffsplit.models.trust import trusting
 
 
@@ -19,6 +20,7 @@ class ComputeProfile(Record):
     dtype: Literal["float32", "bfloat16", "float16"]
     threads: int
     trust_remote_code: bool = False
+    attn_implementation: Attention | None = None
 
     @classmethod
     def resolve(cls, config: JobConfig) -> ComputeProfile:
@@ -34,6 +36,7 @@ class ComputeProfile(Record):
             dtype=dtype if config.dtype == "auto" else config.dtype,
             threads=config.threads_per_worker,
             trust_remote_code=config.trust_remote_code,
+            attn_implementation=config.attn_implementation,
         )
 
     @classmethod
@@ -54,8 +57,8 @@ class ComputeProfile(Record):
 
     @property
     def key_inputs(self) -> dict[str, Any]:
-        """What goes into a run key; a model's code is in its digest."""
-        return self.model_dump(mode="json", exclude={"trust_remote_code"})
+        """What goes into a run key; a model's code is in its digest, and so is its own attention."""
+        return self.model_dump(mode="json", exclude={"trust_remote_code"}, exclude_none=True)
 
     @contextmanager
     def pinned(self, *, threads: int | None = None) -> Iterator[None]:
@@ -81,7 +84,11 @@ class ComputeProfile(Record):
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            with self.pinned(threads=threads), trusting(self.trust_remote_code):
+            with (
+                self.pinned(threads=threads),
+                trusting(self.trust_remote_code),
+                attending(self.attn_implementation),
+            ):
                 yield
         finally:
             torch.use_deterministic_algorithms(before)

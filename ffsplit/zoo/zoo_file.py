@@ -12,7 +12,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from ffsplit.config import BUDGET_KINDS, JobConfig, Record, describe_validation_error, digest_of
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, reason_of
 from ffsplit.gates import parse_gates
 
 PLACES = ("out", "address", "runner", "fresh")
@@ -146,11 +146,11 @@ def _check_names(fields: Mapping[Any, Any], *, known: Collection[str], where: st
 def _read_yaml(text: str, *, where: str) -> dict[Any, Any]:
     try:
         fields = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except Exception as error:  # the parser's own, and what its values raise: a 30th of February
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{where}{line} is not YAML that can be meant: {problem}") from None
+        problem = getattr(error, "problem", None) or reason_of(error)
+        raise ConfigError(f"{where}{line} is not YAML that can be meant: {problem}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{where} must be a YAML mapping with the fields {', '.join(ZooFile.model_fields)}")
     return fields

@@ -9,7 +9,7 @@ from typing import Any
 
 from ffsplit.artifacts.manifest import TaskScore
 from ffsplit.config import Record
-from ffsplit.errors import FFSplitError
+from ffsplit.errors import FFSplitError, explained
 from ffsplit.measurement.tasks import AnyTask
 from ffsplit.measurement.tasks.classification import read_classification
 from ffsplit.measurement.tasks.harness import read_harness
@@ -87,7 +87,8 @@ def score_evaluations(
 
 
 def _finite(evaluation: Evaluation, model: Any, tokenizer: Any) -> tuple[Score, ...]:
-    scores = evaluation.task.score(model, tokenizer)
+    with explained(f"{evaluation.spec}: scoring failed", kind=FFSplitError):
+        scores = evaluation.task.score(model, tokenizer)
     for score in scores:
         if not math.isfinite(score.value):
             raise FFSplitError(f"{evaluation.spec}: the {score.metric} is {score.value}, not a finite number")
@@ -103,7 +104,8 @@ def _read(spec: str, checkpoint: Checkpoint, max_length: int | None) -> AnyTask:
     }
     name, colon, _ = spec.partition(":")
     if name in readers and colon:
-        return readers[name]()
+        with explained(f"cannot evaluate {spec}"):
+            return readers[name]()
     near = difflib.get_close_matches(name, readers, n=1)
     hint = f"did you mean {near[0] + ':'!r}? " if near else ""
     raise task_error(spec or "an empty task", f"unknown task {name!r}; {hint}the known forms are {FORMS}")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from ffsplit.config import Record, digest_of
+from ffsplit.errors import explained, reason_of
 from ffsplit.measurement.tasks.perplexity import HEAD
 from ffsplit.measurement.tasks.scoring import Score, longest_row
 from ffsplit.measurement.tasks.table import task_error
@@ -58,7 +59,8 @@ def read_harness(spec: str, *, checkpoint: Checkpoint) -> HarnessTasks:
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise task_error(spec, "lm-eval is not installed: pip install 'ffsplit[eval]'") from None
-    manager = TaskManager()
+    with explained(f"cannot evaluate {spec}"):
+        manager = TaskManager()
     for name in tasks:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)
@@ -67,8 +69,8 @@ def read_harness(spec: str, *, checkpoint: Checkpoint) -> HarnessTasks:
     try:
         manager.load(list(tasks))
     except Exception as error:  # the hub, the network and every data set have errors of their own
-        why = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no details')}"
-        raise task_error(spec, f"its data cannot be had ({why}); check the network and HF_TOKEN") from None
+        why = f"{type(error).__name__}: {reason_of(error)}"
+        raise task_error(spec, f"its data cannot be had ({why}); check the network and HF_TOKEN") from error
     return HarnessTasks(tasks=tasks, version=lm_eval.__version__, max_length=longest_row(checkpoint))
 
 

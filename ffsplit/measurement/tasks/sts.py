@@ -6,7 +6,6 @@ Spearman's rank correlation x 100. Source: Reimers and Gurevych, arXiv:1908.1008
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -16,10 +15,12 @@ import torch
 from torch import Tensor
 
 from ffsplit.config import Record, digest_of
+from ffsplit.errors import ConfigError
 from ffsplit.measurement.fidelity import hidden_states
 from ffsplit.measurement.tasks.scoring import Score, longest_row, ordered_batches
 from ffsplit.measurement.tasks.table import TABLES, TaskFile, read_rows, task_error, task_file
 from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.headers import read_json
 
 COLUMNS = ("sentence1", "sentence2", "score")
 
@@ -112,8 +113,8 @@ def _sentence_length(checkpoint: Checkpoint) -> int:
     """Tokens a sentence is cut to: what the model's sentence-transformers file says, or all it can read."""
     path = checkpoint.directory / "sentence_bert_config.json"
     try:
-        longest = json.loads(path.read_text("utf-8"))["max_seq_length"]
-    except (OSError, ValueError, KeyError, TypeError):
+        longest: Any = read_json(path, "").get("max_seq_length")
+    except ConfigError:
         return longest_row(checkpoint)
     usable = isinstance(longest, int) and longest > 0
     return min(longest, longest_row(checkpoint)) if usable else longest_row(checkpoint)

@@ -10,13 +10,14 @@ from typing import NamedTuple
 from ffsplit.calibration.text_files import (
     DIALECTS,
     checked_text,
+    column_index,
     decoded,
     delimited_rows,
     json_records,
     no_column,
     source_error,
 )
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, explained
 
 TABLES = (".csv", ".tsv", ".jsonl")
 
@@ -61,10 +62,8 @@ def task_file(spec: str, *, suffixes: Sequence[str]) -> TaskFile:
 
 def read_decoded(file: TaskFile) -> str:
     """The file's text. Raises ConfigError when it cannot be read, is not UTF-8 or is empty."""
-    try:
+    with explained(f"cannot evaluate {file.spec}"):
         return decoded(file.spec, file.path)
-    except OSError as error:
-        raise task_error(file.spec, f"{error.strerror or 'the file cannot be read'}") from None
 
 
 def read_rows(file: TaskFile, *, names: Sequence[str], is_value: Callable[[str], bool]) -> list[Row]:
@@ -136,9 +135,7 @@ def _index(file: TaskFile, column: str, header: Sequence[str]) -> int:
                 file.spec, f"no column {column}: its {len(header)} column(s) are numbered 0 to {last}"
             )
         return int(column)
-    if column not in header or not column:
-        raise no_column(file.spec, column, header)
-    return header.index(column)
+    return column_index(file.spec, column, header)
 
 
 def _is_header(cells: Sequence[str], is_value: Callable[[str], bool]) -> bool:
