@@ -1,8 +1,18 @@
 """Every error a user can meet, one tree. Each takes one message, so that it pickles through Ray."""
 
+from __future__ import annotations
+
+from ffsplit.redaction import redacted
+
 
 class FFSplitError(Exception):
-    """Base of all errors raised on purpose. The message says what, where and how to mend it."""
+    """Base of all errors raised on purpose. The message says what, where and how to mend it.
+
+    A library's words are often part of it, and may quote a credential: those are taken out.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(redacted(str(message)))
 
 
 class ConfigError(FFSplitError):

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from ffsplit import logs
 from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.redaction import guarded_streams
 
 DONE, FAILED, MISTAKE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 DESCRIPTION = """\
@@ -24,6 +25,7 @@ exit codes:
 """
 
 
+@guarded_streams()
 def exit_code_of(run: Callable[[], int]) -> int:
     """Run a command. An error is one line on stderr, and the exit code that goes with it."""
     try:

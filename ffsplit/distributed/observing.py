@@ -12,6 +12,7 @@ from ray.util.metrics import Counter
 from ffsplit import logs
 from ffsplit.artifacts.scratch import Result
 from ffsplit.distributed.runner import Worker
+from ffsplit.redaction import guarded
 
 COUNTERS = {
     "ffsplit_shards_done": "Shards of text, layers and other items of a stage that were computed",
@@ -40,7 +41,7 @@ class Observed:
         with logs.fields(**self.fields, stage=self.stage, item=name if isinstance(name, str) else None):
             logs.log("taken")
             try:
-                answer = worker(item)
+                answer = guarded(worker, item)
             except Exception as error:
                 count("ffsplit_failures", 1, stage=self.stage)
                 logs.log("failed", level=logging.ERROR, error=type(error).__name__)

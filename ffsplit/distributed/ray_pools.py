@@ -25,6 +25,7 @@ from ffsplit.distributed.dispatch import Done, Event, Failed, Lost, Ready
 from ffsplit.distributed.observing import Observed
 from ffsplit.distributed.runner import Worker
 from ffsplit.errors import FFSplitError
+from ffsplit.redaction import guarded
 
 LOSSES: dict[type[Exception], str] = {
     OutOfMemoryError: "its host was out of memory: give fewer --workers or a larger host",
@@ -46,7 +47,7 @@ class _Host:
         self._factory, self._observed = factory, observed
 
     def ready(self) -> None:
-        self._worker = self._factory()
+        self._worker = guarded(lambda _: self._factory(), None)
 
     def run(self, item: Any) -> Any:
         return self._observed(self._worker, item)

@@ -15,6 +15,7 @@ import ray
 
 from ffsplit.distributed.runner import Worker
 from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.redaction import guarded
 from ffsplit.temporary import temporary_folder
 
 OLDEST = (2, 60)
@@ -62,7 +63,7 @@ class Together:
         each = {"CPU": float(self.cpus)} | ({"GPU": self.gpus} if self.gpus else {})
         with temporary_folder() as folder:
             trainer = TorchTrainer(
-                lambda config: self.function(config["item"]),
+                lambda config: guarded(self.function, config["item"]),
                 train_loop_config={"item": item},
                 torch_config=TorchConfig(backend="nccl" if self.gpus else "gloo"),
                 scaling_config=ScalingConfig(
