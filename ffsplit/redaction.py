@@ -22,6 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -213,6 +214,8 @@ def _read(path: str, written_ns: int, size_bytes: int) -> tuple[str, ...]:
 
 # Where text leaves
 
+_asked_for: ContextVar[bool] = ContextVar("ffsplit_credential_asked_for", default=False)
+
 
 class _Redacting:
     """A text stream in front of another. What the other's encoding does not have goes as \\uXXXX."""
@@ -221,7 +224,7 @@ class _Redacting:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        clean = redacted(text)
+        clean = text if _asked_for.get() else redacted(text)
         try:
             self.stream.write(clean)
         except UnicodeEncodeError as error:
@@ -280,8 +283,11 @@ def _print_traceback(
 
 def print_credential(text: str) -> None:
     """Print what was asked for although it is one, as a link that opens what it names."""
-    stream = sys.stdout
-    print(text, file=stream.stream if isinstance(stream, _Redacting) else stream)
+    token = _asked_for.set(True)
+    try:
+        print(text)
+    finally:
+        _asked_for.reset(token)
 
 
 Item = TypeVar("Item")
