@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 from ffsplit.artifacts.manifest import Environment
+from ffsplit.machine import memory_limit_bytes, usable_cores
 
 PACKAGES = ("ffsplit", "torch", "transformers", "ray", "numpy", "pyarrow", "safetensors", "tokenizers")
 
@@ -23,15 +23,14 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_environment() -> Environment:
-    """Versions, and the processor, its cores, memory in bytes and GPU of this machine."""
-    import psutil
+    """Versions, and the processor, the cores, memory in bytes and GPU that this process may use."""
     import torch
 
     hardware: dict[str, str | int] = {
         "system": platform.platform(),
         "processor": _processor(),
-        "num_cpus": os.cpu_count() or 1,
-        "memory_bytes": int(psutil.virtual_memory().total),
+        "num_cpus": usable_cores(),
+        "memory_bytes": memory_limit_bytes(),
     }
     if torch.cuda.is_available():
         hardware["gpu"] = torch.cuda.get_device_name()
@@ -47,7 +46,7 @@ def hardware_fingerprint(device: str) -> dict[str, str | int]:
         named = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     return {
         "processor": _processor(),
-        "num_cpus": os.cpu_count() or 1,
+        "num_cpus": usable_cores(),
         "torch": metadata.version("torch"),
         "device": named,
     }

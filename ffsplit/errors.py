@@ -11,9 +11,19 @@ from contextlib import contextmanager
 LONGEST_REASON = 500
 """Characters of a library's message that are quoted."""
 
+from __future__ import annotations
+
+from ffsplit.redaction import redacted
+
 
 class FFSplitError(Exception):
-    """Base of all errors raised on purpose. The message says what, where and how to mend it."""
+    """Base of all errors raised on purpose. The message says what, where and how to mend it.
+
+    A library's words are often part of it, and may quote a credential: those are taken out.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(redacted(str(message)))
 
 
 class ConfigError(FFSplitError):

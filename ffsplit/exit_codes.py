@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from ffsplit import logs
 from ffsplit.errors import ConfigError, FFSplitError, reason_of
+from ffsplit.redaction import guarded_streams
 
 DONE, FAILED, MISTAKE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 DEBUG_VARIABLE = "FFSPLIT_DEBUG"
@@ -26,6 +27,7 @@ exit codes:
 """
 
 
+@guarded_streams()
 def exit_code_of(run: Callable[[], int]) -> int:
     """Run a command. An error is one line on stderr, and the exit code that goes with it."""
     try:

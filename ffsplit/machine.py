@@ -1,26 +1,39 @@
-"""What this machine has: memory that may be used, free disk, and how fast it multiplies matrices."""
+"""What this process may use of its machine: cores, memory, disk; and how fast it multiplies matrices."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from ffsplit.errors import ConfigError
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 MATRIX_SIZE = 768
 
 
+def usable_cores() -> int:
+    """The cores that this process may use at once: by its affinity, and its control groups' CPU quotas.
+
+    Whole ones, at least one: threads beyond a quota would be stopped for part of every period.
+    """
+    try:
+        allowed = len(os.sched_getaffinity(0))
+    except (AttributeError, OSError):  # not on Linux
+        allowed = os.cpu_count() or 1
+    return max(1, int(min([float(allowed), *_cpu_quotas()])))
+
+
 def num_workers_here(requested: int | None, *, threads: int, on_gpu: bool) -> int:
-    """How many workers of so many threads to run at once on this machine: one a core at most.
+    """How many workers of so many threads to run at once on this machine: one per usable core at most.
 
     More would take turns on the cores, each after it has loaded the model. Workers on GPUs wait for
     those, and are as many as are asked for.
     """
-    cores = max(1, (os.cpu_count() or 1) // threads)
+    cores = max(1, usable_cores() // threads)
     if requested is None:
         return cores
     return requested if on_gpu else min(requested, cores)
@@ -30,30 +43,44 @@ def memory_limit_bytes() -> int:
     """The memory of this machine, or of the container that this process is in, where that is less."""
     import psutil
 
-    return min([int(psutil.virtual_memory().total), *_cgroup_limits()])
+    return min([int(psutil.virtual_memory().total), *_memory_limits()])
 
 
-def _cgroup_limits() -> list[int]:
-    """The limits of this process's control group and of those around it; none where there is no limit."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
-    except OSError:
-        return []
-    limits = []
-    for line in lines:
+def _memory_limits() -> Iterator[int]:
+    for folder in _control_groups("memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            text = _read(folder / name)
+            if text.isdigit():
+                yield int(text)
+
+
+def _cpu_quotas() -> Iterator[float]:
+    """Cores by the quotas: `cpu.max` of cgroup v2, `cpu.cfs_quota_us` and `cpu.cfs_period_us` of v1."""
+    for folder in _control_groups("cpu"):
+        for text in (
+            _read(folder / "cpu.max"),
+            f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}",
+        ):
+            quota, _, period = text.partition(" ")
+            if quota.isdigit() and period.isdigit() and int(period):  # "max" and -1 are no limit
+                yield int(quota) / int(period)
+
+
+def _control_groups(controller: str) -> Iterator[Path]:
+    """This process's control group of one kind and those around it, any of which may set a limit.
+
+    In a container the path may be the host's, and only the mounted root is there.
+    """
+    for line in _read(OWN_CGROUPS).splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers and controller not in controllers.split(","):
             continue
-        root = CGROUPS / controllers
-        group = root / path.lstrip("/")
-        for folder in [group, *group.parents]:
-            for name in ("memory.max", "memory.limit_in_bytes"):
-                text = _read(folder / name)
-                if text.isdigit():
-                    limits.append(int(text))
-            if folder == root:
-                break
-    return limits
+        for root in (CGROUPS / controllers, CGROUPS / controller) if controllers else (CGROUPS,):
+            group = root / path.lstrip("/")
+            for folder in [group, *group.parents]:
+                yield folder
+                if folder == root:
+                    break
 
 
 def _read(path: Path) -> str:

@@ -17,6 +17,7 @@ from ffsplit.artifacts.locate import Location
 from ffsplit.artifacts.manifest import Environment
 from ffsplit.artifacts.schema import Versioned, read_record
 from ffsplit.config import Record
+from ffsplit.redaction import without_credentials
 
 BENCHMARKS_FOLDER = "benchmarks"
 
@@ -78,7 +79,7 @@ def append_benchmark(location: Location, record: BenchmarkRecord) -> str:
     name = str(hardware.get("gpu", "")) if record.device == "cuda" else str(hardware["processor"])
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
     key = f"{record.run_key}/{BENCHMARKS_FOLDER}/{slug[:60]}-{secrets.token_hex(6)}.json"
-    location.store.put_bytes(key, record_bytes(record))
+    location.store.put_bytes(key, record_bytes(without_credentials(record)))
     return key
 
 

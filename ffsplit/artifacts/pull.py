@@ -17,7 +17,7 @@ from ffsplit.artifacts.locate import Location, locate, parse_manifest, read_mani
 from ffsplit.artifacts.locks import locked
 from ffsplit.artifacts.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME, UNLISTED, Manifest
 from ffsplit.artifacts.paths import colliding
-from ffsplit.artifacts.signing import MAX_SIGNATURE_BYTES, verify_manifest
+from ffsplit.artifacts.signing import MAX_SIGNATURE_BYTES, check_key_kind, verify_manifest
 from ffsplit.artifacts.stores import MissingKey, Source, read_at_most
 from ffsplit.artifacts.transfer import Progress, Transfer, first_problem
 from ffsplit.errors import ArtifactError, ConfigError
@@ -56,6 +56,8 @@ def pull(
     is not whole or not signed, StoreError when the store fails: the next pull then takes up what has
     arrived.
     """
+    if verify_key is not None:
+        check_key_kind(verify_key, private=False)
     origin = _linked(uri) if is_link(uri) else _located(locate(uri))
     if verify_key is not None:
         if origin.signature is None:

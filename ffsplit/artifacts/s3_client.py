@@ -17,12 +17,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import botocore.loaders
-import botocore.session
 from boto3.session import Session
 from botocore.config import Config
 from botocore.exceptions import ResponseStreamingError
 
 from ffsplit.artifacts.s3_errors import s3_errors
+from ffsplit.artifacts.s3_settings import checked_session
 from ffsplit.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
@@ -41,26 +41,29 @@ _IN_EVERY_REPLY = {
 
 def make_client(uri: str) -> S3Client:
     """A client with bounded retries and time-outs. Raises ConfigError for settings that cannot be meant."""
-    options: dict[str, Any] = {"retries": {"mode": "standard"}, "signature_version": "s3v4"}
-    if "AWS_MAX_ATTEMPTS" not in os.environ:
-        options["retries"]["total_max_attempts"] = MAX_ATTEMPTS
-    if os.environ.get("FFSPLIT_S3_PATH_STYLE", "").lower() in ("1", "true"):
-        options["s3"] = {"addressing_style": "path"}
-    if checksum := os.environ.get("FFSPLIT_S3_CHECKSUM"):
-        if checksum not in ("when_required", "when_supported"):
-            raise ConfigError(f"FFSPLIT_S3_CHECKSUM={checksum}: give when_required or when_supported")
-        options["request_checksum_calculation"] = options["response_checksum_validation"] = checksum
     try:
         with s3_errors(f"open {uri}"):
-            config = Config(connect_timeout=10, read_timeout=60, max_pool_connections=32, **options)
-            session = botocore.session.get_session()
+            session = checked_session()
             session.register_component("data_loader", _loader())
-            client = Session(botocore_session=session).client("s3", config=config)
+            region = os.environ.get("AWS_REGION") or None  # botocore knows AWS_DEFAULT_REGION alone
+            client = Session(botocore_session=session).client("s3", region_name=region, config=_config())
             retry: Any = _retry_broken_reply
             client.meta.events.register_last("needs-retry.s3", retry)
             return client
     except (StoreError, ValueError) as error:
-        raise ConfigError(f"cannot open {uri}: {error}") from error
+        raise ConfigError(f"cannot open {uri}: {str(error).removeprefix(f'cannot open {uri}: ')}") from error
+
+
+def _config() -> Config:
+    retries: dict[str, Any] = {"mode": os.environ.get("AWS_RETRY_MODE") or "standard"}
+    options: dict[str, Any] = {"retries": retries, "signature_version": "s3v4"}
+    if "AWS_MAX_ATTEMPTS" not in os.environ:
+        retries["total_max_attempts"] = MAX_ATTEMPTS
+    if os.environ.get("FFSPLIT_S3_PATH_STYLE", "").lower() in ("1", "true"):
+        options["s3"] = {"addressing_style": "path"}
+    if checksum := os.environ.get("FFSPLIT_S3_CHECKSUM"):
+        options["request_checksum_calculation"] = options["response_checksum_validation"] = checksum
+    return Config(connect_timeout=10, read_timeout=60, max_pool_connections=32, **options)
 
 
 @cache

@@ -64,6 +64,9 @@ def explain(error: Exception, *, action: str) -> FFSplitError:
     if isinstance(error, _NO_CREDENTIALS):
         mend = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or use an instance role"
         return ConfigError(f"cannot {action}: {_line(error)}: {mend}")
+    if "header value" in str(error):  # of a credential that is fetched anew: others are looked at before
+        mend = "check the credentials, and AWS_SESSION_TOKEN: one has a character that no request may have"
+        return ConfigError(f"cannot {action}: {mend}")
     if isinstance(error, _UNREACHABLE):
         mend = "check the network, AWS_ENDPOINT_URL_S3 and AWS_REGION"
         return StoreError(f"cannot {action}: {_line(error)}: {mend}")

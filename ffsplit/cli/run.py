@@ -36,7 +36,7 @@ def add_run_commands(command: AddCommand) -> None:
     )
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    add("--threads", type=int, metavar="N", help="default: as torch chooses")
+    add("--threads", type=int, metavar="N", help="default: as torch chooses, one per usable core at most")
     add("--no-memory", action="store_true", help="leave peak memory out, which loads each model once more")
     add("--no-publish", action="store_true", help="append nothing beside a published artifact")
     add("--json", action="store_true", help="print the record alone on stdout")

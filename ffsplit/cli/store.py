@@ -51,8 +51,9 @@ def _pull(parsed: argparse.Namespace) -> int:
 def _share(parsed: argparse.Namespace) -> int:
     from ffsplit.artifacts.links import share
     from ffsplit.artifacts.units import parse_span
+    from ffsplit.redaction import print_credential
 
-    print(share(parsed.uri, expires=parse_span(parsed.expires, name="--expires")))
+    print_credential(share(parsed.uri, expires=parse_span(parsed.expires, name="--expires")))
     return 0
 
 

@@ -6,8 +6,11 @@ from ffsplit.config import JobConfig
 from ffsplit.distributed.runner import Runner, SerialRunner
 
 
-def make_runner(config: JobConfig) -> Runner:
-    """The runner a job asks for; Ray is imported only where it is used."""
+def make_runner(config: JobConfig, *, workers_here: int | None = None) -> Runner:
+    """The runner a job asks for; Ray is imported only where it is used.
+
+    `workers_here` is how many a cluster that is started on the spot has room for, where that is known.
+    """
     if config.runner == "serial":
         return SerialRunner()
     from ffsplit.distributed.ray_runner import RayRunner
@@ -18,6 +21,7 @@ def make_runner(config: JobConfig) -> Runner:
     return RayRunner(
         address=config.address,
         num_workers=config.workers,
+        workers_here=workers_here,
         threads_per_worker=config.threads_per_worker,
         gpus_per_worker=gpus,
         processes_together=config.healing_workers,

@@ -12,6 +12,7 @@ from ray.util.metrics import Counter
 from ffsplit import logs
 from ffsplit.artifacts.scratch import Result
 from ffsplit.distributed.runner import Worker, stage_explained
+from ffsplit.redaction import guarded
 
 COUNTERS = {
     "ffsplit_shards_done": "Shards of text, layers and other items of a stage that were computed",
@@ -41,7 +42,7 @@ class Observed:
             logs.log("taken")
             try:
                 with stage_explained(self.stage, item):
-                    answer = worker(item)
+                    answer = guarded(worker, item)
             except Exception as error:
                 count("ffsplit_failures", 1, stage=self.stage)
                 cause = error.__cause__ or error

@@ -25,6 +25,7 @@ from ffsplit.distributed.dispatch import Done, Event, Failed, Lost, Ready
 from ffsplit.distributed.observing import Observed
 from ffsplit.distributed.runner import Worker, stage_explained
 from ffsplit.errors import FFSplitError, reason_of
+from ffsplit.redaction import guarded
 
 OUT_OF_MEMORY = "its host was out of memory: give fewer --workers or a larger host"
 LOSSES: dict[type[Exception], str] = {
@@ -49,7 +50,7 @@ class _Host:
 
     def ready(self) -> None:
         with stage_explained(self._observed.stage, None):
-            self._worker = self._factory()
+            self._worker = guarded(lambda _: self._factory(), None)
 
     def run(self, item: Any) -> Any:
         return self._observed(self._worker, item)

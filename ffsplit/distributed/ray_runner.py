@@ -33,8 +33,8 @@ class RayRunner:
 
     At most `num_workers` items are worked on at once, and no more than the cluster has room for at the
     moment: a stage that is under way gives work to nodes that join, and goes on without those that leave.
-    None means one for every `threads_per_worker` CPUs. A cluster that is started on the spot has no more
-    CPUs than this machine has cores, unless one worker alone takes more. Raises ConfigError when the
+    None means one for every `threads_per_worker` CPUs. A cluster that is started on the spot has the CPUs
+    of `workers_here`, which is by default as many as this machine has cores for. Raises ConfigError when the
     cluster cannot be reached, or when not even one worker would ever find room.
     """
 
@@ -43,13 +43,14 @@ class RayRunner:
         *,
         address: str | None,
         num_workers: int | None,
+        workers_here: int | None = None,
         threads_per_worker: int = 1,
         gpus_per_worker: float = 0.0,
         processes_together: int = 1,
     ) -> None:
         self._together = processes_together
         self._address = address or os.environ.get("RAY_ADDRESS")
-        self._requested = num_workers
+        self._requested, self._workers_here = num_workers, workers_here
         self._share = Share(threads_per_worker, gpus_per_worker)
         self._connected = False
         self._streams: list[Generator[tuple[int, Any], None, None]] = []
@@ -66,8 +67,12 @@ class RayRunner:
 
     def __enter__(self) -> RayRunner:
         if not ray.is_initialized():
-            workers = num_workers_here(self._requested, threads=self._share.cpus, on_gpu=self._share.gpus > 0)
+            workers = self._workers_here or num_workers_here(
+                self._requested, threads=self._share.cpus, on_gpu=self._share.gpus > 0
+            )
             connect(self._address, num_cpus=max(workers * self._share.cpus, self._together))
+            if self._address in (None, "local"):
+                self._requested = workers  # where processes together need more CPUs, workers still do not
             self._connected = True
         try:
             check_room(self._share)

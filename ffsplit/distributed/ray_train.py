@@ -16,6 +16,7 @@ import ray
 from ffsplit.distributed.ray_pools import reason_of_loss
 from ffsplit.distributed.runner import Worker
 from ffsplit.errors import ConfigError, FFSplitError, reason_of
+from ffsplit.redaction import guarded
 from ffsplit.temporary import temporary_folder
 
 OLDEST = (2, 60)
@@ -53,8 +54,8 @@ class Together:
                     reasons = [reason for each in _causes(error) if (reason := reason_of_loss(each))]
                     if reasons:
                         raise FFSplitError(
-                            f"{self.size} processes that work together were lost {1 + MAX_RETRIES} times, the "
-                            f"last because {reasons[0]}; what is finished stays, and the same command "
+                            f"{self.size} processes that work together were lost {1 + MAX_RETRIES} times, "
+                            f"the last because {reasons[0]}; what is finished stays, and the same command "
                             "goes on from there"
                         ) from error
                     first = next(iter(_causes(error)), error)
@@ -73,7 +74,7 @@ class Together:
         each = {"CPU": float(self.cpus)} | ({"GPU": self.gpus} if self.gpus else {})
         with temporary_folder() as folder:
             trainer = TorchTrainer(
-                lambda config: self.function(config["item"]),
+                lambda config: guarded(self.function, config["item"]),
                 train_loop_config={"item": item},
                 torch_config=TorchConfig(backend="nccl" if self.gpus else "gloo"),
                 scaling_config=ScalingConfig(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal, NamedTuple
+
+from ffsplit.machine import usable_cores
 
 
 class Cluster(NamedTuple):
@@ -22,7 +23,7 @@ def share_cluster(address: str | None, *, runner: Literal["ray", "serial"]) -> I
     Raises ConfigError when it cannot be reached.
     """
     if runner == "serial":
-        yield Cluster(None, os.cpu_count() or 1)
+        yield Cluster(None, usable_cores())
         return
     import ray
 

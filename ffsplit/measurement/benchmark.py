@@ -19,7 +19,7 @@ from ffsplit.artifacts.pull import materialize
 from ffsplit.config import Device, DType
 from ffsplit.environment import describe_environment
 from ffsplit.errors import ConfigError
-from ffsplit.machine import check_device
+from ffsplit.machine import check_device, usable_cores
 from ffsplit.measurement.latency import WARM_UP_RUNS
 from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.measurement.timings import time_models
@@ -83,8 +83,7 @@ def benchmark(uri: str, *, against: str | None = None, settings: Settings = Sett
     settings = settings.checked()
     pair = _find(uri, against)
     threads = torch.get_num_threads()
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.threads or min(threads, usable_cores()))
     try:
         return _measure(uri, against, pair, settings)
     finally:

@@ -51,7 +51,7 @@ class Attempt:
         with (
             logs.fields(run=self.key),
             full_disk_explained(),
-            make_runner(config) as runner,
+            make_runner(config, workers_here=run.flight.machine.num_workers) as runner,
             temporary_folder() as folder,
         ):
             shown.note(in_one_line(run.flight, asked=config.workers if config.runner == "ray" else None))

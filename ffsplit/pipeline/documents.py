@@ -39,6 +39,7 @@ from ffsplit.models.folder import CARD_NAME, ORIGINAL_CARD
 from ffsplit.models.locate import model_name
 from ffsplit.pipeline.origin import calibration_record
 from ffsplit.pipeline.prepare import PreparedRun, healing_threads
+from ffsplit.redaction import without_credentials
 from ffsplit.report.html import render_report
 from ffsplit.report.plots import energy_curve
 from ffsplit.runtime.assemble import is_plain
@@ -104,7 +105,7 @@ def _draft(
 ) -> Manifest:
     checkpoint = run.checkpoint
     is_model = outcome.kind == "model"
-    return Manifest(
+    manifest = Manifest(
         kind=outcome.kind,
         run_key=run_key,
         attempt=attempt,
@@ -139,6 +140,7 @@ def _draft(
         store=outcome.guarantees,
         files=(),
     )
+    return without_credentials(manifest)
 
 
 def _compute(run: PreparedRun) -> Compute:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -19,6 +18,7 @@ from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.config import Budget, JobConfig, digest_of, stage_key
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import Gate, gated_key
+from ffsplit.machine import usable_cores
 from ffsplit.measurement.tasks.evaluations import Evaluation, evaluations_of, key_inputs
 from ffsplit.models.attention import attending
 from ffsplit.models.checkpoint import Checkpoint
@@ -180,8 +180,12 @@ def settle(run: PreparedRun, statistics: Sequence[NeuronStats]) -> PreparedRun:
 
 
 def healing_threads(config: JobConfig) -> int:
-    """The threads of each worker that heals. They can change the result's last bits."""
-    return config.healing_threads or max(1, (os.cpu_count() or 1) // config.healing_workers)
+    """The threads of each worker that heals. They can change the result's last bits.
+
+    By default the cores that the driver may use, shared out: with more threads than a quota has cores,
+    every step would wait for those that are stopped.
+    """
+    return config.healing_threads or max(1, usable_cores() // config.healing_workers)
 
 
 def healing_inputs(config: JobConfig) -> dict[str, int]:

@@ -23,7 +23,6 @@ from ffsplit.stages.profile import ComputeProfile
 def estimate(job: Examined, *, kind: Kind) -> Preflight:
     """What a job needs, and whether it goes block by block."""
     config, profile, statistics_only = job.config, job.profile, kind == "statistics"
-    machine = Machine.of(config, profile)
     work = Workload(
         checkpoint=job.checkpoint,
         recipe=job.recipe,
@@ -36,6 +35,13 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
         is_too_large = available is not None and whole_bytes > available
         return config.block_by_block or (is_too_large and work.checkpoint.architecture.can_stream)
 
+    def fits(worker_bytes: int) -> bool:
+        whole = footprint.calibration_bytes(work, block_by_block=False)
+        calibration = footprint.calibration_bytes(work, block_by_block=streamed(whole, worker_bytes))
+        compression = 0 if statistics_only else footprint.compression_bytes(work)
+        return max(calibration, compression) <= worker_bytes
+
+    machine = Machine.of(config, profile, fits=fits)
     calibrates_so = streamed(footprint.calibration_bytes(work, block_by_block=False), machine.worker_bytes)
     measures_so = streamed(footprint.measurement_bytes(work, block_by_block=False), machine.alone_bytes)
     stages = tuple(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from pydantic import Field
 
@@ -27,8 +28,12 @@ class Machine(Record):
     alone_bytes: int | None
 
     @classmethod
-    def of(cls, config: JobConfig, profile: ComputeProfile) -> Machine:
-        """This machine's, or what --memory-per-worker says."""
+    def of(cls, config: JobConfig, profile: ComputeProfile, *, fits: Callable[[int], bool]) -> Machine:
+        """This machine's, or what --memory-per-worker says.
+
+        `fits` says whether so many bytes are enough for a worker: unless --workers says how many there are
+        to be, they are the most that this machine has cores and memory for.
+        """
         given = config.memory_per_worker
         elsewhere = config.runner == "ray" and (config.address or os.environ.get("RAY_ADDRESS"))
         on_gpu = profile.device == "cuda"
@@ -41,6 +46,8 @@ class Machine(Record):
         if given is not None or elsewhere or on_gpu:
             return cls(num_workers=workers, worker_bytes=given, alone_bytes=given)
         usable = int(memory_limit_bytes() * SHARE_OF_MEMORY)
+        if config.workers is None:
+            workers = next((fewer for fewer in range(workers, 1, -1) if fits(usable // fewer)), 1)
         return cls(num_workers=workers, worker_bytes=usable // workers, alone_bytes=usable)
 
 

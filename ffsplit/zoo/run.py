@@ -16,6 +16,7 @@ from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.config import JobConfig
 from ffsplit.distributed.shared import share_cluster
 from ffsplit.exit_codes import DONE, MISTAKE, REFUSED
+from ffsplit.redaction import without_credentials
 from ffsplit.zoo.batch import Batch, BatchModel, new_batch_id, past_batches, save_batch
 from ffsplit.zoo.page import INDEX_NAME, render_index
 from ffsplit.zoo.process import Ended, run_process
@@ -39,7 +40,14 @@ class _Pass:
 
     def record(self) -> Batch:
         """Write the batch's manifest, and the page over it and those before it."""
-        batch = Batch(
+        batch = without_credentials(self._as_it_stands())
+        save_batch(self.store, batch)
+        page = render_index([*past_batches(self.store, before=batch.id), batch])
+        self.store.put_bytes(INDEX_NAME, page.encode())
+        return batch
+
+    def _as_it_stands(self) -> Batch:
+        return Batch(
             id=self._id,
             zoo=self.zoo.name,
             zoo_digest=self.zoo.digest,
@@ -50,10 +58,6 @@ class _Pass:
             max_models_in_flight=self.zoo.max_models_in_flight,
             models=tuple(self.ended.get(model.name) or _interrupted(model) for model in self.zoo.models),
         )
-        save_batch(self.store, batch)
-        page = render_index([*past_batches(self.store, before=batch.id), batch])
-        self.store.put_bytes(INDEX_NAME, page.encode())
-        return batch
 
 
 def run_zoo(

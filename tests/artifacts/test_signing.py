@@ -1,6 +1,7 @@
 """Signed artifacts: what is unsigned, tampered with or signed by another is not brought."""
 
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,93 @@ def test_keys_that_are_none(keys: tuple[Path, Path], tmp_path: Path) -> None:
     for wrong in (tmp_path / "nowhere", tmp_path / "text"):
         with pytest.raises(ConfigError):
             verify_manifest(b"{}", b"", key=wrong, label="x")
+
+
+KINDS = {
+    "an RSA private key": "rsa",
+    "an Ed25519 private key": "ed25519",
+    "an elliptic-curve private key of the curve secp256k1": "secp256k1",
+    "an encrypted private key": "encrypted",
+    "an elliptic-curve public key": "public",
+    "an elliptic-curve private key": "private",
+    "an RSA public key": "rsa public",
+    "a certificate": "certificate",
+    "a DER key": "der",
+    "an OpenSSH key": "openssh",
+    "no key in PEM form, or a damaged one": "garbage",
+    "no key: it is not a file": "folder",
+    "no key: the file does not exist": "nowhere",
+}
+
+
+@pytest.fixture(scope="module")
+def wrong_keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of keys, and of what is none, by KINDS."""
+    pytest.importorskip("model_signing", reason="pip install 'ffsplit[sign]'")
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+    from cryptography.hazmat.primitives.serialization import (
+        BestAvailableEncryption,
+        Encoding,
+        NoEncryption,
+        PrivateFormat,
+        PublicFormat,
+    )
+
+    folder = tmp_path_factory.mktemp("wrong-keys")
+    pkcs8, plain = PrivateFormat.PKCS8, NoEncryption()
+    curve, secret = ec.generate_private_key(ec.SECP256R1()), BestAvailableEncryption(b"secret")
+    large, subject = rsa.generate_private_key(65537, 2048), PublicFormat.SubjectPublicKeyInfo
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "x")])
+    builder = x509.CertificateBuilder().subject_name(name).issuer_name(name).serial_number(1)
+    builder = builder.not_valid_before(datetime(2020, 1, 1)).not_valid_after(datetime(2050, 1, 1))
+    certificate = builder.public_key(curve.public_key()).sign(curve, hashes.SHA256())
+    files = {
+        "rsa": large.private_bytes(Encoding.PEM, pkcs8, plain),
+        "ed25519": ed25519.Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, pkcs8, plain),
+        "secp256k1": ec.generate_private_key(ec.SECP256K1()).private_bytes(Encoding.PEM, pkcs8, plain),
+        "encrypted": curve.private_bytes(Encoding.PEM, pkcs8, secret),
+        "public": curve.public_key().public_bytes(Encoding.PEM, subject),
+        "private": curve.private_bytes(Encoding.PEM, pkcs8, plain),
+        "rsa public": large.public_key().public_bytes(Encoding.PEM, subject),
+        "certificate": certificate.public_bytes(Encoding.PEM),
+        "der": curve.private_bytes(Encoding.DER, pkcs8, plain),
+        "openssh": curve.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, plain),
+        "garbage": bytes(range(256)),
+    }
+    for file, data in files.items():
+        (folder / file).write_bytes(data)
+    (folder / "folder").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_key_of_the_wrong_kind_is_called_what_it_is(
+    kind: str, wrong_keys: Path, small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line with the file, what it is and what to give, exit code 2, nothing written or fetched."""
+    key, out = wrong_keys / KINDS[kind], tmp_path / "out"
+    for command, wanted in (
+        (["compress", *small_job.arguments(out, "--runner", "serial", "--sign-key", str(key))], "private"),
+        (["pull", "s3://nobody/nothing", str(out), "--verify-key", str(key)], "public"),
+    ):
+        if kind == f"an elliptic-curve {wanted} key":
+            continue
+        assert main(command) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"ffsplit: {key} is {kind}")
+        assert kind.startswith("no key: ") or f"give a {wanted} key of the curve P-256" in line
+        assert not out.exists()
+
+
+def test_a_key_that_may_not_be_read_is_said(keys: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(ConfigError, match=r"private.pem cannot be read: Permission denied"):
+        sign_manifest(b"{}", key=keys[0])
 
 
 def test_a_signed_run_is_pulled_and_an_unsigned_is_not(

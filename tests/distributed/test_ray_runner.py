@@ -25,7 +25,7 @@ from ffsplit.distributed.ray_pools import OUT_OF_MEMORY, reason_of_loss
 from ffsplit.distributed.ray_runner import RayRunner
 from ffsplit.distributed.runner import Runner, SerialRunner
 from ffsplit.errors import CalibrationError, ConfigError, FFSplitError
-from ffsplit.machine import num_workers_here
+from ffsplit.machine import num_workers_here, usable_cores
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
 pytestmark = pytest.mark.ray
@@ -122,7 +122,7 @@ def test_no_more_workers_than_there_is_room_for(local_ray: None) -> None:
 
 
 def test_no_more_workers_than_this_machine_has_cores() -> None:
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     assert [num_workers_here(asked, threads=1, on_gpu=False) for asked in (None, 1, 64)] == [cores, 1, cores]
     assert num_workers_here(64, threads=1, on_gpu=True) == 64
     assert num_workers_here(4, threads=10 * cores, on_gpu=False) == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 
 import ffsplit
+from ffsplit import machine
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
@@ -148,7 +148,7 @@ def test_fewer_workers_where_that_is_enough(
     llama_70b: Path, small_job: SmallJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(records, "memory_limit_bytes", lambda: 50 * GB)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     settings: dict[str, Any] = {
         "model": str(llama_70b),
         "recipe": "flap",
@@ -163,6 +163,27 @@ def test_fewer_workers_where_that_is_enough(
     assert in_one_line(crowded, asked=8).startswith("pre-flight: 8 workers, ")
     elsewhere = preflight(small_job.config("out", workers=8, address="10.0.0.1:6379", **settings))
     assert all(stage.available_bytes is None for stage in elsewhere.stages)
+
+
+def test_by_default_there_are_no_more_workers_than_the_memory_holds(
+    llama_70b: Path, small_job: SmallJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container with little memory on a host of many cores."""
+    monkeypatch.setattr(records, "memory_limit_bytes", lambda: 6 * GB)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 64)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    flight = preflight(small_job.config("out", runner="ray"))
+    assert not flight.problems and not flight.block_by_block
+    workers, (calibrate,) = flight.machine.num_workers, [s for s in flight.stages if s.name == "calibrate"]
+    assert 2 <= workers <= 9 and calibrate.num_workers == workers
+    assert calibrate.available_bytes == int(6 * GB * records.SHARE_OF_MEMORY) // workers
+    asked = preflight(small_job.config("out", runner="ray", workers=64))
+    assert "give --workers 8, or" in asked.problems[0]
+    settings: dict[str, Any] = {"model": str(llama_70b), "recipe": "flap", "dtype": "bfloat16"}
+    monkeypatch.setattr(records, "memory_limit_bytes", lambda: 200 * GB)
+    large = preflight(small_job.config("out", runner="ray", **settings))
+    assert all(stage.fits for stage in large.stages)
+    assert large.block_by_block and 2 <= large.machine.num_workers < 64
 
 
 def test_too_little_disk_is_refused(
