@@ -8,12 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ffsplit.redaction import redacted
+
 LONGEST_REASON = 500
 """Characters of a library's message that are quoted."""
-
-from __future__ import annotations
-
-from ffsplit.redaction import redacted
 
 
 class FFSplitError(Exception):

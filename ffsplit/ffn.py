@@ -45,7 +45,7 @@ class LowRank(Record):
 
 
 class Integer(Record):
-    """Integers of 4 or 8 bits with one float16 scale an output row, or a group of `group_size` columns."""
+    """Integers of 4 or 8 bits, with a bfloat16 scale per output row or per group of `group_size` columns."""
 
     format: Literal["integer"] = "integer"
     num_bits: Literal[4, 8]

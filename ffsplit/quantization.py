@@ -1,7 +1,11 @@
-"""Integer grids: matrices as int8, or as two 4-bit integers a byte, with float16 scales.
+"""Integer grids: matrices as int8, or as two 4-bit integers per byte, with bfloat16 scales.
 
 Names follow compressed-tensors: `weight` [rows, columns] or packed, `weight_scale` [rows, groups].
 Grids are symmetric, so there are no zero points.
+
+A scale needs range, not precision: weights are rounded to the grid of the scale as it is stored, so a
+coarse one costs nothing. bfloat16 has the range of float32 in two bytes; float16 ends at 6e-5, where
+rows of small weights would lose their bits.
 """
 
 from __future__ import annotations
@@ -11,19 +15,23 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+SCALE_DTYPE = torch.bfloat16
+
 
 def scales_of(weight: Tensor, *, num_bits: int, group_size: int | None) -> Tensor:
-    """The scale of each row's groups of `group_size` columns (None: all), [rows, groups] float16.
+    """The scale of each row's groups of `group_size` columns (None: all), [rows, groups] bfloat16.
 
-    The largest magnitude of a group lands on the largest integer.
+    The largest magnitude of a group lands on the largest integer, so no weight moves by more than half a
+    step, and a matrix on its grid has that grid's scales. A group whose largest is below 1.5e-36 keeps
+    fewer bits, as its scale would be a denormal number.
     """
     num_columns = weight.shape[1]
     size = num_columns if group_size is None else min(group_size, num_columns)
     groups = torch.split(weight, size, dim=1)
     largest = torch.stack([group.abs().amax(dim=1) for group in groups], dim=1)
-    smallest = torch.finfo(torch.float16).smallest_normal
+    smallest = torch.finfo(SCALE_DTYPE).smallest_normal
     scale: Tensor = (largest.float() / (2 ** (num_bits - 1) - 1)).clamp(min=smallest)
-    return scale.half()
+    return scale.to(SCALE_DTYPE)
 
 
 def quantize_rows(
@@ -48,14 +56,18 @@ def dequantize(
     group_size: int | None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The matrix [rows, columns] on the grid, in floating point."""
+    """The matrix [rows, columns] on the grid, in floating point.
+
+    Scales may be out of float16's range where the weights are not, so those are multiplied in float32.
+    """
     weight, scale = tensors["weight"], tensors["weight_scale"]
     integers = unpack_nibbles(weight, num_columns) if weight.dtype == torch.uint8 else weight
-    return integers.to(dtype) * _spread(scale, num_columns, group_size).to(dtype)
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    return (integers.to(wide) * _spread(scale, num_columns, group_size).to(wide)).to(dtype)
 
 
 def fake_round(weight: Tensor, weight_scale: Tensor, *, num_bits: int) -> Tensor:
-    """A matrix rounded to the grid of one scale a row, in floating point."""
+    """A matrix rounded to the grid of one scale per row, in floating point."""
     limit = 2 ** (num_bits - 1) - 1
     scale = weight_scale.to(weight.dtype)
     return (weight / scale).round().clamp(-limit, limit) * scale
@@ -95,7 +107,7 @@ def parted(
     split = 2 * num_rows * num_groups
     width, dtype = (num_columns, torch.int8) if num_bits == 8 else (-(-num_columns // 2), torch.uint8)
     integers = stored[split : split + num_rows * width].view(dtype).view(num_rows, width)
-    return {"weight": integers, "weight_scale": stored[:split].view(torch.float16).view(num_rows, num_groups)}
+    return {"weight": integers, "weight_scale": stored[:split].view(SCALE_DTYPE).view(num_rows, num_groups)}
 
 
 def pack_nibbles(integers: Tensor) -> Tensor:

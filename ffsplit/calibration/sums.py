@@ -14,7 +14,11 @@ CHUNK_TOKENS = 256
 
 
 class NeuronSums:
-    """The sums, in float64 on the model's device; those of a chunk are taken in float32."""
+    """The sums, in float64 on the model's device.
+
+    Those of a chunk are taken in float32, around the chunk's own mean: so a small spread around a large
+    mean, which the raw sums of squares would drown, is still in the float64 sums.
+    """
 
     def __init__(self, down_weight_DN: Tensor, expert: int | None) -> None:
         def zeros() -> Tensor:
@@ -39,11 +43,15 @@ class NeuronSums:
     def _add(self, a_TN: Tensor) -> None:
         """Column sums as products with a vector of ones, which is what processors do best."""
         ones_T = torch.ones(len(a_TN), device=a_TN.device)
-        self.sum += ones_T @ a_TN
-        absolute_TN = a_TN.abs()
+        centre_N = (ones_T @ a_TN).div_(len(a_TN))
+        scratch_TN = a_TN - centre_N
+        beyond_N, centre_N = (ones_T @ scratch_TN).double(), centre_N.double()
+        total_N = centre_N * len(a_TN) + beyond_N
+        self.sum += total_N
+        self.sum_squares += (ones_T @ scratch_TN.square_()).double() + centre_N * (total_N + beyond_N)
+        absolute_TN = torch.abs(a_TN, out=scratch_TN)
         self.sum_abs += ones_T @ absolute_TN
         self.max_abs = torch.maximum(self.max_abs, absolute_TN.amax(0).double())
-        self.sum_squares += ones_T @ absolute_TN.square_()
         self.num_active += ones_T @ torch.gt(a_TN, 0, out=absolute_TN)
 
     def result(self) -> NeuronStats:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -79,15 +79,6 @@ class LayerContext:
     def passed_on(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
         """What the next layer sees of an FFN's output y: itself, or norm(x + y) in some families."""
         return y_TD if self.output_norm is None else self.output_norm(x_TD + y_TD)
-
-
-def second_moment(inputs: Iterable[Tensor]) -> Tensor:
-    """Sum over matrices [T, n] of x^T x: [n, n] in float64. There must be at least one."""
-    total: Tensor | float = 0.0
-    for x_TN in inputs:
-        total = total + (x_TN.T @ x_TN).double()
-    assert isinstance(total, Tensor), "there are no inputs"
-    return total
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ arXiv:2403.07378 (the best one of the matrix's outputs, by whitening its inputs)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -14,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ffsplit.compressors.base import LayerContext, second_moment
-from ffsplit.compressors.damping import damped_root
+from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.least_squares import ridged_root, second_moment
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.config import Record
 from ffsplit.errors import CalibrationError, explained
@@ -77,7 +76,8 @@ class LowRankCompressor(Record):
         roots: tuple[Tensor | None, Tensor | None] = (None, None)
         if self.whiten:
             activations = (part.hidden(x_TD, ffn.activation) for x_TD in context.chunks())
-            roots = (_root(context.chunks(), ridge=self.ridge), _root(activations, ridge=self.ridge))
+            moments = (second_moment(context.chunks()), second_moment(activations))
+            roots = (ridged_root(moments[0], ridge=self.ridge), ridged_root(moments[1], ridge=self.ridge))
 
         def factorized(linear: LinearMap, root: Tensor | None) -> LinearMap:
             left, right = truncated_svd(linear.weight, rank=rank, energy=self.energy, root=root)
@@ -107,8 +107,3 @@ def truncated_svd(
     if root is not None:
         right = torch.linalg.solve_triangular(root, right, upper=False, left=False)
     return (u[:, :rank] * scale).to(weight.dtype), right.to(weight.dtype)
-
-
-def _root(inputs: Iterator[Tensor], *, ridge: float) -> Tensor:
-    """Lower Cholesky factor [n, n] of the ridged second moment of the rows of `inputs`, in float64."""
-    return damped_root(second_moment(inputs), ridge=max(ridge, 1e-10))

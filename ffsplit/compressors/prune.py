@@ -10,8 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ffsplit.compressors.base import LayerContext
-from ffsplit.compressors.damping import damped_root
-from ffsplit.compressors.least_squares import refit_bias, refit_down
+from ffsplit.compressors.least_squares import add_moment_, mirrored, refit_bias, refit_down, ridged_root
 from ffsplit.compressors.weights import FFNWeights
 from ffsplit.config import Record
 from ffsplit.ffn import FFNShape, LayerLayout
@@ -66,11 +65,11 @@ def optimal_brain_neurons(context: LayerContext, *, count: int, ridge: float) ->
     """
     part = context.original.heavy
     assert part is not None, "the original is dense"
-    covariance = _covariance(context)
+    covariance, square_N = _covariance(context)
     num_neurons = len(covariance)
-    inverse = torch.cholesky_inverse(damped_root(covariance, ridge=max(ridge, 1e-10)))
+    inverse = torch.cholesky_inverse(ridged_root(covariance, ridge=ridge, noise=square_N))
     weight_DN = part.down.weight.double().clone()
-    is_left = torch.ones(num_neurons, dtype=torch.bool, device=covariance.device)
+    is_left = torch.ones(num_neurons, dtype=torch.bool, device=inverse.device)
     for _ in range(num_neurons - count):
         loss_N = weight_DN.square().sum(0) / inverse.diagonal()
         loss_N[~is_left] = torch.inf
@@ -83,8 +82,11 @@ def optimal_brain_neurons(context: LayerContext, *, count: int, ridge: float) ->
     return is_left.nonzero().flatten().cpu()
 
 
-def _covariance(context: LayerContext) -> Tensor:
-    """The covariance [N, N] of the original's activations over the sampled inputs, in float64."""
+def _covariance(context: LayerContext) -> tuple[Tensor, Tensor]:
+    """The covariance [N, N] of the original's activations over the sampled inputs, and their mean square.
+
+    Multiplied in float64, of which the covariance loses what the mean has: a mean square's rounding.
+    """
     original = context.original
     assert original.heavy is not None
     num_neurons = len(original.heavy.neurons)
@@ -94,8 +96,8 @@ def _covariance(context: LayerContext) -> Tensor:
     num_tokens = 0
     for x_TD in context.chunks():
         a_TN = original.heavy.hidden(x_TD, original.activation)
-        gram += (a_TN.T @ a_TN).double()
+        add_moment_(gram, a_TN)
         total += a_TN.sum(0, dtype=torch.float64)
         num_tokens += len(a_TN)
-    mean = total / max(1, num_tokens)
-    return gram / max(1, num_tokens) - torch.outer(mean, mean)
+    mean, moment = total / max(1, num_tokens), mirrored(gram) / max(1, num_tokens)
+    return moment - torch.outer(mean, mean), moment.diagonal()

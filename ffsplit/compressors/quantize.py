@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ffsplit.compressors.base import LayerContext, second_moment
-from ffsplit.compressors.damping import damped_root
+from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.least_squares import ridged_root, second_moment
 from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.config import Record
 from ffsplit.ffn import Dense, FFNShape, Integer, LayerLayout, PartLayout
@@ -84,10 +84,17 @@ class QuantizeCompressor(Record):
         return LinearMap(format, tensors, linear.bias, num_columns=weight.shape[1])
 
 
+def _root_of_inverse(upper: Tensor) -> Tensor:
+    """The upper triangular U with U^T U the inverse of R R^T, where R is `upper`: R^-1, no inverse taken.
+
+    An inverse has a rounding error in proportion to its largest element, which hides its smallest ones.
+    """
+    return torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
+
+
 def _gptq(weight: Tensor, scales: Tensor, format: Integer, moment: Tensor, *, ridge: float) -> Tensor:
     """A matrix on the grid of `scales` whose outputs on the inputs are close to those of `weight`."""
-    inverse = torch.cholesky_inverse(damped_root(moment, ridge=max(ridge, 1e-8)))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    upper = _root_of_inverse(ridged_root(moment.flip(0, 1), ridge=ridge).flip(0, 1))
     left, result = weight.double().clone(), torch.empty_like(weight)
     group_size = format.group_size or weight.shape[1]
     for column in range(weight.shape[1]):

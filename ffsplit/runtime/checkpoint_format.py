@@ -11,7 +11,7 @@ from ffsplit.config import Record
 from ffsplit.ffn import FFNShape, LayerLayout
 from ffsplit.models.places import FFNPlace
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 
 class FFNRun(Record):
@@ -32,8 +32,7 @@ def guarded(places: Sequence[FFNPlace]) -> frozenset[int]:
     """The indices of the FFNs that have a guard: the first of each tower, which may be loaded alone.
 
     A guard is a tensor under the name of one of the original's weights, with a shape that cannot match. It
-    makes a load without ffsplit fail, which would otherwise begin with random weights. Before format 4
-    every FFN had one.
+    makes a load without ffsplit fail, which would otherwise begin with random weights.
     """
     first = {place.tower.path: place.index for place in reversed(places)}
     return frozenset(first.values())

@@ -118,14 +118,18 @@ def kernel_group_size(num_columns: int, group_size: int | None) -> int | None:
     return next(fits, None)
 
 
-def pack(weight: Tensor, weight_scale: Tensor, *, group_size: int | None, like: Tensor) -> Packed | None:
-    """Pack nibbles [rows, columns / 2] for inputs like `like`; None where no kernel takes them."""
-    num_rows, num_columns = weight.shape[0], 2 * weight.shape[1]
-    step = 8 if like.is_cuda else 16
-    if group_size is None or num_rows % step or like.device.type not in ("cpu", "cuda"):
-        return None
-    if like.is_cuda and like.dtype != torch.bfloat16:
-        return None
+def packs(num_rows: int, group_size: int | None, *, like: Tensor) -> bool:
+    """Whether there is a kernel for as many rows in groups of columns, and inputs like `like`."""
+    if group_size is None:
+        return False
+    if like.is_cuda:
+        return num_rows % 8 == 0 and like.dtype == torch.bfloat16
+    return like.is_cpu and num_rows % 16 == 0
+
+
+def pack(weight: Tensor, weight_scale: Tensor, *, group_size: int, like: Tensor) -> Packed:
+    """Pack nibbles [rows, columns / 2] for inputs like `like`, which `packs` has been asked about."""
+    num_columns = 2 * weight.shape[1]
     missing = -num_columns % CUDA_COLUMNS if like.is_cuda else 0
     values = functional.pad(unpack_nibbles(weight, num_columns).to(torch.int32), (0, missing)) + 8
     if like.is_cuda:  # the even column in the high half
@@ -133,8 +137,7 @@ def pack(weight: Tensor, weight_scale: Tensor, *, group_size: int | None, like: 
         packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
     else:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
-    scale = weight_scale.to(torch.bfloat16)
-    scale = scale.repeat_interleave(num_columns // group_size // scale.shape[1], dim=1)
+    scale = weight_scale.repeat_interleave(num_columns // group_size // weight_scale.shape[1], dim=1)
     scale = functional.pad(scale, (0, missing // group_size))
     scales = torch.stack([scale, torch.zeros_like(scale)], dim=-1).transpose(0, 1).contiguous()
     return Packed(packed, scales, weight_scale.clone(), num_columns, group_size)

@@ -1,14 +1,15 @@
 """Linear maps with integer weights, run by the machine's own kernels.
 
-8 bits: inputs become integers too, while the model runs (one scale and zero point a batch in encoders,
-one a token where `per_token`), and the product is of integers. On a GPU they do so in a compiled model
-alone, and not for a few rows. 4 bits: weights alone, inputs stay as they are. Whatever no kernel takes,
-gradients included, goes through the matrix in floating point.
+8 bits: inputs become integers too, while the model runs (one scale per token), and the product is of
+integers. On a GPU they do so in a compiled model alone, and not for a few rows. 4 bits: weights alone,
+inputs stay as they are. Whatever no kernel takes, gradients included, goes through the matrix in floating
+point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,38 +29,21 @@ INITIALIZED = True
 class IntegerMap(nn.Module):
     """y = (integers * scales) x + bias.
 
-    `weight` is the matrix as `joined` puts it together; with `scales_apart`, as in checkpoints of before
-    format 3, it is the integers and `weight_scale` the scales. On the CPU the matrix is packed for its
-    kernel when it is first used; the packed form then takes the place of the stored one, which comes back
-    whenever the module is saved, moved or copied.
+    `weight` is the matrix as `joined` puts it together. On the CPU the matrix is packed for its kernel when
+    it is first used; the packed form then takes the place of the stored one, which comes back whenever the
+    module is saved, moved or copied. Any number of threads may call it: whoever exchanges one form for the
+    other holds the lock of its `inputs`, and a packed form that a thread has in hand stays whole.
     """
 
     _is_hf_initialized = INITIALIZED
     _packed: Packed | None = None
     weight: Tensor | None
 
-    def __init__(
-        self,
-        format: Integer,
-        num_rows: int,
-        num_columns: int,
-        *,
-        bias: bool,
-        per_token: bool = False,
-        scales_apart: bool = False,
-    ) -> None:
+    def __init__(self, format: Integer, num_rows: int, num_columns: int, *, bias: bool) -> None:
         super().__init__()
         self.format, self.num_rows, self.num_columns = format, num_rows, num_columns
-        self.per_token, self.scales_apart = per_token, scales_apart
-        if scales_apart:
-            dtype, stored = (
-                (torch.int8, num_columns) if self.num_bits == 8 else (torch.uint8, -(-num_columns // 2))
-            )
-            self.register_buffer("weight", torch.empty(num_rows, stored, dtype=dtype))
-            self.register_buffer("weight_scale", torch.empty(num_rows, self.num_groups, dtype=torch.float16))
-        else:
-            size = self.size_bytes
-            self.register_buffer("weight", torch.empty(size + size % 2, dtype=torch.uint8))
+        size = self.size_bytes
+        self.register_buffer("weight", torch.empty(size + size % 2, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(num_rows)) if bias else None
         self.activation: nn.Module | None = None  # of the products, where the kernel can do it on the way
         self.inputs = int8_kernels.SharedInputs()
@@ -74,7 +58,7 @@ class IntegerMap(nn.Module):
 
     @property
     def num_groups(self) -> int:
-        """Scales a row."""
+        """Scales per row."""
         return 1 if self.group_size is None else -(-self.num_columns // self.group_size)
 
     @property
@@ -88,25 +72,28 @@ class IntegerMap(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """`weight`, integers [rows, columns] or half as many bytes, and `weight_scale` [rows, groups]."""
-        self.unpack()
-        assert self.weight is not None
-        if self.scales_apart:
-            return {"weight": self.weight, "weight_scale": self.weight_scale}
         return parted(
-            self.weight,
+            self._stored(),
             num_bits=self.num_bits,
             num_rows=self.num_rows,
             num_groups=self.num_groups,
             num_columns=self.num_columns,
         )
 
+    def _stored(self) -> Tensor:
+        """`weight`, back in its place where the matrix was packed."""
+        if torch.compiler.is_compiling():  # what is being compiled is not packed, and a lock has no graph
+            assert self.weight is not None
+            return self.weight
+        with self.inputs.lock:
+            self.unpack()
+            assert self.weight is not None
+            return self.weight
+
     def hold(self, tensors: dict[str, Tensor]) -> None:
         """Take the integers and scales of a matrix, as `tensors` gives them."""
-        self._packed = None
-        if self.scales_apart:
-            self.weight, self.weight_scale = tensors["weight"], tensors["weight_scale"]
-        else:
-            self.weight = joined(tensors)
+        with self.inputs.lock:
+            self.weight, self._packed = joined(tensors), None
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
         """The map's output, added to `plus`: a bias, or a tensor of the output's shape."""
@@ -119,13 +106,14 @@ class IntegerMap(nn.Module):
             return self._activated(self._floating(x, bias))
         compiling, packed = torch.compiler.is_compiling(), self._packed
         if packed is None and not compiling:
-            self._pack(x)
-            packed = self._packed
+            packed = self._pack(x)
         if packed is not None and packed.takes(x, compiling=compiling):
-            return packed(x, bias, self.activation)
+            y = packed(x, bias, self.activation)
+            if isinstance(packed, int8_kernels.Packed) and self.bias is None and self.activation is None:
+                self._join(x)
+            return y
         if packed is not None and compiling:
             raise RuntimeError("packed weights cannot be compiled: call ffsplit.runtime.integer_map.unpack")
-        self.unpack()
         return self._activated(self._plain(x, bias))
 
     def _activated(self, y: Tensor) -> Tensor:
@@ -151,7 +139,7 @@ class IntegerMap(nn.Module):
             if few_rows.takes(x, weight):
                 return few_rows.product(x, weight, scale[:, 0].contiguous(), bias)
             if int8_kernels.multiplies(x, weight):
-                return int8_kernels.matmul(x, weight, scale[:, 0], bias, per_token=self.per_token)
+                return int8_kernels.matmul(x, weight, scale[:, 0], bias)
         return self._floating(x, bias)
 
     def _floating(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -161,45 +149,67 @@ class IntegerMap(nn.Module):
     def _has_one_scale(self) -> bool:
         return self.num_bits == 8 and self.num_groups == 1
 
-    def _pack(self, x: Tensor) -> None:
-        """Exchange the stored integers for what a kernel takes, where there is one for them."""
-        weight, scale = self.tensors().values()
-        packed: Packed | None = None
-        if self._has_one_scale:
-            packed = int8_kernels.pack(weight, scale, per_token=self.per_token, inputs=self.inputs)
-        elif self.num_bits == 4:
-            size = int4_kernels.kernel_group_size(self.num_columns, self.group_size)
-            packed = int4_kernels.pack(weight, scale, group_size=size, like=x)
-        if packed is not None:
-            self.weight, self._packed = None, packed
-        if isinstance(packed, int8_kernels.Packed) and self.bias is None and self.activation is None:
-            self._join(x)
+    def _pack(self, x: Tensor) -> Packed | None:
+        """Exchange the stored integers for what a kernel takes, where there is one for them, once."""
+        if not self._has_kernel(x):
+            return None
+        with self.inputs.lock:
+            if self._packed is None:
+                weight, scale = self.tensors().values()
+                if self.num_bits == 8:
+                    packed: Packed | None = int8_kernels.pack(weight, scale, inputs=self.inputs)
+                else:
+                    packed = int4_kernels.pack(weight, scale, group_size=self._kernel_group_size, like=x)
+                if packed is not None:
+                    self.weight, self._packed = None, packed
+            return self._packed
+
+    def _has_kernel(self, x: Tensor) -> bool:
+        if self.num_bits == 8:
+            return self.num_groups == 1 and int8_kernels.packs(x)
+        return int4_kernels.packs(self.num_rows, self._kernel_group_size, like=x)
+
+    @cached_property
+    def _kernel_group_size(self) -> int | None:
+        return int4_kernels.kernel_group_size(self.num_columns, self.group_size)
 
     def _join(self, x: Tensor) -> None:
-        """Share a matrix with the maps that were packed for the same inputs just before."""
-        before = self.inputs.packed_for.get(x) or []
-        maps = [*(each for each in before if each is not self and each.is_packed), self]
-        self.inputs.packed_for.keep(x, maps)
-        if len(maps) > 1:
-            for each, rows in zip(maps, int8_kernels.together([each._packed for each in maps]), strict=True):
-                each._packed = rows
+        """Share a matrix with the maps that were given the same inputs just before in this thread."""
+        given = self.inputs.of(x).maps
+        given.append(self)
+        with self.inputs.lock:
+            maps = list(dict.fromkeys(member for each in given for member in each._together()))
+            if len(maps) > 1 and isinstance(self._packed, int8_kernels.Packed):
+                rows = int8_kernels.together([each._packed for each in maps], maps, inputs=self.inputs)
+                for each, its_rows in zip(maps, rows, strict=True):
+                    each._packed = its_rows
+
+    def _together(self) -> Sequence[IntegerMap]:
+        """Those of the maps that it shares a matrix with, itself included, which are packed."""
+        if isinstance(self._packed, int8_kernels.PackedRows):
+            return [each for each in self._packed.product.maps if each.is_packed]
+        return [self] if isinstance(self._packed, int8_kernels.Packed) else []
 
     def unpack(self) -> None:
         """Put the stored integers back where they were packed."""
-        if self._packed is not None:
-            self.hold(self._packed.tensors())
+        with self.inputs.lock:
+            if self._packed is not None:
+                self.hold(self._packed.tensors())
 
     def _save_to_state_dict(self, *given: Any) -> None:
-        self.unpack()
-        super()._save_to_state_dict(*given)
+        with self.inputs.lock:
+            self.unpack()
+            super()._save_to_state_dict(*given)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.unpack()
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with self.inputs.lock:
+            self.unpack()
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        self.unpack()
-        return dict(self.__dict__)
+        with self.inputs.lock:
+            self.unpack()
+            return dict(self.__dict__) | {"_buffers": dict(self._buffers)}
 
     def extra_repr(self) -> str:
         return f"{self.num_columns}, {self.num_rows}, num_bits={self.num_bits}, group_size={self.group_size}"

@@ -15,8 +15,7 @@ from ffsplit.ffn import Integer
 from ffsplit.models.checkpoint import FFN_DTYPES, Checkpoint
 from ffsplit.models.headers import opened
 from ffsplit.quantization import joined, quantize_rows, scales_of
-from ffsplit.runtime.integer_map import share_inputs
-from ffsplit.runtime.split_ffn import Form
+from ffsplit.runtime.integer_map import IntegerMap, share_inputs
 
 FORMAT = Integer(num_bits=8)
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
@@ -87,7 +86,7 @@ def linears_config(modules: tuple[str, ...]) -> dict[str, Any]:
     return {"format": FORMAT.model_dump(mode="json"), "modules": list(modules)}
 
 
-def install_linears(base: nn.Module, config: dict[str, Any], *, form: Form) -> None:
+def install_linears(base: nn.Module, config: dict[str, Any]) -> None:
     """Put empty integer maps in the place of a base model's linear layers, on the device it is on."""
     format = Integer.model_validate(config["format"])
     children: dict[str, list[str]] = {}
@@ -96,16 +95,16 @@ def install_linears(base: nn.Module, config: dict[str, Any], *, form: Form) -> N
         children.setdefault(parent, []).append(name)
     with next(base.parameters()).device:
         for path, names in children.items():
-            _replace(base.get_submodule(path), path, names, format, form=form)
+            _replace(base.get_submodule(path), path, names, format)
 
 
-def _replace(parent: nn.Module, path: str, names: list[str], format: Integer, *, form: Form) -> None:
+def _replace(parent: nn.Module, path: str, names: list[str], format: Integer) -> None:
     maps = []
     for name in names:
         old = getattr(parent, name, None)
         if not isinstance(old, nn.Linear):
             raise ArtifactError(f"config.json names {path}.{name}, which is no linear layer in this model")
-        new = form.build(format, old.out_features, old.in_features, bias=False)
+        new = IntegerMap(format, old.out_features, old.in_features, bias=False)
         new.bias = old.bias
         setattr(parent, name, new)
         maps.append(new)

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.models.load import decodes, load_whole_model, quiet_transformers
+from ffsplit.runtime.int8_kernels import SMALLEST_STEP
 from ffsplit.runtime.integer_map import IntegerMap
 
 INSTALL = "pip install 'ffsplit[onnx]'"
@@ -24,13 +25,13 @@ Cache = list[tuple[Tensor, Tensor]]
 
 
 @torch.library.custom_op("ffsplit::int8_product", mutates_args=())
-def int8_product(x: Tensor, weight_KN: Tensor, scale: Tensor, per_token: bool) -> Tensor:
+def int8_product(x: Tensor, weight_KN: Tensor, scale: Tensor) -> Tensor:
     """x times a matrix of int8 with a scale a column: a marker that becomes ONNX's own operators."""
     return x @ (weight_KN.to(x.dtype) * scale)
 
 
 @int8_product.register_fake
-def _(x: Tensor, weight_KN: Tensor, scale: Tensor, per_token: bool) -> Tensor:
+def _(x: Tensor, weight_KN: Tensor, scale: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight_KN.shape[1])
 
 
@@ -42,10 +43,10 @@ class _Int8Product(nn.Module):
         weight, scale = linear.tensors().values()
         self.register_buffer("weight", weight.t().contiguous())
         self.register_buffer("scale", scale[:, 0].float())
-        self.bias, self.activation, self.per_token = linear.bias, linear.activation, linear.per_token
+        self.bias, self.activation = linear.bias, linear.activation
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        y: Tensor = int8_product(x, self.weight, self.scale, self.per_token)
+        y: Tensor = int8_product(x, self.weight, self.scale)
         added = self.bias if plus is None else plus
         y = y if added is None else y + added
         return y if self.activation is None else self.activation(y)
@@ -178,15 +179,11 @@ def _translations() -> dict[Any, Any]:
 
     op: Any = opset18
 
-    def product(x: Any, weight_KN: Any, scale: Any, per_token: bool) -> Any:
-        if per_token:
-            largest = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]), keepdims=1)
-            step = op.Max(largest / op.Constant(value_float=127.0), op.Constant(value_float=1e-12))
-            shifted = op.Round(x / step) + op.Constant(value_float=128.0)
-            integers = op.Cast(shifted, to=2)  # uint8
-            zero = op.Cast(op.Constant(value_int=128), to=2)
-        else:
-            integers, step, zero = op.DynamicQuantizeLinear(x)
+    def product(x: Any, weight_KN: Any, scale: Any) -> Any:
+        largest = op.ReduceMax(op.Abs(x), op.Constant(value_ints=[-1]), keepdims=1)
+        step = op.Max(largest / op.Constant(value_float=127.0), op.Constant(value_float=SMALLEST_STEP))
+        integers = op.Cast(op.Round(x / step) + op.Constant(value_float=128.0), to=2)  # uint8
+        zero = op.Cast(op.Constant(value_int=128), to=2)
         y = op.Cast(op.MatMulInteger(integers, weight_KN, zero), to=1)
         return y * step * scale
 

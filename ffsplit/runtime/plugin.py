@@ -19,21 +19,20 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffsplit.errors import ArtifactError
 from ffsplit.models.checkpoint import NARROWED, activation_name
-from ffsplit.models.detect import architecture_of
 from ffsplit.models.find import ffns_of
 from ffsplit.models.places import FFNPlace
 from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, FFNRun, guarded
 from ffsplit.runtime.linears import install_linears
 from ffsplit.runtime.narrow import narrow_ffn
 from ffsplit.runtime.split_experts import SplitExperts
-from ffsplit.runtime.split_ffn import Form, SplitFFN, install_split_ffn
+from ffsplit.runtime.split_ffn import SplitFFN, install_split_ffn
 
 METHOD = "ffsplit"
 
 
 @register_quantization_config(METHOD)
 class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a split checkpoint: `ffns`, or before format 4 `layers` and `shapes`.
+    """The `quantization_config` of a split checkpoint.
 
     `form` is NARROWED, or None where FFNs are split.
     """
@@ -42,32 +41,27 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self,
         version: int,
         *,
-        ffns: list[dict[str, Any]] | None = None,
-        layers: list[dict[str, Any]] | None = None,
-        shapes: list[dict[str, Any]] | None = None,
+        ffns: Sequence[dict[str, Any]] = (),
         linears: dict[str, Any] | None = None,
         form: str | None = None,
         **_: Any,
     ) -> None:
-        if version > FORMAT_VERSION:
-            raise ArtifactError(
-                f"checkpoint format {version} is newer than {FORMAT_VERSION}: upgrade ffsplit"
+        if version != FORMAT_VERSION:
+            age, remedy = (
+                ("newer", "upgrade ffsplit")
+                if version > FORMAT_VERSION
+                else ("older", "compress the original again")
             )
+            raise ArtifactError(f"checkpoint format {version} is {age} than {FORMAT_VERSION}: {remedy}")
         self.quant_method = METHOD
         self.version = version
-        self.ffns, self.layers, self.shapes = ffns, layers, shapes
-        self.linears = linears
+        self.ffns, self.linears = ffns, linears
         self.form = form
 
     @property
     def runs(self) -> list[FFNRun]:
         """The model's FFNs."""
-        if self.ffns is not None:
-            return [FFNRun.model_validate(ffns) for ffns in self.ffns]
-        pairs = zip(self.layers or [], self.shapes or [], strict=True)
-        return [
-            FFNRun.model_validate({"count": 1, "layout": layer, "shape": shape}) for layer, shape in pairs
-        ]
+        return [FFNRun.model_validate(ffns) for ffns in self.ffns]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitConfig:
         """Itself: nobody changes it, and a config is copied several times while a model is loaded."""
@@ -85,7 +79,7 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if config.form == NARROWED:
             return narrow_ffns(model, config.runs)
-        return install_split_ffns(model, config.runs, linears=config.linears, version=config.version)
+        return install_split_ffns(model, config.runs, linears=config.linears)
 
     @property
     def is_trainable(self) -> bool:
@@ -99,37 +93,31 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def install_split_ffns(
-    model: Any,
-    runs: Sequence[FFNRun],
-    *,
-    linears: dict[str, Any] | None = None,
-    version: int = FORMAT_VERSION,
+    model: Any, runs: Sequence[FFNRun], *, linears: dict[str, Any] | None = None
 ) -> nn.Module:
     """Replace every FFN of a model by an empty SplitFFN, on whatever device the model is.
 
-    The linear layers that `linears` names become integer maps; `version` is the checkpoint's format.
+    The linear layers that `linears` names become integer maps.
     """
     prefix, places, ffns = _paired(model, runs)
     config = model.config.to_dict()
-    kind = architecture_of(model).kind
-    form = Form(per_token=kind != "encoder", is_old=version < 3)  # a few tokens of decoders are very large
     experts: dict[str, SplitExperts] = {}
-    guards = guarded(places) if version >= 4 else {place.unit for place in places}
+    guards = guarded(places)
     for place, ffn in zip(places, ffns, strict=True):
         activation = ACT2FN[activation_name(config, place.tower)]
         guard = place.paths.guard if place.index in guards else None
         if place.expert is None:
-            split_ffn = SplitFFN(ffn.layout, ffn.shape, activation, guard=guard, form=form)
+            split_ffn = SplitFFN(ffn.layout, ffn.shape, activation, guard=guard)
             install_split_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, split_ffn)
             continue
         if place.index == place.unit:
             experts[place.split_path] = SplitExperts(guard=guard)
             model.set_submodule(f"{prefix}{place.split_path}", experts[place.split_path])
-        experts[place.split_path].append(SplitFFN(ffn.layout, ffn.shape, activation, form=form))
+        experts[place.split_path].append(SplitFFN(ffn.layout, ffn.shape, activation))
     _keep_wide(model, [f"{place.block}.{place.paths.down}.weight" for place in places])
     if linears is not None:
         base = model.get_submodule(prefix.removesuffix("."))
-        install_linears(base, linears, form=form)
+        install_linears(base, linears)
     return model  # type: ignore[no-any-return]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -51,30 +49,13 @@ def linear(x: Tensor, weight: Tensor, plus: Tensor | None) -> Tensor:
     return rows.view(plus.shape)
 
 
-@dataclass(frozen=True)
-class Form:
-    """How the maps of a checkpoint are built.
-
-    `per_token` is about the inputs of int8 weights: whether each token's get a scale of their own. `is_old`
-    means before format 3, where scales are tensors of their own and gates are never fused.
-    """
-
-    per_token: bool = False
-    is_old: bool = False
-
-    def build(self, format: Format, num_rows: int, num_columns: int, *, bias: bool) -> nn.Module:
-        """An empty linear map."""
-        if isinstance(format, LowRank):
-            return LowRankMap(num_rows, num_columns, rank=format.rank, bias=bias)
-        if isinstance(format, Integer):
-            apart = self.is_old
-            return IntegerMap(
-                format, num_rows, num_columns, bias=bias, per_token=self.per_token, scales_apart=apart
-            )
-        return DenseMap(num_rows, num_columns, bias=bias)
-
-
-NEWEST = Form()
+def build_map(format: Format, num_rows: int, num_columns: int, *, bias: bool) -> nn.Module:
+    """An empty linear map."""
+    if isinstance(format, LowRank):
+        return LowRankMap(num_rows, num_columns, rank=format.rank, bias=bias)
+    if isinstance(format, Integer):
+        return IntegerMap(format, num_rows, num_columns, bias=bias)
+    return DenseMap(num_rows, num_columns, bias=bias)
 
 
 class FFNPartModule(nn.Module):
@@ -82,17 +63,17 @@ class FFNPartModule(nn.Module):
 
     _is_hf_initialized = INITIALIZED
 
-    def __init__(self, layout: PartLayout, shape: FFNShape, activation: nn.Module, *, form: Form) -> None:
+    def __init__(self, layout: PartLayout, shape: FFNShape, activation: nn.Module) -> None:
         super().__init__()
         n, d = layout.num_neurons, shape.hidden_size
         self.gate_up = self.gate = self.up = None
-        if layout.is_fused and not form.is_old:
-            self.gate_up = form.build(layout.up, 2 * n, d, bias=shape.up_bias)
+        if layout.is_fused:
+            self.gate_up = build_map(layout.up, 2 * n, d, bias=shape.up_bias)
         else:
-            self.up = form.build(layout.up, n, d, bias=shape.up_bias)
+            self.up = build_map(layout.up, n, d, bias=shape.up_bias)
             if layout.gate is not None:
-                self.gate = form.build(layout.gate, n, d, bias=shape.up_bias)
-        self.down = form.build(layout.down, d, n, bias=False)
+                self.gate = build_map(layout.gate, n, d, bias=shape.up_bias)
+        self.down = build_map(layout.down, d, n, bias=False)
         first = self.up if self.gate is None else self.gate
         self.activation: nn.Module | None = None  # the first map's own, where that applies it to its products
         if isinstance(first, IntegerMap):
@@ -144,11 +125,10 @@ class SplitFFN(nn.Module):
         activation: nn.Module,
         *,
         guard: str | None = None,
-        form: Form = NEWEST,
     ) -> None:
         super().__init__()
         heavy, light = (
-            None if part is None else FFNPartModule(part, shape, activation, form=form)
+            None if part is None else FFNPartModule(part, shape, activation)
             for part in (layout.heavy, layout.light)
         )
         self.heavy, self.light = heavy, light

@@ -16,7 +16,7 @@ from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.load import load_whole_model
 from ffsplit.runtime.assemble import assemble, replace_weights
-from ffsplit.runtime.checkpoint_format import FFNRun, runs_of
+from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, FFNRun, runs_of
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import compress, head_of, outputs, reference
 from tests.runtime.conftest import CompressedFactory
@@ -161,7 +161,7 @@ def test_a_split_config_keeps_the_original_and_carries_the_layouts(compressed_of
     config = json.loads((compressed.directory / "config.json").read_text())
     split = config.pop("quantization_config")
     assert config == compressed.source.config
-    assert split["quant_method"] == "ffsplit" and split["version"] == 5
+    assert split["quant_method"] == "ffsplit" and split["version"] == FORMAT_VERSION
     shapes = compressed.source.shapes
     assert split["ffns"] == [run.model_dump(mode="json") for run in runs_of(compressed.layouts, shapes)]
     runs = [FFNRun.model_validate(run) for run in split["ffns"]]

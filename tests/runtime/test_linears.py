@@ -18,6 +18,7 @@ from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError
 from ffsplit.models.load import load_whole_model
 from ffsplit.recipes.recipe import load_recipe, parse_recipe
+from ffsplit.runtime.checkpoint_format import FORMAT_VERSION
 from ffsplit.runtime.integer_map import IntegerMap
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import head_of, outputs
@@ -108,7 +109,7 @@ def test_no_load_without_ffsplit(artifact: Any, tmp_path: Path) -> None:
 
 def test_an_older_ffsplit_would_refuse_it(artifact: Any) -> None:
     config = json.loads((artifact[2] / "config.json").read_text())["quantization_config"]
-    assert config["version"] == 5 and config["linears"]["modules"]
+    assert config["version"] == FORMAT_VERSION and config["linears"]["modules"]
 
 
 def test_linears_go_with_quantized_ffns() -> None:
