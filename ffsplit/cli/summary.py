@@ -21,6 +21,7 @@ from ffsplit.report.humanize import (
     times,
     unit,
 )
+from ffsplit.report.noise import noise, spread_in_words
 
 if TYPE_CHECKING:
     from ffsplit.inspection import FFNGroup, Inspection
@@ -39,6 +40,8 @@ def print_manifest(manifest: Manifest, *, out: str, refused_report: str | None =
     where = f"{out.rstrip('/')}/{manifest.run_key}/{manifest.attempt}"
     if manifest.measurements is not None:
         _print(_before_after(manifest, manifest.measurements))
+        if disturbed := noise(manifest.measurements.latency, manifest.measurements.load):
+            print(f"warning: {disturbed}".replace("\u00a0", " "))
         for skipped in manifest.measurements.skipped:
             print(f"not measured: {skipped}")
         overlaps = {task.spec: task.overlap_with_calibration for task in manifest.measurements.tasks}
@@ -143,9 +146,8 @@ def _in_blocks(group: FFNGroup) -> str:
 
 def _add_latency(table: Table, each: Latency) -> None:
     name = f"{each.batch_size} x {each.num_tokens} tokens, p50"
-    table.add_row(
-        name, milliseconds(each.original_p50_ms), milliseconds(each.compressed_p50_ms), times(each.speedup)
-    )
+    ratio = times(each.speedup) + (f" ({spread_in_words(each.spread)})" if each.spread else "")
+    table.add_row(name, milliseconds(each.original_p50_ms), milliseconds(each.compressed_p50_ms), ratio)
 
 
 def _change(before: int, after: int) -> str:
