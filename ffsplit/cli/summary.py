@@ -171,10 +171,14 @@ def print_latency_table(measured: LatencyTable) -> None:
     """Milliseconds by width."""
     where = f"{measured.hardware['processor']}, {measured.num_threads} threads, {measured.dtype}"
     shape = f"{measured.batch_size} x {measured.num_tokens} tokens"
-    table = _table(f"{measured.model}, {shape}\n{where}", "FFN width", "forward", "of the original's")
-    dense = measured.points[-1].ms
+    columns = ("FFN width", "measured", "fitted", "of the original's")
+    table = _table(f"{measured.model}, {shape}\n{where}", *columns)
+    dense = measured.ms(measured.points[-1].width)
     for point in measured.points:
-        table.add_row(f"{point.width:,}", milliseconds(point.ms), percent(point.ms / dense))
+        fitted = measured.ms(point.width)
+        table.add_row(
+            f"{point.width:,}", milliseconds(point.ms), milliseconds(fitted), percent(fitted / dense)
+        )
     _print(table)
 
 
