@@ -49,7 +49,7 @@ class ArtifactError(FFSplitError):
 
 
 class GateError(FFSplitError):
-    """A run finished, but its result did not pass its gates: nothing was published."""
+    """A run finished, but a gate was not met, or noise could decide it: nothing was published."""
 
 
 @contextmanager

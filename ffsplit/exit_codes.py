@@ -22,7 +22,7 @@ exit codes:
   0    done
   1    a failure while running
   2    a mistake in the command, a file or a setting
-  3    finished, but refused by a gate
+  3    finished, but refused by a gate: not met, or undecided by noisy timings
   130  interrupted; nothing was committed
 """
 

@@ -6,6 +6,8 @@ fidelity >= 0.98               pooled cosine of an encoder, top-1 agreement of a
 pooled_cosine >= 0.98          any measure of fidelity by its name
 sts drop <= 0.5                how much worse a task of --eval is, in the task's own unit
 parameters reduction >= 20%    or of blocks (no embeddings, no heads), size, memory
+
+A speed-up is an interval rather than a number: a limit inside it is neither met nor failed, but undecided.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from ffsplit.artifacts.manifest import GateResult, Measurements, TaskScore
+from ffsplit.artifacts.manifest import GateResult, Latency, Measurements, TaskScore
 from ffsplit.config import Record, stage_key
 from ffsplit.errors import ConfigError
 
@@ -40,6 +42,11 @@ CLASSIFIER_FIDELITY: dict[str, Sense] = {
     "logit_error": "<=",
 }
 FIDELITY: dict[str, Sense] = CLASSIFIER_FIDELITY | LANGUAGE_FIDELITY
+QUIETER = (
+    "timing noise could decide this: time it on a quieter machine, or with a larger "
+    "measurement.latency_pairs in a copy of the recipe"
+)
+"""What to do about a speed gate whose limit lies within the noise."""
 HEADLINES = (next(iter(ENCODER_FIDELITY)), next(iter(LANGUAGE_FIDELITY)))
 """What `fidelity` stands for: whichever of them was measured."""
 REDUCTIONS = ("parameters", "blocks", "size", "memory")
@@ -71,6 +78,10 @@ class Gate(Record):
         """The rows and tokens a row that a speed-up is asked of, None for any other gate."""
         match = _SPEEDUP.fullmatch(self.metric)
         return (int(match[1]), int(match[2])) if match and match[1] else None
+
+    @property
+    def limits_speed(self) -> bool:
+        return _SPEEDUP.fullmatch(self.metric) is not None
 
     @property
     def task(self) -> tuple[str, str] | None:
@@ -130,13 +141,11 @@ def check_gates(
     kind, measured = _measured_of(checkpoint)
     for gate in gates:
         metric = gate.metric
-        needs_whole = gate.task or metric.startswith("speedup") or metric == "memory reduction"
+        needs_whole = gate.task or gate.limits_speed or metric == "memory reduction"
         if needs_whole and config.block_by_block:
             raise _error(str(gate), "with --block-by-block only fidelity and size are measured")
         if metric in FIDELITY and metric not in measured:
             raise _error(str(gate), f"of {kind} {', '.join(measured)} are measured")
-        if metric in (*measured, "fidelity") and recipe.calibration.held_out == 0:
-            raise _error(str(gate), "no text is held out to measure it on: the recipe's held_out is 0")
         if metric == "memory reduction" and not recipe.measurement.peak_memory:
             raise _error(str(gate), "the recipe does not measure it (peak_memory: false)")
         if gate.shape and longest_row is not None and gate.shape[1] > longest_row:
@@ -155,31 +164,77 @@ def _measured_of(checkpoint: Checkpoint) -> tuple[str, dict[str, Sense]]:
     return "an encoder", ENCODER_FIDELITY
 
 
+def speed_limits(gates: Sequence[Gate]) -> tuple[tuple[tuple[int, int] | None, float], ...]:
+    """What gates ask of the speed-up: at one shape of (rows, tokens a row), or at all where that is None."""
+    return tuple((gate.shape, gate.limit) for gate in gates if gate.limits_speed)
+
+
 def judge(gates: Sequence[Gate], measured: Measurements) -> tuple[GateResult, ...]:
     """Each gate with the figure it is judged by. What was not measured does not pass."""
-    results = []
-    for gate in gates:
-        figure = _figure(gate, measured)
-        if figure is not None:  # 86.7 - 86.3 is 0.4 here, not a little more
-            figure = float(f"{figure:.12g}") if math.isfinite(figure) else None
-        met = figure is not None and (figure >= gate.limit if gate.sense == ">=" else figure <= gate.limit)
-        results.append(GateResult(gate=str(gate), figure=figure, met=met))
-    return tuple(results)
+    return tuple(
+        _speed_result(gate, measured.latency) if gate.limits_speed else _result(gate, measured)
+        for gate in gates
+    )
+
+
+def _result(gate: Gate, measured: Measurements) -> GateResult:
+    figure = _figure(gate, measured)
+    if figure is not None:  # 86.7 - 86.3 is 0.4 here, not a little more
+        figure = float(f"{figure:.12g}") if math.isfinite(figure) else None
+    met = figure is not None and (figure >= gate.limit if gate.sense == ">=" else figure <= gate.limit)
+    return GateResult(gate=str(gate), figure=figure, met=met)
+
+
+def _speed_result(gate: Gate, latency: Sequence[Latency]) -> GateResult:
+    """The least speed-up of all shapes that the gate is about, and what the noise leaves of it."""
+    timed = [each for each in latency if gate.shape in (None, (each.batch_size, each.num_tokens))]
+    if not timed:
+        return GateResult(gate=str(gate), figure=None, met=False)
+    lows = [each.spread.low for each in timed if each.spread is not None and each.spread.low is not None]
+    highs = [each.spread.high for each in timed if each.spread is not None and each.spread.high is not None]
+    low = min(lows) if len(lows) == len(timed) else None
+    high = min(highs) if len(highs) == len(timed) else None
+    met = low is not None and low >= gate.limit
+    failed = high is not None and high < gate.limit
+    return GateResult(
+        gate=str(gate),
+        figure=min(each.speedup for each in timed),
+        met=met,
+        undecided=not (met or failed),
+        low=low,
+        high=high,
+    )
+
+
+def verdict(result: GateResult) -> str:
+    """In a word."""
+    if result.undecided:
+        return "UNDECIDED"
+    return "met" if result.met else "NOT met"
 
 
 def describe_result(result: GateResult) -> str:
     """One line: the gate, its figure, and whether it is met."""
     figure = "not measured" if result.figure is None else f"{result.figure:.6g}"
-    return f"gate {result.gate}: {figure}, {'met' if result.met else 'NOT met'}"
+    if result.low is not None and result.high is not None:
+        figure += f" (99 % interval {result.low:.4g} to {result.high:.4g})"
+    return f"gate {result.gate}: {figure}, {verdict(result)}"
 
 
 def refusal(results: Sequence[GateResult]) -> str | None:
     """What to say of a result that may not be published, None where every gate is met."""
-    unmet = [result for result in results if not result.met]
-    if not unmet:
+    failed = [each for each in results if not each.met and not each.undecided]
+    undecided = [each for each in results if each.undecided]
+    counts = [
+        f"{len(found)} of {len(results)} gates {what}"
+        for found, what in ((failed, "not met"), (undecided, "undecided"))
+        if found
+    ]
+    if not counts:
         return None
-    shown = "; ".join(describe_result(result).removeprefix("gate ") for result in unmet)
-    return f"{len(unmet)} of {len(results)} gates not met, nothing was published: {shown}"
+    shown = "; ".join(describe_result(each).removeprefix("gate ") for each in failed + undecided)
+    hint = f": {QUIETER}" if undecided else ""
+    return f"{', '.join(counts)}, nothing was published: {shown}{hint}"
 
 
 def _error(spec: str, why: str) -> ConfigError:
@@ -227,13 +282,6 @@ def _figure(gate: Gate, measured: Measurements) -> float | None:
         named = [score for score in measured.tasks if _names_score(task, score)]
         by_name = [score for score in named if score.name.partition(" ")[2] == task] or named
         return max((_drop(score) for score in by_name if name in ("", score.metric)), default=None)
-    if metric.startswith("speedup"):
-        timed = [
-            each.speedup
-            for each in measured.latency
-            if gate.shape in (None, (each.batch_size, each.num_tokens))
-        ]
-        return min(timed, default=None)
     if metric == "fidelity":
         return next((measured.fidelity[name] for name in HEADLINES if name in measured.fidelity), None)
     if metric.endswith(" reduction"):

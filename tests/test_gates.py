@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ffsplit.artifacts.manifest import Latency, Measurements, Size, TaskScore
+from ffsplit.artifacts.manifest import Latency, Measurements, Size, Spread, TaskScore
 from ffsplit.calibration.batches import padded_batches
 from ffsplit.errors import ConfigError
 from ffsplit.gates import (
@@ -18,6 +18,8 @@ from ffsplit.gates import (
     judge,
     parse_gate,
     refusal,
+    speed_limits,
+    verdict,
 )
 from ffsplit.measurement.fidelity import fidelity
 from tests.tiny_models import make_model, random_rows
@@ -34,8 +36,10 @@ def size(num_parameters: int, file_bytes: int) -> Size:
     )
 
 
-def latency(batch_size: int, speedup: float) -> Latency:
-    fields = dict.fromkeys(Latency.model_fields, 1.0)
+def latency(batch_size: int, speedup: float, *, interval: tuple[float, float] | None = None) -> Latency:
+    fields: dict[str, Any] = dict.fromkeys(Latency.model_fields, 1.0)
+    low, high = (speedup, speedup) if interval is None else interval
+    fields |= {"spread": Spread(p10=low - 1, p90=high + 1, low=low, high=high)}
     return Latency.model_validate(
         fields | {"batch_size": batch_size, "num_tokens": 128, "num_pairs": 3, "speedup": speedup}
     )
@@ -126,8 +130,61 @@ def test_the_limit_itself_passes_and_what_is_not_finite_does_not() -> None:
 def test_a_refusal_names_the_gates_with_their_figures() -> None:
     results = judge([parse_gate(spec) for spec in ("speedup >= 2", "sts drop <= 0.5")], MEASURED)
     assert describe_result(results[1]) == "gate sts drop <= 0.5: 0.4, met"
-    assert refusal(results) == "1 of 2 gates not met, nothing was published: speedup >= 2: 1.4, NOT met"
+    assert refusal(results) == (
+        "1 of 2 gates not met, nothing was published: speedup >= 2: 1.4 (99 % interval 1.4 to 1.4), NOT met"
+    )
     assert refusal(results[1:]) is None
+
+
+NOISY = MEASURED.model_copy(
+    update={"latency": (latency(1, 1.4, interval=(1.31, 1.52)), latency(8, 1.6, interval=(1.3, 1.8)))}
+)
+VERDICTS = {
+    "speedup >= 1.3": "met",
+    "speedup >= 1.301": "UNDECIDED",
+    "speedup >= 1.4": "UNDECIDED",
+    "speedup >= 1.52": "UNDECIDED",
+    "speedup >= 1.53": "NOT met",
+    "speedup@1x128 >= 1.31": "met",
+    "speedup@1x128 >= 1.32": "UNDECIDED",
+    "speedup@8x128 >= 1.8": "UNDECIDED",
+    "speedup@8x128 >= 1.81": "NOT met",
+    "speedup@9x128 >= 1": "NOT met",
+    "size reduction >= 25%": "met",
+}
+
+
+@pytest.mark.parametrize("spec", VERDICTS)
+def test_a_limit_within_the_noise_is_undecided(spec: str) -> None:
+    (result,) = judge([parse_gate(spec)], NOISY)
+    assert verdict(result) == VERDICTS[spec]
+    assert (result.met, result.undecided) == (VERDICTS[spec] == "met", VERDICTS[spec] == "UNDECIDED")
+
+
+def test_an_undecided_gate_refuses_in_its_own_words() -> None:
+    results = judge([parse_gate(spec) for spec in ("speedup >= 1.4", "sts drop <= 0.3")], NOISY)
+    assert describe_result(results[0]) == "gate speedup >= 1.4: 1.4 (99 % interval 1.3 to 1.52), UNDECIDED"
+    assert refusal(results[:1]) == (
+        "1 of 1 gates undecided, nothing was published: speedup >= 1.4: 1.4 (99 % interval 1.3 to 1.52), "
+        "UNDECIDED: timing noise could decide this: time it on a quieter machine, or with a larger "
+        "measurement.latency_pairs in a copy of the recipe"
+    )
+    both = refusal(results)
+    assert both is not None and both.startswith("1 of 2 gates not met, 1 of 2 gates undecided, nothing was")
+    assert both.index("sts drop") < both.index("speedup")
+
+
+def test_timings_without_an_interval_decide_nothing() -> None:
+    few = Spread(p10=1, p90=9, low=None, high=None)
+    for spread in (few, None):
+        timed = latency(1, 5.0).model_copy(update={"spread": spread})
+        (result,) = judge([parse_gate("speedup >= 2")], MEASURED.model_copy(update={"latency": (timed,)}))
+        assert (result.figure, result.met, result.undecided) == (5.0, False, True)
+
+
+def test_what_gates_ask_of_the_speed_is_told_to_whoever_times() -> None:
+    gates = [parse_gate(spec) for spec in ("speedup >= 2", "fidelity >= 0.9", "speedup@8x16 >= 3")]
+    assert speed_limits(gates) == ((None, 2), ((8, 16), 3))
 
 
 BAD = {

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ffsplit.artifacts.commits import record_bytes
 from ffsplit.artifacts.locate import Location
-from ffsplit.artifacts.manifest import Environment
+from ffsplit.artifacts.manifest import Environment, LoadAverage, Spread
 from ffsplit.artifacts.schema import Versioned, read_record
 from ffsplit.config import Record
 from ffsplit.redaction import without_credentials
@@ -39,7 +39,8 @@ class Timing(Record):
     num_tokens: int = Field(description="tokens a row")
     original: Figures
     compressed: Figures
-    speedup: float = Field(description="median over pairs of original / compressed")
+    speedup: float = Field(description="original.p50_ms / compressed.p50_ms")
+    spread: Spread | None = Field(default=None, description="of the speed-up")
     limit: float = Field(
         description="what the removed products could give at most: the ratio of the multiplications of all "
         "linear layers, or of their weights' bytes where each is used for few tokens"
@@ -71,6 +72,7 @@ class BenchmarkRecord(Versioned):
     original: Cost
     compressed: Cost
     timings: tuple[Timing, ...]
+    load: LoadAverage | None = Field(default=None, description="None where the system tells none")
 
 
 def append_benchmark(location: Location, record: BenchmarkRecord) -> str:

@@ -99,6 +99,29 @@ class LinearsRecord(Record):
     original_size_bytes: int
 
 
+class Spread(Record):
+    """How far a measured speed-up can be trusted. Ratios are original / compressed."""
+
+    p10: float = Field(description="of the ratios of single pairs")
+    p90: float
+    low: float | None = Field(
+        description="99 % confidence interval of the speed-up; None where pairs are too few for one"
+    )
+    high: float | None
+
+    def decides(self, limit: float) -> bool:
+        """Whether the whole interval lies on one side of a limit; the limit itself is met."""
+        return self.low is not None and self.high is not None and (limit <= self.low or limit > self.high)
+
+
+class LoadAverage(Record):
+    """Of the machine over the last minute, just before and just after the timings."""
+
+    before: float
+    after: float
+    num_cpus: int = Field(description="that this process may run on")
+
+
 class Latency(Record):
     """Forward passes at one shape, original and compressed in turn in one process."""
 
@@ -110,7 +133,8 @@ class Latency(Record):
     compressed_p95_ms: float
     original_tokens_per_s: float
     compressed_tokens_per_s: float
-    speedup: float = Field(description="median over pairs of original / compressed")
+    speedup: float = Field(description="original_p50_ms / compressed_p50_ms")
+    spread: Spread | None = Field(default=None, description="of the speed-up")
     num_pairs: int
 
 
@@ -155,6 +179,7 @@ class Measurements(Record):
     compressed_size: Size
     fidelity: dict[str, float]
     latency: tuple[Latency, ...]
+    load: LoadAverage | None = Field(default=None, description="None where nothing was timed")
     tasks: tuple[TaskScore, ...] = ()
     blocks: tuple[BlockFidelity, ...] = Field(
         default=(), description="only where the models went through one block at a time"
@@ -173,6 +198,9 @@ class GateResult(Record):
     gate: str = Field(description="as in `pooled_cosine >= 0.98`")
     figure: float | None = Field(description="None where it was not measured: such a gate is not met")
     met: bool
+    undecided: bool = Field(default=False, description="the limit lies within the noise of the timings")
+    low: float | None = Field(default=None, description="of a speed-up: its 99 % confidence interval")
+    high: float | None = None
 
 
 class Stage(Record):

@@ -21,6 +21,7 @@ from ffsplit.report.humanize import (
     times,
     unit,
 )
+from ffsplit.report.noise import noise, spread_in_words
 
 if TYPE_CHECKING:
     from ffsplit.inspection import FFNGroup, Inspection
@@ -39,6 +40,8 @@ def print_manifest(manifest: Manifest, *, out: str, refused_report: str | None =
     where = f"{out.rstrip('/')}/{manifest.run_key}/{manifest.attempt}"
     if manifest.measurements is not None:
         _print(_before_after(manifest, manifest.measurements))
+        if disturbed := noise(manifest.measurements.latency, manifest.measurements.load):
+            print(f"warning: {disturbed}".replace("\u00a0", " "))
         for skipped in manifest.measurements.skipped:
             print(f"not measured: {skipped}")
         overlaps = {task.spec: task.overlap_with_calibration for task in manifest.measurements.tasks}
@@ -147,9 +150,8 @@ def _in_blocks(group: FFNGroup) -> str:
 
 def _add_latency(table: Table, each: Latency) -> None:
     name = f"{each.batch_size} x {each.num_tokens} tokens, p50"
-    table.add_row(
-        name, milliseconds(each.original_p50_ms), milliseconds(each.compressed_p50_ms), times(each.speedup)
-    )
+    ratio = times(each.speedup) + (f" ({spread_in_words(each.spread)})" if each.spread else "")
+    table.add_row(name, milliseconds(each.original_p50_ms), milliseconds(each.compressed_p50_ms), ratio)
 
 
 def _change(before: int, after: int) -> str:
@@ -173,10 +175,14 @@ def print_latency_table(measured: LatencyTable) -> None:
     """Milliseconds by width."""
     where = f"{measured.hardware['processor']}, {measured.num_threads} threads, {measured.dtype}"
     shape = f"{measured.batch_size} x {measured.num_tokens} tokens"
-    table = _table(f"{measured.model}, {shape}\n{where}", "FFN width", "forward", "of the original's")
-    dense = measured.points[-1].ms
+    columns = ("FFN width", "measured", "fitted", "of the original's")
+    table = _table(f"{measured.model}, {shape}\n{where}", *columns)
+    dense = measured.ms(measured.points[-1].width)
     for point in measured.points:
-        table.add_row(f"{point.width:,}", milliseconds(point.ms), percent(point.ms / dense))
+        fitted = measured.ms(point.width)
+        table.add_row(
+            f"{point.width:,}", milliseconds(point.ms), milliseconds(fitted), percent(fitted / dense)
+        )
     _print(table)
 
 

@@ -6,7 +6,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ffsplit.artifacts.benchmarks import BenchmarkRecord, Timing
-from ffsplit.report.humanize import milliseconds, number, size, times
+from ffsplit.report.humanize import milliseconds, number, shape, size, times
+from ffsplit.report.noise import described, load_in_words, spread_in_words
 
 WIDTH = 110
 
@@ -25,6 +26,21 @@ def print_benchmark(record: BenchmarkRecord) -> None:
     if before.peak_memory_bytes is not None and after.peak_memory_bytes is not None:
         table.add_row("peak memory", size(before.peak_memory_bytes), size(after.peak_memory_bytes))
     Console(width=WIDTH).print(table)
+    if record.load is not None:
+        print(load_in_words(record.load))
+    if disturbed := described(_tails(record), record.load):
+        print(f"warning: {disturbed}".replace("\u00a0", " "))
+
+
+def _tails(record: BenchmarkRecord) -> dict[str, float]:
+    """p95 over p50 of every model at every shape."""
+    return {
+        f"{each.phase} at {shape(each.batch_size, num_tokens=each.num_tokens)}: the {name}'s": (
+            figures.p95_ms / figures.p50_ms
+        )
+        for each in record.timings
+        for name, figures in (("original", each.original), ("compressed model", each.compressed))
+    }
 
 
 def _add(table: Table, timing: Timing) -> None:
@@ -37,7 +53,8 @@ def _add(table: Table, timing: Timing) -> None:
         f"{times(timing.limit)} by {timing.limited_by}",
         f"{timing.share_of_limit:.0%}",
     )
-    for name in ("p95", "p99"):
+    notes = {"p95": spread_in_words(timing.spread), "p99": ""}
+    for name, note in notes.items():
         figures = (getattr(each, f"{name}_ms") for each in (first, second))
-        table.add_row(f"  {name}", *map(milliseconds, figures))
+        table.add_row(f"  {name}", *map(milliseconds, figures), note)
     table.add_row("  tokens/s", number(first.tokens_per_s), number(second.tokens_per_s))

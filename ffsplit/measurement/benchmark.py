@@ -20,7 +20,7 @@ from ffsplit.config import Device, DType
 from ffsplit.environment import describe_environment
 from ffsplit.errors import ConfigError
 from ffsplit.machine import check_device, usable_cores
-from ffsplit.measurement.latency import WARM_UP_RUNS
+from ffsplit.measurement.latency import WARM_UP_RUNS, load_average, load_since
 from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.measurement.timings import time_models
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
@@ -127,7 +127,9 @@ def _measure(uri: str, against: str | None, pair: Pair, settings: Settings) -> B
             start = time.perf_counter()
             models.append(_load(directory, settings.torch_dtype).to(device))
             times.append(time.perf_counter() - start)
+    before = load_average()
     timings = time_models(*models, shapes=shapes, num_pairs=settings.pairs, new_tokens=settings.new_tokens)
+    load = load_since(before)
     del models
     costs = [
         Cost(
@@ -150,6 +152,7 @@ def _measure(uri: str, against: str | None, pair: Pair, settings: Settings) -> B
         original=costs[0],
         compressed=costs[1],
         timings=timings,
+        load=load,
     )
 
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ffsplit.artifacts.benchmarks import Figures, Timing
 from ffsplit.measurement.examples import vocab_size_of
-from ffsplit.measurement.latency import batches_allowed, paired_times
+from ffsplit.measurement.latency import batches_allowed, paired_times, spread_of
 from ffsplit.measurement.work import FEW_TOKENS, work_of
 from ffsplit.models.load import decodes
 
@@ -64,8 +64,8 @@ def _timing(
     by_bytes = tokens_a_call < FEW_TOKENS
     which = 1 if by_bytes else 0
     limit = before[which] / max(after[which], 1)
-    speedup = float(np.median(times[:, 0] / times[:, 1]))
     original, compressed = (_figures(times[:, model], tokens_a_call) for model in (0, 1))
+    speedup = original.p50_ms / compressed.p50_ms
     return Timing(
         phase=phase,
         batch_size=rows,
@@ -73,6 +73,7 @@ def _timing(
         original=original,
         compressed=compressed,
         speedup=speedup,
+        spread=spread_of(times),
         limit=limit,
         limited_by="bytes" if by_bytes else "multiplications",
         share_of_limit=speedup / limit,

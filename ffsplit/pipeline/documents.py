@@ -19,6 +19,7 @@ from ffsplit.artifacts.manifest import (
     CalibrationRecord,
     Compute,
     GateResult,
+    Latency,
     LayerRecord,
     LinearsRecord,
     Manifest,
@@ -41,6 +42,8 @@ from ffsplit.pipeline.origin import calibration_record
 from ffsplit.pipeline.prepare import PreparedRun, healing_threads
 from ffsplit.redaction import without_credentials
 from ffsplit.report.html import render_report
+from ffsplit.report.humanize import number, times
+from ffsplit.report.noise import load_in_words, noise, spread_in_words
 from ffsplit.report.plots import energy_curve
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.plan import LayerPlan
@@ -227,19 +230,19 @@ def model_card(manifest: Manifest) -> str:
         body += ["", f"The linear layers of attention have int8 weights: {sizes}."]
     if measured is not None:
         before, after = measured.original_size, measured.compressed_size
-        body += ["", "| | original | compressed |", "|---|---|---|"]
-        body += [f"| parameters | {before.num_parameters:,} | {after.num_parameters:,} |"]
-        body += [f"| bytes | {before.file_bytes:,} | {after.file_bytes:,} |"]
+        body += ["", "| | original | compressed | |", "|---|---|---|---|"]
+        body += [f"| parameters | {before.num_parameters:,} | {after.num_parameters:,} | |"]
+        body += [f"| bytes | {before.file_bytes:,} | {after.file_bytes:,} | |"]
+        body += [_card_latency(each) for each in measured.latency]
         body += [
-            f"| forward {each.batch_size} x {each.num_tokens}, p50 ms | {each.original_p50_ms:.2f} "
-            f"| {each.compressed_p50_ms:.2f} |"
-            for each in measured.latency
-        ]
-        body += [
-            f"| {task.name}, {task.metric} | {task.original:.4f} | {task.compressed:.4f} |"
+            f"| {task.name}, {task.metric} | {task.original:.4f} | {task.compressed:.4f} | |"
             for task in measured.tasks
         ]
         body += ["", *(f"- {name}: {value:.5f}" for name, value in measured.fidelity.items())]
+        if measured.load is not None:
+            body += ["", f"Timed on {measured.device}, {measured.dtype}: {load_in_words(measured.load)}."]
+        if disturbed := noise(measured.latency, measured.load):
+            body += ["", f"**{disturbed[0].upper()}{disturbed[1:]}.**"]
     if manifest.gates:
         body += ["", *(f"- {describe_result(result)}" for result in manifest.gates)]
     if any(entry.path == ORIGINAL_CARD for entry in manifest.files):
@@ -248,6 +251,13 @@ def model_card(manifest: Manifest) -> str:
         body += ["", "Of the original's folder, these files are not here:", ""]
         body += [f"- `{each.path}`: {each.reason}" for each in model.left_out]
     return "\n".join([*front, "---", "", *body, ""])
+
+
+def _card_latency(each: Latency) -> str:
+    """One row: both medians, their ratio, and how far single pairs differ."""
+    before, after = (number(ms) for ms in (each.original_p50_ms, each.compressed_p50_ms))
+    ratio = times(each.speedup) + (f" ({spread_in_words(each.spread)})" if each.spread else "")
+    return f"| forward {each.batch_size} x {each.num_tokens}, p50 ms | {before} | {after} | {ratio} |"
 
 
 def render_published(uri: str, *, out: str) -> Path:

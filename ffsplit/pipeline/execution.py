@@ -19,6 +19,7 @@ from ffsplit.compressors import AnyCompressor
 from ffsplit.config import stage_key
 from ffsplit.distributed.runner import Runner
 from ffsplit.ffn import LayerLayout
+from ffsplit.gates import speed_limits
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.source import ModelSource, described, staged
@@ -203,6 +204,7 @@ class Execution:
             max_length=calibration.row_length,
             batch_tokens=calibration.batch_tokens,
             settings=run.recipe.measurement,
+            speed_limits=speed_limits(run.gates),
             profile=run.profile,
             block_by_block=run.flight.measured_block_by_block,
         )

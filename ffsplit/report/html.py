@@ -11,8 +11,9 @@ from typing import Any, Final
 from markupsafe import Markup
 
 from ffsplit.artifacts.manifest import LayerRecord, Manifest, Measurements, TaskScore
-from ffsplit.gates import HEADLINES
+from ffsplit.gates import HEADLINES, verdict
 from ffsplit.report import humanize
+from ffsplit.report.noise import load_in_words, noise, spread_in_words
 from ffsplit.report.page import page_template
 from ffsplit.report.plots import (
     NARROW,
@@ -55,10 +56,14 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
     Sections whose numbers are absent (no measurements, no curves, no layers) are left out. Whatever the
     user wrote is escaped, and the page loads nothing from anywhere.
     """
-    template = page_template(TEMPLATE_NAME, metric=_metric_name)
+    template = page_template(TEMPLATE_NAME, metric=_metric_name, verdict=verdict)
+    measured = manifest.measurements
     return template.render(
         manifest=manifest,
-        measured=manifest.measurements,
+        measured=measured,
+        noise=None if measured is None else noise(measured.latency, measured.load),
+        spread=spread_in_words,
+        load=load_in_words,
         recipe_name=str(manifest.recipe.get("name", "")),
         tiles=_tiles(manifest),
         figures=_figures(manifest, curves),
@@ -145,6 +150,8 @@ def _speed_tile(measured: Measurements) -> Tile:
         note += f"; {humanize.times(slowest)} to {humanize.times(fastest)} over all shapes"
     if slowest < 1:
         note += "; slower than the original" if fastest < 1 else "; slower at some"
+    if noise(measured.latency, measured.load):
+        note += "; noisy"
     return Tile("Speed-up", humanize.times(main.speedup), note, is_warning=slowest < 1)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -21,11 +22,14 @@ class LatencyPoint(Record):
     """A whole forward pass with every FFN of this width: the median of its times."""
 
     width: int = Field(ge=1)
-    ms: float = Field(gt=0)
+    ms: float = Field(gt=0, allow_inf_nan=False)
 
 
 class LatencyTable(Record):
-    """Forward passes of one model at one shape on one machine. Points are as measured."""
+    """Forward passes of one model at one shape on one machine.
+
+    Points are as measured, from some narrow width to the model's own; `ms` never falls with the width.
+    """
 
     schema_version: Literal[1] = 1
     model: str
@@ -38,10 +42,13 @@ class LatencyTable(Record):
     points: tuple[LatencyPoint, ...] = Field(min_length=2)
 
     @model_validator(mode="after")
-    def _rises(self) -> LatencyTable:
+    def _reaches_from_narrow_to_dense(self) -> LatencyTable:
         widths = [point.width for point in self.points]
         if widths != sorted(set(widths)):
             raise ValueError("widths must rise")
+        dense = max(shape.num_neurons for shape in self.model_shape.shapes)
+        if widths[-1] != dense:
+            raise ValueError(f"the widest FFN timed has {widths[-1]:,} neurons, the model's has {dense:,}")
         return self
 
     @cached_property
@@ -60,14 +67,27 @@ class LatencyTable(Record):
         return [mean for mean, count in pools for _ in range(count)]
 
     def ms(self, width: int) -> float:
-        """Milliseconds at a width, by linear interpolation; constant beyond the ends."""
+        """Milliseconds at a width, by linear interpolation of the monotone fit.
+
+        Below the narrowest that was timed they are its own, which is rather too much than too little.
+        """
         widths, times = [point.width for point in self.points], self._monotone
+        assert width <= widths[-1], "no FFN is wider than the model's own"
         right = bisect_right(widths, width)
         if right in (0, len(widths)):
             return times[min(right, len(widths) - 1)]
         left = right - 1
         share = (width - widths[left]) / (widths[right] - widths[left])
-        return times[left] + share * (times[right] - times[left])
+        return min(times[left] + share * (times[right] - times[left]), times[right])
+
+    def mean_ms(self, widths: Sequence[int]) -> float:
+        """The mean over layers of what the table gives for their widths.
+
+        Where all the model's time is a fixed part plus one part a layer, that is its latency. Layers of
+        one width have that width's time exactly, whatever the sum rounds to.
+        """
+        times = [self.ms(width) for width in widths]
+        return min(max(math.fsum(times) / len(times), min(times)), max(times))
 
 
 def read_latency_table(
@@ -81,8 +101,9 @@ def read_latency_table(
         raise ConfigError(f"--latency-table {path} cannot be read: {error.strerror}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "JSON"
-        raise ConfigError(f"--latency-table {path}: {where}: {first['msg']}: {again}") from None
+        where = "".join(f"{part}: " for part in (".".join(map(str, first["loc"])),) if part)
+        what = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"--latency-table {path}: {where}{what}: {again}") from None
     for name in sorted({*table.hardware, *hardware}):
         theirs, ours = table.hardware.get(name), hardware.get(name)
         if theirs != ours:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 from typing import TYPE_CHECKING
 
 from ffsplit.config import Budget
@@ -54,17 +55,13 @@ class Solver:
         return stored_layouts(layouts, self.model.shapes, finish=self.finish)
 
     def _latency_ms(self, layouts: Sequence[LayerLayout]) -> float:
-        """The mean over layers of what the table says of their widths.
-
-        Where all the model's time is a fixed part plus one part a layer, that is its latency.
-        """
         assert self.latency is not None, "a latency budget comes with its table"
         if not all(layout.is_dense for layout in self.stored(layouts)):
             raise BudgetError(
                 "--max-latency-ms is for recipes that make FFNs narrower: this one also stores them in "
                 "other forms, whose times the table does not hold"
             )
-        return math.fsum(self.latency.ms(layout.num_neurons) for layout in layouts) / len(layouts)
+        return self.latency.mean_ms([layout.num_neurons for layout in layouts])
 
     def solve(self, budget: Budget, *, profile: Sequence[float] | None = None) -> Layouts:
         """The largest layouts within a budget.
@@ -87,6 +84,7 @@ class Solver:
         if layouts is None or not self._meets(budget, layouts):
             least = "none" if layouts is None else _rounded_up(budget, self.cost(budget, layouts))
             rest = " and the rest of the model" if budget.kind in OF_THE_WHOLE_MODEL else ""
+            rest += self._narrowest(budget)
             raise BudgetError(f"{budget} is too small for one neuron an FFN{rest}: the smallest is {least}")
 
         def holds(size: int) -> bool:
@@ -96,6 +94,13 @@ class Solver:
         found = self._scaled(last_true(holds, first=smallest, last=most), weights)
         assert found is not None
         return found
+
+    def _narrowest(self, budget: Budget) -> str:
+        """Of a latency's least it depends on the table too, which knows nothing narrower."""
+        if budget.kind != "max_latency_ms" or self.latency is None:
+            return ""
+        width = self.latency.points[0].width
+        return f" (FFNs narrower than {width:,} neurons were not timed, and count as {width:,})"
 
     def _meets(self, budget: Budget, layouts: Layouts) -> bool:
         if budget.kind == "keep":
@@ -137,6 +142,6 @@ def stored_layouts(
 
 
 def _rounded_up(budget: Budget, least: float) -> str:
-    if budget.kind == "max_latency_ms":
-        return f"{math.ceil(least * 1e3) / 1e3:.3f}"
-    return str(math.ceil(least)) if budget.kind != "keep" else f"{math.ceil(least * 1e6) / 1e6:.6f}"
+    """A limit in few digits that is met: binary fractions times a power of ten may round below it."""
+    step = {"max_latency_ms": "0.001", "keep": "0.000001"}.get(budget.kind, "1")
+    return str(Decimal(least).quantize(Decimal(step), ROUND_CEILING))

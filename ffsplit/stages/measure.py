@@ -14,7 +14,7 @@ from ffsplit.calibration.readers import make_reader
 from ffsplit.config import Record
 from ffsplit.ffn import LayerLayout
 from ffsplit.measurement.fidelity import fidelity
-from ffsplit.measurement.latency import paired_latency
+from ffsplit.measurement.latency import load_average, load_since, paired_latency
 from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.measurement.size import compressed_size, original_size
 from ffsplit.measurement.streamed_fidelity import streamed_fidelity
@@ -41,6 +41,8 @@ class MeasureJob(Record):
     max_length: int
     batch_tokens: int
     settings: MeasurementSettings
+    speed_limits: tuple[tuple[tuple[int, int] | None, float], ...] = ()
+    """What gates ask of the speed-up, at one shape or at all."""
     profile: ComputeProfile
     block_by_block: bool = False
 
@@ -83,12 +85,15 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
     batches = _batches(job, checkpoint)
     on_device = (batch.to(device, dtype=dtype) for batch in batches)
     scores = fidelity(original, compressed, on_device, kind=checkpoint.compared_as) if batches else {}
+    before = load_average()
     latency = paired_latency(
         original,
         compressed,
         shapes=_shapes(job, checkpoint),
         num_pairs=job.settings.latency_pairs,
+        limits=job.speed_limits,
     )
+    load = load_since(before)
     tasks: tuple[TaskScore, ...] = ()
     if job.evaluations:
         tasks = score_evaluations(job.evaluations, original, compressed, load_tokenizer(checkpoint))
@@ -97,6 +102,7 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
     return {
         "fidelity": scores,
         "latency": latency,
+        "load": load,
         "tasks": tasks,
         "original_peak_memory_bytes": peaks[0],
         "compressed_peak_memory_bytes": peaks[1],
@@ -134,7 +140,7 @@ def _peak_memory(
         peak_memory_bytes(
             directory,
             checkpoint.class_name,
-            shape=_shapes(job, checkpoint)[-1],
+            shape=max(_shapes(job, checkpoint), key=lambda shape: shape[0] * shape[1]),
             device=job.profile.device,
             dtype=job.profile.dtype,
         )
@@ -147,4 +153,5 @@ def _shapes(job: MeasureJob, checkpoint: Checkpoint) -> list[tuple[int, int]]:
     """The shapes to time, no row longer than the model can read."""
     longest = checkpoint.max_positions
     shapes = job.settings.latency_shapes
-    return [(rows, tokens if longest is None else min(tokens, longest)) for rows, tokens in shapes]
+    within = [(rows, tokens if longest is None else min(tokens, longest)) for rows, tokens in shapes]
+    return list(dict.fromkeys(within))

@@ -9,12 +9,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from ffsplit.artifacts.manifest import GateResult, Manifest, Measurements
+from ffsplit.artifacts.manifest import GateResult, Latency, Manifest, Measurements, Spread
 from ffsplit.artifacts.schema import Versioned, read_record
 from ffsplit.artifacts.stores import MissingKey, Store, read_at_most
 from ffsplit.config import Record
 from ffsplit.errors import ArtifactError
 from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, REFUSED
+from ffsplit.report.noise import noise
 
 BATCHES_PREFIX = "batches"
 MAX_BATCH_BYTES = 256 << 20
@@ -31,6 +32,8 @@ class Figures(Record):
     parameters: tuple[int, int]
     size_bytes: tuple[int, int] = Field(description="all safetensors files")
     speedups: dict[str, float] = Field(description="by shape, as in 8x128")
+    spreads: dict[str, Spread] = Field(default={}, description="of the speed-ups")
+    noise: str | None = Field(default=None, description="what disturbed the timings")
     fidelity: dict[str, float]
     tasks: dict[str, tuple[float, float]] = Field(description="by task and metric")
 
@@ -40,12 +43,18 @@ class Figures(Record):
         return cls(
             parameters=(before.num_parameters, after.num_parameters),
             size_bytes=(before.file_bytes, after.file_bytes),
-            speedups={f"{each.batch_size}x{each.num_tokens}": each.speedup for each in measured.latency},
+            speedups={_shape(each): each.speedup for each in measured.latency},
+            spreads={_shape(each): each.spread for each in measured.latency if each.spread is not None},
+            noise=noise(measured.latency, measured.load),
             fidelity=measured.fidelity,
             tasks={
                 f"{each.name}, {each.metric}": (each.original, each.compressed) for each in measured.tasks
             },
         )
+
+
+def _shape(each: Latency) -> str:
+    return f"{each.batch_size}x{each.num_tokens}"
 
 
 class Judged(Record):

@@ -10,9 +10,10 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from ffsplit.gates import HEADLINES
+from ffsplit.gates import HEADLINES, verdict
 from ffsplit.report import humanize
 from ffsplit.report.html import Tile
+from ffsplit.report.noise import spread_in_words
 from ffsplit.report.page import page_template
 from ffsplit.zoo.batch import Batch, BatchModel, Figures, State, batch_key
 
@@ -48,6 +49,7 @@ def render_index(batches: Sequence[Batch]) -> str:
         slowest=slowest,
         last=_last,
         state=lambda state: STATES[state],
+        verdict=verdict,
         moment=lambda text: datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M UTC"),
     )
     return template.render(
@@ -59,6 +61,7 @@ def render_index(batches: Sequence[Batch]) -> str:
         report_link=_report_link,
         batch_link=lambda batch: batch_key(batch.id),
         change=humanize.change,
+        spread=spread_in_words,
         score_change=humanize.score_change,
     )
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ffsplit.gates import describe_result
 from ffsplit.report.humanize import change, number, size, times
-from ffsplit.zoo.batch import Batch, BatchModel, batch_key
+from ffsplit.report.noise import spread_in_words
+from ffsplit.zoo.batch import Batch, BatchModel, Figures, batch_key
 from ffsplit.zoo.page import INDEX_NAME, STATES, headline, slowest
 
 
@@ -32,6 +33,13 @@ def _facts(model: BatchModel) -> str:
     figures = model.result.figures
     facts = [f"{size(figures.size_bytes[1])} ({change(figures.size_bytes[0], after=figures.size_bytes[1])})"]
     speedup, fidelity = slowest(figures), headline(figures)
-    facts += [] if speedup is None else [f"speed-up {times(speedup)}"]
+    facts += [] if speedup is None else [f"speed-up {times(speedup)}{_spread(figures, speedup)}"]
     facts += [] if fidelity is None else [f"fidelity {number(fidelity)}"]
+    facts += [] if figures.noise is None else [figures.noise.replace("\u00a0", " ")]
     return f", {', '.join(facts)}"
+
+
+def _spread(figures: Figures, speedup: float) -> str:
+    """Of the shape that has this speed-up."""
+    shape = next(shape for shape, each in figures.speedups.items() if each == speedup)
+    return f" ({spread_in_words(figures.spreads[shape])})" if shape in figures.spreads else ""

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -59,13 +60,35 @@ def test_a_result_that_is_refused_is_reported_and_not_published(
     assert main(["compress", *small_job.arguments(out, *flags)]) == 3
     captured = capsys.readouterr()
     assert re.search(r"^gate token_cosine >= 0.1: 0\.\d+, met$", captured.out, re.MULTILINE)
-    assert re.search(r"^gate speedup >= 1000: [\d.]+, NOT met$", captured.out, re.MULTILINE)
+    interval = r"\(99 % interval [\d.]+ to [\d.]+\)"
+    assert re.search(rf"^gate speedup >= 1000: [\d.]+ {interval}, NOT met$", captured.out, re.MULTILINE)
     assert "artifact:" not in captured.out
     assert captured.err.splitlines()[-1].startswith("ffsplit: 1 of 2 gates not met, nothing was published:")
     assert {path.name for path in out.iterdir()} == {".scratch"}
     assert main(["compress", *small_job.arguments(out, *flags, "--json")]) == 3
     gates = json.loads(capsys.readouterr().out)["gates"]
     assert [gate["met"] for gate in gates] == [False, True]
+
+
+def test_a_speed_gate_that_noise_could_decide_is_refused_as_undecided(
+    small_job: SmallJob, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Times that lie on both sides of the limit, however many are taken."""
+
+    def paired_times(*calls: object, num_pairs: int, on_cuda: bool) -> Any:
+        return np.stack([np.tile([0.6, 1.0, 3.0], num_pairs)[:num_pairs], np.ones(num_pairs)], axis=1)
+
+    monkeypatch.setattr("ffsplit.measurement.latency.paired_times", paired_times)
+    out = tmp_path / "out"
+    flags = ["--runner", "serial", "--gate", "speedup@1x8 >= 0.99"]
+    assert main(["compress", *small_job.arguments(out, *flags)]) == 3
+    captured = capsys.readouterr()
+    assert re.search(r"^gate speedup@1x8 >= 0.99: 1 \(99 % interval .*\), UNDECIDED$", captured.out, re.M)
+    assert "warning: timings are noisy: at 1 \u00d7 8 tokens the original's p95 is 3.00 times" in captured.out
+    said = captured.err.splitlines()[-1]
+    assert said.startswith("ffsplit: 1 of 1 gates undecided, nothing was published: speedup@1x8 >= 0.99: 1 (")
+    assert "quieter machine" in said and "latency_pairs" in said
+    assert {path.name for path in out.iterdir()} == {".scratch"}
 
 
 def test_verify_names_what_is_wrong(small_job: SmallJob, tmp_path: Path, capsys: Captured) -> None:

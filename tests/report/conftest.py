@@ -70,6 +70,12 @@ def latency_fields(batch_size: int, num_tokens: int, original_ms: float, speedup
         "original_tokens_per_s": per_s / original_ms,
         "compressed_tokens_per_s": per_s / compressed_ms,
         "speedup": speedup,
+        "spread": {
+            "p10": speedup * 0.95,
+            "p90": speedup * 1.08,
+            "low": speedup * 0.99,
+            "high": speedup * 1.02,
+        },
         "num_pairs": 30,
     }
 
@@ -94,6 +100,7 @@ def measurement_fields() -> dict[str, Any]:
             latency_fields(8, 128, 96.3, 1.412),
             latency_fields(32, 128, 402.0, 1.446),
         ),
+        "load": {"before": 0.42, "after": 1.71, "num_cpus": 2},
         "original_peak_memory_bytes": 412_000_000,
         "compressed_peak_memory_bytes": 371_000_000,
         "device": "cpu",

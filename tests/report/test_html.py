@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from ffsplit.report.html import render_report
+from tests.report.conftest import measurement_fields
 
 HOSTILE = '<script>alert("x")</script><img src=//evil.example/x onerror=alert(1)>'
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -236,3 +237,20 @@ def test_one_layer_and_eighty(make_manifest, make_curves, num_layers):
     page = Page(html)
     assert ("The layer as a table" if num_layers == 1 else "All 80 layers as a table") in page.text
     assert len(html) < 700_000
+
+
+def test_a_speed_up_stands_with_its_spread_and_the_load(make_manifest):
+    page = render_report(make_manifest(), curves=[]).replace("\u00a0", " ")
+    assert "1.34 to 1.52\u00d7" in page and "Load average 0.42 before and 1.71 after, on 2 CPUs" in page
+    assert "noisy" not in page
+    measurements = measurement_fields()
+    measurements["latency"] = [measurements["latency"][0] | {"original_p95_ms": 64.2}]
+    page = render_report(make_manifest(measurements=measurements), curves=[]).replace("\u00a0", " ")
+    assert "Timings are noisy: at 1 \u00d7 32 tokens the original&#39;s p95 is 10.0 times its p50" in page
+    assert "; noisy" in page
+
+
+def test_an_undecided_gate_has_its_interval(make_manifest):
+    gate = {"gate": "speedup >= 1.4", "figure": 1.4, "met": False, "undecided": True}
+    page = render_report(make_manifest(gates=(gate | {"low": 1.3, "high": 1.52},)), curves=[])
+    assert "1.3 to 1.52" in page and "UNDECIDED" in page

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 
+import pytest
+
 from ffsplit.artifacts.local import LocalStore
-from ffsplit.artifacts.manifest import GateResult
+from ffsplit.artifacts.manifest import GateResult, Spread
 from ffsplit.zoo.batch import (
     Batch,
     BatchModel,
@@ -18,6 +20,7 @@ from ffsplit.zoo.batch import (
     save_batch,
 )
 from ffsplit.zoo.page import render_index, sparkline
+from ffsplit.zoo.table import print_batch
 
 GATE = GateResult(gate="fidelity >= 0.98", figure=0.97, met=False)
 
@@ -27,6 +30,8 @@ def model(name: str, state: State, *, fidelity: float = 0.97) -> BatchModel:
         parameters=(1000, 800),
         size_bytes=(4000, 3000),
         speedups={"1x128": 1.4, "8x128": 1.6},
+        spreads={"8x128": Spread(p10=1.44, p90=1.81, low=None, high=None)},
+        noise="timings are noisy: <very>",
         fidelity={"token_cosine": 0.9, "pooled_cosine": fidelity},
         tasks={"sts dev.csv, spearman": (86.72, 86.5)},
     )
@@ -141,3 +146,19 @@ def test_what_was_interrupted_is_counted_apart() -> None:
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
     assert "Interrupted 1 had not ended when the batch was" in text
     assert "2 of 5" in text and "Interrupted" not in render_index([batch(1, *ALL)]).split("Batches")[0]
+
+
+def test_speed_ups_have_their_spread_and_noise_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    newest = batch(1, model("tiny", "published"))
+    page = render_index([newest])
+    assert "1.44 to 1.81\u00d7" in page and "timings are noisy: &lt;very&gt;" in page
+    print_batch(newest)
+    assert "speed-up 1.40\u00d7, fidelity 0.970, timings are noisy: <very>" in capsys.readouterr().out
+
+
+def test_an_undecided_gate_is_called_so() -> None:
+    undecided = GateResult(gate="speedup >= 1.4", figure=1.4, met=False, undecided=True, low=1.3, high=1.5)
+    refused = model("tiny", "refused")
+    assert refused.result is not None
+    refused = refused.model_copy(update={"result": refused.result.model_copy(update={"gates": (undecided,)})})
+    assert "speedup &gt;= 1.4: 1.4, UNDECIDED" in render_index([batch(1, refused)])
