@@ -89,7 +89,8 @@ def _root_of_inverse(upper: Tensor) -> Tensor:
 
     An inverse has a rounding error in proportion to its largest element, which hides its smallest ones.
     """
-    return torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
+    inverse: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
+    return inverse
 
 
 def _gptq(weight: Tensor, scales: Tensor, format: Integer, moment: Tensor, *, ridge: float) -> Tensor:
