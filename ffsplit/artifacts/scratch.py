@@ -104,15 +104,22 @@ class Scratch(Record):
 
     def load_newest(self, series: str) -> Result | None:
         """The last of a series that is whole, None when there is none. Raises StoreError as `load` does."""
-        names = {
-            key.removeprefix(f"{self.prefix}/").removesuffix(".json")
-            for key in _store(self.uri).list(self.prefix)
-            if key.endswith(".json") and _numbered(key.removeprefix(f"{self.prefix}/"), series) is not None
-        }
-        for name in sorted(names, reverse=True):
-            if (found := self.load(name)) is not None:
-                return found
+        before: set[str] = set()
+        while (names := self._names(series)) != before:  # a later one takes the place of one that is read
+            for name in sorted(names, reverse=True):
+                if (found := self.load(name)) is not None:
+                    return found
+            before = names
         return None
+
+    def _names(self, series: str) -> set[str]:
+        """The results of a series that have a record."""
+        files = [key.removeprefix(f"{self.prefix}/") for key in _store(self.uri).list(self.prefix)]
+        return {
+            file.removesuffix(".json")
+            for file in files
+            if file.endswith(".json") and _numbered(file, series) is not None
+        }
 
     def load_or_compute(self, name: str, compute: Callable[[], Computed]) -> Result | Computed:
         """An earlier result, or a new one, which may be another process's to save and is then None.

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 from ffsplit.config import JobConfig, Record
@@ -30,8 +31,9 @@ def main() -> int:
 
 def _follow_the_batch() -> None:
     """Interrupt this process as Ctrl-C would, once the batch is gone."""
-    while os.read(0, 4096):  # not sys.stdin, whose lock this thread would hold when the process ends
-        pass
+    with suppress(OSError):  # an input that cannot be read has ended as well
+        while os.read(0, 4096):  # not sys.stdin, whose lock this thread would hold when the process ends
+            pass
     os.kill(os.getpid(), signal.SIGINT)
 
 

@@ -142,6 +142,22 @@ def test_a_series_goes_back_to_what_is_whole(place: Scratch, store: Store, tmp_p
     assert not store.exists(place.key("progress-00000010.safetensors"))
 
 
+def test_a_state_that_is_replaced_while_it_is_read_is_not_lost(
+    place: Scratch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker, given up and still alive, writes the next one and removes what was listed."""
+    place.save_next("progress", 5, file_with(tmp_path, b"5"))
+    load = Scratch.load
+
+    def late(self: Scratch, name: str) -> Any:
+        monkeypatch.setattr(Scratch, "load", load)
+        place.save_next("progress", 10, file_with(tmp_path, b"10"))
+        return load(self, name)
+
+    monkeypatch.setattr(Scratch, "load", late)
+    assert (newest := place.load_newest("progress")) is not None and newest.facts == {"number": 10}
+
+
 def test_a_record_of_a_later_version_is_read(place: Scratch, store: Store, tmp_path: Path) -> None:
     place.save("one", {"one.safetensors": file_with(tmp_path, b"weights")}, facts={})
     record = json.loads(store.get_bytes(place.key("one.json")).partition(b"\n")[0])

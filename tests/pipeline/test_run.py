@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import ffsplit
+from ffsplit.artifacts import scratch
 from ffsplit.artifacts.index import list_runs
 from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.calibration.parquet import read_lineage, read_statistics
+from ffsplit.cli import main
 from ffsplit.errors import ConfigError, FFSplitError, GateError
 from ffsplit.pipeline import computation, execution
 from ffsplit.pipeline import run as pipeline
 from ffsplit.pipeline.documents import render_published
 from ffsplit.pipeline.prepare import prepare
+from tests.s3.fault_proxy import Fault, FaultProxy
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
 WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")
@@ -256,6 +261,38 @@ def test_a_run_is_published_to_s3(small_job: SmallJob, s3_uri: str) -> None:
     with torch.no_grad():
         assert torch.isfinite(ffsplit.load(s3_uri)(ids)[0]).all()
     assert ffsplit.compress(small_job.config(s3_uri)) == manifest
+
+
+@pytest.mark.s3
+def test_an_outage_at_resume_is_an_outage(
+    small_job: SmallJob, s3_uri: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1, and nothing of what is finished is computed again; nor afterwards."""
+
+    def fail(*_: Any) -> None:
+        raise FFSplitError("measured nothing")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execution, "measure_job", fail)
+        with pytest.raises(FFSplitError, match="measured nothing"):
+            ffsplit.compress(small_job.config(s3_uri))
+    proxy = FaultProxy(int(os.environ["AWS_ENDPOINT_URL_S3"].rpartition(":")[2]))
+    proxy.faults.append(Fault("refused", 10**6, re.compile(rb"GET .*/\.scratch/.*/layer-\d+\.json").match))
+    arguments = ["compress", *small_job.arguments(s3_uri, "--runner", "serial")]
+    with monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{proxy.port}")
+        scratch._store.cache_clear()
+        assert main(arguments) == 1
+    proxy.close()
+    scratch._store.cache_clear()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("ffsplit: cannot read s3://") and "503" in last
+    manifest = ffsplit.compress(small_job.config(s3_uri))
+    assert [(stage.name, stage.num_items - stage.num_reused) for stage in manifest.stages] == [
+        ("calibrate", 0),
+        ("compress", 0),
+        ("measure", 1),
+    ]
 
 
 def test_a_run_that_another_finishes_first_is_done(
