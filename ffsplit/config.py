@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ffsplit.errors import ConfigError
 
-ALGORITHM_VERSION = 9
+ALGORITHM_VERSION = 10
 """Raised whenever the same configuration would give other statistics or weights; part of every key."""
 
 Device = Literal["auto", "cpu", "cuda"]
