@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from glob import escape
 from pathlib import Path
 from typing import NamedTuple
@@ -11,9 +12,10 @@ from typing import NamedTuple
 from ffsplit.artifacts.entries import LeftOut
 from ffsplit.artifacts.inputs import StoredFiles, is_remote, stored_files
 from ffsplit.artifacts.locate import locate
+from ffsplit.artifacts.manifest import MANIFEST_NAME, Manifest
 from ffsplit.artifacts.paths import RUN_KEY
 from ffsplit.artifacts.stores import open_store, root_uri
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ArtifactError, ConfigError
 from ffsplit.models.folder import CONFIG_NAME, FolderFiles, Listing, sort_files
 from ffsplit.models.recognise import check_is_model, check_modules
 
@@ -152,9 +154,11 @@ def _hub_names(model: str, revision: str | None) -> tuple[str, ...] | None:
 def model_name(model: str) -> str:
     """What to call a model in a report: a hub id, or a local directory by its own name.
 
-    Where that is generic, its parent's goes before it.
+    Where that is generic, its parent's goes before it. An artifact goes by the name of its original.
     """
     path = Path(model).expanduser().resolve()
     if not path.is_dir():
         return model
+    with suppress(OSError, ArtifactError):
+        return Manifest.from_json((path / MANIFEST_NAME).read_bytes()).model.id
     return f"{path.parent.name}/{path.name}" if path.name in GENERIC_NAMES else path.name

@@ -62,6 +62,7 @@ def test_an_artifact_is_a_model_wherever_verify_finds_it(small_job: SmallJob, tm
         ("report.html", OWN),
         ("stats/neurons.parquet", OWN),
     }
+    assert again.model.id == manifest.model.id
     assert verify(str(tmp_path / "again")).ok
 
 
