@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection
 from contextlib import suppress
 from glob import escape
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from ffsplit.artifacts.manifest import MANIFEST_NAME, Manifest
 from ffsplit.artifacts.paths import RUN_KEY
 from ffsplit.artifacts.stores import open_store, root_uri
 from ffsplit.errors import ArtifactError, ConfigError
-from ffsplit.models.folder import CONFIG_NAME, FolderFiles, Listing, sort_files
+from ffsplit.models.folder import CONFIG_NAME, MOST_NAMES, FolderFiles, Listing, sort_files
 from ffsplit.models.recognise import check_is_model, check_modules
 
 HUB_ID = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
@@ -93,10 +94,13 @@ def _fetch(model: str) -> LocatedModel:
     if not open_store(model).exists(CONFIG_NAME):
         model = _artifact_in(model) or model
     store, left_out = open_store(model), list[LeftOut]()
-
-    def choose(names: tuple[str, ...]) -> Collection[str]:
+    if not store.exists(CONFIG_NAME):
+        names = tuple(islice(store.list(""), MOST_NAMES))
         if not names:
             raise ConfigError(f"model directory {model} does not exist, or holds no model")
+        check_is_model(Listing(model, names, store.get_bytes))
+
+    def choose(names: tuple[str, ...]) -> Collection[str]:
         files = _checked(Listing(model, names, store.get_bytes))
         left_out.extend(files.left_out)
         return files.wanted
