@@ -48,6 +48,8 @@ def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
     A place that runs were published to stands for what `ffsplit verify` finds there. Raises ConfigError
     when there is no such directory and the hub does not have it either.
     """
+    if not model.strip():
+        raise ConfigError("MODEL is empty: give a directory, s3://bucket/prefix or a hub id")
     if is_remote(model):
         if revision is not None:
             raise ConfigError(f"--revision is for hub ids; {model} is in a store")
@@ -82,7 +84,7 @@ def _artifact_in(uri: str) -> str | None:
 
 def _no_such_directory(model: str) -> str:
     match = ALMOST_HUB_ID.fullmatch(model)
-    if match is None or match["id"] == model.rstrip("/"):
+    if match is None or match["id"] == model.rstrip("/") or model.startswith("."):
         return f"model directory {model} does not exist"
     revision = match["at"] or match["tree"]
     flag = f" with --revision {revision}" if revision else ""

@@ -33,6 +33,12 @@ def test_a_directory_is_itself_resolved(tmp_path: Path, monkeypatch: pytest.Monk
     assert locate_model("~/model") == expected
 
 
+@pytest.mark.parametrize("model", ["", " "])
+def test_no_name_is_not_the_working_directory(model: str) -> None:
+    """As of a variable that is not set."""
+    assert refused(model).startswith("MODEL is empty")
+
+
 def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:
     assert "--revision is for hub ids" in refused(str(tmp_path), revision="main")
 
@@ -43,7 +49,9 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     assert "is a file" in refused(str(file))
 
 
-@pytest.mark.parametrize("model", ["./absent", "../absent", "/no/such/folder", "a/b/c", "has space/model"])
+@pytest.mark.parametrize(
+    "model", ["./absent", "../absent", "/no/such/folder", "a/b/c", "has space/model", "./a@b"]
+)
 def test_what_cannot_be_a_hub_id_is_a_missing_directory(model: str) -> None:
     assert refused(model) == f"model directory {model} does not exist"
 
