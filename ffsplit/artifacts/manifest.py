@@ -27,7 +27,7 @@ class SourceModel(Record):
     id: str
     revision: str | None
     digest: str
-    tokenizer_digest: str
+    tokenizer_digest: str = Field(description="of every file beside the weights, documents apart")
     model_type: str
     architecture: str
     license: str | None

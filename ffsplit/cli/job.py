@@ -11,7 +11,7 @@ from ffsplit.models.attention import ATTENTIONS
 
 def add_job_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("model", help="a local directory or a hub id")
+    add("model", help="a local directory, s3://bucket/prefix, a place of runs or a hub id")
     add("--out", required=True, metavar="URI", help="a directory or s3://bucket/prefix")
     add("--recipe", default="fast", metavar="NAME|FILE.yaml", help="default: fast")
     add("--keep", type=float, metavar="F", help="fraction of the FFN elements to keep, in (0, 1]")

@@ -260,8 +260,10 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
     model_type = config.get("model_type")
     stored = config.get("quantization_config")
     if stored and not (uneven and stored.get("form") == NARROWED):
+        method = stored.get("quant_method") if isinstance(stored, dict) else None
+        found = f"{method or 'quantization_config'} in config.json"
         raise UnsupportedModelError(
-            f"{directory} is already compressed or quantized: start from the original"
+            f"{directory} is already compressed or quantized ({found}): start from the original"
         )
     row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     architecture = row or detect_architecture(directory, config)

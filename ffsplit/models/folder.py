@@ -231,7 +231,7 @@ def left_out_in_one_line(left_out: Sequence[LeftOut]) -> str | None:
 
 
 def local_listing(directory: Path) -> Listing:
-    """The files below a directory, links followed; of one that is no model, only so many.
+    """The files below a directory, links followed; of one that is no model, so many as tell what it is.
 
     Raises ConfigError for a link that leads nowhere or round in a circle, and for what cannot be read.
     """
@@ -239,7 +239,8 @@ def local_listing(directory: Path) -> Listing:
     others: list[str] = []
     is_model = (directory / CONFIG_NAME).is_file()
     chains: dict[str, tuple[str, ...]] = {str(directory): (os.path.realpath(directory),)}
-    for folder, children, files in os.walk(directory, followlinks=True, onerror=_cannot_read):
+    walk = os.walk(directory, followlinks=is_model, onerror=_cannot_read if is_model else None)
+    for folder, children, files in walk:
         above = os.path.relpath(folder, directory).replace(os.sep, "/")
         prefix = "" if above == "." else f"{above}/"
         hidden = [child for child in children if _cut(f"{prefix}{child}/")]
@@ -248,12 +249,12 @@ def local_listing(directory: Path) -> Listing:
         for child in children:
             path = os.path.join(folder, child)
             real = os.path.realpath(path)
-            if real in chains[folder]:
+            if is_model and real in chains[folder]:
                 raise ConfigError(f"{path} links to a folder that it lies in: remove the link")
             chains[path] = (*chains[folder], real)
         for name in sorted(files):
             path = os.path.join(folder, name)
-            if not os.path.exists(path) and not _cut(prefix + name):
+            if is_model and not os.path.exists(path) and not _cut(prefix + name):
                 raise ConfigError(f"{path} links to a file that does not exist: put the file there")
             (names if os.path.isfile(path) else others).append(prefix + name)
         if not is_model and len(names) > MOST_NAMES:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from glob import escape
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from ffsplit.artifacts.entries import LeftOut
 from ffsplit.artifacts.inputs import StoredFiles, is_remote, stored_files
 from ffsplit.artifacts.locate import locate
+from ffsplit.artifacts.manifest import MANIFEST_NAME, Manifest
 from ffsplit.artifacts.paths import RUN_KEY
 from ffsplit.artifacts.stores import open_store, root_uri
-from ffsplit.errors import ConfigError
-from ffsplit.models.folder import CONFIG_NAME, FolderFiles, Listing, sort_files
+from ffsplit.errors import ArtifactError, ConfigError
+from ffsplit.models.folder import CONFIG_NAME, MOST_NAMES, FolderFiles, Listing, sort_files
 from ffsplit.models.recognise import check_is_model, check_modules
 
 HUB_ID = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
@@ -45,6 +48,8 @@ def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
     A place that runs were published to stands for what `ffsplit verify` finds there. Raises ConfigError
     when there is no such directory and the hub does not have it either.
     """
+    if not model.strip():
+        raise ConfigError("MODEL is empty: give a directory, s3://bucket/prefix or a hub id")
     if is_remote(model):
         if revision is not None:
             raise ConfigError(f"--revision is for hub ids; {model} is in a store")
@@ -79,7 +84,7 @@ def _artifact_in(uri: str) -> str | None:
 
 def _no_such_directory(model: str) -> str:
     match = ALMOST_HUB_ID.fullmatch(model)
-    if match is None or match["id"] == model.rstrip("/"):
+    if match is None or match["id"] == model.rstrip("/") or model.startswith("."):
         return f"model directory {model} does not exist"
     revision = match["at"] or match["tree"]
     flag = f" with --revision {revision}" if revision else ""
@@ -91,10 +96,13 @@ def _fetch(model: str) -> LocatedModel:
     if not open_store(model).exists(CONFIG_NAME):
         model = _artifact_in(model) or model
     store, left_out = open_store(model), list[LeftOut]()
-
-    def choose(names: tuple[str, ...]) -> Collection[str]:
+    if not store.exists(CONFIG_NAME):
+        names = tuple(islice(store.list(""), MOST_NAMES))
         if not names:
             raise ConfigError(f"model directory {model} does not exist, or holds no model")
+        check_is_model(Listing(model, names, store.get_bytes))
+
+    def choose(names: tuple[str, ...]) -> Collection[str]:
         files = _checked(Listing(model, names, store.get_bytes))
         left_out.extend(files.left_out)
         return files.wanted
@@ -152,9 +160,11 @@ def _hub_names(model: str, revision: str | None) -> tuple[str, ...] | None:
 def model_name(model: str) -> str:
     """What to call a model in a report: a hub id, or a local directory by its own name.
 
-    Where that is generic, its parent's goes before it.
+    Where that is generic, its parent's goes before it. An artifact goes by the name of its original.
     """
     path = Path(model).expanduser().resolve()
     if not path.is_dir():
         return model
+    with suppress(OSError, ArtifactError):
+        return Manifest.from_json((path / MANIFEST_NAME).read_bytes()).model.id
     return f"{path.parent.name}/{path.name}" if path.name in GENERIC_NAMES else path.name

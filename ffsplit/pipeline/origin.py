@@ -43,7 +43,9 @@ def check_origin(
         theirs, ours = _name(model.id, model.revision), f"revision {revision}" if revision else "this one"
         raise ConfigError(f"{where} is of another model or revision, {theirs}, not {ours}: {mend}")
     if model.tokenizer_digest != digests["tokenizer"]:
-        raise ConfigError(f"{where} was collected with another tokenizer: {mend}")
+        raise ConfigError(
+            f"{where} was collected with another tokenizer or other files beside the weights: {mend}"
+        )
     theirs, ours = (_describe(each) for each in (origin.manifest.compute, profile))
     if theirs != ours:
         raise ConfigError(

@@ -13,6 +13,7 @@ from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
 from ffsplit.errors import ArtifactError, ConfigError
+from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.locate import locate_model
 from tests.small_jobs import SmallJob, digests
 
@@ -39,6 +40,51 @@ def test_everything_is_in_the_store(small_job: SmallJob, s3_uri: str, tmp_path: 
     assert type(ffsplit.load(f"{s3_uri}/out")).__name__.startswith("Bert")
     assert main(["inspect", f"{s3_uri}/model"]) == 0
     assert main(["report", f"{s3_uri}/out", "--out", str(tmp_path / "page.html")]) == 0
+
+
+def test_a_model_in_a_store_is_what_a_local_folder_is(
+    small_job: SmallJob, s3_uri: str, tmp_path: Path
+) -> None:
+    """Sub-folders included, and without what no artifact keeps, which is named all the same."""
+    store, folder = open_store(s3_uri), Path(shutil.copytree(small_job.model, tmp_path / "model"))
+    left_out = ["pytorch_model.bin", "onnx/model.onnx", ".git/config"]
+    for name in (*left_out, "2_Dense/config.json", "additional_chat_templates/a b.jinja"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            store.put_file(f"model/{path.relative_to(folder).as_posix()}", path)
+    store._client.put_object(Bucket=store._bucket, Key=f"{store._base}model/marker/", Body=b"")
+    found, here = locate_model(f"{s3_uri}/model"), open_checkpoint(folder)
+    assert found.stored is not None
+    assert tuple(entry.path for entry in found.stored.files) == here.folder.files.wanted
+    assert [each.path for each in found.left_out] == [".git/", "onnx/", "pytorch_model.bin"]
+    assert {each.path for each in here.folder.files.left_out} == {each.path for each in found.left_out}
+    assert open_checkpoint(found.directory).tokenizer_digest() == here.tokenizer_digest()
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out", model=f"{s3_uri}/model"))
+    assert [each.path for each in manifest.model.left_out] == [".git/", "onnx/", "pytorch_model.bin"]
+    local = ffsplit.compress(small_job.config(tmp_path / "out", model=str(folder)))
+    assert local.run_key == manifest.run_key
+
+
+def test_no_model_in_a_store_is_told_before_it_is_fetched(s3_uri: str, cache: Path) -> None:
+    store = open_store(s3_uri)
+    for name in ("lora/adapter_config.json", "lora/adapter_model.bin", "bins/config.json", "bins/model.bin"):
+        store.put_bytes(name, b"{}")
+    for folder, said in (("lora", "is an adapter"), ("bins", "holds only pickled weights")):
+        with pytest.raises(ConfigError, match=said):
+            locate_model(f"{s3_uri}/{folder}")
+    assert not list(cache.rglob("model.bin")) and not list(cache.rglob("adapter_model.bin"))
+
+
+def test_a_place_of_runs_in_a_store_is_a_model(small_job: SmallJob, s3_uri: str, tmp_path: Path) -> None:
+    manifest = ffsplit.compress(small_job.config(f"{s3_uri}/out"))
+    attempt = f"{s3_uri}/out/{manifest.run_key}/{manifest.attempt}"
+    for uri in (f"{s3_uri}/out", f"{s3_uri}/out/{manifest.run_key}", attempt):
+        found = locate_model(uri)
+        assert found.stored is not None and found.stored.uri == attempt
+        layout = manifest.layers[0].layout
+        assert open_checkpoint(found.directory).shapes[0].num_neurons == layout.num_neurons
 
 
 def test_what_is_replaced_is_fetched_again(s3_uri: str, cache: Path) -> None:

@@ -58,6 +58,22 @@ def test_all_damage_is_named_at_once(store: Store, store_uri: str, tmp_path: Pat
     ]
 
 
+def test_what_the_hub_puts_beside_an_artifact_is_accepted(tmp_path: Path) -> None:
+    """An artifact that was uploaded and downloaded again; anything else is still named."""
+    write_attempt(tmp_path)
+    beside = [".gitattributes", ".cache/huggingface/.gitignore", ".cache/huggingface/download/a.lock"]
+    for name in beside:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert verify(str(tmp_path)).ok
+    others = [".cache/other", "nested/.gitattributes", ".gitattributes.sh", ".cache/huggingface2/x"]
+    for name in others:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    problems = verify(str(tmp_path)).problems
+    assert problems == tuple(f"{name}: is not listed in manifest.json" for name in sorted(others))
+
+
 def test_a_manifest_other_than_the_committed(store: Store, store_uri: str, tmp_path: Path) -> None:
     publish(store, tmp_path / "attempt")
     rewrite_manifest(tmp_path / "attempt", {"plain": False})

@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
+import ffsplit
+from ffsplit.artifacts.verify import verify
 from ffsplit.errors import ConfigError
+from ffsplit.models.folder import OWN
 from ffsplit.models.locate import LocatedModel, locate_model
+from ffsplit.pipeline.run import calibrate
+from tests.small_jobs import LOW_RANK, SmallJob
 
 
 def refused(model: str, **options: str) -> str:
@@ -19,12 +24,19 @@ def refused(model: str, **options: str) -> str:
 
 def test_a_directory_is_itself_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
     expected = LocatedModel((tmp_path / "model").resolve(), None)
     assert locate_model(str(tmp_path / "model")) == expected
     monkeypatch.chdir(tmp_path)
     assert locate_model("model") == locate_model("./model") == expected
     monkeypatch.setenv("HOME", str(tmp_path))
     assert locate_model("~/model") == expected
+
+
+@pytest.mark.parametrize("model", ["", " "])
+def test_no_name_is_not_the_working_directory(model: str) -> None:
+    """As of a variable that is not set."""
+    assert refused(model).startswith("MODEL is empty")
 
 
 def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:
@@ -37,9 +49,41 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
     assert "is a file" in refused(str(file))
 
 
-@pytest.mark.parametrize("model", ["./absent", "../absent", "/no/such/folder", "a/b/c", "has space/model"])
+@pytest.mark.parametrize(
+    "model", ["./absent", "../absent", "/no/such/folder", "a/b/c", "has space/model", "./a@b"]
+)
 def test_what_cannot_be_a_hub_id_is_a_missing_directory(model: str) -> None:
     assert refused(model) == f"model directory {model} does not exist"
+
+
+def test_an_artifact_is_a_model_wherever_verify_finds_it(small_job: SmallJob, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    manifest = ffsplit.compress(small_job.config(out))
+    attempt = out / manifest.run_key / manifest.attempt
+    for uri in (out, out / manifest.run_key, attempt, f"file://{out}", f"file://{attempt}"):
+        assert verify(str(uri)).ok
+        assert locate_model(str(uri)) == LocatedModel(attempt.resolve(), None)
+    again = ffsplit.compress(small_job.config(tmp_path / "again", model=str(out), keep=0.25))
+    assert again.layers[0].layout.num_neurons < manifest.layers[0].layout.num_neurons
+    assert {(each.path, each.reason) for each in again.model.left_out} == {
+        ("manifest.json", OWN),
+        ("report.html", OWN),
+        ("stats/neurons.parquet", OWN),
+    }
+    assert again.model.id == manifest.model.id
+    assert verify(str(tmp_path / "again")).ok
+
+
+def test_an_artifact_that_is_no_ordinary_model_is_told(small_job: SmallJob, tmp_path: Path) -> None:
+    recipe = small_job.recipe(heavy_share=0.5, step=LOW_RANK)
+    ffsplit.compress(small_job.config(tmp_path, recipe=recipe))
+    with pytest.raises(ConfigError, match=r"already compressed or quantized \(ffsplit .*start from"):
+        ffsplit.compress(small_job.config(tmp_path / "again", model=str(tmp_path)))
+
+
+def test_a_place_of_runs_without_a_model(small_job: SmallJob, tmp_path: Path) -> None:
+    calibrate(small_job.config(tmp_path))
+    assert refused(str(tmp_path)).startswith(f"{tmp_path} holds no artifact: only statistics are committed")
 
 
 def test_a_hub_id_without_the_hub_says_both() -> None:

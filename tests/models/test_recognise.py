@@ -129,6 +129,12 @@ def test_a_hub_cache_and_what_lies_in_it(bert: Path, tmp_path: Path) -> None:
     assert open_checkpoint(locate_model(snapshot).directory).kind == "encoder"
 
 
+def test_links_in_a_folder_that_is_no_model_say_nothing(tmp_path: Path) -> None:
+    (tmp_path / "up").symlink_to(".")
+    (tmp_path / "gone").symlink_to("nowhere")
+    assert refused(tmp_path) == f"{tmp_path} is not a model: it has no config.json"
+
+
 def test_models_below_a_folder_are_named(bert: Path, tmp_path: Path) -> None:
     for name in ("a", "b", "c", "d"):
         shutil.copytree(bert, tmp_path / "zoo" / name)

@@ -1,0 +1,35 @@
+"""What hosts are given that do not see the driver's directory."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+from ffsplit.artifacts.scratch import Scratch
+from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.load import load_tokenizer
+from ffsplit.models.source import described, staged
+from tests.tiny_models import save_checkpoint
+
+
+def test_another_host_gets_the_folder_as_an_artifact_would_keep_it(tmp_path: Path) -> None:
+    """Sub-folders and odd names included, and none of what is left out."""
+    directory = save_checkpoint(tmp_path / "model", "bert")
+    for name in ("additional_chat_templates/tool use.jinja", "2_Dense/config.json", "odd.vocab"):
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text("{}")
+    here = open_checkpoint(directory)
+    digests, wanted = (here.model_digest(), here.tokenizer_digest()), here.folder.files.wanted
+    for name in ("pytorch_model.bin", "onnx/model.onnx", ".git/config"):
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(json.dumps(name))
+    source = described(directory)
+    assert tuple(entry.path for entry in source.files) == wanted and source.is_here()
+    place = Scratch(uri=str(tmp_path / "store"), prefix="scratch/model")
+    there = pickle.loads(pickle.dumps(staged(source, place, once=True)))
+    shutil.rmtree(directory)
+    checkpoint = open_checkpoint(there.directory())
+    assert (checkpoint.model_digest(), checkpoint.tokenizer_digest()) == digests
+    assert len(load_tokenizer(checkpoint)) > 5
