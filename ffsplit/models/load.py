@@ -65,6 +65,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
     }
     options |= {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _loading(where), quiet_transformers():
+        load_config(where)  # an error of the config is not one of the weights
         _, found = chosen.from_pretrained(where, **options)
     absent = sorted(name for name in found["missing_keys"] if POOLER not in name)
     if absent:
@@ -244,15 +245,20 @@ def _config_of_tokenizer(directory: Path) -> Any:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises ConfigError when it has none that works."""
+    return tokenizer_in(checkpoint.directory)
+
+
+def tokenizer_in(directory: Path) -> Any:
+    """The tokenizer in a directory, an artifact's too. Raises ConfigError when it has none that works."""
     from transformers import AutoTokenizer
 
-    if not tokenizer_files(checkpoint.directory):  # transformers would make an empty one up
-        raise ConfigError(f"{checkpoint.directory} has no tokenizer: put its tokenizer.json beside the model")
+    if not tokenizer_files(directory):  # transformers would make an empty one up
+        raise ConfigError(f"{directory} has no tokenizer: put its tokenizer.json beside the model")
     with quiet_transformers():
-        config = _config_of_tokenizer(checkpoint.directory)
-        with explained(f"{checkpoint.directory} has no tokenizer that loads"):
+        config = _config_of_tokenizer(directory)
+        with explained(f"{directory} has no tokenizer that loads"):
             return AutoTokenizer.from_pretrained(
-                checkpoint.directory,
+                directory,
                 config=config,
                 local_files_only=True,
                 trust_remote_code=trusted(),

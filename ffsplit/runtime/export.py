@@ -1,4 +1,4 @@
-"""`ffsplit export`: an artifact in another format, with its tokenizer beside it."""
+"""`ffsplit export`: an artifact in another format, with all that belongs to its model beside it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,29 @@ import tempfile
 from pathlib import Path
 from typing import Literal
 
+from ffsplit.artifacts.manifest import MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAME
 from ffsplit.artifacts.paths import check_outside_attempts
 from ffsplit.artifacts.pull import materialize
+from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.errors import ConfigError
-from ffsplit.models.checkpoint import tokenizer_files
+from ffsplit.models.headers import INDEX_NAME, PICKLE_SUFFIXES
 
 ExportFormat = Literal["onnx"]
+
+ONNX_FOLDER = "onnx"
+"""Where sentence-transformers looks for graphs, in the folders of its models."""
+SENTENCE_MODULES = "modules.json"
+_WEIGHTS = (".safetensors", *PICKLE_SUFFIXES, ".h5", ".msgpack", ".gguf", ".onnx")
+_RECORDS = (MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAME, INDEX_NAME, Path(STATISTICS_PATH).parts[0])
+_OTHER_GRAPHS = (ONNX_FOLDER, "openvino")
 
 
 def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
     """Write the artifact, or the dense model, at `uri` into the new directory `out`; returns its main file.
 
-    Raises ConfigError where `out` has something in it, the extra is missing, or the format cannot hold
-    the model; then nothing is written.
+    Beside it go the config, the tokenizer and the modules of sentence-transformers, which read the new
+    directory as they read the old. Raises ConfigError where `out` has something in it, the extra is
+    missing, or the format cannot hold the model; then nothing is written.
     """
     from ffsplit.runtime.onnx_export import FILE_NAME, export_onnx
 
@@ -27,16 +37,30 @@ def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists already and is not an empty directory")
     local = Path(uri).expanduser()
-    is_checkpoint = (local / "config.json").is_file() and not (local / "manifest.json").is_file()
+    is_checkpoint = (local / "config.json").is_file() and not (local / MANIFEST_NAME).is_file()
     directory = local if is_checkpoint else materialize(uri)
+    graph = Path(ONNX_FOLDER if (directory / SENTENCE_MODULES).is_file() else "", FILE_NAME)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
         whole = Path(folder) / "out"
-        whole.mkdir()
-        export_onnx(directory, whole / FILE_NAME)
-        for name in ("config.json", *tokenizer_files(directory)):
-            shutil.copyfile(directory / name, whole / name)
+        (whole / graph).parent.mkdir(parents=True)
+        export_onnx(directory, whole / graph)
+        _copy_companions(directory, whole)
         if out.exists():
             out.rmdir()
         whole.rename(out)
-    return out / FILE_NAME
+    return out / graph
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """Copy whatever is no weight of the transformer, no graph of it and no record of a run.
+
+    Folders come as they are: what lies in `2_Dense` is a weight, and not the transformer's.
+    """
+    for path in sorted(source.iterdir()):
+        if path.name.startswith(".") or path.name in _RECORDS:
+            continue
+        if path.is_dir() and path.name not in _OTHER_GRAPHS:
+            shutil.copytree(path, target / path.name)
+        elif path.is_file() and path.suffix not in _WEIGHTS:
+            shutil.copyfile(path, target / path.name)
