@@ -134,7 +134,7 @@ class RayRunner:
             try:
                 answers[name] = ray.get(reference)
             except RayTaskError as error:
-                raise error_of(error) from None
+                raise error_of(error) from error
             except RayError:
                 continue  # it left meanwhile
         return answers

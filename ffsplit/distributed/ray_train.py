@@ -47,7 +47,7 @@ class Together:
             except TrainingFailedError as error:
                 known = next((each for each in _causes(error) if isinstance(each, FFSplitError)), None)
                 if known is not None:
-                    raise known from None
+                    raise known from error
                 if not attempts_left:
                     first = next(iter(_causes(error)), error)
                     raise FFSplitError(
