@@ -14,6 +14,7 @@ import pytest
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, StoreError
 from ffsplit.exit_codes import DEBUG_VARIABLE, FAILED, MISTAKE, exit_code_of
+from ffsplit.models import checkpoint
 from tests.small_jobs import SmallJob
 
 ERRORS = [
@@ -91,6 +92,19 @@ def test_the_flag_goes_before_the_command_or_after(
     assert line.startswith(
         f"ffsplit: {newer_tokenizer.model} has no tokenizer that loads: data did not match"
     )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fails_before_the_first_write_is_exit_code_2(
+    small_job: SmallJob, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def read(*_: Any) -> str:
+        raise OSError(5, "Input/output error", "/disk/model.safetensors")
+
+    monkeypatch.setattr(checkpoint, "digest_files", read)
+    assert main(["compress", *small_job.arguments(tmp_path / "out", "--runner", "serial")]) == MISTAKE
+    error = capsys.readouterr().err
+    assert error == "ffsplit: the job cannot be checked: Input/output error: /disk/model.safetensors\n"
     assert not (tmp_path / "out").exists()
 
 

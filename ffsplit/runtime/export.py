@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +12,7 @@ from ffsplit.artifacts.manifest import MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAM
 from ffsplit.artifacts.paths import check_outside_attempts
 from ffsplit.artifacts.pull import materialize
 from ffsplit.artifacts.statistics import STATISTICS_PATH
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, explained
 from ffsplit.models.headers import INDEX_NAME, PICKLE_SUFFIXES
 
 ExportFormat = Literal["onnx"]
@@ -40,8 +41,10 @@ def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
     is_checkpoint = (local / "config.json").is_file() and not (local / MANIFEST_NAME).is_file()
     directory = local if is_checkpoint else materialize(uri)
     graph = Path(ONNX_FOLDER if (directory / SENTENCE_MODULES).is_file() else "", FILE_NAME)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
+    with ExitStack() as stack:
+        with explained(f"--out {out} cannot be written"):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-"))
         whole = Path(folder) / "out"
         (whole / graph).parent.mkdir(parents=True)
         export_onnx(directory, whole / graph)

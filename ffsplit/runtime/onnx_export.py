@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +105,7 @@ def export_onnx(directory: Path, target: Path) -> Path:
     _replace_integer_maps(model)
     inputs = example_inputs(model, directory)
     try:
-        with quiet_transformers(), torch.no_grad():
+        with quiet_transformers(), _quiet_exporter(), torch.no_grad():
             options = (_decoder_options if decodes(model) else _encoder_options)(model, inputs)
             program = torch.onnx.export(
                 **options,
@@ -117,6 +120,20 @@ def export_onnx(directory: Path, target: Path) -> Path:
         why = reason_of(error.__cause__ or error)
         raise ConfigError(f"{type(model).__name__} could not be exported to ONNX: {why}") from error
     return target
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """No warnings of what the exporter does without, or of names that it gives to axes."""
+    logger = logging.getLogger("torch.onnx")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def example_inputs(model: Any, directory: Path) -> Inputs:
