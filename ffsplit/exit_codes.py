@@ -59,6 +59,10 @@ def show_tracebacks() -> None:
 
 def _report(error: FFSplitError, *, cause: Exception | None = None) -> None:
     if os.environ.get(DEBUG_VARIABLE):
+        shown: BaseException | None = cause or error
+        while shown is not None:  # what `from None` hides from a line is what is asked for here
+            shown.__suppress_context__ = False
+            shown = shown.__cause__ or shown.__context__
         traceback.print_exception(cause or error)
     print(f"ffsplit: {error}", file=sys.stderr)
 

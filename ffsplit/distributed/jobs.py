@@ -49,8 +49,8 @@ class JobServer:
             raise ConfigError(
                 f"Ray at {address} refuses this token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
             ) from None
-        except (ConnectionError, RuntimeError, ValueError, OSError, KeyError) as error:
-            raise ConfigError(f"Ray at {address} cannot be reached: {_first_line(error)}") from None
+        except Exception as error:  # Ray's own, those of the HTTP client and of whoever else listens there
+            raise ConfigError(f"Ray at {address} cannot be reached: {_first_line(error)}") from error
         logging.getLogger("ray").setLevel(logging.ERROR)
         theirs = getattr(self._client, "_server_ray_version", None)
         if theirs != ray.__version__:
@@ -78,11 +78,11 @@ class JobServer:
                     entrypoint=entrypoint, submission_id=submission_id, runtime_env=runtime_env
                 )
             )
-        except (RuntimeError, ValueError, OSError) as error:
+        except Exception as error:
             newest = self.last_attempt(name)
             if newest is not None and newest.id == submission_id:
                 return submission_id
-            raise ConfigError(f"Ray at {self.address} takes no such job: {_first_line(error)}") from None
+            raise ConfigError(f"Ray at {self.address} takes no such job: {_first_line(error)}") from error
 
     def follow(self, submission_id: str, write: Callable[[str], object]) -> int:
         """Pass on what a job prints until it is over. Returns the exit code of its process.
@@ -96,7 +96,7 @@ class JobServer:
             try:
                 info = self._client.get_job_info(submission_id)
                 lost_since = None
-            except (RuntimeError, OSError, ValueError) as error:
+            except Exception as error:
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since > LOST_AFTER_S:
                     raise FFSplitError(
@@ -128,8 +128,8 @@ class JobServer:
     def _ask(self, question: Callable[[], Any]) -> Any:
         try:
             return question()
-        except (RuntimeError, OSError, ValueError) as error:
-            raise FFSplitError(f"Ray at {self.address}: {_first_line(error)}") from None
+        except Exception as error:
+            raise FFSplitError(f"Ray at {self.address}: {_first_line(error)}") from error
 
 
 def _attempt(job: JobDetails, name: str) -> Attempt | None:

@@ -150,7 +150,7 @@ class RayRunner:
             try:
                 answers[host.name] = ray.get(reference, timeout=within_s)
             except RayTaskError as error:
-                raise error_of(error) from None
+                raise error_of(error) from error
             except RayError as error:
                 if _is_there(host):
                     why = reason_of_loss(error) or str(error).splitlines()[0]

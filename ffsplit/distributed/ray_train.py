@@ -49,7 +49,7 @@ class Together:
             except TrainingFailedError as error:
                 known = next((each for each in _causes(error) if isinstance(each, FFSplitError)), None)
                 if known is not None:
-                    raise known from None
+                    raise known from error
                 if not attempts_left:
                     reasons = [reason for each in _causes(error) if (reason := reason_of_loss(each))]
                     if reasons:

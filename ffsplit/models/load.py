@@ -69,6 +69,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
     }
     options |= {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _loading(where), quiet_transformers():
+        load_config(where)  # an error of the config is not one of the weights
         model, found = chosen.from_pretrained(where, **options)
     is_base = checkpoint.is_headless or checkpoint.class_name.endswith("Model") or not checkpoint.class_name
     absent = sorted(name for name in found["missing_keys"] if not is_made_up(name, of_base=is_base))
@@ -277,16 +278,21 @@ def _config_of_tokenizer(directory: Path) -> Any:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer. Raises ConfigError when it has none that works."""
+    return tokenizer_in(checkpoint.directory)
+
+
+def tokenizer_in(directory: Path) -> Any:
+    """The tokenizer in a directory, an artifact's too. Raises ConfigError when it has none that works."""
     from transformers import AutoTokenizer
 
-    if not tokenizer_files(checkpoint.directory):  # transformers would make an empty one up
-        raise ConfigError(f"{checkpoint.directory} has no tokenizer: put its tokenizer.json beside the model")
-    check_tokenizer_library(checkpoint.directory)
+    if not tokenizer_files(directory):  # transformers would make an empty one up
+        raise ConfigError(f"{directory} has no tokenizer: put its tokenizer.json beside the model")
+    check_tokenizer_library(directory)
     with quiet_transformers():
-        config = _config_of_tokenizer(checkpoint.directory)
-        with explained(f"{checkpoint.directory} has no tokenizer that loads"):
+        config = _config_of_tokenizer(directory)
+        with explained(f"{directory} has no tokenizer that loads"):
             return AutoTokenizer.from_pretrained(
-                checkpoint.directory,
+                directory,
                 config=config,
                 local_files_only=True,
                 trust_remote_code=trusted(),

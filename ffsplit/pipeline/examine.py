@@ -14,7 +14,7 @@ from ffsplit.calibration.sampling import TextSample, passages, sample_texts
 from ffsplit.calibration.sources import read_all
 from ffsplit.config import Budget, JobConfig
 from ffsplit.environment import hardware_fingerprint
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, explained
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import Gate, check_gates, parse_gates
 from ffsplit.machine import check_device
@@ -62,6 +62,7 @@ class Examined:
     gates: tuple[Gate, ...]
 
 
+@explained("the job cannot be checked")
 def examine(config: JobConfig, *, kind: Kind = "model") -> Examined:
     """Resolve and check a job. Raises ConfigError for whatever the user can mend; writes nothing."""
     if kind == "statistics":

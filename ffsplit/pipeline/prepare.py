@@ -16,6 +16,7 @@ from ffsplit.artifacts.stores import open_store
 from ffsplit.calibration.sampling import TextSample
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.config import Budget, JobConfig, digest_of, stage_key
+from ffsplit.errors import explained
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import Gate, gated_key
 from ffsplit.machine import usable_cores
@@ -108,6 +109,7 @@ def preflight(config: JobConfig, *, kind: Kind = "model") -> Preflight:
         return estimate(job, kind=kind)
 
 
+@explained("the job cannot be checked")
 def identify(job: Examined) -> Identity:
     """Name a run's results by every byte that it starts from.
 
@@ -142,6 +144,7 @@ def identify(job: Examined) -> Identity:
     )
 
 
+@explained("the job cannot be checked")
 def complete(job: Examined, identity: Identity, flight: Preflight) -> PreparedRun:
     """What a run needs beside its name, and what needs no second look where its result stands.
 
@@ -159,6 +162,7 @@ def complete(job: Examined, identity: Identity, flight: Preflight) -> PreparedRu
     return PreparedRun(**known, evaluations=evaluations, flight=flight)
 
 
+@explained("the job cannot be checked")
 def check_weights(checkpoint: Checkpoint, *, block_by_block: bool) -> None:
     """What else must hold before a run begins, and needs no second look either.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX
 from ffsplit.artifacts.stores import open_store
+from ffsplit.errors import explained
 from ffsplit.machine import bytes_below, free_bytes, operations_per_second
 from ffsplit.pipeline.examine import Examined
 from ffsplit.pipeline.plain import can_refit
@@ -20,6 +21,7 @@ from ffsplit.preflight.workload import ITEM_SIZES, Workload
 from ffsplit.stages.profile import ComputeProfile
 
 
+@explained("the job cannot be checked")
 def estimate(job: Examined, *, kind: Kind) -> Preflight:
     """What a job needs, and whether it goes block by block."""
     config, profile, statistics_only = job.config, job.profile, kind == "statistics"

@@ -1,25 +1,32 @@
-"""`ffsplit export`: an artifact in another format, with its tokenizer beside it."""
+"""`ffsplit export`: an artifact in another format, with all that belongs to its model beside it."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
+from ffsplit.artifacts.manifest import MANIFEST_NAME
 from ffsplit.artifacts.paths import check_outside_attempts
 from ffsplit.artifacts.pull import materialize
-from ffsplit.errors import ConfigError
-from ffsplit.models.checkpoint import tokenizer_files
+from ffsplit.errors import ConfigError, explained
+from ffsplit.models.folder import CONFIG_NAME, local_listing, sort_files
 
 ExportFormat = Literal["onnx"]
+
+ONNX_FOLDER = "onnx"
+"""Where sentence-transformers looks for graphs, in the folders of its models."""
+SENTENCE_MODULES = "modules.json"
 
 
 def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
     """Write the artifact, or the dense model, at `uri` into the new directory `out`; returns its main file.
 
-    Raises ConfigError where `out` has something in it, the extra is missing, or the format cannot hold
-    the model; then nothing is written.
+    Beside it go the config, the tokenizer and the modules of sentence-transformers, which read the new
+    directory as they read the old. Raises ConfigError where `out` has something in it, the extra is
+    missing, or the format cannot hold the model; then nothing is written.
     """
     from ffsplit.runtime.onnx_export import FILE_NAME, export_onnx
 
@@ -27,17 +34,25 @@ def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists already and is not an empty directory")
     local = Path(uri).expanduser()
-    is_checkpoint = (local / "config.json").is_file() and not (local / "manifest.json").is_file()
+    is_checkpoint = (local / "config.json").is_file() and not (local / MANIFEST_NAME).is_file()
     directory = local if is_checkpoint else materialize(uri)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
+    graph = Path(ONNX_FOLDER if (directory / SENTENCE_MODULES).is_file() else "", FILE_NAME)
+    with ExitStack() as stack:
+        with explained(f"--out {out} cannot be written"):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-"))
         whole = Path(folder) / "out"
-        whole.mkdir()
-        export_onnx(directory, whole / FILE_NAME)
-        for name in ("config.json", *tokenizer_files(directory)):
-            (whole / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(directory / name, whole / name)
+        (whole / graph).parent.mkdir(parents=True)
+        export_onnx(directory, whole / graph)
+        _copy_companions(directory, whole)
         if out.exists():
             out.rmdir()
         whole.rename(out)
-    return out / FILE_NAME
+    return out / graph
+
+
+def _copy_companions(source: Path, target: Path) -> None:
+    """Copy the config and whatever is no weight of the transformer, no graph of it and no record of a run."""
+    for name in (CONFIG_NAME, *sort_files(local_listing(source)).companions):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)

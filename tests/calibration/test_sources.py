@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from ffsplit.calibration.sources import FORMS, read_all, read_texts
@@ -21,9 +23,6 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def write_parquet(path: Path, columns: dict[str, list[Any]]) -> Path:
-    import pyarrow
-    import pyarrow.parquet
-
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
     return path
 
@@ -234,8 +233,37 @@ def test_parquet_errors(tmp_path: Path) -> None:
     assert error_of(f"{broken}#t").startswith(
         f"{broken}#t: not a Parquet file that can be read (Parquet magic"
     )
+    with_directory_of_its_name = tmp_path / "d.parquet"
+    with_directory_of_its_name.mkdir()
+    assert error_of(f"{with_directory_of_its_name}#t").endswith("it is a directory; name a file in it")
     empty = write(tmp_path / "c.parquet", "")
     assert error_of(f"{empty}#t").startswith(f"{empty}#t: not a Parquet file that can be read (")
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    """As joins leave them; which is meant is not for us to say. Others are read as ever."""
+    parquet = tmp_path / "a.parquet"
+    columns = [pyarrow.array(["a", "b"]), pyarrow.array(["c", "d"]), pyarrow.array(["e", "f"])]
+    pyarrow.parquet.write_table(pyarrow.table(columns, names=["id", "id", "text"]), parquet)
+    table = write(tmp_path / "a.csv", "id,id,text\na,c,e\nb,d,f\n")
+    for path in (str(parquet), table):
+        assert error_of(f"{path}#id") == f"{path}#id: 2 columns are named 'id'; rename all but one"
+        assert read_texts(f"{path}#text") == ["e", "f"]
+    assert read_texts(f"{table}#1") == ["id", "c", "d"]
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+@pytest.mark.parametrize("suffix", ["txt", "parquet", "csv", "jsonl"])
+def test_a_name_that_no_disk_takes(tmp_path: Path, name: str, suffix: str) -> None:
+    assert "\n" not in error_of(f"{tmp_path / name}.{suffix}#t")
+
+
+def test_a_table_that_pyarrow_reads_and_python_does_not(tmp_path: Path) -> None:
+    """A moment outside the calendar that Python has: pyarrow raises as it makes values of it."""
+    path = tmp_path / "a.parquet"
+    moments = pyarrow.array([2**62], pyarrow.timestamp("ms"))
+    pyarrow.parquet.write_table(pyarrow.table({"t": moments}), path)
+    assert "\n" not in error_of(f"{path}#t")
 
 
 # ---- schemes -------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,39 @@ def test_an_unreachable_cluster_is_one_line(small_job: SmallJob, tmp_path: Path)
     assert done.returncode == 2, done.stderr
     assert "ffsplit: Ray at 127.0.0.1:1 cannot be reached" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+class OddError(Exception):
+    """An error that cannot be unpickled: its constructor takes no single string."""
+
+    def __init__(self, code: int, place: str) -> None:
+        super().__init__(f"\ncode {code}\nin {place}")
+
+
+def odd(item: int) -> int:
+    raise OddError(item, "the library")
+
+
+def odd_worker() -> Callable[[int], int]:
+    raise OddError(7, "the library")
+
+
+@pytest.mark.parametrize("make", [SerialRunner, partial(RayRunner, address=None, num_workers=1)])
+def test_whatever_a_library_raises_in_a_worker_is_one_line(
+    local_ray: None, make: Callable[[], Runner]
+) -> None:
+    """The traceback from there is in its causes, for --debug."""
+    with make() as runner:
+        asked: list[Callable[[], object]] = [
+            lambda: list(runner.map_tasks("odd", odd, [3])),
+            lambda: list(runner.map_workers("odd", lambda: odd, [3])),
+            lambda: runner.run_alone("odd", odd, 3),
+            lambda: runner.on_every_host("odd", odd, 3),
+            lambda: runner.run_together("odd", odd, 3, size=1),
+        ]
+        for ask in asked:
+            with pytest.raises(FFSplitError, match=r"^odd failed: code 3$") as caught:
+                ask()
+            assert "in odd\n" in "".join(traceback.format_exception(caught.value))
+        with pytest.raises(FFSplitError, match=r"^odd failed: code 7$"):
+            list(runner.map_workers("odd", odd_worker, [3]))

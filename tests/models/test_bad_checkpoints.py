@@ -16,7 +16,7 @@ from ffsplit.errors import ConfigError, UnsupportedModelError
 from ffsplit.models import contents
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.headers import INDEX_NAME
-from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.load import load_processor, load_tokenizer, load_whole_model
 from ffsplit.pipeline.reading import check_vocabulary
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import FAMILIES
@@ -182,6 +182,48 @@ def test_a_broken_tokenizer(bert: Path, text: str) -> None:
     with pytest.raises(ConfigError, match="has no tokenizer") as caught:
         load_tokenizer(open_checkpoint(bert))
     assert "\n" not in str(caught.value)
+
+
+ODD_TOKENIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "of a newer tokenizers": ("tokenizer.json", {"pre_tokenizer": {"type": "OfTheFuture"}}),
+    "a token for a list": ("tokenizer_config.json", {"extra_special_tokens": "<|a|>"}),
+    "tokens as objects": (
+        "tokenizer_config.json",
+        {"additional_special_tokens": [{"content": "<|b|>", "special": True}], "extra_special_tokens": None},
+    ),
+    "a number for a token": ("tokenizer_config.json", {"pad_token": 3}),
+    "no class by that name": ("tokenizer_config.json", {"tokenizer_class": ["x"]}),
+}
+
+
+@pytest.mark.parametrize("name", ODD_TOKENIZERS)
+def test_a_tokenizer_that_this_version_does_not_read(bert: Path, name: str) -> None:
+    """Whatever the library raises of it: a bare Exception, TypeErrors, AttributeErrors."""
+    file, fields = ODD_TOKENIZERS[name]
+    path = bert / file
+    stated = {key: value for key, value in json.loads(path.read_text()).items() if key not in fields}
+    stated |= {key: value for key, value in fields.items() if value is not None}
+    path.write_text(json.dumps(stated))
+    with pytest.raises(ConfigError) as caught:
+        load_tokenizer(open_checkpoint(bert))
+    message = str(caught.value)
+    assert message.startswith(f"{bert} has no tokenizer that loads: ") and "\n" not in message
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    "content", ['{"image_processor_type": "ViTImageProcessor", "size": "small"}', '{"a": []}', "[]", "{"]
+)
+def test_a_processor_that_does_not_load(bert: Path, content: str) -> None:
+    (bert / "preprocessor_config.json").write_text(content)
+    with pytest.raises(ConfigError, match="has no image processor that loads") as caught:
+        load_processor(open_checkpoint(bert), "image")
+    assert "\n" not in str(caught.value)
+
+
+def test_deeply_nested_json(bert: Path) -> None:
+    (bert / "config.json").write_text("[" * 100_000)
+    assert "config.json is not JSON" in refused(bert)
 
 
 def test_a_class_that_transformers_has_not(bert: Path) -> None:

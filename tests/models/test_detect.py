@@ -76,6 +76,21 @@ def test_a_wrong_guess_is_refused_by_trial(tmp_path: Path, block_by_block: bool)
         check_by_trial(checkpoint, block_by_block=block_by_block)
 
 
+@pytest.mark.parametrize("block_by_block", [False, True])
+def test_whatever_a_model_on_trial_raises_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_by_block: bool
+) -> None:
+    checkpoint = open_checkpoint(save(tmp_path, "Granite", **UNKNOWN["Granite"]))
+
+    def forward(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("this family wants\nsomething else")
+
+    monkeypatch.setattr(transformers.GraniteModel, "forward", forward)
+    with pytest.raises(UnsupportedModelError, match=r"a trial .* failed: this family wants$") as caught:
+        check_by_trial(checkpoint, block_by_block=block_by_block)
+    assert isinstance(caught.value.__cause__, NotImplementedError)
+
+
 def test_what_was_found_is_listed(tmp_path: Path) -> None:
     config = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
     directory = save(tmp_path, "Mamba", **config, pad_token_id=0)

@@ -157,5 +157,13 @@ def test_what_is_no_yaml_says_where(text: str) -> None:
     assert "is not YAML" in refused(text)
 
 
+@pytest.mark.parametrize("text", ["name: 2026-02-30", "name: " + "[" * 20_000])
+def test_whatever_the_parser_raises_is_one_line(text: str) -> None:
+    """A day that there is not is a ValueError, what nests too deep a RecursionError."""
+    with pytest.raises(ConfigError, match=r"^r\.yaml is not YAML: ") as caught:
+        parse_recipe(text, where="r.yaml")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_yaml_file_cannot_make_objects() -> None:
     assert "is not YAML" in refused("name: !!python/object/apply:os.system ['true']\n")

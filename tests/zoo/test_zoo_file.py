@@ -62,6 +62,7 @@ BAD: dict[str, tuple[str, str, str]] = {
     "a bad budget": ("keep: 0.35", "keep: 35", "models[0] (small): keep should be less than or equal to 1"),
     "two budgets": ("max_bytes: 1000", "max_bytes: 1000\n    max_parameters: 9", "2 budgets"),
     "a bad gate": ("fidelity >= 0.98", "fidelty >= 0.98", "did you mean 'fidelity'?"),
+    "a day that there is not": ("in_flight: 3", "in_flight: 2026-02-30", "is not YAML that can be meant"),
     "none in flight": ("in_flight: 3", "in_flight: 0", "max_models_in_flight should be greater"),
 }
 

@@ -79,6 +79,15 @@ def test_what_does_not_fit_is_named(
     assert "\n" not in str(caught.value)
 
 
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("text,text,label\na,b,1\n")
+    with pytest.raises(ConfigError, match="2 columns are named 'text'; rename all but one"):
+        read_rows(task_file(f"x:{path}#text,label", suffixes=TABLES), names=("text", "label"), is_value=bool)
+    file = task_file(f"x:{path}#1,label", suffixes=TABLES)
+    assert [row.cells for row in read_rows(file, names=("text", "label"), is_value=bool)] == [("b", "1")]
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="does not exist"):
         task_file(f"task:{tmp_path}/none.csv", suffixes=TABLES)

@@ -1,0 +1,115 @@
+"""A traceback is shown to nobody who did not ask for one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ffsplit.cli import main
+from ffsplit.errors import ConfigError, StoreError
+from ffsplit.exit_codes import DEBUG_VARIABLE, FAILED, MISTAKE, exit_code_of
+from ffsplit.models import checkpoint
+from tests.small_jobs import SmallJob
+
+ERRORS = [
+    RuntimeError("a\nb"),
+    Exception(),
+    KeyError("k"),
+    MemoryError(),
+    RecursionError("deep"),
+    OSError(5, "x"),
+]
+
+
+def raising(error: BaseException) -> Any:
+    def run() -> int:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_what_nobody_foresaw_is_one_line(error: Exception, capsys: Any) -> None:
+    assert exit_code_of(raising(error)) == FAILED
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert captured.err.startswith(f"ffsplit: an unforeseen error, {type(error).__name__}: ")
+    assert "--debug" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError("a"), MISTAKE), (StoreError("a"), FAILED), (ValueError("a"), FAILED)]
+)
+def test_debug_shows_where_and_why(error: Exception, code: int, capsys: Any, monkeypatch: Any) -> None:
+    error.__cause__ = LookupError("the cause")
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
+    assert exit_code_of(raising(error)) == code
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed and "the cause" in printed and "in run" in printed
+    assert printed.splitlines()[-1].startswith("ffsplit: ")
+
+
+def test_debug_shows_what_a_line_leaves_out(capsys: Any, monkeypatch: Any) -> None:
+    def run() -> int:
+        try:
+            raise LookupError("what it came from")
+        except LookupError:
+            raise ConfigError("what to do") from None
+
+    monkeypatch.setenv(DEBUG_VARIABLE, "1")
+    assert exit_code_of(run) == MISTAKE
+    assert "what it came from" in capsys.readouterr().err
+
+
+@pytest.fixture
+def newer_tokenizer(small_job: SmallJob, tmp_path: Path) -> SmallJob:
+    """A model whose tokenizer.json a later `tokenizers` wrote; this one raises a bare Exception."""
+    model = tmp_path / "model"
+    shutil.copytree(small_job.model, model)
+    file = model / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": {"type": "OfTheFuture"}}))
+    small_job.model = model
+    return small_job
+
+
+@pytest.mark.parametrize("place", ["before", "after", "nowhere"])
+def test_the_flag_goes_before_the_command_or_after(
+    newer_tokenizer: SmallJob, tmp_path: Path, place: str, capsys: Any, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv(DEBUG_VARIABLE, "")  # which the flag sets, for processes that the command starts
+    before, after = (["--debug"] if place == each else [] for each in ("before", "after"))
+    arguments = newer_tokenizer.arguments(tmp_path / "out", "--runner", "serial", *after)
+    assert main([*before, "compress", *arguments]) == MISTAKE
+    printed = capsys.readouterr().err
+    assert ("Traceback" in printed) == (place != "nowhere")
+    line = printed.splitlines()[-1]
+    assert line.startswith(
+        f"ffsplit: {newer_tokenizer.model} has no tokenizer that loads: data did not match"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fails_before_the_first_write_is_exit_code_2(
+    small_job: SmallJob, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def read(*_: Any) -> str:
+        raise OSError(5, "Input/output error", "/disk/model.safetensors")
+
+    monkeypatch.setattr(checkpoint, "digest_files", read)
+    assert main(["compress", *small_job.arguments(tmp_path / "out", "--runner", "serial")]) == MISTAKE
+    error = capsys.readouterr().err
+    assert error == "ffsplit: the job cannot be checked: Input/output error: /disk/model.safetensors\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_process_of_its_own_prints_no_traceback(newer_tokenizer: SmallJob, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ffsplit.cli", "compress", *newer_tokenizer.arguments(tmp_path / "out")]
+    done = subprocess.run([*command, "--runner", "serial"], capture_output=True, text=True)
+    assert done.returncode == MISTAKE and done.stdout == ""
+    assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("ffsplit: ")
