@@ -2,46 +2,45 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from ffsplit import logs
+from ffsplit import logs, streams
 from ffsplit.errors import ConfigError, FFSplitError
 
 DONE, FAILED, MISTAKE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 DESCRIPTION = """\
 exit codes:
   0    done
-  1    a failure while running
-  2    a mistake in the command, a file or a setting
+  1    a failure while running, or a result that could not be printed
+  2    a mistake in the command, a file or a setting; nothing was written
   3    finished, but refused by a gate
   130  interrupted; nothing was committed
 """
 
 
 def exit_code_of(run: Callable[[], int]) -> int:
-    """Run a command. An error is one line on stderr, and the exit code that goes with it."""
-    try:
-        logs.set_up(logs.asked_for())
-        with _terminated_as_interrupted():
-            return run()
-    except ConfigError as error:
-        print(f"ffsplit: {error}", file=sys.stderr)
-        return MISTAKE
-    except FFSplitError as error:
-        print(f"ffsplit: {error}", file=sys.stderr)
-        return FAILED
-    except BrokenPipeError:  # whoever read the output has enough, as in `ffsplit ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except KeyboardInterrupt:
-        print("ffsplit: interrupted, nothing was committed", file=sys.stderr)
-        return INTERRUPTED
+    """Run a command. An error is one line on stderr, and the exit code that goes with it.
+
+    Where stderr or stdout cannot be written the command goes on, and ends as it would with them.
+    """
+    with streams.guarded():
+        try:
+            logs.set_up(logs.asked_for())
+            with _terminated_as_interrupted():
+                return run()
+        except ConfigError as error:
+            streams.note(f"ffsplit: {error}")
+            return MISTAKE
+        except FFSplitError as error:
+            streams.note(f"ffsplit: {error}")
+            return FAILED
+        except KeyboardInterrupt:
+            streams.note("ffsplit: interrupted, nothing was committed")
+            return INTERRUPTED
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from ffsplit.artifacts.paths import ATTEMPT_ID, RUN_KEY
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX
 from ffsplit.artifacts.stores import Store, Stored
 from ffsplit.config import Record
-from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.errors import ConfigError, FFSplitError, begun
 
 PINS_PREFIX = "pins"
 DEFAULT_MIN_AGE = timedelta(days=1)
@@ -117,6 +117,11 @@ def collect(store: Store, planned: Plan) -> list[Removal]:
 
     A run that was pinned, became the newest or was committed meanwhile stays.
     """
+    with begun():
+        return _collect(store, planned)
+
+
+def _collect(store: Store, planned: Plan) -> list[Removal]:
     removed = []
     for removal in planned.removals:
         run_key, _, attempt = removal.prefix.partition("/")

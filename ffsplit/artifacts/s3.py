@@ -201,6 +201,8 @@ class S3Store:
             with s3_errors(f"write to {self.uri}"):
                 return probe(self._client, bucket=self._bucket, prefix=self._base, extra=self._extra)
         except StoreError as error:
+            if _is_outage(error.__cause__):
+                raise
             raise ConfigError(str(error)) from error
 
     def _put(self, key: str, data: bytes, **condition: Any) -> None:
@@ -235,3 +237,8 @@ class S3Store:
 
     def _show(self, key: str) -> str:
         return f"{self.uri}/{key}".rstrip("/")
+
+
+def _is_outage(cause: BaseException | None) -> bool:
+    """Whether a server said that it cannot answer now, which is nobody's mistake."""
+    return isinstance(cause, ClientError) and (http_status(cause)[:1] == "5" or http_status(cause) == "429")

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ffsplit import __version__, logs
+from ffsplit import __version__, logs, streams
 from ffsplit.artifacts.paths import check_absolute
 from ffsplit.cli.batch import add_batch_commands
 from ffsplit.cli.job import add_job_flags, add_judging_flags, add_trust_flag
 from ffsplit.cli.plan import add_budget_flags, add_plan_commands
 from ffsplit.cli.run import add_run_commands
 from ffsplit.cli.store import add_store_commands
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, exit_code_of
 from ffsplit.models.trust import trusting
 
@@ -23,6 +22,10 @@ if TYPE_CHECKING:
     from ffsplit.artifacts.commits import Kind
     from ffsplit.artifacts.manifest import Manifest
     from ffsplit.config import JobConfig
+
+
+PRINTING = ("benchmark", "inspect", "list", "plan", "share", "verify")
+"""Commands whose result is what they print, and nothing else."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, title=name)
         return added
 
     compress = command("compress", _compress, "calibrate, split, compress, measure and publish a model")
@@ -87,7 +90,10 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
     """
 
     def run() -> int:
-        parsed = build_parser().parse_args(arguments)
+        try:
+            parsed = build_parser().parse_args(arguments)
+        except SystemExit as printed:  # --help, --version
+            return _checked_output(int(printed.code or DONE), is_result=True)
         parsed.in_job = in_job
         if log_format := vars(parsed).get("log_format"):
             logs.ask_for(log_format)
@@ -96,9 +102,28 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
             check_absolute(target)
         with trusting(getattr(parsed, "trust_remote_code", False)):
             code: int = parsed.run(parsed)
-        return code
+        return _checked_output(code, is_result=_prints_its_result(parsed))
 
     return exit_code_of(run)
+
+
+def _prints_its_result(parsed: argparse.Namespace) -> bool:
+    """Whether a command is for what it prints; else it leaves something, and prints about it."""
+    asked = vars(parsed)
+    if parsed.title == "pull":
+        return parsed.directory is None  # prints where in the cache it is
+    if parsed.title == "gc":
+        return not parsed.delete
+    return parsed.title in PRINTING or bool(asked.get("json") or asked.get("dry_run"))
+
+
+def _checked_output(code: int, *, is_result: bool) -> int:
+    """The exit code. Raises FFSplitError when all went well, but the result did not reach stdout."""
+    if (lost := streams.lost_output()) is not None:
+        if is_result and code == DONE:
+            raise FFSplitError(f"the result could not be written to stdout: {lost}")
+        streams.note(f"ffsplit: what is printed on stdout is incomplete: {lost}")
+    return code
 
 
 def _job_config(parsed: argparse.Namespace) -> JobConfig:
@@ -122,7 +147,7 @@ def _compress(parsed: argparse.Namespace) -> int:
     _show(parsed, finished.manifest, refused_report=finished.report if refused else None)
     if not refused:
         return DONE
-    print(f"ffsplit: {refusal(finished.manifest.gates)}", file=sys.stderr)
+    streams.note(f"ffsplit: {refusal(finished.manifest.gates)}")
     return REFUSED
 
 

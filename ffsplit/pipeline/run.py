@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from ffsplit.artifacts.commits import Kind, read_commit
 from ffsplit.artifacts.index import latest_commit
+from ffsplit.artifacts.inputs import is_remote
 from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import REPORT_NAME, Manifest
 from ffsplit.artifacts.paths import check_outside_attempts
@@ -81,6 +82,7 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         key, work = identity.keys(kind)
         scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{work}")
         state: State = "committed already"
+        manifest: Manifest | None = None
         if _is_committed(store, key):
             shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
         else:
@@ -93,25 +95,36 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
                 shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
             attempt = Attempt(run, kind, key, scratch, store, guarantees, sign_key)
             try:
-                refused = attempt.carry_out(shown)
-                if refused is not None:
-                    return Finished(refused, "refused", attempt.refused_report)
-                state = "published"
+                state, manifest = attempt.carry_out(shown)
+                if state == "refused":
+                    return Finished(manifest, state, attempt.refused_report)
             except Exception:
-                if not _is_committed(store, key):
+                if not _was_committed_meanwhile(store, key):
                     raise
                 shown.note(f"{store.uri}/{key} was committed by another run of the same key meanwhile")
         with suppress(FFSplitError):  # the artifact stands; the next run of this key cleans up
             store.delete_prefix(scratch.prefix)
             latest_commit(store)
-        manifest = read_manifest(locate(f"{store.uri}/{key}"))
+        manifest = manifest or read_manifest(locate(f"{store.uri}/{key}"))
         report = f"{key}/{manifest.attempt}/{REPORT_NAME}"
         return Finished(manifest, state, report)
 
 
 def _is_committed(store: Store, key: str) -> bool:
-    """Whether a run has a commit. A store that cannot be asked is a mistake in --out."""
+    """Whether a run has a commit. A directory that cannot be read is a mistake; an outage is not."""
     try:
         return read_commit(store, key) is not None
-    except StoreError as error:
-        raise ConfigError(f"--out: {error}") from None
+    except (ConfigError, StoreError) as error:
+        if isinstance(error, StoreError) and is_remote(store.uri):
+            raise
+        raise ConfigError(f"--out: {error}") from error
+
+
+def _was_committed_meanwhile(store: Store, key: str) -> bool:
+    """Whether another run of this key made a failure of this one immaterial.
+
+    A store that fails once more says nothing new: what the attempt failed of is what is told.
+    """
+    with suppress(FFSplitError):
+        return read_commit(store, key) is not None
+    return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,10 +10,11 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Literal
 
-from ffsplit import __version__
+from ffsplit import __version__, streams
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.config import JobConfig
 from ffsplit.distributed.shared import share_cluster
+from ffsplit.errors import FFSplitError, begun
 from ffsplit.exit_codes import DONE, MISTAKE, REFUSED
 from ffsplit.zoo.batch import Batch, BatchModel, new_batch_id, past_batches, save_batch
 from ffsplit.zoo.page import INDEX_NAME, render_index
@@ -72,7 +72,7 @@ def run_zoo(
     """
     store = open_store(zoo.destination)
     store.check_writable()
-    this = _Pass(zoo, store, say or _to_stderr, datetime.now(timezone.utc))
+    this = _Pass(zoo, store, say or streams.note, datetime.now(timezone.utc))
     with share_cluster(address, runner=runner) as cluster:
         share = workers or max(1, cluster.num_cpus // zoo.max_models_in_flight)
         jobs = [
@@ -81,9 +81,10 @@ def run_zoo(
             )
             for model in zoo.models
         ]
-        with suppress(KeyboardInterrupt):  # recorded meanwhile, and ended
-            asyncio.run(_run_all(this, jobs))
-        return this.record()
+        with begun():
+            with suppress(KeyboardInterrupt):  # recorded meanwhile, and ended
+                asyncio.run(_run_all(this, jobs))
+            return this.record()
 
 
 async def _run_all(this: _Pass, jobs: list[JobConfig]) -> None:
@@ -96,7 +97,8 @@ async def _run_all(this: _Pass, jobs: list[JobConfig]) -> None:
     except asyncio.CancelledError:
         for task in tasks:
             task.cancel()
-        await asyncio.to_thread(this.record)  # at once: whoever stops a job may not wait for long
+        with suppress(FFSplitError):  # it is tried again, and told then
+            await asyncio.to_thread(this.record)  # at once: whoever stops a job may not wait for long
         raise
     finally:  # every process is ended before this returns
         for task in tasks:
@@ -151,7 +153,3 @@ def _interrupted(model: ZooModel) -> BatchModel:
         num_attempts=0,
         wall_s=0.0,
     )
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
