@@ -43,6 +43,15 @@ def exit_code_of(run: Callable[[], int]) -> int:
             return INTERRUPTED
 
 
+def checked_output(code: int, *, is_result: bool) -> int:
+    """The exit code. Raises FFSplitError when all went well, but the result did not reach stdout."""
+    if (lost := streams.lost_output()) is not None:
+        if is_result and code == DONE:
+            raise FFSplitError(f"the result could not be written to stdout: {lost}")
+        streams.note(f"ffsplit: what is printed on stdout is incomplete: {lost}")
+    return code
+
+
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
     """Let SIGTERM end a command as Ctrl-C does: what it began is cleared away first."""

@@ -14,8 +14,8 @@ from ffsplit.cli.job import add_job_flags, add_judging_flags, add_trust_flag
 from ffsplit.cli.plan import add_budget_flags, add_plan_commands
 from ffsplit.cli.run import add_run_commands
 from ffsplit.cli.store import add_store_commands
-from ffsplit.errors import ConfigError, FFSplitError
-from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, exit_code_of
+from ffsplit.errors import ConfigError
+from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, checked_output, exit_code_of
 from ffsplit.models.trust import trusting
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
         try:
             parsed = build_parser().parse_args(arguments)
         except SystemExit as printed:  # --help, --version
-            return _checked_output(int(printed.code or DONE), is_result=True)
+            return checked_output(int(printed.code or DONE), is_result=True)
         parsed.in_job = in_job
         if log_format := vars(parsed).get("log_format"):
             logs.ask_for(log_format)
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
             check_absolute(target)
         with trusting(getattr(parsed, "trust_remote_code", False)):
             code: int = parsed.run(parsed)
-        return _checked_output(code, is_result=_prints_its_result(parsed))
+        return checked_output(code, is_result=_prints_its_result(parsed))
 
     return exit_code_of(run)
 
@@ -115,15 +115,6 @@ def _prints_its_result(parsed: argparse.Namespace) -> bool:
     if parsed.title == "gc":
         return not parsed.delete
     return parsed.title in PRINTING or bool(asked.get("json") or asked.get("dry_run"))
-
-
-def _checked_output(code: int, *, is_result: bool) -> int:
-    """The exit code. Raises FFSplitError when all went well, but the result did not reach stdout."""
-    if (lost := streams.lost_output()) is not None:
-        if is_result and code == DONE:
-            raise FFSplitError(f"the result could not be written to stdout: {lost}")
-        streams.note(f"ffsplit: what is printed on stdout is incomplete: {lost}")
-    return code
 
 
 def _job_config(parsed: argparse.Namespace) -> JobConfig:

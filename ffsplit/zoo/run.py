@@ -32,7 +32,8 @@ class _Pass:
     store: Store
     say: Say
     started: datetime
-    ended: dict[str, BatchModel] = field(default_factory=dict)
+    ended: dict[int, BatchModel] = field(default_factory=dict)
+    """By the model's place in the file."""
 
     def __post_init__(self) -> None:
         self._id = new_batch_id(self.started)
@@ -48,7 +49,9 @@ class _Pass:
             finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             ffsplit_version=__version__,
             max_models_in_flight=self.zoo.max_models_in_flight,
-            models=tuple(self.ended.get(model.name) or _interrupted(model) for model in self.zoo.models),
+            models=tuple(
+                self.ended.get(index) or _interrupted(model) for index, model in enumerate(self.zoo.models)
+            ),
         )
         save_batch(self.store, batch)
         page = render_index([*past_batches(self.store, before=batch.id), batch])
@@ -90,8 +93,7 @@ def run_zoo(
 async def _run_all(this: _Pass, jobs: list[JobConfig]) -> None:
     """Every model, those of the beginning of the file first."""
     places = asyncio.Semaphore(this.zoo.max_models_in_flight)
-    pairs = zip(this.zoo.models, jobs, strict=True)
-    tasks = [asyncio.create_task(_run_model(this, model, job, places)) for model, job in pairs]
+    tasks = [asyncio.create_task(_run_model(this, index, job, places)) for index, job in enumerate(jobs)]
     try:
         await asyncio.gather(*tasks)
     except asyncio.CancelledError:
@@ -106,17 +108,21 @@ async def _run_all(this: _Pass, jobs: list[JobConfig]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _run_model(this: _Pass, model: ZooModel, job: JobConfig, places: asyncio.Semaphore) -> None:
+async def _run_model(this: _Pass, index: int, job: JobConfig, places: asyncio.Semaphore) -> None:
     """One model, tried again while it fails for reasons that are not the user's to mend.
 
     Who waits for another attempt holds no place.
     """
-    wall_s, num_attempts = 0.0, 0
+    model, wall_s, num_attempts = this.zoo.models[index], 0.0, 0
     while True:
         num_attempts += 1
         async with places:
             started = time.monotonic()
-            ended = await run_process(job, lambda line: this.say(f"{model.name} | {line}"))
+            ended = await run_process(
+                job,
+                lambda line: this.say(f"{model.name} | {line}"),
+                within_s=3600 * this.zoo.attempt_hours,
+            )
             wall_s += time.monotonic() - started
         if ended.exit_code in (DONE, REFUSED, MISTAKE) or num_attempts > this.zoo.retries:
             break
@@ -124,7 +130,7 @@ async def _run_model(this: _Pass, model: ZooModel, job: JobConfig, places: async
         this.say(f"{model.name} | failed, again in {wait_s:g} s: {ended.last_words}")
         await asyncio.sleep(wait_s)
     recorded = _describe(model, ended, num_attempts=num_attempts, wall_s=round(wall_s, 3))
-    this.ended[model.name] = recorded
+    this.ended[index] = recorded
     this.say(f"{model.name} | {recorded.state}{f': {recorded.error}' if recorded.error else ''}")
 
 
