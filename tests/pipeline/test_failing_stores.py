@@ -11,11 +11,13 @@ import pytest
 import yaml
 
 import ffsplit
+from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, RunError
 from ffsplit.zoo.run import run_zoo
 from ffsplit.zoo.zoo_file import load_zoo
+from tests.artifacts.attempts import publish
 from tests.s3.fault_proxy import EXPIRED, Fault, FaultProxy
 from tests.small_jobs import SmallJob
 
@@ -118,4 +120,18 @@ def test_a_batch_that_cannot_be_recorded_is_a_failure(
     file = tmp_path / "zoo.yaml"
     file.write_text(yaml.safe_dump({"destination": s3_uri, "models": [{"model": "/none", "name": "one"}]}))
     assert main(["zoo", str(file), "--runner", "serial"]) == 1
+    assert "The provided token has expired" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("command", "pattern"),
+    [("pull", rb"GET .*/model\.safetensors"), ("gc", rb"(DELETE|POST) .*(commit\.json|delete)")],
+)
+def test_other_commands_that_write_keep_to_it_too(
+    s3_uri: str, proxy: FaultProxy, capsys: Captured, tmp_path: Path, command: str, pattern: bytes
+) -> None:
+    publish(open_store(s3_uri), tmp_path / "attempt", kind="statistics" if command == "gc" else "model")
+    proxy.faults = from_on(pattern, first=refused_with(EXPIRED, times=1), then=refused_with(OUTAGE))
+    flags = {"pull": [str(tmp_path / "copy")], "gc": ["--keep-last", "0", "--min-age", "0s", "--delete"]}
+    assert main([command, s3_uri, *flags[command]]) == 1
     assert "The provided token has expired" in capsys.readouterr().err.splitlines()[-1]

@@ -22,9 +22,9 @@ EXPIRED = b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\nConnection: close\
 class Fault:
     """What happens to the next `times` requests whose first line `applies` to.
 
-    lost: the server does it, the reply never arrives. refused: `reply` at once, by default 503. cut: the connection
-    breaks after `after_bytes` of the reply. cut_up: it breaks after that many bytes of the request.
-    drip: the reply comes in small pieces with pauses.
+    lost: the server does it, the reply never arrives. refused: `reply` at once, by default 503. cut: the
+    connection breaks after `after_bytes` of the reply. cut_up: it breaks after that many bytes of the
+    request. drip: the reply comes in small pieces with pauses.
     """
 
     kind: str
