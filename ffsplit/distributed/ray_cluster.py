@@ -98,7 +98,8 @@ def connect(address: str | None, *, num_cpus: int) -> None:
 def disconnect() -> None:
     """Leave the cluster. One that was started on the spot has ended, with all its processes, on return."""
     started_here = _processes_started_here()
-    ray.shutdown()
+    with suppress(Exception):  # whatever a run ended with is what is told
+        ray.shutdown()
     _, late = psutil.wait_procs(started_here, timeout=LEAVE_WITHIN_S)
     for process in late:
         with suppress(psutil.NoSuchProcess):
