@@ -8,12 +8,11 @@ H and W are what one head and one worker cost an hour, in any currency. docs: cl
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import Stage
-from ffsplit.errors import FFSplitError
+from ffsplit.exit_codes import DONE, checked_output, exit_code_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,11 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="until the cluster was up; default: 0",
     )
     parsed = parser.parse_args(arguments)
-    try:
-        manifest = read_manifest(locate(parsed.uri))
-    except FFSplitError as error:
-        print(f"cost: {error}", file=sys.stderr)
-        return 2
+    return exit_code_of(lambda: show(parsed))
+
+
+def show(parsed: argparse.Namespace) -> int:
+    manifest = read_manifest(locate(parsed.uri))
     hourly = parsed.head_price + parsed.workers * parsed.worker_price
     start = Stage(name="start", key="", num_items=1, num_reused=0, wall_s=parsed.start_s)
     print(f"{manifest.model.id}, run {manifest.run_key}, {hourly:.2f} an hour")
@@ -45,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reused = f"  ({stage.num_reused} of {stage.num_items} reused)" if stage.num_reused else ""
         print(f"{stage.name:<12} {stage.wall_s:>10.1f} s {cost:>10.4f}{reused}")
     print(f"{'in all':<12} {parsed.start_s + sum(s.wall_s for s in manifest.stages):>10.1f} s {total:>10.4f}")
-    return 0
+    return checked_output(DONE, is_result=True)
 
 
 def price(text: str) -> float:

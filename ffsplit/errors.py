@@ -28,6 +28,10 @@ class ConfigError(FFSplitError):
     """A flag, a recipe or an input file is wrong: the user's to mend."""
 
 
+class RunError(FFSplitError):
+    """What had begun could not be finished: no mistake in the command, and trying again may help."""
+
+
 class UnsupportedModelError(ConfigError):
     """The model is not one whose feed-forward networks can be found and split."""
 
@@ -87,3 +91,16 @@ def reason_of(error: BaseException, *, besides: str = "") -> str:
 def _is_panic(error: BaseException) -> bool:
     """Whether a library written in Rust met a bug of its own, which is no Exception in Python."""
     return type(error).__name__ == "PanicException"
+
+
+@contextmanager
+def begun() -> Iterator[None]:
+    """What happens from the first write on: what is raised as a mistake before it is a failure here.
+
+    Credentials that expire, a bucket that goes, a host that joins and sees nothing: whatever code says
+    ConfigError, nobody's command was wrong, and something has been written.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        raise RunError(str(error)) from error

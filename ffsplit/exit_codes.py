@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from ffsplit import logs
+from ffsplit import logs, streams
 from ffsplit.errors import ConfigError, FFSplitError, reason_of
 from ffsplit.redaction import guarded_streams
 
@@ -20,8 +19,8 @@ DEBUG_VARIABLE = "FFSPLIT_DEBUG"
 DESCRIPTION = """\
 exit codes:
   0    done
-  1    a failure while running
-  2    a mistake in the command, a file or a setting
+  1    a failure while running, or a result that could not be printed
+  2    a mistake in the command, a file or a setting; nothing was written
   3    finished, but refused by a gate: not met, or undecided by noisy timings
   130  interrupted; nothing was committed
 """
@@ -29,27 +28,28 @@ exit codes:
 
 @guarded_streams()
 def exit_code_of(run: Callable[[], int]) -> int:
-    """Run a command. An error is one line on stderr, and the exit code that goes with it."""
-    try:
-        logs.set_up(logs.asked_for())
-        with _terminated_as_interrupted():
-            return run()
-    except ConfigError as error:
-        _report(error)
-        return MISTAKE
-    except FFSplitError as error:
-        _report(error)
-        return FAILED
-    except BrokenPipeError:  # whoever read the output has enough, as in `ffsplit ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
-    except KeyboardInterrupt:
-        print("ffsplit: interrupted, nothing was committed", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:  # whatever nobody foresaw
-        what = f"{type(error).__name__}: {reason_of(error)}"
-        _report(FFSplitError(f"an unforeseen error, {what} (--debug shows where)"), cause=error)
-        return FAILED
+    """Run a command. An error is one line on stderr, and the exit code that goes with it.
+
+    Where stderr or stdout cannot be written the command goes on, and ends as it would with them.
+    """
+    with streams.guarded():
+        try:
+            logs.set_up(logs.asked_for())
+            with _terminated_as_interrupted():
+                return run()
+        except ConfigError as error:
+            _report(error)
+            return MISTAKE
+        except FFSplitError as error:
+            _report(error)
+            return FAILED
+        except KeyboardInterrupt:
+            streams.note("ffsplit: interrupted, nothing was committed")
+            return INTERRUPTED
+        except Exception as error:  # whatever nobody foresaw
+            what = f"{type(error).__name__}: {reason_of(error)}"
+            _report(FFSplitError(f"an unforeseen error, {what} (--debug shows where)"), cause=error)
+            return FAILED
 
 
 def show_tracebacks() -> None:
@@ -63,8 +63,17 @@ def _report(error: FFSplitError, *, cause: Exception | None = None) -> None:
         while shown is not None:  # what `from None` hides from a line is what is asked for here
             shown.__suppress_context__ = False
             shown = shown.__cause__ or shown.__context__
-        traceback.print_exception(cause or error)
-    print(f"ffsplit: {error}", file=sys.stderr)
+        streams.note("".join(traceback.format_exception(cause or error)).rstrip())
+    streams.note(f"ffsplit: {error}")
+
+
+def checked_output(code: int, *, is_result: bool) -> int:
+    """The exit code. Raises FFSplitError when all went well, but the result did not reach stdout."""
+    if (lost := streams.lost_output()) is not None:
+        if is_result and code == DONE:
+            raise FFSplitError(f"the result could not be written to stdout: {lost}")
+        streams.note(f"ffsplit: what is printed on stdout is incomplete: {lost}")
+    return code
 
 
 @contextmanager

@@ -12,13 +12,13 @@ import json
 import logging
 import os
 import socket
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timezone
 from typing import Any, Literal
 
+from ffsplit import streams
 from ffsplit.errors import ConfigError
 
 LogFormat = Literal["text", "json"]
@@ -46,7 +46,7 @@ class _Stderr(logging.StreamHandler[Any]):
 
     @property
     def stream(self) -> Any:
-        return sys.stderr
+        return streams.stderr()
 
     @stream.setter
     def stream(self, _: Any) -> None:

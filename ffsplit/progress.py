@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -15,6 +14,7 @@ from rich.progress import Progress as RichProgress
 from ffsplit import logs
 from ffsplit.artifacts.manifest import Stage
 from ffsplit.artifacts.scratch import Result
+from ffsplit.streams import Stream, stderr
 
 LINE_EVERY_S = 10.0
 
@@ -22,13 +22,13 @@ LINE_EVERY_S = 10.0
 class Progress:
     """Tells whoever runs the job what it is doing. Use as a context manager."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO | Stream | None) -> None:
+        self._stream = Stream(stream)
         self._bars: RichProgress | None = None
         self._stage, self._total, self._done = "", 0, 0
         self._started = self._last_line = 0.0
         self._json = logs.asked_for() == "json"
-        if stream.isatty() and not self._json:
+        if self._stream.isatty() and not self._json:
             columns = (
                 TextColumn("{task.description:<12}"),
                 BarColumn(),
@@ -37,12 +37,12 @@ class Progress:
                 TextColumn("left"),
                 TimeRemainingColumn(),
             )
-            self._bars = RichProgress(*columns, console=Console(file=stream))
+            self._bars = RichProgress(*columns, console=Console(file=cast(TextIO, self._stream)))
 
     @classmethod
     def to_stderr(cls) -> Progress:
         logs.set_up(logs.asked_for())
-        return cls(sys.stderr)
+        return cls(stderr())
 
     def __enter__(self) -> Progress:
         if self._bars is not None:
@@ -60,7 +60,8 @@ class Progress:
         elif self._bars is not None:
             self._bars.console.print(message, highlight=False, markup=False)
         else:
-            print(message, file=self._stream, flush=True)
+            self._stream.write(f"{message}\n")
+            self._stream.flush()
 
     def start(self, stage: str, total: int) -> None:
         """A stage of `total` items begins."""

@@ -220,6 +220,8 @@ _asked_for: ContextVar[bool] = ContextVar("ffsplit_credential_asked_for", defaul
 class _Redacting:
     """A text stream in front of another. What the other's encoding does not have goes as \\uXXXX."""
 
+    redacts = True  # told by whatever is in front of it, too
+
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
@@ -256,7 +258,7 @@ def guard_streams() -> None:
     """Let nothing that this process prints from now on hold a credential."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is not None and not isinstance(stream, _Redacting):
+        if stream is not None and not getattr(stream, "redacts", False):
             setattr(sys, name, _Redacting(stream))
 
 

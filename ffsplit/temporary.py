@@ -28,7 +28,7 @@ PREFIX = "ffsplit-work-"
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
     """A folder for as long as this context lasts."""
-    with tempfile.TemporaryDirectory(dir=process_folder()) as name:
+    with tempfile.TemporaryDirectory(dir=process_folder(), ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 

@@ -4,7 +4,8 @@ It talks to the Kubernetes API with nothing but the standard library and YAML. J
 those of the Kubernetes Job: the RayJob gets the name, so that a pod which takes the place of a lost one
 finds it and waits on, and the Job as its owner, so that it goes with the Job.
 
-Exit codes: 0 the batch is done, 1 it failed or went, 2 the API refused it.
+Exit codes: 0 the batch is done, 1 it failed or went, 2 the API refused it, 3 the API has been away for
+GIVE_UP_S seconds: the Job's next pod waits on. What cannot be printed is left out, and changes none of them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,13 @@ import yaml
 
 ACCOUNT = Path(os.environ.get("SERVICE_ACCOUNT", "/var/run/secrets/kubernetes.io/serviceaccount"))
 POLL_S = float(os.environ.get("POLL_S", "15"))
+GIVE_UP_S = float(os.environ.get("GIVE_UP_S", "3600"))
+STDOUT, STDERR = 1, 2
 DONE = {"Complete": 0, "Failed": 1, "ValidationFailed": 1}
+
+
+class Away(Exception):
+    """The API has not answered for too long."""
 
 
 class Refused(Exception):
@@ -42,8 +50,17 @@ def main(path: str) -> int:
         create(manifest)
         return wait(name)
     except Refused as refusal:
-        print(f"rayjob {name}: {refusal}", file=sys.stderr)
+        say(f"rayjob {name}: {refusal}", to=STDERR)
         return 1 if refusal.status == 404 else 2
+    except Away as away:
+        say(f"rayjob {name}: {away}; the batch may still run", to=STDERR)
+        return 3
+
+
+def say(line: str, *, to: int = STDOUT) -> None:
+    """Print a line. A full or unread stream ends nothing: Python's own would, by its buffer."""
+    with suppress(OSError):
+        os.write(to, f"{line}\n".encode())
 
 
 def owned(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -62,15 +79,15 @@ def create(manifest: dict[str, Any]) -> None:
         # Strict: a field that this cluster's KubeRay does not know, authOptions above all, is refused
         # and not dropped without a word.
         call("POST", "?fieldValidation=Strict", manifest)
-        print(f"rayjob {name}: created", flush=True)
+        say(f"rayjob {name}: created")
     except Refused as refusal:
         if refusal.status != 409:
             raise
-        print(f"rayjob {name}: exists, waiting for it", flush=True)
+        say(f"rayjob {name}: exists, waiting for it")
 
 
 def wait(name: str) -> int:
-    """Follow the RayJob's status until it is final."""
+    """Follow the RayJob's status until it is final, as its activeDeadlineSeconds makes it."""
     shown = None
     while True:
         status = call("GET", f"/{name}").get("status", {})
@@ -80,14 +97,14 @@ def wait(name: str) -> int:
             why = " ".join(
                 filter(None, (status.get("jobStatus"), status.get("reason"), status.get("message")))
             )
-            print(f"rayjob {name}: {state or 'New'} {why}".rstrip(), flush=True)
+            say(f"rayjob {name}: {state or 'New'} {why}".rstrip())
         if state in DONE:
             return DONE[state]
         time.sleep(POLL_S)
 
 
 def call(method: str, rest: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One request about RayJobs. An API that is away or overloaded is asked again, without end."""
+    """One request about RayJobs. An API that is away or overloaded is asked again, for GIVE_UP_S seconds."""
     host = f"{os.environ['KUBERNETES_SERVICE_HOST']}:{os.environ['KUBERNETES_SERVICE_PORT']}"
     namespace = (ACCOUNT / "namespace").read_text("utf-8").strip()
     request = urllib.request.Request(
@@ -96,6 +113,7 @@ def call(method: str, rest: str, body: dict[str, Any] | None = None) -> dict[str
         method=method,
     )
     request.add_header("Content-Type", "application/json")
+    asked_since = time.monotonic()
     while True:
         token = (ACCOUNT / "token").read_text("utf-8").strip()  # read each time: it is renewed
         request.add_header("Authorization", f"Bearer {token}")
@@ -108,9 +126,12 @@ def call(method: str, rest: str, body: dict[str, Any] | None = None) -> dict[str
             text = error.read().decode("utf-8", "replace")
             if error.code < 500 and error.code != 429:
                 raise Refused(error.code, _message(text) or error.reason) from None
-            print(f"the API answered {error.code}; asking again", file=sys.stderr, flush=True)
+            said = f"the API answered {error.code}"
         except OSError as error:
-            print(f"the API cannot be reached ({error}); asking again", file=sys.stderr, flush=True)
+            said = f"the API cannot be reached ({error})"
+        if time.monotonic() - asked_since > GIVE_UP_S:
+            raise Away(f"{said}, for {GIVE_UP_S:g} s in all")
+        say(f"{said}; asking again", to=STDERR)
         time.sleep(POLL_S)
 
 

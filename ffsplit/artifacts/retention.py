@@ -23,7 +23,7 @@ from ffsplit.artifacts.paths import ATTEMPT_ID, RUN_KEY
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX
 from ffsplit.artifacts.stores import Store, Stored
 from ffsplit.config import Record
-from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.errors import ConfigError, FFSplitError, begun
 
 PINS_PREFIX = "pins"
 DEFAULT_MIN_AGE = timedelta(days=1)
@@ -122,6 +122,11 @@ def collect(store: Store, planned: Plan) -> list[Removal]:
     A run that was pinned, became the newest or was committed meanwhile stays, and so does a scratch that
     a run holds by now.
     """
+    with begun():
+        return _collect(store, planned)
+
+
+def _collect(store: Store, planned: Plan) -> list[Removal]:
     removed = []
     for removal in planned.removals:
         run_key, _, attempt = removal.prefix.partition("/")

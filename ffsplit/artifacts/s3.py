@@ -206,6 +206,8 @@ class S3Store:
             with s3_errors(f"write to {self.uri}"):
                 return probe(self._client, bucket=self._bucket, prefix=self._base, extra=self._extra)
         except StoreError as error:
+            if _is_outage(error.__cause__):
+                raise
             raise ConfigError(str(error)) from error
 
     def _put(self, key: str, data: bytes, **condition: Any) -> None:
@@ -245,3 +247,8 @@ class S3Store:
 def _status_of(error: StoreError) -> str:
     """The HTTP status of the reply that an error explains, "" where there was none."""
     return http_status(error.__cause__) if isinstance(error.__cause__, ClientError) else ""
+
+
+def _is_outage(cause: BaseException | None) -> bool:
+    """Whether a server said that it cannot answer now, which is nobody's mistake."""
+    return isinstance(cause, ClientError) and (http_status(cause)[:1] == "5" or http_status(cause) == "429")

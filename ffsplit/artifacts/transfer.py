@@ -18,7 +18,7 @@ from pathlib import Path
 from ffsplit.artifacts.digests import hash_range
 from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.stores import MissingKey, Source
-from ffsplit.errors import ArtifactError, ConfigError, StoreError
+from ffsplit.errors import ArtifactError, ConfigError, RunError, StoreError, begun
 
 PART_BYTES = 8 << 20
 NUM_CONNECTIONS = 8
@@ -103,13 +103,17 @@ class Transfer:
         self._staging.mkdir(parents=True, exist_ok=True)
         self._check_space()
         try:
-            whole = self.run(progress=progress)
-            for name, data in (beside or {}).items():
-                (whole / name).write_bytes(data)
-            whole.rename(target)
-        except (ArtifactError, OSError):
+            with begun():
+                whole = self.run(progress=progress)
+                for name, data in (beside or {}).items():
+                    (whole / name).write_bytes(data)
+                whole.rename(target)
+        except ArtifactError:
             shutil.rmtree(self._staging, ignore_errors=True)
             raise
+        except OSError as error:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            raise RunError(f"cannot write {target}: {error.strerror or error}") from error
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def run(self, *, progress: Progress | None = None) -> Path:

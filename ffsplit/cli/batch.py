@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ffsplit import streams
 from ffsplit.exit_codes import INTERRUPTED
 
 Run = Callable[[argparse.Namespace], int]
@@ -78,7 +78,7 @@ def _zoo(parsed: argparse.Namespace) -> int:
     try:
         batch = run_zoo(zoo, address=parsed.address, runner=parsed.runner, workers=parsed.workers)
     except KeyboardInterrupt:
-        print("ffsplit: interrupted; what was published stands, the next batch skips it", file=sys.stderr)
+        streams.note("ffsplit: interrupted; what was published stands, the next batch skips it")
         return INTERRUPTED
     if parsed.json:
         print(batch.model_dump_json(indent=2))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from ffsplit import __version__, logs
+from ffsplit import __version__, logs, streams
 from ffsplit.artifacts.paths import check_absolute
 from ffsplit.cli.batch import add_batch_commands
 from ffsplit.cli.job import add_job_flags, add_judging_flags, add_loading_flags
@@ -16,7 +15,7 @@ from ffsplit.cli.plan import add_budget_flags, add_plan_commands
 from ffsplit.cli.run import add_run_commands
 from ffsplit.cli.store import add_store_commands
 from ffsplit.errors import ConfigError
-from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, exit_code_of, show_tracebacks
+from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, checked_output, exit_code_of, show_tracebacks
 from ffsplit.models.attention import attending
 from ffsplit.models.trust import trusting
 
@@ -24,6 +23,10 @@ if TYPE_CHECKING:
     from ffsplit.artifacts.commits import Kind
     from ffsplit.artifacts.manifest import Manifest
     from ffsplit.config import JobConfig
+
+
+PRINTING = ("benchmark", "inspect", "list", "plan", "share", "verify")
+"""Commands whose result is what they print, and nothing else."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, title=name)
         _add_debug_flag(added)
         return added
 
@@ -100,7 +103,10 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
     """
 
     def run() -> int:
-        parsed = build_parser().parse_args(arguments)
+        try:
+            parsed = build_parser().parse_args(arguments)
+        except SystemExit as printed:  # --help, --version
+            return checked_output(int(printed.code or DONE), is_result=True)
         parsed.in_job = in_job
         if "debug" in parsed:
             show_tracebacks()
@@ -112,9 +118,19 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
         attention = getattr(parsed, "attn_implementation", None)
         with trusting(getattr(parsed, "trust_remote_code", False)), attending(attention):
             code: int = parsed.run(parsed)
-        return code
+        return checked_output(code, is_result=_prints_its_result(parsed))
 
     return exit_code_of(run)
+
+
+def _prints_its_result(parsed: argparse.Namespace) -> bool:
+    """Whether a command is for what it prints; else it leaves something, and prints about it."""
+    asked = vars(parsed)
+    if parsed.title == "pull":
+        return parsed.directory is None  # prints where in the cache it is
+    if parsed.title == "gc":
+        return not parsed.delete
+    return parsed.title in PRINTING or bool(asked.get("json") or asked.get("dry_run"))
 
 
 def _job_config(parsed: argparse.Namespace) -> JobConfig:
@@ -138,7 +154,7 @@ def _compress(parsed: argparse.Namespace) -> int:
     _show(parsed, finished.manifest, refused_report=finished.report if refused else None)
     if not refused:
         return DONE
-    print(f"ffsplit: {refusal(finished.manifest.gates)}", file=sys.stderr)
+    streams.note(f"ffsplit: {refusal(finished.manifest.gates)}")
     return REFUSED
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ffsplit import streams
 from ffsplit.progress import LINE_EVERY_S
 
 
@@ -32,6 +33,6 @@ def _lines(name: str) -> Callable[[int, int], None]:
         nonlocal last
         if (now := time.monotonic()) - last >= LINE_EVERY_S:
             last = now
-            print(f"{name}: {done:,} of {total:,} bytes", file=sys.stderr, flush=True)
+            streams.note(f"{name}: {done:,} of {total:,} bytes")
 
     return show

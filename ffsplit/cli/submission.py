@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import secrets
 import shlex
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from ffsplit import streams
 from ffsplit.artifacts.paths import check_absolute
 from ffsplit.config import JobConfig, digest_of
 from ffsplit.distributed.jobs import JobServer
 from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.exit_codes import INTERRUPTED
 
-UNNAMED = ("run", "json", "workers", "address", "in_job", "parse", "sign_key", "file")
+UNNAMED = ("run", "json", "workers", "address", "in_job", "parse", "sign_key", "file", "title")
 """What an argument parser adds, or what does not change what a job is for."""
 
 
@@ -144,7 +144,7 @@ def _check_paths(arguments: Sequence[str], *, working_dir: Path | None) -> None:
 
 
 def _note(message: str) -> None:
-    print(f"ffsplit: {message}", file=sys.stderr, flush=True)
+    streams.note(f"ffsplit: {message}")
 
 
 def _write(text: str) -> None:

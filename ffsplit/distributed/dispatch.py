@@ -11,6 +11,7 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -200,4 +201,5 @@ class _Slots(Generic[Slot]):
 
     def close_all(self) -> None:
         for slot in [*self.idle, *self.in_hand, *self._opening]:
-            self._pool.close(slot)
+            with suppress(Exception):  # what ended the stage is what is told
+                self._pool.close(slot)

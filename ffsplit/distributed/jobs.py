@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import ray
+import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -22,9 +23,15 @@ from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.exit_codes import DONE, INTERRUPTED
 
 CONNECT_TIMEOUT_S = 10.0
+ANSWER_WITHIN_S = 60.0
+"""How long a job server may take over an answer, an upload's included."""
 POLL_EVERY_S = 0.5
+LOOK_EVERY_S = 30.0
+"""How often a job that prints nothing is asked after."""
 LOST_AFTER_S = 120.0
 """How long a job server may be silent before its follower gives up; the job itself goes on."""
+STOP_WITHIN_S = 120.0
+"""How long a job may take to end once it is told to."""
 
 
 class Attempt(NamedTuple):
@@ -37,6 +44,13 @@ class Attempt(NamedTuple):
     has_succeeded: bool
 
 
+class _Client(JobSubmissionClient):  # type: ignore[misc]
+    """Ray's client, which would wait for an answer for ever, with an end to each wait."""
+
+    def _do_request(self, *arguments: Any, **options: Any) -> Any:
+        return super()._do_request(*arguments, **({"timeout": ANSWER_WITHIN_S} | options))
+
+
 class JobServer:
     """The job server of a cluster. Raises ConfigError when it cannot be reached or is another version."""
 
@@ -44,13 +58,13 @@ class JobServer:
         self.address = address
         try:
             _check_listening(address)
-            self._client = JobSubmissionClient(address)
+            self._client = _Client(address)
         except AuthenticationError:
             raise ConfigError(
                 f"Ray at {address} refuses this token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
             ) from None
-        except Exception as error:  # Ray's own, those of the HTTP client and of whoever else listens there
-            raise ConfigError(f"Ray at {address} cannot be reached: {_first_line(error)}") from error
+        except Exception as error:  # what listens there may answer anything
+            raise ConfigError(f"Ray at {address} cannot be reached: {_reason(error)}") from error
         logging.getLogger("ray").setLevel(logging.ERROR)
         theirs = getattr(self._client, "_server_ray_version", None)
         if theirs != ray.__version__:
@@ -79,10 +93,12 @@ class JobServer:
                 )
             )
         except Exception as error:
-            newest = self.last_attempt(name)
-            if newest is not None and newest.id == submission_id:
-                return submission_id
-            raise ConfigError(f"Ray at {self.address} takes no such job: {_first_line(error)}") from error
+            with suppress(FFSplitError):  # where this cannot be asked either, the first error is what is told
+                newest = self.last_attempt(name)
+                if newest is not None and newest.id == submission_id:
+                    return submission_id
+            said = f"Ray at {self.address} takes no such job: {_reason(error)}"
+            raise (FFSplitError if isinstance(error, OSError) else ConfigError)(said) from error
 
     def follow(self, submission_id: str, write: Callable[[str], object]) -> int:
         """Pass on what a job prints until it is over. Returns the exit code of its process.
@@ -91,8 +107,7 @@ class JobServer:
         """
         num_shown, lost_since = 0, None
         while True:
-            with suppress(RuntimeError, OSError, ValueError):
-                num_shown = asyncio.run(self._tail(submission_id, write, skip=num_shown))
+            num_shown = asyncio.run(self._tail(submission_id, write, skip=num_shown))
             try:
                 info = self._client.get_job_info(submission_id)
                 lost_since = None
@@ -100,36 +115,60 @@ class JobServer:
                 lost_since = lost_since or time.monotonic()
                 if time.monotonic() - lost_since > LOST_AFTER_S:
                     raise FFSplitError(
-                        f"Ray at {self.address} no longer answers ({_first_line(error)}); {submission_id} "
-                        "may still run: the same command follows it again"
-                    ) from None
+                        f"Ray at {self.address} has not answered for {LOST_AFTER_S:g} s ({_reason(error)}); "
+                        f"{submission_id} may still run: the same command follows it again"
+                    ) from error
             else:
                 if info.status.is_terminal():
                     return _exit_code(info)
             time.sleep(POLL_EVERY_S)
 
     async def _tail(self, submission_id: str, write: Callable[[str], object], *, skip: int) -> int:
-        """Pass the log on from a character on; returns how many characters are passed on in all."""
+        """Pass the log on from a character on; returns how many characters are passed on in all.
+
+        A job may be silent for hours, and a server that is gone looks the same: then it is asked.
+        """
         position = 0
-        with suppress(RuntimeError, OSError):  # what came before the break counts
-            async for chunk in self._client.tail_job_logs(submission_id):
-                position += len(chunk)
-                if position > skip:
-                    write(chunk[len(chunk) - (position - skip) :] if position - len(chunk) < skip else chunk)
-                    skip = position
+        log = self._client.tail_job_logs(submission_id)
+        coming = asyncio.ensure_future(anext(log))
+        try:
+            with suppress(Exception):  # the log ends, or breaks however it may: what came before counts
+                while True:
+                    arrived, _ = await asyncio.wait({coming}, timeout=LOOK_EVERY_S)
+                    if not arrived:
+                        info = await asyncio.to_thread(self._client.get_job_info, submission_id)
+                        if info.status.is_terminal():
+                            return skip
+                        continue
+                    chunk = coming.result()
+                    position += len(chunk)
+                    if position > skip:
+                        new = position - skip
+                        write(chunk[len(chunk) - new :] if new < len(chunk) else chunk)
+                        skip = position
+                    coming = asyncio.ensure_future(anext(log))
+        finally:
+            coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
         return skip
 
     def stop(self, submission_id: str) -> None:
-        """End a job, and wait until it has ended."""
+        """End a job, and wait until it has ended. Raises FFSplitError when it takes too long."""
         self._ask(lambda: self._client.stop_job(submission_id))
+        told_at = time.monotonic()
         while not self._ask(lambda: self._client.get_job_status(submission_id)).is_terminal():
+            if time.monotonic() - told_at > STOP_WITHIN_S:
+                raise FFSplitError(
+                    f"{submission_id} has not ended in {STOP_WITHIN_S:g} s, and may still run: "
+                    f"`ray job status --address {self.address} {submission_id}`"
+                )
             time.sleep(POLL_EVERY_S)
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         try:
             return question()
         except Exception as error:
-            raise FFSplitError(f"Ray at {self.address}: {_first_line(error)}") from error
+            raise FFSplitError(f"Ray at {self.address}: {_reason(error)}") from error
 
 
 def _attempt(job: JobDetails, name: str) -> Attempt | None:
@@ -171,3 +210,10 @@ def _check_listening(address: str) -> None:
 
 def _first_line(message: object) -> str:
     return next(iter(str(message).strip().splitlines()), type(message).__name__)
+
+
+def _reason(error: Exception) -> str:
+    """What a request failed of, in one line."""
+    if isinstance(error, requests.Timeout):
+        return f"it did not answer within {ANSWER_WITHIN_S:g} s"
+    return _first_line(error)

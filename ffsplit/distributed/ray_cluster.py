@@ -15,12 +15,29 @@ from typing import Any, NamedTuple
 
 import psutil
 import ray
+from ray._private.authentication.authentication_token_setup import (
+    ensure_token_if_auth_enabled,
+    maybe_enable_token_auth_if_token_available,
+)
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import (  # type: ignore[attr-defined]
+    GRPC_STATUS_CODE_UNIMPLEMENTED,
+    InnerGcsClient,
+)
+from ray.exceptions import RpcError
 
 from ffsplit.errors import ConfigError
 
 LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
 """Enough for a local cluster: tensors never pass through the object store."""
-CONNECT_TIMEOUT_S = 10.0
+CONNECT_WITHIN_S = 10.0
+"""How long a host may take to accept a connection."""
+ANSWER_WITHIN_S = 30.0
+"""How long a head may take to answer."""
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""What a gRPC connection begins with, and empty settings, which the other side answers with its own."""
+SETTINGS = 4
+NOT_A_HEAD = "what listens there is not a Ray head, whose port is 6379 unless it was given another"
 LEAVE_WITHIN_S = 3.0
 """How long the workers of a local cluster that is over may take to end by themselves."""
 _VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
@@ -81,7 +98,8 @@ def connect(address: str | None, *, num_cpus: int) -> None:
 def disconnect() -> None:
     """Leave the cluster. One that was started on the spot has ended, with all its processes, on return."""
     started_here = _processes_started_here()
-    ray.shutdown()
+    with suppress(Exception):  # whatever a run ended with is what is told
+        ray.shutdown()
     _, late = psutil.wait_procs(started_here, timeout=LEAVE_WITHIN_S)
     for process in late:
         with suppress(psutil.NoSuchProcess):
@@ -111,10 +129,57 @@ def refusal(address: str, reason: str) -> str:
 
 
 def _probe(address: str) -> None:
-    """Raise OSError unless something listens at host:port, where Ray itself would try for minutes."""
-    host, separator, port = address.rpartition("://")[2].rpartition(":")
-    if separator and port.isdigit():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    """Raise OSError unless a Ray head answers at an address, where Ray itself would try without end.
+
+    A port may be closed, a host silent, and something else may listen: a web server, another service,
+    or a head that hangs. Ray takes a loopback address for this host's own.
+    """
+    if address == "local":
+        return
+    addresses = [] if address == "auto" else [address]
+    if address == "auto":
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    if "://" not in address:
+        addresses.append(canonicalize_bootstrap_address(address))
+    for each in dict.fromkeys(addresses):
+        _probe_one(each)
+
+
+def _probe_one(address: str) -> None:
+    scheme, _, place = address.rpartition("://")
+    host, separator, port = place.rpartition(":")
+    if not separator or not port.isdigit():
+        return
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_WITHIN_S) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
+            _check_speaks_grpc(connection)
+    if not scheme:
+        _check_answers(place)
+
+
+def _check_speaks_grpc(connection: socket.socket) -> None:
+    connection.settimeout(ANSWER_WITHIN_S)
+    try:
+        connection.sendall(HTTP2_PREFACE)
+        header = b""
+        while len(header) < 9 and (received := connection.recv(9 - len(header))):
+            header += received
+    except TimeoutError:
+        raise OSError(f"it accepts connections and said nothing in {ANSWER_WITHIN_S:g} s") from None
+    if header[3:4] != bytes([SETTINGS]):
+        raise OSError(NOT_A_HEAD)
+
+
+def _check_answers(address: str) -> None:
+    """Ask a head which cluster it is the head of. A refusal of ours is for ray.init to explain."""
+    ensure_token_if_auth_enabled(None, create_token_if_missing=False)  # without one Ray's client would abort
+    try:
+        InnerGcsClient.standalone(address, None, int(ANSWER_WITHIN_S * 1000))
+    except RpcError as error:
+        if error.rpc_code == GRPC_STATUS_CODE_UNIMPLEMENTED:
+            raise OSError(NOT_A_HEAD) from None
+        if any(sign in str(error) for sign in ("Deadline Exceeded", "Timed out")):
+            raise OSError(f"its head did not answer in {ANSWER_WITHIN_S:g} s") from None
 
 
 @contextmanager

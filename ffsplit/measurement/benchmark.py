@@ -18,7 +18,7 @@ from ffsplit.artifacts.locate import Location, locate, read_manifest
 from ffsplit.artifacts.pull import materialize
 from ffsplit.config import Device, DType
 from ffsplit.environment import describe_environment
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, begun
 from ffsplit.machine import check_device, usable_cores
 from ffsplit.measurement.latency import WARM_UP_RUNS, load_average, load_since
 from ffsplit.measurement.memory import peak_memory_bytes
@@ -94,8 +94,9 @@ def publish(uri: str, record: BenchmarkRecord) -> str | None:
     """Append a benchmark beside the artifact that it is of; None where that is no committed one."""
     if record.run_key is None:
         return None
-    location = locate(uri)
-    return append_benchmark(location, record) if location.commit is not None else None
+    with begun():  # what was timed is lost unless it is appended
+        location = locate(uri)
+        return append_benchmark(location, record) if location.commit is not None else None
 
 
 def _find(uri: str, against: str | None) -> Pair:

@@ -19,6 +19,8 @@ from ffsplit.models.attention import attention_options
 from ffsplit.models.trust import trusted
 
 PR_SET_PDEATHSIG = 1
+WITHIN_S = 7200.0
+"""How long loading a model and one forward pass may take."""
 
 
 def peak_memory_bytes(
@@ -28,9 +30,14 @@ def peak_memory_bytes(
     on CUDA the peak that the allocator handed out. For one load and one forward at `shape`."""
     options = {"trust_remote_code": trusted(), **attention_options()}
     arguments = [str(directory), class_name, *map(str, shape), device, dtype, json.dumps(options)]
-    done = subprocess.run(
-        [sys.executable, "-m", "ffsplit.measurement.memory", *arguments], capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "ffsplit.measurement.memory", *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S)
+    except subprocess.TimeoutExpired:
+        raise FFSplitError(
+            f"measuring the memory of {directory} took longer than {WITHIN_S:g} s: leave peak memory out "
+            "(`peak_memory: false` under `measurement` in the recipe, or `ffsplit benchmark --no-memory`)"
+        ) from None
     if done.returncode != 0:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
         raise FFSplitError(f"measuring the memory of {directory} failed: {last}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from ffsplit import logs
 from ffsplit.artifacts.commits import Kind
 from ffsplit.artifacts.digests import file_entries
 from ffsplit.artifacts.entries import StoreGuarantees
+from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAME, Manifest
 from ffsplit.artifacts.publish import Upload, new_attempt_id
 from ffsplit.artifacts.scratch import Scratch
@@ -17,15 +19,24 @@ from ffsplit.artifacts.signing import sign_manifest
 from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.artifacts.stores import Store
 from ffsplit.distributed import make_runner
+from ffsplit.errors import begun
 from ffsplit.gates import judge, refusal
 from ffsplit.models.folder import left_out_in_one_line
 from ffsplit.pipeline.computation import compute_model, compute_statistics
 from ffsplit.pipeline.documents import write_documents
+from ffsplit.pipeline.execution import Execution
 from ffsplit.pipeline.placement import place
 from ffsplit.pipeline.prepare import PreparedRun
 from ffsplit.preflight.words import in_one_line
 from ffsplit.progress import Progress, StageLog
 from ffsplit.temporary import full_disk_explained, temporary_folder
+
+
+class Ending(NamedTuple):
+    """How an attempt ended, and the manifest that it wrote, or of the attempt that was committed first."""
+
+    state: Literal["published", "refused"]
+    manifest: Manifest
 
 
 @dataclass(frozen=True)
@@ -45,39 +56,59 @@ class Attempt:
         """Where in the store the report of a result lies that its gates refused."""
         return self.scratch.key(f"refused/{REPORT_NAME}")
 
-    def carry_out(self, shown: Progress) -> Manifest | None:
-        """Compute the run and publish it. Returns its manifest instead where its gates refuse it."""
-        run, config, log = self.run, self.run.config, StageLog(shown)
+    def carry_out(self, shown: Progress) -> Ending:
+        """Compute the run, and publish it unless its gates refuse it.
+
+        Raises ConfigError for a cluster that cannot be used. Then nothing has been written; what goes
+        wrong later is no mistake in the configuration, whoever raises it.
+        """
+        config, log = self.run.config, StageLog(shown)
         with (
             logs.fields(run=self.key),
             full_disk_explained(),
-            make_runner(config, workers_here=run.flight.machine.num_workers) as runner,
+            make_runner(config, workers_here=self.run.flight.machine.num_workers) as runner,
             temporary_folder() as folder,
         ):
-            shown.note(in_one_line(run.flight, asked=config.workers if config.runner == "ray" else None))
-            shown.note(f"run {self.key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
-            if self.kind == "model" and (left_out := left_out_in_one_line(run.left_out)):
-                shown.note(left_out)
-            attempt = new_attempt_id()
-            staging = folder / attempt
-            (staging / STATISTICS_PATH).parent.mkdir(parents=True)
-            compute = compute_model if self.kind == "model" else compute_statistics
-            run, outcome = compute(place(run, self.scratch, runner, log, shown=shown), staging)
-            outcome = replace(outcome, guarantees=self.guarantees)
-            if outcome.measurements is not None:
-                outcome = replace(outcome, gates=judge(run.gates, outcome.measurements))
-            write = partial(
-                write_documents, run, outcome, staging, run_key=self.key, attempt=attempt, stages=log.stages
+            asked = config.workers if config.runner == "ray" else None
+            shown.note(in_one_line(self.run.flight, asked=asked))
+            shown.note(
+                f"run {self.key}: {config.model} with recipe {self.run.recipe.name}, {self.run.budget}"
             )
-            if refusal(outcome.gates) is not None:
-                manifest = write(files=file_entries(staging))
-                self.store.put_file(self.refused_report, staging / REPORT_NAME)
-                return manifest
-            logs.log("publishing", attempt=attempt)
-            with Upload(self.store, run_key=self.key, attempt=attempt) as upload:
-                write(files=upload.add(staging))
-                if self.sign_key is not None:
-                    data = (staging / MANIFEST_NAME).read_bytes()
-                    (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=self.sign_key))
-                upload.commit(staging, kind=self.kind, move_latest=self.kind == "model")
-        return None
+            if self.kind == "model" and (left_out := left_out_in_one_line(self.run.left_out)):
+                shown.note(left_out)
+            execution = place(self.run, self.scratch, runner, log, shown=shown)
+            with begun():
+                return self._compute_and_publish(execution, folder)
+
+    def _compute_and_publish(self, execution: Execution, folder: Path) -> Ending:
+        attempt = new_attempt_id()
+        staging = folder / attempt
+        (staging / STATISTICS_PATH).parent.mkdir(parents=True)
+        compute = compute_model if self.kind == "model" else compute_statistics
+        run, computed = compute(execution, staging)
+        computed = replace(computed, guarantees=self.guarantees)
+        if computed.measurements is not None:
+            computed = replace(computed, gates=judge(run.gates, computed.measurements))
+        write = partial(
+            write_documents,
+            run,
+            computed,
+            staging,
+            run_key=self.key,
+            attempt=attempt,
+            stages=execution.log.stages,
+        )
+        if refusal(computed.gates) is not None:
+            manifest = write(files=file_entries(staging))
+            self.store.put_file(self.refused_report, staging / REPORT_NAME)
+            return Ending("refused", manifest)
+        logs.log("publishing", attempt=attempt)
+        with Upload(self.store, run_key=self.key, attempt=attempt) as upload:
+            manifest = write(files=upload.add(staging))
+            if self.sign_key is not None:
+                data = (staging / MANIFEST_NAME).read_bytes()
+                (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=self.sign_key))
+            standing = upload.commit(staging, kind=self.kind, move_latest=self.kind == "model")
+        if standing.attempt != attempt:  # another of the same key was first
+            manifest = read_manifest(locate(f"{self.store.uri}/{self.key}"))
+        return Ending("published", manifest)

@@ -8,13 +8,14 @@ fetches it, verified, into its own cache. Hosts that join later are held to the 
 from __future__ import annotations
 
 import secrets
+from contextlib import suppress
 from dataclasses import replace
 
 from ffsplit.artifacts.inputs import is_remote
 from ffsplit.artifacts.scratch import Scratch
 from ffsplit.artifacts.stores import open_store
 from ffsplit.distributed.runner import ANSWER_WITHIN_S, Runner
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, FFSplitError, begun
 from ffsplit.machine import multiplies_bfloat16
 from ffsplit.models.source import ModelSource, described, staged
 from ffsplit.pipeline.execution import Execution
@@ -26,14 +27,18 @@ SLOWEST_BYTES_PER_S = 1 << 20
 
 
 def place(run: PreparedRun, scratch: Scratch, runner: Runner, log: StageLog, *, shown: Progress) -> Execution:
-    """The run's execution, with a scratch and a model that every host sees. Raises ConfigError without."""
+    """The run's execution, with a scratch and a model that every host sees.
+
+    Raises ConfigError, with nothing left behind, where some host does not see the scratch.
+    """
     execution = Execution(run, scratch, runner, log, ModelSource(path=str(run.checkpoint.directory)))
     if not execution.runner.is_spread:
         return execution
     _check_fits(execution)
     scratch = _seen_by_all(execution)
     execution = replace(execution, scratch=scratch)
-    return replace(execution, model=_model_for_all(execution, shown))
+    with begun():
+        return replace(execution, model=_model_for_all(execution, shown))
 
 
 def _check_fits(execution: Execution) -> None:
@@ -61,7 +66,8 @@ def _seen_by_all(execution: Execution) -> Scratch:
     seen = execution.runner.on_every_host("inputs", _is_visible, scratch)
     blind = sorted(host for host, sees in seen.items() if not sees)
     if blind:
-        store.delete(key)
+        with suppress(FFSplitError):  # what is wrong is said, whether or not this can be cleared away
+            store.delete(key)
         raise ConfigError(
             f"--out {scratch.uri}: {len(blind)} of {len(seen)} hosts do not see this directory "
             f"({blind[0]} is one): give s3://bucket/prefix or a directory that all hosts share"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ffsplit.artifacts.commits import Kind, read_commit
 from ffsplit.artifacts.index import LATEST_NAME, latest_commit
+from ffsplit.artifacts.inputs import is_remote
 from ffsplit.artifacts.leases import Lease
 from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.manifest import REPORT_NAME, Manifest
@@ -86,6 +88,7 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         key, work = identity.keys(kind)
         scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{work}")
         state: State = "committed already"
+        manifest: Manifest | None = None
         if _is_committed(store, key):
             shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
         else:
@@ -99,12 +102,11 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
             attempt = Attempt(run, kind, key, scratch, store, guarantees, sign_key)
             with Lease(store, scratch, run_key=key, note=shown.note) as lease:
                 try:
-                    refused = attempt.carry_out(shown)
-                    if refused is not None:
-                        return Finished(refused, "refused", attempt.refused_report)
-                    state = "published"
+                    state, manifest = attempt.carry_out(shown)
+                    if state == "refused":
+                        return Finished(manifest, state, attempt.refused_report)
                 except Exception:
-                    if not _is_committed(store, key):
+                    if not _was_committed_meanwhile(store, key):
                         raise
                     shown.note(f"{store.uri}/{key} was committed by another run of the same key meanwhile")
                 lease.remove_scratch()
@@ -112,14 +114,26 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
             latest_commit(store)
         except FFSplitError as error:  # the artifact stands
             shown.note(f"warning: {LATEST_NAME} may be behind until it is read: {error}")
-        manifest = read_manifest(locate(f"{store.uri}/{key}"))
+        manifest = manifest or read_manifest(locate(f"{store.uri}/{key}"))
         report = f"{key}/{manifest.attempt}/{REPORT_NAME}"
         return Finished(manifest, state, report)
 
 
 def _is_committed(store: Store, key: str) -> bool:
-    """Whether a run has a commit. A store that cannot be asked is a mistake in --out."""
+    """Whether a run has a commit. A directory that cannot be read is a mistake; an outage is not."""
     try:
         return read_commit(store, key) is not None
-    except StoreError as error:
-        raise ConfigError(f"--out: {error}") from None
+    except (ConfigError, StoreError) as error:
+        if isinstance(error, StoreError) and is_remote(store.uri):
+            raise
+        raise ConfigError(f"--out: {error}") from error
+
+
+def _was_committed_meanwhile(store: Store, key: str) -> bool:
+    """Whether another run of this key made a failure of this one immaterial.
+
+    A store that fails once more says nothing new: what the attempt failed of is what is told.
+    """
+    with suppress(FFSplitError):
+        return read_commit(store, key) is not None
+    return False

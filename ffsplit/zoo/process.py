@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,12 +15,16 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from ffsplit.config import JobConfig
+from ffsplit.exit_codes import DONE, FAILED, REFUSED
 from ffsplit.temporary import temporary_folder
 from ffsplit.zoo.batch import Judged
 from ffsplit.zoo.driver import Request
 
 STOP_WITHIN_S = 10.0
 """How long an interrupted process may take to leave nothing behind, before it is killed."""
+LAST_WORDS_WITHIN_S = 5.0
+"""How long the output of a process that has ended may stay open: what it started may hold it, without end."""
+LOOK_EVERY_S = 0.1
 LONGEST_LINE = 1 << 20
 
 Say = Callable[[str], None]
@@ -33,10 +38,11 @@ class Ended(NamedTuple):
     result: Judged | None
 
 
-async def run_process(job: JobConfig, say: Say) -> Ended:
+async def run_process(job: JobConfig, say: Say, *, within_s: float) -> Ended:
     """Run one job in a process of its own; `say` gets every line that it prints.
 
-    When the caller is cancelled, or dies, the process is interrupted as by Ctrl-C.
+    When the caller is cancelled, or dies, the process is interrupted as by Ctrl-C, and so it is when it
+    takes longer than `within_s`.
     """
     with temporary_folder() as folder:
         result_file = folder / "result.json"
@@ -54,28 +60,60 @@ async def run_process(job: JobConfig, say: Say) -> Ended:
             with suppress(ConnectionError):  # it died before it read: its exit code says so
                 process.stdin.write(request.model_dump_json().encode() + b"\n")
                 await process.stdin.drain()
-            last_words = await _listen(process.stdout, say)
-            exit_code = await process.wait()
+            heard = _Heard(process.stdout, say)
+            exit_code = await _wait(process, within_s=within_s)
+            last_words = await heard.until_quiet()
         finally:
             await _end(process)
-        return Ended(exit_code, _explain(exit_code, last_words), _read(result_file))
+        if exit_code is None:
+            why = f"not done after {within_s / 3600:g} h, the zoo file's attempt_hours: interrupted"
+            return Ended(FAILED, why, None)
+        result = _read(result_file)
+        if exit_code in (DONE, REFUSED) and result is None:
+            last_words = f"its process ended with exit code {exit_code} and left no result"
+        return Ended(exit_code, _explain(exit_code, last_words), result)
 
 
-async def _listen(stream: asyncio.StreamReader, say: Say) -> str:
-    """Pass every line on; returns the last of FFSplit's own, or the last of all."""
-    last = own = ""
-    while True:
-        try:
-            data = await stream.readline()
-        except ValueError:  # a line too long to be meant for anybody
-            continue
-        if not data:
-            return own or last
-        line = data.decode("utf-8", "replace").rstrip()
-        if line:
-            say(line)
-            last = line
-            own = line.removeprefix("ffsplit: ") if line.startswith("ffsplit: ") else own
+class _Heard:
+    """What a process prints: every line is passed on, and the last is kept."""
+
+    def __init__(self, stream: asyncio.StreamReader, say: Say) -> None:
+        self._stream, self._say = stream, say
+        self._last = self._own = ""
+        self._task = asyncio.create_task(self._listen())
+
+    async def until_quiet(self) -> str:
+        """The last of FFSplit's own lines, or the last of all, once the process has ended."""
+        await asyncio.wait({self._task}, timeout=LAST_WORDS_WITHIN_S)
+        self._task.cancel()
+        return self._own or self._last
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                data = await self._stream.readline()
+            except ValueError:  # a line too long to be meant for anybody
+                continue
+            if not data:
+                return
+            line = data.decode("utf-8", "replace").rstrip()
+            if line:
+                self._say(line)
+                self._last = line
+                self._own = line.removeprefix("ffsplit: ") if line.startswith("ffsplit: ") else self._own
+
+
+async def _wait(process: Process, *, within_s: float) -> int | None:
+    """A process's exit code, None when it takes too long.
+
+    Not by process.wait(), which newer Pythons have wait for the pipes too.
+    """
+    ends_at = time.monotonic() + within_s
+    while process.returncode is None:
+        if time.monotonic() > ends_at:
+            return None
+        await asyncio.sleep(LOOK_EVERY_S)
+    return process.returncode
 
 
 async def _end(process: Process) -> None:
@@ -84,12 +122,10 @@ async def _end(process: Process) -> None:
         process.stdin.close()
     if process.returncode is not None:
         return
-    try:
-        await asyncio.wait_for(process.wait(), STOP_WITHIN_S)
-    except (TimeoutError, asyncio.TimeoutError):
+    if await _wait(process, within_s=STOP_WITHIN_S) is None:
         with suppress(ProcessLookupError):
             process.kill()
-        await process.wait()
+        await _wait(process, within_s=STOP_WITHIN_S)
 
 
 def _explain(exit_code: int, last_words: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -11,10 +10,11 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from typing import Literal
 
-from ffsplit import __version__
+from ffsplit import __version__, streams
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.config import JobConfig
 from ffsplit.distributed.shared import share_cluster
+from ffsplit.errors import FFSplitError, begun
 from ffsplit.exit_codes import DONE, MISTAKE, REFUSED
 from ffsplit.redaction import without_credentials
 from ffsplit.zoo.batch import Batch, BatchModel, new_batch_id, past_batches, save_batch
@@ -33,7 +33,8 @@ class _Pass:
     store: Store
     say: Say
     started: datetime
-    ended: dict[str, BatchModel] = field(default_factory=dict)
+    ended: dict[int, BatchModel] = field(default_factory=dict)
+    """By the model's place in the file."""
 
     def __post_init__(self) -> None:
         self._id = new_batch_id(self.started)
@@ -56,7 +57,9 @@ class _Pass:
             finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             ffsplit_version=__version__,
             max_models_in_flight=self.zoo.max_models_in_flight,
-            models=tuple(self.ended.get(model.name) or _interrupted(model) for model in self.zoo.models),
+            models=tuple(
+                self.ended.get(index) or _interrupted(model) for index, model in enumerate(self.zoo.models)
+            ),
         )
 
 
@@ -76,7 +79,7 @@ def run_zoo(
     """
     store = open_store(zoo.destination)
     store.check_writable()
-    this = _Pass(zoo, store, say or _to_stderr, datetime.now(timezone.utc))
+    this = _Pass(zoo, store, say or streams.note, datetime.now(timezone.utc))
     with share_cluster(address, runner=runner) as cluster:
         share = workers or max(1, cluster.num_cpus // zoo.max_models_in_flight)
         jobs = [
@@ -85,22 +88,23 @@ def run_zoo(
             )
             for model in zoo.models
         ]
-        with suppress(KeyboardInterrupt):  # recorded meanwhile, and ended
-            asyncio.run(_run_all(this, jobs))
-        return this.record()
+        with begun():
+            with suppress(KeyboardInterrupt):  # recorded meanwhile, and ended
+                asyncio.run(_run_all(this, jobs))
+            return this.record()
 
 
 async def _run_all(this: _Pass, jobs: list[JobConfig]) -> None:
     """Every model, those of the beginning of the file first."""
     places = asyncio.Semaphore(this.zoo.max_models_in_flight)
-    pairs = zip(this.zoo.models, jobs, strict=True)
-    tasks = [asyncio.create_task(_run_model(this, model, job, places)) for model, job in pairs]
+    tasks = [asyncio.create_task(_run_model(this, index, job, places)) for index, job in enumerate(jobs)]
     try:
         await asyncio.gather(*tasks)
     except asyncio.CancelledError:
         for task in tasks:
             task.cancel()
-        await asyncio.to_thread(this.record)  # at once: whoever stops a job may not wait for long
+        with suppress(FFSplitError):  # it is tried again, and told then
+            await asyncio.to_thread(this.record)  # at once: whoever stops a job may not wait for long
         raise
     finally:  # every process is ended before this returns
         for task in tasks:
@@ -108,17 +112,21 @@ async def _run_all(this: _Pass, jobs: list[JobConfig]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _run_model(this: _Pass, model: ZooModel, job: JobConfig, places: asyncio.Semaphore) -> None:
+async def _run_model(this: _Pass, index: int, job: JobConfig, places: asyncio.Semaphore) -> None:
     """One model, tried again while it fails for reasons that are not the user's to mend.
 
     Who waits for another attempt holds no place.
     """
-    wall_s, num_attempts = 0.0, 0
+    model, wall_s, num_attempts = this.zoo.models[index], 0.0, 0
     while True:
         num_attempts += 1
         async with places:
             started = time.monotonic()
-            ended = await run_process(job, lambda line: this.say(f"{model.name} | {line}"))
+            ended = await run_process(
+                job,
+                lambda line: this.say(f"{model.name} | {line}"),
+                within_s=3600 * this.zoo.attempt_hours,
+            )
             wall_s += time.monotonic() - started
         if ended.exit_code in (DONE, REFUSED, MISTAKE) or num_attempts > this.zoo.retries:
             break
@@ -126,7 +134,7 @@ async def _run_model(this: _Pass, model: ZooModel, job: JobConfig, places: async
         this.say(f"{model.name} | failed, again in {wait_s:g} s: {ended.last_words}")
         await asyncio.sleep(wait_s)
     recorded = _describe(model, ended, num_attempts=num_attempts, wall_s=round(wall_s, 3))
-    this.ended[model.name] = recorded
+    this.ended[index] = recorded
     this.say(f"{model.name} | {recorded.state}{f': {recorded.error}' if recorded.error else ''}")
 
 
@@ -155,7 +163,3 @@ def _interrupted(model: ZooModel) -> BatchModel:
         num_attempts=0,
         wall_s=0.0,
     )
-
-
-def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ PLACES = ("out", "address", "runner", "fresh")
 JOB_FIELDS = tuple(name for name in JobConfig.model_fields if name not in PLACES)
 LISTS = ("calibration", "eval", "gate")
 """Fields that take one value or a list of them."""
-RESERVED_NAMES = ("batches",)
+RESERVED_NAMES = ("batches", "index.html")
+"""What a batch itself writes into the destination."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -39,6 +40,7 @@ class ZooFile(Record):
     max_models_in_flight: int = Field(default=2, ge=1, le=1000)
     retries: int = Field(default=2, ge=0, le=20, description="of a model that failed while running")
     backoff_s: float = Field(default=30.0, ge=0, le=3600, description="before the first; doubled each time")
+    attempt_hours: float = Field(default=168.0, gt=0, description="after which an attempt is given up")
     defaults: dict[str, Any] = Field(default={}, description="fields of every model")
     models: list[dict[str, Any]] = Field(min_length=1)
 
@@ -51,6 +53,7 @@ class Zoo(Record):
     max_models_in_flight: int
     retries: int
     backoff_s: float
+    attempt_hours: float
     models: tuple[ZooModel, ...]
 
     @property
@@ -81,19 +84,31 @@ def parse_zoo(text: str, *, where: str, name: str) -> Zoo:
         raise ConfigError(f"{where}: {describe_validation_error(error, prefix='')}") from None
     _check_names(file.defaults, known=JOB_FIELDS, where=f"{where}: defaults")
     models = tuple(_model(file, index, where=where) for index in range(len(file.models)))
-    seen: dict[str, str] = {}
-    for model in models:
-        other = seen.setdefault(model.name.lower(), model.name)
-        if other is not model.name:
-            raise ConfigError(f"{where}: two models are named {model.name!r}: give one another name")
+    _check_apart(models, where=where)
     return Zoo(
         name=name,
         destination=file.destination.rstrip("/"),
         max_models_in_flight=file.max_models_in_flight,
         retries=file.retries,
         backoff_s=file.backoff_s,
+        attempt_hours=file.attempt_hours,
         models=models,
     )
+
+
+def _check_apart(models: Sequence[ZooModel], *, where: str) -> None:
+    """Raise ConfigError where two models would publish to one place; not every store tells cases apart."""
+    seen: dict[str, int] = {}
+    for index, model in enumerate(models):
+        first = seen.setdefault(model.name.lower(), index)
+        if first == index:
+            continue
+        other = models[first].name
+        same = "are both named" if other == model.name else f"are named {other!r} and"
+        raise ConfigError(
+            f"{where}: models[{first}] ({models[first].job.model}) and models[{index}] ({model.job.model}) "
+            f"{same} {model.name!r}, one place to publish to: give one another `name`"
+        )
 
 
 def _model(file: ZooFile, index: int, *, where: str) -> ZooModel:
@@ -105,7 +120,7 @@ def _model(file: ZooFile, index: int, *, where: str) -> ZooModel:
     fields = _without_other_budgets(file.defaults, entry) | entry
     if name is None:
         name = Path(str(fields.get("model", ""))).name
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name in RESERVED_NAMES:
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in RESERVED_NAMES:
         raise ConfigError(
             f"{place}: {name!r} is no name for a model: letters, digits, '.', '_' and '-', and not "
             f"{' or '.join(RESERVED_NAMES)}"

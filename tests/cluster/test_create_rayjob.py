@@ -181,6 +181,20 @@ def test_an_api_that_is_away_for_a_while_is_asked_again(api: Api, environment: d
     assert len(api.created) == 1
 
 
+def test_an_api_that_stays_away_is_given_up(api: Api, environment: dict[str, str]) -> None:
+    """With an exit code of its own, after which another pod waits on."""
+    api.answers = [(503, {})] * 10_000
+    done = run(environment | {"GIVE_UP_S": "0.2"})
+    assert done.returncode == 3
+    assert "the API answered 503, for 0.2 s in all; the batch may still run" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("redirection", [">/dev/full", "2>/dev/full", "| true", ">&- 2>&-"])
+def test_streams_that_cannot_be_written_end_nothing(environment: dict[str, str], redirection: str) -> None:
+    command = f"set -o pipefail; {sys.executable} {SCRIPT} {MANIFEST} {redirection}"
+    assert subprocess.run(["bash", "-c", command], env=environment, capture_output=True).returncode == 0
+
+
 def test_a_rayjob_that_goes_is_a_failure(api: Api, environment: dict[str, str]) -> None:
     api.answers = [(201, {}), (404, {"message": "not found"})]
     assert run(environment).returncode == 1

@@ -158,3 +158,13 @@ def test_who_stops_listening_stops_the_work() -> None:
     next(answers)
     answers.close()  # type: ignore[attr-defined]
     assert not pool.open_now
+
+
+def test_what_ended_a_stage_is_told_though_its_slots_cannot_be_closed() -> None:
+    class Stuck(Pool):
+        def close(self, slot: int) -> None:
+            raise RuntimeError("the host is gone")
+
+    pool = Stuck([2], outcome=lambda slot, item: Failed(slot, CalibrationError("the first cause")))
+    with pytest.raises(CalibrationError, match="the first cause"):
+        list(dispatch(pool, [1, 2, 3], stage="stage"))

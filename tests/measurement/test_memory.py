@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from ffsplit.errors import FFSplitError
+from ffsplit.measurement import memory
 from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.models.checkpoint import open_checkpoint
 from tests.tiny_models import save_checkpoint
@@ -27,3 +28,9 @@ def test_a_measurement_that_fails_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(FFSplitError, match=r"measuring the memory of .* failed: .*BertForNothing") as caught:
         peak(tmp_path, "BertForNothing")
     assert "\n" not in str(caught.value)
+
+
+def test_a_measurement_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "WITHIN_S", 0.01)
+    with pytest.raises(FFSplitError, match=r"took longer than 0.01 s: .* --no-memory"):
+        peak(tmp_path, "BertModel")

@@ -11,20 +11,27 @@ from dataclasses import dataclass, field
 
 UNAVAILABLE = b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
+_EXPIRED = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+EXPIRED = b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%s" % (
+    len(_EXPIRED),
+    _EXPIRED,
+)
+
 
 @dataclass
 class Fault:
     """What happens to the next `times` requests whose first line `applies` to.
 
-    lost: the server does it, the reply never arrives. refused: 503 at once. cut: the connection
-    breaks after `after_bytes` of the reply. cut_up: it breaks after that many bytes of the request.
-    drip: the reply comes in small pieces with pauses.
+    lost: the server does it, the reply never arrives. refused: `reply` at once, by default 503. cut: the
+    connection breaks after `after_bytes` of the reply. cut_up: it breaks after that many bytes of the
+    request. drip: the reply comes in small pieces with pauses.
     """
 
     kind: str
     times: int
     applies: Callable[[bytes], object] = lambda line: True
     after_bytes: int = 0
+    reply: bytes = UNAVAILABLE
     struck: int = 0
 
 
@@ -78,7 +85,7 @@ class FaultProxy:
                 fault = state["fault"]
                 sent += len(data)
                 if fault and fault.kind == "refused":
-                    client.sendall(UNAVAILABLE)
+                    client.sendall(fault.reply)
                     break
                 if fault and fault.kind == "cut_up" and sent > fault.after_bytes:
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ import yaml
 
 from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
+from ffsplit.errors import ConfigError
+from ffsplit.zoo import process
 from ffsplit.zoo.run import run_zoo
 from ffsplit.zoo.zoo_file import Zoo, load_zoo
 from tests.small_jobs import SmallJob
@@ -129,6 +132,42 @@ def test_the_end_of_a_batch_is_the_end_of_its_models(small_job: SmallJob, sent: 
         assert states == {"missing": "failed", "one": "interrupted", "waits": "interrupted"}
         assert json.loads(out) == json.loads(manifest.read_text())
         assert "interrupted" in (folder / "index.html").read_text()
+
+
+def test_every_model_has_its_own_row(small_job: SmallJob) -> None:
+    """Also one whose folder's name another model has: it needs a name of its own, and then fails alone."""
+    other = {"model": str(small_job.folder / "none" / small_job.model.name), "name": "other"}
+    with pytest.raises(ConfigError, match="are both named"):
+        zoo(small_job, {}, {"model": other["model"]})
+    batch = run_zoo(zoo(small_job, {"name": "one"}, other), runner="serial", say=lambda line: None)
+    assert [(each.name, each.state) for each in batch.models] == [("one", "published"), ("other", "failed")]
+    assert (batch.count("published"), batch.exit_code) == (1, 1)
+
+
+def test_an_attempt_that_takes_too_long_is_interrupted(small_job: SmallJob) -> None:
+    asked = zoo(small_job, {"name": "slow"}, retries=0, attempt_hours=1e-7)
+    (slow,) = run_zoo(asked, runner="serial", say=lambda line: None).models
+    assert slow.state == "failed"
+    assert slow.error == "not done after 1e-07 h, the zoo file's attempt_hours: interrupted"
+
+
+def test_a_process_that_ended_is_not_waited_for_by_what_it_started(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What outlives it holds its output open."""
+    monkeypatch.setattr(process, "LAST_WORDS_WITHIN_S", 0.5)
+    orphan = "import subprocess, sys; print('ffsplit: last words', flush=True); "
+    orphan += "child = subprocess.Popen(['sleep', '600']); "
+    orphan += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))"
+    fake = tmp_path / "python"
+    fake.write_text(f"#!{sys.executable}\n{orphan}; sys.exit(1)\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+    said: list[str] = []
+    ended = asyncio.run(process.run_process(small_job.config(tmp_path), said.append, within_s=60))
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    assert ended == (1, "last words", None)
+    assert said == ["ffsplit: last words"]
 
 
 def test_a_mistake_in_the_file_is_one_line(small_job: SmallJob, capsys: pytest.CaptureFixture[str]) -> None:

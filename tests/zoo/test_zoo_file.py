@@ -52,7 +52,17 @@ BAD: dict[str, tuple[str, str, str]] = {
     "unknown field of a model": ("max_bytes", "max_byte", "models[1]: unknown field max_byte, did you mean"),
     "gates": ("  gate: [f", "  gates: [f", "did you mean 'gate'?"),
     "an output of its own": ("    recipe: tiny", "    out: elsewhere", "out is not for a zoo file"),
-    "one name twice": ("name: large", "name: Small", "two models are named 'Small'"),
+    "one name twice": (
+        "name: large",
+        "name: small",
+        "models[0] (org/small) and models[1] (org/large) are both",
+    ),
+    "one name but for case": ("name: large", "name: Small", "are named 'small' and 'Small', one place"),
+    "one default name": ("org/large\n    name: large", "other/small", "(other/small) are both named 'small'"),
+    "one folder's name": ("org/large\n    name: large", "/models/small/", "are both named 'small'"),
+    "one model twice": ("org/large\n    name: large", "org/small", "are both named 'small'"),
+    "a default name that is given": ("name: large", "name: small", "are both named 'small'"),
+    "the name of the page": ("name: large", "name: Index.html", "'Index.html' is no name"),
     "one key twice": ("  keep: 0.35", "  keep: 0.35\n  keep: 0.5", "'keep' is given twice"),
     "no name": ("name: large", "name: ../large", "'../large' is no name"),
     "a name that is taken": ("name: large", "name: batches", "'batches' is no name"),
@@ -80,3 +90,12 @@ def test_a_mistake_is_one_line_that_says_where(name: str) -> None:
 def test_a_file_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r"zoo file none\.yaml cannot be read: No such file"):
         load_zoo("none.yaml")
+
+
+def test_one_model_may_be_there_twice_under_two_names() -> None:
+    twice = parse(FILE.replace("org/large", "org/small"))
+    assert [(each.name, each.job.model) for each in twice.models] == [
+        ("small", "org/small"),
+        ("large", "org/small"),
+    ]
+    assert len({each.job.out for each in twice.models}) == 2

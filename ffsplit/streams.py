@@ -1,0 +1,118 @@
+"""Standard streams that may be closed, full or unread. Nothing that is written to them ends a run.
+
+stderr takes notes: progress, logs and errors. stdout takes what a command prints; whether all of it
+arrived is asked once, at the end, by `lost_output`.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
+
+STANDARD = (0, 1, 2)
+
+
+class Stream:
+    """A text stream that never raises: what it cannot write it drops, and `lost` keeps the first reason."""
+
+    def __init__(self, stream: TextIO | Stream | None) -> None:
+        self.lost: Exception | None = None
+        self._is_missing = stream is None
+        self._stream: Any = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+
+    def write(self, text: str) -> int:
+        if self._is_missing and text:
+            self._lose(OSError(errno.EBADF, os.strerror(errno.EBADF)))
+        try:
+            self._stream.write(text)
+        except UnicodeEncodeError as error:
+            self.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            self._lose(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self._lose(error)
+
+    def isatty(self) -> bool:
+        try:
+            return bool(self._stream.isatty())
+        except (OSError, ValueError):
+            return False
+
+    def end(self) -> None:
+        """Flush, and drop what cannot be flushed: the interpreter would fail by it when it exits."""
+        self.flush()
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            self._discard()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _lose(self, error: Exception) -> None:
+        self.lost = self.lost or error
+        if getattr(error, "errno", None) == errno.EPIPE:  # nobody will read again; child processes write too
+            self._discard()
+
+    def _discard(self) -> None:
+        with suppress(OSError, ValueError, AttributeError):
+            if (descriptor := self._stream.fileno()) in STANDARD:
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Make stdout and stderr streams that never raise, for as long as a command runs."""
+    _open_closed_descriptors()
+    before = sys.stdout, sys.stderr
+    out, notes = Stream(sys.stdout), Stream(sys.stderr)
+    sys.stdout, sys.stderr = cast(TextIO, out), cast(TextIO, notes)
+    try:
+        yield
+    finally:
+        out.end()
+        notes.end()
+        sys.stdout, sys.stderr = before
+
+
+def stderr() -> Stream:
+    """Where notes go, whatever sys.stderr is at the moment."""
+    stream: Any = sys.stderr
+    return stream if isinstance(stream, Stream) else Stream(stream)
+
+
+def note(line: str) -> None:
+    """One line on stderr, as far as there is one."""
+    stream = stderr()
+    stream.write(f"{line}\n")
+    stream.flush()
+
+
+def lost_output() -> str | None:
+    """Why something that was printed on stdout did not arrive there, None when all of it did."""
+    stream: Any = sys.stdout
+    if not isinstance(stream, Stream):
+        return None
+    stream.flush()
+    return None if stream.lost is None else getattr(stream.lost, "strerror", None) or str(stream.lost)
+
+
+def _open_closed_descriptors() -> None:
+    """Let no file that is opened later become a standard stream, which libraries and children write to."""
+    for descriptor in STANDARD:
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
+            os.set_inheritable(opened, True)

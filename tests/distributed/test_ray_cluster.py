@@ -1,0 +1,101 @@
+"""Addresses at which no Ray answers: one line for each, and an end to every wait."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, closing
+from pathlib import Path
+from socket import create_server
+
+import pytest
+
+from ffsplit.cli import main
+from ffsplit.distributed import jobs, ray_cluster
+from ffsplit.distributed.jobs import JobServer
+from ffsplit.distributed.ray_cluster import connect
+from ffsplit.errors import ConfigError
+from tests.distributed.listeners import hanging_grpc, silent, web_server
+from tests.small_jobs import SmallJob
+
+Listener = Callable[[], AbstractContextManager[int]]
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "ANSWER_WITHIN_S", 0.5)
+    monkeypatch.setattr(jobs, "ANSWER_WITHIN_S", 0.5)
+
+
+def closed_port() -> int:
+    with closing(create_server(("127.0.0.1", 0))) as listener:
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+@pytest.mark.parametrize(
+    ("listener", "told"),
+    [
+        (silent, "it accepts connections and said nothing in 0.5 s"),
+        (web_server, "what listens there is not a Ray head"),
+        (hanging_grpc, "its head did not answer in 0.5 s"),
+    ],
+)
+def test_what_is_not_ray_is_given_up(listener: Listener, told: str, scheme: str) -> None:
+    if listener is hanging_grpc and scheme:
+        pytest.skip("Ray's own client has a limit, of half a minute")
+    with listener() as port, pytest.raises(ConfigError) as caught:
+        connect(f"{scheme}127.0.0.1:{port}", num_cpus=1)
+    line = str(caught.value)
+    assert line.startswith(f"Ray at {scheme}127.0.0.1:{port} cannot be reached: ") and told in line
+    assert "\n" not in line
+
+
+def test_nobody_listens() -> None:
+    with pytest.raises(ConfigError, match="Connection refused"):
+        connect(f"127.0.0.1:{closed_port()}", num_cpus=1)
+
+
+def test_without_the_token_that_is_asked_for(tmp_path: Path) -> None:
+    """In a process of its own: Ray reads the mode once. Its client would abort."""
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "", "HOME": str(tmp_path)}
+    environment.pop("RAY_AUTH_TOKEN", None)
+    environment.pop("RAY_AUTH_TOKEN_PATH")
+    with hanging_grpc() as port:
+        code = "from ffsplit.distributed.ray_cluster import connect\n"
+        code += "from ffsplit.exit_codes import exit_code_of\n"
+        code += f"raise SystemExit(exit_code_of(lambda: connect('127.0.0.1:{port}', num_cpus=1)))"
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "no authentication token was found" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["compress", "zoo"])
+def test_a_command_ends_before_anything_is_written(
+    small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    file = tmp_path / "zoo.yaml"
+    file.write_text(f"destination: {tmp_path / 'out'}\nmodels: [{{model: {small_job.model}}}]\n")
+    given = small_job.arguments(tmp_path / "out") if command == "compress" else [str(file)]
+    with silent() as port:
+        assert main([command, *given, "--address", f"127.0.0.1:{port}"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("ffsplit: Ray at 127.0.0.1") and "said nothing" in last
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("listener", "told"),
+    [
+        (silent, "it did not answer within 0.5 s"),
+        (web_server, "cannot be reached"),
+        (lambda: web_server(b"[1]"), "cannot be reached"),
+        (lambda: web_server(b"no", 404), "404"),
+    ],
+)
+def test_what_is_no_job_server_is_given_up(listener: Listener, told: str) -> None:
+    with listener() as port, pytest.raises(ConfigError, match=r"^Ray at http://127") as caught:
+        JobServer(f"http://127.0.0.1:{port}")
+    assert told in str(caught.value) and "\n" not in str(caught.value)
