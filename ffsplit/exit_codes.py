@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from ffsplit import logs
 from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.home import settle_home
 from ffsplit.redaction import guarded_streams
 
 DONE, FAILED, MISTAKE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -29,6 +30,7 @@ exit codes:
 def exit_code_of(run: Callable[[], int]) -> int:
     """Run a command. An error is one line on stderr, and the exit code that goes with it."""
     try:
+        settle_home()
         logs.set_up(logs.asked_for())
         with _terminated_as_interrupted():
             return run()

@@ -17,6 +17,7 @@ from ffsplit.cli.run import add_run_commands
 from ffsplit.cli.store import add_store_commands
 from ffsplit.errors import ConfigError
 from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, exit_code_of
+from ffsplit.home import user_path
 from ffsplit.models.trust import trusting
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> in
 
 
 def _sign_key(parsed: argparse.Namespace) -> Path | None:
-    return None if parsed.sign_key is None else Path(parsed.sign_key).expanduser()
+    return None if parsed.sign_key is None else user_path(parsed.sign_key)
 
 
 def _show(parsed: argparse.Namespace, manifest: Manifest, *, refused_report: str | None = None) -> None:

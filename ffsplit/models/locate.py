@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ffsplit.artifacts.inputs import StoredFiles, is_remote, stored_files
 from ffsplit.errors import ConfigError
+from ffsplit.home import user_path
 from ffsplit.models.trust import trusted
 
 HUB_ID = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
@@ -49,7 +50,7 @@ def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
             raise ConfigError(f"--revision is for hub ids; {model} is in a store")
         stored = stored_files(model, suffixes=(*WANTED_SUFFIXES, *_code_suffixes()))
         return LocatedModel(stored.materialize(), None, stored)
-    directory = Path(model).expanduser()
+    directory = user_path(model)
     if directory.is_dir():
         if revision is not None:
             raise ConfigError(f"--revision is for hub ids; {model} is a local directory")
@@ -85,7 +86,7 @@ def model_name(model: str) -> str:
 
     Where that is generic, its parent's goes before it.
     """
-    path = Path(model).expanduser().resolve()
+    path = user_path(model).resolve()
     if not path.is_dir():
         return model
     return f"{path.parent.name}/{path.name}" if path.name in GENERIC_NAMES else path.name

@@ -10,6 +10,7 @@ from typing import Literal
 from ffsplit.artifacts.paths import check_outside_attempts
 from ffsplit.artifacts.pull import materialize
 from ffsplit.errors import ConfigError
+from ffsplit.home import user_path
 from ffsplit.models.checkpoint import tokenizer_files
 
 ExportFormat = Literal["onnx"]
@@ -26,7 +27,7 @@ def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
     check_outside_attempts(out.resolve().as_posix(), flag="--out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists already and is not an empty directory")
-    local = Path(uri).expanduser()
+    local = user_path(uri)
     is_checkpoint = (local / "config.json").is_file() and not (local / "manifest.json").is_file()
     directory = local if is_checkpoint else materialize(uri)
     out.parent.mkdir(parents=True, exist_ok=True)
