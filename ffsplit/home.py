@@ -48,13 +48,15 @@ def _is_writable(home: Path | None) -> bool:
 def settle_home() -> None:
     """Give libraries what they look for in a home, where there is none or it cannot be written.
 
-    Ray, matplotlib and others keep a file or two there. Nothing changes for whoever has a home.
+    Ray, matplotlib and others keep a file or two there. Nothing changes for whoever has a home. The same
+    for temporary files.
     """
+    from ffsplit.temporary import process_folder, settle_temporary
+
+    settle_temporary()
     home, given = home_directory(), Path(os.environ.get("HOME", ""))
     if _is_writable(home) or (given.name == LENT and given.is_dir()):  # lent by the process above
         return
-    from ffsplit.temporary import process_folder
-
     with suppress(OSError, FFSplitError):  # without temporary files: said where one is needed
         lent = process_folder() / LENT
         lent.mkdir(exist_ok=True)

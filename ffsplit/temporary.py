@@ -39,13 +39,22 @@ def process_folder() -> Path:
 
 def temporary_root() -> Path:
     """The directory of all temporary files. Raises ConfigError when none can be written."""
-    try:
-        return Path(tempfile.gettempdir())
-    except FileNotFoundError:
-        tried = ", ".join(filter(None, (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", os.curdir)))
+    settle_temporary()
+    root = Path(tempfile.gettempdir())
+    if not os.access(root, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"no directory for temporary files can be written ({tried}): set TMPDIR to one that can"
-        ) from None
+            f"temporary files cannot be written in {root}, nor anywhere else: set TMPDIR to a directory that "
+            "can be written"
+        )
+    return root
+
+
+def settle_temporary() -> None:
+    """Let libraries ask for the directory, as some do on import, where none can be written."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        tempfile.tempdir = os.environ.get("TMPDIR") or "/tmp"
 
 
 def remove_abandoned() -> None:

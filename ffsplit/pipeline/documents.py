@@ -34,15 +34,17 @@ from ffsplit.environment import describe_environment
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import describe_result
+from ffsplit.home import user_path
 from ffsplit.models.locate import model_name
 from ffsplit.pipeline.origin import calibration_record
 from ffsplit.pipeline.prepare import PreparedRun
-from ffsplit.redaction import without_credentials
+from ffsplit.redaction import redacted, without_credentials
 from ffsplit.report.html import render_report
 from ffsplit.report.plots import energy_curve
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.plan import LayerPlan
 from ffsplit.splitting.scores import energy_counts, energy_share, is_starved, output_energy
+from ffsplit.temporary import temporary_root
 
 CARD_NAME = "README.md"
 
@@ -91,7 +93,8 @@ def write_documents(
 
 
 def report_of(manifest: Manifest, statistics: Sequence[NeuronStats]) -> str:
-    """The HTML report of an artifact."""
+    """The HTML report of an artifact. Raises ConfigError without temporary files, which matplotlib needs."""
+    temporary_root()
     curves = [
         energy_curve(record.layer, output_energy(stats), name=record.name)
         for record, stats in zip(manifest.layers, statistics, strict=True)
@@ -235,10 +238,11 @@ def render_published(uri: str, *, out: str) -> Path:
     """Write the report of a published artifact to a file, from its manifest and statistics."""
     directory = materialize(uri)
     manifest = read_manifest(locate(uri))
-    target = Path(out)
+    target = user_path(out)
     check_outside_attempts(target.resolve().as_posix(), flag="--out")
+    page = redacted(report_of(manifest, read_statistics(directory / STATISTICS_PATH)))
     try:
-        target.write_text(report_of(manifest, read_statistics(directory / STATISTICS_PATH)), "utf-8")
+        target.write_text(page, "utf-8")
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
     return target
