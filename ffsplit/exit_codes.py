@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from ffsplit import logs, streams
 from ffsplit.errors import ConfigError, FFSplitError, reason_of
+from ffsplit.home import settle_home
 from ffsplit.redaction import guarded_streams
 
 DONE, FAILED, MISTAKE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -34,6 +35,7 @@ def exit_code_of(run: Callable[[], int]) -> int:
     """
     with streams.guarded():
         try:
+            settle_home()
             logs.set_up(logs.asked_for())
             with _terminated_as_interrupted():
                 return run()

@@ -57,7 +57,7 @@ def asked_for() -> LogFormat:
     """The format that FFSPLIT_LOG asks for. Raises ConfigError for one that there is not."""
     wanted = os.environ.get(VARIABLE) or "text"
     if wanted not in ("text", "json"):
-        raise ConfigError(f"{VARIABLE}={wanted}: give text or json")
+        raise ConfigError(f"{VARIABLE} must be text or json: correct it, or unset it")
     return "json" if wanted == "json" else "text"
 
 

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
-from ffsplit.errors import FFSplitError
+from ffsplit.errors import ConfigError, FFSplitError
 
 PREFIX = "ffsplit-work-"
 
@@ -37,9 +37,29 @@ def process_folder() -> Path:
     return _folder_of(os.getpid())
 
 
+def temporary_root() -> Path:
+    """The directory of all temporary files. Raises ConfigError when none can be written."""
+    settle_temporary()
+    root = Path(tempfile.gettempdir())
+    if not os.access(root, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"temporary files cannot be written in {root}, nor anywhere else: set TMPDIR to a directory that "
+            "can be written"
+        )
+    return root
+
+
+def settle_temporary() -> None:
+    """Let libraries ask for the directory, as some do on import, where none can be written."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        tempfile.tempdir = os.environ.get("TMPDIR") or "/tmp"
+
+
 def remove_abandoned() -> None:
     """Remove what this user's processes left behind that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+    for folder in temporary_root().glob(f"{PREFIX}*"):
         with suppress(OSError):
             if folder.lstat().st_uid == os.getuid() and (held := _lock(folder)) is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -67,7 +87,7 @@ def _folder_of(pid: int) -> Path:
     """Made when first asked for: a child that was forked gets one of its own."""
     remove_abandoned()
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temporary_root()))
         if _lock(folder) is not None:  # else somebody looked between the two, and takes it away
             atexit.register(_remove, folder, pid)
             return folder

@@ -25,6 +25,7 @@ from pathlib import Path
 from ffsplit.artifacts.locks import locked, share, try_locked
 from ffsplit.artifacts.units import parse_size
 from ffsplit.errors import ConfigError
+from ffsplit.home import home_directory, user_path
 
 DEFAULT_LIMIT = "50GB"
 GRACE_S = 600.0
@@ -40,9 +41,13 @@ class Cache:
     @classmethod
     def open(cls, root: Path | None = None) -> Cache:
         """The cache of this user, or one elsewhere. Raises ConfigError for a limit that is no size."""
-        chosen = root or Path(os.environ.get("FFSPLIT_CACHE") or "~/.cache/ffsplit").expanduser()
+        given, home = os.environ.get("FFSPLIT_CACHE"), home_directory()
+        if root is None and not given and home is None:
+            chosen = Path("no-home")  # holds nothing, and is not made: most commands need no cache
+        else:
+            chosen = (root or user_path(given or "~/.cache/ffsplit")).absolute()
         limit = os.environ.get("FFSPLIT_CACHE_LIMIT") or DEFAULT_LIMIT
-        return cls(chosen.absolute(), parse_size(limit, name="FFSPLIT_CACHE_LIMIT"))
+        return cls(chosen, parse_size(limit, name="FFSPLIT_CACHE_LIMIT"))
 
     def find(self, digest: str, *, is_whole: Callable[[Path], bool]) -> Path | None:
         """The directory of a digest, None when it is not there or not whole. Counts as a use of it.
@@ -71,6 +76,8 @@ class Cache:
         """
         if found := self.find(digest, is_whole=is_whole):
             return found
+        if not self.root.is_absolute():
+            raise ConfigError("this user has no home directory for the cache: set FFSPLIT_CACHE, or HOME")
         target = self.root / "artifacts" / digest
         try:
             _read(self._readers(digest))

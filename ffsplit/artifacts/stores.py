@@ -12,6 +12,7 @@ from urllib.parse import unquote
 from ffsplit.artifacts.entries import StoreGuarantees
 from ffsplit.artifacts.paths import is_safe_path
 from ffsplit.errors import ConfigError, StoreError
+from ffsplit.home import user_path
 
 Names = list[str]
 """Spelled out here because `list` inside a store is its method."""
@@ -187,4 +188,4 @@ def parse_path(text: str) -> Path:
     if not text or "\0" in text:
         raise ConfigError(f"{text!r} is not a path")
     path = Path(text)
-    return path.expanduser() if path.parts[:1] == ("~",) else path.absolute()
+    return user_path(path) if path.parts[:1] == ("~",) else path.absolute()

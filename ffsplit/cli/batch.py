@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from pathlib import Path
 
 from ffsplit import streams
 from ffsplit.exit_codes import INTERRUPTED
+from ffsplit.home import user_path
 
 Run = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
@@ -44,7 +44,7 @@ def add_batch_commands(command: AddCommand, *, parse: Parse) -> None:
 def _submit(parsed: argparse.Namespace) -> int:
     from ffsplit.errors import ConfigError
 
-    working_dir = None if parsed.working_dir is None else Path(parsed.working_dir).expanduser()
+    working_dir = None if parsed.working_dir is None else user_path(parsed.working_dir)
     if working_dir is not None and not working_dir.is_dir():
         raise ConfigError(f"--working-dir {parsed.working_dir} is not a directory")
     checked = parsed.parse([parsed.command, *parsed.arguments])

@@ -16,6 +16,7 @@ from ffsplit.cli.run import add_run_commands
 from ffsplit.cli.store import add_store_commands
 from ffsplit.errors import ConfigError
 from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, checked_output, exit_code_of, show_tracebacks
+from ffsplit.home import user_path
 from ffsplit.models.attention import attending
 from ffsplit.models.trust import trusting
 
@@ -185,7 +186,7 @@ def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> in
 
 
 def _sign_key(parsed: argparse.Namespace) -> Path | None:
-    return None if parsed.sign_key is None else Path(parsed.sign_key).expanduser()
+    return None if parsed.sign_key is None else user_path(parsed.sign_key)
 
 
 def _show(parsed: argparse.Namespace, manifest: Manifest, *, refused_report: str | None = None) -> None:

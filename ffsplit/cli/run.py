@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 from ffsplit.cli.job import add_loading_flags
+from ffsplit.home import user_path
 
 Run = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
@@ -76,5 +76,5 @@ def _benchmark(parsed: argparse.Namespace) -> int:
 def _export(parsed: argparse.Namespace) -> int:
     from ffsplit.runtime.export import export
 
-    print(export(parsed.uri, format=parsed.format, out=Path(parsed.out).expanduser()))
+    print(export(parsed.uri, format=parsed.format, out=user_path(parsed.out)))
     return 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
+
+from ffsplit.home import user_path
 
 Run = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
@@ -41,9 +42,9 @@ def _pull(parsed: argparse.Namespace) -> int:
     from ffsplit.artifacts.pull import pull
     from ffsplit.cli.progress_bytes import bytes_to_stderr
 
-    directory = None if parsed.directory is None else Path(parsed.directory).expanduser()
+    directory = None if parsed.directory is None else user_path(parsed.directory)
     with bytes_to_stderr("pull") as shown:
-        key = None if parsed.verify_key is None else Path(parsed.verify_key).expanduser()
+        key = None if parsed.verify_key is None else user_path(parsed.verify_key)
         print(pull(parsed.uri, directory, verify_key=key, progress=shown))
     return 0
 

@@ -16,6 +16,7 @@ from ffsplit.config import JobConfig, digest_of
 from ffsplit.distributed.jobs import JobServer
 from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.exit_codes import INTERRUPTED
+from ffsplit.home import user_path
 
 UNNAMED = ("run", "json", "workers", "address", "in_job", "parse", "sign_key", "file", "title")
 """What an argument parser adds, or what does not change what a job is for."""
@@ -120,7 +121,7 @@ def _of_run(command: str, config: JobConfig, entrypoint: str) -> Job:
 
 def _is_here(config: JobConfig) -> bool:
     """Whether the model and all that a job names can be read on this machine, without a download."""
-    if not Path(config.model).expanduser().is_dir():
+    if not user_path(config.model).is_dir():
         return False
     specs = (*config.calibration, *config.eval)
     if any(spec.startswith(("hf:", "lm-eval:")) or "://" in spec for spec in (*specs, config.stats or "")):

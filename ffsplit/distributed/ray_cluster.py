@@ -27,6 +27,7 @@ from ray._raylet import (  # type: ignore[attr-defined]
 from ray.exceptions import RpcError
 
 from ffsplit.errors import ConfigError
+from ffsplit.home import lend_ray_token
 
 LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
 """Enough for a local cluster: tensors never pass through the object store."""
@@ -79,6 +80,7 @@ def connect(address: str | None, *, num_cpus: int) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address in (None, "local"):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        lend_ray_token()
         options |= {
             "address": "local",
             "num_cpus": num_cpus,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ffsplit.environment import hardware_fingerprint
 from ffsplit.errors import ConfigError
+from ffsplit.home import user_path
 from ffsplit.measurement.examples import example_inputs
 from ffsplit.measurement.latency import batches_allowed, run_ms
 from ffsplit.measurement.size import model_shape
@@ -137,14 +138,14 @@ def _ffns(model: Any, checkpoint: Checkpoint) -> Iterator[_FFN]:
 
 def check_target(out: str) -> None:
     """Raise ConfigError, before anything is measured, where a file plainly cannot be written."""
-    path = Path(out).expanduser()
+    path = user_path(out)
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"--out {out} cannot be written: give a file in a directory that exists")
 
 
 def write_latency_table(table: LatencyTable, out: str) -> Path:
     """Write a table. Raises ConfigError when the file cannot be written."""
-    path = Path(out).expanduser()
+    path = user_path(out)
     try:
         path.write_text(table.model_dump_json(indent=2) + "\n", "utf-8")
     except OSError as error:

@@ -17,6 +17,7 @@ from ffsplit.artifacts.manifest import MANIFEST_NAME, Manifest
 from ffsplit.artifacts.paths import RUN_KEY
 from ffsplit.artifacts.stores import open_store, root_uri
 from ffsplit.errors import ArtifactError, ConfigError
+from ffsplit.home import user_path
 from ffsplit.models.folder import CONFIG_NAME, MOST_NAMES, FolderFiles, Listing, sort_files
 from ffsplit.models.recognise import check_is_model, check_modules
 
@@ -54,7 +55,7 @@ def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
         if revision is not None:
             raise ConfigError(f"--revision is for hub ids; {model} is in a store")
         return _fetch(model)
-    directory = Path(root_uri(model) if model.lower().startswith("file:") else model).expanduser()
+    directory = user_path(root_uri(model) if model.lower().startswith("file:") else model)
     if directory.is_dir():
         if revision is not None:
             raise ConfigError(f"--revision is for hub ids; {model} is a local directory")
@@ -162,7 +163,7 @@ def model_name(model: str) -> str:
 
     Where that is generic, its parent's goes before it. An artifact goes by the name of its original.
     """
-    path = Path(model).expanduser().resolve()
+    path = user_path(model).resolve()
     if not path.is_dir():
         return model
     with suppress(OSError, ArtifactError):

@@ -36,11 +36,12 @@ from ffsplit.environment import describe_environment
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import LayerLayout
 from ffsplit.gates import describe_result
+from ffsplit.home import user_path
 from ffsplit.models.folder import CARD_NAME, ORIGINAL_CARD
 from ffsplit.models.locate import model_name
 from ffsplit.pipeline.origin import calibration_record
 from ffsplit.pipeline.prepare import PreparedRun, healing_threads
-from ffsplit.redaction import without_credentials
+from ffsplit.redaction import redacted, without_credentials
 from ffsplit.report.html import render_report
 from ffsplit.report.humanize import number, times
 from ffsplit.report.noise import load_in_words, noise, spread_in_words
@@ -48,6 +49,7 @@ from ffsplit.report.plots import energy_curve
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.plan import LayerPlan
 from ffsplit.splitting.scores import energy_counts, energy_share, is_starved, output_energy
+from ffsplit.temporary import temporary_root
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def write_documents(
 
 
 def report_of(manifest: Manifest, statistics: Sequence[NeuronStats]) -> str:
-    """The HTML report of an artifact."""
+    """The HTML report of an artifact. Raises ConfigError without temporary files, which matplotlib needs."""
+    temporary_root()
     curves = [
         energy_curve(record.layer, output_energy(stats), name=record.name)
         for record, stats in zip(manifest.layers, statistics, strict=True)
@@ -264,10 +267,11 @@ def render_published(uri: str, *, out: str) -> Path:
     """Write the report of a published artifact to a file, from its manifest and statistics."""
     directory = materialize(uri)
     manifest = read_manifest(locate(uri))
-    target = Path(out)
+    target = user_path(out)
     check_outside_attempts(target.resolve().as_posix(), flag="--out")
+    page = redacted(report_of(manifest, read_statistics(directory / STATISTICS_PATH)))
     try:
-        target.write_text(report_of(manifest, read_statistics(directory / STATISTICS_PATH)), "utf-8")
+        target.write_text(page, "utf-8")
     except OSError as error:
         raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
     return target

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from ffsplit.preflight.problems import find_problems
 from ffsplit.preflight.records import DiskNeeds, Machine, Preflight, StageNeeds
 from ffsplit.preflight.workload import ITEM_SIZES, Workload
 from ffsplit.stages.profile import ComputeProfile
+from ffsplit.temporary import temporary_root
 
 
 @explained("the job cannot be checked")
@@ -71,7 +71,7 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
         block_by_block=calibrates_so,
         measured_block_by_block=measures_so and not statistics_only,
         stages=stages,
-        temporary=_disk(tempfile.gettempdir(), spilled),
+        temporary=_disk(str(temporary_root()), spilled),
         store=_disk(open_store(config.out).uri, scratch + artifact),
         artifact_bytes=artifact,
         left_out=() if statistics_only else job.left_out,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -16,6 +15,7 @@ from ffsplit.compressors import AnyCompressor, DistillCompressor, QuantizeCompre
 from ffsplit.config import Record, describe_validation_error
 from ffsplit.errors import ConfigError, explained, reason_of
 from ffsplit.healing.settings import HealingSettings
+from ffsplit.home import user_path
 from ffsplit.models.rows import ModelKind
 from ffsplit.splitting.heavy import HeavyRule
 from ffsplit.splitting.scores import ScoreName
@@ -156,7 +156,7 @@ def load_recipe(name: str) -> Recipe:
     shipped = shipped_recipes()
     if name in shipped:
         return parse_recipe(shipped[name], where=f"recipe {name}")
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.suffix not in (".yaml", ".yml"):
         near = _suggestion(name, list(shipped))
         raise ConfigError(

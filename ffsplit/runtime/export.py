@@ -12,6 +12,7 @@ from ffsplit.artifacts.manifest import MANIFEST_NAME
 from ffsplit.artifacts.paths import check_outside_attempts
 from ffsplit.artifacts.pull import materialize
 from ffsplit.errors import ConfigError, explained
+from ffsplit.home import user_path
 from ffsplit.models.folder import CONFIG_NAME, local_listing, sort_files
 
 ExportFormat = Literal["onnx"]
@@ -33,7 +34,7 @@ def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
     check_outside_attempts(out.resolve().as_posix(), flag="--out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists already and is not an empty directory")
-    local = Path(uri).expanduser()
+    local = user_path(uri)
     is_checkpoint = (local / "config.json").is_file() and not (local / MANIFEST_NAME).is_file()
     directory = local if is_checkpoint else materialize(uri)
     graph = Path(ONNX_FOLDER if (directory / SENTENCE_MODULES).is_file() else "", FILE_NAME)

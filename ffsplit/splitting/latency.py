@@ -6,7 +6,6 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -14,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError
 from ffsplit.ffn import ModelShape
+from ffsplit.home import user_path
 
 Hardware = dict[str, str | int]
 
@@ -96,7 +96,7 @@ def read_latency_table(
     """A table that holds for this model on this machine in this dtype. Raises ConfigError otherwise."""
     again = "measure one here with ffsplit latency-table"
     try:
-        table = LatencyTable.model_validate_json(Path(path).expanduser().read_bytes(), extra="allow")
+        table = LatencyTable.model_validate_json(user_path(path).read_bytes(), extra="allow")
     except OSError as error:
         raise ConfigError(f"--latency-table {path} cannot be read: {error.strerror}") from None
     except ValidationError as error:

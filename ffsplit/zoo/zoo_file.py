@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError
 from ffsplit.config import BUDGET_KINDS, JobConfig, Record, describe_validation_error, digest_of
 from ffsplit.errors import ConfigError, reason_of
 from ffsplit.gates import parse_gates
+from ffsplit.home import user_path
 
 PLACES = ("out", "address", "runner", "fresh")
 """Fields of a job that the batch decides, not the file."""
@@ -64,7 +65,7 @@ class Zoo(Record):
 
 def load_zoo(path: str) -> Zoo:
     """Read a zoo file. Raises ConfigError in one line: what is wrong, where, and the nearest right name."""
-    file = Path(path).expanduser()
+    file = user_path(path)
     try:
         text = file.read_text("utf-8")
     except OSError as error:

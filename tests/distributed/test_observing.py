@@ -79,5 +79,5 @@ def test_lines_have_the_fields_of_the_place(
 
 def test_an_unknown_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(logs.VARIABLE, "xml")
-    with pytest.raises(ConfigError, match="FFSPLIT_LOG=xml: give text or json"):
+    with pytest.raises(ConfigError, match="FFSPLIT_LOG must be text or json"):
         logs.asked_for()

@@ -18,6 +18,7 @@ from ffsplit.calibration.text_files import (
     source_error,
 )
 from ffsplit.errors import ConfigError, explained
+from ffsplit.home import user_path
 
 TABLES = (".csv", ".tsv", ".jsonl")
 
@@ -52,7 +53,7 @@ def task_file(spec: str, *, suffixes: Sequence[str]) -> TaskFile:
     suffix = match["suffix"].lower() if match else Path(rest).suffix
     if match is None or suffix not in suffixes:
         raise task_error(spec, f"it needs a file that ends in {' or '.join(suffixes)}, not {rest!r}")
-    path = Path(match["path"]).expanduser()
+    path = user_path(match["path"])
     if not path.is_file():
         problem = "is a directory" if path.is_dir() else "does not exist"
         raise task_error(spec, f"{path} {problem}; check the path")
