@@ -70,10 +70,13 @@ def _read_float(
 def layer_tensors(
     checkpoint: Checkpoint, index: int, weights: FFNWeights, *, plain: bool
 ) -> dict[str, Tensor]:
-    """A compressed FFN's tensors under the names that the artifact gives them, in the original's dtype."""
+    """A compressed FFN's tensors under the names that the artifact gives them, in the original's dtype.
+
+    Where there is a bias, its dtype says which: matrices that were healed to become integers are float32.
+    """
     ffn = checkpoint.ffns[index]
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}[
-        checkpoint.tensors[ffn.down.name].dtype
+        checkpoint.tensors[ffn.down.bias or ffn.up.bias or ffn.down.name].dtype
     ]
     weights = weights.folded()
     if plain:

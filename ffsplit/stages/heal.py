@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -61,8 +62,8 @@ def heal_job(job: HealJob) -> Result | None:
         return None
 
 
-def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState]:
-    """The healed student, the checkpoint it came from, and how it went."""
+def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState, list[nn.Module]]:
+    """The healed student, the checkpoint it came from, how it went, and its layers that are on a grid."""
     original = open_checkpoint(job.original.directory())
     compressed = open_checkpoint(job.compressed.directory(), uneven=True)
     device = torch.device(job.profile.device)
@@ -88,7 +89,7 @@ def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState]:
         team=team,
     )
     settle(rounded)
-    return student, compressed, state
+    return student, compressed, state, rounded
 
 
 def _round(student: Any, checkpoint: Checkpoint, job: HealJob) -> list[nn.Module]:
@@ -126,11 +127,25 @@ def _keep_nothing(state: HealingState, weights: dict[str, Tensor], optimizer: An
     """Another worker has the same state, and writes it."""
 
 
-def _save(scratch: Scratch, student: Any, checkpoint: Checkpoint, state: HealingState) -> Result:
-    """The student's tensors, under the checkpoint's names and in its dtypes."""
+def _save(
+    scratch: Scratch,
+    student: Any,
+    checkpoint: Checkpoint,
+    state: HealingState,
+    rounded: Sequence[nn.Module] = (),
+) -> Result:
+    """The student's tensors, under the checkpoint's names and in its dtypes.
+
+    Matrices that are about to become integers stay float32: in 16 bits they would be off the grid that
+    healing has judged them on, and might round to other integers.
+    """
     dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    on_grid = {id(linear.weight) for linear in rounded}
+    wide = {name for name, parameter in student.named_parameters() if id(parameter) in on_grid}
     tensors = {
-        name: tensor.to("cpu", dtypes[checkpoint.tensors[name].dtype]).contiguous()
+        name: tensor.to(
+            "cpu", torch.float32 if name in wide else dtypes[checkpoint.tensors[name].dtype]
+        ).contiguous()
         for name, tensor in student.state_dict().items()
         if name in checkpoint.tensors and checkpoint.tensors[name].dtype in dtypes
     }
