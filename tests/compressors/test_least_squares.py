@@ -69,9 +69,7 @@ def test_a_solution_does_not_depend_on_the_scale_of_a_neuron() -> None:
     """What can be resolved of a neuron is in proportion to its own activations."""
     x_TN, y_TD = normal(400, 6).double(), normal(400, 3, seed=1).double()
     scale = torch.logspace(-12, 12, 6, dtype=torch.float64)
-    plain, scaled = (
-        solve_ridge(x.T @ x, x.T @ y_TD, ridge=0.0, num_ridged=6) for x in (x_TN, x_TN * scale)
-    )
+    plain, scaled = (solve_ridge(x.T @ x, x.T @ y_TD, ridge=0.0, num_ridged=6) for x in (x_TN, x_TN * scale))
     torch.testing.assert_close(scaled * scale[:, None], plain, rtol=1e-9, atol=1e-12)
 
 
