@@ -85,9 +85,10 @@ class QuantizeCompressor(Record):
 
 
 def _root_of_inverse(upper: Tensor) -> Tensor:
-    """The upper triangular U with U^T U the inverse of R R^T, where R is `upper`: R^-1, no inverse taken.
+    """The upper triangular U whose U^T U is the inverse of R R^T, where R is `upper`: the inverse of R.
 
-    An inverse has a rounding error in proportion to its largest element, which hides its smallest ones.
+    The inverse of R R^T itself has a rounding error in proportion to its largest element, which would hide
+    the smallest ones.
     """
     inverse: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
     return inverse

@@ -120,7 +120,7 @@ def _finish(
     )
     files, record = list(quantized.files), None
     if recipe.linears == "int8":
-        added, record = quantize_linears(checkpoint, staging.with_name("linears"))
+        added, record = quantize_linears(checkpoint, staging.with_name("linears"), original=run.checkpoint)
         files += added
     linears = None if record is None else linears_config(record.modules)
     assemble(checkpoint, files, quantized.layouts, staging, linears=linears)

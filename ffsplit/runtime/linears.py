@@ -56,8 +56,13 @@ def _matrices(checkpoint: Checkpoint, block: str, width: int) -> list[str]:
     ]
 
 
-def quantize_linears(checkpoint: Checkpoint, folder: Path) -> tuple[list[Path], LinearsRecord]:
-    """Safetensors files with attention's weights as integers, one a block, and what they come to."""
+def quantize_linears(
+    checkpoint: Checkpoint, folder: Path, *, original: Checkpoint
+) -> tuple[list[Path], LinearsRecord]:
+    """Safetensors files with attention's weights as integers, one per block, and what they come to.
+
+    The sizes before are those of `original`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     modules = attention_linears(checkpoint)
     files, elements, size, before = [], 0, 0, 0
@@ -71,7 +76,8 @@ def quantize_linears(checkpoint: Checkpoint, folder: Path) -> tuple[list[Path], 
             scale = scales_of(weight, num_bits=8, group_size=None)
             integers = quantize_rows(weight, scale, num_bits=8, group_size=None)
             tensors[name] = joined(integers)
-            elements, before = elements + info.num_elements, before + info.size_bytes
+            elements += info.num_elements
+            before += original.tensors[name].size_bytes
             size += FORMAT.size_bytes(info.shape[0], info.shape[1], itemsize=1)
         files.append(folder / f"linears-{number:03d}.safetensors")
         save_file(tensors, files[-1], {"format": "pt"})

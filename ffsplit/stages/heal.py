@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -67,8 +68,8 @@ def heal_job(job: HealJob) -> Result | None:
         return None
 
 
-def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState]:
-    """The healed student, the checkpoint it came from, and how it went."""
+def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState, list[nn.Module]]:
+    """The healed student, the checkpoint it came from, how it went, and its layers that are on a grid."""
     original = open_checkpoint(job.original.directory())
     compressed = open_checkpoint(job.compressed.directory(), uneven=True)
     device = torch.device(job.profile.device)
@@ -96,7 +97,7 @@ def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState]:
         team=team,
     )
     settle(rounded)
-    return student, compressed, state
+    return student, compressed, state, rounded
 
 
 def _round(student: Any, checkpoint: Checkpoint, job: HealJob) -> list[nn.Module]:
@@ -139,9 +140,21 @@ def _keep_nothing(state: HealingState, weights: dict[str, Tensor], optimizer: An
     """Another worker has the same state, and writes it."""
 
 
-def _save(scratch: Scratch, student: Any, checkpoint: Checkpoint, state: HealingState) -> Result:
-    """The student's tensors, under the checkpoint's names and in its dtypes."""
-    tensors = stored_tensors(student, checkpoint)
+def _save(
+    scratch: Scratch,
+    student: Any,
+    checkpoint: Checkpoint,
+    state: HealingState,
+    rounded: Sequence[nn.Module] = (),
+) -> Result:
+    """The student's tensors, under the checkpoint's names and in its dtypes.
+
+    Matrices that are about to become integers stay float32: in 16 bits they would be off the grid that
+    healing has judged them on, and might round to other integers.
+    """
+    on_grid = {id(linear.weight) for linear in rounded}
+    wide = frozenset(name for name, parameter in student.named_parameters() if id(parameter) in on_grid)
+    tensors = stored_tensors(student, checkpoint, wide=wide)
     with temporary_folder() as folder:
         path = folder / f"{RESULT}.safetensors"
         save_file(tensors, path)
@@ -154,11 +167,16 @@ def _save(scratch: Scratch, student: Any, checkpoint: Checkpoint, state: Healing
         return scratch.save(RESULT, {path.name: path}, facts=facts)
 
 
-def stored_tensors(student: Any, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """A model's floating-point tensors under the names and in the dtypes that the checkpoint's files have."""
+def stored_tensors(student: Any, checkpoint: Checkpoint, *, wide: Collection[str] = ()) -> dict[str, Tensor]:
+    """A model's floating-point tensors under the names and in the dtypes that the checkpoint's files have.
+
+    Those that the model calls one of `wide` are float32.
+    """
     values: dict[str, Tensor] = student.state_dict()
     return {
-        stored: values[name].to("cpu", FLOATS[checkpoint.tensors[stored].dtype]).contiguous()
+        stored: values[name]
+        .to("cpu", torch.float32 if name in wide else FLOATS[checkpoint.tensors[stored].dtype])
+        .contiguous()
         for stored, name in _stored_names(student, checkpoint).items()
     }
 

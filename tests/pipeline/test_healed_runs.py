@@ -16,9 +16,9 @@ from torch import Tensor
 import ffsplit
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.load import load_whole_model
 from ffsplit.pipeline import computation
 from ffsplit.pipeline.prepare import prepare
-from ffsplit.quantization import fake_quantize
 from ffsplit.runtime.linears import attention_linears
 from tests.conftest import CheckpointFactory
 from tests.small_jobs import LOW_RANK, SmallJob, digests
@@ -52,10 +52,16 @@ def test_healing_and_quantization_end_a_run(small_job: SmallJob, tmp_path: Path)
     assert "mismatch" in done.stderr
 
 
-def test_attention_is_healed_on_the_grid_it_ends_on(
-    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_healed_is_what_is_published(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
 ) -> None:
-    """So rounding it afterwards changes nothing that healing has judged."""
+    """The integers of FFNs and attention are those that healing has judged, to the bit, in every dtype."""
+    model = shutil.copytree(small_job.model, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    # small weights, so that scales are below what float16 holds
+    tensors = {name: (0.01 * t if "dense.weight" in name else t).to(dtype) for name, t in tensors.items()}
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
     healed: dict[str, Tensor] = {}
 
     def replace_weights(directory: Path, weights: Path) -> None:
@@ -65,12 +71,24 @@ def test_attention_is_healed_on_the_grid_it_ends_on(
     computation_replace = computation.replace_weights
     monkeypatch.setattr(computation, "replace_weights", replace_weights)
     ends = "after_healing: {kind: quantize, num_bits: 8}\nlinears: int8"
-    recipe = small_job.recipe(step="{kind: prune}", more=f"{HEALING}\n{ends}")
-    ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe, keep=0.3))
-    names = [f"{path}.weight" for path in attention_linears(open_checkpoint(small_job.model))]
-    assert names
-    for name in names:
-        assert torch.equal(healed[name], fake_quantize(healed[name], num_bits=8, group_size=None)), name
+    recipe = small_job.recipe(step="{kind: prune}", more=f"{HEALING.replace('10', '2')}\n{ends}")
+    fields = {"recipe": recipe, "keep": 0.3, "model": str(model)}
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out", **fields))
+    (config,) = (tmp_path / "out").glob("*/*/config.json")
+    published = load_whole_model(config.parent, manifest.model.architecture)
+    checkpoint = open_checkpoint(model)
+    base = published.base_model
+    assert manifest.linears is not None
+    assert manifest.linears.original_size_bytes == dtype.itemsize * manifest.linears.num_elements
+    for path in attention_linears(checkpoint):
+        found = base.get_submodule(path).float_weight(torch.float32)
+        assert torch.equal(healed[f"{checkpoint.prefix}{path}.weight"], found), path
+    for ffn in checkpoint.ffns:
+        part = base.get_submodule(f"{ffn.split_prefix}").heavy
+        for place, linear in ((ffn.up, part.up), (ffn.down, part.down)):
+            assert torch.equal(healed[place.name], linear.float_weight(torch.float32)), place.name
+    floats = {t.dtype for t in load_file(config.parent / "model.safetensors").values()} - {torch.uint8}
+    assert floats == {dtype}
 
 
 def test_the_number_of_healing_workers_is_part_of_a_run_that_heals(

@@ -68,12 +68,41 @@ def test_int8_is_within_the_rounding_of_its_inputs(
 
 
 @torch.no_grad()
-def test_a_large_token_costs_the_others_nothing_where_each_has_a_scale() -> None:
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_pytorch_tanh", "silu"])
+@pytest.mark.parametrize("num_tokens", [2, 6, 300])
+def test_what_a_token_gives_does_not_depend_on_its_neighbours(
+    num_tokens: int, activation: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, beside a very large one, and however many are worked on at a time."""
+    linear, x = made(8, 48, 64), inputs(num_tokens, 64)
+    linear.activation = None if activation is None else ACT2FN[activation]
+    alone = torch.cat([linear(x[:2]), *(linear(x[i : i + 2]) for i in range(2, num_tokens, 2))])
+    crowd = torch.cat([x, 1e4 * inputs(1, 64, seed=2)])
+    assert torch.equal(linear(crowd)[:num_tokens], alone)
+    monkeypatch.setattr(int8_kernels, "INPUT_BLOCK", 5 * 64)
+    monkeypatch.setattr(int8_kernels, "OUTPUT_BLOCK", 7 * 48)
+    assert torch.equal(linear(crowd)[:num_tokens], alone)
+    one = torch.cat([linear(row) for row in x.split(1)])
+    assert (one - alone).norm() <= 1e-3 * alone.norm()  # ties may go either way
+    plain = linear._activated(linear._plain(crowd, linear.bias))[:num_tokens]
+    assert (plain - alone).norm() <= 1e-3 * alone.norm()
+
+
+@torch.no_grad()
+def test_a_large_token_costs_the_others_nothing() -> None:
     x = inputs(6, 64)
-    large = torch.cat([x, 1000 * inputs(1, 64, seed=2)])
     linear = made(8, 48, 64)
-    assert torch.equal(linear(large)[:6], linear(x))
-    assert_within_rounding(linear(large)[:6], x, linear)
+    assert_within_rounding(linear(torch.cat([x, 1000 * inputs(1, 64, seed=2)]))[:6], x, linear)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1e-30, 1e-13, 1e-6, 1e6, 1e30])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_inputs_of_any_size_become_integers(size: float, num_tokens: int) -> None:
+    linear, x = made(8, 48, 64, bias=False), size * inputs(num_tokens, 64)
+    expected = functional.linear(x, linear.float_weight(torch.float32))
+    for found in (linear(x), linear._plain(x, None)):
+        assert ((found - expected) / size).norm() <= 0.02 * (expected / size).norm()
 
 
 @torch.no_grad()
