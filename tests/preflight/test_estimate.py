@@ -233,7 +233,7 @@ def test_places_on_one_disk_share_what_is_free(
     flight = preflight(small_job.config(tmp_path / "out"))
     larger = max(flight.temporary.needed_bytes, flight.store.needed_bytes)
     monkeypatch.setattr(estimate, "free_bytes", lambda path: larger)
-    with pytest.raises(ConfigError, match="share a disk and need about .* together.*TMPDIR") as caught:
+    with pytest.raises(ConfigError, match=r"share a disk and need about .* together.*TMPDIR") as caught:
         ffsplit.compress(small_job.config(tmp_path / "out"))
     assert str(tmp_path / "out") in str(caught.value)
     devices = iter(range(100))
@@ -259,7 +259,7 @@ def test_peak_memory_takes_a_process_more(small_job: SmallJob, tmp_path: Path) -
     needs = {each.name: each for each in preflight(small_job.config("out", recipe=str(recipe))).stages}
     assert needs["peak memory"].memory_bytes > needs["measure"].memory_bytes
     one_less = needs["peak memory"].memory_bytes - 1
-    with pytest.raises(ConfigError, match="peak memory needs about .* peak_memory: false"):
+    with pytest.raises(ConfigError, match=r"peak memory needs about .*peak_memory: false"):
         ffsplit.compress(small_job.config(tmp_path / "out", recipe=str(recipe), memory_per_worker=one_less))
 
 
