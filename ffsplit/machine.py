@@ -100,6 +100,16 @@ def free_bytes(path: Path) -> int:
     return 0
 
 
+def device_of(path: Path) -> int | None:
+    """The number of the device that a path is on, or would be."""
+    for existing in (path.absolute(), *path.absolute().parents):
+        try:
+            return existing.stat().st_dev
+        except OSError:
+            continue
+    return None
+
+
 def bytes_below(path: Path) -> int:
     """The size of all files below a directory; 0 where there is none."""
     found = 0

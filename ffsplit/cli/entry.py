@@ -180,7 +180,7 @@ def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> in
     else:
         from ffsplit.cli.summary import print_preflight
 
-        print_preflight(flight)
+        print_preflight(flight, asked=config.workers if config.runner == "ray" else None)
     flight.check()
     return 0
 

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from ffsplit.artifacts.manifest import REPORT_NAME, Latency, Manifest, Measurements
 from ffsplit.gates import describe_result
+from ffsplit.preflight.words import in_one_line
 from ffsplit.report.humanize import (
     duration,
     ffn,
@@ -94,27 +95,31 @@ def _before_after(manifest: Manifest, measured: Measurements) -> Table:
     return table
 
 
-def print_preflight(flight: Preflight) -> None:
-    """What a run would need: memory and time by stage, and disk."""
+def print_preflight(flight: Preflight, *, asked: int | None) -> None:
+    """What a run would need: memory and time by stage, disk, and last the line that the run begins with."""
     from ffsplit.models.folder import left_out_in_one_line
 
-    table = _table(
-        f"a model of {size(flight.model_bytes)}", "stage", "workers", "memory of one", "is there", "about"
-    )
+    title = f"a model of {size(flight.model_bytes)}"
+    table = _table(title, "stage", "workers", "memory of one", "available", "about")
     for stage in flight.stages:
         available = "not known" if stage.available_bytes is None else size(stage.available_bytes)
         about = "not known" if stage.seconds is None else duration(stage.seconds)
         streamed = {"calibrate": flight.block_by_block, "measure": flight.measured_block_by_block}
         name = f"{stage.name}, block by block" if streamed.get(stage.name) else stage.name
         table.add_row(name, str(stage.num_workers), size(stage.memory_bytes), available, about)
+    totals = flight.totals
+    seconds = "not known" if totals.seconds is None else duration(totals.seconds)
+    table.add_section()
+    table.add_row("total", "", size(totals.memory_bytes), "", seconds)
     _print(table)
-    for what, disk in (("temporary files", flight.temporary), ("the run's files", flight.store)):
+    for what, disk in flight.disks.items():
         free = "" if disk.free_bytes is None else f", {size(disk.free_bytes)} free"
         print(f"{what}: {size(disk.needed_bytes)} in {disk.place}{free}".replace("\u00a0", " "))
     if flight.artifact_bytes:
         print(f"the artifact: {size(flight.artifact_bytes)} of weights".replace("\u00a0", " "))
     if line := left_out_in_one_line(flight.left_out):
         print(line)
+    print(in_one_line(flight, asked=asked))
 
 
 def print_inspection(found: Inspection) -> None:

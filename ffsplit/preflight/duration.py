@@ -71,7 +71,12 @@ def measurement_seconds(work: Workload, *, speed: float, block_by_block: bool) -
     if not block_by_block:
         settings = work.recipe.measurement
         tokens += sum(rows * length for rows, length in settings.latency_shapes) * settings.latency_pairs
-    return both * tokens / speed + 2 * work.file_bytes / READ_BYTES_PER_S
+    return both * tokens / speed + loading_seconds(work)
+
+
+def loading_seconds(work: Workload) -> float:
+    """Of both models."""
+    return (work.file_bytes + work.compressed_bytes) / READ_BYTES_PER_S
 
 
 def assembly_seconds(work: Workload) -> float:

@@ -6,19 +6,21 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from ffsplit.artifacts.cache import Cache
 from ffsplit.artifacts.commits import Kind
+from ffsplit.artifacts.inputs import is_remote
 from ffsplit.artifacts.scratch import SCRATCH_PREFIX
 from ffsplit.artifacts.stores import open_store
 from ffsplit.errors import explained
-from ffsplit.machine import bytes_below, free_bytes, operations_per_second
+from ffsplit.machine import bytes_below, device_of, free_bytes, operations_per_second
 from ffsplit.pipeline.examine import Examined
 from ffsplit.pipeline.plain import can_refit
 from ffsplit.preflight import duration, footprint
-from ffsplit.preflight.problems import find_problems
+from ffsplit.preflight.disk import Disk
+from ffsplit.preflight.problems import PEAK_MEMORY, find_problems
 from ffsplit.preflight.records import DiskNeeds, Machine, Preflight, StageNeeds
 from ffsplit.preflight.workload import ITEM_SIZES, Workload
 from ffsplit.stages.profile import ComputeProfile
-from ffsplit.temporary import temporary_root
 
 
 @explained("the job cannot be checked")
@@ -31,6 +33,7 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
         layouts=job.layouts,
         text=job.text,
         itemsize=ITEM_SIZES[profile.dtype],
+        is_one_process=config.runner == "serial",
     )
 
     def streamed(whole_bytes: int, available: int | None) -> bool:
@@ -55,37 +58,46 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
             statistics_only=statistics_only,
         )
     )
-    spilled = footprint.spilled_bytes(work, workers=machine.num_workers) if calibrates_so else 0
-    scratch, artifact = footprint.sampled_input_bytes(work), 0
-    if not statistics_only:
-        artifact = work.artifact_bytes
-        scratch += job.checkpoint.folder.companion_bytes  # which the artifact holds too
-        num_refits = len(job.recipe.refits) if can_refit(job.checkpoint, job.layouts) else 0
-        scratch += num_refits * footprint.sampled_input_bytes(work) + footprint.healing_state_bytes(work)
-        num_searched = 1 if job.recipe.allocation == "search" else 0
-        scratch += (1 + num_searched + num_refits) * footprint.layer_bytes(work)
-        spilled += footprint.staged_bytes(work)
+    store = open_store(config.out).uri
+    disk = Disk(
+        work=work,
+        workers=machine.num_workers,
+        num_refits=len(job.recipe.refits) if can_refit(job.checkpoint, job.layouts) else 0,
+        is_streamed=calibrates_so,
+        is_remote=is_remote(store),
+        is_spread=machine.is_elsewhere,
+    )
+    cached = disk.cache_bytes(has_stored_model=job.stored_model is not None)
+    there = bytes_below(job.checkpoint.directory) if job.stored_model is not None else 0
+    if statistics_only:
+        temporary, stored = disk.temporary_bytes_of_statistics(), disk.store_bytes_of_statistics()
+    else:
+        temporary, stored = disk.temporary_bytes(), disk.store_bytes()
     flight = Preflight(
         model_bytes=work.file_bytes,
         machine=machine,
         block_by_block=calibrates_so,
         measured_block_by_block=measures_so and not statistics_only,
         stages=stages,
-        temporary=_disk(str(temporary_root()), spilled),
-        store=_disk(open_store(config.out).uri, scratch + artifact),
-        artifact_bytes=artifact,
+        temporary=_disk(str(temporary_root()), temporary),
+        store=_disk(store, stored, there=bytes_below(Path(store) / SCRATCH_PREFIX)),
+        cache=_disk(str(Cache.open().root) if cached else "", cached, there=there),
+        artifact_bytes=0 if statistics_only else work.artifact_bytes,
         left_out=() if statistics_only else job.left_out,
     )
     problems = find_problems(flight, work=work, num_evaluations=len(config.eval))
     return flight.model_copy(update={"problems": tuple(problems)})
 
 
-def _disk(place: str, needed_bytes: int) -> DiskNeeds:
-    """What is free in a directory, an earlier run's scratch in it included, which is taken up or replaced."""
-    if "://" in place:
+def _disk(place: str, needed_bytes: int, *, there: int = 0) -> DiskNeeds:
+    """What is free in a directory, and what is `there` of it already, as an earlier run's scratch may be.
+
+    No place at all is asked for nothing.
+    """
+    if is_remote(place) or not place:
         return DiskNeeds(place=place, needed_bytes=needed_bytes, free_bytes=None)
-    free = free_bytes(Path(place)) + bytes_below(Path(place) / SCRATCH_PREFIX)
-    return DiskNeeds(place=place, needed_bytes=needed_bytes, free_bytes=free)
+    free = free_bytes(Path(place)) + there
+    return DiskNeeds(place=place, needed_bytes=needed_bytes, free_bytes=free, device=device_of(Path(place)))
 
 
 def _stages(
@@ -121,7 +133,10 @@ def _stages(
     if work.recipe.allocation == "search":
         yield needs(
             "allocate",
-            footprint.compression_bytes(work),
+            max(
+                footprint.compression_bytes(work),
+                footprint.measurement_bytes(work, block_by_block=False),
+            ),
             duration.search_seconds(work, workers=workers, single=single, speed=speed),
         )
     yield needs(
@@ -148,4 +163,6 @@ def _stages(
         footprint.measurement_bytes(work, block_by_block=streamed[1]),
         duration.measurement_seconds(work, speed=speed, block_by_block=streamed[1]),
     )
+    if work.recipe.measurement.peak_memory and not streamed[1]:
+        yield needs(PEAK_MEMORY, footprint.peak_memory_bytes(work), duration.loading_seconds(work))
     yield needs("publish", footprint.PROCESS_BYTES, duration.assembly_seconds(work))

@@ -1,4 +1,4 @@
-"""About how many bytes of memory and disk each stage takes. Rough, and rather too much than too little."""
+"""About how many bytes of memory each stage takes. Rough, and rather too much than too little."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ LOGIT_COPIES = 6
 """Of both models' logits: as they come, as log-probabilities, and what is made of them."""
 
 
+def process_bytes(work: Workload) -> int:
+    """One that runs every stage keeps a third more: libraries of the others, and what the allocator holds."""
+    return PROCESS_BYTES * 4 // 3 if work.is_one_process else PROCESS_BYTES
+
+
 def calibration_bytes(work: Workload, *, block_by_block: bool) -> int:
     """One worker with the whole model, or one block and what lies outside the blocks."""
     held = work.outside_elements + work.block_elements if block_by_block else work.num_elements
     layers_sampled = 1 if block_by_block else work.num_blocks
     sampled = min(work.sampled_tokens, work.shard_tokens) * work.shape.hidden_size * layers_sampled
-    return PROCESS_BYTES + (held + sampled) * work.itemsize + _batch_bytes(work)
+    return process_bytes(work) + (held + sampled) * work.itemsize + _batch_bytes(work)
 
 
 def _batch_bytes(work: Workload) -> int:
@@ -34,7 +39,7 @@ def compression_bytes(work: Workload) -> int:
     inputs = tokens * shape.hidden_size * SINGLE * _input_copies(work)
     chunk = min(tokens, CHUNK_TOKENS) * (4 * shape.num_neurons + 4 * shape.hidden_size) * SINGLE
     squares = max((_squares_bytes(step, work) for step in work.recipe.steps), default=0)
-    return PROCESS_BYTES + weights + inputs + chunk + squares
+    return process_bytes(work) + weights + inputs + chunk + squares
 
 
 def _input_copies(work: Workload) -> int:
@@ -66,42 +71,17 @@ def measurement_bytes(work: Workload, *, block_by_block: bool) -> int:
     else:
         held = int(work.num_elements * (1 + work.compressed_bytes / work.file_bytes))
     logits = work.batch_tokens * work.num_logits * SINGLE * LOGIT_COPIES
-    return PROCESS_BYTES + held * work.itemsize + _batch_bytes(work) + logits
+    return process_bytes(work) + held * work.itemsize + _batch_bytes(work) + logits
+
+
+def peak_memory_bytes(work: Workload) -> int:
+    """The process that waits, and the one that loads the model and runs it once."""
+    rows = max(rows * length for rows, length in work.recipe.measurement.latency_shapes)
+    model = work.num_elements * work.itemsize + rows * work.num_logits * SINGLE
+    return process_bytes(work) + PROCESS_BYTES + model
 
 
 def healing_bytes(work: Workload) -> int:
     """Teacher, student, gradients and the optimizer's two moments, in float32."""
     student = work.num_elements * work.compressed_bytes / work.file_bytes
-    return PROCESS_BYTES + int((work.num_elements + 5 * student) * SINGLE) + 3 * _batch_bytes(work)
-
-
-def sampled_input_bytes(work: Workload) -> int:
-    return work.sampled_tokens * work.shape.hidden_size * work.itemsize * work.num_blocks
-
-
-def layer_bytes(work: Workload) -> int:
-    """Of the compressed layers in the scratch."""
-    return work.compressed_bytes - (work.file_bytes - _ffn_bytes(work))
-
-
-def healing_state_bytes(work: Workload) -> int:
-    """Weights and moments, in float32, and the healed weights."""
-    if work.recipe.healing is None:
-        return 0
-    return int(4 * SINGLE * work.num_elements * work.compressed_bytes / work.file_bytes)
-
-
-def _ffn_bytes(work: Workload) -> int:
-    checkpoint = work.checkpoint
-    return sum(shape.num_elements for shape in checkpoint.shapes) * checkpoint.itemsize
-
-
-def staged_bytes(work: Workload) -> int:
-    """The assembled checkpoint and what comes along, once more where it is quantized after healing."""
-    copies = 1 if work.recipe.after_healing is None else 2
-    return copies * (work.compressed_bytes + work.checkpoint.folder.companion_bytes)
-
-
-def spilled_bytes(work: Workload, *, workers: int) -> int:
-    """Hidden states of the shards in hand: what goes into a block, and what comes out."""
-    return 2 * workers * work.shard_tokens * work.shape.hidden_size * work.itemsize
+    return process_bytes(work) + int((work.num_elements + 5 * student) * SINGLE) + 3 * _batch_bytes(work)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from pydantic import Field
+from pydantic import Field, computed_field
 
 from ffsplit.artifacts.entries import LeftOut
 from ffsplit.config import JobConfig, Record
@@ -26,6 +26,8 @@ class Machine(Record):
     num_workers: int
     worker_bytes: int | None
     alone_bytes: int | None
+    is_elsewhere: bool = Field(default=False, description="a cluster, where hosts hand files to each other")
+    is_one_process: bool = Field(default=False, description="every stage runs in this process")
 
     @classmethod
     def of(cls, config: JobConfig, profile: ComputeProfile, *, fits: Callable[[int], bool]) -> Machine:
@@ -35,20 +37,29 @@ class Machine(Record):
         to be, they are the most that this machine has cores and memory for.
         """
         given = config.memory_per_worker
-        elsewhere = config.runner == "ray" and (config.address or os.environ.get("RAY_ADDRESS"))
+        elsewhere = config.runner == "ray" and bool(config.address or os.environ.get("RAY_ADDRESS"))
+        serial = config.runner == "serial"
         on_gpu = profile.device == "cuda"
-        if config.runner == "serial":
+        if serial:
             workers = 1
         elif elsewhere and config.workers is not None:
             workers = config.workers
         else:
             workers = num_workers_here(config.workers, threads=profile.threads, on_gpu=on_gpu)
-        if given is not None or elsewhere or on_gpu:
-            return cls(num_workers=workers, worker_bytes=given, alone_bytes=given)
-        usable = int(memory_limit_bytes() * SHARE_OF_MEMORY)
-        if config.workers is None:
-            workers = next((fewer for fewer in range(workers, 1, -1) if fits(usable // fewer)), 1)
-        return cls(num_workers=workers, worker_bytes=usable // workers, alone_bytes=usable)
+        worker_bytes = alone_bytes = given
+        if given is None and not elsewhere and not on_gpu:
+            alone_bytes = int(memory_limit_bytes() * SHARE_OF_MEMORY)
+            if config.workers is None:
+                most = range(workers, 1, -1)
+                workers = next((fewer for fewer in most if fits(alone_bytes // fewer)), 1)
+            worker_bytes = alone_bytes // workers
+        return cls(
+            num_workers=workers,
+            worker_bytes=worker_bytes,
+            alone_bytes=alone_bytes,
+            is_elsewhere=elsewhere,
+            is_one_process=serial,
+        )
 
 
 class StageNeeds(Record):
@@ -66,15 +77,27 @@ class StageNeeds(Record):
 
 
 class DiskNeeds(Record):
-    """What is written to one place at most, and what is free there; None where it is no directory."""
+    """What is written to one place at most, and what is free there; None where it is no directory.
+
+    Places on one `device` share what is free.
+    """
 
     place: str
     needed_bytes: int
     free_bytes: int | None
+    device: int | None = Field(default=None, description="by the system's number")
 
     @property
     def fits(self) -> bool:
         return self.free_bytes is None or self.needed_bytes <= self.free_bytes
+
+
+class Totals(Record):
+    """Of a whole run: what its fullest stage takes with all workers, every place, and all its stages."""
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float | None = Field(description="None where the speed of another machine decides")
 
 
 class Preflight(Record):
@@ -87,6 +110,7 @@ class Preflight(Record):
     stages: tuple[StageNeeds, ...]
     temporary: DiskNeeds
     store: DiskNeeds = Field(description="the scratch and the artifact, while both are there")
+    cache: DiskNeeds = Field(description="on each host: a model in a store, what others put together")
     artifact_bytes: int
     left_out: tuple[LeftOut, ...] = Field(
         default=(), description="what of the model's folder does not come along"
@@ -99,6 +123,17 @@ class Preflight(Record):
             raise ConfigError(self.problems[0])
 
     @property
-    def seconds(self) -> float | None:
+    def disks(self) -> dict[str, DiskNeeds]:
+        """Every place that something is written to, by what it is."""
+        disks = {"temporary files": self.temporary, "the run's files": self.store}
+        return disks | ({"cached inputs": self.cache} if self.cache.needed_bytes else {})
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def totals(self) -> Totals:
         parts = [stage.seconds for stage in self.stages]
-        return None if None in parts else sum(part for part in parts if part is not None)
+        return Totals(
+            memory_bytes=max(stage.num_workers * stage.memory_bytes for stage in self.stages),
+            disk_bytes=sum(disk.needed_bytes for disk in self.disks.values()),
+            seconds=None if None in parts else sum(part for part in parts if part is not None),
+        )

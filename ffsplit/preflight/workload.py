@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from ffsplit.calibration.sampling import TextSample
 from ffsplit.ffn import FFNShape, LayerLayout
+from ffsplit.machine import bytes_below
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.recipes.recipe import Recipe
 from ffsplit.splitting.solver import stored_layouts
 
 CHARACTERS_PER_TOKEN = 4
 """Of English text, for a guess; a row is never longer than the recipe's row_length."""
+EXPERTS_A_TOKEN = 8
+"""Where a config does not say."""
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -29,6 +33,7 @@ class Workload:
     layouts: tuple[LayerLayout, ...]
     text: TextSample
     itemsize: int
+    is_one_process: bool = False
 
     @cached_property
     def file_bytes(self) -> int:
@@ -102,6 +107,64 @@ class Workload:
         return self.file_bytes - sum(shape.num_elements for shape in shapes) * itemsize + ffns
 
     @property
+    def layer_bytes(self) -> int:
+        """Of the compressed layers alone."""
+        return self.compressed_bytes - (self.file_bytes - self.ffn_elements * self.checkpoint.itemsize)
+
+    @cached_property
+    def ffn_elements(self) -> int:
+        return sum(shape.num_elements for shape in self.checkpoint.shapes)
+
+    @property
+    def other_block_elements(self) -> int:
+        """Of the blocks without their FFNs: attention and norms."""
+        return max(0, sum(self.elements_by_block) - self.ffn_elements)
+
+    @property
+    def trainable_elements(self) -> int:
+        """What healing trains: all of the compressed model but its embeddings, here the largest table."""
+        outside = self.checkpoint.names_in_blocks
+        tables = [
+            info.num_elements
+            for name, info in self.checkpoint.tensors.items()
+            if name not in outside and info.shape[:1] == (self.checkpoint.vocab_size,)
+        ]
+        kept = self.num_elements - round((1 - self.kept) * self.ffn_elements)
+        return kept - max(tables, default=0)
+
+    @cached_property
+    def companion_bytes(self) -> int:
+        """Of what lies beside the weights and goes with them: tokenizers, code, other modules."""
+        return self.checkpoint.folder.companion_bytes
+
+    @cached_property
+    def folder_bytes(self) -> int:
+        """Of every file in the model's folder."""
+        return bytes_below(self.checkpoint.directory)
+
+    @cached_property
+    def num_units(self) -> int:
+        """Modules whose inputs are sampled: an FFN each, or all experts of a block."""
+        return len({ffn.unit for ffn in self.checkpoint.ffns})
+
+    @property
+    def experts_a_token(self) -> int:
+        if not self.checkpoint.has_experts:
+            return 0
+        return int(self.checkpoint.text_config.get("num_experts_per_tok") or EXPERTS_A_TOKEN)
+
+    @cached_property
+    def healing_steps(self) -> int:
+        """About how many there are, where nothing stops healing early."""
+        settings = self.recipe.healing
+        if settings is None:
+            return 0
+        length = max(1, self.calibration_tokens // self.num_rows)
+        rows = max(1, min(settings.batch_rows, settings.batch_tokens // length))
+        an_epoch = -(-self.num_rows // rows)
+        return max(settings.epochs * an_epoch, settings.min_steps)
+
+    @property
     def batch_tokens(self) -> int:
         settings = self.recipe.calibration
         return max(settings.batch_tokens, settings.row_length)
@@ -145,3 +208,8 @@ class Workload:
         """About how many tokens some rows have."""
         longest = self.recipe.calibration.row_length
         return sum(min(longest, len(row) // CHARACTERS_PER_TOKEN + 2) for row in rows)
+
+
+def _size_bytes(path: Path) -> int:
+    """0 of what is not there."""
+    return path.stat().st_size if path.is_file() else 0

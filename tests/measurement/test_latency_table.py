@@ -12,6 +12,7 @@ import ffsplit
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
 from ffsplit.measurement.latency_table import measure_latency_table, table_widths
+from ffsplit.report.humanize import milliseconds
 from ffsplit.splitting.latency import LatencyTable
 from ffsplit.stages.profile import ComputeProfile
 from tests.small_jobs import LOW_RANK, SmallJob
@@ -58,8 +59,10 @@ def test_the_command_writes_a_table_that_compress_takes(
     path = tmp_path / "table.json"
     command = ["latency-table", str(small_job.model), "--out", str(path), "--batch-size", "2", "--num-tokens"]
     assert main([*command, "8"]) == 0
-    assert "written to" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "written to" in printed and "measured" in printed and "fitted" in printed
     table = LatencyTable.model_validate_json(path.read_text())
+    assert milliseconds(table.ms(24)) in printed
     assert (table.batch_size, table.num_tokens) == (2, 8)
     limit = table.ms(96) * 1.01
     config = small_job.config(tmp_path / "out", keep=None, max_latency_ms=limit, latency_table=str(path))

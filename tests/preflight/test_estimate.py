@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.pipeline.prepare import preflight
 from ffsplit.preflight import estimate, records
 from ffsplit.preflight.words import in_one_line
+from ffsplit.report.humanize import size
 from tests.conftest import CheckpointFactory
 from tests.shaped_checkpoints import LLAMA_70B, save_llama_shape
 from tests.small_jobs import SmallJob
@@ -212,6 +214,74 @@ def test_a_dry_run_writes_nothing_and_can_be_read_by_programs(
     assert main(["calibrate", str(small_job.model), *arguments]) == 0
     assert "measure" not in capsys.readouterr().out
     assert not out.exists()
+
+
+@pytest.mark.parametrize("more", ["", "refits: [{num_steps: 2}]"])
+def test_a_dry_run_says_the_totals_that_the_run_says(
+    more: str, small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Byte for byte but for the time, which each process estimates by its own speed."""
+    arguments = small_job.arguments(
+        tmp_path / "out", "--runner", "serial", "--recipe", small_job.recipe(more=more)
+    )
+
+    def line(text: str) -> str:
+        (found,) = (each for each in text.splitlines() if each.startswith("pre-flight: "))
+        return re.sub(r", about .*", "", found)
+
+    assert main(["compress", *arguments, "--dry-run"]) == 0
+    dry = capsys.readouterr().out
+    assert main(["compress", *arguments, "--dry-run", "--json"]) == 0
+    flight = json.loads(capsys.readouterr().out)
+    assert main(["compress", *arguments]) == 0
+    assert line(dry) == line(capsys.readouterr().err)
+    totals, stages = flight["totals"], flight["stages"]
+    assert totals["disk_bytes"] == sum(
+        flight[name]["needed_bytes"] for name in ("temporary", "store", "cache")
+    )
+    assert totals["memory_bytes"] == max(stage["num_workers"] * stage["memory_bytes"] for stage in stages)
+    assert totals["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages))
+    in_all = f"in all {size(totals['memory_bytes'])} of memory and {size(totals['disk_bytes'])} of disk"
+    assert in_all.replace("\u00a0", " ") in line(dry)
+    (row,) = (each for each in dry.splitlines() if " total " in each)
+    assert size(totals["memory_bytes"]) in row
+
+
+def test_places_on_one_disk_share_what_is_free(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would fit by itself."""
+    flight = preflight(small_job.config(tmp_path / "out"))
+    larger = max(flight.temporary.needed_bytes, flight.store.needed_bytes)
+    monkeypatch.setattr(estimate, "free_bytes", lambda path: larger)
+    with pytest.raises(ConfigError, match=r"share a disk and need about .* together.*TMPDIR") as caught:
+        ffsplit.compress(small_job.config(tmp_path / "out"))
+    assert str(tmp_path / "out") in str(caught.value)
+    devices = iter(range(100))
+    monkeypatch.setattr(estimate, "device_of", lambda path: next(devices))
+    assert not preflight(small_job.config(tmp_path / "out")).problems
+
+
+def test_a_cluster_hands_checkpoints_over_through_the_store(small_job: SmallJob) -> None:
+    """What other hosts fetch lies in the store, and in each host's cache."""
+    recipe = small_job.recipe(allocation="search")
+    here = preflight(small_job.config("out", recipe=recipe))
+    there = preflight(
+        small_job.config("out", recipe=recipe, runner="ray", workers=1, address="10.0.0.1:6379")
+    )
+    assert here.cache.needed_bytes == 0
+    assert there.cache.needed_bytes > 3 * there.artifact_bytes + there.model_bytes
+    assert there.store.needed_bytes - here.store.needed_bytes == there.cache.needed_bytes
+
+
+def test_peak_memory_takes_a_process_more(small_job: SmallJob, tmp_path: Path) -> None:
+    recipe = small_job.folder / "peak.yaml"
+    recipe.write_text(Path(small_job.recipe()).read_text().replace("peak_memory: false", "peak_memory: true"))
+    needs = {each.name: each for each in preflight(small_job.config("out", recipe=str(recipe))).stages}
+    assert needs["peak memory"].memory_bytes > needs["measure"].memory_bytes
+    one_less = needs["peak memory"].memory_bytes - 1
+    with pytest.raises(ConfigError, match=r"peak memory needs about .*peak_memory: false"):
+        ffsplit.compress(small_job.config(tmp_path / "out", recipe=str(recipe), memory_per_worker=one_less))
 
 
 @pytest.mark.parametrize("after", ["", "after_healing: {kind: quantize}"])

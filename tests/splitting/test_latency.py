@@ -77,6 +77,7 @@ def test_never_faster_with_more_neurons(times: list[float]) -> None:
 @given(times=st.lists(st.floats(0.1, 100), min_size=2, max_size=12))
 def test_the_fit_is_the_least_squares_one(times: list[float]) -> None:
     """What no monotone sequence is nearer to: the mean of every pool, by scipy's own."""
+    pytest.importorskip("scipy", minversion="1.12")
     from scipy.optimize import isotonic_regression
 
     fitted = table(*times)
