@@ -21,6 +21,7 @@ from ffsplit.preflight.problems import PEAK_MEMORY, find_problems
 from ffsplit.preflight.records import DiskNeeds, Machine, Preflight, StageNeeds
 from ffsplit.preflight.workload import ITEM_SIZES, Workload
 from ffsplit.stages.profile import ComputeProfile
+from ffsplit.temporary import temporary_root
 
 
 @explained("the job cannot be checked")

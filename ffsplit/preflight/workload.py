@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from ffsplit.calibration.sampling import TextSample
 from ffsplit.ffn import FFNShape, LayerLayout
@@ -208,8 +207,3 @@ class Workload:
         """About how many tokens some rows have."""
         longest = self.recipe.calibration.row_length
         return sum(min(longest, len(row) // CHARACTERS_PER_TOKEN + 2) for row in rows)
-
-
-def _size_bytes(path: Path) -> int:
-    """0 of what is not there."""
-    return path.stat().st_size if path.is_file() else 0
