@@ -7,6 +7,7 @@ outputs (`ffsplit.runtime.trial`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,9 +65,10 @@ def _without_model_type(config: Mapping[str, Any]) -> str:
     """What to do about a config that does not name its family: add what its class belongs to."""
     import transformers
 
-    name = next(iter(config.get("architectures") or []), None)
-    belongs = getattr(getattr(transformers, str(name), None), "config_class", None)
-    family = f'"model_type": "{belongs.model_type}"' if belongs is not None else "its family"
+    classes, family = config.get("architectures"), "its family"
+    if isinstance(classes, list) and classes:
+        with suppress(Exception):  # a class that is not there, or needs a library that is not
+            family = f'"model_type": "{getattr(transformers, str(classes[0])).config_class.model_type}"'
     return f"config.json names no model_type; add {family} to it"
 
 

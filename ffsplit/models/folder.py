@@ -57,7 +57,7 @@ ARTIFACT_NAMES = frozenset(
     {MANIFEST_NAME, SIGNATURE_NAME, REPORT_NAME, STATISTICS_PATH, STATISTICS_PATH.partition("/")[0]}
 )
 DOCUMENTS = re.compile(
-    r"(.*/)?((README|LICEN[CS]E|NOTICE|COPYING|USE_POLICY|CITATION)[^/]*"
+    r"(.*/)?((README|LICEN[CS]ES?|NOTICE|COPYING|USE_POLICY|CITATION)([-_][\w-]*)?(\.(txt|rst|cff))?"
     r"|[^/]*\.(md|png|jpe?g|gif|svg|webp|pdf|html|mp4))",
     re.IGNORECASE,
 )
@@ -123,7 +123,7 @@ def sort_files(
     for name in listing.names:
         if name not in read and (found := _why_left_out(name, listing.names, is_copy)):
             reasons[name] = found
-    reasons |= _emptied(listing.names, reasons)
+    reasons |= _weightless(listing.names, reasons) | _emptied(listing.names, reasons)
     left_out = {path: LeftOut(path=path, reason=reason) for path, reason in reasons.values()}
     return FolderFiles(
         anew=tuple(sorted(anew)),
@@ -198,14 +198,26 @@ def _beside(path: str, names: Collection[str], start: str) -> bool:
     return any(name.startswith(folder + start) for name in names)
 
 
+def _weightless(names: Collection[str], reasons: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
+    """Configs that are named like a pickle beside them: `vocoder_config.json` of `vocoder.pt`."""
+    stems = [os.path.splitext(name)[0] for name, (_, reason) in reasons.items() if reason == PICKLE]
+    parts = [(stem[: stem.rfind("/") + 1], stem.rpartition("/")[2]) for stem in stems]
+    configs = {f"{folder}config_{stem}" for folder, stem in parts}
+    configs |= {f"{stem}{joined}config" for stem in stems for joined in ("_", "-", ".")}
+    found = [name for name in names if name.endswith((".json", ".yaml", ".yml"))]
+    return {name: (_escaped(name), WEIGHTLESS) for name in found if os.path.splitext(name)[0] in configs}
+
+
 def _emptied(names: Sequence[str], reasons: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
     """The files of sub-folders that lose all their weights: no config comes along without its weights."""
     kept = [name for name in names if name.endswith(".safetensors") and name not in reasons]
     folders = {
         f"{name.rpartition('/')[0]}/": reason
         for name, (cut, reason) in reasons.items()
-        if reason in (COPY, ADAPTER) and "/" in name and not cut.endswith("/")
+        if reason in (COPY, ADAPTER, PICKLE) and "/" in name and not cut.endswith("/")
     }
+    configs = {f"{name.rpartition('/')[0]}/" for name in names if name.endswith(f"/{CONFIG_NAME}")}
+    folders = {folder: reason for folder, reason in folders.items() if reason != PICKLE or folder in configs}
     emptied = sorted(folder for folder in folders if not any(name.startswith(folder) for name in kept))
     found: dict[str, tuple[str, str]] = {}
     for name in names:

@@ -68,12 +68,12 @@ def check_modules(listing: Listing, files: FolderFiles) -> None:
     if paths and paths[0] and f"{paths[0]}/{CONFIG_NAME}" in listing.names:
         raise ConfigError(_transformer_elsewhere(where, paths[0]))
     for path in filter(None, paths):
-        weights = [name for name in listing.names if name.startswith(f"{path}/") and name not in files.wanted]
-        if any(each.path == f"{path}/" for each in files.left_out) and weights:
-            names = ", ".join(sorted(name for name in weights if not name.endswith(".json")))
+        inside = [name for name in listing.names if name.startswith(f"{path}/")]
+        weights = [name for name in inside if name.endswith((".safetensors", *PICKLE_SUFFIXES))]
+        if weights and not any(name in files.companions for name in weights):
             raise ConfigError(
-                f"{where}: {names}: this module's only weights are not safetensors: save the model again "
-                "with SentenceTransformer(...).save_pretrained, which writes safetensors"
+                f"{where}: {', '.join(sorted(weights))}: this module's only weights are not safetensors: "
+                "save the model again with SentenceTransformer(...).save_pretrained, which writes safetensors"
             )
 
 

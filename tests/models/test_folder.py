@@ -122,6 +122,16 @@ def test_a_folder_keeps_its_config_with_one_of_two_copies_of_its_weights() -> No
     assert [each.path for each in files.left_out] == ["2_Dense/pytorch_model.bin"]
 
 
+def test_no_config_comes_along_without_its_pickle() -> None:
+    files = sort(
+        "vocoder.pt", "vocoder_config.json", "config_vocoder.yaml", "vocoder.txt", "a/b.pt", "a/c.json"
+    )
+    assert files.companions == ("a/c.json", "tokenizer.json", "vocoder.txt")
+    files = sort("a/b.pt", "a/config.json", "a/c.json", "b/b.pt", "b/b-config.json", "b/c.json")
+    assert files.companions == ("b/c.json", "tokenizer.json")
+    assert [each.path for each in files.left_out] == ["a/", "b/b-config.json", "b/b.pt"]
+
+
 def test_the_config_of_metas_format_goes_with_its_weights() -> None:
     files = sort("params.json", "consolidated.00.pth")
     assert [each.path for each in files.left_out] == ["consolidated.00.pth", "params.json"]
@@ -159,8 +169,15 @@ def test_one_line_names_everything() -> None:
 
 
 def test_documents_change_no_digest() -> None:
-    files = sort("README.md", "LICENSE.txt", "images/a.png", "sub/notes.MD", "merges.txt", "sub/x.json")
-    assert files.digested == ("merges.txt", "sub/x.json", "tokenizer.json")
+    documents = ["README.md", "LICENSE", "LICENSE-CC_BY.txt", "images/a.png", "sub/notes.MD"]
+    files = sort(*documents, "merges.txt", "sub/x.json", "license_labels.json", "README.json")
+    assert files.digested == (
+        "README.json",
+        "license_labels.json",
+        "merges.txt",
+        "sub/x.json",
+        "tokenizer.json",
+    )
 
 
 @pytest.mark.parametrize(

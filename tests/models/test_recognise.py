@@ -98,7 +98,7 @@ def test_what_the_advice_for_it_gives_is_a_model(bert: Path, tmp_path: Path) -> 
     assert open_checkpoint(new).kind == "encoder"
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "odd name.pt"])
 def test_a_module_whose_weights_are_a_pickle(bert: Path, name: str) -> None:
     (bert / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense", "type": "x.Dense"}]))
     (bert / "2_Dense").mkdir()
@@ -220,9 +220,14 @@ def test_a_sparse_checkpoint_that_is_stored_dense_is_a_model(bert: Path) -> None
 
 @pytest.mark.parametrize(
     ("classes", "said"),
-    [(["BertModel"], 'add "model_type": "bert"'), (["Unheard"], "add its family"), (None, "add its family")],
+    [
+        (["BertModel"], 'add "model_type": "bert"'),
+        (["Unheard"], "add its family"),
+        (None, "add its family"),
+        (3, "add its family"),
+    ],
 )
-def test_a_config_without_a_model_type(bert: Path, classes: list[str] | None, said: str) -> None:
+def test_a_config_without_a_model_type(bert: Path, classes: object, said: str) -> None:
     config = json.loads((bert / "config.json").read_text())
     del config["model_type"]
     (bert / "config.json").write_text(json.dumps(config | {"architectures": classes}))
