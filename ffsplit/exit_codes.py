@@ -62,7 +62,9 @@ def show_tracebacks() -> None:
 def _report(error: FFSplitError, *, cause: Exception | None = None) -> None:
     if os.environ.get(DEBUG_VARIABLE):
         shown: BaseException | None = cause or error
-        while shown is not None:  # what `from None` hides from a line is what is asked for here
+        seen: set[int] = set()
+        while shown is not None and id(shown) not in seen:  # what `from None` hides is asked for here
+            seen.add(id(shown))
             shown.__suppress_context__ = False
             shown = shown.__cause__ or shown.__context__
         streams.note("".join(traceback.format_exception(cause or error)).rstrip())
