@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,23 +45,30 @@ async def run_process(job: JobConfig, say: Say, *, within_s: float) -> Ended:
     When the caller is cancelled, or dies, the process is interrupted as by Ctrl-C, and so it is when it
     takes longer than `within_s`.
     """
+    async with _heard(say) as (heard, output):
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "ffsplit.zoo.driver"),
+                stdin=PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # a terminal's Ctrl-C comes through the batch alone, and once
+            )
+        finally:
+            os.close(output)
+        return await _see_through(process, job, heard, within_s=within_s)
+
+
+async def _see_through(process: Process, job: JobConfig, heard: _Heard, *, within_s: float) -> Ended:
+    """Tell a process what to do, and wait for it."""
     with temporary_folder() as folder:
         result_file = folder / "result.json"
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "ffsplit.zoo.driver"),
-            stdin=PIPE,
-            stdout=PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            limit=LONGEST_LINE,
-            start_new_session=True,  # a terminal's Ctrl-C comes through the batch alone, and once
-        )
         try:
-            assert process.stdin is not None and process.stdout is not None
+            assert process.stdin is not None
             request = Request(job=job, result_file=str(result_file))
             with suppress(ConnectionError):  # it died before it read: its exit code says so
                 process.stdin.write(request.model_dump_json().encode() + b"\n")
                 await process.stdin.drain()
-            heard = _Heard(process.stdout, say)
             exit_code = await _wait(process, within_s=within_s)
             last_words = await heard.until_quiet()
         finally:
@@ -72,6 +80,20 @@ async def run_process(job: JobConfig, say: Say, *, within_s: float) -> Ended:
         if exit_code in (DONE, REFUSED) and result is None:
             last_words = f"its process ended with exit code {exit_code} and left no result"
         return Ended(exit_code, _explain(exit_code, last_words), result)
+
+
+@asynccontextmanager
+async def _heard(say: Say) -> AsyncIterator[tuple[_Heard, int]]:
+    """What a process says, and the descriptor to say it into, which others may hold when it has ended."""
+    reading, writing = os.pipe()
+    stream = asyncio.StreamReader(limit=LONGEST_LINE)
+    protocol = asyncio.StreamReaderProtocol(stream)
+    pipe = os.fdopen(reading, "rb")
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, pipe)
+    try:
+        yield _Heard(stream, say), writing
+    finally:
+        transport.close()
 
 
 class _Heard:

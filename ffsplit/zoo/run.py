@@ -15,7 +15,7 @@ from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.config import JobConfig
 from ffsplit.distributed.shared import share_cluster
 from ffsplit.errors import FFSplitError, begun
-from ffsplit.exit_codes import DONE, MISTAKE, REFUSED
+from ffsplit.exit_codes import DONE, FAILED, MISTAKE, REFUSED
 from ffsplit.redaction import without_credentials
 from ffsplit.zoo.batch import Batch, BatchModel, new_batch_id, past_batches, save_batch
 from ffsplit.zoo.page import INDEX_NAME, render_index
@@ -122,11 +122,16 @@ async def _run_model(this: _Pass, index: int, job: JobConfig, places: asyncio.Se
         num_attempts += 1
         async with places:
             started = time.monotonic()
-            ended = await run_process(
-                job,
-                lambda line: this.say(f"{model.name} | {line}"),
-                within_s=3600 * this.zoo.attempt_hours,
-            )
+            try:
+                ended = await run_process(
+                    job,
+                    lambda line: this.say(f"{model.name} | {line}"),
+                    within_s=3600 * this.zoo.attempt_hours,
+                )
+            except (
+                OSError
+            ) as error:  # no process, no descriptor, no room for its result: others may have some
+                ended = Ended(FAILED, f"its process could not be run: {error}", None)
             wall_s += time.monotonic() - started
         if ended.exit_code in (DONE, REFUSED, MISTAKE) or num_attempts > this.zoo.retries:
             break
