@@ -17,7 +17,11 @@ def add_run_commands(command: AddCommand) -> None:
     add_trust_flag(benchmark)
     add = benchmark.add_argument
     add("uri", metavar="URI_OR_MODEL")
-    add("--against", metavar="MODEL", help="default: the model the artifact was made from")
+    add(
+        "--against",
+        metavar="MODEL",
+        help="default: the artifact's own, if not a local one",
+    )
     add("--batch-sizes", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
     add(
         "--lengths", type=int, nargs="+", default=[16, 128], metavar="N", help="tokens a row; default: 16 128"

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ffsplit.artifacts.benchmarks import BenchmarkRecord, Cost, append_benchmark
+from ffsplit.artifacts.inputs import is_remote
 from ffsplit.artifacts.locate import Location, locate, read_manifest
 from ffsplit.artifacts.pull import materialize
 from ffsplit.config import Device, DType
@@ -107,11 +108,12 @@ def _find(uri: str, against: str | None) -> Pair:
     manifest = read_manifest(location)
     if manifest.kind != "model":
         raise ConfigError(f"{uri} holds statistics, no model")
-    original = locate_model(against or manifest.config.model, revision=manifest.model.revision).directory
-    if against is None and open_checkpoint(original).model_digest() != manifest.model.digest:
-        raise ConfigError(
-            f"{manifest.config.model} has changed since the artifact was made: give --against MODEL"
-        )
+    model = manifest.model
+    if against is None and model.revision is None and not is_remote(model.id):
+        raise ConfigError(f"{uri} was made from a local model, {model.id}: give its --against DIRECTORY")
+    original = locate_model(against or model.id, revision=None if against else model.revision).directory
+    if against is None and open_checkpoint(original).model_digest() != model.digest:
+        raise ConfigError(f"{model.id} has changed since the artifact was made: give --against MODEL")
     return Pair(original, compressed, location)
 
 

@@ -117,8 +117,17 @@ def export_onnx(directory: Path, target: Path) -> Path:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise FFSplitError(f"{class_name} could not be exported to ONNX: {reason}") from error
     assert program is not None
+    _drop_source_paths(program.model)
     program.save(str(target))
     return target
+
+
+def _drop_source_paths(model: Any) -> None:
+    """Take out where in whose files each node was traced: paths of this machine."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            for name in [name for name in node.metadata_props if "stack_trace" in name]:
+                del node.metadata_props[name]
 
 
 def _encoder_options(model: Any) -> dict[str, Any]:
