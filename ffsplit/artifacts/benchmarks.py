@@ -15,7 +15,6 @@ from pydantic import Field
 from ffsplit.artifacts.commits import record_bytes
 from ffsplit.artifacts.locate import Location
 from ffsplit.artifacts.manifest import Environment
-from ffsplit.artifacts.places import by_name
 from ffsplit.config import Record
 from ffsplit.redaction import without_credentials
 
@@ -80,8 +79,7 @@ def append_benchmark(location: Location, record: BenchmarkRecord) -> str:
     name = str(hardware.get("gpu", "")) if record.device == "cuda" else str(hardware["processor"])
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
     key = f"{record.run_key}/{BENCHMARKS_FOLDER}/{slug[:60]}-{secrets.token_hex(6)}.json"
-    named = by_name(record, given=(record.model, record.against))
-    location.store.put_bytes(key, record_bytes(without_credentials(named)))
+    location.store.put_bytes(key, record_bytes(without_credentials(record)))
     return key
 
 

@@ -29,7 +29,7 @@ def test_an_encoder_over_a_grid(small_job: SmallJob, tmp_path: Path, capsys: Any
     manifest = ffsplit.compress(small_job.config(out))
     before = sorted(path.name for path in (out / manifest.run_key / manifest.attempt).rglob("*"))
     capsys.readouterr()
-    assert main(["benchmark", str(out), *QUICK, "--json"]) == 0
+    assert main(["benchmark", str(out), "--against", str(small_job.model), *QUICK, "--json"]) == 0
     record = BenchmarkRecord.model_validate_json(capsys.readouterr().out)
     shapes = [(each.phase, each.batch_size, each.num_tokens) for each in record.timings]
     assert shapes == [("forward", rows, tokens) for rows in (1, 2) for tokens in (4, 9)]
@@ -37,6 +37,7 @@ def test_an_encoder_over_a_grid(small_job: SmallJob, tmp_path: Path, capsys: Any
         assert 0 < each.compressed.p50_ms <= each.compressed.p95_ms <= each.compressed.p99_ms
         assert 1 < each.limit < 2 and each.share_of_limit == pytest.approx(each.speedup / each.limit)
         assert each.limited_by == ("bytes" if each.batch_size * each.num_tokens < 8 else "multiplications")
+    assert (record.model, record.against) == ("out", small_job.model.name)
     assert record.original.load_s > 0 and record.original.peak_memory_bytes is None
     (path,) = (out / manifest.run_key / "benchmarks").glob("*.json")
     assert json.loads(path.read_text())["attempt"] == manifest.attempt
@@ -48,7 +49,7 @@ def test_the_store_lives_with_benchmarks(small_job: SmallJob, tmp_path: Path, ca
     """They verify, list and go with their run."""
     out = tmp_path / "out"
     first = ffsplit.compress(small_job.config(out))
-    assert main(["benchmark", str(out), *QUICK]) == 0
+    assert main(["benchmark", str(out), "--against", str(small_job.model), *QUICK]) == 0
     printed = capsys.readouterr().out
     assert "appended:" in printed and "tokens/s" in printed and "by multiplications" in printed
     assert verify(str(out)).ok and main(["list", str(out)]) == 0
