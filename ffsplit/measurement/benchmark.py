@@ -15,6 +15,7 @@ import torch
 from ffsplit.artifacts.benchmarks import BenchmarkRecord, Cost, append_benchmark
 from ffsplit.artifacts.inputs import is_remote
 from ffsplit.artifacts.locate import Location, locate, read_manifest
+from ffsplit.artifacts.places import by_name
 from ffsplit.artifacts.pull import materialize
 from ffsplit.config import Device, DType
 from ffsplit.environment import describe_environment
@@ -85,7 +86,8 @@ def benchmark(uri: str, *, against: str | None = None, settings: Settings = Sett
     threads = torch.get_num_threads()
     torch.set_num_threads(settings.threads or min(threads, usable_cores()))
     try:
-        return _measure(uri, against, pair, settings)
+        record = _measure(uri, against, pair, settings)
+        return by_name(record, given=(record.model, record.against))
     finally:
         torch.set_num_threads(threads)
 

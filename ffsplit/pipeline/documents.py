@@ -28,6 +28,7 @@ from ffsplit.artifacts.manifest import (
     Stage,
 )
 from ffsplit.artifacts.paths import check_outside_attempts
+from ffsplit.artifacts.places import by_name
 from ffsplit.artifacts.pull import materialize
 from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.calibration.parquet import read_statistics
@@ -146,7 +147,10 @@ def _draft(
         store=outcome.guarantees,
         files=(),
     )
-    return without_credentials(manifest)
+    config = run.config
+    given = (config.model, config.out, config.recipe, config.latency_table, config.stats)
+    named = by_name(manifest, given=(*given, *config.calibration, *config.eval))
+    return without_credentials(named)
 
 
 def _compute(run: PreparedRun) -> Compute:

@@ -5,8 +5,11 @@ Raw activations are never published, so the FFN inputs that refits learn from ar
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
+from ffsplit.artifacts.inputs import is_remote
 from ffsplit.artifacts.manifest import CalibrationRecord, Compute, StatisticsOrigin
 from ffsplit.artifacts.statistics import PublishedStatistics
 from ffsplit.calibration.sampling import TextSample
@@ -26,7 +29,25 @@ def inherit(config: JobConfig, origin: PublishedStatistics) -> JobConfig:
         "max_length": settings.get("max_length"),
     }
     given = {name for name in config.model_fields_set if getattr(config, name) is not None}
+    if "calibration" not in given:
+        lent["calibration"] = tuple(_found(source, origin) for source in manifest.calibration.sources)
     return config.model_copy(update={name: value for name, value in lent.items() if name not in given})
+
+
+def _found(source: str, origin: PublishedStatistics) -> str:
+    """A text of the earlier run. A local file is recorded by its name: it is here, or beside that store."""
+    match = re.fullmatch(r"((?:[A-Za-z][\w+.-]+:)?)(.*?)(#.*)?", source, re.DOTALL)
+    assert match is not None
+    scheme, path, column = match[1], match[2], match[3] or ""
+    if scheme in ("builtin:", "hf:") or path.startswith("//") or Path(path).exists():
+        return source
+    for folder in () if is_remote(origin.uri) else Path(origin.uri).parents[:3]:
+        if (folder / path).exists():
+            return f"{scheme}{folder / path}{column}"
+    raise ConfigError(
+        f"--stats {origin.uri} was collected on {path}, which is neither here nor beside it: "
+        "give it, or another text, as --calibration"
+    )
 
 
 def check_origin(

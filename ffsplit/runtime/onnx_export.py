@@ -116,6 +116,7 @@ def export_onnx(directory: Path, target: Path) -> Path:
                 verbose=False,
             )
             assert program is not None
+            _drop_source_paths(program.model)
             program.save(str(target))
     except Exception as error:  # the exporter's own says which of its steps failed, and its cause why
         why = reason_of(error.__cause__ or error)
@@ -135,6 +136,14 @@ def _quiet_exporter() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(before)
+
+
+def _drop_source_paths(model: Any) -> None:
+    """Take out where in whose files each node was traced: paths of this machine."""
+    for graph in (model.graph, *model.functions.values()):
+        for node in graph.all_nodes():
+            for name in [name for name in node.metadata_props if "stack_trace" in name]:
+                del node.metadata_props[name]
 
 
 def example_inputs(model: Any, directory: Path) -> Inputs:

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from typing import Literal
 
 from ffsplit import __version__, streams
+from ffsplit.artifacts.places import by_name
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.config import JobConfig
 from ffsplit.distributed.shared import share_cluster
@@ -42,8 +43,10 @@ class _Pass:
     def record(self) -> Batch:
         """Write the batch's manifest, and the page over it and those before it."""
         batch = without_credentials(self._as_it_stands())
-        save_batch(self.store, batch)
-        page = render_index([*past_batches(self.store, before=batch.id), batch])
+        given = [text for model in self.zoo.models for text in (model.job.model, model.job.recipe)]
+        stored = by_name(batch, given=(batch.destination, *given))
+        save_batch(self.store, stored)
+        page = render_index([*past_batches(self.store, before=batch.id), stored])
         self.store.put_bytes(INDEX_NAME, page.encode())
         return batch
 

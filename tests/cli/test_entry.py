@@ -49,7 +49,7 @@ def test_task_scores_are_printed_with_a_warning_where_they_flatter(
     assert main(["compress", *arguments]) == 0
     printed = capsys.readouterr().out
     assert "sts pairs.csv, spearman" in printed
-    assert f"warning: 40 evaluation sentences of sts:{pairs} are in the calibration text too" in printed
+    assert "warning: 40 evaluation sentences of sts:pairs.csv are in the calibration text too" in printed
 
 
 def test_a_result_that_is_refused_is_reported_and_not_published(

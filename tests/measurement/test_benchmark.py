@@ -37,6 +37,7 @@ def test_an_encoder_over_a_grid(small_job: SmallJob, tmp_path: Path, capsys: Any
         assert 0 < each.compressed.p50_ms <= each.compressed.p95_ms <= each.compressed.p99_ms
         assert 1 < each.limit < 2 and each.share_of_limit == pytest.approx(each.speedup / each.limit)
         assert each.limited_by == ("bytes" if each.batch_size * each.num_tokens < 8 else "multiplications")
+    assert (record.model, record.against) == ("out", small_job.model.name)
     assert record.original.load_s > 0 and record.original.peak_memory_bytes is None
     (path,) = (out / manifest.run_key / "benchmarks").glob("*.json")
     assert json.loads(path.read_text())["attempt"] == manifest.attempt
