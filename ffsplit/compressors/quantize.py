@@ -90,8 +90,8 @@ def _root_of_inverse(upper: Tensor) -> Tensor:
     The inverse of R R^T itself has a rounding error in proportion to its largest element, which would hide
     the smallest ones.
     """
-    inverse: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
-    return inverse
+    root: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
+    return root
 
 
 def _gptq(weight: Tensor, scales: Tensor, format: Integer, moment: Tensor, *, ridge: float) -> Tensor:

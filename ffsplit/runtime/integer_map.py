@@ -109,8 +109,8 @@ class IntegerMap(nn.Module):
             packed = self._pack(x)
         if packed is not None and packed.takes(x, compiling=compiling):
             y = packed(x, bias, self.activation)
-            if isinstance(packed, int8_kernels.Packed) and self.bias is None and self.activation is None:
-                self._join(x)
+            if self.num_bits == 8 and self.bias is None and self.activation is None:
+                self._join(x, packed)
             return y
         if packed is not None and compiling:
             raise RuntimeError("packed weights cannot be compiled: call ffsplit.runtime.integer_map.unpack")
@@ -157,11 +157,11 @@ class IntegerMap(nn.Module):
             if self._packed is None:
                 weight, scale = self.tensors().values()
                 if self.num_bits == 8:
-                    packed: Packed | None = int8_kernels.pack(weight, scale, inputs=self.inputs)
+                    packed: Packed = int8_kernels.pack(weight, scale, inputs=self.inputs)
                 else:
+                    assert self._kernel_group_size is not None, "asked about by _has_kernel"
                     packed = int4_kernels.pack(weight, scale, group_size=self._kernel_group_size, like=x)
-                if packed is not None:
-                    self.weight, self._packed = None, packed
+                self.weight, self._packed = None, packed
             return self._packed
 
     def _has_kernel(self, x: Tensor) -> bool:
@@ -173,10 +173,12 @@ class IntegerMap(nn.Module):
     def _kernel_group_size(self) -> int | None:
         return int4_kernels.kernel_group_size(self.num_columns, self.group_size)
 
-    def _join(self, x: Tensor) -> None:
+    def _join(self, x: Tensor, packed: Packed) -> None:
         """Share a matrix with the maps that were given the same inputs just before in this thread."""
         given = self.inputs.of(x).maps
         given.append(self)
+        if not isinstance(packed, int8_kernels.Packed):
+            return
         with self.inputs.lock:
             maps = list(dict.fromkeys(member for each in given for member in each._together()))
             if len(maps) > 1 and isinstance(self._packed, int8_kernels.Packed):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from ffsplit.errors import ArtifactError
 from ffsplit.ffn import FFNShape, LayerLayout
 from ffsplit.models.find import ffns_of
-from ffsplit.runtime.checkpoint_format import guarded, runs_of
+from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, guarded, runs_of
+from ffsplit.runtime.plugin import SplitConfig
 from tests.tiny_families import make_model
 
 SHAPE = FFNShape(num_neurons=8, hidden_size=4, gated=False, up_bias=True, down_bias=True)
@@ -34,3 +36,13 @@ def test_the_first_ffn_of_each_tower_is_guarded(family: str, blocks: list[str]) 
     chosen = sorted(guarded(ffns))
     assert [ffns[index].block for index in chosen] == blocks
     assert all(ffns[index].unit == index for index in chosen)
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [(FORMAT_VERSION - 1, "older.*compress the original again"), (FORMAT_VERSION + 1, "newer.*upgrade")],
+)
+def test_another_format_is_refused(version: int, message: str) -> None:
+    """Before its scales, say, are read as numbers of another type."""
+    with pytest.raises(ArtifactError, match=message):
+        SplitConfig(version, layers=[], shapes=[])

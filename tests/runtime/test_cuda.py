@@ -30,9 +30,11 @@ def forget_compiled() -> None:
     torch.compiler.reset()
 
 
-def made(num_bits: Any, rows: int, columns: int, *, group_size: int | None = None) -> IntegerMap:
-    """A map on the GPU whose outputs are about 1."""
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) / columns**0.5
+def made(
+    num_bits: Any, rows: int, columns: int, *, group_size: int | None = None, size: float = 1.0
+) -> IntegerMap:
+    """A map on the GPU whose outputs are about `size`."""
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * size / columns**0.5
     scale = scales_of(weight, num_bits=num_bits, group_size=group_size)
     result = IntegerMap(Integer(num_bits=num_bits, group_size=group_size), rows, columns, bias=True)
     result.hold(quantize_rows(weight, scale, num_bits=num_bits, group_size=group_size))
@@ -131,3 +133,25 @@ def test_a_gated_split_ffn_on_the_gpu_computes_what_it_computes_on_the_cpu(light
 
 def _part(num_neurons: int, format: Integer) -> PartLayout:
     return PartLayout(num_neurons=num_neurons, up=format, gate=format, down=format)
+
+
+@torch.no_grad()
+def test_what_a_token_gives_does_not_depend_on_its_neighbours() -> None:
+    """With one scale for all, a token a thousand times larger would leave nothing of the others."""
+    linear, x = made(8, 1088, 768), inputs(40, 768)
+    crowd = torch.cat([x, 1000 * inputs(1, 768)])
+    for run in (linear, torch.compile(linear, fullgraph=True)):
+        torch.testing.assert_close(run(crowd)[:40].float(), expected(linear, x), atol=0.08, rtol=0.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+@pytest.mark.parametrize(("num_bits", "group_size"), [(8, None), (4, 32)])
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_weights_of_any_size(num_bits: int, group_size: int | None, size: float, num_tokens: int) -> None:
+    """Whose scales float16 could not hold."""
+    linear, x = made(num_bits, 96, 128, group_size=group_size, size=size), inputs(num_tokens, 128)
+    linear.bias.data.zero_()  # type: ignore[union-attr]
+    for run in (linear, torch.compile(linear, fullgraph=True)):
+        difference = run(x).float() - expected(linear, x)
+        assert difference.norm() <= 0.03 * expected(linear, x).norm()
