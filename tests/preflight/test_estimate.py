@@ -251,6 +251,7 @@ def test_a_cluster_hands_checkpoints_over_through_the_store(small_job: SmallJob)
     assert here.cache.needed_bytes == 0
     assert there.cache.needed_bytes > 3 * there.artifact_bytes + there.model_bytes
     assert there.store.needed_bytes - here.store.needed_bytes == there.cache.needed_bytes
+    assert there.cache.free_bytes is None, "that of other hosts"
 
 
 def test_peak_memory_takes_a_process_more(small_job: SmallJob, tmp_path: Path) -> None:
