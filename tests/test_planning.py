@@ -136,3 +136,13 @@ def test_a_budget_that_cannot_be_met_is_not_left_out(small_job: SmallJob, tmp_pa
     pipeline.calibrate(small_job.config(tmp_path / "out"))
     with pytest.raises(BudgetError):
         plan_budgets(str(tmp_path / "out"), budgets=[Budget(kind="max_parameters", limit=10)])
+
+
+def test_usual_budgets_that_a_recipe_cannot_meet_are_left_out(small_job: SmallJob, tmp_path: Path) -> None:
+    """A budget that was asked for is refused; those of no budget at all are what can be met."""
+    recipe = small_job.recipe(step="{kind: quantize}")
+    statistics = pipeline.calibrate(small_job.config(tmp_path / "stats"))
+    uri = f"{tmp_path}/stats/{statistics.run_key}"
+    assert plan_budgets(uri, budgets=[], recipe=recipe).budgets == ()
+    with pytest.raises(BudgetError):
+        plan_budgets(uri, budgets=[checked_budget("keep", 0.5)], recipe=recipe)

@@ -57,8 +57,7 @@ def _step_operations(step: object, work: Workload) -> float:
 
 def healing_seconds(work: Workload, *, speed: float) -> float:
     settings = work.recipe.healing
-    if settings is None:
-        return 0.0
+    assert settings is not None, "asked of recipes that heal"
     student = work.compressed_bytes / work.file_bytes
     passes = 1 + (1 + BACKWARD) * student
     tokens = max(work.calibration_tokens * settings.epochs, settings.min_steps * settings.batch_tokens)

@@ -82,7 +82,12 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
         stages=stages,
         temporary=_disk(str(temporary_root()), temporary),
         store=_disk(store, stored, there=bytes_below(Path(store) / SCRATCH_PREFIX)),
-        cache=_disk(str(Cache.open().root) if cached else "", cached, there=there),
+        cache=_disk(
+            str(Cache.open().root) if cached else "",
+            cached,
+            there=there,
+            is_here=cached > 0 and not machine.is_elsewhere,
+        ),
         artifact_bytes=0 if statistics_only else work.artifact_bytes,
         left_out=() if statistics_only else job.left_out,
     )
@@ -90,12 +95,9 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
     return flight.model_copy(update={"problems": tuple(problems)})
 
 
-def _disk(place: str, needed_bytes: int, *, there: int = 0) -> DiskNeeds:
-    """What is free in a directory, and what is `there` of it already, as an earlier run's scratch may be.
-
-    No place at all is asked for nothing.
-    """
-    if is_remote(place) or not place:
+def _disk(place: str, needed_bytes: int, *, there: int = 0, is_here: bool = True) -> DiskNeeds:
+    """What is free in a directory, and what is `there` of it already, as an earlier run's scratch may be."""
+    if is_remote(place) or not is_here:
         return DiskNeeds(place=place, needed_bytes=needed_bytes, free_bytes=None)
     free = free_bytes(Path(place)) + there
     return DiskNeeds(place=place, needed_bytes=needed_bytes, free_bytes=free, device=device_of(Path(place)))

@@ -156,8 +156,7 @@ class Workload:
     def healing_steps(self) -> int:
         """About how many there are, where nothing stops healing early."""
         settings = self.recipe.healing
-        if settings is None:
-            return 0
+        assert settings is not None, "asked of recipes that heal"
         length = max(1, self.calibration_tokens // self.num_rows)
         rows = max(1, min(settings.batch_rows, settings.batch_tokens // length))
         an_epoch = -(-self.num_rows // rows)

@@ -49,19 +49,18 @@ def fit_layer(
 
 def _planned(shape: FFNShape, *, width: int, budget: int, steps: Sequence[Compressor]) -> LayerLayout | None:
     """The layout with `width` heavy hitters, None where the steps cannot fit the rest."""
-    if width >= shape.num_neurons:
-        return None
-    layout: LayerLayout | None = LayerLayout(
+    assert width < shape.num_neurons, "a budget below the whole FFN leaves a neuron out"
+    layout = LayerLayout(
         heavy=PartLayout.dense(shape, width) if width else None,
         light=PartLayout.dense(shape, shape.num_neurons - width),
         down_bias=shape.down_bias,
     )
     for step in steps:
-        if layout is not None:
-            layout = step.plan(layout, shape=shape, budget=budget)
-    if layout is None or layout.num_elements(shape) > budget:
-        return None
-    return layout
+        planned = step.plan(layout, shape=shape, budget=budget)
+        if planned is None:
+            return None
+        layout = planned
+    return layout if layout.num_elements(shape) <= budget else None
 
 
 def fit_layers(

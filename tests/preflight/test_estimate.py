@@ -24,6 +24,7 @@ from ffsplit.report.humanize import size
 from tests.conftest import CheckpointFactory
 from tests.shaped_checkpoints import LLAMA_70B, save_llama_shape
 from tests.small_jobs import SmallJob
+from tests.tiny_families import save_checkpoint
 
 GB = 10**9
 
@@ -266,12 +267,17 @@ def test_a_cluster_hands_checkpoints_over_through_the_store(small_job: SmallJob)
     """What other hosts fetch lies in the store, and in each host's cache."""
     recipe = small_job.recipe(allocation="search")
     here = preflight(small_job.config("out", recipe=recipe))
-    there = preflight(
-        small_job.config("out", recipe=recipe, runner="ray", workers=1, address="10.0.0.1:6379")
-    )
+    cluster: dict[str, Any] = {"runner": "ray", "workers": 1, "address": "10.0.0.1:6379"}
+    there = preflight(small_job.config("out", recipe=recipe, **cluster))
     assert here.cache.needed_bytes == 0
     assert there.cache.needed_bytes > 3 * there.artifact_bytes + there.model_bytes
     assert there.store.needed_bytes - here.store.needed_bytes == there.cache.needed_bytes
+    assert there.cache.free_bytes is None, "that of other hosts"
+    said = f"{size(there.cache.needed_bytes)} of cached inputs".replace("\u00a0", " ")
+    assert said in in_one_line(there) and "cached inputs" not in in_one_line(here)
+    quantized = small_job.recipe(allocation="search", more="after_healing: {kind: quantize}")
+    ending = preflight(small_job.config("out", recipe=quantized, **cluster))
+    assert ending.cache.needed_bytes > there.cache.needed_bytes
 
 
 def test_peak_memory_takes_a_process_more(small_job: SmallJob, tmp_path: Path) -> None:
@@ -301,3 +307,22 @@ def test_a_size_that_is_none(checkpoint_of: CheckpointFactory, capsys: pytest.Ca
     arguments = [str(checkpoint_of("bert")), "--out", "out", "--memory-per-worker", "lots"]
     assert main(["compress", *arguments]) == 2
     assert "--memory-per-worker lots: give a size such as" in capsys.readouterr().err
+
+
+def test_statistics_of_many_shards_are_counted_at_every_level(small_job: SmallJob) -> None:
+    """40 shards are reduced by two tasks first; one file of all layers each."""
+    few, many = (
+        preflight(small_job.config("out", recipe=small_job.recipe(shard_size=size)), kind="statistics")
+        for size in (40, 1)
+    )
+    assert many.store.needed_bytes - few.store.needed_bytes > 41 * 3 * 96 * 64
+    assert many.artifact_bytes == 0
+    assert many.temporary.needed_bytes < few.store.needed_bytes
+
+
+def test_experts_keep_where_their_tokens_went(small_job: SmallJob, tmp_path: Path) -> None:
+    """Their inputs are sampled once a block, with the experts of each token beside them."""
+    model = str(save_checkpoint(tmp_path / "mixtral", "mixtral"))
+    flight = preflight(small_job.config("out", model=model))
+    assert flight.store.needed_bytes > flight.artifact_bytes
+    assert not flight.problems

@@ -8,7 +8,7 @@ import pytest
 
 from ffsplit.compressors import DistillCompressor, LowRankCompressor, PruneCompressor
 from ffsplit.errors import ConfigError
-from ffsplit.recipes.recipe import Recipe, load_recipe, parse_recipe, shipped_recipes
+from ffsplit.recipes.recipe import Recipe, load_recipe, parse_recipe, recipe_of, shipped_recipes
 
 GOOD = """\
 name: mine
@@ -167,3 +167,10 @@ def test_whatever_the_parser_raises_is_one_line(text: str) -> None:
 
 def test_a_yaml_file_cannot_make_objects() -> None:
     assert "is not YAML" in refused("name: !!python/object/apply:os.system ['true']\n")
+
+
+def test_a_recipe_of_a_manifest_that_cannot_be_read_is_one_line() -> None:
+    fields = load_recipe("fast").model_dump(mode="json")
+    assert recipe_of(fields, where="m") == load_recipe("fast")
+    with pytest.raises(ConfigError, match="m: its recipe: unknown field charm: give --recipe"):
+        recipe_of(fields | {"charm": 3}, where="m")

@@ -73,3 +73,10 @@ def test_no_layer_gets_all_or_nothing(kept: float) -> None:
 def test_a_budget_that_leaves_no_choice_gives_no_proposal() -> None:
     budget = Budget(kind="keep", limit=1.0)
     assert propose(SOLVER, budget, ERRORS, uniform=SOLVER.solve(budget)) is None
+
+
+def test_nothing_is_proposed_where_some_layer_would_lose_its_last_neuron() -> None:
+    budget = Budget(kind="keep", limit=1.5 / 400)
+    uniform = SOLVER.solve(budget)
+    assert {layout.num_neurons for layout in uniform} == {1}
+    assert propose(SOLVER, budget, (1.0, 1e-9, 1e-9), uniform=uniform) is None

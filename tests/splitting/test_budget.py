@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ffsplit.compressors import DistillCompressor, QuantizeCompressor
+from ffsplit.compressors import DistillCompressor, LowRankCompressor, QuantizeCompressor
 from ffsplit.errors import BudgetError
 from ffsplit.ffn import FFNShape, LayerLayout, LowRank
 from ffsplit.recipes.recipe import Recipe, load_recipe, shipped_recipes
@@ -162,3 +162,12 @@ def test_the_paper_recipe_gives_half_to_heavy_hitters_and_a_rank_to_the_rest() -
     one_more = layout.light.up.rank + 1
     larger = layout.light.model_copy(update={"up": LowRank(rank=one_more), "down": LowRank(rank=one_more)})
     assert layout.model_copy(update={"light": larger}).num_elements(MINILM) > 0.3535 * MINILM.num_elements
+
+
+def test_steps_after_one_that_cannot_fit_are_not_asked() -> None:
+    """The second would plan whatever it is given."""
+    steps = (LowRankCompressor(), DistillCompressor(part="light"))
+    half = HeavyRule(by="share", value=0.5)
+    least = fit_layers([MINILM], keep=0.5, heavy=half, steps=steps)
+    assert least[0].light is not None
+    assert fit_layer(MINILM, budget=2 * MINILM.hidden_size, heavy=half, steps=steps) is None

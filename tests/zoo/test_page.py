@@ -162,3 +162,25 @@ def test_an_undecided_gate_is_called_so() -> None:
     assert refused.result is not None
     refused = refused.model_copy(update={"result": refused.result.model_copy(update={"gates": (undecided,)})})
     assert "speedup &gt;= 1.4: 1.4, UNDECIDED" in render_index([batch(1, refused)])
+
+
+def test_a_line_per_model_says_what_became_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """With its unmet gates below it; what failed has its error instead of figures."""
+    print_batch(batch(1, model("good", "published"), model("bad", "refused"), model("ill", "failed")))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("good: published, 3.00") and lines[1].startswith("bad: refused by gates, 3.00")
+    assert lines[2:5] == [
+        "  gate fidelity >= 0.98: 0.97, NOT met",
+        "ill: failed: <b>out of memory</b>",
+        "1 of 3 published (1 now), 1 refused by gates, 1 failed",
+    ]
+
+
+def test_a_batch_without_timings_has_no_speed_up_tile() -> None:
+    timed = model("tiny", "published")
+    assert timed.result is not None and timed.result.figures is not None
+    figures = timed.result.figures.model_copy(update={"speedups": {}, "spreads": {}, "noise": None})
+    result = timed.result.model_copy(update={"figures": figures})
+    page = render_index([batch(1, timed.model_copy(update={"result": result}))])
+    assert '<p class="label">Least speed-up</p>' in render_index([batch(1, timed)])
+    assert '<p class="label">Least speed-up</p>' not in page
