@@ -28,7 +28,7 @@ def test_json_prints_the_manifest_alone(small_job: SmallJob, tmp_path: Path, cap
     printed = capsys.readouterr().out
     (path,) = out.glob("*/*/manifest.json")
     assert printed == path.read_text()
-    assert json.loads(printed)["config"]["keep"] == 0.5
+    assert json.loads(printed)["budget"] == {"kind": "keep", "limit": 0.5}
 
 
 def test_a_run_prints_before_and_after(small_job: SmallJob, tmp_path: Path, capsys: Captured) -> None:
