@@ -228,6 +228,9 @@ class Compute(Record):
     threads: int
     healing_threads: int | None = Field(default=None, description="None where nothing was healed")
     healing_workers: int | None = None
+    attn_implementation: Literal["sdpa", "eager"] | None = Field(
+        default=None, description="None where the model's config decided"
+    )
     trust_remote_code: bool = Field(default=False, description="ran code that came with the model")
 
 

@@ -161,6 +161,7 @@ def _compute(run: PreparedRun) -> Compute:
         threads=profile.threads,
         healing_threads=healing_threads(run.config) if heals else None,
         healing_workers=run.config.healing_workers if heals else None,
+        attn_implementation=profile.attn_implementation,
         trust_remote_code=run.config.trust_remote_code,
     )
 

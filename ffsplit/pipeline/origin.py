@@ -71,7 +71,7 @@ def check_origin(
     if theirs != ours:
         raise ConfigError(
             f"{where} was computed on {theirs}, this run is on {ours}: "
-            "give the same --device, --dtype and --threads-per-worker, or leave --stats out"
+            "give the same --device, --dtype, --threads-per-worker and --attn-implementation, or leave --stats out"
         )
 
 
@@ -98,4 +98,5 @@ def _name(model: str, revision: str | None) -> str:
 
 
 def _describe(profile: ComputeProfile | Compute) -> str:
-    return f"{profile.device} in {profile.dtype} with {profile.threads} threads"
+    attention = f" and {profile.attn_implementation} attention" if profile.attn_implementation else ""
+    return f"{profile.device} in {profile.dtype} with {profile.threads} threads{attention}"
