@@ -70,8 +70,8 @@ def check_origin(
     theirs, ours = (_describe(each) for each in (origin.manifest.compute, profile))
     if theirs != ours:
         raise ConfigError(
-            f"{where} was computed on {theirs}, this run is on {ours}: "
-            "give the same --device, --dtype, --threads-per-worker and --attn-implementation, or leave --stats out"
+            f"{where} was computed on {theirs}, this run is on {ours}: give the same --device, --dtype, "
+            "--threads-per-worker and --attn-implementation, or leave --stats out"
         )
 
 
