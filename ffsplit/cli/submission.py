@@ -18,7 +18,7 @@ from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.exit_codes import INTERRUPTED
 from ffsplit.home import user_path
 
-UNNAMED = ("run", "json", "workers", "address", "in_job", "parse", "sign_key", "file", "title")
+UNNAMED = ("run", "json", "workers", "address", "in_job", "parse", "sign_key", "file", "title", "debug")
 """What an argument parser adds, or what does not change what a job is for."""
 
 

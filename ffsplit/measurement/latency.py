@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from ffsplit.artifacts.manifest import Latency, LoadAverage, Spread
+from ffsplit.machine import usable_cores
 from ffsplit.measurement.examples import example_inputs, vocab_size_of
 
 WARM_UP_RUNS = 3
@@ -132,8 +133,7 @@ def load_since(before: float | None) -> LoadAverage | None:
     after = load_average()
     if before is None or after is None:
         return None
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return LoadAverage(before=round(before, 2), after=round(after, 2), num_cpus=cpus)
+    return LoadAverage(before=round(before, 2), after=round(after, 2), num_cpus=usable_cores())
 
 
 def paired_times(
