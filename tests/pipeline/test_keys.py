@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ffsplit.pipeline.prepare import PreparedRun, prepare
+import pytest
+
+from ffsplit.pipeline.prepare import PreparedRun, healing_threads, prepare
 from tests.small_jobs import LOW_RANK, SmallJob
 
 
@@ -65,3 +67,13 @@ def test_gates_are_part_of_the_run_and_not_of_what_it_computes(small_job: SmallJ
     assert run("fidelity >= 0.91", "speedup@4x8 >= 1").run_key != gated.run_key
     assert run("speedup >= 1.5").run_key == run(require_speedup=1.5).run_key
     assert (4, 8) in gated.recipe.measurement.latency_shapes
+
+
+def test_healing_threads_are_the_cores_that_the_driver_may_use(
+    small_job: SmallJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are part of the key: a quota makes another one, unless they are set."""
+    monkeypatch.setattr("ffsplit.pipeline.prepare.usable_cores", lambda: 6)
+    assert healing_threads(small_job.config("out")) == 6
+    assert healing_threads(small_job.config("out", healing_workers=4)) == 1
+    assert healing_threads(small_job.config("out", healing_threads=3)) == 3
