@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -158,7 +159,7 @@ def test_without_temporary_files_what_needs_none_works(
 
 def test_ascii_output_and_names_that_are_not(small_job: SmallJob, tmp_path: Path) -> None:
     model = tmp_path / "mod\u00e8le-\U0001f511"
-    model.symlink_to(small_job.model)
+    shutil.copytree(small_job.model, model)
     out = tmp_path / "sortie-\u00e9"
     plain = {"LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii"}
     plain |= {"TERM": "", "HOME": str(tmp_path)}

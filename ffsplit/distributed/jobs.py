@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import signal
 import socket
@@ -200,7 +201,14 @@ def _exit_code(info: JobDetails) -> int:
 
 
 def _check_listening(address: str) -> None:
-    """Raise OSError unless something listens there, where Ray itself would wait for minutes."""
+    """Raise OSError unless something listens there, where Ray itself would wait for minutes.
+
+    Raises ConfigError for a token that no request may have, which an HTTP library would quote.
+    """
+    if not re.fullmatch(r"[\x21-\x7e]*", os.environ.get("RAY_AUTH_TOKEN", "")):
+        raise ConfigError(
+            "RAY_AUTH_TOKEN has a blank, a line break or a character that is not ASCII: copy it again"
+        )
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("its job server is at an address like http://127.0.0.1:8265")

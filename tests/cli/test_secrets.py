@@ -183,3 +183,13 @@ def test_a_run_leaves_documents_without_credentials(
     if malformed == "short":
         (manifest,) = (tmp_path / "out").glob("*/*/manifest.json")
         assert '"id": "model-1"' in manifest.read_text() and "***" not in manifest.read_text()
+
+
+@pytest.mark.parametrize("malformed", ["newline", "not latin-1"], indirect=True)
+def test_a_token_that_no_request_may_have_is_named(
+    malformed: str, refusing: str, small_job: SmallJob, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = ["compress", *small_job.arguments("/tmp/never-written")]
+    assert main(["submit", "--address", refusing, *job]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "RAY_AUTH_TOKEN has a blank, a line break or a character that is not ASCII" in line

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ffsplit.pipeline.prepare import PreparedRun, prepare
+from ffsplit.pipeline.prepare import PreparedRun, healing_threads, prepare
 from ffsplit.stages import profile
 from tests.small_jobs import LOW_RANK, PRUNE, SmallJob
 
@@ -91,3 +91,13 @@ def test_what_fits_multiply_in_is_decided_by_the_driver_and_part_of_the_run(
         assert [fit.model_dump()["mixed_precision"] for fit in fits] == [precision] * 2
     assert run(PRUNE, able=True).run_key == run(PRUNE, able=False).run_key
     assert run(DISTILL, able=True, dtype="float32").run_key == without.run_key
+
+
+def test_healing_threads_are_the_cores_that_the_driver_may_use(
+    small_job: SmallJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are part of the key: a quota makes another one, unless they are set."""
+    monkeypatch.setattr("ffsplit.pipeline.prepare.usable_cores", lambda: 6)
+    assert healing_threads(small_job.config("out")) == 6
+    assert healing_threads(small_job.config("out", healing_workers=4)) == 1
+    assert healing_threads(small_job.config("out", healing_threads=3)) == 3
