@@ -13,6 +13,10 @@ ROW_TOKENS, WINDOW_TOKENS = 128, 512
 What a window does not reach teaches nothing of those positions, neither a fit nor healing.
 """
 SHARD_TOKENS = 16384
+MAX_SAMPLED_SHARDS = 64
+"""FFN inputs are sampled from at most this many shards, evenly spaced, however many there are."""
+FAN_IN = 32
+"""Files of statistics that one task reduces at most."""
 
 
 class CalibrationSettings(Record):

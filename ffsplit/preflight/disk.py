@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ffsplit.calibration.settings import FAN_IN, MAX_SAMPLED_SHARDS
 from ffsplit.preflight.workload import Workload
 from ffsplit.runtime.assemble import MAX_SHARD_BYTES
-from ffsplit.stages.calibrate import MAX_SAMPLED_SHARDS
-from ffsplit.stages.reduce import FAN_IN
 
 STATISTICS_ROW_BYTES = 72
 """Of one neuron in a Parquet file: seven numbers of eight bytes, its place, and what pages add."""

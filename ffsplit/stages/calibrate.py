@@ -15,7 +15,7 @@ from ffsplit.calibration.hooks import Sampling
 from ffsplit.calibration.observe import Observed, observe
 from ffsplit.calibration.parquet import write_statistics
 from ffsplit.calibration.readers import Reader, make_reader
-from ffsplit.calibration.settings import CalibrationSettings
+from ffsplit.calibration.settings import MAX_SAMPLED_SHARDS, CalibrationSettings
 from ffsplit.config import Record
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_base_model
@@ -23,9 +23,6 @@ from ffsplit.models.source import ModelSource
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.stages.profile import ComputeProfile
 from ffsplit.temporary import temporary_folder
-
-MAX_SAMPLED_SHARDS = 64
-"""FFN inputs are sampled from at most this many shards, evenly spaced, however many there are."""
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.parquet import read_statistics, write_statistics
+from ffsplit.calibration.settings import FAN_IN
 from ffsplit.calibration.statistics import NeuronStats, merge_layers, reduce_tree
 from ffsplit.config import Record
 from ffsplit.temporary import temporary_folder
-
-FAN_IN = 32
 
 
 class ReduceJob(Record):
