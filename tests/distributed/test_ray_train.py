@@ -96,7 +96,7 @@ def test_processes_give_the_bytes_of_one_that_does_all_shares_killed_or_not(
     assert alone is not None
     assert outcome(together) == outcome(alone)
     assert float(str(alone.facts["best_loss"])) < float(str(alone.facts["first_loss"]))
-    state = job.scratch.load("progress")
+    state = job.scratch.load_newest("progress")
     assert state is not None  # it was resumed, not begun again
     assert job.settings.checkpoint_steps < 4
 
