@@ -21,7 +21,7 @@ from ffsplit.ffn import LayerLayout
 from ffsplit.gates import Gate, gated_key
 from ffsplit.machine import usable_cores
 from ffsplit.measurement.tasks.evaluations import Evaluation, evaluations_of, key_inputs
-from ffsplit.models.attention import attending
+from ffsplit.models.attention import attending, attention_advice
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.load import check_complete
 from ffsplit.models.trust import trusting
@@ -106,7 +106,10 @@ def preflight(config: JobConfig, *, kind: Kind = "model") -> Preflight:
     with trusting(config.trust_remote_code), attending(config.attn_implementation):
         job = examine(config, kind=kind)
         readable(job.text, settings=job.recipe.calibration, checkpoint=job.checkpoint)
-        return estimate(job, kind=kind)
+        flight = estimate(job, kind=kind)
+        if attention_advice(job.checkpoint.config):  # whether this one is there, only loading tells
+            check_complete(job.checkpoint)
+        return flight
 
 
 @explained("the job cannot be checked")

@@ -15,7 +15,7 @@ from ffsplit.errors import ConfigError
 from ffsplit.models.attention import attending, attention_advice, chosen_attention
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import check_complete, empty_model, load_base_model, load_whole_model, random_model
-from ffsplit.pipeline.prepare import prepare
+from ffsplit.pipeline.prepare import preflight, prepare
 from tests.conftest import CheckpointFactory
 from tests.small_jobs import SmallJob
 from tests.tiny_models import random_rows
@@ -101,3 +101,9 @@ def test_only_what_may_be_missing_is_named() -> None:
         with attending(None):
             assert chosen_attention() == "sdpa"
     assert chosen_attention() is None
+
+
+def test_a_dry_run_refuses_what_a_run_refuses(flash: Path, small_job: SmallJob, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=ADVICE):
+        preflight(small_job.config(tmp_path / "out", model=str(flash)))
+    assert preflight(small_job.config(tmp_path / "out", model=str(flash), attn_implementation="eager"))
