@@ -19,13 +19,11 @@ import json
 import os
 import re
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, TypeVar, cast
 from urllib.parse import quote, quote_plus, unquote
 
@@ -264,23 +262,13 @@ def guard_streams() -> None:
 
 @contextmanager
 def guarded_streams() -> Iterator[None]:
-    """The same for a while, and for the traceback of whatever ends it."""
+    """The same for a while."""
     before = sys.stdout, sys.stderr
     guard_streams()
     try:
         yield
-    except Exception:
-        sys.excepthook = _print_traceback
-        raise
     finally:
         sys.stdout, sys.stderr = before
-
-
-def _print_traceback(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:  # what an interpreter does that ends
-    guard_streams()
-    print("".join(traceback.format_exception(kind, error, trace)), end="", file=sys.stderr)
 
 
 def print_credential(text: str) -> None:

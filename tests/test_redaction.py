@@ -238,12 +238,12 @@ def run():
         raise KeyError(os.environ["HF_TOKEN"])
     except KeyError as error:
         raise RuntimeError("at the end: " + repr(os.environ["HF_TOKEN"])) from error
-exit_code_of(run)
+raise SystemExit(exit_code_of(run))
 """
 
 
 def test_tracebacks_warnings_and_threads_are_covered() -> None:
-    environment = os.environ | {"HF_TOKEN": f"{SECRET}\n"}
+    environment = os.environ | {"HF_TOKEN": f"{SECRET}\n", "FFSPLIT_DEBUG": "1"}
     done = subprocess.run([sys.executable, "-c", TRACEBACK], capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     for word in ("in a thread: ***", "warned of ***", "logged ***", "at the end: '***", "Traceback"):

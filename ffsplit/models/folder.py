@@ -83,7 +83,7 @@ class Listing(NamedTuple):
         """What a file of the folder says; None where it is missing or not JSON."""
         try:
             return json.loads(self.read(name)) if name in self.names else None
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
 
 
