@@ -85,5 +85,5 @@ def _zoo(parsed: argparse.Namespace) -> int:
     else:
         from ffsplit.zoo.table import print_batch
 
-        print_batch(batch)
+        print_batch(batch, destination=zoo.destination)
     return batch.exit_code

@@ -181,6 +181,17 @@ class Checkpoint:
         """The module paths of the blocks that have FFNs, below the base model, tower by tower."""
         return tuple(dict.fromkeys(ffn.block for ffn in self.ffns))
 
+    @property
+    def unread_blocks(self) -> tuple[str, ...]:
+        """Blocks that the files hold beyond those that the config states: no model reads them."""
+        found: dict[str, None] = {}
+        for tower in dict.fromkeys(ffn.tower for ffn in self.ffns if ffn.tower.is_list):
+            count = len({ffn.block for ffn in self.ffns if ffn.tower == tower})
+            number = re.compile(rf"(?:^|.*\.){re.escape(tower.path)}\.(\d+)\.")
+            numbers = {int(match[1]) for name in self.tensors if (match := number.match(name))}
+            found |= {f"{tower.path}.{each}": None for each in sorted(numbers) if each >= count}
+        return tuple(found)
+
     def block_tensors(self, *blocks: str) -> list[str]:
         """The tensors of some blocks."""
         starts = tuple(f"{self.prefix}{block}." for block in blocks)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from ffsplit.artifacts.signing import sign_manifest
 from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.artifacts.stores import Store
 from ffsplit.distributed import make_runner
+from ffsplit.distributed.runner import Runner
 from ffsplit.errors import begun
 from ffsplit.gates import judge, refusal
 from ffsplit.models.folder import left_out_in_one_line
@@ -56,19 +59,21 @@ class Attempt:
         """Where in the store the report of a result lies that its gates refused."""
         return self.scratch.key(f"refused/{REPORT_NAME}")
 
-    def carry_out(self, shown: Progress) -> Ending:
+    @contextmanager
+    def connected(self) -> Iterator[Runner]:
+        """The run's runner. Raises ConfigError, before anything is written, for one that cannot be used."""
+        workers = self.run.flight.machine.num_workers
+        with logs.fields(run=self.key), make_runner(self.run.config, workers_here=workers) as runner:
+            yield runner
+
+    def carry_out(self, runner: Runner, shown: Progress) -> Ending:
         """Compute the run, and publish it unless its gates refuse it.
 
-        Raises ConfigError for a cluster that cannot be used. Then nothing has been written; what goes
-        wrong later is no mistake in the configuration, whoever raises it.
+        Raises ConfigError for hosts that do not fit together. Then nothing is left behind; what goes wrong
+        later is no mistake in the configuration, whoever raises it.
         """
         config, log = self.run.config, StageLog(shown)
-        with (
-            logs.fields(run=self.key),
-            full_disk_explained(),
-            make_runner(config, workers_here=self.run.flight.machine.num_workers) as runner,
-            temporary_folder() as folder,
-        ):
+        with full_disk_explained(), temporary_folder() as folder:
             asked = config.workers if config.runner == "ray" else None
             shown.note(in_one_line(self.run.flight, asked=asked))
             shown.note(
@@ -76,6 +81,10 @@ class Attempt:
             )
             if self.kind == "model" and (left_out := left_out_in_one_line(self.run.left_out)):
                 shown.note(left_out)
+            if unread := self.run.checkpoint.unread_blocks:
+                shown.note(
+                    f"warning: config.json states fewer blocks: {', '.join(unread)} stay as they are, unread"
+                )
             execution = place(self.run, self.scratch, runner, log, shown=shown)
             with begun():
                 return self._compute_and_publish(execution, folder)

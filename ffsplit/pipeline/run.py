@@ -100,9 +100,12 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
             if guarantees.conditional_put != "atomic":
                 shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
             attempt = Attempt(run, kind, key, scratch, store, guarantees, sign_key)
-            with Lease(store, scratch, run_key=key, note=shown.note) as lease:
+            with (
+                attempt.connected() as runner,
+                Lease(store, scratch, run_key=key, note=shown.note) as lease,
+            ):
                 try:
-                    state, manifest = attempt.carry_out(shown)
+                    state, manifest = attempt.carry_out(runner, shown)
                     if state == "refused":
                         return Finished(manifest, state, attempt.refused_report)
                 except Exception:

@@ -98,7 +98,9 @@ def layer_tensors(
             is_packed = tensor.dtype == torch.uint8
             tensors[base + name] = tensor if is_packed else tensor.to(_split_dtype(checkpoint, ffn, name))
         if index in guarded(checkpoint.ffns):
-            tensors[checkpoint.prefix + ffn.guard] = torch.zeros(1, dtype=_dtype(checkpoint, ffn.down.name))
+            tensors[checkpoint.prefix + ffn.guard] = torch.zeros(
+                1, dtype=_dtype(checkpoint, ffn.down.bias or ffn.down.name)
+            )
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 

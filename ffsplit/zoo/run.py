@@ -41,14 +41,14 @@ class _Pass:
         self._id = new_batch_id(self.started)
 
     def record(self) -> Batch:
-        """Write the batch's manifest, and the page over it and those before it."""
+        """Write the batch's manifest, which names what is local without its path, and the page over all."""
         batch = without_credentials(self._as_it_stands())
         given = [text for model in self.zoo.models for text in (model.job.model, model.job.recipe)]
         stored = by_name(batch, given=(batch.destination, *given))
         save_batch(self.store, stored)
         page = render_index([*past_batches(self.store, before=batch.id), stored])
         self.store.put_bytes(INDEX_NAME, page.encode())
-        return batch
+        return stored
 
     def _as_it_stands(self) -> Batch:
         return Batch(

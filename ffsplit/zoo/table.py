@@ -9,7 +9,7 @@ from ffsplit.zoo.batch import Batch, BatchModel, Figures, batch_key
 from ffsplit.zoo.page import INDEX_NAME, STATES, headline, slowest
 
 
-def print_batch(batch: Batch) -> None:
+def print_batch(batch: Batch, *, destination: str) -> None:
     """A line a model, a line for every gate that was not met, and where the batch's documents are."""
     for model in batch.models:
         print(f"{model.name}: {STATES[model.state]}{_facts(model)}")
@@ -23,8 +23,8 @@ def print_batch(batch: Batch) -> None:
         f"{batch.count('refused')} refused by gates, {batch.count('failed')} failed"
         + (f", {interrupted} interrupted" if interrupted else "")
     )
-    print(f"batch: {batch.destination}/{batch_key(batch.id)}")
-    print(f"index: {batch.destination}/{INDEX_NAME}")
+    print(f"batch: {destination}/{batch_key(batch.id)}")
+    print(f"index: {destination}/{INDEX_NAME}")
 
 
 def _facts(model: BatchModel) -> str:

@@ -174,7 +174,7 @@ def test_a_signed_run_is_pulled_and_an_unsigned_is_not(
     assert main(["pull", str(tmp_path / "copy"), str(tmp_path / "third"), *check]) == 1
     assert "is not signed" in capsys.readouterr().err
     tampered = tmp_path / "copy of copy" / "manifest.json"
-    tampered.write_text(tampered.read_text().replace('"keep": 0.5', '"keep": 0.4'))
+    tampered.write_text(tampered.read_text().replace('"seed": 0', '"seed": 1'))
     assert main(["pull", str(tampered.parent), str(tmp_path / "third"), *check]) == 1
     assert "its signature is not of" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()

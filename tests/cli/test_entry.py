@@ -259,7 +259,7 @@ BAD_MODELS: dict[str, str] = {
     "unknown family": "known: ",
     "truncated": "not a whole safetensors file",
     "missing shard": "model-00002-of-00002.safetensors is missing",
-    "absent tensor": "names ghost.weight, which model.safetensors does not hold",
+    "absent tensor": "names ghost.weight, which model-00001-of-00001.safetensors does not hold",
     "not a number": "tensor encoder.layer.2.output.dense.weight holds NaN",
     "no attention": "holds no tensor for encoder.layer.1.attention.self.query.weight",
     "another shape": "self.query.weight has the shape (8, 32), config.json makes it (32, 32)",
@@ -268,7 +268,6 @@ BAD_MODELS: dict[str, str] = {
     "no tokenizer": "tokenizer",
     "compressed already": "original",
     "no number of layers": "num_hidden_layers",
-    "fewer layers": "num_hidden_layers",
     "another width": "config.json says intermediate_size",
     "unknown class": "has no class MyBert",
 }
@@ -315,9 +314,20 @@ def test_a_bad_model_is_one_line_and_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+def test_blocks_that_the_config_does_not_state_are_named(
+    small_job: SmallJob, tmp_path: Path, capsys: Captured
+) -> None:
+    path = small_job.model / "config.json"
+    small_job.model = Path(shutil.copytree(small_job.model, tmp_path / "model"))
+    (small_job.model / path.name).write_text(
+        json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1})
+    )
+    assert main(["compress", *small_job.arguments(tmp_path / "out", "--runner", "serial")]) == 0
+    assert "fewer blocks: encoder.layer.1, encoder.layer.2 stay as they are" in capsys.readouterr().err
+
+
 CONFIG_CHANGES: dict[str, dict[str, Any]] = {
     "no number of layers": {"num_hidden_layers": None},
-    "fewer layers": {"num_hidden_layers": 1},
     "another width": {"intermediate_size": 1000},
     "another tokenizer": {"vocab_size": 50},
     "no config of its family": {"num_attention_heads": "four"},
@@ -337,11 +347,13 @@ def spoil(model: Path, name: str) -> None:
     elif name == "truncated":
         weights.write_bytes(weights.read_bytes()[:-1000])
     elif name == "missing shard":
-        index = {name: "model.safetensors" for name in load_file(weights)}
+        index = dict.fromkeys(load_file(weights), "model-00001-of-00002.safetensors")
         index["ghost.weight"] = "model-00002-of-00002.safetensors"
+        weights.rename(model / "model-00001-of-00002.safetensors")
         (model / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     elif name == "absent tensor":
-        index = dict.fromkeys([*load_file(weights), "ghost.weight"], "model.safetensors")
+        index = dict.fromkeys([*load_file(weights), "ghost.weight"], "model-00001-of-00001.safetensors")
+        weights.rename(model / "model-00001-of-00001.safetensors")
         (model / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     elif name == "not a number":
         tensors = load_file(weights)

@@ -106,11 +106,11 @@ def test_the_same_shares_give_the_same_bytes_stopped_or_not(tmp_path: Path) -> N
 
 def test_the_first_steps_are_those_of_one_worker() -> None:
     one, two = run(1, steps=2), run(2, steps=2)
-    start = dict(trainable_weights(disturbed("bert", "")))
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=2e-4)
-    moved = max(float((weight - start[name]).abs().max().detach()) for name, weight in one.items())
-    assert moved > 1e-3
+    start = {name: each.detach() for name, each in trainable_weights(disturbed("bert", "")).items()}
+    moved = float(torch.cat([(each - start[name]).flatten() for name, each in one.items()]).norm())
+    apart = float(torch.cat([(each - two[name]).flatten() for name, each in one.items()]).norm())
+    assert moved > 0.1
+    assert apart < 1e-2 * moved  # Adam moves a weight whose gradient is rounding alone as far as any other
 
 
 def test_without_a_process_group_one_process_does_all() -> None:

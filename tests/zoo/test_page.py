@@ -152,7 +152,7 @@ def test_speed_ups_have_their_spread_and_noise_is_said(capsys: pytest.CaptureFix
     newest = batch(1, model("tiny", "published"))
     page = render_index([newest])
     assert "1.44 to 1.81\u00d7" in page and "timings are noisy: &lt;very&gt;" in page
-    print_batch(newest)
+    print_batch(newest, destination="out")
     assert "speed-up 1.40\u00d7, fidelity 0.970, timings are noisy: <very>" in capsys.readouterr().out
 
 
@@ -166,7 +166,8 @@ def test_an_undecided_gate_is_called_so() -> None:
 
 def test_a_line_per_model_says_what_became_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     """With its unmet gates below it; what failed has its error instead of figures."""
-    print_batch(batch(1, model("good", "published"), model("bad", "refused"), model("ill", "failed")))
+    three = batch(1, model("good", "published"), model("bad", "refused"), model("ill", "failed"))
+    print_batch(three, destination="out")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("good: published, 3.00") and lines[1].startswith("bad: refused by gates, 3.00")
     assert lines[2:5] == [

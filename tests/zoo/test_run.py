@@ -59,7 +59,7 @@ def test_a_killed_model_is_tried_again_and_a_bad_one_stops_nobody(small_job: Sma
     assert (killed.state, killed.num_attempts) == ("published", 2)
     assert any("killed | failed, again in 0.1 s: its process was ended by SIGKILL" in line for line in lines)
     assert (missing.state, missing.num_attempts) == ("failed", 1)
-    assert missing.error is not None and "/none does not exist" in missing.error
+    assert missing.error is not None and "none does not exist" in missing.error
     assert batch.exit_code == 1
     folder = Path(asked.destination)
     assert verify(str(folder / "killed")).ok
