@@ -75,12 +75,18 @@ def _loader() -> botocore.loaders.Loader:
 def _retry_broken_reply(response: Any, operation: Any, attempts: int, **_: Any) -> float | None:
     """Ask again when a reply broke off in its headers, which http.client takes for a whole, empty one.
 
+    So too where a 404 broke off: only a body says whether the key is missing, or a bucket or a gateway.
+
     Without this an unlucky listing would be an empty store. Raises when it goes on happening.
     """
-    expected = _IN_EVERY_REPLY.get(operation.name)
-    if response is None or expected is None:
+    if response is None:
         return None
     http, parsed = response
+    if operation.name == "GetObject" and parsed.get("Error", {}).get("Code") == "404":
+        return backoff_s(attempts) if attempts < MAX_ATTEMPTS else None  # what is missing was not said
+    expected = _IN_EVERY_REPLY.get(operation.name)
+    if expected is None:
+        return None
     if http.status_code >= 300 or expected in parsed:
         return None
     if attempts >= MAX_ATTEMPTS:
