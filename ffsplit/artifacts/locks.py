@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ffsplit import streams
+from ffsplit.errors import StoreError
+
+LOOK_EVERY_S = 0.1
+TELL_AFTER_S = 5.0
+GIVE_UP_AFTER_S = 6 * 3600.0
+"""Longer than any transfer takes. A lock goes with its process, so whoever holds one that long hangs."""
+
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock, waiting for it as long as need be. Raises OSError when the file cannot be made."""
-    descriptor = _acquire(path, fcntl.LOCK_EX)
-    assert descriptor is not None
+    """Hold a lock, waiting for whoever has it.
+
+    Raises OSError when the file cannot be made, StoreError when the wait is too long.
+    """
+    descriptor = _wait_for(path, fcntl.LOCK_EX)
     try:
         yield
     finally:
@@ -27,7 +38,7 @@ def locked(path: Path) -> Iterator[None]:
 @contextmanager
 def try_locked(path: Path) -> Iterator[bool]:
     """Hold a lock unless somebody else does; gives whether it is held."""
-    descriptor = _acquire(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    descriptor = _try(path, fcntl.LOCK_EX)
     try:
         yield descriptor is not None
     finally:
@@ -38,20 +49,37 @@ def try_locked(path: Path) -> Iterator[bool]:
 def share(path: Path) -> int:
     """A descriptor that holds a lock along with other readers, until it is closed or the process ends.
 
-    Waits for whoever has the lock alone. Raises OSError when the file cannot be made.
+    Waits for whoever has the lock alone. Raises OSError when the file cannot be made, StoreError when the
+    wait is too long.
     """
-    descriptor = _acquire(path, fcntl.LOCK_SH)
-    assert descriptor is not None
+    return _wait_for(path, fcntl.LOCK_SH)
+
+
+def _wait_for(path: Path, operation: int) -> int:
+    began, told = time.monotonic(), False
+    while (descriptor := _try(path, operation)) is None:
+        waited = time.monotonic() - began
+        if waited > GIVE_UP_AFTER_S:
+            raise StoreError(
+                f"{path}: another process has held this lock for {GIVE_UP_AFTER_S:g} s: end that process"
+            )
+        if waited > TELL_AFTER_S and not told:
+            streams.note(f"waiting for another process, which holds {path}")
+            told = True
+        time.sleep(LOOK_EVERY_S)
     return descriptor
 
 
-def _acquire(path: Path, operation: int) -> int | None:
-    """A locked descriptor of the file that is at the path now, not of one its last holder removed."""
+def _try(path: Path, operation: int) -> int | None:
+    """A locked descriptor of the file that is at the path now, not of one its last holder removed.
+
+    None where somebody else holds the lock.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(descriptor, operation)
+            fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return descriptor

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from ffsplit import streams
 from ffsplit.errors import FFSplitError
 
 Slot = TypeVar("Slot")
@@ -29,6 +30,10 @@ FIRST_PAUSE_S = 0.25
 """Before a lost item is tried again; doubles with every loss of the same item."""
 WITHOUT_ROOM_S = 600.0
 """How long a stage waits for room to come back when all its workers have left."""
+TELL_EVERY_S = 60.0
+"""How often a stage says that it waits for workers to start, which others may leave no room for."""
+START_WITHIN_S = 12 * 3600.0
+"""How long a stage without any worker waits for one that was asked for."""
 
 
 class Ready(NamedTuple):
@@ -149,6 +154,7 @@ class _Slots(Generic[Slot]):
         self._opening: set[Slot] = set()
         self._room, self._looked_at, self._had_room_at = 0, float("-inf"), time.monotonic()
         self._failed_openings = 0
+        self._had_slot_at = self._told_at = time.monotonic()
 
     def __len__(self) -> int:
         return len(self.idle) + len(self.in_hand) + len(self._opening)
@@ -165,11 +171,29 @@ class _Slots(Generic[Slot]):
                 f"{stage}: all workers have left, and there was no room for another in {WITHOUT_ROOM_S:g} s; "
                 "what is finished stays, and the same command goes on from there"
             )
+        self._look_at_openings(now, stage=stage)
         wanted = min(self._room, len(self.in_hand) + num_waiting)
         while len(self) < wanted:
             self._opening.add(self._pool.open())
         while len(self) > wanted and (self._opening or self.idle):  # those that are ready are worth more
             self._pool.close(self._opening.pop() if self._opening else self.idle.pop())
+
+    def _look_at_openings(self, now: float, *, stage: str) -> None:
+        """Say, and in the end raise, that workers were asked for and none starts."""
+        if self.idle or self.in_hand or not self._opening:
+            self._had_slot_at = self._told_at = now
+        waited = now - self._had_slot_at
+        if waited > START_WITHIN_S:
+            raise FFSplitError(
+                f"{stage}: no worker has started in {START_WITHIN_S:g} s; what is finished stays, and the "
+                "same command goes on from there"
+            )
+        if now - self._told_at > TELL_EVERY_S:
+            self._told_at = now
+            streams.note(
+                f"{stage}: waiting for room in the cluster: {len(self._opening)} workers asked for, none has "
+                f"started in {waited:.0f} s (`ray status` shows what the room is taken by)"
+            )
 
     def ready(self, slot: Slot) -> None:
         if slot in self._opening:

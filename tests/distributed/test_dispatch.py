@@ -168,3 +168,18 @@ def test_what_ended_a_stage_is_told_though_its_slots_cannot_be_closed() -> None:
     pool = Stuck([2], outcome=lambda slot, item: Failed(slot, CalibrationError("the first cause")))
     with pytest.raises(CalibrationError, match="the first cause"):
         list(dispatch(pool, [1, 2, 3], stage="stage"))
+
+
+def test_a_wait_for_workers_that_do_not_start_is_told_and_has_an_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a cluster that others fill: there is room, and none of it is free."""
+    monkeypatch.setattr(module, "TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(module, "START_WITHIN_S", 0.05)
+    pool = Pool([2], starts=lambda slot: None)
+    with pytest.raises(
+        FFSplitError, match=r"compress: no worker has started in 0.05 s; what is finished stays"
+    ):
+        list(dispatch(pool, range(3), stage="compress"))
+    assert "compress: waiting for room in the cluster: 2 workers asked for" in capsys.readouterr().err
+    assert pool.open_now == set()
