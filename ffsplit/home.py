@@ -11,11 +11,11 @@ from pathlib import Path
 from ffsplit.errors import ConfigError, FFSplitError
 
 LENT = "ffsplit-no-home"
-"""The name of the folder that libraries get as HOME; of use until the process ends."""
+"""The name of the folder that libraries get as HOME. It is removed when the process ends."""
 
 
 def home_directory() -> Path | None:
-    """The user's home; None where the system knows none."""
+    """The user's home directory, or None if the system has none for this user."""
     with suppress(RuntimeError):  # no HOME, and no entry for this uid
         home = Path.home()
         return home if home.is_absolute() and home.name != LENT else None
@@ -23,7 +23,7 @@ def home_directory() -> Path | None:
 
 
 def user_path(text: str | Path) -> Path:
-    """A path as a user writes it. Raises ConfigError for one that begins with ~ where there is no home."""
+    """Expand ~ in a path. Raises ConfigError for ~ if the user has no home directory."""
     path = Path(text)
     if not path.parts or not path.parts[0].startswith("~"):
         return path
@@ -31,12 +31,12 @@ def user_path(text: str | Path) -> Path:
         raise ConfigError(f"{text}: this user has no home directory: set HOME, or give the path in full")
     try:
         return path.expanduser()
-    except RuntimeError:  # ~somebody is a name like any other where there is no such user
+    except RuntimeError:  # no such user: ~name is an ordinary file name
         return path
 
 
 def lend_ray_token() -> None:
-    """Make a token for a cluster that is started on the spot, where Ray cannot keep one in the home."""
+    """Make a token for a local Ray cluster if Ray cannot store one in the home directory."""
     if not _is_writable(Path(os.environ.get("HOME", ""))) and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
@@ -46,10 +46,10 @@ def _is_writable(home: Path | None) -> bool:
 
 
 def settle_home() -> None:
-    """Give libraries what they look for in a home, where there is none or it cannot be written.
+    """Set HOME to a temporary folder if the user has no home directory, or cannot write to it.
 
-    Ray, matplotlib and others keep a file or two there. Nothing changes for whoever has a home. The same
-    for temporary files.
+    Ray, matplotlib and others store files there. A writable home is left as it is. The directory of
+    temporary files is checked likewise.
     """
     from ffsplit.temporary import process_folder, settle_temporary
 
@@ -57,7 +57,7 @@ def settle_home() -> None:
     home, given = home_directory(), Path(os.environ.get("HOME", ""))
     if _is_writable(home) or (given.name == LENT and given.is_dir()):  # lent by the process above
         return
-    with suppress(OSError, FFSplitError):  # without temporary files: said where one is needed
+    with suppress(OSError, FFSplitError):  # no temporary directory: reported by whatever needs one
         lent = process_folder() / LENT
         lent.mkdir(exist_ok=True)
         if home is None or not home.is_dir():

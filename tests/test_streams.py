@@ -141,6 +141,10 @@ def test_progress_and_logs_of_a_library_call_end_nothing(kind: str, monkeypatch:
         shown.note("done")
     logs._Stderr().handle(logs._logger.makeRecord("ffsplit", 20, "", 0, "event", (), None))
     streams.note("done")
+    stream = streams.stderr()
+    stream.write("noted\n")
+    stream.flush()
+    assert stream.lost is not None  # so all of the above was lost, and raised nothing
 
 
 def test_a_file_that_is_opened_later_never_becomes_a_standard_stream(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _drop_source_paths(model: Any) -> None:
-    """Take out where in whose files each node was traced: paths of this machine."""
+    """Remove the source file and line that each node was traced at: they are local paths."""
     for graph in (model.graph, *model.functions.values()):
         for node in graph.all_nodes():
             for name in [name for name in node.metadata_props if "stack_trace" in name]:

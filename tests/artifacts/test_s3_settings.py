@@ -37,6 +37,20 @@ WRONG = [
 ]
 
 
+def refusal(
+    name: str,
+    value: str,
+    uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> str:
+    """The one line that a command ends with where the environment has this value."""
+    monkeypatch.setenv(name, value)
+    assert main(["list", uri]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
 @pytest.mark.parametrize(("name", "value", "expected"), WRONG)
 def test_a_setting_that_cannot_be_meant_is_named(
     name: str,
@@ -46,9 +60,7 @@ def test_a_setting_that_cannot_be_meant_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv(name, value)
-    assert main(["list", s3_uri]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refusal(name, value, s3_uri, monkeypatch, capsys)
     assert line.startswith(f"ffsplit: {name} must be {expected}") and "unset it" in line
     assert not value.strip("013.") or value.strip() not in line
 
@@ -64,9 +76,7 @@ def test_a_credential_that_no_request_may_have_is_named(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv(name, value)
-    assert main(["list", s3_uri]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refusal(name, value, s3_uri, monkeypatch, capsys)
     assert line.startswith(f"ffsplit: {name} is not a credential: ") and value.strip() not in line
 
 

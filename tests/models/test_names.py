@@ -150,6 +150,9 @@ def test_a_pooler_that_was_made_up_is_not_trained(tmp_path: Path) -> None:
     student = load_whole_model(tmp_path, "BertModel", dtype=torch.float32)
     batch = next(padded_batches(random_rows(1), batch_tokens=32, pad_id=0))
     check_written(student, checkpoint, batch, kind="encoder")
+    assert any("pooler" in name for name, _ in student.named_parameters())
+    assert not any("pooler" in name for name in stored_tensors(student, checkpoint))
+    assert all(parameter.grad is None for parameter in student.parameters())  # it looked, and left no trace
 
 
 def test_a_class_that_makes_nothing_of_the_config_is_said(tmp_path: Path) -> None:
