@@ -1,4 +1,5 @@
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ffsplit.artifacts import manifest as module
 from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.manifest import Manifest, manifest_schema
 from ffsplit.artifacts.paths import is_safe_path
@@ -133,9 +135,11 @@ def test_depth_is_no_crash() -> None:
         Manifest.from_json("[" * 10**5)
 
 
-def test_the_documented_schema_is_the_manifests() -> None:
+def test_the_documented_schema_is_the_manifests(capsys: pytest.CaptureFixture[str]) -> None:
     """`make docs` writes it."""
     documented = Path(__file__).parents[2] / "docs/manifest.schema.json"
+    runpy.run_path(module.__file__, run_name="__main__")
+    assert documented.read_text("utf-8") == capsys.readouterr().out
     assert json.loads(documented.read_text("utf-8")) == manifest_schema()
     future = from_the_future(make_manifest(run_key=RUN_KEY, attempt=ATTEMPT, files=(FileEntry(**ENTRY),)))
     jsonschema.validate(future, manifest_schema())
