@@ -166,10 +166,20 @@ def test_a_linked_file_is_taken_up_where_it_broke_off(
     proxy.faults.append(Fault("cut", links.MAX_ATTEMPTS - 1, after_bytes=2000))
     assert read(files, **part) == (WEIGHTS[10:6010] if part else WEIGHTS)
     assert proxy.faults[0].struck == links.MAX_ATTEMPTS - 1
-    proxy.faults[:] = [Fault("cut", 10**6, re.compile(rb"GET .*safetensors").match, after_bytes=100)]
+
+
+@pytest.mark.parametrize("after_bytes", [20, 100, 600], ids=["status", "headers", "body"])
+def test_a_linked_file_that_breaks_off_again_and_again_is_an_error(
+    proxied: tuple[LinkedFiles, FaultProxy], after_bytes: int
+) -> None:
+    """And never a shorter file, or an empty one, not even where only headers came."""
+    files, proxy = proxied
+    proxy.faults.append(Fault("cut", 10**6, after_bytes=after_bytes))
     with pytest.raises(StoreError, match=r"cannot read .*/model\.safetensors: ") as caught:
-        read(files, **part)
+        read(files)
     assert "Signature" not in str(caught.value)
+    proxy.faults.clear()
+    assert read(files) == WEIGHTS
 
 
 REPLIES: dict[str, tuple[type[Exception], str]] = {

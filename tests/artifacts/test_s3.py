@@ -122,7 +122,8 @@ def test_a_server_without_conditional_writes_is_refused(
 
 
 def break_once(body: Any, after_bytes: int) -> Iterator[bytes]:
-    yield body.read(after_bytes)
+    if after_bytes:
+        yield body.read(after_bytes)
     raise ResponseStreamingError(error="connection broken")
 
 
@@ -158,6 +159,7 @@ def breaking_off(
 
     def breaking(**arguments: Any) -> Any:
         calls.append(arguments.copy())
+        arguments.pop("IfMatch", None)  # of an ETag that is made up
         reply = get(**arguments) | headers
         body = reply["Body"]
         monkeypatch.setattr(body, "iter_chunks", lambda size: break_once(body, after_bytes))
@@ -182,19 +184,9 @@ def test_a_connection_that_brings_nothing_is_given_up(
     """What is asked for again must be the same object, where its ETag came whole."""
     store.put_bytes("key", b"whole")
     calls = breaking_off(store, monkeypatch, after_bytes=0, ETag=etag)
-    get = store._client.get_object
-    monkeypatch.setattr(
-        store._client, "get_object", lambda IfMatch=None, **where: get(**where) if note(IfMatch) else None
-    )
-    bound: list[str | None] = []
-
-    def note(given: str | None) -> bool:
-        bound.append(given)
-        return True
-
     with pytest.raises(StoreError, match=f"cannot read {store.uri}/key: .*connection broken"):
         store.get_bytes("key")
-    assert len(calls) == 5 and bound == [None, *[etag if is_bound else None] * 4]
+    assert [call.get("IfMatch") for call in calls] == [None, *[etag if is_bound else None] * 4]
 
 
 @pytest.mark.parametrize(
