@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -154,7 +153,7 @@ def test_ranges_of_a_linked_file_end_with_it(proxied: tuple[LinkedFiles, FaultPr
     assert read(files, start=3, size_bytes=5) == WEIGHTS[3:8]
     assert read(files, start=6998, size_bytes=50) == WEIGHTS[-2:]
     assert read(files, start=7000, size_bytes=5) == read(files, start=3, size_bytes=0) == b""
-    with pytest.raises(MissingKey, match="names no model.bin"):
+    with pytest.raises(MissingKey, match=r"names no model\.bin"):
         list(files.open_stream("model.bin"))
 
 

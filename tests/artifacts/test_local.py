@@ -54,7 +54,9 @@ def test_check_writable_without_permission(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "reason"), [(1, "no hard links"), (13, "permission denied"), (28, "no space left"), (30, "read-only")], ids=str
+    ("number", "reason"),
+    [(1, "no hard links"), (13, "permission denied"), (28, "no space left"), (30, "read-only")],
+    ids=str,
 )
 def test_check_writable_says_why_and_cleans_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: str

@@ -175,7 +175,7 @@ def test_a_disk_that_fills_up_is_one_line(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "pwrite", refuse)
-    with pytest.raises(RunError, match="cannot write .*/copy: No space left on device"):
+    with pytest.raises(RunError, match=r"cannot write .*/copy: No space left on device"):
         pull(store.uri, tmp_path / "copy")
     assert not list(tmp_path.glob("*copy*"))
 

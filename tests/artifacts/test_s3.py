@@ -204,7 +204,11 @@ def test_a_connection_that_brings_nothing_is_given_up(
 def test_headers_that_contradict_each_other_are_not_believed(
     status: int, start: int, content_range: str, end: int | None
 ) -> None:
-    reply = {"ContentLength": 5, "ResponseMetadata": {"HTTPStatusCode": status}, "ContentRange": content_range}
+    reply = {
+        "ContentLength": 5,
+        "ResponseMetadata": {"HTTPStatusCode": status},
+        "ContentRange": content_range,
+    }
     if end is not None:
         assert end_of_range(reply, start=start) == end
         return
@@ -351,8 +355,16 @@ def test_refusals_are_one_line_with_the_mend(
             ConfigError,
             "check the credentials, and AWS_SESSION_TOKEN: one has a character that no request may have",
         ),
-        (FileNotFoundError(2, "No such file or directory", "/a/b"), StoreError, "/a/b No such file or directory"),
-        (InvalidRetryModeError(provided_retry_mode="x", valid_modes=[]), StoreError, "Invalid value provided"),
+        (
+            FileNotFoundError(2, "No such file or directory", "/a/b"),
+            StoreError,
+            "/a/b No such file or directory",
+        ),
+        (
+            InvalidRetryModeError(provided_retry_mode="x", valid_modes=[]),
+            StoreError,
+            "Invalid value provided",
+        ),
     ],
     ids=lambda value: type(value).__name__,
 )

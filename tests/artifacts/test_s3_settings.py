@@ -123,7 +123,10 @@ def test_settings_that_are_meant_are_followed(s3_uri: str, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("setting", "said"),
-    [("endpoint_url = not a link", "Invalid endpoint"), ("request_checksum_calculation = foolish", "got foolish")],
+    [
+        ("endpoint_url = not a link", "Invalid endpoint"),
+        ("request_checksum_calculation = foolish", "got foolish"),
+    ],
 )
 def test_what_a_config_file_sets_wrong_is_one_line(
     setting: str,
