@@ -222,24 +222,46 @@ def test_waits_double_and_are_not_all_alike() -> None:
         assert len(waits) > 1 and all(0.05 * 2**attempt <= wait <= 0.1 * 2**attempt for wait in waits)
 
 
+@pytest.fixture
+def proxy(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Between the server and the stores that are opened from here on, which do not wait between attempts."""
+    monkeypatch.setattr(s3_client, "backoff_s", lambda attempt: 0.0)
+    made = FaultProxy(int(os.environ["AWS_ENDPOINT_URL_S3"].rpartition(":")[2]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{made.port}")
+    yield made
+    made.close()
+
+
 @pytest.mark.parametrize("times", [2, 10**6])
 def test_a_listing_whose_reply_broke_off_is_no_empty_store(
-    s3_uri: str, monkeypatch: pytest.MonkeyPatch, times: int
+    s3_uri: str, proxy: FaultProxy, times: int
 ) -> None:
-    monkeypatch.setattr(s3_client, "backoff_s", lambda attempt: 0.0)
-    open_store(s3_uri).put_bytes("key", b"x")
-    proxy = FaultProxy(int(os.environ["AWS_ENDPOINT_URL_S3"].rpartition(":")[2]))
-    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{proxy.port}")
+    store = open_store(s3_uri)
+    store.put_bytes("key", b"x")
     cut = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     proxy.faults.append(Fault("refused", times, re.compile(rb"GET .*list-type=2").match, reply=cut))
-    store = open_store(s3_uri)
     if times == 2:
         assert list(store.list("")) == ["key"]
-    else:
-        with pytest.raises(StoreError, match="the reply to ListObjectsV2 broke off"):
-            list(store.list(""))
-        assert proxy.faults[0].struck == s3_client.MAX_ATTEMPTS
-    proxy.close()
+        return
+    with pytest.raises(StoreError, match="the reply to ListObjectsV2 broke off"):
+        list(store.list(""))
+    assert proxy.faults[0].struck == s3_client.MAX_ATTEMPTS
+
+
+@pytest.mark.parametrize("times", [2, 10**6])
+def test_a_404_that_does_not_say_what_is_missing_is_asked_again(
+    s3_uri: str, proxy: FaultProxy, times: int
+) -> None:
+    store = open_store(s3_uri)
+    store.put_bytes("key", b"x")
+    bare = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    proxy.faults.append(Fault("refused", times, re.compile(rb"GET .*/key").match, reply=bare))
+    if times == 2:
+        assert store.get_bytes("key") == b"x"
+        return
+    with pytest.raises(StoreError, match="404") as caught:
+        store.get_bytes("key")
+    assert type(caught.value) is StoreError and proxy.faults[0].struck == s3_client.MAX_ATTEMPTS
 
 
 def test_an_empty_object_exists(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
