@@ -130,6 +130,8 @@ class LinkedFiles:
                         return
                     if offset and reply.status != 206:
                         raise StoreError(f"{_without_signature(link)} cannot be read in parts")
+                    if "Content-Length" not in reply.headers and "Transfer-Encoding" not in reply.headers:
+                        raise urllib3.exceptions.ProtocolError("the headers of the reply broke off")
                     for chunk in reply.stream(CHUNK_BYTES):
                         offset, failures = offset + len(chunk), 0
                         yield chunk

@@ -47,10 +47,6 @@ class Plan(Record):
     num_leftovers: int
     leftovers_before: datetime
 
-    @property
-    def size_bytes(self) -> int:
-        return sum(removal.size_bytes for removal in self.removals)
-
 
 def pin(location: Location) -> str:
     """Keep a committed run, whatever is collected. Returns its run key. Raises ConfigError if it is none."""

@@ -173,6 +173,16 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         bring(Cache(tmp_path / "file", 0), "a")
 
 
+def test_without_a_home_directory_the_cache_is_to_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only who needs the cache is told: most commands do not."""
+    monkeypatch.delenv("FFSPLIT_CACHE", raising=False)
+    monkeypatch.setattr(module, "home_directory", lambda: None)
+    cache = Cache.open()
+    with pytest.raises(ConfigError, match="no home directory for the cache: set FFSPLIT_CACHE"):
+        bring(cache, "a")
+    assert not cache.root.exists()
+
+
 def test_a_lock_holds_between_processes_and_dies_with_them(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib; from ffsplit.artifacts.locks import locked\n"

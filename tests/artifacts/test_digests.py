@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from ffsplit.artifacts.digests import file_entries, sha256_file
+from ffsplit.artifacts.digests import file_entries, file_entry, sha256_file
 from ffsplit.errors import ArtifactError
 
 
@@ -42,3 +42,8 @@ def test_what_no_store_can_hold_is_refused(tmp_path: Path) -> None:
         file_entries(tmp_path)
     with pytest.raises(ArtifactError, match="cannot read"):
         file_entries(tmp_path / "nowhere")
+
+
+def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"cannot read .*/gone\.bin: No such file"):
+        file_entry(tmp_path / "gone.bin", "gone.bin")

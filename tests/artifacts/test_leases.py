@@ -134,6 +134,20 @@ def test_who_was_killed_holds_nothing_once_the_lease_is_over(tmp_path: Path, nam
     assert list(store.list(".scratch")) == []
 
 
+@pytest.mark.parametrize("error", [StoreError("away"), KeyboardInterrupt()], ids=repr)
+def test_a_run_that_cannot_begin_holds_nothing(
+    filled: Store, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(prefix: str) -> Any:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(filled, "list_details", fail)
+        with pytest.raises(type(error)), lease(filled, ONE):
+            pass
+    assert len(pieces(filled)) == 2 and list(filled.list(f"{PREFIX}/owners")) == []
+
+
 def test_a_hold_is_renewed_also_after_the_store_was_away(
     filled: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,9 @@ def test_check_writable_without_permission(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "reason"), [(1, "no hard links"), (28, "no space left"), (30, "read-only")], ids=str
+    ("number", "reason"),
+    [(1, "no hard links"), (13, "permission denied"), (28, "no space left"), (30, "read-only")],
+    ids=str,
 )
 def test_check_writable_says_why_and_cleans_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, reason: str
@@ -66,6 +68,21 @@ def test_check_writable_says_why_and_cleans_up(
     with pytest.raises(ConfigError, match=reason):
         LocalStore(tmp_path / "a" / "b").check_writable()
     assert tree(tmp_path) == set()
+
+
+def test_a_directory_that_may_not_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not taken for an empty one: what is in it would count as gone."""
+
+    def refuse(path: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    store = LocalStore(tmp_path)
+    store.put_bytes("key", b"")
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(StoreError, match=f"cannot list {tmp_path}: permission denied"):
+        list(store.list(""))
 
 
 def test_a_failed_write_leaves_the_old_value_and_no_leftovers(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ffsplit.artifacts.locate import locate, read_manifest
 from ffsplit.artifacts.pull import download, materialize
+from ffsplit.artifacts.s3_client import make_client
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.errors import ArtifactError, ConfigError, FFSplitError
 
@@ -74,6 +75,15 @@ def test_a_place_that_is_named_like_a_run(tmp_path: Path) -> None:
     for root in (tmp_path / RUN_KEY, tmp_path / RUN_KEY / ATTEMPT):
         commit = publish(open_store(str(root)), tmp_path / "attempt")
         assert locate(str(root)).commit == commit
+
+
+@pytest.mark.s3
+def test_a_bucket_that_is_named_like_a_run(s3_uri: str, tmp_path: Path) -> None:
+    client = make_client(s3_uri)
+    client.create_bucket(Bucket=RUN_KEY)
+    uri = f"s3://{RUN_KEY}/{ATTEMPT}"
+    commit = publish(open_store(uri), tmp_path / "attempt", run_key=NEWER_RUN)
+    assert locate(uri).commit == commit
 
 
 def test_what_holds_no_artifact_is_one_clear_line(store: Store, store_uri: str, tmp_path: Path) -> None:

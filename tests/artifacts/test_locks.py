@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import threading
 from pathlib import Path
 
@@ -48,3 +51,35 @@ def test_a_lock_that_is_held_is_not_waited_for_unless_asked(tmp_path: Path) -> N
         assert not held
     with try_locked(tmp_path / "a.lock") as held:
         assert held
+
+
+def test_a_file_system_without_locks_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stays open: who waits tries again and again."""
+    tried: list[int] = []
+
+    def refuse(descriptor: int, operation: int) -> None:
+        tried.append(descriptor)
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError, match="No locks available"), locked(tmp_path / "a.lock"):
+        pass
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(tried[0])
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last holder lets go between the opening of the file and the lock on it."""
+    path, flock, tried = tmp_path / "a.lock", fcntl.flock, list[int]()
+
+    def late(descriptor: int, operation: int) -> None:
+        tried.append(descriptor)
+        if len(tried) == 1:
+            path.unlink()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(path), try_locked(path) as second:
+        assert len(tried) == 3 and not second

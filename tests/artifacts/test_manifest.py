@@ -1,4 +1,5 @@
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from ffsplit.artifacts import manifest as module
 from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.manifest import Manifest, manifest_schema
 from ffsplit.artifacts.paths import is_safe_path
@@ -110,8 +112,9 @@ def test_it_does_not_hold_the_command_line() -> None:
 
 
 FIELDS = sorted(Manifest.model_fields)
+FINITE = st.floats(allow_nan=False, allow_infinity=False)  # JSON has no others
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | FINITE | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=8,
 )
@@ -133,9 +136,11 @@ def test_depth_is_no_crash() -> None:
         Manifest.from_json("[" * 10**5)
 
 
-def test_the_documented_schema_is_the_manifests() -> None:
+def test_the_documented_schema_is_the_manifests(capsys: pytest.CaptureFixture[str]) -> None:
     """`make docs` writes it."""
     documented = Path(__file__).parents[2] / "docs/manifest.schema.json"
+    runpy.run_path(module.__file__, run_name="__main__")
+    assert documented.read_text("utf-8") == capsys.readouterr().out
     assert json.loads(documented.read_text("utf-8")) == manifest_schema()
     future = from_the_future(make_manifest(run_key=RUN_KEY, attempt=ATTEMPT, files=(FileEntry(**ENTRY),)))
     jsonschema.validate(future, manifest_schema())

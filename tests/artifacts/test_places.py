@@ -47,6 +47,14 @@ def test_home_and_temporary_files_go_too(tmp_path: Path, monkeypatch: pytest.Mon
     assert by_name(record, given=[]) == Example(texts=(".cache/x failed", "no a/b"))
 
 
+def test_where_every_folder_is_the_root_nothing_is_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container whose home and working directory are /."""
+    monkeypatch.setenv("HOME", "/")
+    monkeypatch.setattr("tempfile.tempdir", "/")
+    monkeypatch.chdir("/")
+    assert by_name(Example(texts=("/a/b",)), given=[None]) == Example(texts=("/a/b",))
+
+
 def test_no_document_of_a_run_has_a_path(small_job: SmallJob, tmp_path: Path) -> None:
     """Manifest, card, report, index, statistics, weights; with lent statistics, tasks and a benchmark."""
     rows = small_job.text.read_text().splitlines()

@@ -209,6 +209,15 @@ def test_an_interruption_after_the_commit_landed_keeps_the_artifact(
     assert store.exists(f"{RUN_KEY}/{ATTEMPT}/manifest.json")
 
 
+def test_a_commit_that_is_not_there_after_it_was_written_is_no_success(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "put_if_absent", lambda key, data: True)
+    with pytest.raises(StoreError, match=r"commit\.json was written but is not there: publish again"):
+        publish(store, tmp_path / "attempt")
+    assert contents(store) == {}
+
+
 def test_an_outcome_that_cannot_be_learnt_keeps_the_files(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,5 +381,8 @@ def test_a_directory_unlike_its_manifest_is_not_published(tmp_path: Path) -> Non
         attempt(tmp_path / "a")
     (tmp_path / "a" / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match=r"has no manifest\.json"):
+        attempt(tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").mkdir()
+    with pytest.raises(ArtifactError, match=r"cannot read .*/a/manifest\.json: Is a directory"):
         attempt(tmp_path / "a")
     assert contents(store) == {} and store.list_directories("") == []

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import pytest
 
 from ffsplit.artifacts import transfer
+from ffsplit.artifacts.entries import FileEntry
 from ffsplit.artifacts.local import LocalStore
 from ffsplit.artifacts.locate import locate
 from ffsplit.artifacts.pull import download, materialize, pull
 from ffsplit.artifacts.stores import Store
 from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
-from ffsplit.errors import ArtifactError, ConfigError, StoreError
+from ffsplit.errors import ArtifactError, ConfigError, RunError, StoreError
 
 from .attempts import ATTEMPT, FILES, RUN_KEY, make_manifest, publish, write_attempt
 from .test_locate import cache, is_whole
@@ -71,7 +73,7 @@ def test_a_broken_pull_is_taken_up(
     assert parts and not {read for read in first.read if "manifest" not in read[0]} & set(parts)
 
 
-@pytest.mark.parametrize("damage", ["part", "journal", "shorter"])
+@pytest.mark.parametrize("damage", ["part", "journal", "shorter", "gone", "link"])
 def test_what_an_earlier_pull_left_is_not_trusted(
     store: Store, store_uri: str, tmp_path: Path, damage: str
 ) -> None:
@@ -85,10 +87,16 @@ def test_what_an_earlier_pull_left_is_not_trusted(
         weights.write_bytes(b"\0" * weights.stat().st_size)
     elif damage == "journal":
         (staging / "journal").write_text("".join(f"{a} {b}\n" for a in range(4) for b in range(9)) + "\xff x")
-    else:
+    elif damage == "shorter":
         weights.write_bytes(b"")
+    else:
+        weights.rename(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere").write_bytes(b"\0" * 7000)
+        if damage == "link":
+            weights.symlink_to(tmp_path / "elsewhere")
     assert pull(store_uri, tmp_path / "copy") == tmp_path / "copy"
     assert is_whole(tmp_path / "copy")
+    assert damage != "link" or (tmp_path / "elsewhere").read_bytes() == b"\0" * 7000
 
 
 def test_a_file_that_is_shorter_or_gone_is_named(store: Store, store_uri: str, tmp_path: Path) -> None:
@@ -157,6 +165,43 @@ def test_no_room_is_said_before_the_first_byte(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"bytes more and .* are free"):
         pull(str(directory), tmp_path / "copy")
     assert [path.name for path in tmp_path.iterdir()] == ["attempt"]
+
+
+def test_a_disk_that_fills_up_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path / "store")
+    publish(store, tmp_path / "attempt")
+
+    def refuse(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(RunError, match=r"cannot write .*/copy: No space left on device"):
+        pull(store.uri, tmp_path / "copy")
+    assert not list(tmp_path.glob("*copy*"))
+
+
+def test_what_is_on_its_way_is_given_up_when_another_part_fails(tmp_path: Path) -> None:
+    """It is not waited for to its end, and counts as not arrived."""
+    begun, sent = threading.Event(), list[int]()
+
+    class Source:
+        uri = "source"
+
+        def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
+            if key == "fails":
+                begun.wait(30)
+                raise StoreError("the line is cut")
+            for number in range(3):
+                sent.append(number)
+                yield b"x"
+                begun.set()
+                assert copying._stop.wait(30)
+
+    entries = [FileEntry(path=name, size_bytes=3, sha256="0" * 64) for name in ("slow", "fails")]
+    copying = transfer.Transfer(Source(), prefix="", entries=entries, staging=tmp_path / "staging", label="x")
+    with pytest.raises(StoreError, match="cut"):
+        copying.into(tmp_path / "copy")
+    assert sent == [0, 1] and (tmp_path / "staging" / "journal").read_text() == ""
 
 
 def test_a_manifest_too_large_is_not_read(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from ffsplit.artifacts.locate import locate
 from ffsplit.artifacts.retention import collect, pin, pinned_runs, plan
 from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.cli import main
+from ffsplit.errors import ConfigError, StoreError
 
-from .attempts import ATTEMPT, RUN_KEY, contents, publish
+from .attempts import ATTEMPT, RUN_KEY, contents, publish, write_attempt
 
 RUNS = [f"{number:016x}" for number in range(5)]
 NO_AGE = timedelta(0)
@@ -48,6 +49,29 @@ def test_latest_and_pins_stay_whatever_is_asked(filled: Store, tmp_path: Path) -
     assert left(filled) == [RUNS[1], RUNS[4]]
     latest = latest_commit(filled)
     assert latest and latest.run_key == RUNS[4]
+
+
+def test_only_what_is_committed_can_be_pinned(tmp_path: Path) -> None:
+    write_attempt(tmp_path / "store" / RUN_KEY / ATTEMPT)
+    with pytest.raises(ConfigError, match=f"{RUN_KEY}/{ATTEMPT} is not committed: only a committed run"):
+        pin(locate(str(tmp_path / "store" / RUN_KEY / ATTEMPT)))
+    assert pinned_runs(open_store(str(tmp_path / "store"))) == set()
+
+
+def test_a_list_that_cannot_be_brought_up_to_date_is_said(
+    filled: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was to go is gone by then."""
+    planned = plan(filled, keep_last=4)
+
+    def fail(store: Store) -> None:
+        raise StoreError("away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ffsplit.artifacts.retention.list_runs", fail)
+        assert collect(filled, planned) == list(planned.removals)
+    assert f"warning: {filled.uri}: the list of runs is not up to date: away" in caplog.text
+    assert left(filled) == RUNS[1:]
 
 
 def test_statistics_are_counted_apart(filled: Store, tmp_path: Path) -> None:
@@ -88,7 +112,7 @@ def test_an_orphan_that_was_committed_meanwhile_stays(store: Store, tmp_path: Pa
     assert left(store) == [RUN_KEY]
 
 
-def test_what_killed_writes_left_goes(tmp_path: Path) -> None:
+def test_what_killed_writes_left_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = open_store(str(tmp_path / "store"))
     publish(store, tmp_path / "a")
     leftover = tmp_path / "store" / RUN_KEY / ".ffsplit-0123456789abcdef.tmp"
@@ -97,6 +121,8 @@ def test_what_killed_writes_left_goes(tmp_path: Path) -> None:
     os.utime(leftover, (0, 0))
     planned = plan(store, keep_last=1)
     assert planned.num_leftovers == 1 and leftover.exists()
+    assert main(["gc", store.uri, "--keep-last", "1"]) == 0
+    assert "would remove what 1 broken uploads left" in capsys.readouterr().out and leftover.exists()
     collect(store, planned)
     assert not leftover.exists()
 

@@ -1,17 +1,22 @@
 """What is special about S3: replies that are lost, conflicts, broken connections, refusals, settings."""
 
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from botocore.exceptions import ClientError, ResponseStreamingError
+from botocore.exceptions import ClientError, HTTPClientError, InvalidRetryModeError, ResponseStreamingError
 
 from ffsplit.artifacts import s3 as s3_module
+from ffsplit.artifacts import s3_client
 from ffsplit.artifacts.s3 import S3Store
+from ffsplit.artifacts.s3_client import backoff_s, end_of_range
 from ffsplit.artifacts.s3_errors import explain
 from ffsplit.artifacts.stores import MissingKey, open_store
 from ffsplit.errors import ConfigError, StoreError
+from tests.s3.fault_proxy import Fault, FaultProxy
 
 pytestmark = pytest.mark.s3
 
@@ -82,6 +87,31 @@ def test_an_endless_conflict_is_an_error(store: S3Store, monkeypatch: pytest.Mon
     assert len(calls) == 5
 
 
+def test_a_key_that_comes_and_goes_is_an_error(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There when it is to be created, gone when it is read."""
+
+    def exists(put: object, arguments: object) -> None:
+        raise refusal("PreconditionFailed", 412)
+
+    calls = before_put(store, monkeypatch, exists)
+    with pytest.raises(StoreError, match=r"commit\.json: it kept appearing and vanishing; try again"):
+        store.put_if_absent("commit.json", b"mine")
+    assert len(calls) == 5
+
+
+def test_an_outage_during_the_check_is_no_mistake_of_the_users(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(put: object, arguments: dict[str, Any]) -> None:
+        if "ContentMD5" in arguments:
+            raise refusal("SlowDown", 503)
+
+    before_put(store, monkeypatch, fail)
+    with pytest.raises(StoreError, match="SlowDown") as caught:
+        store.check_writable()
+    assert type(caught.value) is StoreError and list(store.list("")) == []
+
+
 def test_a_server_without_conditional_writes_is_refused(
     store: S3Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +122,8 @@ def test_a_server_without_conditional_writes_is_refused(
 
 
 def break_once(body: Any, after_bytes: int) -> Iterator[bytes]:
-    yield body.read(after_bytes)
+    if after_bytes:
+        yield body.read(after_bytes)
     raise ResponseStreamingError(error="connection broken")
 
 
@@ -118,6 +149,129 @@ def test_a_broken_connection_is_taken_up_where_it_broke(
         "bytes=300001-2047999",
         "bytes=600002-2047999",
     ]
+
+
+def breaking_off(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch, *, after_bytes: int, **headers: str
+) -> list[dict[str, Any]]:
+    """Let every body break off after some bytes, and record the requests."""
+    get, calls = store._client.get_object, []
+
+    def breaking(**arguments: Any) -> Any:
+        calls.append(arguments.copy())
+        arguments.pop("IfMatch", None)  # of an ETag that is made up
+        reply = get(**arguments) | headers
+        body = reply["Body"]
+        monkeypatch.setattr(body, "iter_chunks", lambda size: break_once(body, after_bytes))
+        return reply
+
+    monkeypatch.setattr(store._client, "get_object", breaking)
+    return calls
+
+
+def test_a_connection_that_breaks_after_the_last_byte_broke_nothing(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put_bytes("key", b"whole")
+    calls = breaking_off(store, monkeypatch, after_bytes=5)
+    assert b"".join(store.open_stream("key")) == b"whole" and len(calls) == 1
+
+
+@pytest.mark.parametrize(("etag", "is_bound"), [('"0123"', True), ('"01', False)])
+def test_a_connection_that_brings_nothing_is_given_up(
+    store: S3Store, monkeypatch: pytest.MonkeyPatch, etag: str, is_bound: bool
+) -> None:
+    """What is asked for again must be the same object, where its ETag came whole."""
+    store.put_bytes("key", b"whole")
+    calls = breaking_off(store, monkeypatch, after_bytes=0, ETag=etag)
+    with pytest.raises(StoreError, match=f"cannot read {store.uri}/key: .*connection broken"):
+        store.get_bytes("key")
+    assert [call.get("IfMatch") for call in calls] == [None, *[etag if is_bound else None] * 4]
+
+
+@pytest.mark.parametrize(
+    ("status", "start", "content_range", "end"),
+    [
+        (200, 0, "", 5),
+        (206, 0, "bytes 0-4/9", 5),
+        (206, 3, "bytes 3-7/9", 8),
+        (206, 3, "bytes 3-8/9", None),
+        (206, 3, "bytes 0-4/9", None),
+        (206, 3, "bytes 3-", None),
+        (200, 3, "", None),
+    ],
+)
+def test_headers_that_contradict_each_other_are_not_believed(
+    status: int, start: int, content_range: str, end: int | None
+) -> None:
+    reply = {
+        "ContentLength": 5,
+        "ResponseMetadata": {"HTTPStatusCode": status},
+        "ContentRange": content_range,
+    }
+    if end is not None:
+        assert end_of_range(reply, start=start) == end
+        return
+    with pytest.raises(ResponseStreamingError, match="the headers of the reply broke off"):
+        end_of_range(reply, start=start)
+
+
+def test_waits_double_and_are_not_all_alike() -> None:
+    for attempt in range(5):
+        waits = {backoff_s(attempt) for _ in range(20)}
+        assert len(waits) > 1 and all(0.05 * 2**attempt <= wait <= 0.1 * 2**attempt for wait in waits)
+
+
+@pytest.fixture
+def proxy(s3_uri: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """Between the server and the stores that are opened from here on, which do not wait between attempts."""
+    monkeypatch.setattr(s3_client, "backoff_s", lambda attempt: 0.0)
+    made = FaultProxy(int(os.environ["AWS_ENDPOINT_URL_S3"].rpartition(":")[2]))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{made.port}")
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("times", [2, 10**6])
+def test_a_listing_whose_reply_broke_off_is_no_empty_store(
+    s3_uri: str, proxy: FaultProxy, times: int
+) -> None:
+    store = open_store(s3_uri)
+    store.put_bytes("key", b"x")
+    cut = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    proxy.faults.append(Fault("refused", times, re.compile(rb"GET .*list-type=2").match, reply=cut))
+    if times == 2:
+        assert list(store.list("")) == ["key"]
+        return
+    with pytest.raises(StoreError, match="the reply to ListObjectsV2 broke off"):
+        list(store.list(""))
+    assert proxy.faults[0].struck == s3_client.MAX_ATTEMPTS
+
+
+@pytest.mark.parametrize("times", [2, 10**6])
+def test_a_404_that_does_not_say_what_is_missing_is_asked_again(
+    s3_uri: str, proxy: FaultProxy, times: int
+) -> None:
+    store = open_store(s3_uri)
+    store.put_bytes("key", b"x")
+    bare = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    proxy.faults.append(Fault("refused", times, re.compile(rb"GET .*/key").match, reply=bare))
+    if times == 2:
+        assert store.get_bytes("key") == b"x"
+        return
+    with pytest.raises(StoreError, match="404") as caught:
+        store.get_bytes("key")
+    assert type(caught.value) is StoreError and proxy.faults[0].struck == s3_client.MAX_ATTEMPTS
+
+
+def test_an_empty_object_exists(store: S3Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Amazon refuses the first byte of it, as of any range past the end."""
+
+    def refuse(**_: Any) -> None:
+        raise refusal("InvalidRange", 416)
+
+    monkeypatch.setattr(store._client, "get_object", refuse)
+    assert store.exists("empty") and store.get_bytes("empty") == b""
 
 
 def test_ranges_are_exact_and_end_with_the_object(store: S3Store) -> None:
@@ -213,6 +367,33 @@ def test_refusals_are_one_line_with_the_mend(
     assert type(error) is kind
     assert str(error).startswith(f"cannot write s3://b/k: said the server. ({code})")
     assert mend in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (
+            HTTPClientError(error=ValueError("Invalid header value b'hunter2\\n'")),
+            ConfigError,
+            "check the credentials, and AWS_SESSION_TOKEN: one has a character that no request may have",
+        ),
+        (
+            FileNotFoundError(2, "No such file or directory", "/a/b"),
+            StoreError,
+            "/a/b No such file or directory",
+        ),
+        (
+            InvalidRetryModeError(provided_retry_mode="x", valid_modes=[]),
+            StoreError,
+            "Invalid value provided",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_fails_on_this_side_is_one_line(error: Exception, kind: type[Exception], said: str) -> None:
+    explained = explain(error, action="write s3://b/k")
+    assert type(explained) is kind and str(explained).startswith(f"cannot write s3://b/k: {said}")
+    assert "hunter2" not in str(explained) and "\n" not in str(explained)
 
 
 def test_a_server_that_gives_no_message() -> None:

@@ -119,3 +119,27 @@ def test_settings_that_are_meant_are_followed(s3_uri: str, monkeypatch: pytest.M
     assert client.meta.region_name == "eu-central-1"
     assert client.meta.config.retries == {"mode": "adaptive", "total_max_attempts": 3}  # type: ignore[attr-defined]
     assert client.meta.config.s3["addressing_style"] == "path"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("endpoint_url = not a link", "Invalid endpoint"),
+        ("request_checksum_calculation = foolish", "got foolish"),
+    ],
+)
+def test_what_a_config_file_sets_wrong_is_one_line(
+    setting: str,
+    said: str,
+    s3_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "config").write_text(f"[default]\n{setting}\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    assert main(["list", s3_uri]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"ffsplit: cannot open {s3_uri}: ") and said in line
+    assert line.count("cannot open") == 1

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from ffsplit.artifacts import s3_client
 from ffsplit.artifacts import scratch as module
 from ffsplit.artifacts.scratch import Scratch
 from ffsplit.artifacts.stores import Store
 from ffsplit.errors import ConfigError, FFSplitError, StoreError
-from tests.s3.fault_proxy import Fault, FaultProxy
+from tests.s3.fault_proxy import UNAVAILABLE, Fault, FaultProxy
 
 
 @pytest.fixture
@@ -71,6 +72,45 @@ def test_a_store_that_cannot_say_is_an_error(
         place.load_or_compute("one", lambda: pytest.fail("computed again"))
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(FileNotFoundError(2, "No such file"), None), (OSError(5, "Input/output error"), "Input/output error")],
+)
+def test_a_file_that_goes_while_it_is_read_is_not_done_and_a_bad_disk_is_an_error(
+    place: Scratch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, said: str | None
+) -> None:
+    """Another run of the same key may clean up meanwhile."""
+    place.save("one", {"one.safetensors": file_with(tmp_path, b"weights")}, facts={})
+
+    def fail(path: Path) -> str:
+        raise error
+
+    monkeypatch.setattr(module, "sha256_file", fail)
+    if said is None:
+        assert place.load("one") is None
+        return
+    with pytest.raises(StoreError, match=f"cannot read .*one.safetensors: {said}"):
+        place.load("one")
+
+
+def test_what_another_process_saves_is_not_reported_as_finished(
+    place: Scratch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ffsplit")
+    assert place.load_or_compute("one", lambda: None) is None
+    place.load_or_compute("two", lambda: place.save("two", {}, facts={}))
+    said = [record.getMessage() for record in caplog.records if record.name == "ffsplit"]
+    assert said == ["started", "started", "finished"]
+
+
+def test_a_host_that_sees_another_directory_is_refused(place: Scratch, store: Store) -> None:
+    place = place.model_copy(update={"witness": f"{place.prefix}/seen-by-all-00"})
+    with pytest.raises(ConfigError, match=f"--out {store.uri}: host .* has joined and does not see it"):
+        place.load_or_compute("one", lambda: pytest.fail("computed"))
+    store.put_bytes(str(place.witness), b"")
+    assert place.load_or_compute("one", lambda: place.save("one", {}, facts={})).name == "one"
+
+
 def test_a_directory_that_may_not_be_read_is_an_error(tmp_path: Path) -> None:
     if os.getuid() == 0:
         pytest.skip("root may read anywhere")
@@ -99,20 +139,19 @@ NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\nConnection: close\r
 
 
 @pytest.mark.s3
-@pytest.mark.parametrize("reply", [None, NOT_FOUND], ids=["503", "a gateway's 404"])
+@pytest.mark.parametrize("reply", [UNAVAILABLE, NOT_FOUND], ids=["503", "a gateway's 404"])
 @pytest.mark.parametrize("request_line", [rb"GET .*one\.json", rb"HEAD .*one\.safetensors"])
 def test_only_no_such_key_means_never_computed(
     proxied: tuple[Scratch, FaultProxy],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     request_line: bytes,
-    reply: bytes | None,
+    reply: bytes,
 ) -> None:
     place, proxy = proxied
     place.save("one", {"one.safetensors": file_with(tmp_path, b"weights")}, facts={})
-    if reply is not None:
-        monkeypatch.setattr("tests.s3.fault_proxy.UNAVAILABLE", reply)
-    proxy.faults.append(Fault("refused", 10**6, re.compile(request_line).match))
+    monkeypatch.setattr(s3_client, "backoff_s", lambda attempt: 0.0)
+    proxy.faults.append(Fault("refused", 10**6, re.compile(request_line).match, reply=reply))
     with pytest.raises(StoreError, match="cannot"):
         place.load("one")
     assert proxy.faults[0].struck

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ffsplit.artifacts import signing as module
 from ffsplit.artifacts.pull import pull
 from ffsplit.artifacts.signing import sign_manifest, verify_manifest
 from ffsplit.artifacts.stores import open_store
@@ -68,6 +69,20 @@ def test_keys_that_are_none(keys: tuple[Path, Path], tmp_path: Path) -> None:
     for wrong in (tmp_path / "nowhere", tmp_path / "text"):
         with pytest.raises(ConfigError):
             verify_manifest(b"{}", b"", key=wrong, label="x")
+
+
+def test_what_the_package_itself_refuses_is_one_line(
+    keys: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the file is replaced after its kind was looked at."""
+    monkeypatch.setattr(module, "check_key_kind", lambda key, private: None)
+    (tmp_path / "text").write_text("no key")
+    with pytest.raises(ConfigError, match=r"cannot sign with .*/text: .+: give a private key") as caught:
+        sign_manifest(b"{}", key=tmp_path / "text")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"cannot verify with .*/text: .+: give a public key") as caught:
+        verify_manifest(b"{}", b"", key=tmp_path / "text", label="x")
+    assert "\n" not in str(caught.value)
 
 
 KINDS = {

@@ -42,14 +42,17 @@ def test_put_if_absent_keeps_the_first(store: Store) -> None:
 
 def test_a_missing_key_is_named(store: Store, tmp_path: Path) -> None:
     store.put_bytes("other", b"")
+    store.put_bytes("no/such/key", b"")
     for read in (
         store.get_bytes,
-        lambda key: store.fetch(key, tmp_path),
+        lambda key: store.fetch(key, tmp_path / "fetched"),
         lambda key: list(store.open_stream(key)),
     ):
         with pytest.raises(MissingKey, match="no/such"):
             read("no/such")
-    assert not list(tmp_path.glob("no/*"))
+        with pytest.raises(MissingKey, match="neither"):
+            read("neither")
+    assert not [path for path in (tmp_path / "fetched").rglob("*") if path.is_file()]
 
 
 def test_listing_is_by_directory_and_sorted(store: Store) -> None:

@@ -103,6 +103,12 @@ def test_symbolic_links_are_named_and_never_read(tmp_path: Path) -> None:
     problems = verify(str(directory)).problems
     assert problems[0].startswith("config.json: ") and "is a symbolic link" in problems[0]
     assert problems[1:] == ("nested: is not listed in manifest.json",)
+    (directory / "manifest.json").rename(tmp_path / "outside.json")
+    (directory / "manifest.json").symlink_to(tmp_path / "outside.json")
+    (problem,) = verify(str(directory)).problems
+    assert problem.startswith("manifest.json: ") and problem.endswith(
+        "symbolic link, which no store may hold"
+    )
 
 
 def test_a_manifest_that_lists_twice_or_itself(tmp_path: Path) -> None:

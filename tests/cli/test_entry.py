@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ffsplit
+from ffsplit import logs
 from ffsplit.cli import main
 from ffsplit.models.headers import INDEX_NAME
 from tests.small_jobs import SmallJob
@@ -37,6 +38,23 @@ def test_a_run_prints_before_and_after(small_job: SmallJob, tmp_path: Path, caps
     for word in ("parameters", "weights", "p50", "token cosine", "report.html"):
         assert word in captured.out
     assert "calibrate: 5/5" in captured.err
+
+
+def test_calibrate_publishes_statistics_and_logs_as_it_is_asked_to(
+    small_job: SmallJob, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(logs.VARIABLE, "text")
+    for name, value in (("handlers", []), ("level", logs._logger.level), ("propagate", True)):
+        monkeypatch.setattr(logs._logger, name, value)
+    out = tmp_path / "out"
+    flags = ["--runner", "serial", "--log-format", "json"]
+    assert main(["calibrate", *small_job.arguments(out, *flags)]) == 0
+    captured = capsys.readouterr()
+    (path,) = out.glob("*/*/manifest.json")
+    assert json.loads(path.read_text())["kind"] == "statistics"
+    assert captured.out.startswith(f"artifact: {path.parent}\n")
+    events = [json.loads(line)["event"] for line in captured.err.splitlines()]
+    assert {"stage done", "publishing"} <= set(events)
 
 
 def test_task_scores_are_printed_with_a_warning_where_they_flatter(

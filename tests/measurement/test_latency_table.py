@@ -71,6 +71,10 @@ def test_the_command_writes_a_table_that_compress_takes(
     assert manifest.measurements is not None
     assert (2, 8) in {(each.batch_size, each.num_tokens) for each in manifest.measurements.latency}
     assert main([*command, "9999"]) == 2
+    capsys.readouterr()
+    for flag in ("--batch-size", "--num-tokens", "--threads"):
+        assert main([*command, "8", flag, "0"]) == 2
+        assert capsys.readouterr().err == f"ffsplit: {flag} must be 1 or more, not 0\n"
     assert main(["latency-table", str(small_job.model), "--out", f"{tmp_path}/none/t.json"]) == 2
 
 

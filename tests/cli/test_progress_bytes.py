@@ -1,0 +1,38 @@
+"""Progress of a transfer: a bar on a terminal, lines elsewhere, none of it on stdout."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from ffsplit.cli import progress_bytes
+from ffsplit.cli.progress_bytes import bytes_to_stderr
+
+
+def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = os.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with bytes_to_stderr("pull") as show:
+            show(1_000_000, 4_000_000)
+            show(3_000_000, 4_000_000)
+        shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "pull" in shown and "3.0/4.0 MB" in shown
+    assert capsys.readouterr().out == ""
+
+
+def test_a_log_gets_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = iter((0.0, 1.0, 12.0, 13.0, 25.0))
+    monkeypatch.setattr(progress_bytes.time, "monotonic", lambda: next(now))
+    with bytes_to_stderr("pull") as show:
+        for done in (1, 2000, 3000, 4000):
+            show(done, 4000)
+    captured = capsys.readouterr()
+    assert captured.err == "pull: 2,000 of 4,000 bytes\npull: 4,000 of 4,000 bytes\n"
+    assert captured.out == ""
