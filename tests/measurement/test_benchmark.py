@@ -87,9 +87,9 @@ def test_decoding_leaves_room_for_a_prompt(checkpoint_of: CheckpointFactory, cap
 
 
 def test_statistics_are_no_model_to_time(small_job: SmallJob, tmp_path: Path) -> None:
-    calibrate(small_job.config(tmp_path / "out"))
-    with pytest.raises(ConfigError, match="out holds statistics, no model"):
-        benchmark(str(tmp_path / "out"))
+    manifest = calibrate(small_job.config(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="holds statistics, no model"):
+        benchmark(f"{tmp_path}/out/{manifest.run_key}")
 
 
 @pytest.mark.s3
