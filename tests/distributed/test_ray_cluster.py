@@ -67,7 +67,7 @@ def test_whatever_shakes_hands_is_left_to_rays_own_client(listener: Listener) ->
 
 def test_a_head_that_refuses_is_left_to_ray() -> None:
     with other_grpc(grpc.StatusCode.PERMISSION_DENIED) as port:
-        ray_cluster._probe(f"127.0.0.1:{port}")
+        ray_cluster._probe_one(f"127.0.0.1:{port}")
 
 
 def test_an_encrypted_connection_begins_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -343,7 +343,7 @@ def test_a_cluster_that_has_yet_to_grow_has_no_host_to_ask(monkeypatch: pytest.M
 
 def test_a_host_that_left_has_no_say(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     here = ray_runner.hosts(Share(1, 0))
-    gone = Host("f" * len(here[0].id), "gone", {"CPU": 1.0})
+    gone = Host("e" * len(here[0].id), "gone", {"CPU": 1.0})
     monkeypatch.setattr(ray_runner, "hosts", lambda share: [*here, gone])
     with RayRunner(address=None, num_workers=2) as runner:
         assert runner.on_every_host("square", square, 5) == {here[0].name: 25}
