@@ -53,6 +53,8 @@ def _no_larger(layout: LayerLayout, planned: LayerLayout) -> bool:
     if len(layout.parts) != len(planned.parts) or layout.down_bias != planned.down_bias:
         return False
     for part, other in zip(layout.parts, planned.parts, strict=True):
+        if part.num_neurons != other.num_neurons:
+            return False
         for mine, theirs in ((part.up, other.up), (part.gate, other.gate), (part.down, other.down)):
             ranks = isinstance(mine, LowRank) and isinstance(theirs, LowRank) and mine.rank <= theirs.rank
             if mine != theirs and not ranks:

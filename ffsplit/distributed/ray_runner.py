@@ -86,10 +86,9 @@ class RayRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for stream in self._streams:
+        for stream in list(self._streams):  # whoever reads one takes it out of the list
             with suppress(ValueError):  # the one that is being closed already
                 stream.close()
-        self._streams.clear()
         if self._connected:
             disconnect()
             self._connected = False

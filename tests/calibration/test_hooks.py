@@ -19,6 +19,7 @@ from ffsplit.errors import CalibrationError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.find import ffns_of
 from ffsplit.models.load import load_base_model
+from tests.tiny_families import make_model as make_family
 from tests.tiny_models import FAMILIES, NUM_LAYERS, make_model, random_rows, save_checkpoint
 
 BERT_PATHS = ("encoder.layer.{}.intermediate.dense", "encoder.layer.{}.output.dense")
@@ -108,8 +109,9 @@ def test_sampled_inputs_are_the_ffn_inputs_at_those_positions(family: str) -> No
         torch.testing.assert_close(input_TD, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_nothing_sampled_nothing_kept() -> None:
-    assert list(observe(make_model("bert"), "bert", batch_tokens=60)[1]) == []
+@pytest.mark.parametrize("family", ["bert", "mixtral"])
+def test_nothing_sampled_nothing_kept(family: str) -> None:
+    assert list(observe(make_family(family), family, batch_tokens=60)[1]) == []
 
 
 def test_the_activations_follow_from_the_sampled_inputs() -> None:
@@ -183,3 +185,48 @@ def test_inputs_alone_are_the_same_inputs_and_batches_without_any_may_be_left_ou
     assert num_run == 2
     inputs = [tensors["input"] for tensors in observer.inputs().values()]
     assert all(torch.equal(a, b) for a, b in zip(inputs, expected, strict=True))
+
+
+@torch.no_grad()
+def test_experts_inputs_alone_come_without_statistics() -> None:
+    model, sampled = make_family("mixtral"), torch.tensor([0, 3, 60])
+    _, expected = observe(model, "mixtral", batch_tokens=30, sampled=sampled)
+    sampling = Sampling(lambda _: sampled, {"attention_mask": NUM_TOKENS})
+    with FFNObserver(model, ffns_of(model)[1], sampling=sampling, inputs_only=True) as observer:
+        for batch in padded_batches(ROWS, batch_tokens=30, pad_id=0):
+            observer.next_batch(batch.arguments)
+            model(**batch.arguments)
+    inputs = [tensors["input"] for tensors in observer.inputs().values()]
+    assert len(inputs) == 2 and all(torch.equal(a, b) for a, b in zip(inputs, expected, strict=True))
+    with pytest.raises(CalibrationError, match="layer 0 experts saw 0 of"):
+        observer.statistics()
+
+
+@torch.no_grad()
+def test_a_tower_without_a_mask_is_sampled_once_over_all_batches() -> None:
+    """A ViT of 2 x 2 patches and a class token sees 5 positions a picture."""
+    model, asked = make_family("vit"), list[int]()
+    pixels = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def choose(num_tokens: int) -> Tensor:
+        asked.append(num_tokens)
+        return torch.tensor([1, 11, 29])
+
+    found = []
+    for size in (6, 2):
+        with FFNObserver(model, ffns_of(model)[1], sampling=Sampling(choose, num_rows=6)) as observer:
+            for rows in pixels.split(size):
+                observer.next_batch({"pixel_values": rows})
+                model(pixel_values=rows)
+        assert [stats.num_tokens for stats in observer.statistics()] == [30, 30]
+        found.append(torch.cat([tensors["input"] for tensors in observer.inputs().values()]))
+    assert asked == [30, 30]
+    torch.testing.assert_close(*found)
+
+
+def test_activations_that_are_not_finite_are_an_error() -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.layers[1].mlp.up_proj.weight[3, 4] = torch.inf
+    with pytest.raises(CalibrationError, match=r"layer 1 has activations that are not finite.*--dtype"):
+        observe(model, "llama", batch_tokens=60)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import sys
 import wave
 from pathlib import Path
 
@@ -91,6 +92,8 @@ def test_pairs_of_texts(tmp_path: Path) -> None:
     assert json.loads(read_pairs([f"{path}#target"])[0]) == ["b", "b"]
     with pytest.raises(ConfigError, match="name two columns at most"):
         read_pairs([f"{path}#source,target,more"])
+    with pytest.raises(ConfigError, match="its columns differ in length"):
+        read_pairs([f"{path}#0,target"])  # a number counts the header as a row, a name does not
     path.write_text("source,target\na,\n,b\n")
     with pytest.raises(ConfigError, match="no row has both texts"):
         read_pairs([f"{path}#source,target"])
@@ -109,6 +112,32 @@ def test_sounds_of_every_width_at_the_models_rate(width: int, dtype: type, chann
     found = decode_sound(file.getvalue(), rate=16000)
     assert found.shape == (8000,) and found.dtype == np.float32
     assert np.abs(found).max() == pytest.approx(0.25, abs=0.02)
+
+
+def test_a_sound_at_the_models_rate_is_left_as_it_is() -> None:
+    samples = np.array([0, 16384, -32768, 1], dtype=np.int16)
+    file = io.BytesIO()
+    with wave.open(file, "wb") as target:
+        target.setparams((1, 2, 16000, 0, "NONE", ""))
+        target.writeframes(samples.tobytes())
+    assert decode_sound(file.getvalue(), rate=16000).tolist() == (samples / 32768).tolist()
+
+
+def test_a_sound_that_is_no_wav() -> None:
+    soundfile = pytest.importorskip("soundfile")
+    tone = 0.25 * np.sin(2 * np.pi * 440 * np.arange(8000) / 16000)
+    file = io.BytesIO()
+    soundfile.write(file, np.stack([tone, 3 * tone], axis=1), 16000, format="FLAC")
+    np.testing.assert_allclose(decode_sound(file.getvalue(), rate=16000), 2 * tone, atol=1e-4)
+
+
+def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "soundfile", None)
+    with pytest.raises(ConfigError, match=r"pictures need Pillow: pip install 'ffsplit\[image\]'"):
+        _image(base64.b64encode(b"any").decode())
+    with pytest.raises(ConfigError, match=r"needs soundfile: pip install 'ffsplit\[audio\]'"):
+        decode_sound(b"no WAV", rate=16000)
 
 
 def test_a_sound_that_is_none() -> None:

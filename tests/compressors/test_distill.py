@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -146,9 +148,7 @@ def test_light_neurons_are_narrowed_beside_exact_heavy_hitters(shape: FFNShape) 
     ffn, inputs = random_ffn(shape), random_inputs(shape.hidden_size, sizes=SIZES)
     assert ffn.heavy is not None
     step = DistillCompressor(part="light", num_steps=60, batch_tokens=256)
-    split = LayerLayout.dense(shape, 10).model_copy(
-        update={"light": PartLayout.dense(shape, shape.num_neurons - 10)}
-    )
+    split = with_light_part(shape, 10)
     budget = LayerLayout.dense(shape, 22).num_elements(shape)
     layout = step.plan(split, shape=shape, budget=budget)
     assert layout is not None and layout.light is not None
@@ -201,3 +201,42 @@ def test_the_same_arguments_give_the_same_bytes() -> None:
     ]
     assert all(map(torch.equal, all_tensors(made[0]), all_tensors(made[1])))
     assert all(map(torch.equal, all_tensors(ffn), before))
+
+
+@pytest.mark.parametrize(
+    ("asked", "in_bfloat16", "settled"),
+    [("auto", True, "bfloat16"), ("auto", False, "no"), ("no", True, "no"), ("bfloat16", False, "bfloat16")],
+)
+def test_a_precision_that_is_named_is_not_settled_anew(
+    asked: Literal["auto", "bfloat16", "no"], in_bfloat16: bool, settled: str
+) -> None:
+    step = DistillCompressor(mixed_precision=asked).settled(in_bfloat16=in_bfloat16)
+    assert step.mixed_precision == settled
+
+
+def with_light_part(shape: FFNShape, num_heavy: int) -> LayerLayout:
+    light = PartLayout.dense(shape, shape.num_neurons - num_heavy)
+    return LayerLayout.dense(shape, num_heavy).model_copy(update={"light": light})
+
+
+@forms
+def test_heavy_hitters_that_leave_no_room_have_no_plan(shape: FFNShape) -> None:
+    step, split = DistillCompressor(part="light"), with_light_part(shape, 10)
+    for num_neurons, width in ((10, None), (11, 1)):
+        budget = LayerLayout.dense(shape, num_neurons).num_elements(shape)
+        layout = step.plan(split, shape=shape, budget=budget)
+        assert (layout and layout.light and layout.light.num_neurons) == width
+
+
+@forms
+def test_light_neurons_that_all_fit_are_left_as_they_are(shape: FFNShape) -> None:
+    ffn = random_ffn(shape)
+    made = compress_layer(
+        ffn,
+        heavy_neurons=range(10),
+        layout=with_light_part(shape, 10),
+        steps=[DistillCompressor(part="light", num_steps=3)],
+        inputs=random_inputs(shape.hidden_size),
+    )
+    split = ffn.split(torch.arange(10))
+    assert all(map(torch.equal, all_tensors(made.weights), all_tensors(split)))

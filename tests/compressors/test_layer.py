@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ffsplit.compressors.layer import CompressedLayer, compress_layer
-from ffsplit.ffn import FFNShape
+from ffsplit.ffn import FFNShape, LayerLayout, LowRank, PartLayout
 from ffsplit.recipes.recipe import load_recipe, shipped_recipes
 from ffsplit.splitting.budget import fit_layers
 from tests.compressors.random_ffn import FORMS, all_tensors, direct_output, random_ffn, random_inputs
@@ -20,6 +20,9 @@ every_case = pytest.mark.parametrize(
         for keep in (0.3535, 0.7)
     ],
 )
+
+SHAPE = FORMS["plain-biased"]
+LOW_RANK_LIGHT = PartLayout(num_neurons=28, up=LowRank(rank=2), down=LowRank(rank=2))
 
 
 def compressed(shape: FFNShape, recipe: str, keep: float) -> tuple[CompressedLayer, list[list[torch.Tensor]]]:
@@ -62,3 +65,24 @@ def test_the_relative_error_is_that_of_the_outputs(shape: FFNShape, recipe: str,
     error = (result.weights(x_TD).double() - dense).norm() / dense.norm()
     assert result.relative_error == pytest.approx(float(error), rel=1e-4)
     assert 1e-3 < result.relative_error < 1.2
+
+
+@pytest.mark.parametrize(
+    "planned",
+    [
+        LayerLayout.dense(SHAPE, 20),
+        LayerLayout(heavy=PartLayout.dense(SHAPE, 20), light=LOW_RANK_LIGHT, down_bias=True),
+        LayerLayout(heavy=PartLayout.dense(SHAPE, 21), light=PartLayout.dense(SHAPE, 27), down_bias=True),
+        LayerLayout(heavy=PartLayout.dense(SHAPE, 20), light=PartLayout.dense(SHAPE, 28), down_bias=False),
+    ],
+    ids=["parts", "format", "width", "bias"],
+)
+def test_steps_that_do_not_make_what_was_planned_are_found_out(planned: LayerLayout) -> None:
+    with pytest.raises(AssertionError, match=r"planned .*, got "):
+        compress_layer(
+            random_ffn(SHAPE),
+            heavy_neurons=range(20),
+            layout=planned,
+            steps=[],
+            inputs=random_inputs(SHAPE.hidden_size),
+        )

@@ -86,3 +86,11 @@ def test_factors_no_smaller_than_the_matrix_leave_it_dense() -> None:
     planned = LowRankCompressor().plan(layout, shape=shape, budget=shape.num_elements)
     assert planned is not None and planned.light is not None
     assert planned.light.up == planned.light.gate == Dense() == planned.light.down
+
+
+def test_an_ffn_without_a_light_part_is_planned_as_it_is_where_it_fits() -> None:
+    shape = FORMS["gated"]
+    layout = LayerLayout.dense(shape, 20)
+    size = layout.num_elements(shape)
+    assert LowRankCompressor().plan(layout, shape=shape, budget=size) == layout
+    assert LowRankCompressor().plan(layout, shape=shape, budget=size - 1) is None

@@ -7,10 +7,12 @@ from typing import Literal
 import pytest
 import torch
 
-from ffsplit.compressors import QuantizeCompressor
+from ffsplit.compressors import PruneCompressor, QuantizeCompressor
 from ffsplit.compressors.layer import CompressedLayer, compress_layer
 from ffsplit.ffn import FFNShape, Integer, LayerLayout
 from ffsplit.quantization import dequantize, fake_quantize, quantize_rows, scales_of
+from ffsplit.splitting.budget import fit_layers
+from ffsplit.splitting.heavy import HeavyRule
 from tests.compressors.random_ffn import FORMS, random_ffn, random_inputs
 
 forms = pytest.mark.parametrize("shape", FORMS.values(), ids=FORMS)
@@ -116,3 +118,14 @@ def test_only_the_named_part_is_quantized(shape: FFNShape) -> None:
     )
     assert made.weights.layout == layout
     assert made.relative_error < 0.02
+
+
+def test_integers_after_pruning_take_no_output_bias_from_the_budget() -> None:
+    shape, every = FORMS["gated"], HeavyRule(by="share", value=1)
+    pruned, quantized = (
+        fit_layers([shape], keep=0.5, heavy=every, steps=steps)[0]
+        for steps in ([PruneCompressor()], [PruneCompressor(), QuantizeCompressor()])
+    )
+    assert pruned.heavy is not None and quantized.heavy is not None
+    assert quantized.heavy.num_neurons == pruned.heavy.num_neurons == 24
+    assert quantized.heavy.up == Integer(num_bits=8) and not quantized.down_bias

@@ -5,8 +5,12 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import grpc
 
 
 @contextmanager
@@ -38,6 +42,22 @@ def silent() -> AbstractContextManager[int]:
 def hanging_grpc() -> AbstractContextManager[int]:
     """A gRPC server that shakes hands, and then answers nothing: a head whose process hangs."""
     return answering(lambda connection: connection.sendall(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])))
+
+
+@contextmanager
+def other_grpc(refusal: grpc.StatusCode | None = None) -> Iterator[int]:
+    """A gRPC server of another service; with `refusal`, one that refuses every call so."""
+
+    class Refusing(grpc.GenericRpcHandler):  # type: ignore[misc]
+        def service(self, _: object) -> Any:
+            return grpc.unary_unary_rpc_method_handler(lambda _, context: context.abort(refusal, "no"))
+
+    handlers = () if refusal is None else (Refusing(),)
+    server = grpc.server(ThreadPoolExecutor(2), handlers=handlers)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield int(port)
+    server.stop(None)
 
 
 @contextmanager

@@ -142,6 +142,26 @@ def test_room_that_never_comes_back_ends_the_stage(monkeypatch: pytest.MonkeyPat
         list(dispatch(Pool([0]), range(5), stage="s"))
 
 
+def test_room_that_comes_back_in_time_is_used() -> None:
+    pool = Pool([0, 0, 2])
+    assert len(list(dispatch(pool, range(5), stage="s"))) == 5
+    assert (pool.opened, pool.open_now) == (2, set())
+
+
+def test_an_idle_slot_that_is_lost_gets_no_item() -> None:
+    """Its host leaves while there is nothing left to do but what another has in hand."""
+    pool = Pool([2])
+    slots = module._Slots(pool)
+    slots.adapt(2, stage="s")
+    for slot in (0, 1):
+        slots.ready(slot)
+    slots.start(7, 3)
+    assert slots.in_hand == {1: 7} and slots.idle == [0]
+    assert slots.lose(0, reason="its host left", stage="s") is None
+    assert (slots.idle, slots.in_hand, pool.open_now) == ([], {1: 7}, {1})
+    assert slots.lose(1, reason="its host left", stage="s") == 7
+
+
 def test_an_error_ends_the_stage_as_itself_and_leaves_no_slot() -> None:
     def outcome(slot: int, item: Any) -> Event:
         return Failed(slot, CalibrationError("no tokens")) if item == 5 else Done(slot, item)

@@ -11,6 +11,10 @@ from uuid import uuid4
 import pytest
 
 from ffsplit import logs
+from ffsplit.artifacts.entries import FileEntry
+from ffsplit.artifacts.scratch import Result
+from ffsplit.distributed import observing
+from ffsplit.distributed.observing import Observed
 from ffsplit.errors import ConfigError
 from tests.faults.isolation import environment_of_ray, isolated
 
@@ -81,3 +85,38 @@ def test_an_unknown_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(logs.VARIABLE, "xml")
     with pytest.raises(ConfigError, match="FFSPLIT_LOG must be text or json"):
         logs.asked_for()
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What is added to which counter of the stage `compress`."""
+    found: list[tuple[str, int]] = []
+
+    def count(name: str, value: int, *, stage: str) -> None:
+        assert stage == "compress"
+        found.append((name, value))
+
+    monkeypatch.setattr(observing, "count", count)
+    return found
+
+
+@pytest.mark.parametrize("reused", [True, False])
+def test_what_was_computed_before_is_not_counted_again(counted: list[tuple[str, int]], reused: bool) -> None:
+    files = (FileEntry(path="a", size_bytes=7, sha256="0" * 64),)
+    result = Result(name="layer-000", files=files, facts={"num_tokens": 3}, reused=reused)
+    assert Observed("compress", "text", {})(lambda _: result, None) == result
+    expected = [("ffsplit_shards_done", 1), ("ffsplit_tokens", 3), ("ffsplit_bytes", 7)]
+    assert counted == ([] if reused else expected)
+
+
+def test_a_lost_worker_is_counted_and_told(
+    counted: list[tuple[str, int]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs._logger, "handlers", [])
+    monkeypatch.setattr(logs._logger, "propagate", True)
+    logs.set_up("json")
+    Observed("compress", "json", {"run": "key"}).lost("its host left")
+    line = json.loads(capsys.readouterr().err)
+    assert (line["event"], line["level"], line["reason"]) == ("lost", "warning", "its host left")
+    assert (line["run"], line["stage"]) == ("key", "compress")
+    assert counted == [("ffsplit_failures", 1)]

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from socket import create_server
 
+import grpc
+import psutil
 import pytest
 
 from ffsplit.cli import main
 from ffsplit.distributed import jobs, ray_cluster
 from ffsplit.distributed.jobs import JobServer
-from ffsplit.distributed.ray_cluster import connect
+from ffsplit.distributed.ray_cluster import Share, connect
 from ffsplit.errors import ConfigError
-from tests.distributed.listeners import hanging_grpc, silent, web_server
+from tests.distributed.listeners import hanging_grpc, other_grpc, silent, web_server
 from tests.small_jobs import SmallJob
 
 Listener = Callable[[], AbstractContextManager[int]]
@@ -41,16 +45,97 @@ def closed_port() -> int:
         (silent, "it accepts connections and said nothing in 0.5 s"),
         (web_server, "what listens there is not a Ray head"),
         (hanging_grpc, "its head did not answer in 0.5 s"),
+        (other_grpc, "what listens there is not a Ray head"),
     ],
 )
 def test_what_is_not_ray_is_given_up(listener: Listener, told: str, scheme: str) -> None:
-    if listener is hanging_grpc and scheme:
+    if listener in (hanging_grpc, other_grpc) and scheme:
         pytest.skip("Ray's own client has a limit, of half a minute")
     with listener() as port, pytest.raises(ConfigError) as caught:
         connect(f"{scheme}127.0.0.1:{port}", num_cpus=1)
     line = str(caught.value)
     assert line.startswith(f"Ray at {scheme}127.0.0.1:{port} cannot be reached: ") and told in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize("listener", [hanging_grpc, other_grpc])
+def test_whatever_shakes_hands_is_left_to_rays_own_client(listener: Listener) -> None:
+    """It talks to a proxy, which is no head."""
+    with listener() as port:
+        ray_cluster._probe(f"ray://127.0.0.1:{port}")
+
+
+def test_a_head_that_refuses_is_left_to_ray() -> None:
+    with other_grpc(grpc.StatusCode.PERMISSION_DENIED) as port:
+        ray_cluster._probe_one(f"127.0.0.1:{port}")
+
+
+def test_an_encrypted_connection_begins_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    with silent() as port:
+        with pytest.raises(OSError, match="said nothing"):
+            ray_cluster._probe(f"ray://127.0.0.1:{port}")
+        monkeypatch.setenv("RAY_USE_TLS", "1")
+        ray_cluster._probe(f"ray://127.0.0.1:{port}")
+
+
+def test_an_address_without_a_port_is_left_to_ray() -> None:
+    ray_cluster._probe("ray://no-such-host.invalid")
+
+
+def test_the_cluster_of_this_machine_is_probed_where_ray_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_cluster, "maybe_enable_token_auth_if_token_available", lambda **_: None)
+    with silent() as port:
+        monkeypatch.setattr(
+            ray_cluster, "canonicalize_bootstrap_address", {"auto": f"127.0.0.1:{port}"}.__getitem__
+        )
+        with pytest.raises(ConfigError, match="Ray at auto cannot be reached: it accepts connections"):
+            connect("auto", num_cpus=1)
+
+
+def test_a_mismatch_without_both_versions_is_told_as_it_is() -> None:
+    said = ray_cluster.refusal("head:6379", "Version mismatch: the cluster is odd\nTrace")
+    assert said == "Ray at head:6379 cannot be reached: Version mismatch: the cluster is odd"
+
+
+def test_a_process_that_does_not_leave_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    stuck = psutil.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    monkeypatch.setattr(ray_cluster, "_processes_started_here", lambda: [stuck])
+    monkeypatch.setattr(ray_cluster, "LEAVE_WITHIN_S", 0.1)
+    monkeypatch.setattr(ray_cluster.ray, "shutdown", lambda: None)
+    ray_cluster.disconnect()
+    assert stuck.wait(10) == -signal.SIGKILL
+
+
+def test_the_answer_to_sigterm_is_kept_in_the_main_thread_and_left_alone_in_others() -> None:
+    def ours(*_: object) -> None:
+        raise AssertionError
+
+    def elsewhere() -> str:
+        with ray_cluster._own_signals():
+            return "done"
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with ray_cluster._own_signals():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) is ours
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(elsewhere).result() == "done"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_without_an_autoscaler_a_cluster_counts_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("no such interface")
+
+    state = ray_cluster.ray._private.state.state
+    node = {"NodeID": "a" * 8, "NodeManagerHostname": "h", "Resources": {"CPU": 5.0}, "Alive": True}
+    monkeypatch.setattr(ray_cluster.ray, "nodes", lambda: [node])
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", fail)
+    assert ray_cluster.room(Share(2, 0)) == 2
+    monkeypatch.setattr(state, "get_max_resources_from_cluster_config", lambda: {"CPU": 8.0})
+    assert ray_cluster.room(Share(2, 0)) == 4
 
 
 def test_nobody_listens() -> None:

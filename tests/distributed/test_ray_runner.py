@@ -20,13 +20,15 @@ from ray._private.utils import check_version_info
 from ray.exceptions import NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 import ffsplit
+from ffsplit.distributed import make_runner, ray_runner
 from ffsplit.distributed.observing import Observed
-from ffsplit.distributed.ray_cluster import Share, connect, disconnect, refusal
+from ffsplit.distributed.ray_cluster import Host, Share, connect, disconnect, refusal
 from ffsplit.distributed.ray_pools import OUT_OF_MEMORY, reason_of_loss
 from ffsplit.distributed.ray_runner import RayRunner
 from ffsplit.distributed.runner import Runner, SerialRunner
 from ffsplit.errors import CalibrationError, ConfigError, FFSplitError
 from ffsplit.machine import num_workers_here, usable_cores
+from tests.distributed.test_dispatch import Pool
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
 pytestmark = pytest.mark.ray
@@ -309,3 +311,39 @@ def test_whatever_a_library_raises_in_a_worker_is_one_line(
             assert "in odd\n" in "".join(traceback.format_exception(caught.value))
         with pytest.raises(FFSplitError, match=r"^odd failed: code 7$"):
             list(runner.map_workers("odd", odd_worker, [3]))
+
+
+@pytest.mark.parametrize(
+    ("gpus", "device", "expected"), [(0, "cuda", 1.0), (0.5, "cuda", 0.5), (0, "cpu", 0.0)]
+)
+def test_work_on_gpus_takes_a_whole_one_unless_told_otherwise(
+    small_job: SmallJob, tmp_path: Path, gpus: float, device: str, expected: float
+) -> None:
+    fields = {"runner": "ray", "device": device, "gpus_per_worker": gpus}
+    runner = make_runner(small_job.config(tmp_path / "out", **fields))
+    assert isinstance(runner, RayRunner)
+    assert runner._options()["num_gpus"] == expected
+
+
+def test_a_stage_that_nobody_reads_to_its_end_is_closed_on_exit() -> None:
+    pool = Pool([2])
+    runner = RayRunner(address=None, num_workers=2)
+    answers = runner._dispatch(pool, range(9), stage="s")
+    next(answers)
+    assert pool.open_now
+    runner.__exit__(None, None, None)
+    assert not pool.open_now
+    assert list(answers) == []
+
+
+def test_a_cluster_that_has_yet_to_grow_has_no_host_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_runner, "hosts", lambda share: [])
+    assert RayRunner(address=None, num_workers=2).on_every_host("square", square, 5) == {}
+
+
+def test_a_host_that_left_has_no_say(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = ray_runner.hosts(Share(1, 0))
+    gone = Host("e" * len(here[0].id), "gone", {"CPU": 1.0})
+    monkeypatch.setattr(ray_runner, "hosts", lambda share: [*here, gone])
+    with RayRunner(address=None, num_workers=2) as runner:
+        assert runner.on_every_host("square", square, 5) == {here[0].name: 25}

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
+from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch import distributed
 
 from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.distributed.ray_runner import RayRunner
+from ffsplit.distributed.ray_train import MAX_RETRIES, Together, place, run_together
 from ffsplit.distributed.runner import Runner, SerialRunner
-from ffsplit.errors import CalibrationError, ConfigError
+from ffsplit.errors import CalibrationError, ConfigError, FFSplitError
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.models.source import ModelSource
 from ffsplit.stages.heal import HealJob, heal_job
@@ -23,8 +27,12 @@ from ffsplit.stages.profile import ComputeProfile
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import WORDS
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
 SIZE = 2
+
+
+def on_ray(test: Any) -> Any:
+    """A test that starts processes."""
+    return pytest.mark.ray(pytest.mark.slow(test))
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +93,7 @@ def _die_in_step(fatal: int, marker: Path) -> None:
     Distillation.set_gradient = count  # type: ignore[method-assign]
 
 
+@on_ray
 def test_processes_give_the_bytes_of_one_that_does_all_shares_killed_or_not(
     runner: Runner, job: HealJob, tmp_path: Path
 ) -> None:
@@ -105,13 +114,76 @@ def fail(item: int) -> int:
     raise CalibrationError(f"item {item} cannot be done")
 
 
+@on_ray
 def test_an_error_arrives_as_itself(runner: Runner) -> None:
     with pytest.raises(CalibrationError, match="item 7 cannot be done"):
         runner.run_together("fail", fail, 7, size=SIZE)
 
 
+@on_ray
 def test_more_processes_than_the_cluster_has_room_for_are_refused_at_once(runner: Runner) -> None:
     with pytest.raises(ConfigError, match="--healing-workers 3: the cluster has 2 CPUs"):
         RayRunner(address=None, num_workers=1, processes_together=3).__enter__()
     with pytest.raises(ConfigError, match="3: the cluster has 2 CPUs"):
         runner.run_together("fail", fail, 7, size=3)
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, *errors: Exception) -> list[int]:
+    """Let all processes end with one error after another, then with 7; the items of each attempt."""
+    items, left = list[int](), list(errors)
+
+    def fit(self: Together, item: int) -> int:
+        items.append(item)
+        if left:
+            raise left.pop(0)
+        return 7
+
+    monkeypatch.setattr(Together, "_fit", fit)
+    return items
+
+
+def of_workers(*errors: Exception) -> WorkerGroupError:
+    return WorkerGroupError("some", dict(enumerate(errors)))
+
+
+TOGETHER = Together(fail, size=2, cpus=1, gpus=0.0)
+
+
+def test_lost_processes_are_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = failing(monkeypatch, *[of_workers(WorkerCrashedError())] * MAX_RETRIES)
+    assert run_together(TOGETHER, 3) == 7 and items == [3] * (1 + MAX_RETRIES)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            of_workers(RuntimeError("a peer is gone"), WorkerCrashedError()),
+            "2 processes that work together were lost 4 times, the last because its process died; .*goes on",
+        ),
+        (of_workers(RuntimeError("no backend")), "2 processes together: RuntimeError: no backend"),
+        (ControllerError(RuntimeError("no room")), "2 processes together: ControllerError: .*no room"),
+    ],
+)
+def test_processes_that_fail_again_and_again_say_why(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, message: str
+) -> None:
+    items = failing(monkeypatch, *[error] * (1 + MAX_RETRIES))
+    with pytest.raises(FFSplitError, match=message):
+        run_together(TOGETHER, 3)
+    assert len(items) == 1 + MAX_RETRIES
+
+
+def test_an_error_of_ours_ends_all_processes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However Ray wraps it."""
+    wrapped = RayTaskError("f", "trace", CalibrationError("no tokens"))
+    items = failing(monkeypatch, of_workers(RuntimeError("a peer is gone"), wrapped))
+    with pytest.raises(CalibrationError, match="no tokens"):
+        run_together(TOGETHER, 3)
+    assert items == [3]
+
+
+def test_a_ray_that_is_too_old_for_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "__version__", "2.59.1")
+    with pytest.raises(ConfigError, match=r"--healing-workers 2 needs Ray 2\.60 or newer: pip install"):
+        place(fail, size=2, threads=1, use_gpus=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,20 @@ def test_without_a_process_group_one_process_does_all() -> None:
     team = find_team(3)
     assert (team.size, list(team.mine)) == (3, [0, 1, 2])
     assert team.sum([torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor([4.0])]).tolist() == [7.0]
+
+
+def test_a_team_goes_on_only_from_one_step() -> None:
+    class Behind(Alone):
+        """Two, of which the other is a step behind."""
+
+        def sum(self, values: Sequence[Tensor]) -> Tensor:
+            return super().sum(values) - 1
+
+    student = disturbed("bert", "")
+    weights = trainable_weights(student)
+    Distillation(student, student, weights, "encoder", Alone(2)).meet(5)
+    with pytest.raises(RuntimeError, match="from step 5 here and from another elsewhere"):
+        Distillation(student, student, weights, "encoder", Behind(2)).meet(5)
 
 
 PROCESS = """\

@@ -7,16 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import ffsplit
 from ffsplit.artifacts.benchmarks import BenchmarkRecord, read_benchmarks
 from ffsplit.artifacts.locate import locate
 from ffsplit.artifacts.retention import collect, plan
+from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
+from ffsplit.errors import ConfigError
+from ffsplit.ffn import Integer
 from ffsplit.measurement.benchmark import Settings, benchmark
 from ffsplit.measurement.work import Work, work_of
 from ffsplit.models.load import load_whole_model
+from ffsplit.pipeline.run import calibrate
+from ffsplit.runtime.integer_map import IntegerMap
+from ffsplit.runtime.split_ffn import DenseMap, LowRankMap
 from tests.conftest import CheckpointFactory
 from tests.small_jobs import SmallJob
 from tests.tiny_models import save_checkpoint
@@ -71,6 +79,35 @@ def test_a_causal_model_prefills_and_decodes(checkpoint_of: CheckpointFactory, c
     assert record.run_key is None and all(each.limit == 1 for each in record.timings)
 
 
+def test_decoding_leaves_room_for_a_prompt(checkpoint_of: CheckpointFactory, capsys: Any) -> None:
+    """The model reads 160 tokens, of which 3 runs warm up."""
+    model = str(checkpoint_of("opt", head="ForCausalLM"))
+    assert main(["benchmark", model, *QUICK, "--new-tokens", "157", "--device", "cpu"]) == 2
+    assert "--new-tokens 157 leaves no room for a prompt" in capsys.readouterr().err
+
+
+def test_statistics_are_no_model_to_time(small_job: SmallJob, tmp_path: Path) -> None:
+    manifest = calibrate(small_job.config(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="holds statistics, no model"):
+        benchmark(f"{tmp_path}/out/{manifest.run_key}")
+
+
+@pytest.mark.s3
+def test_an_original_that_has_changed_is_not_compared(
+    small_job: SmallJob, tmp_path: Path, s3_uri: str
+) -> None:
+    model, store = f"{s3_uri}/model", open_store(f"{s3_uri}/model")
+    for path in small_job.model.iterdir():
+        store.put_file(path.name, path)
+    ffsplit.compress(small_job.config(tmp_path / "out", model=model))
+    settings = Settings(batch_sizes=(1,), lengths=(4,), pairs=1, memory=False)
+    assert benchmark(str(tmp_path / "out"), settings=settings).run_key is not None
+    other = save_checkpoint(tmp_path / "other", "bert", seed=1)
+    store.put_file("model.safetensors", other / "model.safetensors")
+    with pytest.raises(ConfigError, match=f"{model} has changed since .* give --against"):
+        benchmark(str(tmp_path / "out"), settings=settings)
+
+
 def test_peak_memory_of_both(checkpoint_of: CheckpointFactory) -> None:
     settings = Settings(batch_sizes=(1,), lengths=(4,), pairs=1, threads=1)
     record = benchmark(str(checkpoint_of("bert")), settings=settings)
@@ -83,6 +120,20 @@ def test_work_is_that_of_the_linear_layers(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path / "model", "bert", head="ForSequenceClassification")
     count = 3 * (4 * 32 * 32 + 2 * 32 * 96) + 32 * 32 + 32 * 2
     assert work_of(load_whole_model(path, "BertForSequenceClassification")) == Work(count, 4 * count)
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        (DenseMap(6, 10, bias=True), Work(60, 240)),
+        (LowRankMap(6, 10, rank=2, bias=True), Work(32, 128)),
+        (IntegerMap(Integer(num_bits=4, group_size=5), 6, 10, bias=True), Work(60, 6 * 5 + 2 * 6 * 2)),
+        (Conv1D(6, 10), Work(60, 240)),
+        (nn.LayerNorm(6), Work(0, 0)),
+    ],
+)
+def test_work_of_every_kind_of_layer(layer: nn.Module, expected: Work) -> None:
+    assert work_of(nn.Sequential(layer)) == expected
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from ffsplit.calibration.batches import Batch, padded_batches
+from ffsplit.errors import FFSplitError
 from ffsplit.measurement.fidelity import causal_fidelity, encoder_fidelity, fidelity
 from tests.tiny_models import make_model, random_rows
 
@@ -101,3 +102,11 @@ def test_perplexity_is_the_models_own_loss() -> None:
         loss = float(model(input_ids=ids, labels=ids).loss)
     scores = causal_fidelity(model, model, [Batch.of_tokens(ids, torch.ones_like(ids))])
     assert scores["original_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_logits_that_are_not_finite_are_an_error() -> None:
+    original, compressed = (make_model("llama", head="ForCausalLM") for _ in range(2))
+    with torch.no_grad():
+        compressed.lm_head.weight[3, 4] = torch.inf
+    with pytest.raises(FFSplitError, match=r"not finite.*--dtype"):
+        causal_fidelity(original, compressed, batches())

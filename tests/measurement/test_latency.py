@@ -140,3 +140,9 @@ def test_the_load_is_that_of_the_machine() -> None:
     assert load is not None and load.num_cpus == len(os.sched_getaffinity(0))
     assert load.after == pytest.approx(os.getloadavg()[0], abs=2)
     assert load_since(None) is None
+
+
+def test_a_system_that_tells_no_load_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "getloadavg")
+    assert load_average() is None
+    assert load_since(1.0) is None

@@ -11,7 +11,7 @@ import pytest
 import ffsplit
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
-from ffsplit.measurement.latency_table import measure_latency_table, table_widths
+from ffsplit.measurement.latency_table import measure_latency_table, table_widths, write_latency_table
 from ffsplit.report.humanize import milliseconds
 from ffsplit.splitting.latency import LatencyTable
 from ffsplit.stages.profile import ComputeProfile
@@ -44,6 +44,18 @@ def test_every_family_is_timed_at_every_width(family: str, checkpoint_of: Any) -
 def test_what_reads_more_than_tokens_is_timed_too(family: str, tmp_path: Path) -> None:
     table = measure_latency_table(str(save_checkpoint(tmp_path, family)), shape=(1, 8), profile=CPU)
     assert len(table.points) == 12 and all(point.ms > 0 for point in table.points)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "phi3", "mixtral"])
+def test_ffns_of_other_matrices_have_no_table(family: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="FFNs of separate linear layers, which layer 0"):
+        measure_latency_table(str(save_checkpoint(tmp_path, family)), shape=(1, 8), profile=CPU)
+
+
+def test_a_table_that_cannot_be_written(small_job: SmallJob, tmp_path: Path) -> None:
+    table = LatencyTable.model_validate_json(made_up_table(small_job, tmp_path / "t.json").read_text())
+    with pytest.raises(ConfigError, match=r"--out .*t\.json cannot be written: No such file"):
+        write_latency_table(table, f"{tmp_path}/gone/t.json")
 
 
 def test_layers_of_different_widths_have_no_table() -> None:

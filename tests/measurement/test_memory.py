@@ -34,3 +34,15 @@ def test_a_measurement_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(memory, "WITHIN_S", 0.01)
     with pytest.raises(FFSplitError, match=r"took longer than 0.01 s: .* --no-memory"):
         peak(tmp_path, "BertModel")
+
+
+def test_where_the_system_has_no_proc_the_peak_comes_from_getrusage(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In kibibytes, and on macOS in bytes. A parent's peak may be part of it."""
+    by_proc = memory._resident_peak_bytes()
+    monkeypatch.setattr(memory, "Path", lambda _: tmp_path / "none")
+    found = memory._resident_peak_bytes()
+    assert 0.9 * by_proc < found < 100 * by_proc
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    assert memory._resident_peak_bytes() == pytest.approx(found / 1024, rel=0.1)

@@ -168,6 +168,35 @@ def test_an_index_without_a_map(checkpoint_of: CheckpointFactory, tmp_path: Path
     assert "weight_map" in refused(directory)
 
 
+def test_an_index_without_metadata(checkpoint_of: CheckpointFactory, tmp_path: Path) -> None:
+    """transformers does not load it."""
+    directory = sharded(checkpoint_of, tmp_path)
+    index = json.loads((directory / INDEX_NAME).read_text())
+    (directory / INDEX_NAME).write_text(json.dumps({"weight_map": index["weight_map"]}))
+    assert 'has no metadata: add "metadata": {} to it' in refused(directory)
+
+
+@pytest.mark.parametrize("stated", ["3", 3.0, 0])
+def test_a_number_of_layers_that_is_none(bert: Path, stated: object) -> None:
+    configure(bert, num_hidden_layers=stated)
+    said = refused(bert, UnsupportedModelError)
+    assert f"config.json says num_hidden_layers {stated!r}, the tensors say 3" in said
+
+
+def test_an_ffn_that_is_no_matrix(bert: Path) -> None:
+    tensors = load_file(bert / "model.safetensors")
+    save_file(tensors | {FFN_DOWN: tensors[FFN_DOWN].flatten()}, bert / "model.safetensors", {"format": "pt"})
+    assert f"{FFN_DOWN} is missing or is no matrix" in refused(bert, UnsupportedModelError)
+
+
+def test_tensors_of_integers_are_digested_and_not_looked_at(tmp_path: Path) -> None:
+    """Their bytes would be NaN as floats."""
+    path = tmp_path / "a.safetensors"
+    save_file({"ids": torch.full((8,), -1), "weight": torch.ones(3)}, path)
+    expected = hashlib.sha256(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    assert contents.digest_files(tmp_path, [path.name]) == expected.hexdigest()
+
+
 def test_no_tokenizer(bert: Path) -> None:
     for path in bert.glob("tokenizer*"):
         path.unlink()

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import transformers
+from torch import nn
 
 import ffsplit
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.detect import row_by_structure
 from ffsplit.models.load import load_whole_model
+from ffsplit.models.rows import Architecture
 from ffsplit.runtime.trial import check_by_trial
 from tests.small_jobs import LOW_RANK, SmallJob
 from tests.tiny_families import outputs
@@ -104,3 +107,36 @@ def test_a_family_that_transformers_does_not_know_lists_the_table(tmp_path: Path
     (directory / "config.json").write_text(text)
     with pytest.raises(UnsupportedModelError, match=r"'made-up' is not supported \(known: bart, bert"):
         open_checkpoint(directory)
+
+
+class Block(nn.Module):
+    """Linears around an activation, below a module of their own or in the block itself."""
+
+    def __init__(self, *, gated: bool, parent: bool) -> None:
+        super().__init__()
+        owner = nn.Module() if parent else self
+        owner.up, owner.down = nn.Linear(16, 40), nn.Linear(40, 16)
+        if gated:
+            owner.gate = nn.Linear(16, 40)
+        owner.act = nn.GELU()
+        if parent:
+            self.mlp = owner
+
+
+def row_of(block: Block, **config: Any) -> Architecture:
+    model = nn.Module()
+    model.base_model_prefix, model.layers = "", nn.ModuleList([block])
+    return row_by_structure(model, config={"model_type": "toy", **config})
+
+
+def test_a_gated_ffn_is_found_only_in_a_module_of_its_own() -> None:
+    row = row_of(Block(gated=True, parent=True), hidden_act="gelu")
+    assert row.towers[0].ffns[0].gate == "mlp.gate"
+    assert row_of(Block(gated=False, parent=False), hidden_act="gelu").towers[0].ffns[0].up == "up"
+    with pytest.raises(UnsupportedModelError, match=r"structure shows no FFN.*gate \[40, 16\]"):
+        row_of(Block(gated=True, parent=False), hidden_act="gelu")
+
+
+def test_an_activation_that_the_config_does_not_name_is_not_guessed() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"mlp\.up and mlp\.down look like an FFN.*no activation"):
+        row_of(Block(gated=False, parent=True), hidden_act="made-up")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ffsplit.errors import ConfigError
+from ffsplit.models import folder as folder_module
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.folder import (
     ADAPTER,
@@ -262,3 +264,33 @@ def test_a_git_lfs_pointer_is_told(tmp_path: Path, name: str) -> None:
     (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
     with pytest.raises(ConfigError, match=rf"{name} is a Git LFS pointer, .*git lfs pull"):
         open_checkpoint(directory)
+
+
+def test_a_large_folder_that_is_no_model_is_not_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder_module, "MOST_NAMES", 2)
+    for name in ("a/1", "a/2", "a/3", "b/4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert local_listing(tmp_path).names == ("a/1", "a/2", "a/3")
+    (tmp_path / "config.json").touch()
+    assert local_listing(tmp_path).names == ("config.json", "a/1", "a/2", "a/3", "b/4")
+
+
+def test_a_folder_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model. Root may read any, so the system's answer is made up."""
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "file").touch()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert local_listing(tmp_path).names == ()
+    (tmp_path / "config.json").touch()
+    with pytest.raises(ConfigError, match=r"closed cannot be read: Permission denied$"):
+        local_listing(tmp_path)

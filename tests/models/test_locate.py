@@ -43,6 +43,11 @@ def test_a_revision_of_a_directory_is_refused(tmp_path: Path) -> None:
     assert "--revision is for hub ids" in refused(str(tmp_path), revision="main")
 
 
+def test_a_revision_of_what_is_in_a_store_is_refused() -> None:
+    said = refused("s3://bucket/model", revision="main")
+    assert said == "--revision is for hub ids; s3://bucket/model is in a store"
+
+
 def test_a_file_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.touch()

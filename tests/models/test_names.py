@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping
-from transformers.core_model_loading import Chunk, WeightConverter
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 from ffsplit.calibration.batches import padded_batches
 from ffsplit.errors import UnsupportedModelError
@@ -96,17 +97,42 @@ def test_what_headers_promise_wrongly_is_refused(checkpoint_of: CheckpointFactor
         check_names(checkpoint, make_model("gpt2"))
 
 
-@pytest.fixture
-def fused_queries() -> Iterator[None]:
-    """A BERT whose files have queries, keys and values in one tensor, by transformers' own register."""
-    attention = "attention.self."
-    parts = [f"{attention}{name}.weight" for name in ("query", "key", "value")]
-    converter = WeightConverter(f"{attention}qkv.weight", parts, operations=[Chunk(dim=0)])
-    conversion_mapping.register_checkpoint_conversion_mapping("BertModel", [converter])
+@contextmanager
+def registered(rule: WeightRenaming | WeightConverter) -> Iterator[None]:
+    """A rule for the files of a BertModel, in transformers' own register."""
+    conversion_mapping.register_checkpoint_conversion_mapping("BertModel", [rule])
     yield
     assert conversion_mapping._checkpoint_conversion_mapping_cache is not None
     del conversion_mapping._checkpoint_conversion_mapping_cache["BertModel"]
     conversion_mapping.USER_REGISTERED_MAPPINGS.discard("BertModel")
+
+
+@pytest.fixture
+def fused_queries() -> Iterator[None]:
+    """A BERT whose files have queries, keys and values in one tensor."""
+    attention = "attention.self."
+    parts = [f"{attention}{name}.weight" for name in ("query", "key", "value")]
+    with registered(WeightConverter(f"{attention}qkv.weight", parts, operations=[Chunk(dim=0)])):
+        yield
+
+
+def test_a_name_that_is_the_models_own_is_not_renamed(tmp_path: Path) -> None:
+    """Where what it would become is not."""
+    save_checkpoint(tmp_path, "bert")
+    name = "encoder.layer.0.intermediate.dense.weight"
+    with registered(WeightRenaming("intermediate", "inner")):
+        read = names_read(make_model("bert"), [name, "encoder.layer.0.intermediate.other"])
+        model = load_whole_model(tmp_path, "BertModel", dtype=torch.float32)
+    assert read == {
+        name: ReadTensor(name, name, is_whole=True),
+        "encoder.layer.0.intermediate.other": None,
+    }
+    stored = load_file(tmp_path / "model.safetensors")[name]
+    assert torch.equal(model.encoder.layer[0].intermediate.dense.weight, stored)
+
+
+def test_a_class_that_transformers_does_not_have(tmp_path: Path) -> None:
+    assert empty_class(tmp_path, "MadeUpForNothing") is None
 
 
 def test_what_is_trained_and_cannot_be_written_is_an_error(tmp_path: Path, fused_queries: None) -> None:

@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, UnsupportedModelError
+from ffsplit.models import recognise
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.locate import locate_model
+from ffsplit.models.recognise import check_tokenizer_library
 from ffsplit.pipeline.reading import check_vocabulary
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import save_checkpoint
@@ -255,3 +257,19 @@ def test_a_tokenizer_without_its_vocabulary(checkpoint_of: CheckpointFactory, be
     checkpoint = open_checkpoint(bert)
     with pytest.raises(ConfigError, match="has no tokenizer: its vocabulary is missing"):
         check_vocabulary(load_tokenizer(checkpoint), checkpoint)
+
+
+def test_a_vocabulary_that_is_read_without_sentencepiece_is_let_through(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or that is installed, or the file is of another format."""
+    (bert / "tokenizer.json").unlink()
+    (bert / "spiece.model").write_bytes(b"\n\x0e")
+    monkeypatch.setattr(recognise, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="sentencepiece, which is not installed"):
+        check_tokenizer_library(bert)
+    monkeypatch.setattr(recognise, "find_spec", lambda name: object())
+    check_tokenizer_library(bert)
+    monkeypatch.setattr(recognise, "find_spec", lambda name: None)
+    (bert / "spiece.model").write_bytes(b"other")
+    check_tokenizer_library(bert)

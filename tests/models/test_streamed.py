@@ -20,7 +20,7 @@ from ffsplit.errors import ConfigError
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_base_model, load_whole_model
-from ffsplit.models.streamed import StreamedModel, spilled
+from ffsplit.models.streamed import StreamedModel, _each_tensor, spilled
 from tests.conftest import CheckpointFactory
 from tests.tiny_families import FAMILIES, save_checkpoint, usual_head
 from tests.tiny_models import random_rows
@@ -139,3 +139,12 @@ def test_a_tensor_that_is_missing_is_named(
     directory = without(checkpoint_of("llama"), tmp_path / "model", name)
     with pytest.raises(ConfigError, match=f"holds no tensor for {name}"):
         run_through(streamed(directory), BATCHES)
+
+
+def test_every_tensor_in_what_a_block_gives_is_changed() -> None:
+    one, two = torch.ones(2), torch.zeros(3)
+    found = _each_tensor({"states": one, "cache": (two, [one, None]), "name": "x"}, lambda tensor: tensor + 1)
+    assert isinstance(found["cache"], tuple) and isinstance(found["cache"][1], list)
+    assert found["states"].tolist() == found["cache"][1][0].tolist() == [2, 2]
+    assert found["cache"][0].tolist() == [1, 1, 1]
+    assert (found["cache"][1][1], found["name"]) == (None, "x")

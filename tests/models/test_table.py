@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
+
+import pytest
 
 from ffsplit.models.table import table
 
@@ -10,3 +14,11 @@ from ffsplit.models.table import table
 def test_the_page_is_up_to_date() -> None:
     page = Path(__file__).parents[2] / "docs" / "models.md"
     assert page.read_text("utf-8") == table(), "run make docs"
+
+
+def test_the_command_prints_the_page(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "ffsplit.models.table")
+    runpy.run_module("ffsplit.models.table", run_name="__main__")
+    assert capsys.readouterr().out == table()

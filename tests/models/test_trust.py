@@ -17,7 +17,7 @@ from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_base_model
 from ffsplit.models.source import described, staged
-from ffsplit.models.trust import trusted, trusting
+from ffsplit.models.trust import remote_classes, trusted, trusting
 from tests.conftest import CheckpointFactory
 from tests.small_jobs import SmallJob
 
@@ -51,6 +51,13 @@ def test_trust_ends_with_its_block() -> None:
     with trusting(), trusting(False):
         assert trusted()
     assert not trusted()
+
+
+def test_an_auto_map_names_code_by_the_first_class_it_has(tmp_path: Path) -> None:
+    """Of two, a slow and a fast tokenizer, the first may be null; what is no name is none."""
+    auto_map = {"AutoTokenizer": [None, "t.Fast"], "AutoModel": "m.Own", "AutoConfig": [None, None]}
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": auto_map | {"AutoProcessor": 3}}))
+    assert remote_classes(tmp_path) == {"AutoTokenizer": "t.Fast", "AutoModel": "m.Own"}
 
 
 @pytest.mark.parametrize(

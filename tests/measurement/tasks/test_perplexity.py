@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.measurement.tasks.perplexity import (
     LONGEST_WINDOW,
     read_perplexity,
@@ -19,7 +21,7 @@ from ffsplit.measurement.tasks.perplexity import (
 from ffsplit.models.checkpoint import open_checkpoint
 from tests.conftest import CheckpointFactory
 from tests.measurement.tasks.conftest import LoadedFactory, load
-from tests.tiny_models import WORDS
+from tests.tiny_models import WORDS, random_rows
 
 TEXT = " ".join(random.Random(0).choices(WORDS, k=150))
 
@@ -115,6 +117,26 @@ def test_text_that_cannot_be_used(
     spec = "perplexity:" + spec.format(text_file=text_file, empty=empty)
     with pytest.raises(ConfigError, match=message):
         read_perplexity(spec, checkpoint=checkpoint, max_length=max_length)
+
+
+def test_text_of_one_token(checkpoint_of: CheckpointFactory, tmp_path: Path) -> None:
+    """With a tokenizer that puts no special tokens around it."""
+    directory = Path(shutil.copytree(checkpoint_of("llama", head="ForCausalLM"), tmp_path / "model"))
+    fields = json.loads((directory / "tokenizer.json").read_text())
+    (directory / "tokenizer.json").write_text(json.dumps(fields | {"post_processor": None}))
+    (tmp_path / "text.txt").write_text(" the\n")
+    with pytest.raises(ConfigError, match="the text is a single token"):
+        read_perplexity(
+            f"perplexity:{tmp_path}/text.txt", checkpoint=open_checkpoint(directory), max_length=None
+        )
+
+
+def test_a_perplexity_that_is_no_float(loaded: LoadedFactory) -> None:
+    _, model, _ = loaded("llama", head="ForCausalLM", seed=2)
+    with torch.no_grad():
+        model.lm_head.weight *= 1e6
+    with pytest.raises(FFSplitError, match=r"the perplexity overflows: a mean loss of .* nats a token"):
+        windows_perplexity(model, random_rows(3))
 
 
 @pytest.mark.slow
