@@ -32,7 +32,8 @@ def main() -> int:
 def _follow_the_batch() -> None:
     """Interrupt this process as Ctrl-C would, once the batch is gone."""
     with suppress(OSError):  # an input that cannot be read has ended as well
-        os.read(0, 1)  # nothing comes; not by sys.stdin, whose lock this thread would hold at the end
+        while os.read(0, 4096):  # not sys.stdin, whose lock this thread would hold when the process ends
+            pass
     os.kill(os.getpid(), signal.SIGINT)
 
 
