@@ -10,6 +10,7 @@ from pathlib import Path
 from ffsplit.artifacts.manifest import Environment
 from ffsplit.machine import memory_limit_bytes, usable_cores
 
+CPU_INFO = Path("/proc/cpuinfo")
 PACKAGES = ("ffsplit", "torch", "transformers", "ray", "numpy", "pyarrow", "safetensors", "tokenizers")
 
 
@@ -53,9 +54,8 @@ def hardware_fingerprint(device: str) -> dict[str, str | int]:
 
 
 def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text("utf-8", "replace").splitlines():
+    if CPU_INFO.is_file():
+        for line in CPU_INFO.read_text("utf-8", "replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import Literal
 
 from ffsplit import streams
 from ffsplit.errors import ConfigError
@@ -37,20 +37,15 @@ class _JsonLines(logging.Formatter):
         return json.dumps(line | getattr(record, "fields", {}), ensure_ascii=False)
 
 
-class _Stderr(logging.StreamHandler[Any]):
+class _Stderr(logging.Handler):
     """Writes to whatever stderr is at the moment."""
 
     def __init__(self) -> None:
-        logging.Handler.__init__(self)
+        super().__init__()
         self.setFormatter(_JsonLines())
 
-    @property
-    def stream(self) -> Any:
-        return streams.stderr()
-
-    @stream.setter
-    def stream(self, _: Any) -> None:
-        pass
+    def emit(self, record: logging.LogRecord) -> None:
+        streams.note(self.format(record))
 
 
 def asked_for() -> LogFormat:

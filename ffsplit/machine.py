@@ -92,22 +92,18 @@ def _read(path: Path) -> str:
 
 def free_bytes(path: Path) -> int:
     """Free disk where a path is, or would be."""
-    for existing in (path.absolute(), *path.absolute().parents):
-        try:
-            return shutil.disk_usage(existing).free
-        except OSError:  # not there yet, or no name that a disk takes
-            continue
-    return 0
+    return shutil.disk_usage(_existing(path)).free
 
 
-def device_of(path: Path) -> int | None:
+def device_of(path: Path) -> int:
     """The number of the device that a path is on, or would be."""
-    for existing in (path.absolute(), *path.absolute().parents):
-        try:
-            return existing.stat().st_dev
-        except OSError:
-            continue
-    return None
+    return _existing(path).stat().st_dev
+
+
+def _existing(path: Path) -> Path:
+    """A path, or the nearest folder above it where it is not there yet, or no name that a disk takes."""
+    places = (path.absolute(), *path.absolute().parents)
+    return next(place for place in places if os.path.exists(place))
 
 
 def bytes_below(path: Path) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, StoreError
-from ffsplit.exit_codes import DEBUG_VARIABLE, FAILED, MISTAKE, exit_code_of
+from ffsplit.exit_codes import DEBUG_VARIABLE, DONE, FAILED, MISTAKE, exit_code_of
 from ffsplit.models import checkpoint
 from tests.small_jobs import SmallJob
 
@@ -65,6 +67,23 @@ def test_debug_shows_what_a_line_leaves_out(capsys: Any, monkeypatch: Any) -> No
     monkeypatch.setenv(DEBUG_VARIABLE, "1")
     assert exit_code_of(run) == MISTAKE
     assert "what it came from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("in_main_thread", [True, False])
+def test_sigterm_is_the_main_threads(in_main_thread: bool) -> None:
+    """Another thread may not say what a signal does; the command runs all the same."""
+    during: list[Any] = []
+
+    def run() -> int:
+        during.append(signal.getsignal(signal.SIGTERM))
+        return DONE
+
+    before = signal.getsignal(signal.SIGTERM)
+    with ThreadPoolExecutor(1) as pool:
+        code = exit_code_of(run) if in_main_thread else pool.submit(exit_code_of, run).result()
+    assert code == DONE
+    assert (during[0] != before) == in_main_thread
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.fixture

@@ -116,6 +116,19 @@ def test_who_has_a_home_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert user_path("~/x") == tmp_path / "x" and user_path("~nobody-here/x") == Path("~nobody-here/x")
 
 
+def test_a_home_that_cannot_be_written_stays_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may hold credentials to read; what libraries store goes elsewhere."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MPLCONFIGDIR", "")
+    monkeypatch.delenv("MPLCONFIGDIR")
+    monkeypatch.setattr(home, "_is_writable", lambda _: False)
+    settle_home()
+    assert os.environ["HOME"] == str(tmp_path)
+    assert Path(os.environ["MPLCONFIGDIR"]).parent.name == LENT
+
+
 @pytest.mark.parametrize("has_temporary_files", [False, True])
 def test_a_root_file_system_that_is_read_only(
     has_temporary_files: bool, small_job: SmallJob, s3_uri: str, tmp_path: Path

@@ -15,8 +15,11 @@ import torch
 from ffsplit import machine
 from ffsplit.errors import ConfigError
 from ffsplit.machine import (
+    bytes_below,
     check_device,
     computes_in,
+    device_of,
+    free_bytes,
     multiplies_bfloat16,
     num_workers_here,
     usable_cores,
@@ -85,6 +88,29 @@ def test_a_quota_is_followed(case: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert usable_cores() == expected
     assert num_workers_here(None, threads=2, on_gpu=False) == max(1, expected // 2)
     assert num_workers_here(1000, threads=1, on_gpu=False) == expected
+
+
+def test_where_no_affinity_is_known_every_core_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS, which has no control groups either."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "none")
+    assert usable_cores() == 6
+
+
+@pytest.mark.parametrize("below", ["not/there", "x" * 300])
+def test_a_place_that_is_not_there_is_on_the_disk_above_it(tmp_path: Path, below: str) -> None:
+    assert device_of(tmp_path / below) == tmp_path.stat().st_dev
+    assert free_bytes(tmp_path / below) > 0
+
+
+def test_what_is_below_a_folder_is_counted_without_what_is_gone(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "file").write_bytes(bytes(7))
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert (bytes_below(tmp_path), bytes_below(tmp_path / "none")) == (7, 0)
 
 
 def test_affinity_is_followed() -> None:

@@ -53,6 +53,12 @@ def test_a_variable_with_a_name_like_one_is_a_credential(name: str, monkeypatch:
     assert redacted(f"cannot send '{SECRET}' there") == "cannot send '***' there"
 
 
+@pytest.mark.parametrize("value", [f"/{SECRET}", f"./{SECRET}"])
+def test_a_credential_may_begin_like_a_path(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", value)
+    assert redacted(f"cannot sign with {value}") == "cannot sign with ***"
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -257,6 +263,14 @@ def test_what_an_encoding_lacks_is_escaped_as_in_json() -> None:
     print(json.dumps({"name": "caf\u00e9 \U0001f511"}, ensure_ascii=False), file=stream, flush=True)
     assert json.loads(raw.getvalue()) == {"name": "caf\u00e9 \U0001f511"}
     assert stream.encoding == "ascii" and not stream.isatty()
+
+
+def test_many_lines_at_once_are_clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `traceback` and others write them."""
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    text = io.StringIO()
+    _Redacting(text).writelines(["a line\n", f"with {SECRET}\n"])
+    assert text.getvalue() == "a line\nwith ***\n"
 
 
 def test_a_record_is_stored_without(monkeypatch: pytest.MonkeyPatch) -> None:

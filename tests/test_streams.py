@@ -120,6 +120,23 @@ def test_a_stream_keeps_why_it_lost_something(kind: str) -> None:
     assert stream.lost is not None
 
 
+def test_what_cannot_be_flushed_at_the_end_is_dropped() -> None:
+    """A buffer keeps what it could not write, and fails by it once more."""
+    full = open("/dev/full", "w")  # noqa: SIM115
+    stream = Stream(full)
+    stream.write("text")
+    assert stream.lost is None
+    stream.end()
+    assert "No space left" in str(stream.lost)
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
+
+
+def test_nothing_is_known_to_be_lost_where_no_command_line_runs() -> None:
+    print("text")
+    assert streams.lost_output() is None
+
+
 def test_what_an_encoding_lacks_is_written_as_an_escape() -> None:
     data = io.BytesIO()
     stream = Stream(io.TextIOWrapper(data, encoding="ascii"))

@@ -217,6 +217,7 @@ def _layers(run: PreparedRun, outcome: Outcome) -> list[LayerRecord]:
 def model_card(manifest: Manifest) -> str:
     """The artifact's README.md: licence and origin, what was done to it, how to load it, how it measured."""
     model, measured = manifest.model, manifest.measurements
+    assert measured is not None, "no model is published unmeasured"
     front = ["---", f"base_model: {model.id}", "library_name: transformers", "tags: [ffsplit, compressed]"]
     front += [f"license: {model.license}"] if model.license else []
     loader = "AutoModel.from_pretrained(directory)"
@@ -236,21 +237,20 @@ def model_card(manifest: Manifest) -> str:
     if manifest.linears is not None:
         sizes = f"{manifest.linears.original_size_bytes:,} bytes became {manifest.linears.size_bytes:,}"
         body += ["", f"The linear layers of attention have int8 weights: {sizes}."]
-    if measured is not None:
-        before, after = measured.original_size, measured.compressed_size
-        body += ["", "| | original | compressed | |", "|---|---|---|---|"]
-        body += [f"| parameters | {before.num_parameters:,} | {after.num_parameters:,} | |"]
-        body += [f"| bytes | {before.file_bytes:,} | {after.file_bytes:,} | |"]
-        body += [_card_latency(each) for each in measured.latency]
-        body += [
-            f"| {task.name}, {task.metric} | {task.original:.4f} | {task.compressed:.4f} | |"
-            for task in measured.tasks
-        ]
-        body += ["", *(f"- {name}: {value:.5f}" for name, value in measured.fidelity.items())]
-        if measured.load is not None:
-            body += ["", f"Timed on {measured.device}, {measured.dtype}: {load_in_words(measured.load)}."]
-        if disturbed := noise(measured.latency, measured.load):
-            body += ["", f"**{disturbed[0].upper()}{disturbed[1:]}.**"]
+    before, after = measured.original_size, measured.compressed_size
+    body += ["", "| | original | compressed | |", "|---|---|---|---|"]
+    body += [f"| parameters | {before.num_parameters:,} | {after.num_parameters:,} | |"]
+    body += [f"| bytes | {before.file_bytes:,} | {after.file_bytes:,} | |"]
+    body += [_card_latency(each) for each in measured.latency]
+    body += [
+        f"| {task.name}, {task.metric} | {task.original:.4f} | {task.compressed:.4f} | |"
+        for task in measured.tasks
+    ]
+    body += ["", *(f"- {name}: {value:.5f}" for name, value in measured.fidelity.items())]
+    if measured.load is not None:
+        body += ["", f"Timed on {measured.device}, {measured.dtype}: {load_in_words(measured.load)}."]
+    if disturbed := noise(measured.latency, measured.load):
+        body += ["", f"**{disturbed[0].upper()}{disturbed[1:]}.**"]
     if manifest.gates:
         body += ["", *(f"- {describe_result(result)}" for result in manifest.gates)]
     if any(entry.path == ORIGINAL_CARD for entry in manifest.files):

@@ -46,9 +46,7 @@ def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
         (whole / graph).parent.mkdir(parents=True)
         export_onnx(directory, whole / graph)
         _copy_companions(directory, whole)
-        if out.exists():
-            out.rmdir()
-        whole.rename(out)
+        whole.rename(out)  # in the place of an empty directory, too
     return out / graph
 
 

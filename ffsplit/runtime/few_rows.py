@@ -6,7 +6,6 @@ Such a product waits for its weights alone, so inputs stay in floating point. to
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 try:
@@ -27,10 +26,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x (scale * weight)^T + bias in x's dtype; `scale` [rows] has one number for each row of the weight.
-
-    `plain_product` is the same by torch's operations.
-    """
+    """x (scale * weight)^T + bias in x's dtype; `scale` [rows] has one number for each row of the weight."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     (num_rows, num_columns), num_tokens = weight.shape, rows.shape[0]
     y = x.new_empty(num_tokens, num_rows)
@@ -39,9 +35,3 @@ def product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Te
         HAS_BIAS=bias is not None, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return y.view(*x.shape[:-1], num_rows)
-
-
-def plain_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """What `product` computes, on any device."""
-    y = torch.nn.functional.linear(x.float(), weight.float()) * scale.float()
-    return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -158,5 +158,5 @@ def install_split_ffn(block: nn.Module, paths: FFNPaths, split_ffn: nn.Module) -
     block.set_submodule(paths.split_path, split_ffn)
     if paths.module is None:
         block.set_submodule(paths.down, nn.Identity())
-        if paths.activation is not None:
-            block.set_submodule(paths.activation, nn.Identity())
+        assert paths.activation is not None, "a row without a module of the FFN names its activation"
+        block.set_submodule(paths.activation, nn.Identity())

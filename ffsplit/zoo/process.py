@@ -140,8 +140,8 @@ async def _wait(process: Process, *, within_s: float) -> int | None:
 
 async def _end(process: Process) -> None:
     """Leave no process behind."""
-    if process.stdin is not None:
-        process.stdin.close()
+    assert process.stdin is not None
+    process.stdin.close()
     if process.returncode is not None:
         return
     if await _wait(process, within_s=STOP_WITHIN_S) is None:

@@ -12,6 +12,7 @@ import ffsplit
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
 from ffsplit.measurement.latency_table import measure_latency_table, table_widths, write_latency_table
+from ffsplit.planning import checked_budget, plan_budgets
 from ffsplit.report.humanize import milliseconds
 from ffsplit.splitting.latency import LatencyTable
 from ffsplit.stages.profile import ComputeProfile
@@ -96,6 +97,9 @@ def test_the_widest_layers_within_the_target(small_job: SmallJob, tmp_path: Path
     manifest = ffsplit.compress(config)
     assert {layer.layout.num_neurons for layer in manifest.layers} == {48}
     assert manifest.plain
+    budget = checked_budget("max_latency_ms", 1.5, latency_table=str(path))
+    plans = plan_budgets(str(tmp_path / "out"), budgets=[budget], latency_table=str(path))
+    assert [layer.layout for layer in plans.budgets[0].layers] == [layer.layout for layer in manifest.layers]
 
 
 @pytest.mark.parametrize(

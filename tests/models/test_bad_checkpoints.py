@@ -18,6 +18,7 @@ from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.load import load_processor, load_tokenizer, load_whole_model
 from ffsplit.pipeline.reading import check_vocabulary
+from ffsplit.runtime.ffn_tensors import load_output_norm
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import FAMILIES
 
@@ -110,6 +111,16 @@ def test_a_layer_without_an_ffn_tensor(bert: Path, name: str) -> None:
     del tensors[name]
     save_file(tensors, path, {"format": "pt"})
     assert name in refused(bert, UnsupportedModelError)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_layer_without_a_tensor_of_the_norm_after_its_ffn(bert: Path, name: str) -> None:
+    path, missing = bert / "model.safetensors", f"encoder.layer.1.output.LayerNorm.{name}"
+    tensors = load_file(path)
+    del tensors[missing]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match=f"{bert} holds no tensor {missing}"):
+        load_output_norm(open_checkpoint(bert), 1, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert", "opt", "llama"])

@@ -98,6 +98,20 @@ def test_before_the_first_write_it_is_a_mistake_and_an_outage_is_none(
         verify(s3_uri)
 
 
+def test_a_run_stands_whose_hint_cannot_be_looked_after(
+    small_job: SmallJob, s3_uri: str, proxy: FaultProxy, capsys: Captured
+) -> None:
+    arguments = ["compress", *small_job.arguments(s3_uri, "--runner", "serial")]
+    assert main(arguments) == 0
+    listing = refused_with(OUTAGE)
+    listing.applies = lambda line: re.match(rb"GET .*list-type=2", line)
+    proxy.faults = [listing]
+    capsys.readouterr()
+    assert main(arguments) == 0
+    assert "warning: latest.json may be behind until it is read: " in capsys.readouterr().err
+    assert listing.struck
+
+
 def test_a_batch_tries_such_a_run_again(small_job: SmallJob, s3_uri: str, proxy: FaultProxy) -> None:
     """Whichever way the store failed."""
     struck = refused_with(EXPIRED, times=1)

@@ -71,6 +71,19 @@ def test_only_what_the_sample_needs_is_read(
     assert CalibrationJob.model_fields["inputs_only"].default is False
 
 
+@pytest.mark.parametrize("is_here", [True, False])
+def test_the_text_that_is_here_comes_before_the_one_beside_the_store(
+    is_here: bool, small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline.calibrate(small_job.config(tmp_path / "stats"))
+    (tmp_path / "here").mkdir()
+    if is_here:
+        shutil.copy(small_job.text, tmp_path / "here" / "text.txt")
+    monkeypatch.chdir(tmp_path / "here")
+    run = prepare(reusing(small_job, tmp_path / "again", tmp_path / "stats"))
+    assert run.config.calibration == ("text.txt" if is_here else str(small_job.text),)
+
+
 def test_the_run_key_has_the_digest_of_the_statistics(small_job: SmallJob, tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("two", 1)):
         pipeline.calibrate(small_job.config(tmp_path / name, seed=seed))

@@ -16,7 +16,9 @@ from transformers import AutoModel
 
 import ffsplit
 from ffsplit.artifacts import scratch
+from ffsplit.artifacts.entries import StoreGuarantees
 from ffsplit.artifacts.index import list_runs
+from ffsplit.artifacts.local import LocalStore
 from ffsplit.artifacts.stores import open_store
 from ffsplit.artifacts.verify import verify
 from ffsplit.calibration.parquet import read_lineage, read_statistics
@@ -28,6 +30,8 @@ from ffsplit.pipeline.documents import render_published
 from ffsplit.pipeline.prepare import prepare
 from tests.s3.fault_proxy import Fault, FaultProxy
 from tests.small_jobs import LOW_RANK, SmallJob, digests
+from tests.tiny_families import save_checkpoint
+from tests.tiny_models import MAX_POSITIONS
 
 WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")
 
@@ -295,10 +299,15 @@ def test_an_outage_at_resume_is_an_outage(
     ]
 
 
+@pytest.mark.parametrize("fails", [True, False])
 def test_a_run_that_another_finishes_first_is_done(
-    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fails: bool,
+    small_job: SmallJob,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The other one cleans up the scratch of both."""
+    """The other one cleans up the scratch of both; where this one still comes to its end, it is too late."""
     config = small_job.config(tmp_path / "out")
     assemble = computation.assemble
     finished: list[ffsplit.Manifest] = []
@@ -307,7 +316,8 @@ def test_a_run_that_another_finishes_first_is_done(
         if not finished:
             finished.append(pipeline.compress(small_job.config(tmp_path / "other")))
             (tmp_path / "other" / finished[0].run_key).rename(tmp_path / "out" / finished[0].run_key)
-            raise FileNotFoundError("the scratch is gone")
+            if fails:
+                raise FileNotFoundError("the scratch is gone")
         assemble(*arguments, **options)
 
     def finish_other(*arguments: Any, **options: Any) -> None:
@@ -317,7 +327,7 @@ def test_a_run_that_another_finishes_first_is_done(
     monkeypatch.setattr(computation, "assemble", finish_other)
     manifest = ffsplit.compress(config)
     assert manifest == finished[0]
-    assert "by another run of the same key" in capsys.readouterr().err
+    assert ("by another run of the same key" in capsys.readouterr().err) == fails
     assert not (tmp_path / "out" / ".scratch").exists()
 
 
@@ -356,6 +366,90 @@ def test_a_run_that_ends_leaves_the_scratch_to_one_with_other_gates(
     assert ended[0].run_key != manifest.run_key
     assert [stage.num_reused for stage in ended[0].stages] == [5, 3, 0]
     assert not (out / ".scratch").exists()
+
+
+def test_a_report_that_cannot_be_written_is_a_mistake(small_job: SmallJob, tmp_path: Path) -> None:
+    ffsplit.compress(small_job.config(tmp_path / "out"))
+    for target in (tmp_path / "none" / "page.html", tmp_path):
+        with pytest.raises(ConfigError, match=f"--out {target} cannot be written: "):
+            render_published(str(tmp_path / "out"), out=str(target))
+
+
+def test_statistics_of_many_shards_are_reduced_by_tasks(small_job: SmallJob, tmp_path: Path) -> None:
+    """To what one shard gives: counts to the last one."""
+    found = []
+    for size in (1, 40):
+        out = tmp_path / str(size)
+        manifest = pipeline.calibrate(small_job.config(out, recipe=small_job.recipe(shard_size=size)))
+        layers = read_statistics(out / manifest.run_key / manifest.attempt / "stats/neurons.parquet")
+        found.append(([stage.name for stage in manifest.stages], layers))
+    (many, reduced), (one, whole) = found
+    assert (many, one) == (["calibrate", "reduce"], ["calibrate"])
+    for ours, theirs in zip(reduced, whole, strict=True):
+        assert ours.num_tokens == theirs.num_tokens
+        assert (ours.num_active == theirs.num_active).all()
+
+
+def test_a_store_that_takes_two_commits_at_once_is_warned_of(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        LocalStore, "check_writable", lambda self: StoreGuarantees(conditional_put="not atomic", checksums=())
+    )
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out"))
+    assert f"warning: {tmp_path / 'out'} lets two writers create one key" in capsys.readouterr().err
+    assert manifest.store is not None and manifest.store.conditional_put == "not atomic"
+
+
+def test_what_is_longer_than_the_model_reads_is_refused(small_job: SmallJob, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--max-length 999 is more than the model's {MAX_POSITIONS} pos"):
+        ffsplit.compress(small_job.config(tmp_path / "out", max_length=999))
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_have_no_gates(small_job: SmallJob, tmp_path: Path) -> None:
+    for fields in ({"gate": ("fidelity >= 0.9",)}, {"require_speedup": 1.1}):
+        with pytest.raises(ConfigError, match="gates are for compress"):
+            pipeline.calibrate(small_job.config(tmp_path / "out", **fields))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "expected"),
+    [
+        ("t5", {"more": "healing: {epochs: 1}"}, "healing and after_healing do not work for t5"),
+        ("mixtral", {"more": "after_healing: {kind: quantize}"}, "do not work for mixtral"),
+        ("t5", {"block_by_block": True}, "--block-by-block is for .* t5"),
+    ],
+)
+def test_what_a_family_cannot_is_said_first(
+    family: str, fields: dict[str, Any], expected: str, small_job: SmallJob, tmp_path: Path
+) -> None:
+    model = save_checkpoint(tmp_path / family, family)
+    recipe = small_job.recipe(more=fields.pop("more", ""))
+    with pytest.raises(ConfigError, match=expected):
+        prepare(small_job.config(tmp_path / "out", model=str(model), recipe=recipe, **fields))
+
+
+def test_pairs_of_nothing_are_refused(small_job: SmallJob, tmp_path: Path) -> None:
+    """The tokenizer makes nothing of zero-width spaces."""
+    model = save_checkpoint(tmp_path / "t5", "t5")
+    small_job.text.write_text("\n".join("\u200b" * number for number in range(1, 21)), "utf-8")
+    with pytest.raises(ConfigError, match="hold nothing that the model reads"):
+        ffsplit.compress(small_job.config(tmp_path / "out", model=str(model)))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_gpus_may_be_those_of_other_hosts(small_job: SmallJob, tmp_path: Path) -> None:
+    """Then they are taken to fit in bfloat16, and nobody can say how fast they are."""
+    recipe = small_job.recipe(step="{kind: prune}, {kind: distill, num_steps: 2}")
+    fields: dict[str, Any] = {"device": "cuda", "recipe": recipe}
+    run = prepare(small_job.config(tmp_path / "out", runner="ray", **fields))
+    assert (run.profile.device, run.profile.dtype) == ("cuda", "bfloat16")
+    assert run.recipe.fits_in_bfloat16
+    assert run.flight.totals.seconds is None
+    with pytest.raises(ConfigError, match="--device cuda: torch finds no GPU"):
+        prepare(small_job.config(tmp_path / "out", **fields))
 
 
 def test_nothing_is_written_into_a_published_attempt(small_job: SmallJob, tmp_path: Path) -> None:

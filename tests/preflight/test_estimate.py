@@ -25,6 +25,7 @@ from tests.conftest import CheckpointFactory
 from tests.shaped_checkpoints import LLAMA_70B, save_llama_shape
 from tests.small_jobs import SmallJob
 from tests.tiny_families import save_checkpoint
+from tests.tiny_models import save_checkpoint as save_bert
 
 GB = 10**9
 
@@ -131,6 +132,20 @@ def test_fits_in_the_compressed_model_are_foreseen(small_job: SmallJob) -> None:
         none.temporary.needed_bytes + none.store.needed_bytes
     )
     assert "refit" not in of("refits: [{num_steps: 9}]", "{kind: low_rank}", heavy_share=0.5)[1]
+
+
+def test_choosing_neurons_anew_one_after_the_other_is_foreseen(small_job: SmallJob) -> None:
+    """A matrix of all neurons by all neurons is inverted, of which there are three, in float64."""
+
+    def of(order: str, compensation: str) -> Any:
+        step = f"{{kind: prune, order: {order}, compensation: {compensation}}}"
+        flight = preflight(small_job.config("out", model=str(model), recipe=small_job.recipe(step=step)))
+        return next(stage for stage in flight.stages if stage.name == "compress")
+
+    model = save_bert(small_job.folder / "wide", "bert", intermediate_size=768)
+    anew, once = of("optimal_brain", "least_squares"), of("score", "none")
+    assert anew.memory_bytes - once.memory_bytes == 3 * 768 * 768 * 8
+    assert anew.seconds > 3 * once.seconds
 
 
 def test_a_search_is_foreseen(small_job: SmallJob) -> None:

@@ -285,3 +285,8 @@ def test_inputs_that_are_gone_take_no_memory() -> None:
     del x
     gc.collect()
     assert held() is None
+
+
+def test_it_is_printed_with_its_sizes_and_its_format() -> None:
+    linear = made(4, 48, 64, group_size=32)
+    assert repr(linear) == "IntegerMap(64, 48, num_bits=4, group_size=32)"

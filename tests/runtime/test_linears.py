@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,19 +11,23 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ffsplit
 from ffsplit.config import JobConfig
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ArtifactError, ConfigError, UnsupportedModelError
+from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
+from ffsplit.pipeline.prepare import prepare
 from ffsplit.recipes.recipe import load_recipe, parse_recipe
 from ffsplit.runtime.checkpoint_format import FORMAT_VERSION
 from ffsplit.runtime.integer_map import IntegerMap
+from ffsplit.runtime.linears import attention_linears, install_linears, linears_config
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import head_of, outputs
 from tests.small_jobs import SmallJob
+from tests.tiny_families import save_checkpoint
 
 STEPS = "after_healing: {kind: quantize, num_bits: 8}"
 PER_BLOCK = {"bert": 4, "distilbert": 4, "opt": 4, "llama": 4}
@@ -118,3 +123,32 @@ def test_linears_go_with_quantized_ffns() -> None:
     text = "name: mine\ndescription: Mine.\nheavy_share: 1\nlinears: int8\nsteps: [{kind: prune}]"
     with pytest.raises(ConfigError, match="linears: int8 needs after_healing"):
         parse_recipe(text, where="mine.yaml")
+
+
+def test_linears_that_are_stored_transposed_are_refused(small_job: SmallJob, tmp_path: Path) -> None:
+    small_job.model = save_checkpoint(tmp_path / "gpt2", "gpt2", "LMHeadModel")
+    recipe = small_job.recipe(more=f"{STEPS}\nlinears: int8")
+    with pytest.raises(UnsupportedModelError, match="a gpt2 stores its linear layers transposed"):
+        prepare(small_job.config(tmp_path / "out", recipe=recipe))
+
+
+def test_attention_in_float64_has_no_linears(checkpoint_of: CheckpointFactory, tmp_path: Path) -> None:
+    """Its FFNs can be split all the same."""
+    shutil.copytree(checkpoint_of("bert"), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if ".attention." in name and tensor.dim() == 2:
+            tensors[name] = tensor.double()
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UnsupportedModelError, match="no linear layers of attention are known in a bert"):
+        attention_linears(open_checkpoint(tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["dropout", "nothing"])
+def test_a_config_that_names_no_linear_layer_is_refused(name: str, checkpoint_of: CheckpointFactory) -> None:
+    base = load_whole_model(checkpoint_of("bert"), "BertModel")
+    place = "encoder.layer.0.attention.self"
+    config = linears_config((f"{place}.query", f"{place}.{name}"))
+    with pytest.raises(ArtifactError, match=f"names {place}.{name}, which is no linear layer"):
+        install_linears(base, config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 import ffsplit  # noqa: F401  (registers the split format with transformers)
-from ffsplit.errors import UnsupportedModelError
+from ffsplit.errors import ArtifactError, UnsupportedModelError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
 from ffsplit.recipes.recipe import load_recipe, shipped_recipes
@@ -137,6 +139,19 @@ def test_layers_of_different_widths(compressed_of: CompressedFactory, family: st
     assert torch.equal(outputs(again), outputs(model))
 
 
+def test_a_config_of_fewer_ffns_than_the_model_has_is_refused(
+    compressed_of: CompressedFactory, tmp_path: Path
+) -> None:
+    compressed = compressed_of("bert", recipe="paper")
+    shutil.copytree(compressed.directory, tmp_path / "damaged")
+    file = tmp_path / "damaged" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["ffns"][0]["count"] -= 1
+    file.write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"describes 2 split FFNs, the model has 3"):
+        transformers.AutoModel.from_pretrained(tmp_path / "damaged")
+
+
 def test_a_narrowed_checkpoint_is_no_model_to_start_from(compressed_of: CompressedFactory) -> None:
     directory = compressed_of("bert", recipe="fast", keep=(0.5, 0.25, 1.0)).directory
     with pytest.raises(UnsupportedModelError, match="start from the original"):
@@ -191,6 +206,7 @@ def test_a_compressed_model_trains(compressed_of: CompressedFactory, recipe: str
     model(input_ids=torch.arange(5, 25).reshape(2, 10)).logits.square().sum().backward()
     blocks = {name: value for name, value in model.named_parameters() if ".layer." in name}
     assert all(value.grad is not None and value.grad.any() for value in blocks.values())
+    assert recipe == "fast" or model.hf_quantizer.is_trainable  # transformers' Trainer asks
 
 
 def test_demo_takes_the_steps_of_fast() -> None:

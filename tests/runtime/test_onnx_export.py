@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from ffsplit.cli import main
 from ffsplit.models.load import load_whole_model
 from tests.conftest import CheckpointFactory
+from tests.runtime.test_export import generated
+from tests.tiny_families import save_checkpoint as save_family
 from tests.tiny_models import VOCAB_SIZE, randomize, save_tokenizer
 
 SIZES = {
@@ -121,7 +123,11 @@ def test_pairs_give_what_torch_gives(tmp_path: Path, prefix: str, head: str, fie
 def test_an_input_that_the_model_does_not_take_is_none_of_the_graph(
     checkpoint_of: CheckpointFactory, tmp_path: Path
 ) -> None:
-    """DistilBERT knows no token types; BERT's own tokenizer in its place would give them."""
+    """DistilBERT knows no token types; BERT's own tokenizer in its place would give them.
+
+    The graph goes into a directory that is there already, and empty.
+    """
+    (tmp_path / "onnx").mkdir()
     directory = tmp_path / "model"
     transformers.DistilBertModel(
         transformers.DistilBertConfig(vocab_size=VOCAB_SIZE, dim=32, hidden_dim=48, n_layers=1, n_heads=4)
@@ -154,6 +160,30 @@ def test_a_cache_takes_token_types_too(tmp_path: Path) -> None:
         )
         found.append(logits)
     np.testing.assert_allclose(np.concatenate(found, axis=1), expected.numpy(), atol=1e-5)
+
+
+def test_what_the_exporter_cannot_do_is_one_line(
+    checkpoint_of: CheckpointFactory, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(**_: Any) -> None:
+        raise RuntimeError("step 2 of 3\nfailed") from ValueError("no such operator")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    model = str(checkpoint_of("bert"))
+    capsys.readouterr()
+    assert main(["export", model, "--format", "onnx", "--out", str(tmp_path / "onnx")]) == 2
+    said = "ffsplit: BertModel could not be exported to ONNX: no such operator\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_decoder_that_takes_no_positions(tmp_path: Path) -> None:
+    """Bloom goes by the mask alone."""
+    directory = save_family(tmp_path / "model", "bloom", "ForCausalLM")
+    assert main(["export", str(directory), "--format", "onnx", "--out", str(tmp_path / "onnx")]) == 0
+    for found, expected in generated(tmp_path / "onnx" / "model.onnx", directory, "BloomForCausalLM"):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 def test_models_that_read_more_than_text_are_refused(tmp_path: Path, capsys: Any) -> None:

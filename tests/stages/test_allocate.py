@@ -16,6 +16,7 @@ from transformers import AutoModel
 import ffsplit
 from ffsplit.artifacts.allocation import CandidateRecord
 from ffsplit.artifacts.manifest import Manifest
+from ffsplit.errors import FFSplitError
 from ffsplit.ffn import LayerLayout
 from ffsplit.inspection import inspect_model
 from ffsplit.models.checkpoint import open_checkpoint
@@ -26,6 +27,7 @@ from ffsplit.stages import allocate
 from ffsplit.stages.allocate import JudgeJob, judge_job, score_of, single_errors_job, wins
 from ffsplit.stages.profile import ComputeProfile
 from tests.small_jobs import SmallJob, digests
+from tests.stages.blank_rows import with_blank_rows
 
 
 def searched(small_job: SmallJob, out: Path, **fields: Any) -> Manifest:
@@ -133,6 +135,25 @@ def test_uniform_stays_unless_it_is_beaten(
     assert "search: the layers keep one share" in capsys.readouterr().err
     assert [layer.layout for layer in manifest.layers] == [layer.layout for layer in plain.layers]
     assert manifest.plain
+
+
+def test_layers_that_matter_alike_are_not_searched_further(
+    small_job: SmallJob,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(allocate, "single_errors_job", lambda job: (0.02, 0.02, 0.02))
+    record = searched(small_job, tmp_path / "out").allocation
+    assert record is not None and record.chosen == "uniform"
+    assert [each.name for each in record.candidates] == ["uniform"]
+    assert "search: the errors of single layers suggest no other shares" in capsys.readouterr().err
+
+
+def test_a_search_needs_tokens_to_judge_by(small_job: SmallJob, tmp_path: Path) -> None:
+    with_blank_rows(small_job, first=46, last=54)
+    with pytest.raises(FFSplitError, match="the rows to judge candidates on are nothing but padding"):
+        searched(small_job, tmp_path / "out")
 
 
 @pytest.fixture

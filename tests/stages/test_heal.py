@@ -9,16 +9,21 @@ from typing import Any, cast
 import pytest
 import torch
 
+import ffsplit
 from ffsplit.compressors import QuantizeCompressor
 from ffsplit.compressors.base import LayerContext
 from ffsplit.ffn import LayerLayout
 from ffsplit.healing.heal import settle
+from ffsplit.healing.team import Alone
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
+from ffsplit.pipeline import execution
 from ffsplit.quantization import fake_quantize
 from ffsplit.runtime.ffn_tensors import load_ffn
 from ffsplit.runtime.linears import attention_linears
-from ffsplit.stages.heal import HealJob, _round
+from ffsplit.stages import heal as stage
+from ffsplit.stages.heal import HealJob, _round, heal_job
+from tests.small_jobs import SmallJob
 from tests.tiny_families import save_checkpoint
 
 
@@ -77,3 +82,38 @@ def test_it_rounds_attention_where_the_recipe_ends_so(checkpoint_of: Any) -> Non
             base.get_submodule(path).weight, fake_quantize(weight, num_bits=8, group_size=None)
         )
     assert {id(base.get_submodule(path)) for path in paths} <= {id(linear) for linear in linears}
+
+
+class Second(Alone):
+    """The second of two processes, for which the first one's share is as its own."""
+
+    mine = range(1, 2)
+
+    def __init__(self) -> None:
+        self.size = 2
+
+
+def test_the_first_worker_alone_writes_and_answers(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second works on its share of every step, and on none once there is a result."""
+    healed: list[int] = []
+
+    def share_of_second(job: HealJob) -> bool:
+        with monkeypatch.context() as patch:
+            patch.setattr(stage, "find_team", lambda size: Second())
+            patch.setattr(stage, "_heal", lambda job, team: healed.append(team.size) or heal(job, team))
+            assert heal_job(job) is None
+        return job.scratch.load(stage.RESULT) is not None
+
+    def both(job: HealJob) -> Any:
+        assert not share_of_second(job) and job.scratch.load_newest(stage.PROGRESS) is None
+        result = heal_job(job)
+        assert share_of_second(job)
+        return result
+
+    heal = stage._heal
+    monkeypatch.setattr(execution, "heal_job", both)
+    more = "healing: {epochs: 1, batch_rows: 8, evaluations: 1, checkpoint_steps: 1}"
+    ffsplit.compress(small_job.config(tmp_path / "out", recipe=small_job.recipe(more=more)))
+    assert healed == [2]

@@ -166,7 +166,11 @@ def test_an_undecided_gate_is_called_so() -> None:
 
 def test_a_line_per_model_says_what_became_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     """With its unmet gates below it; what failed has its error instead of figures."""
-    three = batch(1, model("good", "published"), model("bad", "refused"), model("ill", "failed"))
+    bad = model("bad", "refused")
+    assert bad.result is not None
+    met = GateResult(gate="parameters reduction >= 1%", figure=20, met=True)
+    bad = bad.model_copy(update={"result": bad.result.model_copy(update={"gates": (met, GATE)})})
+    three = batch(1, model("good", "published"), bad, model("ill", "failed"))
     print_batch(three, destination="out")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("good: published, 3.00") and lines[1].startswith("bad: refused by gates, 3.00")

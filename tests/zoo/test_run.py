@@ -159,15 +159,77 @@ def test_a_process_that_ended_is_not_waited_for_by_what_it_started(
     orphan = "import subprocess, sys; print('ffsplit: last words', flush=True); "
     orphan += "child = subprocess.Popen(['sleep', '600']); "
     orphan += f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))"
-    fake = tmp_path / "python"
-    fake.write_text(f"#!{sys.executable}\n{orphan}; sys.exit(1)\n")
-    fake.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(fake))
+    as_driver(tmp_path, f"{orphan}; sys.exit(1)\n", monkeypatch)
     said: list[str] = []
     ended = asyncio.run(process.run_process(small_job.config(tmp_path), said.append, within_s=60))
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     assert ended == (1, "last words", None)
     assert said == ["ffsplit: last words"]
+
+
+def as_driver(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have models run by a script in the place of ffsplit's own."""
+    fake = folder / "python"
+    fake.write_text(f"#!{sys.executable}\n{script}")
+    fake.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(fake))
+
+
+LONG = process.LONGEST_LINE + 9
+ENDINGS: dict[str, tuple[str, tuple[int, str], list[str]]] = {
+    "done without a result": ("", (0, "its process ended with exit code 0 and left no result"), []),
+    "a signal with a name": (
+        "import os; print('a', flush=True); os.kill(os.getpid(), 15)",
+        (-15, "its process was ended by SIGTERM; last it said: a"),
+        ["a"],
+    ),
+    "a signal without one": (
+        f"import os; print('a', flush=True); os.kill(os.getpid(), {signal.SIGRTMIN + 1})",
+        (-signal.SIGRTMIN - 1, f"its process was ended by signal {signal.SIGRTMIN + 1}; last it said: a"),
+        ["a"],
+    ),
+    "an empty line": ("print('a\\n\\n  \\nb'); raise SystemExit(1)", (1, "b"), ["a", "b"]),
+    "a line without end": (
+        f"print('a\\n' + 'x' * {LONG} + '\\nb'); raise SystemExit(1)",
+        (1, "b"),
+        ["a", "b"],
+    ),
+    "silence": ("raise SystemExit(5)", (5, "its process ended with exit code 5 and said nothing"), []),
+}
+
+
+@pytest.mark.parametrize("case", ENDINGS)
+def test_how_a_process_ended_is_told(
+    case: str, small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, (code, words), lines = ENDINGS[case]
+    as_driver(tmp_path, script, monkeypatch)
+    said: list[str] = []
+    ended = asyncio.run(process.run_process(small_job.config(tmp_path), said.append, within_s=60))
+    assert (ended, said) == ((code, words, None), lines)
+
+
+def test_a_process_that_does_not_end_is_killed(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    as_driver(tmp_path, script, monkeypatch)
+    monkeypatch.setattr(process, "STOP_WITHIN_S", 0.5)
+    monkeypatch.setattr(process, "LAST_WORDS_WITHIN_S", 0.1)
+    ended = asyncio.run(process.run_process(small_job.config(tmp_path), print, within_s=1))
+    assert (ended.exit_code, ended.result) == (1, None) and "interrupted" in ended.last_words
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
+def test_a_process_that_cannot_be_started_is_tried_again(
+    small_job: SmallJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = zoo(small_job, {"name": "one"}, retries=1, backoff_s=0)
+    monkeypatch.setattr(sys, "executable", str(small_job.folder / "none"))
+    (one,) = run_zoo(asked, runner="serial", say=lambda line: None).models
+    assert (one.state, one.num_attempts) == ("failed", 2)
+    assert one.error is not None and "its process could not be run: " in one.error
 
 
 def test_a_mistake_in_the_file_is_one_line(small_job: SmallJob, capsys: pytest.CaptureFixture[str]) -> None:

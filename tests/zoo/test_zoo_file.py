@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ffsplit.errors import ConfigError
@@ -90,6 +92,12 @@ def test_a_mistake_is_one_line_that_says_where(name: str) -> None:
 def test_a_file_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match=r"zoo file none\.yaml cannot be read: No such file"):
         load_zoo("none.yaml")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "zoo.yaml").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ConfigError, match=r"zoo file .*zoo\.yaml is not UTF-8 text"):
+        load_zoo(str(tmp_path / "zoo.yaml"))
 
 
 def test_one_model_may_be_there_twice_under_two_names() -> None:
