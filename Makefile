@@ -50,7 +50,7 @@ format: venv ## Mend what the linter can mend
 
 .PHONY: docs
 docs: venv ## Generate docs/manifest.schema.json and docs/models.md
-	$(BIN)/python -m ffsplit.artifacts.manifest > docs/manifest.schema.json
+	$(BIN)/python -m ffsplit.store.manifest > docs/manifest.schema.json
 	$(BIN)/python -m ffsplit.models.table > docs/models.md
 
 .PHONY: bench-speed

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(folder: Path, *, num_layers: int, num_rows: int, memory: str) -> Outcome:
     """The checkpoint, a run of it that is killed, and one that takes it up."""
     import ffsplit
-    from ffsplit.artifacts.verify import verify
+    from ffsplit.store.pull import verify
 
     started = time.monotonic()
     write_checkpoint(folder / "model", num_layers=num_layers)
@@ -117,7 +117,7 @@ def run(folder: Path, *, num_layers: int, num_rows: int, memory: str) -> Outcome
 def drive_run(folder: Path, *, num_rows: int, memory: str) -> None:
     """One start of the run, in the process that is watched."""
     import ffsplit
-    from ffsplit.artifacts.units import parse_size
+    from ffsplit.store.gc import parse_size
 
     drive(
         ffsplit.JobConfig(

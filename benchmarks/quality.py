@@ -31,7 +31,7 @@ from quality_page import Run, write_page
 
 import ffsplit
 from ffsplit.calibration.sources import read_all
-from ffsplit.config import ALGORITHM_VERSION
+from ffsplit.keys import ALGORITHM_VERSION
 from ffsplit.recipes.recipe import shipped_recipes
 
 PEERS = ("svd", "whitened-svd", "paper", "norm-prune", "flap")

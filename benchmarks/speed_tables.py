@@ -17,7 +17,7 @@ from speed_gpu import compiled, compiled_decode
 from speed_models import bert, bert_int8, bert_kept, bert_paper, llama, llama_split
 from speed_peers import Forward, causal_peers, encoder_peers, runs
 
-from ffsplit.measurement.work import work_of
+from ffsplit.measurement.latency import work_of
 from ffsplit.models.load import quiet_transformers
 
 SHAPES = {"cpu": ((8, 128), (1, 128), (1, 16)), "cuda": ((32, 512),)}

@@ -27,17 +27,16 @@ import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from ffsplit.artifacts.commits import Commit
-from ffsplit.artifacts.digests import file_entry, sha256_file
-from ffsplit.artifacts.index import list_runs
-from ffsplit.artifacts.locate import locate
-from ffsplit.artifacts.publish import Upload
-from ffsplit.artifacts.pull import download, materialize
-from ffsplit.artifacts.stores import open_store
-from ffsplit.artifacts.transfer import Transfer
-from tests.artifacts.attempts import ATTEMPT, make_manifest, publish
+from ffsplit.store.commits import Commit, list_runs
+from ffsplit.store.digests import file_entry, sha256_file
+from ffsplit.store.locate import locate
+from ffsplit.store.publish import Upload
+from ffsplit.store.pull import download, materialize
+from ffsplit.store.store import open_store
+from ffsplit.store.transfer import Transfer
 from tests.s3 import ceph_server, swift_server
 from tests.s3.loopback import Processes
+from tests.store.attempts import ATTEMPT, make_manifest, publish
 
 CLASSIC = TransferConfig(preferred_transfer_client="classic")
 SERVERS = {"ceph": ceph_server, "swift": swift_server}

@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from ffsplit.artifacts.locate import locate, read_manifest
-from ffsplit.artifacts.manifest import Stage
 from ffsplit.exit_codes import DONE, checked_output, exit_code_of
+from ffsplit.store.locate import locate, read_manifest
+from ffsplit.store.manifest import Stage
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
-    from ffsplit.artifacts.manifest import Manifest as Manifest
     from ffsplit.config import JobConfig as JobConfig
     from ffsplit.errors import FFSplitError as FFSplitError
-    from ffsplit.pipeline.run import compress as compress
-    from ffsplit.runtime.load import load as load
+    from ffsplit.run.driver import compress as compress
+    from ffsplit.runtime.plugin import load as load
+    from ffsplit.store.manifest import Manifest as Manifest
 
 __version__ = "0.1.0"
 __all__ = ["FFSplitError", "JobConfig", "Manifest", "compress", "load"]
@@ -19,9 +19,9 @@ __all__ = ["FFSplitError", "JobConfig", "Manifest", "compress", "load"]
 _HOMES = {
     "FFSplitError": "ffsplit.errors",
     "JobConfig": "ffsplit.config",
-    "Manifest": "ffsplit.artifacts.manifest",
-    "compress": "ffsplit.pipeline.run",
-    "load": "ffsplit.runtime.load",
+    "Manifest": "ffsplit.store.manifest",
+    "compress": "ffsplit.run.driver",
+    "load": "ffsplit.runtime.plugin",
 }
 
 

@@ -1,10 +1,7 @@
-"""What a run is asked to do, and the deterministic keys that name its results."""
+"""What a run is asked to do."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import (
@@ -18,9 +15,6 @@ from pydantic import (
 )
 
 from ffsplit.errors import ConfigError
-
-ALGORITHM_VERSION = 10
-"""Raised whenever the same configuration would give other statistics or weights; part of every key."""
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -149,14 +143,3 @@ def describe_validation_error(error: ValidationError, prefix: str = "--") -> str
     if not path:
         return message
     return f"{flag} {message}{given}"
-
-
-def digest_of(value: Mapping[str, Any]) -> str:
-    """sha256 of a JSON value in canonical form (sorted keys, no spaces), as 64 hex digits."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def stage_key(stage: str, inputs: Mapping[str, Any]) -> str:
-    """The name of a stage's results: 16 hex digits of the hash of everything that can change them."""
-    return digest_of({"stage": stage, "algorithm": ALGORITHM_VERSION, "inputs": dict(inputs)})[:16]

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from ffsplit import logs, streams
+from ffsplit.directories import settle_home
 from ffsplit.errors import ConfigError, FFSplitError, reason_of
-from ffsplit.home import settle_home
 from ffsplit.redaction import guarded_streams
 
 DONE, FAILED, MISTAKE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO, cast
 
@@ -11,9 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from ffsplit import logs
-from ffsplit.artifacts.manifest import Stage
-from ffsplit.artifacts.scratch import Result
+from ffsplit import logs, streams
+from ffsplit.store.manifest import Stage
+from ffsplit.store.scratch import Result
 from ffsplit.streams import Stream, stderr
 
 LINE_EVERY_S = 10.0
@@ -128,3 +129,33 @@ class StageLog:
         stage = Stage(name=name, key=key, num_items=num_items, num_reused=num_reused, wall_s=wall_s)
         self.stages.append(stage)
         logs.log("stage done", stage=name, num_items=num_items, num_reused=num_reused, seconds=wall_s)
+
+
+# Progress of a transfer: a bar on a terminal, a plain line now and then in a log. Always on stderr.
+
+
+@contextmanager
+def bytes_to_stderr(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with bytes done and bytes in all."""
+    if not sys.stderr.isatty():
+        yield _lines(name)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _lines(name: str) -> Callable[[int, int], None]:
+    last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        if (now := time.monotonic()) - last >= LINE_EVERY_S:
+            last = now
+            streams.note(f"{name}: {done:,} of {total:,} bytes")
+
+    return show

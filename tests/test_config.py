@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from ffsplit import config
-from ffsplit.config import JobConfig, digest_of, stage_key
+from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.keys import digest_of, stage_key
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

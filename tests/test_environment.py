@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ffsplit import environment
-from ffsplit.environment import describe_environment, hardware_fingerprint
+from ffsplit import machine as environment
+from ffsplit.machine import describe_environment, hardware_fingerprint
 
 
 @pytest.mark.parametrize(

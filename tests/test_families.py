@@ -20,10 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ffsplit
-from ffsplit.compressors.weights import FFNPart, LinearMap
-from ffsplit.ffn import LayerLayout
-from ffsplit.measurement.examples import example_inputs
-from ffsplit.models.activations import activation_named
+from ffsplit.ffn.activations import activation_named
+from ffsplit.ffn.shapes import LayerLayout
+from ffsplit.ffn.weights import FFNPart, LinearMap
+from ffsplit.measurement.latency import example_inputs
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_whole_model

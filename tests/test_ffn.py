@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ffsplit.ffn import Dense, FFNShape, LayerLayout, LowRank, PartLayout
+from ffsplit.ffn.shapes import Dense, FFNShape, LayerLayout, LowRank, PartLayout
 
 shapes = st.builds(
     FFNShape,

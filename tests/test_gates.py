@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from ffsplit.artifacts.manifest import Latency, Measurements, Size, Spread, TaskScore
-from ffsplit.calibration.batches import padded_batches
+from ffsplit.calibration.readers import padded_batches
 from ffsplit.errors import ConfigError
-from ffsplit.gates import (
+from ffsplit.measurement.fidelity import fidelity
+from ffsplit.measurement.gates import (
     CLASSIFIER_FIDELITY,
     ENCODER_FIDELITY,
     LANGUAGE_FIDELITY,
@@ -21,7 +21,7 @@ from ffsplit.gates import (
     speed_limits,
     verdict,
 )
-from ffsplit.measurement.fidelity import fidelity
+from ffsplit.store.manifest import Latency, Measurements, Size, Spread, TaskScore
 from tests.tiny_models import make_model, random_rows
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from ffsplit import home, temporary
+from ffsplit import directories as home
+from ffsplit import directories as temporary
 from ffsplit.cli import main
+from ffsplit.directories import LENT, home_directory, lend_ray_token, settle_home, user_path
 from ffsplit.errors import ConfigError
-from ffsplit.home import LENT, home_directory, lend_ray_token, settle_home, user_path
 from tests.small_jobs import SmallJob
 
 NOBODY = 54321

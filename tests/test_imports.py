@@ -100,12 +100,12 @@ def in_room(*rooms: str) -> list[str]:
 def test_the_scan_sees_every_module() -> None:
     assert {
         "ffsplit",
-        "ffsplit.cli.entry",
+        "ffsplit.cli.main",
         "ffsplit.distributed.ray_runner",
         "ffsplit.runtime.plugin",
     } <= set(MODULES)
     assert "ray" in libraries(every_import("ffsplit.distributed.ray_runner"))
-    assert "ffsplit.pipeline.run" in every_import("ffsplit.cli.entry")
+    assert "ffsplit.run.driver" in every_import("ffsplit.cli.main")
 
 
 def test_only_distributed_imports_ray() -> None:
@@ -119,7 +119,7 @@ def test_the_maths_never_imports_transformers_or_ray(module: str) -> None:
     assert not {"transformers", "ray"} & libraries(every_import(module))
 
 
-LIGHT = ["ffsplit", "ffsplit.cli", "ffsplit.config", "ffsplit.errors", "ffsplit.ffn"]
+LIGHT = ["ffsplit", "ffsplit.cli", "ffsplit.config", "ffsplit.errors", "ffsplit.ffn.shapes"]
 
 
 @pytest.mark.parametrize("module", LIGHT + in_room("artifacts"))
@@ -130,9 +130,9 @@ def test_light_modules_load_no_heavy_library(module: str) -> None:
 
 def test_a_run_that_is_committed_loads_neither_stages_nor_reports() -> None:
     """What its driver loads anyway; a test of the pipeline sees that it asks for no tokenizer."""
-    loaded = loaded_by("ffsplit.pipeline.run") | loaded_by("ffsplit.cli.summary")
+    loaded = loaded_by("ffsplit.run.driver") | loaded_by("ffsplit.cli.tables")
     assert not {"ray", "boto3", "botocore", "pyarrow", "jinja2", "matplotlib"} & libraries(loaded)
-    assert set(in_room("stages")) & loaded <= {"ffsplit.stages", "ffsplit.stages.profile"}
+    assert set(in_room("stages")) & loaded <= {"ffsplit.run.stages", "ffsplit.profile"}
 
 
 @pytest.mark.parametrize("module", in_room(*LOWER_ROOMS))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ffsplit.inspection import BUDGETS, inspect_model
+from ffsplit.forecasts import BUDGETS, inspect_model
 from tests.small_jobs import PRUNE, SmallJob
 
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 import ffsplit
 from ffsplit.errors import ConfigError
-from ffsplit.ffn import LayerLayout
+from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.models.headers import INDEX_NAME, WEIGHTS_NAME
 from ffsplit.models.load import check_complete, load_base_model, load_whole_model, model_class
 from ffsplit.models.streamed import StreamedModel
+from ffsplit.models.tensor_files import INDEX_NAME, WEIGHTS_NAME
 from ffsplit.runtime.assemble import assemble
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
 from tests.small_jobs import SmallJob

@@ -14,8 +14,8 @@ from ffsplit.calibration.parquet import read_statistics
 from ffsplit.cli import main
 from ffsplit.config import Budget
 from ffsplit.errors import BudgetError, ConfigError
-from ffsplit.pipeline import run as pipeline
-from ffsplit.planning import Plans, checked_budget, plan_budgets
+from ffsplit.forecasts import Plans, checked_budget, plan_budgets
+from ffsplit.run import driver as pipeline
 from ffsplit.splitting.scores import output_energy
 from tests.small_jobs import LOW_RANK, PRUNE, SmallJob
 

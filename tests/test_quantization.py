@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from ffsplit.ffn import Integer
-from ffsplit.quantization import dequantize, fake_quantize, joined, parted, quantize_rows, scales_of
+from ffsplit.ffn.quantization import dequantize, fake_quantize, joined, parted, quantize_rows, scales_of
+from ffsplit.ffn.shapes import Integer
 from ffsplit.runtime.integer_map import IntegerMap
 
 GRIDS: list[tuple[Literal[4, 8], int | None]] = [(8, None), (8, 16), (4, None), (4, 32)]

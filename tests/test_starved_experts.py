@@ -10,14 +10,14 @@ import torch
 import transformers
 
 import ffsplit
-from ffsplit.artifacts.manifest import Manifest
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.config import Budget
+from ffsplit.forecasts import plan_budgets
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.pipeline.computation import tokens_of_experts
-from ffsplit.planning import plan_budgets
+from ffsplit.run.computation import tokens_of_experts
 from ffsplit.runtime.ffn_tensors import load_ffn
 from ffsplit.splitting.scores import FEWEST_TOKENS
+from ffsplit.store.manifest import Manifest
 from tests.small_jobs import SmallJob
 from tests.tiny_families import FAMILIES, outputs
 from tests.tiny_models import randomize, save_tokenizer

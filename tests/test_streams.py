@@ -13,12 +13,12 @@ import pytest
 import yaml
 
 from ffsplit import logs, streams
-from ffsplit.artifacts.stores import open_store
-from ffsplit.artifacts.verify import verify
 from ffsplit.progress import Progress
+from ffsplit.store.pull import verify
+from ffsplit.store.store import open_store
 from ffsplit.streams import Stream
-from tests.artifacts.attempts import publish
 from tests.small_jobs import SmallJob
+from tests.store.attempts import publish
 
 FULL, CLOSED, UNREAD = ">/dev/full", ">&-", "| true"
 

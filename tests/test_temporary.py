@@ -15,20 +15,20 @@ from typing import Any
 
 import pytest
 
-from ffsplit import temporary
+from ffsplit import directories as temporary
+from ffsplit.directories import PREFIX, full_disk_explained
 from ffsplit.errors import FFSplitError, StoreError
-from ffsplit.temporary import PREFIX, full_disk_explained
 
 WORK = """
 import sys, time
-from ffsplit.temporary import process_folder, temporary_folder
+from ffsplit.directories import process_folder, temporary_folder
 with temporary_folder() as folder:
     (folder / "file").write_text("some bytes")
     (process_folder() / "download").write_text("more")
     print(process_folder(), flush=True)
     sys.stdin.readline()
 """
-LOOK = "from ffsplit.temporary import remove_abandoned; remove_abandoned()"
+LOOK = "from ffsplit.directories import remove_abandoned; remove_abandoned()"
 
 
 @contextmanager

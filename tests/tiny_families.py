@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from ffsplit.measurement.examples import example_inputs
+from ffsplit.measurement.latency import example_inputs
 from ffsplit.models.table import HEADS
 from tests.tiny_models import VOCAB_SIZE, randomize, save_tokenizer
 

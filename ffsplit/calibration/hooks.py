@@ -2,19 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ffsplit.calibration.readers import Batch
 from ffsplit.calibration.statistics import NeuronStats
-from ffsplit.calibration.sums import NeuronSums
 from ffsplit.errors import CalibrationError
-from ffsplit.models.places import FFNPlace
+from ffsplit.models.find import FFNPlace
+from ffsplit.models.streamed import StreamedModel
+
+# Running sums of one FFN's neuron activations, at a small part of what the forward pass costs.
+
+CHUNK_TOKENS = 256
+"""Rows of activations looked at together on a CPU: few enough to stay in its cache for all the sums."""
+
+
+class NeuronSums:
+    """The sums, in float64 on the model's device.
+
+    Those of a chunk are taken in float32, around the chunk's own mean: so a small spread around a large
+    mean, which the raw sums of squares would drown, is still in the float64 sums.
+    """
+
+    def __init__(self, down_weight_DN: Tensor, expert: int | None) -> None:
+        def zeros() -> Tensor:
+            return torch.zeros(down_weight_DN.shape[1], dtype=torch.float64, device=down_weight_DN.device)
+
+        self._expert = expert
+        self.down_norm = down_weight_DN.double().norm(dim=0)
+        self.num_tokens = 0
+        self.sum_abs, self.sum, self.sum_squares, self.max_abs, self.num_active = (zeros() for _ in range(5))
+
+    def add(self, activation_TN: Tensor, *, rows: Tensor | None = None) -> None:
+        """Add these rows, all of them when None; none for an expert that no token was sent to."""
+        count = len(activation_TN) if rows is None else len(rows)
+        step = max(1, CHUNK_TOKENS if activation_TN.device.type == "cpu" else count)
+        self.num_tokens += count
+        for start in range(0, count, step):
+            if rows is None:
+                self._add(activation_TN[start : start + step].float())
+            else:
+                self._add(activation_TN.index_select(0, rows[start : start + step]).float())
+
+    def _add(self, a_TN: Tensor) -> None:
+        """Column sums as products with a vector of ones, which is what processors do best."""
+        ones_T = torch.ones(len(a_TN), device=a_TN.device)
+        centre_N = (ones_T @ a_TN).div_(len(a_TN))
+        scratch_TN = a_TN - centre_N
+        beyond_N, centre_N = (ones_T @ scratch_TN).double(), centre_N.double()
+        total_N = centre_N * len(a_TN) + beyond_N
+        self.sum += total_N
+        self.sum_squares += (ones_T @ scratch_TN.square_()).double() + centre_N * (total_N + beyond_N)
+        absolute_TN = torch.abs(a_TN, out=scratch_TN)
+        self.sum_abs += ones_T @ absolute_TN
+        self.max_abs = torch.maximum(self.max_abs, absolute_TN.amax(0).double())
+        self.num_active += ones_T @ torch.gt(a_TN, 0, out=absolute_TN)
+
+    def result(self) -> NeuronStats:
+        def array(values: Tensor) -> Any:
+            return values.cpu().numpy()
+
+        return NeuronStats(
+            num_tokens=self.num_tokens,
+            sum_abs=array(self.sum_abs),
+            sum=array(self.sum),
+            sum_squares=array(self.sum_squares),
+            max_abs=array(self.max_abs),
+            num_active=array(self.num_active.long()),
+            down_norm=array(self.down_norm),
+            expert=self._expert,
+        )
 
 
 @dataclass(frozen=True)
@@ -222,3 +285,67 @@ def _down_weight(base_model: nn.Module, ffn: FFNPlace) -> Tensor:
     weight = base_model.get_submodule(f"{ffn.block}.{ffn.paths.down}").weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if ffn.down.transposed else weight.detach()
+
+
+# A shard of batches through a model, watched: the whole model at once, or one block at a time.
+
+
+class Observed(NamedTuple):
+    """What was seen of one FFN; either may be None where it was not asked for or not sampled.
+
+    `inputs` are as the observer gives them: of experts they come with the first.
+    """
+
+    statistics: NeuronStats | None
+    inputs: Mapping[str, Tensor] | None
+
+
+@torch.no_grad()
+def observe(
+    model: Any,
+    ffns: Sequence[FFNPlace],
+    batches: Sequence[Batch],
+    *,
+    sampling: Sampling,
+    inputs_only: bool = False,
+) -> Iterator[Observed]:
+    """Every FFN in turn. `sampling` and `inputs_only` are FFNObserver's.
+
+    A streamed model is brought through its blocks as the FFNs are asked for; the bytes are the same.
+    """
+    if isinstance(model, StreamedModel):
+        yield from _block_by_block(model, ffns, batches, sampling=sampling, inputs_only=inputs_only)
+        return
+    with FFNObserver(model, ffns, sampling=sampling, inputs_only=inputs_only) as observer:
+        for batch in batches:
+            observer.next_batch(batch.arguments)
+            if not inputs_only or observer.batch_is_sampled:
+                model(**batch.to(model.device, dtype=model.dtype).arguments)
+    yield from _observed(observer, ffns, inputs_only=inputs_only)
+
+
+def _block_by_block(
+    model: StreamedModel,
+    ffns: Sequence[FFNPlace],
+    batches: Sequence[Batch],
+    *,
+    sampling: Sampling,
+    inputs_only: bool,
+) -> Iterator[Observed]:
+    model.start([batch.arguments for batch in batches])
+    for index, path in enumerate(model.block_paths):
+        inside = [ffn for ffn in ffns if ffn.block == path]
+        with model.block(index):
+            observer = FFNObserver(model.base_model, inside, sampling=sampling, inputs_only=inputs_only)
+            with observer:
+                for number, batch in enumerate(batches):
+                    observer.next_batch(batch.arguments)
+                    if not inputs_only or observer.batch_is_sampled:
+                        model.advance(number)
+        yield from _observed(observer, inside, inputs_only=inputs_only)
+
+
+def _observed(observer: FFNObserver, ffns: Sequence[FFNPlace], *, inputs_only: bool) -> Iterator[Observed]:
+    statistics, inputs = None if inputs_only else observer.statistics(), observer.inputs()
+    for position, ffn in enumerate(ffns):
+        yield Observed(statistics[position] if statistics else None, inputs.get(ffn.index))

@@ -1,3 +1,3 @@
 """The command line: one file a group of commands, and what they print."""
 
-from ffsplit.cli.entry import main as main
+from ffsplit.cli.main import main as main

@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable
 
 from ffsplit import streams
+from ffsplit.directories import user_path
 from ffsplit.exit_codes import INTERRUPTED
-from ffsplit.home import user_path
 
 Run = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
@@ -69,7 +69,7 @@ def _zoo(parsed: argparse.Namespace) -> int:
     if parsed.workers is not None and parsed.workers < 1:
         raise ConfigError(f"--workers should be greater than or equal to 1, not {parsed.workers}")
     if parsed.in_job:
-        from ffsplit.artifacts.paths import check_absolute
+        from ffsplit.store.entries import check_absolute
 
         check_absolute(zoo.destination)
 
@@ -83,7 +83,7 @@ def _zoo(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(batch.model_dump_json(indent=2))
     else:
-        from ffsplit.zoo.table import print_batch
+        from ffsplit.cli.tables import print_batch
 
         print_batch(batch, destination=zoo.destination)
     return batch.exit_code

@@ -47,7 +47,7 @@ def add_plan_commands(command: AddCommand) -> None:
 
 def _plan(parsed: argparse.Namespace) -> int:
     from ffsplit.config import BUDGET_KINDS
-    from ffsplit.planning import checked_budget, plan_budgets
+    from ffsplit.forecasts import checked_budget, plan_budgets
 
     table = parsed.latency_table
     budgets = [
@@ -59,7 +59,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(plans.model_dump_json(indent=2))
     else:
-        from ffsplit.cli.summary import print_plans
+        from ffsplit.cli.tables import print_plans
 
         print_plans(plans)
     return 0
@@ -71,11 +71,11 @@ def _latency_table(parsed: argparse.Namespace) -> int:
     for flag in ("batch_size", "num_tokens", "threads"):
         if getattr(parsed, flag) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} must be 1 or more, not {getattr(parsed, flag)}")
-    from ffsplit.cli.summary import print_latency_table
+    from ffsplit.cli.tables import print_latency_table
     from ffsplit.config import JobConfig
     from ffsplit.measurement.latency_table import check_target, measure_latency_table, write_latency_table
+    from ffsplit.profile import ComputeProfile
     from ffsplit.progress import Progress
-    from ffsplit.stages.profile import ComputeProfile
 
     config = JobConfig.checked(
         model=parsed.model,

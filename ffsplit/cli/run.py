@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 from ffsplit.cli.job import add_loading_flags
-from ffsplit.home import user_path
+from ffsplit.directories import user_path
 
 Run = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
@@ -50,7 +50,7 @@ def add_run_commands(command: AddCommand) -> None:
 
 
 def _benchmark(parsed: argparse.Namespace) -> int:
-    from ffsplit.cli.timings import print_benchmark
+    from ffsplit.cli.tables import print_benchmark
     from ffsplit.measurement.benchmark import Settings, benchmark, publish
 
     settings = Settings(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from ffsplit.home import user_path
+from ffsplit.directories import user_path
 
 Run = Callable[[argparse.Namespace], int]
 AddCommand = Callable[[str, Run, str], argparse.ArgumentParser]
@@ -39,8 +39,8 @@ def add_store_commands(command: AddCommand) -> None:
 
 
 def _pull(parsed: argparse.Namespace) -> int:
-    from ffsplit.artifacts.pull import pull
-    from ffsplit.cli.progress_bytes import bytes_to_stderr
+    from ffsplit.progress import bytes_to_stderr
+    from ffsplit.store.pull import pull
 
     directory = None if parsed.directory is None else user_path(parsed.directory)
     with bytes_to_stderr("pull") as shown:
@@ -50,17 +50,17 @@ def _pull(parsed: argparse.Namespace) -> int:
 
 
 def _share(parsed: argparse.Namespace) -> int:
-    from ffsplit.artifacts.links import share
-    from ffsplit.artifacts.units import parse_span
     from ffsplit.redaction import print_credential
+    from ffsplit.store.gc import parse_span
+    from ffsplit.store.links import share
 
     print_credential(share(parsed.uri, expires=parse_span(parsed.expires, name="--expires")))
     return 0
 
 
 def _list(parsed: argparse.Namespace) -> int:
-    from ffsplit.artifacts.stores import open_store
-    from ffsplit.cli.store_tables import list_to_json, print_list
+    from ffsplit.cli.tables import list_to_json, print_list
+    from ffsplit.store.store import open_store
 
     store = open_store(parsed.uri)
     if parsed.json:
@@ -71,8 +71,8 @@ def _list(parsed: argparse.Namespace) -> int:
 
 
 def _pin(parsed: argparse.Namespace) -> int:
-    from ffsplit.artifacts.locate import locate
-    from ffsplit.artifacts.retention import pin, unpin
+    from ffsplit.store.gc import pin, unpin
+    from ffsplit.store.locate import locate
 
     location = locate(parsed.uri)
     done = f"{unpin(location)} is no longer pinned" if parsed.remove else f"{pin(location)} is pinned"
@@ -81,10 +81,9 @@ def _pin(parsed: argparse.Namespace) -> int:
 
 
 def _gc(parsed: argparse.Namespace) -> int:
-    from ffsplit.artifacts.retention import collect, plan
-    from ffsplit.artifacts.stores import open_store
-    from ffsplit.artifacts.units import parse_span
-    from ffsplit.cli.store_tables import print_plan
+    from ffsplit.cli.tables import print_plan
+    from ffsplit.store.gc import collect, parse_span, plan
+    from ffsplit.store.store import open_store
 
     store = open_store(parsed.uri)
     planned = plan(store, keep_last=parsed.keep_last, min_age=parse_span(parsed.min_age, name="--min-age"))

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ffsplit import streams
-from ffsplit.artifacts.paths import check_absolute
-from ffsplit.config import JobConfig, digest_of
+from ffsplit.config import JobConfig
+from ffsplit.directories import user_path
 from ffsplit.distributed.jobs import JobServer
 from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.exit_codes import INTERRUPTED
-from ffsplit.home import user_path
+from ffsplit.keys import digest_of
+from ffsplit.store.entries import check_absolute
 
 UNNAMED = ("run", "json", "workers", "address", "in_job", "parse", "sign_key", "file", "title", "debug")
 """What an argument parser adds, or what does not change what a job is for."""
@@ -98,11 +99,11 @@ def describe(command: str, arguments: Sequence[str], parsed: argparse.Namespace)
 
 def _of_run(command: str, config: JobConfig, entrypoint: str) -> Job:
     """The job of a run whose key can be known: the place of its result is in the name too."""
-    from ffsplit.artifacts.commits import Kind, read_commit
-    from ffsplit.artifacts.stores import open_store
-    from ffsplit.pipeline.examine import examine
-    from ffsplit.pipeline.prepare import check_weights, complete, identify
-    from ffsplit.preflight.estimate import estimate
+    from ffsplit.run.estimate import estimate
+    from ffsplit.run.examine import examine
+    from ffsplit.run.prepare import check_weights, complete, identify
+    from ffsplit.store.commits import Kind, read_commit
+    from ffsplit.store.store import open_store
 
     kind: Kind = "model" if command == "compress" else "statistics"
     job = examine(config, kind=kind)

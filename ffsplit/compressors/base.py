@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ffsplit.compressors.weights import FFNWeights
-from ffsplit.ffn import FFNShape, LayerLayout
+from ffsplit.ffn.shapes import FFNShape, LayerLayout
+from ffsplit.ffn.weights import FFNWeights
 
 CHUNK_TOKENS = 4096
 """Sampled inputs are run in chunks of this many tokens, which bounds the memory of a [T, N] matrix."""

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ffsplit.compressors.base import LayerContext, relative_error
 from ffsplit.compressors.least_squares import refit_down
-from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError
-from ffsplit.ffn import FFNShape, LayerLayout, PartLayout
+from ffsplit.ffn.shapes import FFNShape, LayerLayout, PartLayout
+from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.machine import multiplies_bfloat16
 
 WARM_UP_STEPS = 20

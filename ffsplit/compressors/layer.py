@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ffsplit.compressors.base import Compressor, LayerContext, OutputNorm, relative_error
 from ffsplit.compressors.distill import DistillCompressor
-from ffsplit.compressors.weights import FFNWeights
-from ffsplit.ffn import LayerLayout, LowRank
+from ffsplit.ffn.shapes import LayerLayout, LowRank
+from ffsplit.ffn.weights import FFNWeights
 
 
 class CompressedLayer(NamedTuple):

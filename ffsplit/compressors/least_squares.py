@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ffsplit.compressors.base import LayerContext
-from ffsplit.compressors.weights import FFNWeights, LinearMap
 from ffsplit.errors import CalibrationError
+from ffsplit.ffn.weights import FFNWeights, LinearMap
 
 BLOCK_TOKENS = 1024
 """Rows that are made float64 at a time, which bounds the memory of it."""

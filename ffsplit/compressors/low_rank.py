@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ffsplit.compressors.base import LayerContext
 from ffsplit.compressors.least_squares import ridged_root, second_moment
-from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.config import Record
 from ffsplit.errors import CalibrationError, explained
-from ffsplit.ffn import (
+from ffsplit.ffn.shapes import (
     MAX_LOSS_TO_ROUNDING,
     Dense,
     FFNShape,
@@ -28,6 +27,7 @@ from ffsplit.ffn import (
     PartLayout,
     rounded_down,
 )
+from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap
 
 
 class LowRankCompressor(Record):

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ffsplit.compressors.base import LayerContext
 from ffsplit.compressors.least_squares import add_moment_, mirrored, refit_bias, refit_down, ridged_root
-from ffsplit.compressors.weights import FFNWeights
 from ffsplit.config import Record
-from ffsplit.ffn import FFNShape, LayerLayout
+from ffsplit.ffn.shapes import FFNShape, LayerLayout
+from ffsplit.ffn.weights import FFNWeights
 
 
 class PruneCompressor(Record):

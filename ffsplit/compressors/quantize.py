@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ffsplit.compressors.base import LayerContext
 from ffsplit.compressors.least_squares import ridged_root, second_moment
-from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.config import Record
-from ffsplit.ffn import Dense, FFNShape, Integer, LayerLayout, PartLayout
-from ffsplit.quantization import fake_round, quantize_rows, scales_of
+from ffsplit.ffn.quantization import fake_round, quantize_rows, scales_of
+from ffsplit.ffn.shapes import Dense, FFNShape, Integer, LayerLayout, PartLayout
+from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap
 
 
 class QuantizeCompressor(Record):

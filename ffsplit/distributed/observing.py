@@ -10,9 +10,9 @@ from typing import Any
 from ray.util.metrics import Counter
 
 from ffsplit import logs
-from ffsplit.artifacts.scratch import Result
 from ffsplit.distributed.runner import Worker, stage_explained
 from ffsplit.redaction import guarded
+from ffsplit.store.scratch import Result
 
 COUNTERS = {
     "ffsplit_shards_done": "Shards of text, layers and other items of a stage that were computed",

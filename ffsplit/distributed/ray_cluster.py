@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import ray
@@ -26,8 +26,9 @@ from ray._raylet import (  # type: ignore[attr-defined]
 )
 from ray.exceptions import RpcError
 
+from ffsplit.directories import lend_ray_token
 from ffsplit.errors import ConfigError
-from ffsplit.home import lend_ray_token
+from ffsplit.machine import usable_cores
 
 LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
 """Enough for a local cluster: tensors never pass through the object store."""
@@ -234,3 +235,30 @@ def check_room(share: Share) -> None:
         f"{asked}: the cluster has no node with that much; "
         f"its largest have {largest['CPU']:g} CPUs and {largest['GPU']:g} GPUs"
     )
+
+
+# One cluster for several jobs, each of which connects to it from a process of its own.
+
+
+class Cluster(NamedTuple):
+    """Where jobs connect to, None without Ray, and how many CPU cores they share."""
+
+    address: str | None
+    num_cpus: int
+
+
+@contextmanager
+def share_cluster(address: str | None, *, runner: Literal["ray", "serial"]) -> Iterator[Cluster]:
+    """The cluster at an address, or one started on the spot that ends with this context.
+
+    Raises ConfigError when it cannot be reached.
+    """
+    if runner == "serial":
+        yield Cluster(None, usable_cores())
+        return
+    import ray
+
+    from ffsplit.distributed.ray_runner import RayRunner
+
+    with RayRunner(address=address, num_workers=None) as connected:
+        yield Cluster(ray.get_runtime_context().gcs_address, connected.num_workers)

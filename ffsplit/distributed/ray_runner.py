@@ -14,6 +14,7 @@ from ray._raylet import IMPLICIT_RESOURCE_PREFIX  # type: ignore[attr-defined]
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ffsplit.directories import remove_abandoned
 from ffsplit.distributed.dispatch import Pool, dispatch
 from ffsplit.distributed.observing import Observed
 from ffsplit.distributed.ray_cluster import Host, Share, check_room, connect, disconnect, hosts, room
@@ -22,7 +23,6 @@ from ffsplit.distributed.ray_train import place, run_together
 from ffsplit.distributed.runner import ANSWER_WITHIN_S, Answer, Item, Worker
 from ffsplit.errors import FFSplitError
 from ffsplit.machine import num_workers_here
-from ffsplit.temporary import remove_abandoned
 
 PRESENCE, A_LITTLE = f"{IMPLICIT_RESOURCE_PREFIX}ffsplit", 0.0001
 """Every node has one of this. A worker takes a little; work that wants a host to itself takes all."""

@@ -13,11 +13,11 @@ from typing import Any
 
 import ray
 
+from ffsplit.directories import temporary_folder
 from ffsplit.distributed.ray_pools import reason_of_loss
 from ffsplit.distributed.runner import Worker
 from ffsplit.errors import ConfigError, FFSplitError, reason_of
 from ffsplit.redaction import guarded
-from ffsplit.temporary import temporary_folder
 
 OLDEST = (2, 60)
 """The oldest Ray that this is known to work with. Older ones may not hand back what a process returns."""

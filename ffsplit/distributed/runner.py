@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Protocol, TypeVar
 
+from ffsplit.directories import full_disk_explained
 from ffsplit.errors import FFSplitError, explained
-from ffsplit.temporary import full_disk_explained
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")

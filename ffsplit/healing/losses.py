@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ffsplit.calibration.batches import Batch
-from ffsplit.models.classifying import classifies, row_logits
+from ffsplit.calibration.readers import Batch
+from ffsplit.models.load import classifies, row_logits
 from ffsplit.models.rows import ModelKind
 
 

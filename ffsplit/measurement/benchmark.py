@@ -12,21 +12,19 @@ from typing import Any
 
 import torch
 
-from ffsplit.artifacts.benchmarks import BenchmarkRecord, Cost, append_benchmark
-from ffsplit.artifacts.inputs import is_remote
-from ffsplit.artifacts.locate import Location, locate, read_manifest
-from ffsplit.artifacts.places import by_name
-from ffsplit.artifacts.pull import materialize
 from ffsplit.config import Device, DType
-from ffsplit.environment import describe_environment
+from ffsplit.directories import by_name
 from ffsplit.errors import ConfigError, begun
-from ffsplit.machine import check_device, usable_cores
-from ffsplit.measurement.latency import WARM_UP_RUNS, load_average, load_since
+from ffsplit.machine import check_device, describe_environment, usable_cores
+from ffsplit.measurement.latency import WARM_UP_RUNS, load_average, load_since, time_models
 from ffsplit.measurement.memory import peak_memory_bytes
-from ffsplit.measurement.timings import time_models
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_whole_model
 from ffsplit.models.locate import locate_model
+from ffsplit.store.benchmarks import BenchmarkRecord, Cost, append_benchmark
+from ffsplit.store.inputs import is_remote
+from ffsplit.store.locate import Location, locate, read_manifest
+from ffsplit.store.pull import materialize
 
 NUM_LOADS = 3
 

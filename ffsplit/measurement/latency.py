@@ -1,20 +1,125 @@
-"""Forward latency of two models, timed in turn in one process so that drift hits both alike."""
+"""Latency of two models, timed in turn in one process so that drift hits both alike."""
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from ffsplit.artifacts.manifest import Latency, LoadAverage, Spread
 from ffsplit.machine import usable_cores
-from ffsplit.measurement.examples import example_inputs, vocab_size_of
+from ffsplit.models.load import decodes
+from ffsplit.runtime.integer_map import IntegerMap
+from ffsplit.runtime.modules import DenseMap, LowRankMap
+from ffsplit.store.benchmarks import Figures, Timing
+from ffsplit.store.manifest import Latency, LoadAverage, Spread
+
+# How much a model's linear layers multiply and read: what a speed-up can come to at most.
+
+FEW_TOKENS = 8
+"""Below this many tokens a product waits for its weights, not for its multiplications."""
+
+
+class Work(NamedTuple):
+    """Multiplications a token, and bytes of weights, of all linear layers."""
+
+    multiplications: int
+    weight_bytes: int
+
+
+def work_of(model: Any) -> Work:
+    """The work of a loaded model, dense or split."""
+    each = [_of_module(module) for module in model.modules()]
+    return Work(sum(work.multiplications for work in each), sum(work.weight_bytes for work in each))
+
+
+def _of_module(module: nn.Module) -> Work:
+    if isinstance(module, IntegerMap):
+        count = module.num_rows * module.num_columns
+        return Work(count, module.size_bytes)
+    if isinstance(module, nn.Linear | DenseMap):
+        matrices = [module.weight]
+    elif isinstance(module, LowRankMap):
+        matrices = [module.left, module.right]
+    elif type(module).__name__ == "Conv1D":  # GPT-2's linear layer
+        matrices = [module.weight]  # type: ignore[list-item]
+    else:
+        return Work(0, 0)
+    count = sum(matrix.numel() for matrix in matrices)
+    return Work(count, sum(matrix.numel() * matrix.element_size() for matrix in matrices))
+
+
+# Random inputs of any model, to time it with: what its forward takes says what it reads.
+
+
+def example_inputs(
+    model: Any, *, num_rows: int, num_tokens: int, vocab_size: int | None = None
+) -> dict[str, Tensor]:
+    """Arguments of a forward pass: token ids of `num_tokens` a row, and pictures or sounds.
+
+    Pictures have the size the model is made for; a sound has as many samples as come to `num_tokens`
+    frames, or what an encoder of fixed length takes. Where pictures stand among the tokens there are
+    none. The same arguments give the same inputs.
+    """
+    names = _argument_names(model)
+    generator = torch.Generator().manual_seed(0)
+    config, inputs = model.config, {}
+
+    def floats(*shape: int) -> Tensor:
+        return torch.randn(num_rows, *shape, generator=generator)
+
+    if "input_ids" in names:
+        size = vocab_size or vocab_size_of(model)
+        inputs["input_ids"] = torch.randint(size, (num_rows, num_tokens), generator=generator)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if "pixel_values" in names and not hasattr(config, "image_token_id"):
+        vision = getattr(config, "vision_config", config)
+        sizes = vision.image_size
+        height, width = sizes if isinstance(sizes, list | tuple) else (sizes, sizes)
+        inputs["pixel_values"] = floats(vision.num_channels, height, width)
+    if "input_values" in names:
+        inputs["input_values"] = floats(_num_samples(config, num_frames=num_tokens))
+    if "input_features" in names:
+        inputs["input_features"] = floats(config.num_mel_bins, 2 * config.max_source_positions)
+    if "decoder_input_ids" in names:
+        shape = (num_rows, num_tokens)
+        inputs["decoder_input_ids"] = torch.randint(vocab_size_of(model), shape, generator=generator)
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+        if name in names
+    }
+
+
+def _argument_names(model: Any) -> set[str]:
+    """What a model's forward takes. One that hands all its arguments on takes what its family reads first."""
+    parameters = inspect.signature(model.forward).parameters
+    names = set(parameters)
+    if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+        names.add(model.main_input_name)
+        names |= {"attention_mask"} if "input_ids" in names else set()
+    return names
+
+
+def vocab_size_of(model: Any) -> int:
+    """How many tokens a model's text side knows; 0 where it has none."""
+    text = getattr(model.config, "text_config", model.config)
+    return int(getattr(text, "vocab_size", 0) or 0)
+
+
+def _num_samples(config: Any, *, num_frames: int) -> int:
+    """Samples that the convolutions turn into `num_frames` frames, or a few more."""
+    hop = math.prod(map(int, config.conv_stride))
+    return hop * (num_frames + sum(map(int, config.conv_kernel)))
+
 
 WARM_UP_RUNS = 3
 FEWEST_PAIRS = 6
@@ -157,3 +262,76 @@ def run_ms(call: Callable[[], Any], *, on_cuda: bool) -> float:
     if on_cuda:
         torch.cuda.synchronize()
     return (time.perf_counter() - start) * 1e3
+
+
+# Two models over a grid of batch sizes and lengths, in turn; a causal model's prefill and decode apart.
+
+Phase = Literal["forward", "prefill", "decode"]
+
+
+@torch.inference_mode()
+def time_models(
+    original: Any, compressed: Any, *, shapes: Sequence[tuple[int, int]], num_pairs: int, new_tokens: int
+) -> tuple[Timing, ...]:
+    """Timings at each (rows, tokens a row); causal language models also decode `new_tokens` tokens."""
+    with batches_allowed(original, compressed):
+        return tuple(_timings((original, compressed), shapes, num_pairs=num_pairs, new_tokens=new_tokens))
+
+
+def _timings(
+    models: tuple[Any, Any], shapes: Sequence[tuple[int, int]], *, num_pairs: int, new_tokens: int
+) -> Iterator[Timing]:
+    in_phases = new_tokens > 0 and decodes(models[0])
+    vocab_size = min(map(vocab_size_of, models))
+    for rows, tokens in shapes:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocab_size, (rows, tokens), generator=generator).to(models[0].device)
+        mask = torch.ones_like(ids)
+        calls = [_forward(model, ids, mask) for model in models]
+        times = paired_times(*calls, num_pairs=num_pairs, on_cuda=ids.is_cuda)
+        phase: Phase = "prefill" if in_phases else "forward"
+        yield _timing(phase, times, models, rows=rows, tokens=tokens, tokens_a_call=rows * tokens)
+        if in_phases:
+            steps = [_decoder(model, ids) for model in models]
+            times = paired_times(*steps, num_pairs=new_tokens, on_cuda=ids.is_cuda)
+            yield _timing("decode", times, models, rows=rows, tokens=tokens, tokens_a_call=rows)
+
+
+def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> Callable[[], Any]:
+    return lambda: model(input_ids=ids, attention_mask=mask)
+
+
+def _decoder(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
+    """Each call reads one more token, after what the cache holds; which token is all the same here."""
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    token = ids[:, -1:]
+    return lambda: model(input_ids=token, past_key_values=cache, use_cache=True)
+
+
+def _timing(
+    phase: Phase, times: NDArray[np.float64], models: Any, *, rows: int, tokens: int, tokens_a_call: int
+) -> Timing:
+    before, after = (work_of(model) for model in models)
+    by_bytes = tokens_a_call < FEW_TOKENS
+    which = 1 if by_bytes else 0
+    limit = before[which] / max(after[which], 1)
+    original, compressed = (_figures(times[:, model], tokens_a_call) for model in (0, 1))
+    speedup = original.p50_ms / compressed.p50_ms
+    return Timing(
+        phase=phase,
+        batch_size=rows,
+        num_tokens=tokens,
+        original=original,
+        compressed=compressed,
+        speedup=speedup,
+        spread=spread_of(times),
+        limit=limit,
+        limited_by="bytes" if by_bytes else "multiplications",
+        share_of_limit=speedup / limit,
+        num_pairs=len(times),
+    )
+
+
+def _figures(times_ms: NDArray[np.float64], tokens_a_call: int) -> Figures:
+    p50, p95, p99 = (float(np.percentile(times_ms, percent)) for percent in (50, 95, 99))
+    return Figures(p50_ms=p50, p95_ms=p95, p99_ms=p99, tokens_per_s=tokens_a_call / p50 * 1e3)

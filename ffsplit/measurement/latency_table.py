@@ -12,17 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ffsplit.environment import hardware_fingerprint
+from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError
-from ffsplit.home import user_path
-from ffsplit.measurement.examples import example_inputs
-from ffsplit.measurement.latency import batches_allowed, run_ms
+from ffsplit.machine import hardware_fingerprint
+from ffsplit.measurement.latency import batches_allowed, example_inputs, run_ms
 from ffsplit.measurement.size import model_shape
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import random_model
 from ffsplit.models.locate import locate_model, model_name
+from ffsplit.profile import ComputeProfile
 from ffsplit.splitting.latency import LatencyPoint, LatencyTable
-from ffsplit.stages.profile import ComputeProfile
 
 FRACTIONS = [Fraction(n, 24) for n in (1, 2, 3, 4, 6, 8, 10, 12, 15, 18, 21, 24)]
 """Of the original width. Of the usual widths all are multiples of 64 or 32, which kernels like."""

@@ -15,8 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ffsplit.errors import FFSplitError
-from ffsplit.models.attention import attention_options
-from ffsplit.models.trust import trusted
+from ffsplit.models.load_options import attention_options, trusted
 
 PR_SET_PDEATHSIG = 1
 WITHIN_S = 7200.0
@@ -55,8 +54,7 @@ def _measure(
 ) -> int:
     import torch
 
-    from ffsplit.measurement.examples import example_inputs
-    from ffsplit.measurement.latency import batches_allowed
+    from ffsplit.measurement.latency import batches_allowed, example_inputs
     from ffsplit.models.load import load_whole_model, model_class
 
     where = Path(directory)

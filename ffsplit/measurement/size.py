@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ffsplit.artifacts.manifest import Size
-from ffsplit.ffn import LayerLayout, ModelShape
+from ffsplit.ffn.shapes import LayerLayout, ModelShape
 from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.store.manifest import Size
 
 PARAMETER_DTYPES = ("F64", "F32", "F16", "BF16")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from ffsplit.models.row_forms import (
+from ffsplit.models.rows import (
     NEOX_MLP,
+    Architecture,
+    FFNPaths,
     bart_like,
     bert_like,
     clip_like,
@@ -15,7 +17,6 @@ from ffsplit.models.row_forms import (
     shared_expert,
     t5_like,
 )
-from ffsplit.models.rows import Architecture, FFNPaths
 
 _GEMMA = {"activation_field": "hidden_activation", "default_activation": "gelu_pytorch_tanh"}
 

@@ -12,20 +12,24 @@ from typing import Any
 import yaml
 
 from ffsplit.errors import ConfigError, UnsupportedModelError
-from ffsplit.ffn import FFNShape
-from ffsplit.models.activations import OTHER_NAMES
+from ffsplit.ffn.activations import OTHER_NAMES
+from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.architectures import ARCHITECTURES
-from ffsplit.models.contents import digest_files
 from ffsplit.models.detect import detect_architecture
-from ffsplit.models.find import base_prefixes, config_part, find_ffns, towers_in
+from ffsplit.models.find import FFNPlace, base_prefixes, config_part, find_ffns, towers_in
 from ffsplit.models.folder import CONFIG_NAME, ModelFolder, check_no_pointers, local_listing, sort_files
-from ffsplit.models.headers import ITEM_SIZES, TensorInfo, read_headers, read_json
+from ffsplit.models.load_options import check_trusted, code_files
 from ffsplit.models.names import ReadTensor, TensorNames, empty_class, names_read
-from ffsplit.models.places import FFNPlace
 from ffsplit.models.recognise import check_is_model, check_modules, check_not_quantized
 from ffsplit.models.rows import Architecture, ModelKind, Tower
-from ffsplit.models.tensor_files import read_spans
-from ffsplit.models.trust import check_trusted, code_files
+from ffsplit.models.tensor_files import (
+    ITEM_SIZES,
+    TensorInfo,
+    digest_files,
+    read_headers,
+    read_json,
+    read_spans,
+)
 
 GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """How the classes end that give a distribution over the next token."""

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ffsplit.errors import UnsupportedModelError, explained
-from ffsplit.models.activations import ACTIVATIONS
+from ffsplit.ffn.activations import ACTIVATIONS
 from ffsplit.models.architectures import ARCHITECTURES
-from ffsplit.models.attention import attention_advice, attention_options
+from ffsplit.models.load_options import attention_advice, attention_options
 from ffsplit.models.rows import Architecture, FFNPaths, Tower
 
 ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation", "act_fn")

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ffsplit.artifacts.entries import LeftOut
-from ffsplit.artifacts.manifest import MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAME
-from ffsplit.artifacts.paths import colliding, is_safe_path
-from ffsplit.artifacts.statistics import STATISTICS_PATH
 from ffsplit.errors import ArtifactError, ConfigError
-from ffsplit.models.headers import INDEX_NAME
+from ffsplit.models.tensor_files import INDEX_NAME
+from ffsplit.store.entries import LeftOut, colliding, is_safe_path
+from ffsplit.store.locate import STATISTICS_PATH
+from ffsplit.store.manifest import MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAME
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"

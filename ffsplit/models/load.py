@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from ffsplit.errors import ConfigError, UnsupportedModelError, explained
-from ffsplit.models.attention import attention_advice, attention_options
-from ffsplit.models.checkpoint import GENERATORS, Checkpoint, tokenizer_files
-from ffsplit.models.headers import opened, read_json
+from ffsplit.models.checkpoint import CLASSIFIERS, GENERATORS, Checkpoint, tokenizer_files
+from ffsplit.models.load_options import (
+    attention_advice,
+    attention_options,
+    check_trusted,
+    remote_classes,
+    trusted,
+    trusting,
+)
 from ffsplit.models.names import below_base, names_read
 from ffsplit.models.recognise import check_tokenizer_library
-from ffsplit.models.trust import check_trusted, remote_classes, trusted, trusting
+from ffsplit.models.tensor_files import opened, read_json
+
+# What a text classifier gives: logits of whole rows.
+
+
+def classifies(model: Any) -> bool:
+    """Whether a loaded model gives logits of a whole row."""
+    return type(model).__name__.endswith(CLASSIFIERS)
+
+
+def may_search(checkpoint: Checkpoint) -> bool:
+    """Whether `allocation: auto` searches: layers matter unevenly, and may have widths that differ."""
+    return checkpoint.classifies and not checkpoint.has_experts
+
+
+def row_logits(model: Any, arguments: Mapping[str, Tensor]) -> Tensor:
+    """[rows, labels] in float64, less what all labels of a row have in common, which changes no label.
+
+    Of one label, which is a score, all of it. Rows of tokens go alone through a model that names no padding
+    token, which may need one to tell where they end.
+    """
+    logits = _logits(model, arguments).double()
+    return logits if logits.shape[-1] == 1 else logits - logits.mean(-1, keepdim=True)
+
+
+def _logits(model: Any, arguments: Mapping[str, Tensor]) -> Tensor:
+    if "input_ids" not in arguments or getattr(model.config, "pad_token_id", None) is not None:
+        logits: Tensor = model(**arguments).logits
+        return logits
+    rows = []
+    for ids_T, mask_T in zip(arguments["input_ids"], arguments["attention_mask"].bool(), strict=True):
+        ids_1T = ids_T[mask_T][None]
+        rows.append(model(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T)).logits)
+    return torch.cat(rows)
+
 
 POOLER = "pooler"
 """What transformers makes up where a checkpoint lacks it; the hidden states do not depend on it."""

@@ -1,13 +1,221 @@
-"""Safetensors files written from parts of others, a few megabytes at a time: no tensor is ever held."""
+"""Safetensors files: their headers, their bytes read once, and new files written from parts of others."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from ffsplit.errors import ConfigError, explained
+import torch
+from safetensors import safe_open
+
+from ffsplit.errors import ConfigError, UnsupportedModelError, explained
+
+ITEM_SIZES = {
+    "C64": 8,
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "U64": 8,
+    "I32": 4,
+    "U32": 4,
+    "I16": 2,
+    "U16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+}
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+"""Files of a checkpoint that was saved by several processes, a part of each tensor by each."""
+SCALED = re.compile(r"F[48]|[IU]4")
+"""Dtypes that mean nothing without scales, which are tensors of their own."""
+
+
+class TensorInfo(NamedTuple):
+    """Where a tensor is and what it looks like; `dtype` in the words of safetensors."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def size_bytes(self) -> int:
+        return self.num_elements * ITEM_SIZES[self.dtype]
+
+
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """A JSON object. Raises ConfigError, with the text `missing` where there is no such file."""
+    if not path.is_file():
+        raise ConfigError(missing)
+    with explained(f"{path} is not JSON that can be read"):
+        value = json.loads(path.read_text("utf-8"))
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path} is not a JSON object")
+    return value
+
+
+def read_headers(directory: Path, *, named: object = None) -> dict[str, TensorInfo]:
+    """Every tensor of a checkpoint, by name. Raises ConfigError when a file or a tensor is missing.
+
+    `named` is the file that config.json names as `transformers_weights`, if any.
+    """
+    weights = weights_file(directory, named=named)
+    weight_map: dict[str, str] = {}
+    if weights.name.endswith(".json"):
+        weight_map = _weight_map(weights)
+    files = sorted(set(weight_map.values())) or [str(weights.relative_to(directory))]
+    tensors: dict[str, TensorInfo] = {}
+    for name in files:
+        with opened(directory / name) as file:
+            for tensor in file.keys():  # noqa: SIM118
+                view = file.get_slice(tensor)
+                tensors[tensor] = TensorInfo(name, view.get_dtype(), tuple(view.get_shape()))
+    absent = [name for name in weight_map if name not in tensors]
+    if absent:
+        raise ConfigError(f"{weights} names {absent[0]}, which {weight_map[absent[0]]} does not hold")
+    for name, info in tensors.items():
+        if info.dtype not in ITEM_SIZES:
+            raise UnsupportedModelError(
+                f"{directory}: {name} is {info.dtype}, which stands for numbers with scales: start from the "
+                "original in float32, float16 or bfloat16"
+                if SCALED.match(info.dtype)
+                else f"{directory}: {name} is {info.dtype}; weights may be {', '.join(ITEM_SIZES)}"
+            )
+    return tensors
+
+
+def weights_file(directory: Path, *, named: object = None) -> Path:
+    """The file or the index that transformers reads, chosen as `from_pretrained` does; held by a test.
+
+    What the config names goes before all, then one file goes before an index; variants, which have a word
+    before their suffix, are only read by who asks for them. Raises ConfigError where there is none.
+    """
+    shards = [path.name for path in sorted(directory.iterdir()) if DISTRIBUTED.fullmatch(path.name)]
+    if shards:
+        raise ConfigError(
+            f"{directory} holds {shards[0]}, a process's part of a distributed checkpoint: load it with "
+            "from_pretrained and save it with save_pretrained"
+        )
+    if named is not None:
+        chosen = directory / str(named)
+        inside = Path(os.path.abspath(chosen)).is_relative_to(os.path.abspath(directory))
+        if not inside or not str(named).endswith((".safetensors", ".safetensors.index.json")):
+            raise ConfigError(
+                f"{directory}/config.json: transformers_weights {str(named)!r} must name a .safetensors file "
+                "or a .safetensors.index.json in the model's directory"
+            )
+        if not chosen.is_file():
+            raise ConfigError(f"{chosen} is missing, which config.json names as transformers_weights")
+        return chosen
+    for name in (WEIGHTS_NAME, INDEX_NAME):
+        if (directory / name).is_file():
+            return directory / name
+    others = sorted(path.name for path in directory.glob("*.safetensors"))
+    if others:
+        raise ConfigError(
+            f"{directory} has no {WEIGHTS_NAME} and no {INDEX_NAME}: transformers does not read {others[0]}; "
+            "rename it, or name it in config.json as transformers_weights"
+        )
+    raise ConfigError(f"{directory} has no {WEIGHTS_NAME} and no {INDEX_NAME}")
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of every tensor, by an index. Raises ConfigError where the index is invalid."""
+    stated = read_json(index, "")
+    weight_map = stated.get("weight_map")
+    if not (
+        weight_map and isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
+    ):
+        raise ConfigError(f"{index} has no weight_map")
+    if not isinstance(stated.get("metadata"), dict):  # without which transformers does not load it
+        raise ConfigError(f'{index} has no metadata: add "metadata": {{}} to it')
+    return weight_map
+
+
+@contextmanager
+def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
+    """A safetensors file, memory-mapped. Raises ConfigError when it is missing or truncated."""
+    if not path.is_file():
+        raise ConfigError(f"{path} is missing")
+    with ExitStack() as stack:
+        with explained(f"{path} is not a whole safetensors file"):
+            file = stack.enter_context(safe_open(path, framework=framework))
+        yield file
+
+
+# Every byte of a checkpoint, read once: for its digest, and to refuse weights that are NaN or infinite.
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+WEIGHTS = ".safetensors"
+
+
+def digest_files(directory: Path, names: Sequence[str]) -> str:
+    """sha256 over the names, sizes and bytes of files of a directory: 64 hex digits.
+
+    Raises ConfigError when a tensor among them is not finite, or a header is none.
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
+    for name in names:
+        path = directory / name
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            if name.endswith(WEIGHTS):
+                _digest_weights(file, read_spans(path), digest, buffer)
+            for block in _blocks(file, buffer):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _digest_weights(
+    file: BufferedReader, spans: Mapping[str, TensorSpan], digest: hashlib._Hash, buffer: memoryview
+) -> None:
+    """The header and the tensors of a safetensors file, in which there is no gap between two tensors."""
+    for name, span in sorted(spans.items(), key=lambda item: item[1].start):
+        digest.update(file.read(span.start - file.tell()))
+        for block in _blocks(file, buffer, size_bytes=span.size_bytes):
+            if span.dtype in FLOATS:
+                _check_finite(name, block, span)
+            digest.update(block)
+
+
+def _blocks(
+    file: BufferedReader, buffer: memoryview, *, size_bytes: int = sys.maxsize
+) -> Iterator[memoryview]:
+    """The next bytes of a file, or all that follow, in blocks that each overwrite the one before."""
+    while size_bytes and (num_read := file.readinto(buffer[:size_bytes])):
+        size_bytes -= num_read
+        yield buffer[:num_read]
+
+
+def _check_finite(name: str, block: memoryview, span: TensorSpan) -> None:
+    """Raise ConfigError when a part of a tensor has a NaN or an infinity. One pass, no copy."""
+    bounds = torch.aminmax(torch.frombuffer(block, dtype=FLOATS[span.dtype]))
+    if not (torch.isfinite(bounds.min) and torch.isfinite(bounds.max)):
+        kind = "NaN" if bool(torch.isnan(bounds.min)) else "infinite numbers"
+        raise ConfigError(
+            f"{span.path.parent}: tensor {name} holds {kind}: get the checkpoint again, or mend that tensor"
+        )
+
+
+# Safetensors files written from parts of others, a few megabytes at a time: no tensor is ever held.
 
 CHUNK_BYTES = 4 << 20
 ALIGNMENT = 8

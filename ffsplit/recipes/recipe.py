@@ -10,15 +10,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
-from ffsplit.calibration.settings import CalibrationSettings
+from ffsplit.calibration.sampling import CalibrationSettings
 from ffsplit.compressors import AnyCompressor, DistillCompressor, QuantizeCompressor
 from ffsplit.config import Record, describe_validation_error
+from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, explained, reason_of
 from ffsplit.healing.settings import HealingSettings
-from ffsplit.home import user_path
 from ffsplit.models.rows import ModelKind
-from ffsplit.splitting.heavy import HeavyRule
 from ffsplit.splitting.scores import ScoreName
+from ffsplit.splitting.solver import HeavyRule
 
 
 class MeasurementSettings(Record):

@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from ffsplit.artifacts.manifest import LayerRecord, Manifest, Measurements, TaskScore
-from ffsplit.gates import HEADLINES, verdict
+from ffsplit.measurement.gates import HEADLINES, verdict
 from ffsplit.report import humanize
-from ffsplit.report.noise import load_in_words, noise, spread_in_words
-from ffsplit.report.page import page_template
+from ffsplit.report.humanize import load_in_words, noise, spread_in_words
 from ffsplit.report.plots import (
     NARROW,
     WIDE,
@@ -23,6 +22,34 @@ from ffsplit.report.plots import (
     energy_figure,
     error_figure,
 )
+from ffsplit.store.manifest import LayerRecord, Manifest, Measurements, TaskScore
+
+# Templates of pages that need nothing but themselves: one look, and everything that users wrote escaped.
+
+
+def page_template(name: str, **filters: Callable[..., object]) -> Template:
+    """A template of this package by its file's name; numbers in it can be written as people read them."""
+    environment = Environment(
+        loader=PackageLoader("ffsplit", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        size=humanize.size,
+        count=humanize.count,
+        exact=lambda value: f"{value:,}",
+        percent=humanize.percent,
+        number=humanize.number,
+        times=humanize.times,
+        duration=humanize.duration,
+        layout=humanize.layout,
+        score=humanize.score,
+        **filters,
+    )
+    return environment.get_template(name)
+
 
 TEMPLATE_NAME: Final = "report.html"
 

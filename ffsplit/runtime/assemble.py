@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ffsplit.ffn import LayerLayout, is_narrowed_form, is_stock_form
+from ffsplit.ffn.shapes import LayerLayout, is_narrowed_form, is_stock_form
 from ffsplit.models.checkpoint import NARROWED, Checkpoint
-from ffsplit.models.headers import INDEX_NAME
-from ffsplit.models.places import FFNPlace
-from ffsplit.models.tensor_files import TensorSpan, read_spans, write_spans
+from ffsplit.models.find import FFNPlace
+from ffsplit.models.tensor_files import INDEX_NAME, TensorSpan, read_spans, write_spans
 from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, runs_of
 
 MAX_SHARD_BYTES = 5 * 10**9

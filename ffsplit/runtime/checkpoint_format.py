@@ -8,8 +8,8 @@ from itertools import groupby
 from pydantic import Field
 
 from ffsplit.config import Record
-from ffsplit.ffn import FFNShape, LayerLayout
-from ffsplit.models.places import FFNPlace
+from ffsplit.ffn.shapes import FFNShape, LayerLayout
+from ffsplit.models.find import FFNPlace
 
 FORMAT_VERSION = 6
 

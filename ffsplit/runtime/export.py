@@ -8,12 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from ffsplit.artifacts.manifest import MANIFEST_NAME
-from ffsplit.artifacts.paths import check_outside_attempts
-from ffsplit.artifacts.pull import materialize
+from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, explained
-from ffsplit.home import user_path
 from ffsplit.models.folder import CONFIG_NAME, local_listing, sort_files
+from ffsplit.store.entries import check_outside_attempts
+from ffsplit.store.manifest import MANIFEST_NAME
+from ffsplit.store.pull import materialize
 
 ExportFormat = Literal["onnx"]
 
@@ -29,7 +29,7 @@ def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
     directory as they read the old. Raises ConfigError where `out` has something in it, the extra is
     missing, or the format cannot hold the model; then nothing is written.
     """
-    from ffsplit.runtime.onnx_export import FILE_NAME, export_onnx
+    from ffsplit.runtime.onnx import FILE_NAME, export_onnx
 
     check_outside_attempts(out.resolve().as_posix(), flag="--out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

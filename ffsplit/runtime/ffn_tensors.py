@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ffsplit.compressors.base import OutputNorm
-from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap, stacked
 from ffsplit.errors import UnsupportedModelError
-from ffsplit.ffn import Integer
+from ffsplit.ffn.quantization import joined
+from ffsplit.ffn.shapes import Integer
+from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap, stacked
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.contents import FLOATS
-from ffsplit.models.headers import opened
-from ffsplit.models.places import FFNPlace, MatrixPlace
-from ffsplit.quantization import joined
+from ffsplit.models.find import FFNPlace, MatrixPlace
+from ffsplit.models.tensor_files import FLOATS, opened
 from ffsplit.runtime.checkpoint_format import guarded
 
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ffsplit.ffn import Integer
-from ffsplit.quantization import dequantize, joined, parted
-from ffsplit.runtime import few_rows, int4_kernels, int8_kernels
+from ffsplit.ffn.quantization import dequantize, joined, parted
+from ffsplit.ffn.shapes import Integer
+from ffsplit.runtime.kernels import few_rows
+from ffsplit.runtime.kernels import int4 as int4_kernels
+from ffsplit.runtime.kernels import int8 as int8_kernels
 
 Packed = int8_kernels.Packed | int8_kernels.PackedRows | int4_kernels.Packed
 

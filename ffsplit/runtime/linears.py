@@ -9,13 +9,13 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from ffsplit.artifacts.manifest import LinearsRecord
 from ffsplit.errors import ArtifactError, UnsupportedModelError
-from ffsplit.ffn import Integer
+from ffsplit.ffn.quantization import joined, quantize_rows, scales_of
+from ffsplit.ffn.shapes import Integer
 from ffsplit.models.checkpoint import FFN_DTYPES, Checkpoint
-from ffsplit.models.headers import opened
-from ffsplit.quantization import joined, quantize_rows, scales_of
+from ffsplit.models.tensor_files import opened
 from ffsplit.runtime.integer_map import IntegerMap, share_inputs
+from ffsplit.store.manifest import LinearsRecord
 
 FORMAT = Integer(num_bits=8)
 ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)

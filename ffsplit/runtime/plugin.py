@@ -7,6 +7,7 @@ soon as transformers itself is, and never before.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -19,13 +20,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffsplit.errors import ArtifactError
 from ffsplit.models.checkpoint import NARROWED, activation_name
-from ffsplit.models.find import ffns_of
-from ffsplit.models.places import FFNPlace
+from ffsplit.models.find import FFNPlace, ffns_of
 from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, FFNRun, guarded
 from ffsplit.runtime.linears import install_linears
-from ffsplit.runtime.narrow import narrow_ffn
-from ffsplit.runtime.split_experts import SplitExperts
-from ffsplit.runtime.split_ffn import SplitFFN, install_split_ffn
+from ffsplit.runtime.modules import SplitExperts, SplitFFN, install_split_ffn, narrow_ffn
+from ffsplit.store.pull import materialize
 
 METHOD = "ffsplit"
 
@@ -143,3 +142,20 @@ def _paired(model: Any, runs: Sequence[FFNRun]) -> tuple[str, Sequence[FFNPlace]
     if len(places) != len(ffns):
         raise ArtifactError(f"config.json describes {len(ffns)} split FFNs, the model has {len(places)}")
     return prefix, places, ffns
+
+
+# Loading a published artifact as the model it was made from.
+
+
+def load(uri: str, **options: Any) -> Any:
+    """The compressed model, of the original's class, in eval mode.
+
+    `uri` is an output URI (its newest run), a run or an attempt, local or s3://; `options` go to
+    `from_pretrained`, as `dtype` and `device_map`. Raises ConfigError when there is no artifact and
+    ArtifactError when it is not whole.
+    """
+    from ffsplit.models.load import load_whole_model
+
+    directory = materialize(uri)
+    config = json.loads((directory / "config.json").read_text("utf-8"))
+    return load_whole_model(directory, (config.get("architectures") or [""])[0], **options)

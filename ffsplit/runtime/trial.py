@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ffsplit.compressors.weights import FFNWeights
 from ffsplit.errors import UnsupportedModelError, explained
-from ffsplit.models.activations import activation_named
+from ffsplit.ffn.activations import activation_named
+from ffsplit.ffn.weights import FFNWeights
 from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.find import FFNPlace
 from ffsplit.models.load import load_base_model
-from ffsplit.models.places import FFNPlace
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.runtime.ffn_tensors import load_ffn
-from ffsplit.runtime.split_ffn import install_split_ffn
+from ffsplit.runtime.modules import install_split_ffn
 
 TOLERANCE = 1e-4
 """Largest difference of an output, as a part of the largest output."""

@@ -11,9 +11,9 @@ from typing import Literal
 from pydantic import Field, ValidationError, model_validator
 
 from ffsplit.config import Record
+from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError
-from ffsplit.ffn import ModelShape
-from ffsplit.home import user_path
+from ffsplit.ffn.shapes import ModelShape
 
 Hardware = dict[str, str | int]
 

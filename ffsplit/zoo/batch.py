@@ -9,13 +9,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from ffsplit.artifacts.manifest import GateResult, Latency, Manifest, Measurements, Spread
-from ffsplit.artifacts.schema import Versioned, read_record
-from ffsplit.artifacts.stores import MissingKey, Store, read_at_most
 from ffsplit.config import Record
 from ffsplit.errors import ArtifactError
 from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, REFUSED
-from ffsplit.report.noise import noise
+from ffsplit.report.humanize import noise
+from ffsplit.store.manifest import GateResult, Latency, Manifest, Measurements, Spread
+from ffsplit.store.schema import Versioned, read_record
+from ffsplit.store.store import MissingKey, Store, read_at_most
 
 BATCHES_PREFIX = "batches"
 MAX_BATCH_BYTES = 256 << 20

@@ -38,7 +38,7 @@ def _follow_the_batch() -> None:
 
 
 def _run(request: Request) -> int:
-    from ffsplit.pipeline.run import compress_judged
+    from ffsplit.run.driver import compress_judged
     from ffsplit.zoo.batch import Judged
 
     finished = compress_judged(request.job)

@@ -10,11 +10,10 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from ffsplit.gates import HEADLINES, verdict
+from ffsplit.measurement.gates import HEADLINES, verdict
 from ffsplit.report import humanize
-from ffsplit.report.html import Tile
-from ffsplit.report.noise import spread_in_words
-from ffsplit.report.page import page_template
+from ffsplit.report.html import Tile, page_template
+from ffsplit.report.humanize import spread_in_words
 from ffsplit.zoo.batch import Batch, BatchModel, Figures, State, batch_key
 
 TEMPLATE_NAME, INDEX_NAME = "zoo.html", "index.html"

@@ -16,8 +16,8 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from ffsplit.config import JobConfig
+from ffsplit.directories import temporary_folder
 from ffsplit.exit_codes import DONE, FAILED, REFUSED
-from ffsplit.temporary import temporary_folder
 from ffsplit.zoo.batch import Judged
 from ffsplit.zoo.driver import Request
 

@@ -11,13 +11,13 @@ from datetime import datetime, timezone
 from typing import Literal
 
 from ffsplit import __version__, streams
-from ffsplit.artifacts.places import by_name
-from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.config import JobConfig
-from ffsplit.distributed.shared import share_cluster
+from ffsplit.directories import by_name
+from ffsplit.distributed.ray_cluster import share_cluster
 from ffsplit.errors import FFSplitError, begun
 from ffsplit.exit_codes import DONE, FAILED, MISTAKE, REFUSED
 from ffsplit.redaction import without_credentials
+from ffsplit.store.store import Store, open_store
 from ffsplit.zoo.batch import Batch, BatchModel, new_batch_id, past_batches, save_batch
 from ffsplit.zoo.page import INDEX_NAME, render_index
 from ffsplit.zoo.process import Ended, run_process

@@ -11,10 +11,11 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
-from ffsplit.config import BUDGET_KINDS, JobConfig, Record, describe_validation_error, digest_of
+from ffsplit.config import BUDGET_KINDS, JobConfig, Record, describe_validation_error
+from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, reason_of
-from ffsplit.gates import parse_gates
-from ffsplit.home import user_path
+from ffsplit.keys import digest_of
+from ffsplit.measurement.gates import parse_gates
 
 PLACES = ("out", "address", "runner", "fresh")
 """Fields of a job that the batch decides, not the file."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ffsplit.calibration.batches import padded_batches
 from ffsplit.calibration.hooks import FFNObserver, Sampling
+from ffsplit.calibration.readers import padded_batches
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
 from ffsplit.models.checkpoint import open_checkpoint

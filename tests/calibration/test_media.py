@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ffsplit.calibration.media import embedded, read_media, read_pairs
+from ffsplit.calibration.media import decode_sound, embedded, read_media, read_pairs
 from ffsplit.calibration.readers import _image
-from ffsplit.calibration.sound import decode_sound
 from ffsplit.errors import ConfigError
 
 PICTURES = [b"one", b"two", b"three"]

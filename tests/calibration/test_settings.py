@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from ffsplit.calibration.batches import tokenize_rows
-from ffsplit.calibration.settings import CalibrationSettings
+from ffsplit.calibration.readers import tokenize_rows
+from ffsplit.calibration.sampling import CalibrationSettings
 from ffsplit.models.load import load_tokenizer
-from ffsplit.pipeline.prepare import prepare
+from ffsplit.run.prepare import prepare
 from tests.small_jobs import SmallJob
 from tests.tiny_models import MAX_POSITIONS
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ffsplit.calibration.text_files import DIALECTS, decoded, delimited_rows, json_records, lines
+from ffsplit.calibration.sources import DIALECTS, decoded, delimited_rows, json_records, lines
 from ffsplit.errors import ConfigError
 
 PATH = Path("a.jsonl")

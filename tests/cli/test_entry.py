@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import ffsplit
 from ffsplit import logs
 from ffsplit.cli import main
-from ffsplit.models.headers import INDEX_NAME
+from ffsplit.models.tensor_files import INDEX_NAME
 from tests.small_jobs import SmallJob
 from tests.tiny_families import save_checkpoint
 

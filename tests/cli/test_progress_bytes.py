@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from ffsplit.cli import progress_bytes
-from ffsplit.cli.progress_bytes import bytes_to_stderr
+from ffsplit import progress as progress_bytes
+from ffsplit.progress import bytes_to_stderr
 
 
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

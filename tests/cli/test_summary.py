@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from ffsplit.artifacts.manifest import Manifest
 from ffsplit.cli import main
-from ffsplit.cli.summary import print_manifest
-from ffsplit.pipeline import run as pipeline
+from ffsplit.cli.tables import print_manifest
+from ffsplit.run import driver as pipeline
+from ffsplit.store.manifest import Manifest
 from tests.report.conftest import manifest_fields, measurement_fields
 from tests.small_jobs import LOW_RANK, SmallJob
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from ffsplit.artifacts.benchmarks import BenchmarkRecord, Cost, Figures, Timing
-from ffsplit.artifacts.manifest import Environment, LoadAverage
-from ffsplit.cli.timings import print_benchmark
+from ffsplit.cli.tables import print_benchmark
+from ffsplit.store.benchmarks import BenchmarkRecord, Cost, Figures, Timing
+from ffsplit.store.manifest import Environment, LoadAverage
 
 
 def figures(p50_ms: float, *, tail: float = 1.1) -> Figures:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ffsplit.artifacts.manifest import Stage
-from ffsplit.artifacts.stores import open_store
-from tests.artifacts.attempts import ATTEMPT, RUN_KEY, make_manifest
+from ffsplit.store.manifest import Stage
+from ffsplit.store.store import open_store
 from tests.cluster.files import CLUSTER, ROOT
+from tests.store.attempts import ATTEMPT, RUN_KEY, make_manifest
 
 
 def cost(*arguments: str) -> subprocess.CompletedProcess[str]:

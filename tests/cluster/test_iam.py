@@ -18,8 +18,8 @@ from typing import Any
 import boto3
 import pytest
 
-from ffsplit.artifacts.stores import Store, open_store
 from ffsplit.errors import ConfigError, StoreError
+from ffsplit.store.store import Store, open_store
 from tests.cluster.test_aws import AWS
 
 pytestmark = pytest.mark.s3

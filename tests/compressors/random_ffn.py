@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
-from ffsplit.ffn import FFNShape
+from ffsplit.ffn.shapes import FFNShape
+from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap
 
 FORMS = {
     f"{'gated' if gated else 'plain'}{'-biased' if biased else ''}": FFNShape(

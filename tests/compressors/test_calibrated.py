@@ -8,7 +8,7 @@ import torch
 from ffsplit.compressors import LowRankCompressor, PruneCompressor
 from ffsplit.compressors.layer import CompressedLayer, compress_layer
 from ffsplit.compressors.low_rank import truncated_svd
-from ffsplit.ffn import FFNShape, LayerLayout, LowRank
+from ffsplit.ffn.shapes import FFNShape, LayerLayout, LowRank
 from tests.compressors.random_ffn import FORMS, random_ffn, random_inputs
 
 forms = pytest.mark.parametrize("shape", FORMS.values(), ids=FORMS)

@@ -16,9 +16,9 @@ from ffsplit.compressors import (
 )
 from ffsplit.compressors.base import Compressor, LayerContext, relative_error
 from ffsplit.compressors.least_squares import ridged_root
-from ffsplit.compressors.weights import FFNWeights, LinearMap
 from ffsplit.errors import CalibrationError
-from ffsplit.ffn import FFNShape
+from ffsplit.ffn.shapes import FFNShape
+from ffsplit.ffn.weights import FFNWeights, LinearMap
 from tests.compressors.random_ffn import all_tensors, random_ffn, random_inputs
 
 SHAPE = FFNShape(num_neurons=48, hidden_size=16, gated=False, up_bias=True, down_bias=True)

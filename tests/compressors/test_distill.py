@@ -12,7 +12,7 @@ from ffsplit.compressors.base import LayerContext, OutputNorm, relative_error
 from ffsplit.compressors.distill import rate_scale
 from ffsplit.compressors.layer import CompressedLayer, compress_layer, refit_layer
 from ffsplit.errors import ConfigError
-from ffsplit.ffn import FFNShape, LayerLayout, PartLayout
+from ffsplit.ffn.shapes import FFNShape, LayerLayout, PartLayout
 from tests.compressors.random_ffn import FORMS, all_tensors, random_ffn, random_inputs
 
 forms = pytest.mark.parametrize("shape", FORMS.values(), ids=FORMS)

@@ -7,7 +7,7 @@ import torch
 
 from ffsplit.compressors.base import LayerContext
 from ffsplit.compressors.quantize import QuantizeCompressor
-from ffsplit.ffn import FFNShape, Integer, LayerLayout, PartLayout
+from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout, PartLayout
 from tests.compressors.random_ffn import FORMS, random_ffn, random_inputs
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ffsplit.compressors.layer import CompressedLayer, compress_layer
-from ffsplit.ffn import FFNShape, LayerLayout, LowRank, PartLayout
+from ffsplit.ffn.shapes import FFNShape, LayerLayout, LowRank, PartLayout
 from ffsplit.recipes.recipe import load_recipe, shipped_recipes
-from ffsplit.splitting.budget import fit_layers
+from ffsplit.splitting.solver import fit_layers
 from tests.compressors.random_ffn import FORMS, all_tensors, direct_output, random_ffn, random_inputs
 
 every_case = pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from ffsplit.compressors import LowRankCompressor, PruneCompressor, QuantizeComp
 from ffsplit.compressors.base import LayerContext
 from ffsplit.compressors.layer import compress_layer
 from ffsplit.compressors.least_squares import damped_root, refit_down, second_moment, solve_ridge
-from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.errors import CalibrationError
-from ffsplit.ffn import FFNShape, LayerLayout
+from ffsplit.ffn.shapes import FFNShape, LayerLayout
+from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

@@ -8,8 +8,8 @@ import torch
 from ffsplit.compressors import LowRankCompressor
 from ffsplit.compressors.base import LayerContext, relative_error
 from ffsplit.compressors.low_rank import truncated_svd
-from ffsplit.compressors.weights import FFNWeights
-from ffsplit.ffn import Dense, FFNShape, LayerLayout, LowRank, PartLayout
+from ffsplit.ffn.shapes import Dense, FFNShape, LayerLayout, LowRank, PartLayout
+from ffsplit.ffn.weights import FFNWeights
 from tests.compressors.random_ffn import FORMS, random_ffn, random_inputs
 
 

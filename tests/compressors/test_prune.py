@@ -10,8 +10,8 @@ import torch
 from ffsplit.compressors import PruneCompressor
 from ffsplit.compressors.base import CHUNK_TOKENS, LayerContext, relative_error
 from ffsplit.compressors.layer import compress_layer
-from ffsplit.compressors.weights import FFNPart, FFNWeights, LinearMap
-from ffsplit.ffn import FFNShape, LayerLayout
+from ffsplit.ffn.shapes import FFNShape, LayerLayout
+from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap
 from tests.compressors.random_ffn import FORMS, all_tensors, direct_output, random_ffn, random_inputs
 
 forms = pytest.mark.parametrize("shape", FORMS.values(), ids=FORMS)

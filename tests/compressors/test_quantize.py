@@ -9,10 +9,9 @@ import torch
 
 from ffsplit.compressors import PruneCompressor, QuantizeCompressor
 from ffsplit.compressors.layer import CompressedLayer, compress_layer
-from ffsplit.ffn import FFNShape, Integer, LayerLayout
-from ffsplit.quantization import dequantize, fake_quantize, quantize_rows, scales_of
-from ffsplit.splitting.budget import fit_layers
-from ffsplit.splitting.heavy import HeavyRule
+from ffsplit.ffn.quantization import dequantize, fake_quantize, quantize_rows, scales_of
+from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout
+from ffsplit.splitting.solver import HeavyRule, fit_layers
 from tests.compressors.random_ffn import FORMS, random_ffn, random_inputs
 
 forms = pytest.mark.parametrize("shape", FORMS.values(), ids=FORMS)

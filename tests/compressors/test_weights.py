@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ffsplit.compressors.weights import LinearMap
-from ffsplit.ffn import FFNShape, LayerLayout
+from ffsplit.ffn.shapes import FFNShape, LayerLayout
+from ffsplit.ffn.weights import LinearMap
 from tests.compressors.random_ffn import FORMS, all_tensors, direct_output, random_ffn, random_inputs
 
 pytestmark = pytest.mark.parametrize("shape", FORMS.values(), ids=FORMS)

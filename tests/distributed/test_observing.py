@@ -11,11 +11,11 @@ from uuid import uuid4
 import pytest
 
 from ffsplit import logs
-from ffsplit.artifacts.entries import FileEntry
-from ffsplit.artifacts.scratch import Result
 from ffsplit.distributed import observing
 from ffsplit.distributed.observing import Observed
 from ffsplit.errors import ConfigError
+from ffsplit.store.entries import FileEntry
+from ffsplit.store.scratch import Result
 from tests.faults.isolation import environment_of_ray, isolated
 
 ROOT = Path(__file__).parents[2]

@@ -15,15 +15,15 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch import distributed
 
-from ffsplit.artifacts.scratch import Result, Scratch
 from ffsplit.distributed.ray_runner import RayRunner
 from ffsplit.distributed.ray_train import MAX_RETRIES, Together, place, run_together
 from ffsplit.distributed.runner import Runner, SerialRunner
 from ffsplit.errors import CalibrationError, ConfigError, FFSplitError
 from ffsplit.healing.settings import HealingSettings
-from ffsplit.models.source import ModelSource
-from ffsplit.stages.heal import HealJob, heal_job
-from ffsplit.stages.profile import ComputeProfile
+from ffsplit.models.locate import ModelSource
+from ffsplit.profile import ComputeProfile
+from ffsplit.run.stages.heal import HealJob, heal_job
+from ffsplit.store.scratch import Result, Scratch
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import WORDS
 
@@ -78,7 +78,7 @@ def heal_unless_killed(marker: Path, job: HealJob) -> Result | None:
 
 
 def _die_in_step(fatal: int, marker: Path) -> None:
-    from ffsplit.healing.step import Distillation
+    from ffsplit.healing.loop import Distillation
 
     go_on, num_steps = Distillation.set_gradient, 0
 

@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ffsplit
-from ffsplit.artifacts.retention import collect, plan
-from ffsplit.artifacts.stores import open_store
-from ffsplit.artifacts.verify import verify
+from ffsplit.store.gc import collect, plan
+from ffsplit.store.pull import verify
+from ffsplit.store.store import open_store
 from tests.faults.drivers import Drivers
 from tests.faults.events import Event, Events, recomputed
 from tests.faults.nodes import Nodes

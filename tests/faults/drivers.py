@@ -34,7 +34,7 @@ class Drivers:
     def ready(cls) -> Drivers:
         processes = get_context("forkserver")
         processes.set_forkserver_preload(
-            ["ffsplit.pipeline.run", "ffsplit.distributed.ray_runner", "tests.faults.drivers"]
+            ["ffsplit.run.driver", "ffsplit.distributed.ray_runner", "tests.faults.drivers"]
         )
         return cls(processes)
 

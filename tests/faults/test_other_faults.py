@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 import ffsplit
-from ffsplit.artifacts.verify import verify
 from ffsplit.errors import FFSplitError
+from ffsplit.store.pull import verify
 from tests.faults.isolation import EVERYTHING, NETWORK, can, environment_of_ray, isolated
 from tests.s3.fault_proxy import Fault, FaultProxy
 from tests.small_jobs import HEALED_SHARDS, SmallJob, committed_digests

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 import ffsplit
-from ffsplit.artifacts import cache as cache_module
-from ffsplit.artifacts import leases
-from ffsplit.artifacts.cache import Cache
-from ffsplit.artifacts.index import latest_commit, list_runs
-from ffsplit.artifacts.retention import collect, plan
-from ffsplit.artifacts.stores import open_store
-from ffsplit.artifacts.verify import verify
+from ffsplit.store import cache as cache_module
+from ffsplit.store import scratch as leases
+from ffsplit.store.cache import Cache
+from ffsplit.store.commits import latest_commit, list_runs
+from ffsplit.store.gc import collect, plan
+from ffsplit.store.pull import verify
+from ffsplit.store.store import open_store
 from tests.faults.test_other_faults import long
 from tests.faults.writes import KILLED, Ended, Writers
 from tests.small_jobs import SmallJob, committed_digests

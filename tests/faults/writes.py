@@ -19,8 +19,8 @@ from typing import Any
 
 import ffsplit
 from ffsplit import logs
-from ffsplit.artifacts.local import LocalStore
-from ffsplit.artifacts.stores import root_uri
+from ffsplit.store.local import LocalStore
+from ffsplit.store.store import root_uri
 
 WRITES = ("put_bytes", "put_file", "put_if_absent", "delete", "delete_prefix")
 KILLED = 137
@@ -33,8 +33,8 @@ PRELOADED = [
     "transformers.models.auto",
     "transformers.models.bert.modeling_bert",
     "transformers.models.bert.tokenization_bert",
-    "ffsplit.pipeline.attempt",
-    "ffsplit.pipeline.run",
+    "ffsplit.run.attempt",
+    "ffsplit.run.driver",
     "tests.faults.writes",
 ]
 """What a run imports, in part only when it comes to that."""
@@ -59,7 +59,7 @@ class Ended:
 
 def store_class(uri: str) -> type[Any]:
     if root_uri(uri).startswith("s3://"):
-        from ffsplit.artifacts.s3 import S3Store
+        from ffsplit.store.s3 import S3Store
 
         return S3Store
     return LocalStore

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from ffsplit.healing.heal import (
+from ffsplit.ffn.quantization import fake_quantize
+from ffsplit.healing.loop import (
     HealingData,
+    HealingState,
     fake_quantized,
     heal,
     num_epochs,
@@ -21,8 +23,6 @@ from ffsplit.healing.heal import (
 )
 from ffsplit.healing.losses import mean_distance
 from ffsplit.healing.settings import HealingSettings
-from ffsplit.healing.state import HealingState
-from ffsplit.quantization import fake_quantize
 from tests.tiny_models import make_model, random_rows
 
 KINDS: list[tuple[str, str, Any]] = [("bert", "", "encoder"), ("llama", "ForCausalLM", "causal_lm")]
@@ -111,7 +111,7 @@ def test_mixed_precision_learns_as_well(family: str, head: str, kind: Any) -> No
 
 
 def validation_batches() -> list[Any]:
-    from ffsplit.calibration.batches import padded_batches
+    from ffsplit.calibration.readers import padded_batches
 
     return list(padded_batches(data().validation, batch_tokens=512, pad_id=0))
 

@@ -12,10 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ffsplit.healing.heal import HealingData, heal, trainable_weights
+from ffsplit.healing.loop import Distillation, HealingData, HealingState, heal, trainable_weights
 from ffsplit.healing.settings import HealingSettings
-from ffsplit.healing.state import HealingState
-from ffsplit.healing.step import Distillation
 from ffsplit.healing.team import Alone, find_team
 from tests.healing.test_heal import KINDS, data, disturbed
 from tests.tiny_models import make_model, random_rows

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ffsplit.artifacts.verify import verify
+from ffsplit.store.pull import verify
 from tests.jobs.ray_head import ROOT, Cluster
 from tests.small_jobs import SmallJob
 

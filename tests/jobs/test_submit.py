@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
+from ffsplit.store.pull import verify
 from tests.jobs.ray_head import Cluster
 from tests.small_jobs import PRUNE, SmallJob
 

@@ -11,20 +11,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import ffsplit
-from ffsplit.artifacts.benchmarks import BenchmarkRecord, read_benchmarks
-from ffsplit.artifacts.locate import locate
-from ffsplit.artifacts.retention import collect, plan
-from ffsplit.artifacts.stores import open_store
-from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
-from ffsplit.ffn import Integer
+from ffsplit.ffn.shapes import Integer
 from ffsplit.measurement.benchmark import Settings, benchmark
-from ffsplit.measurement.work import Work, work_of
+from ffsplit.measurement.latency import Work, work_of
 from ffsplit.models.load import load_whole_model
-from ffsplit.pipeline.run import calibrate
+from ffsplit.run.driver import calibrate
 from ffsplit.runtime.integer_map import IntegerMap
-from ffsplit.runtime.split_ffn import DenseMap, LowRankMap
+from ffsplit.runtime.modules import DenseMap, LowRankMap
+from ffsplit.store.benchmarks import BenchmarkRecord, read_benchmarks
+from ffsplit.store.gc import collect, plan
+from ffsplit.store.locate import locate
+from ffsplit.store.pull import verify
+from ffsplit.store.store import open_store
 from tests.conftest import CheckpointFactory
 from tests.small_jobs import SmallJob
 from tests.tiny_models import save_checkpoint

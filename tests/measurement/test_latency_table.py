@@ -11,11 +11,11 @@ import pytest
 import ffsplit
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
+from ffsplit.forecasts import checked_budget, plan_budgets
 from ffsplit.measurement.latency_table import measure_latency_table, table_widths, write_latency_table
-from ffsplit.planning import checked_budget, plan_budgets
+from ffsplit.profile import ComputeProfile
 from ffsplit.report.humanize import milliseconds
 from ffsplit.splitting.latency import LatencyTable
-from ffsplit.stages.profile import ComputeProfile
 from tests.small_jobs import LOW_RANK, SmallJob
 from tests.tiny_families import save_checkpoint
 from tests.tiny_models import FAMILIES

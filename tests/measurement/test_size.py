@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from ffsplit.artifacts.manifest import Size
-from ffsplit.ffn import LayerLayout
+from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.measurement.size import compressed_size, original_size
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
+from ffsplit.store.manifest import Size
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import compress, head_of
 from tests.tiny_models import FAMILIES

@@ -7,12 +7,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ffsplit.calibration.batches import padded_batches
-from ffsplit.measurement.fidelity import fidelity
-from ffsplit.measurement.streamed_fidelity import streamed_fidelity
-from ffsplit.models.headers import read_headers
+from ffsplit.calibration.readers import padded_batches
+from ffsplit.measurement.fidelity import fidelity, streamed_fidelity
 from ffsplit.models.load import load_whole_model
 from ffsplit.models.streamed import StreamedModel
+from ffsplit.models.tensor_files import read_headers
 from tests.runtime.conftest import CompressedFactory, compressed_of
 from tests.tiny_models import ENCODERS, random_rows
 

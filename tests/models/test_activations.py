@@ -7,7 +7,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from ffsplit.errors import UnsupportedModelError
-from ffsplit.models.activations import ACTIVATIONS, activation_named
+from ffsplit.ffn.activations import ACTIVATIONS, activation_named
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)

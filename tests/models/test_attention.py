@@ -12,10 +12,10 @@ import torch
 
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
-from ffsplit.models.attention import attending, attention_advice, chosen_attention
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import check_complete, empty_model, load_base_model, load_whole_model, random_model
-from ffsplit.pipeline.prepare import preflight, prepare
+from ffsplit.models.load_options import attending, attention_advice, chosen_attention
+from ffsplit.run.prepare import preflight, prepare
 from tests.conftest import CheckpointFactory
 from tests.small_jobs import SmallJob
 from tests.tiny_models import random_rows

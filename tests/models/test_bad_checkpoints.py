@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ffsplit.errors import ConfigError, UnsupportedModelError
-from ffsplit.models import contents
+from ffsplit.models import tensor_files as contents
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.load import load_processor, load_tokenizer, load_whole_model
-from ffsplit.pipeline.reading import check_vocabulary
+from ffsplit.models.tensor_files import INDEX_NAME
+from ffsplit.run.checks import check_vocabulary
 from ffsplit.runtime.ffn_tensors import load_output_norm
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import FAMILIES

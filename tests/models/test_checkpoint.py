@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from ffsplit.models.checkpoint import open_checkpoint, tokenizer_files
-from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.load import load_tokenizer, quiet_transformers
+from ffsplit.models.tensor_files import INDEX_NAME
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import CAUSAL, FAMILIES, MAX_POSITIONS, NUM_LAYERS
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import ffsplit
-from ffsplit.calibration.batches import padded
+from ffsplit.calibration.readers import padded
 from ffsplit.measurement.latency import batches_allowed
-from ffsplit.models.classifying import row_logits
+from ffsplit.models.load import row_logits
 from tests.small_jobs import SmallJob
 from tests.tiny_families import make_model
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from ffsplit.errors import ConfigError, UnsupportedModelError
-from ffsplit.models.headers import INDEX_NAME, WEIGHTS_NAME, read_headers, weights_file
+from ffsplit.models.tensor_files import INDEX_NAME, WEIGHTS_NAME, read_headers, weights_file
 
 FILES = (WEIGHTS_NAME, INDEX_NAME, "model.fp16.safetensors", "other.safetensors", "pytorch_model.bin")
 SHARD = "model-00001-of-00001.safetensors"

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import ffsplit
-from ffsplit.artifacts.verify import verify
 from ffsplit.errors import ConfigError
 from ffsplit.models.folder import OWN
 from ffsplit.models.locate import LocatedModel, locate_model
-from ffsplit.pipeline.run import calibrate
+from ffsplit.run.driver import calibrate
+from ffsplit.store.pull import verify
 from tests.small_jobs import LOW_RANK, SmallJob
 
 

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
-from ffsplit.calibration.batches import padded_batches
+from ffsplit.calibration.readers import padded_batches
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import check_complete, check_names, load_whole_model
 from ffsplit.models.names import ReadTensor, TensorNames, below_base, empty_class, names_read
-from ffsplit.stages.heal import check_written, stored_tensors
+from ffsplit.run.stages.heal import check_written, stored_tensors
 from tests.conftest import CheckpointFactory
 from tests.test_odd_checkpoints import LEGACY, configure, renamed, rewrite
 from tests.tiny_families import FAMILIES, heads_of, make_model, save_checkpoint

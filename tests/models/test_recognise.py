@@ -18,7 +18,7 @@ from ffsplit.models import recognise
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.locate import locate_model
 from ffsplit.models.recognise import check_tokenizer_library
-from ffsplit.pipeline.reading import check_vocabulary
+from ffsplit.run.checks import check_vocabulary
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import save_checkpoint
 

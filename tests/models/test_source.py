@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from ffsplit.artifacts.scratch import Scratch
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_tokenizer
-from ffsplit.models.source import described, staged
+from ffsplit.models.locate import described, staged
+from ffsplit.store.scratch import Scratch
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import save_checkpoint
 

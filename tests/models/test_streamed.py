@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ffsplit.calibration.batches import Batch, padded_batches
-from ffsplit.calibration.hooks import Sampling
-from ffsplit.calibration.observe import observe
+from ffsplit.calibration.hooks import Sampling, observe
+from ffsplit.calibration.readers import Batch, padded_batches
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import ConfigError
 from ffsplit.models.architectures import ARCHITECTURES

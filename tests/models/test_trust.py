@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import ffsplit
-from ffsplit.artifacts.scratch import Scratch
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_base_model
-from ffsplit.models.source import described, staged
-from ffsplit.models.trust import remote_classes, trusted, trusting
+from ffsplit.models.load_options import remote_classes, trusted, trusting
+from ffsplit.models.locate import described, staged
+from ffsplit.store.scratch import Scratch
 from tests.conftest import CheckpointFactory
 from tests.small_jobs import SmallJob
 

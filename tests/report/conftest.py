@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ffsplit.artifacts.manifest import Manifest
 from ffsplit.report.plots import EnergyCurve, energy_curve
+from ffsplit.store.manifest import Manifest
 
 HIDDEN_SIZE, NUM_NEURONS = 384, 1536
 TOP_5_PERCENT = (0.99, 0.96, 0.98, 0.89, 0.54, 0.24)

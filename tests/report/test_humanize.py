@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ffsplit.ffn import Integer, LayerLayout, LowRank, PartLayout
+from ffsplit.ffn.shapes import Integer, LayerLayout, LowRank, PartLayout
 from ffsplit.report import humanize
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ffsplit.artifacts.manifest import Latency, LoadAverage, Spread
-from ffsplit.report.noise import noise, spread_in_words
+from ffsplit.report.humanize import noise, spread_in_words
+from ffsplit.store.manifest import Latency, LoadAverage, Spread
 
 
 def latency(batch_size: int, *, original: float, compressed: float) -> Latency:

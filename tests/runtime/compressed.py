@@ -11,20 +11,20 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ffsplit.calibration.batches import padded_batches
 from ffsplit.calibration.hooks import FFNObserver, Sampling
+from ffsplit.calibration.readers import padded_batches
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.compressors.layer import compress_layer
-from ffsplit.compressors.weights import FFNWeights
-from ffsplit.ffn import LayerLayout
-from ffsplit.models.activations import activation_named
+from ffsplit.ffn.activations import activation_named
+from ffsplit.ffn.shapes import LayerLayout
+from ffsplit.ffn.weights import FFNWeights
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_base_model, load_whole_model
 from ffsplit.recipes.recipe import load_recipe
 from ffsplit.runtime.assemble import MAX_SHARD_BYTES, assemble, is_plain, keeps_names
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
-from ffsplit.splitting.budget import fit_layers
-from ffsplit.splitting.plan import plan_split
+from ffsplit.splitting.scores import plan_split
+from ffsplit.splitting.solver import fit_layers
 from tests.tiny_models import CAUSAL, random_rows
 
 CPU = torch.device("cpu")

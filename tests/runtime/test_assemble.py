@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ffsplit.errors import ArtifactError, FFSplitError
-from ffsplit.ffn import LayerLayout
+from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.models.headers import INDEX_NAME
 from ffsplit.models.load import load_whole_model
+from ffsplit.models.tensor_files import INDEX_NAME
 from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, FFNRun, runs_of
 from tests.conftest import CheckpointFactory

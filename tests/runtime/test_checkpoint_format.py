@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ffsplit.errors import ArtifactError
-from ffsplit.ffn import FFNShape, LayerLayout
+from ffsplit.ffn.shapes import FFNShape, LayerLayout
 from ffsplit.models.find import ffns_of
 from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, guarded, runs_of
 from ffsplit.runtime.plugin import SplitConfig

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ffsplit.ffn import FFNShape, Integer, LayerLayout, PartLayout
-from ffsplit.quantization import quantize_rows, scales_of
-from ffsplit.runtime import few_rows
+from ffsplit.ffn.quantization import quantize_rows, scales_of
+from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout, PartLayout
 from ffsplit.runtime.integer_map import IntegerMap
-from ffsplit.runtime.split_ffn import SplitFFN
+from ffsplit.runtime.kernels import few_rows
+from ffsplit.runtime.modules import SplitFFN
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from ffsplit.ffn import Integer
-from ffsplit.quantization import quantize_rows, scales_of
-from ffsplit.runtime import int8_kernels
-from ffsplit.runtime.int4_kernels import MANY_ROWS, packs_by_blocks
+from ffsplit.ffn.quantization import quantize_rows, scales_of
+from ffsplit.ffn.shapes import Integer
 from ffsplit.runtime.integer_map import IntegerMap, share_inputs, unpack
+from ffsplit.runtime.kernels import int8 as int8_kernels
+from ffsplit.runtime.kernels.int4 import MANY_ROWS, packs_by_blocks
 
 SHAPES = [(48, 64), (30, 33), (16, 128), (1, 8), (96, 256)]
 HALF_STEP = 0.51 / 127

@@ -17,7 +17,7 @@ from ffsplit.errors import ArtifactError, UnsupportedModelError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
 from ffsplit.recipes.recipe import load_recipe, shipped_recipes
-from ffsplit.runtime.split_ffn import SplitFFN
+from ffsplit.runtime.modules import SplitFFN
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import compress, head_of, outputs, reference
 from tests.runtime.conftest import CompressedFactory

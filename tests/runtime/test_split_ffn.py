@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from ffsplit.ffn import Dense, FFNShape, Integer, LayerLayout, LowRank, PartLayout
-from ffsplit.quantization import quantize_rows, scales_of
+from ffsplit.ffn.quantization import quantize_rows, scales_of
+from ffsplit.ffn.shapes import Dense, FFNShape, Integer, LayerLayout, LowRank, PartLayout
 from ffsplit.runtime.integer_map import IntegerMap
-from ffsplit.runtime.split_ffn import SplitFFN
+from ffsplit.runtime.modules import SplitFFN
 
 INT8, INT4 = Integer(num_bits=8), Integer(num_bits=4, group_size=32)
 PARTS = {

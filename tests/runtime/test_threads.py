@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ffsplit.runtime import int4_kernels, int8_kernels
 from ffsplit.runtime.integer_map import IntegerMap, share_inputs
+from ffsplit.runtime.kernels import int4 as int4_kernels
+from ffsplit.runtime.kernels import int8 as int8_kernels
 from tests.runtime.test_integer_map import inputs, made
 from tests.runtime.test_split_ffn import made as made_ffn
 

@@ -10,18 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from ffsplit.artifacts import s3 as s3_module
-from ffsplit.artifacts import transfer
-from ffsplit.artifacts.commits import read_commit
-from ffsplit.artifacts.index import list_runs
-from ffsplit.artifacts.pull import pull
-from ffsplit.artifacts.retention import collect, plan
-from ffsplit.artifacts.stores import open_store
-from ffsplit.artifacts.verify import verify
 from ffsplit.errors import FFSplitError
-from tests.artifacts.attempts import ATTEMPT, RUN_KEY, publish, publish_directory, write_attempt
-from tests.artifacts.test_locate import cache
+from ffsplit.store import s3 as s3_module
+from ffsplit.store import transfer
+from ffsplit.store.commits import list_runs, read_commit
+from ffsplit.store.gc import collect, plan
+from ffsplit.store.pull import pull, verify
+from ffsplit.store.store import open_store
 from tests.s3.fault_proxy import Fault, FaultProxy
+from tests.store.attempts import ATTEMPT, RUN_KEY, publish, publish_directory, write_attempt
+from tests.store.test_locate import cache
 
 __all__ = ["cache"]
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]

@@ -16,11 +16,11 @@ LIMIT_BYTES = 300 << 20
 SCRIPT = """\
 import json, re, sys
 from pathlib import Path
-from ffsplit.artifacts.locate import locate
-from ffsplit.artifacts.publish import Upload
-from ffsplit.artifacts.pull import download
-from ffsplit.artifacts.stores import open_store
-from tests.artifacts.attempts import ATTEMPT, RUN_KEY, make_manifest
+from ffsplit.store.locate import locate
+from ffsplit.store.publish import Upload
+from ffsplit.store.pull import download
+from ffsplit.store.store import open_store
+from tests.store.attempts import ATTEMPT, RUN_KEY, make_manifest
 
 def peak_bytes():
     # of this program alone: what getrusage tells includes the process it was forked from

@@ -11,17 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from ffsplit.artifacts.commits import Commit, read_commit
-from ffsplit.artifacts.index import list_runs
-from ffsplit.artifacts.locate import locate
-from ffsplit.artifacts.publish import new_attempt_id
-from ffsplit.artifacts.pull import download
-from ffsplit.artifacts.stores import open_store
-from ffsplit.artifacts.verify import verify
 from ffsplit.errors import ConfigError
-from tests.artifacts.attempts import RUN_KEY, publish, publish_directory, write_attempt
-from tests.artifacts.test_locate import cache, is_whole
+from ffsplit.store.commits import Commit, list_runs, read_commit
+from ffsplit.store.locate import locate
+from ffsplit.store.publish import new_attempt_id
+from ffsplit.store.pull import download, verify
+from ffsplit.store.store import open_store
 from tests.s3.loopback import S3Server
+from tests.store.attempts import RUN_KEY, publish, publish_directory, write_attempt
+from tests.store.test_locate import cache, is_whole
 
 __all__ = ["cache"]
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]

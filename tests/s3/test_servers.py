@@ -14,17 +14,16 @@ import botocore.auth
 import pytest
 from botocore.exceptions import ClientError
 
-from ffsplit.artifacts.links import share
-from ffsplit.artifacts.locate import locate
-from ffsplit.artifacts.pull import pull
-from ffsplit.artifacts.retention import collect, plan
-from ffsplit.artifacts.stores import MissingKey, open_store
-from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, FFSplitError
-from tests.artifacts.attempts import ATTEMPT, RUN_KEY, publish
-from tests.artifacts.test_locate import cache, is_whole
+from ffsplit.store.gc import collect, plan
+from ffsplit.store.links import share
+from ffsplit.store.locate import locate
+from ffsplit.store.pull import pull, verify
+from ffsplit.store.store import MissingKey, open_store
 from tests.s3.loopback import S3Server
+from tests.store.attempts import ATTEMPT, RUN_KEY, publish
+from tests.store.test_locate import cache, is_whole
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

@@ -8,16 +8,9 @@ import pytest
 
 from ffsplit.compressors import PruneCompressor
 from ffsplit.config import Budget
-from ffsplit.ffn import FFNShape, ModelShape
-from ffsplit.splitting.allocation import (
-    HALVING,
-    SENSITIVITY,
-    SMALLEST_WEIGHT,
-    least_error_fractions,
-    propose,
-)
-from ffsplit.splitting.heavy import HeavyRule
-from ffsplit.splitting.solver import Solver
+from ffsplit.ffn.shapes import FFNShape, ModelShape
+from ffsplit.splitting.proposal import HALVING, SENSITIVITY, SMALLEST_WEIGHT, least_error_fractions, propose
+from ffsplit.splitting.solver import HeavyRule, Solver
 
 SHAPE = FFNShape(num_neurons=400, hidden_size=32, gated=False, up_bias=True, down_bias=True)
 MODEL = ModelShape(

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 
 from ffsplit.compressors import DistillCompressor, LowRankCompressor, QuantizeCompressor
 from ffsplit.errors import BudgetError
-from ffsplit.ffn import FFNShape, LayerLayout, LowRank
+from ffsplit.ffn.shapes import FFNShape, LayerLayout, LowRank
 from ffsplit.recipes.recipe import Recipe, load_recipe, shipped_recipes
-from ffsplit.splitting.budget import fit_layer, fit_layers
-from ffsplit.splitting.heavy import HeavyRule
+from ffsplit.splitting.solver import HeavyRule, fit_layer, fit_layers
 
 RECIPES = {name: load_recipe(name) for name in shipped_recipes()}
 ALL = HeavyRule(by="share", value=1)

@@ -7,9 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ffsplit.compressors import LowRankCompressor, PruneCompressor
-from ffsplit.ffn import FFNShape, LayerLayout
-from ffsplit.splitting.budget import fit_layer, fit_layers, smallest_keep
-from ffsplit.splitting.heavy import HeavyRule
+from ffsplit.ffn.shapes import FFNShape, LayerLayout
+from ffsplit.splitting.solver import HeavyRule, fit_layer, fit_layers, smallest_keep
 
 MINILM = FFNShape(num_neurons=1536, hidden_size=384, gated=False, up_bias=True, down_bias=True)
 LOW_RANK, PRUNE = (LowRankCompressor(),), (PruneCompressor(),)

@@ -15,10 +15,9 @@ from pydantic import ValidationError
 from ffsplit.compressors import PruneCompressor
 from ffsplit.config import Budget
 from ffsplit.errors import BudgetError, ConfigError
-from ffsplit.ffn import FFNShape, ModelShape
-from ffsplit.splitting.heavy import HeavyRule
+from ffsplit.ffn.shapes import FFNShape, ModelShape
 from ffsplit.splitting.latency import LatencyPoint, LatencyTable, read_latency_table
-from ffsplit.splitting.solver import Solver
+from ffsplit.splitting.solver import HeavyRule, Solver
 
 SHAPE = FFNShape(num_neurons=16, hidden_size=32, gated=False, up_bias=True, down_bias=True)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ffsplit.calibration.statistics import NeuronStats
-from ffsplit.ffn import FFNShape, LayerLayout, PartLayout
-from ffsplit.splitting.plan import LayerPlan, plan_split
+from ffsplit.ffn.shapes import FFNShape, LayerLayout, PartLayout
+from ffsplit.splitting.scores import LayerPlan, plan_split
 
 SHAPE = FFNShape(num_neurons=6, hidden_size=4, gated=False, up_bias=True, down_bias=True)
 

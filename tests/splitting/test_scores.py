@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
-from ffsplit.splitting.heavy import HeavyRule
-from ffsplit.splitting.plan import num_energetic
 from ffsplit.splitting.scores import (
     FEWEST_TOKENS,
     centred_output_norm,
@@ -21,11 +19,13 @@ from ffsplit.splitting.scores import (
     expected_output_norm,
     judged,
     neurons_for_energy,
+    num_energetic,
     output_energy,
     rms_output_norm,
     scores_of,
     top_neurons,
 )
+from ffsplit.splitting.solver import HeavyRule
 
 TOKENS, NEURONS, HIDDEN = 50, 40, 8
 GENERATOR = np.random.default_rng(0)

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from ffsplit.compressors import DistillCompressor, LowRankCompressor, PruneCompressor, QuantizeCompressor
 from ffsplit.config import Budget, BudgetKind
 from ffsplit.errors import BudgetError
-from ffsplit.ffn import FFNShape, LayerLayout, ModelShape
-from ffsplit.splitting.heavy import HeavyRule
+from ffsplit.ffn.shapes import FFNShape, LayerLayout, ModelShape
 from ffsplit.splitting.latency import LatencyPoint, LatencyTable
-from ffsplit.splitting.solver import Solver
+from ffsplit.splitting.solver import HeavyRule, Solver
 
 MINILM = FFNShape(num_neurons=1536, hidden_size=384, gated=False, up_bias=True, down_bias=True)
 MODEL = ModelShape(

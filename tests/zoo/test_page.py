@@ -7,8 +7,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ffsplit.artifacts.local import LocalStore
-from ffsplit.artifacts.manifest import GateResult, Spread
+from ffsplit.cli.tables import print_batch
+from ffsplit.store.local import LocalStore
+from ffsplit.store.manifest import GateResult, Spread
 from ffsplit.zoo.batch import (
     Batch,
     BatchModel,
@@ -20,7 +21,6 @@ from ffsplit.zoo.batch import (
     save_batch,
 )
 from ffsplit.zoo.page import render_index, sparkline
-from ffsplit.zoo.table import print_batch
 
 GATE = GateResult(gate="fidelity >= 0.98", figure=0.97, met=False)
 

@@ -16,9 +16,9 @@ import psutil
 import pytest
 import yaml
 
-from ffsplit.artifacts.verify import verify
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
+from ffsplit.store.pull import verify
 from ffsplit.zoo import process
 from ffsplit.zoo.run import run_zoo
 from ffsplit.zoo.zoo_file import Zoo, load_zoo

@@ -8,9 +8,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ffsplit.config import Record, digest_of
-from ffsplit.measurement.tasks.scoring import Score, longest_row, ordered_batches
-from ffsplit.measurement.tasks.table import TABLES, Row, read_rows, task_error, task_file
+from ffsplit.config import Record
+from ffsplit.keys import digest_of
+from ffsplit.measurement.tasks.base import (
+    TABLES,
+    Row,
+    Score,
+    longest_row,
+    ordered_batches,
+    read_rows,
+    task_error,
+    task_file,
+)
 from ffsplit.models.checkpoint import Checkpoint
 
 COLUMNS = ("text", "label")

@@ -4,21 +4,56 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ffsplit.artifacts.manifest import TaskScore
 from ffsplit.config import Record
 from ffsplit.errors import FFSplitError, explained
 from ffsplit.measurement.tasks import AnyTask
+from ffsplit.measurement.tasks.base import Score, task_error
 from ffsplit.measurement.tasks.classification import read_classification
 from ffsplit.measurement.tasks.harness import read_harness
-from ffsplit.measurement.tasks.overlap import count_overlap
 from ffsplit.measurement.tasks.perplexity import read_perplexity
-from ffsplit.measurement.tasks.scoring import Score
 from ffsplit.measurement.tasks.sts import read_sts
-from ffsplit.measurement.tasks.table import task_error
 from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.store.manifest import TaskScore
+
+# How much of the evaluation text a model has been calibrated on.
+
+_BREAK = re.compile(r"[\r\n]+|(?<=[.!?])\s+")
+SHORTEST_SENTENCE = 4
+"""Words; shorter pieces of running text ("He said no.") recur everywhere and prove nothing."""
+
+
+def count_overlap(texts: Iterable[str], calibration: Iterable[str], *, running: bool) -> int:
+    """How many distinct texts also occur in the calibration rows, as a row or as a sentence of one.
+
+    Running text is compared sentence by sentence. Case and white space do not matter.
+    """
+    known: set[str] = set()
+    for row in calibration:
+        known.add(_normal(row))
+        known.update(_sentences(row))
+    if running:
+        wanted = {
+            sentence
+            for text in texts
+            for sentence in _sentences(text)
+            if len(sentence.split()) >= SHORTEST_SENTENCE
+        }
+    else:
+        wanted = {_normal(text) for text in texts}
+    return len(wanted & known)
+
+
+def _sentences(text: str) -> Iterator[str]:
+    return (_normal(piece) for piece in _BREAK.split(text))
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
 
 FORMS = (
     "sts:file.csv[#first,second,score], classification:file.tsv[#text,label], perplexity:file.txt, "

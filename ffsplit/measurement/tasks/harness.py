@@ -10,11 +10,11 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from ffsplit.config import Record, digest_of
+from ffsplit.config import Record
 from ffsplit.errors import explained, reason_of
+from ffsplit.keys import digest_of
+from ffsplit.measurement.tasks.base import Score, longest_row, task_error
 from ffsplit.measurement.tasks.perplexity import HEAD
-from ffsplit.measurement.tasks.scoring import Score, longest_row
-from ffsplit.measurement.tasks.table import task_error
 from ffsplit.models.checkpoint import Checkpoint
 
 

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
-from ffsplit.calibration.batches import padded_batches
-from ffsplit.calibration.text_files import lines
-from ffsplit.config import Record, digest_of
+from ffsplit.calibration.readers import padded_batches
+from ffsplit.calibration.sources import lines
+from ffsplit.config import Record
 from ffsplit.errors import FFSplitError
-from ffsplit.measurement.examples import vocab_size_of
-from ffsplit.measurement.tasks.scoring import Score, longest_row
-from ffsplit.measurement.tasks.table import read_decoded, task_error, task_file
+from ffsplit.keys import digest_of
+from ffsplit.measurement.latency import vocab_size_of
+from ffsplit.measurement.tasks.base import Score, longest_row, read_decoded, task_error, task_file
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.load import load_tokenizer, quiet_transformers
 

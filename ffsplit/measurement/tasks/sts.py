@@ -14,13 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ffsplit.config import Record, digest_of
+from ffsplit.config import Record
 from ffsplit.errors import ConfigError
+from ffsplit.keys import digest_of
 from ffsplit.measurement.fidelity import hidden_states
-from ffsplit.measurement.tasks.scoring import Score, longest_row, ordered_batches
-from ffsplit.measurement.tasks.table import TABLES, TaskFile, read_rows, task_error, task_file
+from ffsplit.measurement.tasks.base import (
+    TABLES,
+    Score,
+    TaskFile,
+    longest_row,
+    ordered_batches,
+    read_rows,
+    task_error,
+    task_file,
+)
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.headers import read_json
+from ffsplit.models.tensor_files import read_json
 
 COLUMNS = ("sentence1", "sentence2", "score")
 

@@ -10,6 +10,7 @@ import pytest
 
 from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.measurement.tasks import Classification
+from ffsplit.measurement.tasks.base import Score
 from ffsplit.measurement.tasks.evaluations import (
     Evaluation,
     evaluations_of,
@@ -17,7 +18,6 @@ from ffsplit.measurement.tasks.evaluations import (
     read_tasks,
     score_evaluations,
 )
-from ffsplit.measurement.tasks.scoring import Score
 from ffsplit.models.checkpoint import Checkpoint
 from tests.measurement.tasks.conftest import LoadedFactory
 from tests.tiny_models import make_model

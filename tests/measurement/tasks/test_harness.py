@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from ffsplit.errors import ConfigError
+from ffsplit.measurement.tasks.base import Score
 from ffsplit.measurement.tasks.harness import HarnessTasks, read_harness
-from ffsplit.measurement.tasks.scoring import Score
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import make_model

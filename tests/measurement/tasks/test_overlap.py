@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ffsplit.measurement.tasks.overlap import count_overlap
+from ffsplit.measurement.tasks.evaluations import count_overlap
 
 CALIBRATION = ["A man is  eating.", "One thing here. Another thing came after it.\nThe third of these lines"]
 

@@ -11,6 +11,7 @@ import torch
 from scipy.stats import spearmanr
 
 from ffsplit.errors import ConfigError
+from ffsplit.measurement.tasks.base import TABLES, task_file
 from ffsplit.measurement.tasks.sts import (
     SentencePair,
     SentenceSimilarity,
@@ -19,7 +20,6 @@ from ffsplit.measurement.tasks.sts import (
     sentence_embeddings,
     sts_score,
 )
-from ffsplit.measurement.tasks.table import TABLES, task_file
 from ffsplit.models.checkpoint import open_checkpoint
 from tests.conftest import CheckpointFactory
 from tests.measurement.tasks.conftest import LoadedFactory, load

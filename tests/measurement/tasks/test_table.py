@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ffsplit.errors import ConfigError
-from ffsplit.measurement.tasks.table import TABLES, read_rows, task_file
+from ffsplit.measurement.tasks.base import TABLES, read_rows, task_file
 
 NAMES = ("text", "label")
 

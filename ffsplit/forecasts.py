@@ -1,0 +1,291 @@
+"""What budgets would give, without a run: from a model's headers, or from an earlier run's statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pydantic import Field
+
+from ffsplit.calibration.parquet import read_statistics
+from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.config import Budget, BudgetKind, JobConfig, Record
+from ffsplit.errors import BudgetError, ConfigError
+from ffsplit.ffn.shapes import FFNShape, LayerLayout, is_stock_form
+from ffsplit.machine import hardware_fingerprint
+from ffsplit.measurement.size import compressed_size, original_size
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.load import may_search
+from ffsplit.models.locate import locate_model
+from ffsplit.recipes.recipe import Recipe, load_recipe, recipe_of
+from ffsplit.runtime.assemble import is_plain
+from ffsplit.splitting.latency import read_latency_table
+from ffsplit.splitting.scores import energy_counts, energy_outside, num_energetic, plan_split
+from ffsplit.splitting.solver import Solver, fit_layers, stored_layouts
+from ffsplit.store.locate import open_statistics
+
+# What there is to compress in a model, from its config and safetensors headers alone.
+
+BUDGETS = (0.75, 0.5, 0.3535, 0.25, 0.125)
+
+
+class BudgetPreview(Record):
+    """What one budget would give: the layout of each group's FFNs, and the model's size."""
+
+    keep: float
+    layouts: tuple[LayerLayout, ...]
+    plain: bool
+    num_parameters: int
+    num_parameters_without_embeddings: int
+
+
+class FFNGroup(Record):
+    """FFNs that are alike: of one tower, one shape and one activation."""
+
+    what: str
+    num_ffns: int
+    num_blocks: int
+    shape: FFNShape
+    activation: str
+    num_elements: int
+
+
+class Inspection(Record):
+    """A model's FFNs: their shapes, and their share of all parameters."""
+
+    model_type: str
+    architecture: str
+    activation: str
+    shapes: tuple[FFNShape, ...]
+    groups: tuple[FFNGroup, ...]
+    num_parameters: int
+    num_parameters_without_embeddings: int
+    ffn_elements: int
+    recipe: str
+    budgets: tuple[BudgetPreview, ...]
+
+
+def inspect_model(model: str, *, recipe: str = "fast") -> Inspection:
+    """Look at a model without loading a weight. Raises ConfigError when it is not one to compress."""
+    checkpoint = open_checkpoint(locate_model(model).directory)
+    chosen = load_recipe(recipe).searching(may_search(checkpoint))
+    may_be_plain = chosen.after_healing is None and chosen.allocation == "uniform"
+    size = original_size(checkpoint)
+    budgets, firsts = [], [indices[0] for indices in _alike(checkpoint).values()]
+    for keep in BUDGETS:
+        try:
+            layouts = fit_layers(checkpoint.shapes, keep=keep, heavy=chosen.heavy, steps=chosen.steps)
+        except BudgetError:
+            continue
+        stored = stored_layouts(layouts, checkpoint.shapes, finish=chosen.after_healing)
+        after = compressed_size(checkpoint, layouts, file_bytes=0)
+        budgets.append(
+            BudgetPreview(
+                keep=keep,
+                layouts=tuple(stored[first] for first in firsts),
+                plain=may_be_plain and is_plain(checkpoint, layouts),
+                num_parameters=after.num_parameters,
+                num_parameters_without_embeddings=after.num_parameters_without_embeddings,
+            )
+        )
+    return Inspection(
+        model_type=checkpoint.architecture.model_type,
+        architecture=checkpoint.class_name,
+        activation=checkpoint.activation,
+        shapes=checkpoint.shapes,
+        groups=_groups(checkpoint),
+        num_parameters=size.num_parameters,
+        num_parameters_without_embeddings=size.num_parameters_without_embeddings,
+        ffn_elements=size.ffn_elements,
+        recipe=chosen.name,
+        budgets=tuple(budgets),
+    )
+
+
+def _alike(checkpoint: Checkpoint) -> dict[tuple[str, FFNShape, str], list[int]]:
+    """The indices of FFNs that are alike, by what they are."""
+    found: dict[tuple[str, FFNShape, str], list[int]] = {}
+    for ffn in checkpoint.ffns:
+        expert = "expert" if ffn.expert is not None else ""
+        what = " ".join(part for part in (ffn.tower.name, ffn.paths.label, expert) if part)
+        key = (what or "layer", ffn.shape, checkpoint.activation_of(ffn.index))
+        found.setdefault(key, []).append(ffn.index)
+    return found
+
+
+def _groups(checkpoint: Checkpoint) -> tuple[FFNGroup, ...]:
+    return tuple(
+        FFNGroup(
+            what=what,
+            num_ffns=len(indices),
+            num_blocks=len({checkpoint.ffns[index].block for index in indices}),
+            shape=shape,
+            activation=activation,
+            num_elements=len(indices) * shape.num_elements,
+        )
+        for (what, shape, activation), indices in _alike(checkpoint).items()
+    )
+
+
+DEFAULT_KEEPS = (0.75, 0.5, 0.3535, 0.25, 0.2, 0.125)
+
+
+class LayerForecast(Record):
+    """What one budget makes of one layer."""
+
+    layer: int
+    layout: LayerLayout
+    num_elements: int
+    size_bytes: int
+    heavy_neurons: tuple[int, ...]
+    energy_outside: float = Field(
+        description="the predicted error: share of the layer's output energy, as the sum of its neurons' "
+        "own, that is not the heavy hitters'. Where the rest is dropped, it is dropped; where the rest "
+        "is compressed, it is what the compressed part carries. What a refit makes up for is not in it"
+    )
+
+
+class BudgetForecast(Record):
+    """What one budget makes of the model, with uniform layers."""
+
+    budget: Budget
+    keep: float = Field(description="FFN elements stored over the original's")
+    plain: bool
+    num_parameters: int
+    num_parameters_without_embeddings: int
+    ffn_elements: int
+    ffn_bytes: int
+    latency_ms: float | None = Field(description="by the table, where one is given")
+    energy_outside: float = Field(description="mean over the layers")
+    layers: tuple[LayerForecast, ...]
+
+
+class Concentration(Record):
+    """How a layer's output energy is spread over its neurons."""
+
+    layer: int
+    name: str = Field(description="which FFN it is, as in `layer 3 expert 12`; empty for older statistics")
+    num_neurons: int
+    neurons_for_energy: dict[str, int] = Field(description="percent of energy -> how few neurons hold it")
+
+
+class Plans(Record):
+    """What an earlier run's model would become under many budgets."""
+
+    model: str
+    statistics: str
+    statistics_sha256: str
+    recipe: str
+    allocation: str = Field(description="forecasts are uniform; a recipe that searches decides while it runs")
+    num_parameters: int
+    num_parameters_without_embeddings: int
+    ffn_elements: int
+    ffn_bytes: int
+    concentration: tuple[Concentration, ...]
+    budgets: tuple[BudgetForecast, ...]
+
+
+def checked_budget(kind: BudgetKind, limit: float, *, latency_table: str | None = None) -> Budget:
+    """A budget under the rules of a job's. Raises ConfigError in one line."""
+    table = latency_table if kind == "max_latency_ms" else None
+    fields = {kind: limit, "latency_table": table}
+    budget = JobConfig.checked(model="-", out="-", **fields).budget
+    assert budget is not None
+    return budget
+
+
+def plan_budgets(
+    uri: str,
+    *,
+    budgets: Sequence[Budget] = (),
+    recipe: str | None = None,
+    latency_table: str | None = None,
+) -> Plans:
+    """Forecast every budget; without any, some usual fractions that the recipe can meet.
+
+    Raises ConfigError when the URI holds no statistics or its manifest not the model's shape, and
+    BudgetError when one of the budgets cannot be met.
+    """
+    published = open_statistics(uri)
+    manifest, model = published.manifest, published.manifest.model.shape
+    if model is None:
+        raise ConfigError(f"{uri} was made by ffsplit {manifest.ffsplit_version}, without the model's shape")
+    statistics = read_statistics(published.path)
+    chosen = load_recipe(recipe) if recipe is not None else recipe_of(manifest.recipe, where=uri)
+    table = None
+    if latency_table is not None:
+        compute = manifest.compute
+        hardware = hardware_fingerprint(compute.device)
+        table = read_latency_table(latency_table, model=model, hardware=hardware, dtype=compute.dtype)
+    solver = Solver(
+        model=model,
+        heavy=chosen.heavy,
+        steps=chosen.steps,
+        finish=chosen.after_healing,
+        latency=table,
+        num_energetic=num_energetic(chosen.heavy, statistics),
+    )
+    given = budgets or [Budget(kind="keep", limit=keep) for keep in DEFAULT_KEEPS]
+    forecasts = []
+    for budget in given:
+        try:
+            forecasts.append(_forecast(budget, solver, statistics, recipe=chosen))
+        except BudgetError:
+            if budgets:
+                raise
+    return Plans(
+        model=manifest.model.id,
+        statistics=published.uri,
+        statistics_sha256=published.sha256,
+        recipe=chosen.name,
+        allocation="uniform",
+        num_parameters=model.num_parameters,
+        num_parameters_without_embeddings=model.num_parameters_without_embeddings,
+        ffn_elements=model.ffn_elements,
+        ffn_bytes=model.ffn_bytes,
+        concentration=tuple(
+            Concentration(
+                layer=record.layer,
+                name=record.name,
+                num_neurons=stats.num_neurons,
+                neurons_for_energy=energy_counts(stats),
+            )
+            for record, stats in zip(manifest.layers, statistics, strict=True)
+        ),
+        budgets=tuple(forecasts),
+    )
+
+
+def _forecast(
+    budget: Budget, solver: Solver, statistics: Sequence[NeuronStats], *, recipe: Recipe
+) -> BudgetForecast:
+    model, layouts = solver.model, solver.solve(budget)
+    plans, stored = plan_split(statistics, layouts, score=recipe.score), solver.stored(layouts)
+    layers = []
+    for plan, layout, shape, stats in zip(plans, stored, model.shapes, statistics, strict=True):
+        layers.append(
+            LayerForecast(
+                layer=plan.layer,
+                layout=layout,
+                num_elements=layout.num_elements(shape),
+                size_bytes=layout.size_bytes(shape, model.itemsize),
+                heavy_neurons=plan.heavy_neurons,
+                energy_outside=energy_outside(stats, plan.heavy_neurons),
+            )
+        )
+    elements = model.elements_of(layouts)
+    timed = solver.latency is not None and all(layout.is_dense for layout in stored)
+    in_latency = Budget(kind="max_latency_ms", limit=1)
+    return BudgetForecast(
+        budget=budget,
+        keep=elements / model.ffn_elements,
+        plain=is_stock_form(stored, model.shapes, groups=model.width_groups),
+        num_parameters=model.parameters_of(layouts),
+        num_parameters_without_embeddings=model.num_parameters_without_embeddings
+        - model.ffn_elements
+        + elements,
+        ffn_elements=elements,
+        ffn_bytes=model.bytes_of(stored),
+        latency_ms=solver.cost(in_latency, layouts) if timed else None,
+        energy_outside=sum(layer.energy_outside for layer in layers) / len(layers),
+        layers=tuple(layers),
+    )

@@ -1,0 +1,187 @@
+"""What tasks share: the files they are read from, batches that keep their order, and the score."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ffsplit.calibration.readers import Batch, padded_batches
+from ffsplit.calibration.sources import (
+    DIALECTS,
+    checked_text,
+    column_index,
+    decoded,
+    delimited_rows,
+    json_records,
+    no_column,
+    source_error,
+)
+from ffsplit.directories import user_path
+from ffsplit.errors import ConfigError, explained
+from ffsplit.models.checkpoint import Checkpoint
+
+# What all tasks have in common when they are scored: batches that keep their order, and the score.
+
+BATCH_TOKENS = 4096
+NO_LIMIT = 1 << 20
+
+
+class Score(NamedTuple):
+    """One metric of one task. `num_examples` counts rows, or predicted tokens of running text."""
+
+    name: str
+    metric: str
+    value: float
+    num_examples: int
+    higher_is_better: bool | None = True
+
+
+def longest_row(checkpoint: Checkpoint) -> int:
+    """The most tokens that the model reads at once; a million where its config sets no limit."""
+    return checkpoint.max_positions or NO_LIMIT
+
+
+def ordered_batches(
+    model: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int
+) -> Iterator[tuple[list[int], Batch]]:
+    """Padded batches on the model's device, each with the indices of its texts. Every text is in one.
+
+    A text without a token stands as one padding token, so that it has an answer too. Rows go alone
+    through a model that names no padding token, which may need one to tell where rows end.
+    """
+    longest = min(max_length, tokenizer.model_max_length)
+    pad_id = getattr(model.config, "pad_token_id", None)
+    batch_tokens = 1 if pad_id is None else BATCH_TOKENS
+    encoded = tokenizer(list(texts), truncation=True, max_length=longest)["input_ids"]
+    rows = [ids or [pad_id or 0] for ids in encoded]
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]), reverse=True)
+    start = 0
+    for batch in padded_batches(rows, batch_tokens=batch_tokens, pad_id=pad_id or 0):
+        stop = start + len(batch.input_ids)
+        yield order[start:stop], batch.to(model.device)
+        start = stop
+
+
+TABLES = (".csv", ".tsv", ".jsonl")
+
+_FILE = re.compile(r"(?P<path>.+?(?P<suffix>\.(csv|tsv|jsonl|txt)))(#(?P<columns>.*))?", re.I | re.S)
+_HEADER_CELL = re.compile(r"[A-Za-z_][\w.-]*")  # one word; sentences have several
+
+
+class TaskFile(NamedTuple):
+    """A file as `--eval` names it. `columns` are names or 0-based indices; none stands for the usual ones."""
+
+    spec: str
+    path: Path
+    suffix: str
+    columns: tuple[str, ...]
+
+
+class Row(NamedTuple):
+    """The chosen cells of one row, stripped, and where it is: file and line."""
+
+    where: str
+    cells: tuple[str, ...]
+
+
+def task_error(spec: str, why: str) -> ConfigError:
+    return ConfigError(f"cannot evaluate {spec}: {why}")
+
+
+def task_file(spec: str, *, suffixes: Sequence[str]) -> TaskFile:
+    """Take `task:file.suffix#columns` apart. Raises ConfigError when there is no such file."""
+    rest = spec.partition(":")[2]
+    match = _FILE.fullmatch(rest)
+    suffix = match["suffix"].lower() if match else Path(rest).suffix
+    if match is None or suffix not in suffixes:
+        raise task_error(spec, f"it needs a file that ends in {' or '.join(suffixes)}, not {rest!r}")
+    path = user_path(match["path"])
+    if not path.is_file():
+        problem = "is a directory" if path.is_dir() else "does not exist"
+        raise task_error(spec, f"{path} {problem}; check the path")
+    columns = tuple(match["columns"].split(",")) if match["columns"] is not None else ()
+    return TaskFile(spec, path, suffix, columns)
+
+
+def read_decoded(file: TaskFile) -> str:
+    """The file's text. Raises ConfigError when it cannot be read, is not UTF-8 or is empty."""
+    with explained(f"cannot evaluate {file.spec}"):
+        return decoded(file.spec, file.path)
+
+
+def read_rows(file: TaskFile, *, names: Sequence[str], is_value: Callable[[str], bool]) -> list[Row]:
+    """As many cells of every row as there are `names`, the file's own columns or the ones it names.
+
+    Without named columns JSON Lines has the fields `names`, and a table has just these columns in this
+    order. A table's first row is its header where a column is chosen by name, or where its cells are
+    single words and the last of them is no value. Raises ConfigError for any row that does not fit.
+    """
+    if file.columns and len(file.columns) != len(names):
+        raise task_error(file.spec, f"name {len(names)} columns after #: {','.join(names)}")
+    read = _read_json if file.suffix == ".jsonl" else _read_table
+    rows = read(file, names, is_value)
+    if not rows:
+        raise task_error(file.spec, "the file has no rows; name a file with some")
+    for row in rows:
+        for name, cell in zip(names[:-1], row.cells[:-1], strict=True):
+            if not cell:
+                raise task_error(row.where, f"the {name} is empty; mend or remove the row")
+    return rows
+
+
+def _read_json(file: TaskFile, names: Sequence[str], is_value: Callable[[str], bool]) -> list[Row]:
+    fields = file.columns or tuple(names)
+    rows = []
+    for where, record in json_records(read_decoded(file), file.path):
+        for field in fields:
+            if field not in record:
+                raise no_column(where, field, list(record), noun="field")
+        *texts, last = (record[field] for field in fields)
+        cells = [checked_text(where, field, text) for field, text in zip(fields, texts, strict=False)]
+        rows.append(Row(where, (*(cell.strip() for cell in cells), _value_cell(where, fields[-1], last))))
+    return rows
+
+
+def _value_cell(where: str, field: str, value: object) -> str:
+    """A score or a label as a table would write it."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return checked_text(where, field, value).strip()
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else repr(value)
+
+
+def _read_table(file: TaskFile, names: Sequence[str], is_value: Callable[[str], bool]) -> list[Row]:
+    numbered = delimited_rows(read_decoded(file), file.path, dialect=DIALECTS[file.suffix])
+    header = numbered[0][1]
+    indices = [_index(file, column, header) for column in file.columns] or list(range(len(names)))
+    rows = []
+    for number, cells in numbered:
+        where = f"{file.path}:{number}"
+        if not file.columns and len(cells) != len(names):
+            expected = f"expected {len(names)} columns ({', '.join(names)}), found {len(cells)}"
+            raise source_error(where, f"{expected}; mend the row, or choose columns with #")
+        if max(indices) >= len(cells):
+            raise source_error(where, f"the row has {len(cells)} column(s), not {len(header)}; mend it")
+        rows.append(Row(where, tuple(cells[index].strip() for index in indices)))
+    by_name = any(not _is_index(column) for column in file.columns)
+    return rows[1:] if by_name or _is_header(rows[0].cells, is_value) else rows
+
+
+def _is_index(column: str) -> bool:
+    return column.isascii() and column.isdigit()
+
+
+def _index(file: TaskFile, column: str, header: Sequence[str]) -> int:
+    if _is_index(column):
+        if int(column) >= len(header):
+            last = len(header) - 1
+            raise source_error(
+                file.spec, f"no column {column}: its {len(header)} column(s) are numbered 0 to {last}"
+            )
+        return int(column)
+    return column_index(file.spec, column, header)
+
+
+def _is_header(cells: Sequence[str], is_value: Callable[[str], bool]) -> bool:
+    return not is_value(cells[-1]) and all(_HEADER_CELL.fullmatch(cell) for cell in cells)

@@ -1,0 +1,120 @@
+"""How models are loaded in this process: whether their own code may run, and with which attention kernels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ffsplit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ffsplit.config import Attention
+
+
+_trusts: ContextVar[bool] = ContextVar("trusts", default=False)
+
+
+def trusted() -> bool:
+    """Whether code that comes with a model may be run."""
+    return _trusts.get()
+
+
+@contextmanager
+def trusting(yes: bool = True) -> Iterator[None]:
+    """Trust, or not, for a while. What is trusted already stays so."""
+    token = _trusts.set(yes or _trusts.get())
+    try:
+        yield
+    finally:
+        _trusts.reset(token)
+
+
+def remote_classes(directory: Path) -> dict[str, str]:
+    """The classes of a model's own code, by the Auto class that they stand for: `modeling_x.XModel`."""
+    found: dict[str, str] = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        for auto, target in _auto_map(directory / name).items():
+            each = next((one for one in target if one), None) if isinstance(target, list) else target
+            if isinstance(each, str):
+                found[auto] = each
+    return found
+
+
+def _auto_map(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+    except Exception:  # whoever needs what the file says finds that it does not hold, and says so
+        return {}
+    found = fields.get("auto_map") if isinstance(fields, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def check_trusted(directory: Path) -> None:
+    """Raise ConfigError for a model with code of its own, unless that is trusted."""
+    classes = remote_classes(directory)
+    if classes and not trusted():
+        raise ConfigError(
+            f"{directory} brings code of its own ({', '.join(sorted(set(classes.values())))}): read it, and "
+            "give --trust-remote-code to run it"
+        )
+
+
+def code_files(directory: Path) -> tuple[str, ...]:
+    """A model's own code, sorted by name; nothing where its config names none."""
+    return tuple(sorted(path.name for path in directory.glob("*.py"))) if remote_classes(directory) else ()
+
+
+# Which attention kernel models run with: what their config names, or what the user does.
+#
+# As with trust in a model's own code, it is set once for a process or a part of its work, and every load
+# reads it here. It is written into no config.
+
+ATTENTIONS: tuple[Attention, ...] = ("sdpa", "eager")
+_STATED = ("attn_implementation", "_attn_implementation")
+_chosen: ContextVar[Attention | None] = ContextVar("attention", default=None)
+
+
+def chosen_attention() -> Attention | None:
+    """The kernel that the user chose, None for the config's own."""
+    return _chosen.get()
+
+
+@contextmanager
+def attending(attention: Attention | None) -> Iterator[None]:
+    """Load models with a kernel for a while; None keeps what is chosen already."""
+    token = _chosen.set(attention or _chosen.get())
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def attention_options() -> dict[str, Any]:
+    """What from_pretrained and from_config are told."""
+    chosen = chosen_attention()
+    return {} if chosen is None else {"attn_implementation": chosen}
+
+
+def attention_advice(config: Mapping[str, Any]) -> str:
+    """What to do about a model that does not load, where its config names a kernel that may be missing."""
+    stated = next((value for value in _stated_in(config) if value not in ATTENTIONS), None)
+    if stated is None or chosen_attention() is not None:
+        return ""
+    return f"config.json names the attention {stated!r}: give --attn-implementation {' or '.join(ATTENTIONS)}"
+
+
+def _stated_in(config: Mapping[str, Any]) -> Iterator[str]:
+    """The kernels that a config names, for the model or for a part of it."""
+    for key, value in config.items():
+        if key in _STATED:
+            yield from (each for each in (value, *_values(value)) if isinstance(each, str))
+        elif isinstance(value, Mapping):
+            yield from _stated_in(value)
+
+
+def _values(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, Mapping) else []

@@ -1,0 +1,93 @@
+"""The compute profile: what hardware a worker uses and how, as far as it can change a result's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from ffsplit.config import Attention, JobConfig, Record
+from ffsplit.errors import ConfigError
+from ffsplit.machine import check_device, multiplies_bfloat16
+from ffsplit.models.load_options import attending, trusting
+
+
+class ComputeProfile(Record):
+    """One worker's device, the dtype it runs the model in, and its CPU threads."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    threads: int
+    trust_remote_code: bool = False
+    attn_implementation: Attention | None = None
+
+    @classmethod
+    def resolve(cls, config: JobConfig) -> ComputeProfile:
+        """CUDA where GPUs are asked for, in bfloat16; otherwise the CPU, in float32."""
+        if config.device == "cpu" and config.gpus_per_worker > 0:
+            raise ConfigError("--device cpu and --gpus-per-worker contradict each other")
+        device: Literal["cpu", "cuda"] = "cpu"
+        if config.device == "cuda" or config.gpus_per_worker > 0:
+            device = "cuda"
+        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16" if device == "cuda" else "float32"
+        return cls(
+            device=device,
+            dtype=dtype if config.dtype == "auto" else config.dtype,
+            threads=config.threads_per_worker,
+            trust_remote_code=config.trust_remote_code,
+            attn_implementation=config.attn_implementation,
+        )
+
+    @classmethod
+    def fits_in_bfloat16(cls, config: JobConfig) -> bool:
+        """Whether layers are fitted with products in bfloat16, as the driver decides for all workers.
+
+        Where this process's device has instructions for it, unless --dtype float32 is given. GPUs may be
+        those of other hosts: without one here they count as able.
+        """
+        import torch
+
+        if config.dtype == "float32":
+            return False
+        device = cls.resolve(config).device
+        if device == "cuda" and not torch.cuda.is_available():
+            return True
+        return multiplies_bfloat16(device)
+
+    @property
+    def key_inputs(self) -> dict[str, Any]:
+        """What goes into a run key; a model's code is in its digest, and so is its own attention."""
+        return self.model_dump(mode="json", exclude={"trust_remote_code"}, exclude_none=True)
+
+    @contextmanager
+    def pinned(self, *, threads: int | None = None) -> Iterator[None]:
+        """This process computes with the profile's CPU threads, or other ones, for a while."""
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads or self.threads)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+    @contextmanager
+    def applied(self, *, threads: int | None = None) -> Iterator[None]:
+        """Hold this process to the profile for a while, with other `threads` where they are given.
+
+        Raises ConfigError when the process has no such device, or the device lacks the dtype.
+        """
+        import torch
+
+        check_device(self.device, self.dtype)
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            with (
+                self.pinned(threads=threads),
+                trusting(self.trust_remote_code),
+                attending(self.attn_implementation),
+            ):
+                yield
+        finally:
+            torch.use_deterministic_algorithms(before)

@@ -1,0 +1,276 @@
+"""The documents of an artifact: its model card, its report and its manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from ffsplit import __version__
+from ffsplit.calibration.parquet import read_statistics
+from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.directories import by_name, temporary_root, user_path
+from ffsplit.errors import ConfigError
+from ffsplit.ffn.shapes import LayerLayout
+from ffsplit.machine import describe_environment
+from ffsplit.measurement.gates import describe_result
+from ffsplit.models.folder import CARD_NAME, ORIGINAL_CARD
+from ffsplit.models.locate import model_name
+from ffsplit.redaction import redacted, without_credentials
+from ffsplit.report.html import render_report
+from ffsplit.report.humanize import load_in_words, noise, number, spread_in_words, times
+from ffsplit.report.plots import energy_curve
+from ffsplit.run.origin import calibration_record
+from ffsplit.run.prepare import PreparedRun, healing_threads
+from ffsplit.runtime.assemble import is_plain
+from ffsplit.splitting.scores import LayerPlan, energy_counts, energy_share, is_starved, output_energy
+from ffsplit.store.commits import Kind
+from ffsplit.store.digests import file_entry
+from ffsplit.store.entries import FileEntry, StoreGuarantees, check_outside_attempts
+from ffsplit.store.locate import STATISTICS_PATH, locate, read_manifest
+from ffsplit.store.manifest import (
+    MANIFEST_NAME,
+    REPORT_NAME,
+    AllocationRecord,
+    CalibrationRecord,
+    Compute,
+    GateResult,
+    Latency,
+    LayerRecord,
+    LinearsRecord,
+    Manifest,
+    Measurements,
+    SourceModel,
+    Stage,
+)
+from ffsplit.store.pull import materialize
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run computed. A run of statistics alone has no plans, errors or measurements."""
+
+    kind: Kind
+    statistics: tuple[NeuronStats, ...]
+    num_tokens: int
+    num_shards: int
+    plans: tuple[LayerPlan, ...] = ()
+    errors: tuple[float, ...] = ()
+    measurements: Measurements | None = None
+    gates: tuple[GateResult, ...] = ()
+    allocation: AllocationRecord | None = None
+    linears: LinearsRecord | None = None
+    guarantees: StoreGuarantees | None = None
+
+
+def write_documents(
+    run: PreparedRun,
+    outcome: Outcome,
+    directory: Path,
+    *,
+    run_key: str,
+    attempt: str,
+    stages: Sequence[Stage],
+    files: Sequence[FileEntry],
+) -> Manifest:
+    """Write the card, the report and, last, the manifest, beside the files that are in the directory."""
+    manifest = _draft(run, outcome, run_key=run_key, attempt=attempt, stages=stages)
+    manifest = manifest.model_copy(update={"files": tuple(files)})
+
+    def add(name: str, text: str) -> Manifest:
+        (directory / name).write_text(text, "utf-8")
+        listed = {entry.path: entry for entry in (*manifest.files, file_entry(directory / name, name))}
+        return manifest.model_copy(update={"files": tuple(listed[path] for path in sorted(listed))})
+
+    if outcome.kind == "model":
+        manifest = add(CARD_NAME, model_card(manifest))
+    manifest = add(REPORT_NAME, report_of(manifest, outcome.statistics))
+    (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
+    return manifest
+
+
+def report_of(manifest: Manifest, statistics: Sequence[NeuronStats]) -> str:
+    """The HTML report of an artifact. Raises ConfigError without temporary files, which matplotlib needs."""
+    temporary_root()
+    curves = [
+        energy_curve(record.layer, output_energy(stats), name=record.name)
+        for record, stats in zip(manifest.layers, statistics, strict=True)
+        if not is_starved(stats)
+    ]
+    return render_report(manifest, curves=curves)
+
+
+def _draft(
+    run: PreparedRun, outcome: Outcome, *, run_key: str, attempt: str, stages: Sequence[Stage]
+) -> Manifest:
+    checkpoint = run.checkpoint
+    is_model = outcome.kind == "model"
+    manifest = Manifest(
+        kind=outcome.kind,
+        run_key=run_key,
+        attempt=attempt,
+        created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        ffsplit_version=__version__,
+        plain=is_plain(checkpoint, [plan.layout for plan in outcome.plans]) if is_model else None,
+        seed=run.config.seed,
+        compute=_compute(run),
+        recipe=run.recipe.model_dump(mode="json"),
+        keep=_kept(run, outcome) if is_model else None,
+        budget=run.budget if is_model else None,
+        nonce=run.nonce,
+        model=SourceModel(
+            id=model_name(run.config.model),
+            revision=run.revision,
+            digest=run.digests["model"],
+            tokenizer_digest=run.digests["tokenizer"],
+            model_type=checkpoint.architecture.model_type,
+            architecture=checkpoint.class_name,
+            license=checkpoint.license,
+            shape=run.solver.model,
+            left_out=run.left_out if is_model else (),
+        ),
+        calibration=_calibration(run, outcome),
+        layers=tuple(_layers(run, outcome)),
+        allocation=outcome.allocation,
+        linears=outcome.linears,
+        measurements=outcome.measurements,
+        gates=outcome.gates,
+        stages=tuple(stages),
+        environment=describe_environment(),
+        store=outcome.guarantees,
+        files=(),
+    )
+    config = run.config
+    given = (config.model, config.out, config.recipe, config.latency_table, config.stats)
+    named = by_name(manifest, given=(*given, *config.calibration, *config.eval))
+    return without_credentials(named)
+
+
+def _compute(run: PreparedRun) -> Compute:
+    profile, heals = run.profile, run.recipe.healing is not None
+    return Compute(
+        device=profile.device,
+        dtype=profile.dtype,
+        threads=profile.threads,
+        healing_threads=healing_threads(run.config) if heals else None,
+        healing_workers=run.config.healing_workers if heals else None,
+        attn_implementation=profile.attn_implementation,
+        trust_remote_code=run.config.trust_remote_code,
+    )
+
+
+def _calibration(run: PreparedRun, outcome: Outcome) -> CalibrationRecord:
+    text = run.text
+    if run.origin is not None:
+        return calibration_record(run.origin, text=text)
+    return CalibrationRecord(
+        sources=run.config.calibration,
+        text_digest=text.digest,
+        num_rows=len(text.calibration),
+        num_tokens=outcome.num_tokens,
+        max_length=run.recipe.calibration.row_length,
+        num_shards=outcome.num_shards,
+        held_out_rows=len(text.held_out),
+        held_out_is_disjoint=text.held_out_is_disjoint,
+    )
+
+
+def _kept(run: PreparedRun, outcome: Outcome) -> float:
+    """The elements of all FFNs over the original's."""
+    return (
+        run.solver.model.elements_of([plan.layout for plan in outcome.plans]) / run.solver.model.ffn_elements
+    )
+
+
+def _layers(run: PreparedRun, outcome: Outcome) -> list[LayerRecord]:
+    records = []
+    shapes, itemsize = run.checkpoint.shapes, run.checkpoint.itemsize
+    for layer, (stats, shape) in enumerate(zip(outcome.statistics, shapes, strict=True)):
+        plan = outcome.plans[layer] if outcome.plans else None
+        layout = plan.layout if plan is not None else LayerLayout.dense(shape)
+        starved = is_starved(stats)
+        records.append(
+            LayerRecord(
+                layer=layer,
+                layout=layout,
+                num_heavy_hitters=len(plan.heavy_neurons) if plan is not None else 0,
+                num_elements=layout.num_elements(shape),
+                size_bytes=layout.size_bytes(shape, itemsize),
+                relative_error=outcome.errors[layer] if outcome.errors else None,
+                energy_in_top_5_percent=None if starved else energy_share(stats, fraction=0.05),
+                neurons_for_energy=None if starved else energy_counts(stats),
+                name=run.checkpoint.ffns[layer].name,
+                num_tokens=stats.num_tokens,
+                by_weight_norm=starved,
+            )
+        )
+    return records
+
+
+def model_card(manifest: Manifest) -> str:
+    """The artifact's README.md: licence and origin, what was done to it, how to load it, how it measured."""
+    model, measured = manifest.model, manifest.measurements
+    assert measured is not None, "no model is published unmeasured"
+    front = ["---", f"base_model: {model.id}", "library_name: transformers", "tags: [ffsplit, compressed]"]
+    front += [f"license: {model.license}"] if model.license else []
+    loader = "AutoModel.from_pretrained(directory)"
+    how = (
+        f"An ordinary checkpoint: `transformers.{loader}` loads it."
+        if manifest.plain
+        else f"`import ffsplit`, then `transformers.{loader}`; without ffsplit the load fails."
+    )
+    body = [
+        f"# {model.id}, compressed with FFSplit",
+        "",
+        f"The feed-forward networks keep {manifest.keep:.4g} of their elements (recipe "
+        f"`{manifest.recipe['name']}`: {manifest.recipe['description']})",
+        "",
+        how,
+    ]
+    if manifest.linears is not None:
+        sizes = f"{manifest.linears.original_size_bytes:,} bytes became {manifest.linears.size_bytes:,}"
+        body += ["", f"The linear layers of attention have int8 weights: {sizes}."]
+    before, after = measured.original_size, measured.compressed_size
+    body += ["", "| | original | compressed | |", "|---|---|---|---|"]
+    body += [f"| parameters | {before.num_parameters:,} | {after.num_parameters:,} | |"]
+    body += [f"| bytes | {before.file_bytes:,} | {after.file_bytes:,} | |"]
+    body += [_card_latency(each) for each in measured.latency]
+    body += [
+        f"| {task.name}, {task.metric} | {task.original:.4f} | {task.compressed:.4f} | |"
+        for task in measured.tasks
+    ]
+    body += ["", *(f"- {name}: {value:.5f}" for name, value in measured.fidelity.items())]
+    if measured.load is not None:
+        body += ["", f"Timed on {measured.device}, {measured.dtype}: {load_in_words(measured.load)}."]
+    if disturbed := noise(measured.latency, measured.load):
+        body += ["", f"**{disturbed[0].upper()}{disturbed[1:]}.**"]
+    if manifest.gates:
+        body += ["", *(f"- {describe_result(result)}" for result in manifest.gates)]
+    if any(entry.path == ORIGINAL_CARD for entry in manifest.files):
+        body += ["", f"The original's card: [{ORIGINAL_CARD}]({ORIGINAL_CARD})."]
+    if model.left_out:
+        body += ["", "Of the original's folder, these files are not here:", ""]
+        body += [f"- `{each.path}`: {each.reason}" for each in model.left_out]
+    return "\n".join([*front, "---", "", *body, ""])
+
+
+def _card_latency(each: Latency) -> str:
+    """One row: both medians, their ratio, and how far single pairs differ."""
+    before, after = (number(ms) for ms in (each.original_p50_ms, each.compressed_p50_ms))
+    ratio = times(each.speedup) + (f" ({spread_in_words(each.spread)})" if each.spread else "")
+    return f"| forward {each.batch_size} x {each.num_tokens}, p50 ms | {before} | {after} | {ratio} |"
+
+
+def render_published(uri: str, *, out: str) -> Path:
+    """Write the report of a published artifact to a file, from its manifest and statistics."""
+    directory = materialize(uri)
+    manifest = read_manifest(locate(uri))
+    target = user_path(out)
+    check_outside_attempts(target.resolve().as_posix(), flag="--out")
+    page = redacted(report_of(manifest, read_statistics(directory / STATISTICS_PATH)))
+    try:
+        target.write_text(page, "utf-8")
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be written: {error.strerror}") from None
+    return target

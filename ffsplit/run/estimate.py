@@ -1,0 +1,336 @@
+"""What a run will need on a machine: memory, disk and time, told before it begins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+from ffsplit.compressors.base import CHUNK_TOKENS
+from ffsplit.directories import temporary_root
+from ffsplit.errors import explained
+from ffsplit.machine import bytes_below, device_of, free_bytes, operations_per_second
+from ffsplit.profile import ComputeProfile
+from ffsplit.run import estimate as duration
+from ffsplit.run import estimate as footprint
+from ffsplit.run.checks import can_refit
+from ffsplit.run.disk import Disk
+from ffsplit.run.examine import Examined
+from ffsplit.run.needs import PEAK_MEMORY, DiskNeeds, Machine, Preflight, StageNeeds, find_problems
+from ffsplit.run.workload import ITEM_SIZES, Workload
+from ffsplit.store.cache import Cache
+from ffsplit.store.commits import Kind
+from ffsplit.store.inputs import is_remote
+from ffsplit.store.scratch import SCRATCH_PREFIX
+from ffsplit.store.store import open_store
+
+# About how many bytes of memory each stage takes. Rough, and rather too much than too little.
+
+PROCESS_BYTES = 600_000_000
+"""A worker with its libraries loaded and nothing to do."""
+SINGLE, DOUBLE = 4, 8
+LOGIT_COPIES = 6
+"""Of both models' logits: as they come, as log-probabilities, and what is made of them."""
+
+
+def process_bytes(work: Workload) -> int:
+    """One that runs every stage keeps a third more: libraries of the others, and what the allocator holds."""
+    return PROCESS_BYTES * 4 // 3 if work.is_one_process else PROCESS_BYTES
+
+
+def calibration_bytes(work: Workload, *, block_by_block: bool) -> int:
+    """One worker with the whole model, or one block and what lies outside the blocks."""
+    held = work.outside_elements + work.block_elements if block_by_block else work.num_elements
+    layers_sampled = 1 if block_by_block else work.num_blocks
+    sampled = min(work.sampled_tokens, work.shard_tokens) * work.shape.hidden_size * layers_sampled
+    return process_bytes(work) + (held + sampled) * work.itemsize + _batch_bytes(work)
+
+
+def _batch_bytes(work: Workload) -> int:
+    """What a batch takes on its way through a block that is watched."""
+    hidden, neurons = work.shape.hidden_size, work.shape.num_neurons
+    of_token = hidden * (10 * work.itemsize + 2 * SINGLE) + neurons * (3 * work.itemsize + 2 * SINGLE + 1)
+    return work.batch_tokens * of_token
+
+
+def compression_bytes(work: Workload) -> int:
+    """One layer's FFN in float32, as it was, split and compressed, and the inputs it is fitted to."""
+    shape, tokens = work.shape, work.sampled_tokens
+    weights = int(shape.num_elements * SINGLE * (2 + 2 * work.kept))
+    inputs = tokens * shape.hidden_size * SINGLE * _input_copies(work)
+    chunk = min(tokens, CHUNK_TOKENS) * (4 * shape.num_neurons + 4 * shape.hidden_size) * SINGLE
+    squares = max((_squares_bytes(step, work) for step in work.recipe.steps), default=0)
+    return process_bytes(work) + weights + inputs + chunk + squares
+
+
+def _input_copies(work: Workload) -> int:
+    """What is held of the sampled tokens: inputs and outputs, and where layers are fitted, all once more."""
+    is_fitted = any(step.kind == "distill" for step in work.recipe.steps)
+    return 2 + 2 * is_fitted + 2 * bool(work.recipe.refits)
+
+
+def _squares_bytes(step: object, work: Workload) -> int:
+    """The square matrices, or the optimizer's state, that one step of a recipe works with."""
+    kind, hidden = getattr(step, "kind", ""), work.shape.hidden_size
+    neurons = work.shape.num_neurons
+    if kind == "distill":
+        return int(work.shape.num_elements * work.kept * SINGLE * 4)
+    if kind == "prune" and getattr(step, "order", "") == "optimal_brain":
+        return 3 * neurons * neurons * DOUBLE
+    if kind == "prune":
+        fits = getattr(step, "compensation", "") == "least_squares"
+        return (2 * work.kept_neurons + 3 * hidden) * work.kept_neurons * DOUBLE if fits else 0
+    widest = max(neurons, hidden)
+    uses_moments = getattr(step, "whiten", False) or getattr(step, "method", "") == "gptq"
+    return (3 * widest * widest if uses_moments else 3 * neurons * hidden) * DOUBLE
+
+
+def measurement_bytes(work: Workload, *, block_by_block: bool) -> int:
+    """Both models whole, or what lies outside the blocks of both and one block."""
+    if block_by_block:
+        held = 2 * work.outside_elements + work.block_elements
+    else:
+        held = int(work.num_elements * (1 + work.compressed_bytes / work.file_bytes))
+    logits = work.batch_tokens * work.num_logits * SINGLE * LOGIT_COPIES
+    return process_bytes(work) + held * work.itemsize + _batch_bytes(work) + logits
+
+
+def peak_memory_bytes(work: Workload) -> int:
+    """The process that waits, and the one that loads the model and runs it once."""
+    rows = max(rows * length for rows, length in work.recipe.measurement.latency_shapes)
+    model = work.num_elements * work.itemsize + rows * work.num_logits * SINGLE
+    return process_bytes(work) + PROCESS_BYTES + model
+
+
+def healing_bytes(work: Workload) -> int:
+    """Teacher, student, gradients and the optimizer's two moments, in float32."""
+    student = work.num_elements * work.compressed_bytes / work.file_bytes
+    return process_bytes(work) + int((work.num_elements + 5 * student) * SINGLE) + 3 * _batch_bytes(work)
+
+
+# About how long each stage takes, by the floating-point operations in it and the bytes it reads.
+
+READ_BYTES_PER_S = 1e9
+WRITE_BYTES_PER_S = 5e8
+BACKWARD = 2
+"""A backward pass over a forward one."""
+
+
+def digest_seconds(work: Workload) -> float:
+    """Every byte of the model is read once, for its digest."""
+    return work.file_bytes / READ_BYTES_PER_S
+
+
+def calibration_seconds(work: Workload, *, workers: int, speed: float, block_by_block: bool) -> float:
+    computed = 2 * sum(work.elements_by_block) * work.calibration_tokens / speed
+    loads = work.num_shards if block_by_block else workers
+    return (computed + loads * work.file_bytes / READ_BYTES_PER_S) / min(workers, work.num_shards)
+
+
+def compression_seconds(work: Workload, *, workers: int, speed: float) -> float:
+    passes = 2 * work.shape.num_elements * work.sampled_tokens * (1 + work.kept) * 3
+    layer = passes + sum(_step_operations(step, work) for step in work.recipe.steps)
+    return layer * work.num_ffns / (speed * min(workers, work.num_ffns))
+
+
+def search_seconds(work: Workload, *, workers: int, single: float, speed: float) -> float:
+    """Layers are compressed once more than they are anyway; each block and both results are judged."""
+    tokens = work.tokens_of(work.text.judged)
+    judged = 2 * 2 * work.num_elements * tokens * (work.num_blocks + 2) / speed
+    return compression_seconds(work, workers=workers, speed=single) + judged
+
+
+def refit_seconds(work: Workload, *, workers: int, speed: float, block_by_block: bool) -> float:
+    """Each is a pass of the text through the compressed model, and a fit of every layer."""
+    passes = calibration_seconds(work, workers=workers, speed=speed, block_by_block=block_by_block)
+    fits = work.num_ffns * sum(_step_operations(step, work) for step in work.recipe.refits)
+    return passes * len(work.recipe.refits) + fits / (speed * min(workers, work.num_ffns))
+
+
+def _step_operations(step: object, work: Workload) -> float:
+    kind, shape = getattr(step, "kind", ""), work.shape
+    neurons, hidden, kept = shape.num_neurons, shape.hidden_size, work.kept_neurons
+    if kind == "distill":
+        tokens = getattr(step, "num_steps", 0) * min(getattr(step, "batch_tokens", 0), work.sampled_tokens)
+        return 2.0 * tokens * shape.num_elements * (1 + (1 + BACKWARD) * work.kept)
+    if kind == "prune" and getattr(step, "order", "") == "optimal_brain":
+        return 6.0 * neurons**3
+    if kind == "prune":
+        fits = getattr(step, "compensation", "") == "least_squares"
+        return 2.0 * kept * (kept + hidden) * (2 * work.sampled_tokens + kept) if fits else 0.0
+    return 20.0 * neurons * hidden * min(neurons, hidden)
+
+
+def healing_seconds(work: Workload, *, speed: float) -> float:
+    settings = work.recipe.healing
+    assert settings is not None, "asked of recipes that heal"
+    student = work.compressed_bytes / work.file_bytes
+    passes = 1 + (1 + BACKWARD) * student
+    tokens = max(work.calibration_tokens * settings.epochs, settings.min_steps * settings.batch_tokens)
+    return 2 * work.num_elements * tokens * passes / speed
+
+
+def measurement_seconds(work: Workload, *, speed: float, block_by_block: bool) -> float:
+    both = 2 * work.num_elements * (1 + work.compressed_bytes / work.file_bytes)
+    tokens = work.held_out_tokens
+    if not block_by_block:
+        settings = work.recipe.measurement
+        tokens += sum(rows * length for rows, length in settings.latency_shapes) * settings.latency_pairs
+    return both * tokens / speed + loading_seconds(work)
+
+
+def loading_seconds(work: Workload) -> float:
+    """Of both models."""
+    return (work.file_bytes + work.compressed_bytes) / READ_BYTES_PER_S
+
+
+def assembly_seconds(work: Workload) -> float:
+    """The compressed checkpoint is written once."""
+    return work.compressed_bytes / WRITE_BYTES_PER_S
+
+
+@explained("the job cannot be checked")
+def estimate(job: Examined, *, kind: Kind) -> Preflight:
+    """What a job needs, and whether it goes block by block."""
+    config, profile, statistics_only = job.config, job.profile, kind == "statistics"
+    work = Workload(
+        checkpoint=job.checkpoint,
+        recipe=job.recipe,
+        layouts=job.layouts,
+        text=job.text,
+        itemsize=ITEM_SIZES[profile.dtype],
+        is_one_process=config.runner == "serial",
+    )
+
+    def streamed(whole_bytes: int, available: int | None) -> bool:
+        is_too_large = available is not None and whole_bytes > available
+        return config.block_by_block or (is_too_large and work.checkpoint.architecture.can_stream)
+
+    def fits(worker_bytes: int) -> bool:
+        whole = footprint.calibration_bytes(work, block_by_block=False)
+        calibration = footprint.calibration_bytes(work, block_by_block=streamed(whole, worker_bytes))
+        compression = 0 if statistics_only else footprint.compression_bytes(work)
+        return max(calibration, compression) <= worker_bytes
+
+    machine = Machine.of(config, profile, fits=fits)
+    calibrates_so = streamed(footprint.calibration_bytes(work, block_by_block=False), machine.worker_bytes)
+    measures_so = streamed(footprint.measurement_bytes(work, block_by_block=False), machine.alone_bytes)
+    stages = tuple(
+        _stages(
+            work,
+            machine,
+            profile,
+            streamed=(calibrates_so, measures_so),
+            statistics_only=statistics_only,
+        )
+    )
+    store = open_store(config.out).uri
+    disk = Disk(
+        work=work,
+        workers=machine.num_workers,
+        num_refits=len(job.recipe.refits) if can_refit(job.checkpoint, job.layouts) else 0,
+        is_streamed=calibrates_so,
+        is_remote=is_remote(store),
+        is_spread=machine.is_elsewhere,
+    )
+    cached = disk.cache_bytes(has_stored_model=job.stored_model is not None)
+    there = bytes_below(job.checkpoint.directory) if job.stored_model is not None else 0
+    if statistics_only:
+        temporary, stored = disk.temporary_bytes_of_statistics(), disk.store_bytes_of_statistics()
+    else:
+        temporary, stored = disk.temporary_bytes(), disk.store_bytes()
+    flight = Preflight(
+        model_bytes=work.file_bytes,
+        machine=machine,
+        block_by_block=calibrates_so,
+        measured_block_by_block=measures_so and not statistics_only,
+        stages=stages,
+        temporary=_disk(str(temporary_root()), temporary),
+        store=_disk(store, stored, there=bytes_below(Path(store) / SCRATCH_PREFIX)),
+        cache=_disk(
+            str(Cache.open().root) if cached else "",
+            cached,
+            there=there,
+            is_here=cached > 0 and not machine.is_elsewhere,
+        ),
+        artifact_bytes=0 if statistics_only else work.artifact_bytes,
+        left_out=() if statistics_only else job.left_out,
+    )
+    problems = find_problems(flight, work=work, num_evaluations=len(config.eval))
+    return flight.model_copy(update={"problems": tuple(problems)})
+
+
+def _disk(place: str, needed_bytes: int, *, there: int = 0, is_here: bool = True) -> DiskNeeds:
+    """What is free in a directory, and what is `there` of it already, as an earlier run's scratch may be."""
+    if is_remote(place) or not is_here:
+        return DiskNeeds(place=place, needed_bytes=needed_bytes, free_bytes=None)
+    free = free_bytes(Path(place)) + there
+    return DiskNeeds(place=place, needed_bytes=needed_bytes, free_bytes=free, device=device_of(Path(place)))
+
+
+def _stages(
+    work: Workload,
+    machine: Machine,
+    profile: ComputeProfile,
+    *,
+    streamed: tuple[bool, bool],
+    statistics_only: bool,
+) -> Iterator[StageNeeds]:
+    workers = machine.num_workers
+    with profile.pinned():
+        speed, single = (operations_per_second(profile.device, dtype) for dtype in (profile.dtype, "float32"))
+
+    def needs(name: str, memory: int, seconds: float, *, alone: bool = True) -> StageNeeds:
+        return StageNeeds(
+            name=name,
+            num_workers=1 if alone else workers,
+            memory_bytes=memory,
+            available_bytes=machine.alone_bytes if alone else machine.worker_bytes,
+            seconds=seconds if math.isfinite(seconds) else None,
+        )
+
+    yield needs("digests", footprint.PROCESS_BYTES, duration.digest_seconds(work))
+    yield needs(
+        "calibrate",
+        footprint.calibration_bytes(work, block_by_block=streamed[0]),
+        duration.calibration_seconds(work, workers=workers, speed=speed, block_by_block=streamed[0]),
+        alone=False,
+    )
+    if statistics_only:
+        return
+    if work.recipe.allocation == "search":
+        yield needs(
+            "allocate",
+            max(
+                footprint.compression_bytes(work),
+                footprint.measurement_bytes(work, block_by_block=False),
+            ),
+            duration.search_seconds(work, workers=workers, single=single, speed=speed),
+        )
+    yield needs(
+        "compress",
+        footprint.compression_bytes(work),
+        duration.compression_seconds(work, workers=workers, speed=single),
+        alone=False,
+    )
+    if work.recipe.refits and can_refit(work.checkpoint, work.layouts):
+        yield needs(
+            "refit",
+            max(
+                footprint.compression_bytes(work),
+                footprint.calibration_bytes(work, block_by_block=streamed[0]),
+            ),
+            duration.refit_seconds(work, workers=workers, speed=single, block_by_block=streamed[0]),
+            alone=False,
+        )
+    if work.recipe.healing is not None:
+        yield needs("heal", footprint.healing_bytes(work), duration.healing_seconds(work, speed=single))
+    yield needs("assemble", footprint.PROCESS_BYTES, duration.assembly_seconds(work))
+    yield needs(
+        "measure",
+        footprint.measurement_bytes(work, block_by_block=streamed[1]),
+        duration.measurement_seconds(work, speed=speed, block_by_block=streamed[1]),
+    )
+    if work.recipe.measurement.peak_memory and not streamed[1]:
+        yield needs(PEAK_MEMORY, footprint.peak_memory_bytes(work), duration.loading_seconds(work))
+    yield needs("publish", footprint.PROCESS_BYTES, duration.assembly_seconds(work))

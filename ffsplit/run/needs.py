@@ -1,0 +1,247 @@
+"""What a run needs, as records: every stage, the disks, and what cannot be done."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+from pydantic import Field, computed_field
+
+from ffsplit.config import JobConfig, Record
+from ffsplit.errors import ConfigError
+from ffsplit.machine import memory_limit_bytes, num_workers_here
+from ffsplit.profile import ComputeProfile
+from ffsplit.report.humanize import duration, size
+from ffsplit.run.workload import Workload
+from ffsplit.store.entries import LeftOut
+
+SHARE_OF_MEMORY = 0.9
+"""Of the machine's; the rest is the system's."""
+
+
+class Machine(Record):
+    """How many workers run at once, and the memory that each of them, or one alone, may use.
+
+    None where another machine decides, or a GPU.
+    """
+
+    num_workers: int
+    worker_bytes: int | None
+    alone_bytes: int | None
+    is_elsewhere: bool = Field(default=False, description="a cluster, where hosts hand files to each other")
+    is_one_process: bool = Field(default=False, description="every stage runs in this process")
+
+    @classmethod
+    def of(cls, config: JobConfig, profile: ComputeProfile, *, fits: Callable[[int], bool]) -> Machine:
+        """This machine's, or what --memory-per-worker says.
+
+        `fits` says whether so many bytes are enough for a worker: unless --workers says how many there are
+        to be, they are the most that this machine has cores and memory for.
+        """
+        given = config.memory_per_worker
+        elsewhere = config.runner == "ray" and bool(config.address or os.environ.get("RAY_ADDRESS"))
+        serial = config.runner == "serial"
+        on_gpu = profile.device == "cuda"
+        if serial:
+            workers = 1
+        elif elsewhere and config.workers is not None:
+            workers = config.workers
+        else:
+            workers = num_workers_here(config.workers, threads=profile.threads, on_gpu=on_gpu)
+        worker_bytes = alone_bytes = given
+        if given is None and not elsewhere and not on_gpu:
+            alone_bytes = int(memory_limit_bytes() * SHARE_OF_MEMORY)
+            if config.workers is None:
+                most = range(workers, 1, -1)
+                workers = next((fewer for fewer in most if fits(alone_bytes // fewer)), 1)
+            worker_bytes = alone_bytes // workers
+        return cls(
+            num_workers=workers,
+            worker_bytes=worker_bytes,
+            alone_bytes=alone_bytes,
+            is_elsewhere=elsewhere,
+            is_one_process=serial,
+        )
+
+
+class StageNeeds(Record):
+    """What one stage takes, about."""
+
+    name: str
+    num_workers: int
+    memory_bytes: int = Field(description="of one worker")
+    available_bytes: int | None = Field(description="for one worker; None where that is not known here")
+    seconds: float | None = Field(description="by this machine's speed; None where that is not known here")
+
+    @property
+    def fits(self) -> bool:
+        return self.available_bytes is None or self.memory_bytes <= self.available_bytes
+
+
+class DiskNeeds(Record):
+    """What is written to one place at most, and what is free there; None where it is no directory.
+
+    Places on one `device` share what is free.
+    """
+
+    place: str
+    needed_bytes: int
+    free_bytes: int | None
+    device: int | None = Field(default=None, description="by the system's number")
+
+    @property
+    def fits(self) -> bool:
+        return self.free_bytes is None or self.needed_bytes <= self.free_bytes
+
+
+class Totals(Record):
+    """Of a whole run: what its fullest stage takes with all workers, every place, and all its stages."""
+
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float | None = Field(description="None where the speed of another machine decides")
+
+
+class Preflight(Record):
+    """What a run will need, and how it will go about it."""
+
+    model_bytes: int
+    machine: Machine
+    block_by_block: bool = Field(description="calibration holds one block of the model at a time")
+    measured_block_by_block: bool
+    stages: tuple[StageNeeds, ...]
+    temporary: DiskNeeds
+    store: DiskNeeds = Field(description="the scratch and the artifact, while both are there")
+    cache: DiskNeeds = Field(description="on each host: a model in a store, what others put together")
+    artifact_bytes: int
+    left_out: tuple[LeftOut, ...] = Field(
+        default=(), description="what of the model's folder does not come along"
+    )
+    problems: tuple[str, ...] = Field(default=(), description="what cannot be done, and what would mend it")
+
+    def check(self) -> None:
+        """Raise ConfigError for the first thing that cannot be done."""
+        if self.problems:
+            raise ConfigError(self.problems[0])
+
+    @property
+    def disks(self) -> dict[str, DiskNeeds]:
+        """Every place that something is written to, by what it is."""
+        disks = {"temporary files": self.temporary, "the run's files": self.store}
+        return disks | ({"cached inputs": self.cache} if self.cache.needed_bytes else {})
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def totals(self) -> Totals:
+        parts = [stage.seconds for stage in self.stages]
+        return Totals(
+            memory_bytes=max(stage.num_workers * stage.memory_bytes for stage in self.stages),
+            disk_bytes=sum(disk.needed_bytes for disk in self.disks.values()),
+            seconds=None if None in parts else sum(part for part in parts if part is not None),
+        )
+
+
+# A pre-flight as a line in a log.
+
+
+def in_one_line(flight: Preflight, *, asked: int | None = None) -> str:
+    """Memory, disk and time, whether the model is held whole, and that more workers were asked for."""
+    hungriest = max(flight.stages, key=lambda stage: stage.memory_bytes)
+    workers = flight.machine.num_workers
+    there = "" if hungriest.available_bytes is None else f" of {size(hungriest.available_bytes)}"
+    of_those = f" ({asked} asked for, one a core)" if asked is not None and asked > workers else ""
+    totals = flight.totals
+    parts = [
+        f"{workers} worker{'s' if workers > 1 else ''}{of_those}",
+        f"up to {size(hungriest.memory_bytes)} of memory each{there}",
+        f"{size(flight.temporary.needed_bytes)} of temporary files",
+        f"{size(flight.store.needed_bytes)} in {flight.store.place}",
+    ]
+    if flight.cache.needed_bytes:
+        parts.append(f"{size(flight.cache.needed_bytes)} of cached inputs")
+    in_all = f"in all {size(totals.memory_bytes)} of memory and {size(totals.disk_bytes)} of disk"
+    parts.append(in_all if totals.seconds is None else f"{in_all}, about {duration(totals.seconds)}")
+    if flight.block_by_block:
+        parts.append("one block of the model at a time")
+    return f"pre-flight: {', '.join(parts)}".replace("\u00a0", " ")
+
+
+# What cannot be done, each in one line that names the setting that would make it fit.
+
+GB = 1e9
+PEAK_MEMORY = "peak memory"
+"""The stage that loads each model once more, in a process beside the one that waits."""
+UNIFORM = "set allocation: uniform in a copy of the recipe"
+KNOWN_BETTER = "where that is not so, say what one may use with --memory-per-worker"
+
+
+def find_problems(flight: Preflight, *, work: Workload, num_evaluations: int) -> Iterator[str]:
+    """Memory first, then disk."""
+    for stage in flight.stages:
+        if not stage.fits:
+            yield _too_little_memory(stage, flight, work)
+    if flight.measured_block_by_block:
+        alone = flight.machine.alone_bytes
+        room = "" if alone is None else f" in {_size(alone)}"
+        if num_evaluations:
+            yield (
+                f"--eval needs both models whole, and they do not fit{room}: leave it out, or {KNOWN_BETTER}"
+            )
+        if work.recipe.allocation == "search":
+            yield f"{_search_needs(work)}, and they do not fit{room}: {UNIFORM}, or {KNOWN_BETTER}"
+    yield from _too_little_disk(flight)
+
+
+def _too_little_disk(flight: Preflight) -> Iterator[str]:
+    """Each place by itself, then those that share a disk."""
+    places = (
+        (flight.temporary, "temporary files in", "set TMPDIR to a directory on a larger disk"),
+        (flight.store, "--out", "free some, or give a place on a larger disk"),
+        (flight.cache, "cached inputs in", "set FFSPLIT_CACHE to a directory on a larger disk"),
+    )
+    for disk, name, mend in places:
+        if not disk.fits:
+            free = _size(disk.free_bytes or 0)
+            yield f"{name} {disk.place} need about {_size(disk.needed_bytes)}, and {free} are free: {mend}"
+    for device in {disk.device for disk, _, _ in places if disk.device is not None}:
+        sharing = [(disk, name) for disk, name, _ in places if disk.device == device and disk.needed_bytes]
+        needed = sum(disk.needed_bytes for disk, _ in sharing)
+        free_bytes = min((disk.free_bytes or 0 for disk, _ in sharing), default=0)
+        if needed > free_bytes and all(disk.fits for disk, _ in sharing):
+            named = " and ".join(f"{name} {disk.place}" for disk, name in sharing)
+            yield (
+                f"{named} share a disk and need about {_size(needed)} of it together, and "
+                f"{_size(free_bytes)} are free: free some, or set TMPDIR to a directory on another disk"
+            )
+
+
+def _search_needs(work: Workload) -> str:
+    return f"recipe {work.recipe.name} searches, which needs both models whole"
+
+
+def _too_little_memory(stage: StageNeeds, flight: Preflight, work: Workload) -> str:
+    available = stage.available_bytes or 0
+    said = f"{stage.name} needs about {_size(stage.memory_bytes)} a worker, and {_size(available)} are there"
+    if stage.name == PEAK_MEMORY:
+        return f"{said}: set measurement.peak_memory: false in a copy of the recipe, or {KNOWN_BETTER}"
+    if stage.name == "allocate":
+        return f"{said}: {_search_needs(work)}: {UNIFORM}, or {KNOWN_BETTER}"
+    if stage.name == "heal":
+        return f"{said}: take a recipe without healing, as fast, or {KNOWN_BETTER}"
+    alone = flight.machine.alone_bytes or 0
+    fitting = alone // stage.memory_bytes
+    if 1 <= fitting < stage.num_workers:
+        return f"{said}: give --workers {fitting}, or {KNOWN_BETTER}"
+    settings = work.recipe.calibration
+    if stage.name == "compress":
+        smaller = f"a smaller sampled_tokens (now {settings.sampled_tokens})"
+    elif stage.name in ("calibrate", "measure") and work.checkpoint.architecture.can_stream:
+        dtype = "" if work.itemsize == 2 else "--dtype bfloat16, or "
+        smaller = f"{dtype}a smaller batch_tokens (now {settings.batch_tokens})"
+    else:
+        return f"{said}: take a machine with more, or {KNOWN_BETTER}"
+    return f"{said}: give {smaller} in a copy of the recipe, or {KNOWN_BETTER}"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GB:.2g} GB" if num_bytes < 100 * GB else f"{num_bytes / GB:.0f} GB"

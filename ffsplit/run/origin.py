@@ -1,0 +1,102 @@
+"""An earlier run whose neuron statistics serve again: what it must share with this one, what it lends it.
+
+Raw activations are never published, so the FFN inputs that refits learn from are sampled again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from ffsplit.calibration.sampling import TextSample
+from ffsplit.config import JobConfig
+from ffsplit.errors import ConfigError
+from ffsplit.profile import ComputeProfile
+from ffsplit.store.inputs import is_remote
+from ffsplit.store.locate import PublishedStatistics
+from ffsplit.store.manifest import CalibrationRecord, Compute, StatisticsOrigin
+
+
+def inherit(config: JobConfig, origin: PublishedStatistics) -> JobConfig:
+    """The job with the earlier run's text and seed wherever it was given none of its own."""
+    manifest = origin.manifest
+    settings = manifest.recipe.get("calibration", {})
+    lent = {
+        "calibration": manifest.calibration.sources,
+        "seed": manifest.seed,
+        "samples": manifest.calibration.num_rows if settings.get("max_tokens") else settings.get("samples"),
+        "max_length": settings.get("max_length"),
+    }
+    given = {name for name in config.model_fields_set if getattr(config, name) is not None}
+    if "calibration" not in given:
+        lent["calibration"] = tuple(_found(source, origin) for source in manifest.calibration.sources)
+    return config.model_copy(update={name: value for name, value in lent.items() if name not in given})
+
+
+def _found(source: str, origin: PublishedStatistics) -> str:
+    """A text of the earlier run. A local file is recorded by its name: it is here, or beside that store."""
+    match = re.fullmatch(r"((?:[A-Za-z][\w+.-]+:)?)(.*?)(#.*)?", source, re.DOTALL)
+    assert match is not None
+    scheme, path, column = match[1], match[2], match[3] or ""
+    if scheme in ("builtin:", "hf:") or path.startswith("//") or Path(path).exists():
+        return source
+    for folder in () if is_remote(origin.uri) else Path(origin.uri).parents[:3]:
+        if (folder / path).exists():
+            return f"{scheme}{folder / path}{column}"
+    raise ConfigError(
+        f"--stats {origin.uri} was collected on {path}, which is neither here nor beside it: "
+        "give it, or another text, as --calibration"
+    )
+
+
+def check_origin(
+    origin: PublishedStatistics,
+    *,
+    digests: Mapping[str, str],
+    revision: str | None,
+    profile: ComputeProfile,
+) -> None:
+    """Raise ConfigError unless the statistics are of this model and tokenizer, computed as this run is."""
+    model, where = origin.manifest.model, f"--stats {origin.uri}"
+    mend = "give a run of this one, or leave --stats out"
+    if model.digest != digests["model"]:
+        theirs, ours = _name(model.id, model.revision), f"revision {revision}" if revision else "this one"
+        raise ConfigError(f"{where} is of another model or revision, {theirs}, not {ours}: {mend}")
+    if model.tokenizer_digest != digests["tokenizer"]:
+        raise ConfigError(
+            f"{where} was collected with another tokenizer or other files beside the weights: {mend}"
+        )
+    theirs, ours = (_describe(each) for each in (origin.manifest.compute, profile))
+    if theirs != ours:
+        raise ConfigError(
+            f"{where} was computed on {theirs}, this run is on {ours}: give the same --device, --dtype, "
+            "--threads-per-worker and --attn-implementation, or leave --stats out"
+        )
+
+
+def calibration_record(origin: PublishedStatistics, *, text: TextSample) -> CalibrationRecord:
+    """What the statistics were collected on, and this run's held-out rows."""
+    manifest = origin.manifest
+    return manifest.calibration.model_copy(
+        update={
+            "held_out_rows": len(text.held_out),
+            "held_out_is_disjoint": text.held_out_is_disjoint,
+            "statistics_from": StatisticsOrigin(
+                uri=origin.uri,
+                run_key=manifest.run_key,
+                attempt=manifest.attempt,
+                sha256=origin.sha256,
+                sampled_text_digest=text.digest,
+            ),
+        }
+    )
+
+
+def _name(model: str, revision: str | None) -> str:
+    return f"{model} at {revision}" if revision else model
+
+
+def _describe(profile: ComputeProfile | Compute) -> str:
+    attention = f" and {profile.attn_implementation} attention" if profile.attn_implementation else ""
+    return f"{profile.device} in {profile.dtype} with {profile.threads} threads{attention}"

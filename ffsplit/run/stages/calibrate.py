@@ -1,0 +1,129 @@
+"""The calibration stage: each worker holds the model and turns shards of text into statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ffsplit.calibration.hooks import Observed, Sampling, observe
+from ffsplit.calibration.parquet import write_statistics
+from ffsplit.calibration.readers import Reader, make_reader
+from ffsplit.calibration.sampling import MAX_SAMPLED_SHARDS, CalibrationSettings
+from ffsplit.config import Record
+from ffsplit.directories import temporary_folder
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.load import load_base_model
+from ffsplit.models.locate import ModelSource
+from ffsplit.models.streamed import StreamedModel
+from ffsplit.profile import ComputeProfile
+from ffsplit.store.scratch import Result, Scratch
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some rows of calibration text."""
+
+    index: int
+    rows: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"shard-{self.index:05d}"
+
+
+class CalibrationJob(Record):
+    """Everything that a calibration worker needs to know, but for its shards."""
+
+    model: ModelSource
+    settings: CalibrationSettings
+    num_shards: int
+    seed: int
+    lineage: dict[str, str]
+    profile: ComputeProfile
+    scratch: Scratch
+    inputs_only: bool = False
+    """Sample FFN inputs alone: the statistics are there already."""
+    block_by_block: bool = False
+    """Hold one block of the model at a time; the results are the same to the byte."""
+
+    def num_sampled(self, shard: int) -> int:
+        """How many tokens of a shard have their FFN inputs kept."""
+        step = max(1, -(-self.num_shards // MAX_SAMPLED_SHARDS))
+        num_sampled_shards = -(-self.num_shards // step)
+        return -(-self.settings.sampled_tokens // num_sampled_shards) if shard % step == 0 else 0
+
+
+class CalibrationWorker:
+    """Holds the model, which is loaded when the first shard that is not finished yet arrives."""
+
+    def __init__(self, job: CalibrationJob) -> None:
+        self._job = job
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self._job.model.directory(), uneven=True)
+
+    @cached_property
+    def _reader(self) -> Reader:
+        settings = self._job.settings
+        return make_reader(
+            self._checkpoint, max_length=settings.row_length, batch_tokens=settings.batch_tokens
+        )
+
+    @cached_property
+    def _model(self) -> Any:
+        profile, checkpoint = self._job.profile, self._checkpoint
+        device, dtype = torch.device(profile.device), getattr(torch, profile.dtype)
+        if self._job.block_by_block:
+            return StreamedModel(checkpoint, device=device, dtype=dtype)
+        return load_base_model(checkpoint, device=device, dtype=dtype)
+
+    def __call__(self, shard: Shard) -> Result:
+        """Statistics and sampled inputs of one shard, in the scratch."""
+        with self._job.profile.applied():
+            return self._job.scratch.load_or_compute(shard.name, lambda: self._collect(shard))
+
+    def _collect(self, shard: Shard) -> Result:
+        job = self._job
+        rows = self._reader.encode(shard.rows)
+        num_tokens = self._reader.num_tokens(rows)
+        sampling = Sampling(partial(self._sampled, shard), num_tokens, len(rows))
+        observed = observe(
+            self._model,
+            self._checkpoint.ffns,
+            list(self._reader.batches(rows)),
+            sampling=sampling,
+            inputs_only=job.inputs_only,
+        )
+        return self._save(shard, observed, num_tokens=sum(num_tokens.values()), num_rows=len(rows))
+
+    def _sampled(self, shard: Shard, num_tokens: int) -> torch.Tensor:
+        """The ascending positions of the tokens of a shard whose FFN inputs are kept."""
+        count = min(num_tokens, self._job.num_sampled(shard.index))
+        generator = torch.Generator().manual_seed(self._job.seed * 1_000_003 + shard.index)
+        return torch.randperm(num_tokens, generator=generator)[:count].sort().values
+
+    def _save(self, shard: Shard, observed: Iterable[Observed], *, num_tokens: int, num_rows: int) -> Result:
+        with temporary_folder() as folder:
+            files = {}
+            statistics = []
+            for index, (stats, inputs) in enumerate(observed):
+                statistics.append(stats)
+                if inputs is not None:
+                    path = folder / f"layer-{index:03d}.safetensors"
+                    save_file({each: tensor.contiguous() for each, tensor in inputs.items()}, path)
+                    files[f"inputs/{path.stem}/{shard.name}.safetensors"] = path
+            if not self._job.inputs_only:
+                path = folder / f"{shard.name}.parquet"
+                lineage = {**self._job.lineage, "shard": str(shard.index)}
+                write_statistics(path, tuple(each for each in statistics if each), lineage=lineage)
+                files = {path.name: path} | files
+            if not num_tokens:  # no mask tells tokens from padding: every position is one
+                num_tokens = max((each.num_tokens for each in statistics if each), default=0)
+            facts = {"index": shard.index, "num_tokens": num_tokens, "num_rows": num_rows}
+            return self._job.scratch.save(shard.name, files, facts=facts)

@@ -1,0 +1,144 @@
+"""The compression stages: one task a layer, which reads that layer's tensors and sampled inputs alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pydantic import JsonValue
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ffsplit.compressors import AnyCompressor, DistillCompressor
+from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.layer import CompressedLayer, compress_layer, refit_layer
+from ffsplit.config import Record
+from ffsplit.directories import temporary_folder
+from ffsplit.ffn.activations import activation_named
+from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.locate import ModelSource
+from ffsplit.profile import ComputeProfile
+from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn, load_output_norm
+from ffsplit.splitting.scores import FEWEST_TOKENS, LayerPlan
+from ffsplit.store.entries import FileEntry
+from ffsplit.store.scratch import Result, Scratch
+
+
+class LayerJob(Record):
+    """One layer's plan and where its inputs are."""
+
+    model: ModelSource
+    plan: LayerPlan
+    steps: tuple[AnyCompressor, ...]
+    plain: bool
+    inputs: tuple[FileEntry, ...]
+    scratch: Scratch
+    profile: ComputeProfile
+
+    @property
+    def name(self) -> str:
+        return _layer_name(self.plan.layer)
+
+
+class RefitJob(Record):
+    """A layer of a compressed model, and where the inputs of both models' layers are, of the same tokens."""
+
+    original: ModelSource
+    compressed: ModelSource
+    layer: int
+    step: DistillCompressor
+    inputs: tuple[FileEntry, ...]
+    own_inputs: tuple[FileEntry, ...]
+    scratch: Scratch
+    profile: ComputeProfile
+
+    @property
+    def name(self) -> str:
+        return _layer_name(self.layer)
+
+
+def compress_layer_job(job: LayerJob) -> Result:
+    """Compress one layer into one safetensors file in the scratch."""
+    with job.profile.applied():
+        return job.scratch.load_or_compute(job.name, lambda: _compress(job))
+
+
+def refit_layer_job(job: RefitJob) -> Result:
+    """Fit one layer of a compressed model again, into a file as `compress_layer_job` gives it."""
+    with job.profile.applied():
+        return job.scratch.load_or_compute(job.name, lambda: _refit(job))
+
+
+def _layer_name(layer: int) -> str:
+    return f"layer-{layer:03d}"
+
+
+def _sampled(job: LayerJob | RefitJob, entry: FileEntry) -> dict[str, Tensor]:
+    """What a shard has of this layer's inputs."""
+    with job.scratch.reading(entry) as path:
+        tensors: dict[str, Tensor] = load_file(path, device=job.profile.device)
+    return tensors
+
+
+def _inputs(shards: Sequence[Mapping[str, Tensor]], expert: int | None) -> list[Tensor]:
+    """The sampled inputs [T, D] of an FFN in float32; of an expert those of the tokens it was sent.
+
+    Where those are too few, all of its block's serve: they are what it might be sent.
+    """
+    inputs = [shard["input"].float() for shard in shards]
+    if expert is None:
+        return inputs
+    own = [x_TD[shard["experts"].eq(expert).any(1)] for x_TD, shard in zip(inputs, shards, strict=True)]
+    return own if sum(map(len, own)) >= FEWEST_TOKENS else inputs
+
+
+def _compress(job: LayerJob) -> Result:
+    device = torch.device(job.profile.device)
+    checkpoint = open_checkpoint(job.model.directory(), uneven=True)
+    expert = checkpoint.ffns[job.plan.layer].expert
+    inputs = _inputs([_sampled(job, entry) for entry in job.inputs], expert)
+    activation = activation_named(checkpoint.activation_of(job.plan.layer))
+    compressed = compress_layer(
+        load_ffn(checkpoint, job.plan.layer, activation=activation, device=device),
+        heavy_neurons=job.plan.heavy_neurons,
+        layout=job.plan.layout,
+        steps=job.steps,
+        inputs=inputs,
+        output_norm=load_output_norm(checkpoint, job.plan.layer, device=device),
+    )
+    tensors = layer_tensors(checkpoint, job.plan.layer, compressed.weights, plain=job.plain)
+    return _saved(job, job.plan.layer, compressed, tensors)
+
+
+def _refit(job: RefitJob) -> Result:
+    device = torch.device(job.profile.device)
+    original, compressed = (
+        open_checkpoint(each.directory(), uneven=True) for each in (job.original, job.compressed)
+    )
+    activation = activation_named(original.activation_of(job.layer))
+    ffn, narrow = (
+        load_ffn(each, job.layer, activation=activation, device=device) for each in (original, compressed)
+    )
+    inputs, own_inputs = (
+        _inputs([_sampled(job, entry) for entry in entries], expert=None)
+        for entries in (job.inputs, job.own_inputs)
+    )
+    norm = load_output_norm(original, job.layer, device=device)
+    fitted = refit_layer(narrow, job.step, context=LayerContext(ffn, inputs, norm, own_inputs))
+    tensors = layer_tensors(compressed, job.layer, fitted.weights, plain=True)
+    return _saved(job, job.layer, fitted, tensors)
+
+
+def _saved(
+    job: LayerJob | RefitJob, layer: int, compressed: CompressedLayer, tensors: dict[str, Tensor]
+) -> Result:
+    with temporary_folder() as folder:
+        path = folder / f"{job.name}.safetensors"
+        save_file(tensors, path, {"format": "pt"})
+        layout = compressed.weights.layout.model_dump(mode="json")
+        facts: dict[str, JsonValue] = {
+            "layer": layer,
+            "relative_error": compressed.relative_error,
+            "layout": layout,
+        }
+        return job.scratch.save(job.name, {path.name: path}, facts=facts)

@@ -1,0 +1,211 @@
+"""The healing stage: one worker or several that share every step; it can go on from its own checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pydantic import JsonValue
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ffsplit import logs
+from ffsplit.calibration.readers import Batch, pad_id_of, padded_batches, tokenize_rows
+from ffsplit.compressors.quantize import QuantizeCompressor
+from ffsplit.config import Record
+from ffsplit.directories import temporary_folder
+from ffsplit.errors import UnsupportedModelError
+from ffsplit.healing.loop import HealingData, HealingState, fake_quantized, heal, settle, trainable_weights
+from ffsplit.healing.losses import outputs
+from ffsplit.healing.settings import HealingSettings
+from ffsplit.healing.team import Team, find_team
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.locate import ModelSource
+from ffsplit.models.names import names_read
+from ffsplit.models.rows import ModelKind
+from ffsplit.models.tensor_files import FLOATS
+from ffsplit.profile import ComputeProfile
+from ffsplit.runtime.linears import attention_linears
+from ffsplit.store.scratch import Result, Scratch
+
+RESULT, PROGRESS = "healed", "progress"
+
+
+class HealJob(Record):
+    """What to heal, on which text. The compressed checkpoint has its original's names."""
+
+    original: ModelSource
+    compressed: ModelSource
+    rows: tuple[str, ...]
+    validation: tuple[str, ...]
+    max_length: int
+    batch_tokens: int
+    seed: int
+    settings: HealingSettings
+    quantization: QuantizeCompressor | None
+    linears: Literal["kept", "int8"]
+    scratch: Scratch
+    profile: ComputeProfile
+    threads: int
+    workers: int
+
+
+def heal_job(job: HealJob) -> Result | None:
+    """Heal the compressed model; its new weights are one safetensors file in the scratch.
+
+    Of several workers that are called at once, only the first one writes and answers.
+    """
+    team = find_team(job.workers)
+    with job.profile.applied(threads=job.threads):
+        if 0 in team.mine:
+            return job.scratch.load_or_compute(RESULT, lambda: _save(job.scratch, *_heal(job, team)))
+        if job.scratch.load(RESULT) is None:
+            _heal(job, team)
+        return None
+
+
+def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState, list[nn.Module]]:
+    """The healed student, the checkpoint it came from, how it went, and its layers that are on a grid."""
+    original = open_checkpoint(job.original.directory())
+    compressed = open_checkpoint(job.compressed.directory(), uneven=True)
+    device = torch.device(job.profile.device)
+    teacher, student = (
+        load_whole_model(each.directory, original.class_name, dtype=torch.float32).to(device)
+        for each in (original, compressed)
+    )
+    tokenizer = load_tokenizer(original)
+    rows, validation = (
+        tokenize_rows(tokenizer, texts, max_length=job.max_length) for texts in (job.rows, job.validation)
+    )
+    data = HealingData(rows, validation, pad_id_of(original, tokenizer), job.batch_tokens)
+    one = next(padded_batches(rows[:1], batch_tokens=job.max_length, pad_id=data.pad_id)).to(device)
+    check_written(student, compressed, one, kind=original.compared_as)
+    rounded = _round(student, compressed, job)
+    state = heal(
+        student,
+        teacher,
+        data,
+        kind=original.compared_as,
+        settings=job.settings,
+        seed=job.seed,
+        resume=lambda weights, optimizer: _resume(job.scratch, weights, optimizer),
+        checkpoint=partial(_checkpoint, job.scratch) if 0 in team.mine else _keep_nothing,
+        team=team,
+    )
+    settle(rounded)
+    return student, compressed, state, rounded
+
+
+def _round(student: Any, checkpoint: Checkpoint, job: HealJob) -> list[nn.Module]:
+    """Let the student compute with the integers that it ends with; the linear layers that have them."""
+    if job.quantization is None:
+        return []
+    base = getattr(student, student.base_model_prefix, student)
+    num_bits, group_size = job.quantization.num_bits, job.quantization.group_size
+    rounded: list[nn.Module] = []
+    for ffn in checkpoint.ffns:
+        paths = [path for path in (ffn.paths.up, ffn.paths.gate, ffn.paths.down) if path is not None]
+        linears = [base.get_submodule(f"{ffn.block}.{path}") for path in dict.fromkeys(paths)]
+        fake_quantized(linears, num_bits=num_bits, group_size=group_size, transposed=ffn.paths.transposed)
+        rounded += linears
+    if job.linears == "int8":
+        linears = [base.get_submodule(path) for path in attention_linears(checkpoint)]
+        fake_quantized(linears, num_bits=8, group_size=None)
+        rounded += linears
+    return rounded
+
+
+def _resume(scratch: Scratch, weights: dict[str, Tensor], optimizer: Any) -> HealingState | None:
+    record = scratch.load_newest(PROGRESS)
+    if record is None:
+        return None
+    with scratch.reading(record.files[0]) as path:
+        state = HealingState.load(path, weights, optimizer)
+    logs.log("resumed", step=state.step)
+    return state
+
+
+def _checkpoint(scratch: Scratch, state: HealingState, weights: dict[str, Tensor], optimizer: Any) -> None:
+    with temporary_folder() as folder:
+        path = folder / f"{PROGRESS}.safetensors"
+        state.save(path, weights, optimizer)
+        scratch.save_next(PROGRESS, state.step, path)
+
+
+def _keep_nothing(state: HealingState, weights: dict[str, Tensor], optimizer: Any) -> None:
+    """Another worker has the same state, and writes it."""
+
+
+def _save(
+    scratch: Scratch,
+    student: Any,
+    checkpoint: Checkpoint,
+    state: HealingState,
+    rounded: Sequence[nn.Module] = (),
+) -> Result:
+    """The student's tensors, under the checkpoint's names and in its dtypes.
+
+    Matrices that are about to become integers stay float32: in 16 bits they would be off the grid that
+    healing has judged them on, and might round to other integers.
+    """
+    on_grid = {id(linear.weight) for linear in rounded}
+    wide = frozenset(name for name, parameter in student.named_parameters() if id(parameter) in on_grid)
+    tensors = stored_tensors(student, checkpoint, wide=wide)
+    with temporary_folder() as folder:
+        path = folder / f"{RESULT}.safetensors"
+        save_file(tensors, path)
+        facts: dict[str, JsonValue] = {
+            "num_steps": state.step,
+            "best_step": state.best_step,
+            "first_loss": state.first_loss,
+            "best_loss": state.best_loss,
+        }
+        return scratch.save(RESULT, {path.name: path}, facts=facts)
+
+
+def stored_tensors(student: Any, checkpoint: Checkpoint, *, wide: Collection[str] = ()) -> dict[str, Tensor]:
+    """A model's floating-point tensors under the names and in the dtypes that the checkpoint's files have.
+
+    Those that the model calls one of `wide` are float32.
+    """
+    values: dict[str, Tensor] = student.state_dict()
+    return {
+        stored: values[name]
+        .to("cpu", torch.float32 if name in wide else FLOATS[checkpoint.tensors[stored].dtype])
+        .contiguous()
+        for stored, name in _stored_names(student, checkpoint).items()
+    }
+
+
+def _stored_names(student: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Each stored tensor of floating-point numbers that the model has as it is stored, and its name there."""
+    read = names_read(student, checkpoint.tensors)
+    return {
+        stored: found.name
+        for stored, found in read.items()
+        if found is not None and found.is_whole and checkpoint.tensors[stored].dtype in FLOATS
+    }
+
+
+def check_written(student: Any, checkpoint: Checkpoint, batch: Batch, *, kind: ModelKind) -> None:
+    """Raise UnsupportedModelError where something would be trained that the files have no tensor for.
+
+    What the outputs of a batch do not depend on, such as a pooler that was made up, is not trained.
+    """
+    parameters = dict(student.named_parameters(remove_duplicate=False))
+    names = _stored_names(student, checkpoint).values()
+    stored = {id(parameters[name]) for name in names if name in parameters}
+    unstored = {name: each for name, each in trainable_weights(student).items() if id(each) not in stored}
+    if not unstored:
+        return
+    torch.autograd.backward(outputs(student, batch, kind=kind).sum())
+    lost = [name for name, parameter in unstored.items() if parameter.grad is not None]
+    student.zero_grad(set_to_none=True)
+    if lost:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory}: healing would train {lost[0]} ({len(lost)} such tensors), which the "
+            "checkpoint's files store in another form: load the original and save it with save_pretrained"
+        )

@@ -1,0 +1,155 @@
+"""The measurement stage: original and compressed side by side, in one process that does nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ffsplit.calibration.readers import Batch, make_reader
+from ffsplit.config import Record
+from ffsplit.ffn.shapes import LayerLayout
+from ffsplit.measurement.fidelity import fidelity, streamed_fidelity
+from ffsplit.measurement.latency import load_average, load_since, paired_latency
+from ffsplit.measurement.memory import peak_memory_bytes
+from ffsplit.measurement.size import compressed_size, original_size
+from ffsplit.measurement.tasks.evaluations import Evaluation, score_evaluations
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.locate import ModelSource
+from ffsplit.models.streamed import StreamedModel
+from ffsplit.models.tensor_files import read_headers
+from ffsplit.profile import ComputeProfile
+from ffsplit.recipes.recipe import MeasurementSettings
+from ffsplit.store.manifest import Measurements, TaskScore
+
+NOT_HELD = "latency and peak memory: the models were measured one block at a time, not held whole"
+
+
+class MeasureJob(Record):
+    """What to compare, and on which text."""
+
+    original: ModelSource
+    compressed: ModelSource
+    layouts: tuple[LayerLayout, ...]
+    held_out: tuple[str, ...]
+    evaluations: tuple[Evaluation, ...]
+    max_length: int
+    batch_tokens: int
+    settings: MeasurementSettings
+    speed_limits: tuple[tuple[tuple[int, int] | None, float], ...] = ()
+    """What gates ask of the speed-up, at one shape or at all."""
+    profile: ComputeProfile
+    block_by_block: bool = False
+
+
+def measure_job(job: MeasureJob) -> Measurements:
+    """Size, fidelity on held-out text, latency, task scores and peak memory of both models."""
+    with job.profile.applied():
+        return _measure(job)
+
+
+def _measure(job: MeasureJob) -> Measurements:
+    checkpoint = open_checkpoint(job.original.directory())
+    compressed = job.compressed.directory()
+    companions = checkpoint.folder.files.companions
+    weights = [path for path in compressed.glob("*.safetensors") if path.name not in companions]
+    empty = Measurements(
+        original_size=original_size(checkpoint),
+        compressed_size=compressed_size(
+            checkpoint, job.layouts, file_bytes=sum(path.stat().st_size for path in weights)
+        ),
+        fidelity={},
+        latency=(),
+        original_peak_memory_bytes=None,
+        compressed_peak_memory_bytes=None,
+        device=job.profile.device,
+        dtype=job.profile.dtype,
+        num_threads=job.profile.threads,
+    )
+    measure = _block_by_block if job.block_by_block else _side_by_side
+    return empty.model_copy(update=measure(job, checkpoint, compressed))
+
+
+def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
+    """Everything there is to measure, with both models in memory."""
+    directories = (checkpoint.directory, directory)
+    dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
+    original, compressed = (
+        load_whole_model(each, checkpoint.class_name, dtype=dtype).to(device) for each in directories
+    )
+    batches = _batches(job, checkpoint)
+    on_device = (batch.to(device, dtype=dtype) for batch in batches)
+    scores = fidelity(original, compressed, on_device, kind=checkpoint.compared_as) if batches else {}
+    before = load_average()
+    latency = paired_latency(
+        original,
+        compressed,
+        shapes=_shapes(job, checkpoint),
+        num_pairs=job.settings.latency_pairs,
+        limits=job.speed_limits,
+    )
+    load = load_since(before)
+    tasks: tuple[TaskScore, ...] = ()
+    if job.evaluations:
+        tasks = score_evaluations(job.evaluations, original, compressed, load_tokenizer(checkpoint))
+    del original, compressed
+    peaks = _peak_memory(job, checkpoint, directories)
+    return {
+        "fidelity": scores,
+        "latency": latency,
+        "load": load,
+        "tasks": tasks,
+        "original_peak_memory_bytes": peaks[0],
+        "compressed_peak_memory_bytes": peaks[1],
+    }
+
+
+def _block_by_block(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
+    """Fidelity alone, with a block of one model in memory at a time."""
+    dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
+    batches = _batches(job, checkpoint)
+    measured: dict[str, Any] = {"skipped": (NOT_HELD,)}
+    if batches:
+        both = (checkpoint, replace(checkpoint, directory=directory, tensors=read_headers(directory)))
+        class_name = None if checkpoint.is_headless else checkpoint.class_name
+        original, compressed = (
+            StreamedModel(each, device=device, dtype=dtype, class_name=class_name) for each in both
+        )
+        scores, blocks = streamed_fidelity(original, compressed, batches, kind=checkpoint.compared_as)
+        measured |= {"fidelity": scores, "blocks": blocks}
+    return measured
+
+
+def _batches(job: MeasureJob, checkpoint: Checkpoint) -> list[Batch]:
+    reader = make_reader(checkpoint, max_length=job.max_length, batch_tokens=job.batch_tokens)
+    return list(reader.batches(reader.encode(job.held_out)))
+
+
+def _peak_memory(
+    job: MeasureJob, checkpoint: Checkpoint, directories: tuple[Path, Path]
+) -> tuple[int | None, int | None]:
+    """Peak bytes of the original and of the compressed model at the largest shape."""
+    if not job.settings.peak_memory:
+        return None, None
+    original, compressed = (
+        peak_memory_bytes(
+            directory,
+            checkpoint.class_name,
+            shape=max(_shapes(job, checkpoint), key=lambda shape: shape[0] * shape[1]),
+            device=job.profile.device,
+            dtype=job.profile.dtype,
+        )
+        for directory in directories
+    )
+    return original, compressed
+
+
+def _shapes(job: MeasureJob, checkpoint: Checkpoint) -> list[tuple[int, int]]:
+    """The shapes to time, no row longer than the model can read."""
+    longest = checkpoint.max_positions
+    shapes = job.settings.latency_shapes
+    within = [(rows, tokens if longest is None else min(tokens, longest)) for rows, tokens in shapes]
+    return list(dict.fromkeys(within))

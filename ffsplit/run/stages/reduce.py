@@ -1,0 +1,76 @@
+"""The reduction: statistics of many shards merged along one fixed tree, a bounded number of files a task.
+
+A task takes FAN_IN neighbours, a power of two, so that its result is a node of the binary tree over all
+shards: the bytes are those of a reduction in one go, whoever works on which part. No task, and not the
+driver either, ever holds more than log2 of the shards' statistics, or reads more than FAN_IN files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ffsplit.calibration.parquet import read_statistics, write_statistics
+from ffsplit.calibration.sampling import FAN_IN
+from ffsplit.calibration.statistics import NeuronStats, merge_layers, reduce_tree
+from ffsplit.config import Record
+from ffsplit.directories import temporary_folder
+from ffsplit.store.entries import FileEntry
+from ffsplit.store.scratch import Result, Scratch
+
+
+class ReduceJob(Record):
+    """Neighbouring parts of the statistics, in order."""
+
+    level: int
+    index: int
+    parts: tuple[FileEntry, ...]
+    lineage: dict[str, str]
+    scratch: Scratch
+
+    @property
+    def name(self) -> str:
+        return f"level-{self.level}-{self.index:05d}"
+
+
+def reduced(
+    parts: Sequence[FileEntry],
+    *,
+    lineage: dict[str, str],
+    scratch: Scratch,
+    run_tasks: Callable[[Sequence[ReduceJob]], Sequence[Result]],
+) -> tuple[NeuronStats, ...]:
+    """The statistics of all parts: by tasks as long as there are more than FAN_IN, then here."""
+    level = 0
+    while len(parts) > FAN_IN:
+        level += 1
+        groups = [tuple(parts[start : start + FAN_IN]) for start in range(0, len(parts), FAN_IN)]
+        results = run_tasks(
+            [
+                ReduceJob(level=level, index=index, parts=group, lineage=lineage, scratch=scratch)
+                for index, group in enumerate(groups)
+            ]
+        )
+        parts = [result.files[0] for result in results]
+    return merged(parts, scratch)
+
+
+def reduce_job(job: ReduceJob) -> Result:
+    """Merge the parts into one Parquet file in the scratch."""
+    return job.scratch.load_or_compute(job.name, lambda: _reduce(job))
+
+
+def _reduce(job: ReduceJob) -> Result:
+    with temporary_folder() as folder:
+        path = folder / f"{job.name}.parquet"
+        write_statistics(path, merged(job.parts, job.scratch), lineage=job.lineage | {"part": job.name})
+        return job.scratch.save(job.name, {path.name: path}, facts={"num_parts": len(job.parts)})
+
+
+def merged(parts: Sequence[FileEntry], scratch: Scratch) -> tuple[NeuronStats, ...]:
+    """The statistics of all parts, read one after another."""
+
+    def read(entry: FileEntry) -> tuple[NeuronStats, ...]:
+        with scratch.reading(entry) as path:
+            return read_statistics(path)
+
+    return reduce_tree(map(read, parts), merge_layers)

@@ -1,0 +1,203 @@
+"""The allocation stage: two ways compressed like any run, and judged end to end on rows of their own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ffsplit.calibration.readers import make_reader
+from ffsplit.config import Record
+from ffsplit.distributed.runner import Runner
+from ffsplit.errors import ConfigError
+from ffsplit.ffn.shapes import ModelShape
+from ffsplit.measurement.fidelity import fidelity
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.load import load_whole_model
+from ffsplit.models.locate import ModelSource
+from ffsplit.profile import ComputeProfile
+from ffsplit.runtime.assemble import assemble
+from ffsplit.splitting.proposal import Candidate
+from ffsplit.store.manifest import AllocationRecord, CandidateRecord
+
+Fidelity = dict[str, float]
+NUM_FOLDS = 4
+"""Parts of the judge's rows. What beats the uniform layers has to on each of them."""
+LEAST_GAIN = 0.1
+"""The part of the uniform layers' distance that a candidate has to take away.
+
+One common width is worth that much: it makes an ordinary checkpoint.
+"""
+MOST_ROWS = 256
+"""Rows on which blocks are compared one by one."""
+
+
+class JudgeJob(Record):
+    """Compressed checkpoints, and the text to judge them on."""
+
+    original: ModelSource
+    candidates: tuple[ModelSource, ...]
+    rows: tuple[str, ...]
+    max_length: int
+    batch_tokens: int
+    profile: ComputeProfile
+
+    def of(self, *candidates: ModelSource) -> JudgeJob:
+        """This job with candidates."""
+        return self.model_copy(update={"candidates": candidates})
+
+
+class Allocation(NamedTuple):
+    """The candidate that was chosen, and what led to it."""
+
+    chosen: Candidate
+    record: AllocationRecord
+
+
+class _Bench:
+    """The original and its batches, a fold at a time, for a job's time."""
+
+    def __init__(self, job: JudgeJob, *, rows: Sequence[str], num_folds: int) -> None:
+        self._checkpoint = open_checkpoint(job.original.directory())
+        self._dtype, self._device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
+        reader = make_reader(self._checkpoint, max_length=job.max_length, batch_tokens=job.batch_tokens)
+        encoded = reader.encode(rows)
+        num_folds = min(num_folds, len(encoded))
+        self._folds = [
+            [batch.to(self._device, dtype=self._dtype) for batch in reader.batches(encoded[start::num_folds])]
+            for start in range(num_folds)
+        ]
+        self.original = self.load(self._checkpoint.directory)
+        self.blocks = [ffn.block for ffn in self._checkpoint.ffns]
+
+    def load(self, directory: Path) -> Any:
+        return load_whole_model(directory, self._checkpoint.class_name, dtype=self._dtype).to(self._device)
+
+    def judge(self, model: Any) -> tuple[Fidelity, ...]:
+        """The fidelity of a model to the original, a fold at a time."""
+        kind = self._checkpoint.compared_as
+        return tuple(fidelity(self.original, model, batches, kind=kind) for batches in self._folds)
+
+
+def judge_job(job: JudgeJob) -> tuple[tuple[Fidelity, ...], ...]:
+    """The fidelity of each candidate to the original, a fold at a time; the original is loaded once."""
+    with job.profile.applied():
+        bench = _Bench(job, rows=job.rows, num_folds=NUM_FOLDS)
+        return tuple(bench.judge(bench.load(source.directory())) for source in job.candidates)
+
+
+def single_errors_job(job: JudgeJob) -> tuple[float, ...]:
+    """Minus the score of the original with one block from the only candidate, for the block of each FFN."""
+    with job.profile.applied():
+        bench = _Bench(job, rows=job.rows[:MOST_ROWS], num_folds=1)
+        (source,) = job.candidates
+        mixed, blocks = bench.load(source.directory()), list(dict.fromkeys(bench.blocks))
+        compressed = [_exchanged(mixed, block, _block(bench.original, block)) for block in blocks]
+        errors = {}
+        for block, module in zip(blocks, compressed, strict=True):
+            own = _exchanged(mixed, block, module)
+            errors[block] = max(0.0, -sum(score_of(found) for found in bench.judge(mixed)))
+            _exchanged(mixed, block, own)
+        return tuple(errors[block] for block in bench.blocks)
+
+
+def _block(model: Any, path: str) -> nn.Module:
+    base: nn.Module = getattr(model, model.base_model_prefix, model)
+    return base.get_submodule(path)
+
+
+def _exchanged(model: Any, path: str, other: nn.Module) -> nn.Module:
+    """The block that was there before this one was put in its place."""
+    own = _block(model, path)
+    getattr(model, model.base_model_prefix, model).set_submodule(path, other)
+    return own
+
+
+def score_of(fidelity: Fidelity) -> float:
+    """One number to choose by, at most 0, higher is better: minus the distance from the original."""
+    if "kl_divergence" in fidelity:
+        return -fidelity["kl_divergence"]
+    if "logit_error" in fidelity:
+        return -fidelity["logit_error"]
+    return fmean(fidelity.values()) - 1.0
+
+
+def record_of(candidate: Candidate, folds: Sequence[Fidelity], *, model: ModelShape) -> CandidateRecord:
+    """What the manifest says of a candidate."""
+    pairs = zip(candidate.layouts, model.shapes, strict=True)
+    scores = tuple(score_of(fold) for fold in folds)
+    return CandidateRecord(
+        name=candidate.name,
+        num_elements=tuple(layout.num_elements(shape) for layout, shape in pairs),
+        score=fmean(scores),
+        fold_scores=scores,
+        fidelity={name: fmean(fold[name] for fold in folds) for name in folds[0]},
+    )
+
+
+def wins(record: CandidateRecord, uniform: CandidateRecord) -> bool:
+    """Whether a candidate is so much closer to the original on every fold that it is worth its widths."""
+    pairs = zip(record.fold_scores, uniform.fold_scores, strict=True)
+    return all(ours > (1 - LEAST_GAIN) * theirs for ours, theirs in pairs)
+
+
+def in_one_line(record: AllocationRecord) -> str:
+    """What a search found, for whoever waits for the run."""
+    uniform, *others = record.candidates
+    if not others:
+        return "search: the errors of single layers suggest no other shares than one for all"
+    found = others[0]
+    distances = f"{-found.score:.3g} from the original, and with one share for all {-uniform.score:.3g}"
+    if record.chosen == uniform.name:
+        return f"search: the layers keep one share; with shares of their own they are {distances}"
+    largest = max(found.num_elements)
+    shares = ", ".join(f"{100 * each / largest:.0f}" for each in found.num_elements)
+    return f"search: the layers get shares of their own ({shares} % of the largest): {distances}"
+
+
+def allocate(
+    uniform: Candidate,
+    *,
+    checkpoint: Checkpoint,
+    model: ModelShape,
+    propose: Callable[[Sequence[float]], Candidate | None],
+    compress: Callable[[Candidate], Sequence[Path]],
+    hand_over: Callable[[Path], ModelSource],
+    job: JudgeJob,
+    runner: Runner,
+    folder: Path,
+) -> Allocation:
+    """Compress the uniform layers and what their single errors suggest, and take the latter if it wins.
+
+    `compress` gives a file a layer; `job` lacks its candidates, which are put together in `folder` and
+    removed again.
+    """
+
+    def built(candidate: Candidate) -> ModelSource:
+        directory = folder / candidate.name
+        assemble(checkpoint, compress(candidate), candidate.layouts, directory)
+        return hand_over(directory)
+
+    sources, candidates = [built(uniform)], [uniform]
+    errors = runner.run_alone("allocate", single_errors_job, job.of(*sources))
+    proposed = propose(errors)
+    if proposed is not None:
+        sources.append(built(proposed))
+        candidates.append(proposed)
+    judged = runner.run_alone("allocate", judge_job, job.of(*sources))
+    shutil.rmtree(folder)
+    if not all(judged):
+        raise ConfigError("the rows to judge candidates on are nothing but padding: give other text")
+    records = tuple(
+        record_of(candidate, folds, model=model) for candidate, folds in zip(candidates, judged, strict=True)
+    )
+    chosen = candidates[-1] if proposed is not None and wins(records[-1], records[0]) else uniform
+    return Allocation(
+        chosen,
+        AllocationRecord(chosen=chosen.name, num_rows=len(job.rows), errors=errors, candidates=records),
+    )

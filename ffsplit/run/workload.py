@@ -1,0 +1,208 @@
+"""A run in numbers: how large the model and its parts are, and how much text goes through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ffsplit.calibration.sampling import TextSample
+from ffsplit.ffn.shapes import FFNShape, LayerLayout
+from ffsplit.machine import bytes_below
+from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.recipes.recipe import Recipe
+from ffsplit.splitting.solver import stored_layouts
+
+CHARACTERS_PER_TOKEN = 4
+"""Of English text, for a guess; a row is never longer than the recipe's row_length."""
+EXPERTS_A_TOKEN = 8
+"""Where a config does not say."""
+ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Elements are parameters; `itemsize` is the bytes of one in the dtype that is computed in.
+
+    `text` is the sample; of rows of text as many are read as the recipe's tokens allow, by a guess here.
+    """
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    layouts: tuple[LayerLayout, ...]
+    text: TextSample
+    itemsize: int
+    is_one_process: bool = False
+
+    @cached_property
+    def file_bytes(self) -> int:
+        return self.checkpoint.num_bytes
+
+    @cached_property
+    def num_elements(self) -> int:
+        return sum(info.num_elements for info in self.checkpoint.tensors.values())
+
+    @cached_property
+    def elements_by_block(self) -> tuple[int, ...]:
+        checkpoint = self.checkpoint
+        return tuple(
+            sum(checkpoint.tensors[name].num_elements for name in checkpoint.block_tensors(block))
+            for block in checkpoint.blocks
+        )
+
+    @property
+    def block_elements(self) -> int:
+        """Of the largest block."""
+        return max(self.elements_by_block)
+
+    @property
+    def outside_elements(self) -> int:
+        """Of embeddings, heads and whatever else is in no block."""
+        return self.num_elements - sum(self.elements_by_block)
+
+    @property
+    def num_logits(self) -> int:
+        """A token, where fidelity compares logits."""
+        return self.checkpoint.vocab_size if self.checkpoint.compared_as == "causal_lm" else 0
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.checkpoint.blocks)
+
+    @property
+    def num_ffns(self) -> int:
+        return len(self.checkpoint.shapes)
+
+    @cached_property
+    def shape(self) -> FFNShape:
+        """Of the largest FFN."""
+        return max(self.checkpoint.shapes, key=lambda shape: shape.num_elements)
+
+    @cached_property
+    def kept(self) -> float:
+        """The share of the FFNs' elements that stays."""
+        shapes = self.checkpoint.shapes
+        elements = sum(layout.num_elements(shape) for layout, shape in zip(self.layouts, shapes, strict=True))
+        return elements / sum(shape.num_elements for shape in shapes)
+
+    @cached_property
+    def kept_neurons(self) -> int:
+        return max(layout.num_neurons for layout in self.layouts)
+
+    @cached_property
+    def compressed_bytes(self) -> int:
+        """Of the compressed checkpoint's weights, before the recipe ends with fewer bits."""
+        return self._bytes_with(self.layouts)
+
+    @cached_property
+    def artifact_bytes(self) -> int:
+        """Of the weights that are published. Attention's, which may get fewer bits too, count in full."""
+        finish = self.recipe.after_healing
+        return self._bytes_with(stored_layouts(self.layouts, self.checkpoint.shapes, finish=finish))
+
+    def _bytes_with(self, layouts: Sequence[LayerLayout]) -> int:
+        shapes, itemsize = self.checkpoint.shapes, self.checkpoint.itemsize
+        ffns = sum(layout.size_bytes(shape, itemsize) for layout, shape in zip(layouts, shapes, strict=True))
+        return self.file_bytes - sum(shape.num_elements for shape in shapes) * itemsize + ffns
+
+    @property
+    def layer_bytes(self) -> int:
+        """Of the compressed layers alone."""
+        return self.compressed_bytes - (self.file_bytes - self.ffn_elements * self.checkpoint.itemsize)
+
+    @cached_property
+    def ffn_elements(self) -> int:
+        return sum(shape.num_elements for shape in self.checkpoint.shapes)
+
+    @property
+    def other_block_elements(self) -> int:
+        """Of the blocks without their FFNs: attention and norms."""
+        return max(0, sum(self.elements_by_block) - self.ffn_elements)
+
+    @property
+    def trainable_elements(self) -> int:
+        """What healing trains: all of the compressed model but its embeddings, here the largest table."""
+        outside = self.checkpoint.names_in_blocks
+        tables = [
+            info.num_elements
+            for name, info in self.checkpoint.tensors.items()
+            if name not in outside and info.shape[:1] == (self.checkpoint.vocab_size,)
+        ]
+        kept = self.num_elements - round((1 - self.kept) * self.ffn_elements)
+        return kept - max(tables, default=0)
+
+    @cached_property
+    def companion_bytes(self) -> int:
+        """Of what lies beside the weights and goes with them: tokenizers, code, other modules."""
+        return self.checkpoint.folder.companion_bytes
+
+    @cached_property
+    def folder_bytes(self) -> int:
+        """Of every file in the model's folder."""
+        return bytes_below(self.checkpoint.directory)
+
+    @cached_property
+    def num_units(self) -> int:
+        """Modules whose inputs are sampled: an FFN each, or all experts of a block."""
+        return len({ffn.unit for ffn in self.checkpoint.ffns})
+
+    @property
+    def experts_a_token(self) -> int:
+        if not self.checkpoint.has_experts:
+            return 0
+        return int(self.checkpoint.text_config.get("num_experts_per_tok") or EXPERTS_A_TOKEN)
+
+    @cached_property
+    def healing_steps(self) -> int:
+        """About how many there are, where nothing stops healing early."""
+        settings = self.recipe.healing
+        assert settings is not None, "asked of recipes that heal"
+        length = max(1, self.calibration_tokens // self.num_rows)
+        rows = max(1, min(settings.batch_rows, settings.batch_tokens // length))
+        an_epoch = -(-self.num_rows // rows)
+        return max(settings.epochs * an_epoch, settings.min_steps)
+
+    @property
+    def batch_tokens(self) -> int:
+        settings = self.recipe.calibration
+        return max(settings.batch_tokens, settings.row_length)
+
+    @property
+    def shard_tokens(self) -> int:
+        settings = self.recipe.calibration
+        return min(settings.rows_a_shard, self.num_rows) * settings.row_length
+
+    @cached_property
+    def num_shards(self) -> int:
+        return -(-self.num_rows // self.recipe.calibration.rows_a_shard)
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Rows that are calibrated on."""
+        rows = self.text.calibration
+        return max(1, len(rows) * self.calibration_tokens // self.tokens_of(rows))
+
+    @cached_property
+    def calibration_tokens(self) -> int:
+        return self._at_most(self.recipe.calibration.max_tokens, self.text.calibration)
+
+    @cached_property
+    def held_out_tokens(self) -> int:
+        return self._at_most(self.recipe.calibration.held_out_tokens, self.text.held_out)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Tokens whose FFN inputs are kept, over all shards."""
+        return min(self.calibration_tokens, self.recipe.calibration.sampled_tokens)
+
+    def _at_most(self, limit: int | None, rows: Sequence[str]) -> int:
+        """About how many tokens of some rows are read."""
+        num_tokens = self.tokens_of(rows)
+        if limit is None or self.checkpoint.kind not in ("encoder", "causal_lm"):
+            return num_tokens
+        return min(num_tokens, limit)
+
+    def tokens_of(self, rows: Sequence[str]) -> int:
+        """About how many tokens some rows have."""
+        longest = self.recipe.calibration.row_length
+        return sum(min(longest, len(row) // CHARACTERS_PER_TOKEN + 2) for row in rows)

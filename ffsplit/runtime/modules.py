@@ -1,0 +1,224 @@
+"""The modules that run compressed FFNs inside a transformers model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ffsplit.ffn.shapes import FFNShape, Format, Integer, LayerLayout, LowRank, PartLayout
+from ffsplit.models.rows import FFNPaths
+from ffsplit.runtime.integer_map import INITIALIZED, IntegerMap, share_inputs
+
+# An FFN of a transformers model made narrower: the same modules, with fewer neurons.
+
+
+def narrow_ffn(block: nn.Module, paths: FFNPaths, width: int) -> None:
+    """Give a block's FFN `width` neurons. Its weights are empty afterwards: they are about to be read."""
+    for path in dict.fromkeys(each for each in (paths.up, paths.gate) if each is not None):
+        rows = 2 * width if paths.fused else width
+        _resize(block.get_submodule(path), rows=rows, transposed=paths.transposed)
+    _resize(block.get_submodule(paths.down), columns=width, transposed=paths.transposed)
+
+
+def _resize(
+    linear: Any, *, rows: int | None = None, columns: int | None = None, transposed: bool = False
+) -> None:
+    """Another number of outputs or inputs for an nn.Linear, or for transformers' Conv1D (`transposed`)."""
+    weight = linear.weight
+    shape = tuple(weight.shape)[::-1] if transposed else tuple(weight.shape)
+    shape = (rows or shape[0], columns or shape[1])
+    linear.weight = _empty_like(weight, shape[::-1] if transposed else shape)
+    if rows is not None and linear.bias is not None:
+        linear.bias = _empty_like(linear.bias, (rows,))
+    names = ("nf", "nx") if transposed else ("out_features", "in_features")
+    for name, size in zip(names, shape, strict=True):
+        setattr(linear, name, size)
+
+
+def _empty_like(parameter: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
+    return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
+
+
+class DenseMap(nn.Module):
+    """y = W x + bias."""
+
+    _is_hf_initialized = INITIALIZED
+
+    def __init__(self, num_rows: int, num_columns: int, *, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_rows, num_columns))
+        self.bias = nn.Parameter(torch.empty(num_rows)) if bias else None
+
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        return linear(x, self.weight, self.bias if plus is None else plus)
+
+
+class LowRankMap(nn.Module):
+    """y = left (right x) + bias: the small side first."""
+
+    _is_hf_initialized = INITIALIZED
+
+    def __init__(self, num_rows: int, num_columns: int, *, rank: int, bias: bool) -> None:
+        super().__init__()
+        self.left = nn.Parameter(torch.empty(num_rows, rank))
+        self.right = nn.Parameter(torch.empty(rank, num_columns))
+        self.bias = nn.Parameter(torch.empty(num_rows)) if bias else None
+
+    def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
+        return linear(linear(x, self.right, None), self.left, self.bias if plus is None else plus)
+
+
+def linear(x: Tensor, weight: Tensor, plus: Tensor | None) -> Tensor:
+    """x W^T + plus in one product, in W's dtype; `plus` is a bias, or a tensor of the output's shape."""
+    x, plus = x.to(weight.dtype), None if plus is None else plus.to(weight.dtype)
+    if plus is None or plus.dim() == 1:
+        return functional.linear(x, weight, plus)
+    rows = torch.addmm(plus.reshape(-1, plus.shape[-1]), x.reshape(-1, x.shape[-1]), weight.t())
+    return rows.view(plus.shape)
+
+
+def build_map(format: Format, num_rows: int, num_columns: int, *, bias: bool) -> nn.Module:
+    """An empty linear map."""
+    if isinstance(format, LowRank):
+        return LowRankMap(num_rows, num_columns, rank=format.rank, bias=bias)
+    if isinstance(format, Integer):
+        return IntegerMap(format, num_rows, num_columns, bias=bias)
+    return DenseMap(num_rows, num_columns, bias=bias)
+
+
+class FFNPartModule(nn.Module):
+    """The sum over one part's neurons, added to `plus`."""
+
+    _is_hf_initialized = INITIALIZED
+
+    def __init__(self, layout: PartLayout, shape: FFNShape, activation: nn.Module) -> None:
+        super().__init__()
+        n, d = layout.num_neurons, shape.hidden_size
+        self.gate_up = self.gate = self.up = None
+        if layout.is_fused:
+            self.gate_up = build_map(layout.up, 2 * n, d, bias=shape.up_bias)
+        else:
+            self.up = build_map(layout.up, n, d, bias=shape.up_bias)
+            if layout.gate is not None:
+                self.gate = build_map(layout.gate, n, d, bias=shape.up_bias)
+        self.down = build_map(layout.down, d, n, bias=False)
+        first = self.up if self.gate is None else self.gate
+        self.activation: nn.Module | None = None  # the first map's own, where that applies it to its products
+        if isinstance(first, IntegerMap):
+            first.activation = activation
+        else:
+            self.activation = activation
+
+    @property
+    def first_maps(self) -> tuple[nn.Module, ...]:
+        """The maps that take the part's inputs."""
+        return tuple(each for each in (self.gate_up, self.gate, self.up) if each is not None)
+
+    def forward(self, x: Tensor, plus: Tensor | None) -> Tensor:
+        output: Tensor = self.down(self._hidden(x), plus)
+        return output
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        """Neuron activations, the input of the down projection."""
+        if self.gate_up is not None:
+            gate, up = self.gate_up(x).chunk(2, dim=-1)
+        else:
+            assert self.up is not None
+            if self.gate is None:
+                return self._activated(self.up(x))
+            gate, up = self.gate(x), self.up(x)
+        product: Tensor = self._activated(gate) * up
+        return product
+
+    def _activated(self, y: Tensor) -> Tensor:
+        if self.activation is None:
+            return y
+        activated: Tensor = self.activation(y)
+        return activated
+
+
+class SplitFFN(nn.Module):
+    """FFN(x) = heavy(x) + light(x) + bias; the sum is taken by the products themselves.
+
+    It may hold a guard: a tensor under the original name of one of the FFN's weights, of a shape
+    that cannot match, so that a load without ffsplit fails instead of starting from random weights.
+    """
+
+    _is_hf_initialized = INITIALIZED
+
+    def __init__(
+        self,
+        layout: LayerLayout,
+        shape: FFNShape,
+        activation: nn.Module,
+        *,
+        guard: str | None = None,
+    ) -> None:
+        super().__init__()
+        heavy, light = (
+            None if part is None else FFNPartModule(part, shape, activation)
+            for part in (layout.heavy, layout.light)
+        )
+        self.heavy, self.light = heavy, light
+        share_inputs(part_map for part in (heavy, light) if part is not None for part_map in part.first_maps)
+        self.down_bias = nn.Parameter(torch.empty(shape.hidden_size)) if layout.down_bias else None
+        if guard is None:
+            return
+        owner: nn.Module = self
+        *path, name = guard.split(".")
+        for part in path:
+            owner.add_module(part, nn.Module())
+            owner = owner.get_submodule(part)
+        owner.register_buffer(name, torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor | None = self.down_bias
+        if self.heavy is not None:
+            y = self.heavy(x, y)
+        if self.light is not None:
+            y = self.light(x, y)
+        assert y is not None
+        return y
+
+
+def install_split_ffn(block: nn.Module, paths: FFNPaths, split_ffn: nn.Module) -> None:
+    """Put a split FFN where a block has its own; whatever ran around it becomes an identity."""
+    block.set_submodule(paths.split_path, split_ffn)
+    if paths.module is None:
+        block.set_submodule(paths.down, nn.Identity())
+        assert paths.activation is not None, "a row without a module of the FFN names its activation"
+        block.set_submodule(paths.activation, nn.Identity())
+
+
+# The module that runs the split experts of one block inside a transformers model.
+
+
+class SplitExperts(nn.Module):
+    """A block's experts, each a split FFN of its own; it takes the place of the experts' module.
+
+    `guard`, where it has one, is the original's stacked tensor, stored with a shape that cannot match.
+    """
+
+    def __init__(self, *, guard: str | None) -> None:
+        super().__init__()
+        if guard is not None:
+            self.register_buffer(guard, torch.zeros(1))
+        self._num_experts = 0
+
+    def append(self, expert: SplitFFN) -> None:
+        self.add_module(str(self._num_experts), expert)
+        self._num_experts += 1
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The sum of each token's experts, weighted as the router says: [T, D], from [T, D] and [T, k]."""
+        output_TD = torch.zeros_like(hidden_states)
+        for expert in range(self._num_experts):
+            tokens, slots = torch.where(top_k_index == expert)
+            if len(tokens):
+                found = self.get_submodule(str(expert))(hidden_states[tokens])
+                weighted = found * top_k_weights[tokens, slots, None]
+                output_TD.index_add_(0, tokens, weighted.to(output_TD.dtype))
+        return output_TD

@@ -1,0 +1,92 @@
+"""Timings of a published model, appended beside its attempt: `<run key>/benchmarks/<hardware>-<id>.json`.
+
+Nothing in the attempt changes; each benchmark is a file of its own, so any number of machines may add
+theirs at once.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from typing import Literal
+
+from pydantic import Field
+
+from ffsplit.config import Record
+from ffsplit.redaction import without_credentials
+from ffsplit.store.commits import record_bytes
+from ffsplit.store.locate import Location
+from ffsplit.store.manifest import Environment, LoadAverage, Spread
+from ffsplit.store.schema import Versioned, read_record
+
+BENCHMARKS_FOLDER = "benchmarks"
+
+
+class Figures(Record):
+    """One model's times of one kind."""
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    tokens_per_s: float
+
+
+class Timing(Record):
+    """Both models at one shape, in turn. `decode` is one token more for each row, after `num_tokens`."""
+
+    phase: Literal["forward", "prefill", "decode"]
+    batch_size: int
+    num_tokens: int = Field(description="tokens a row")
+    original: Figures
+    compressed: Figures
+    speedup: float = Field(description="original.p50_ms / compressed.p50_ms")
+    spread: Spread | None = Field(default=None, description="of the speed-up")
+    limit: float = Field(
+        description="what the removed products could give at most: the ratio of the multiplications of all "
+        "linear layers, or of their weights' bytes where each is used for few tokens"
+    )
+    limited_by: Literal["multiplications", "bytes"]
+    share_of_limit: float = Field(description="speedup / limit; integer products may pass the first limit")
+    num_pairs: int
+
+
+class Cost(Record):
+    """What a model takes before and while it runs."""
+
+    load_s: float = Field(description="from_pretrained with the files in the page cache, median of three")
+    peak_memory_bytes: int | None
+
+
+class BenchmarkRecord(Versioned):
+    """One benchmark of two models on one machine."""
+
+    created_at: str = Field(description="UTC, ISO 8601")
+    model: str
+    against: str
+    run_key: str | None
+    attempt: str | None
+    device: str
+    dtype: str
+    num_threads: int
+    environment: Environment
+    original: Cost
+    compressed: Cost
+    timings: tuple[Timing, ...]
+    load: LoadAverage | None = Field(default=None, description="None where the system tells none")
+
+
+def append_benchmark(location: Location, record: BenchmarkRecord) -> str:
+    """Write a benchmark beside a published attempt, and return its key in the store."""
+    hardware = record.environment.hardware
+    name = str(hardware.get("gpu", "")) if record.device == "cuda" else str(hardware["processor"])
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+    key = f"{record.run_key}/{BENCHMARKS_FOLDER}/{slug[:60]}-{secrets.token_hex(6)}.json"
+    location.store.put_bytes(key, record_bytes(without_credentials(record)))
+    return key
+
+
+def read_benchmarks(location: Location) -> list[BenchmarkRecord]:
+    """Every benchmark of the run that a location names, oldest first."""
+    store, prefix = location.store, f"{location.run_key}/{BENCHMARKS_FOLDER}"
+    found = [read_record(BenchmarkRecord, store.get_bytes(key), name=key) for key in store.list(prefix)]
+    return sorted(found, key=lambda record: record.created_at)

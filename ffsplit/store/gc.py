@@ -1,0 +1,216 @@
+"""What of a store may go: old runs, attempts that nobody committed, and what broken runs left behind.
+
+Never removed: the newest model, which `latest` names; what a pin names; a scratch that a run holds; what is
+not committed but was written to more recently than `min_age`, for somebody may be at work there.
+
+    pins/<run key>.json      keeps that run
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from datetime import datetime, timedelta, timezone
+
+from ffsplit import logs
+from ffsplit.config import Record
+from ffsplit.errors import ConfigError, FFSplitError, begun
+from ffsplit.store.benchmarks import BENCHMARKS_FOLDER
+from ffsplit.store.commits import (
+    COMMIT_NAME,
+    Commit,
+    Named,
+    latest_commit,
+    list_runs,
+    read_commit,
+    record_bytes,
+)
+from ffsplit.store.entries import ATTEMPT_ID, RUN_KEY
+from ffsplit.store.links import SHARES_PREFIX, has_expired
+from ffsplit.store.locate import Location
+from ffsplit.store.scratch import SCRATCH_PREFIX, holders
+from ffsplit.store.store import Store, Stored
+
+PINS_PREFIX = "pins"
+DEFAULT_MIN_AGE = timedelta(days=1)
+
+
+class Removal(Record):
+    """One prefix that may go, and why. `commit` is what has to go first so that no reader finds it."""
+
+    prefix: str
+    reason: str
+    num_files: int
+    size_bytes: int
+    commit: Commit | None = None
+
+
+class Plan(Record):
+    """What a collection would remove, and what it would keep."""
+
+    kept: tuple[str, ...]
+    removals: tuple[Removal, ...]
+    num_leftovers: int
+    leftovers_before: datetime
+
+
+def pin(location: Location) -> str:
+    """Keep a committed run, whatever is collected. Returns its run key. Raises ConfigError if it is none."""
+    if location.commit is None:
+        raise ConfigError(f"{location.uri} is not committed: only a committed run can be pinned")
+    named = location.commit
+    record = Named(run_key=named.run_key, attempt=named.attempt, committed_at=named.committed_at)
+    location.store.put_bytes(_pin_key(named.run_key), record_bytes(record))
+    return named.run_key
+
+
+def unpin(location: Location) -> str:
+    """Let a run go again. Returns its run key. Raises ConfigError when it is not pinned."""
+    run_key = location.run_key or ""
+    if not run_key or not location.store.exists(_pin_key(run_key)):
+        raise ConfigError(f"{location.uri} is not pinned")
+    location.store.delete(_pin_key(run_key))
+    return run_key
+
+
+def pinned_runs(store: Store) -> set[str]:
+    """The run keys that pins name."""
+    names = [key.removeprefix(f"{PINS_PREFIX}/").removesuffix(".json") for key in store.list(PINS_PREFIX)]
+    return {name for name in names if RUN_KEY.fullmatch(name)}
+
+
+def plan(store: Store, *, keep_last: int, min_age: timedelta = DEFAULT_MIN_AGE) -> Plan:
+    """What may go when the `keep_last` newest models, and as many newest statistics, are to stay.
+
+    Raises ConfigError for a negative number.
+    """
+    if keep_last < 0:
+        raise ConfigError(f"--keep-last {keep_last}: give 0 or more")
+    before = datetime.now(timezone.utc) - min_age
+    commits = [run.commit for run in list_runs(store)]
+    latest = latest_commit(store)
+    kept = pinned_runs(store) | ({latest.run_key} if latest else set())
+    for kind in ("model", "statistics"):
+        newest = [commit.run_key for commit in commits if commit.kind == kind]
+        kept |= set(newest[len(newest) - keep_last :] if keep_last < len(newest) else newest)
+    by_prefix = _by_prefix(store.list_details(""))
+    committed = {commit.run_key: commit for commit in commits}
+    removals = []
+    for prefix, entries in sorted(by_prefix.items()):
+        commit = committed.get(prefix.split("/")[0])
+        is_winner = commit is not None and prefix == f"{commit.run_key}/{commit.attempt}"
+        if _is_held(prefix, entries):
+            continue
+        if prefix.startswith(SHARES_PREFIX):
+            if has_expired(prefix.partition("/")[2], datetime.now(timezone.utc)):
+                removals.append(_removal(prefix, entries, commit=None))
+            continue
+        in_use = max(entry.modified_at for entry in entries) >= before
+        if (is_winner and commit and commit.run_key not in kept) or (not is_winner and not in_use):
+            removals.append(_removal(prefix, entries, commit=commit if is_winner else None))
+    leftovers = store.remove_leftovers(before, dry_run=True)
+    going = {removal.commit.run_key for removal in removals if removal.commit}
+    return Plan(
+        kept=tuple(sorted(committed.keys() - going)),
+        removals=tuple(removals),
+        num_leftovers=leftovers,
+        leftovers_before=before,
+    )
+
+
+def collect(store: Store, planned: Plan) -> list[Removal]:
+    """Remove what was planned, and return what was removed.
+
+    A run that was pinned, became the newest or was committed meanwhile stays, and so does a scratch that
+    a run holds by now.
+    """
+    with begun():
+        return _collect(store, planned)
+
+
+def _collect(store: Store, planned: Plan) -> list[Removal]:
+    removed = []
+    for removal in planned.removals:
+        run_key, _, attempt = removal.prefix.partition("/")
+        if removal.commit:
+            latest = latest_commit(store)
+            if store.exists(_pin_key(run_key)) or (latest and latest.run_key == run_key):
+                continue
+            store.delete(f"{run_key}/{COMMIT_NAME}")
+            store.delete_prefix(f"{run_key}/{BENCHMARKS_FOLDER}")
+        elif _is_held(removal.prefix, store.list_details(removal.prefix)):
+            continue
+        elif RUN_KEY.fullmatch(run_key):
+            standing = read_commit(store, run_key)
+            if standing and standing.attempt == attempt:
+                continue
+        store.delete_prefix(removal.prefix)
+        removed.append(removal)
+    store.remove_leftovers(planned.leftovers_before, dry_run=False)
+    try:
+        list_runs(store)
+        latest_commit(store)
+    except FFSplitError as error:
+        logs.log(f"warning: {store.uri}: the list of runs is not up to date: {error}", level=logging.WARNING)
+    return removed
+
+
+def _by_prefix(entries: Iterable[Stored]) -> dict[str, list[Stored]]:
+    """The files of each attempt and of each run's scratch. Whatever else is there is not ours."""
+    found: dict[str, list[Stored]] = {}
+    for entry in entries:
+        first, _, rest = entry.key.partition("/")
+        second = rest.partition("/")[0]
+        is_attempt = RUN_KEY.fullmatch(first) and ATTEMPT_ID.fullmatch(second)
+        if is_attempt or (first == SCRATCH_PREFIX and RUN_KEY.fullmatch(second)) or first == SHARES_PREFIX:
+            found.setdefault(f"{first}/{second}", []).append(entry)
+    return found
+
+
+def _is_held(prefix: str, entries: Iterable[Stored]) -> bool:
+    """Whether this is the scratch of a run at work, however old its files are."""
+    return prefix.startswith(f"{SCRATCH_PREFIX}/") and bool(holders(entries, now=datetime.now(timezone.utc)))
+
+
+def _removal(prefix: str, entries: list[Stored], *, commit: Commit | None) -> Removal:
+    orphan = {SCRATCH_PREFIX: "resume state", SHARES_PREFIX: "expired links"}.get(
+        prefix.partition("/")[0], "never committed"
+    )
+    return Removal(
+        prefix=prefix,
+        reason=f"{commit.kind} of {commit.committed_at[:10]}" if commit else orphan,
+        num_files=len(entries),
+        size_bytes=sum(entry.size_bytes for entry in entries),
+        commit=commit,
+    )
+
+
+def _pin_key(run_key: str) -> str:
+    return f"{PINS_PREFIX}/{run_key}.json"
+
+
+# Sizes and spans of time as people write them.
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", re.IGNORECASE | re.ASCII)
+_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SPAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", re.IGNORECASE | re.ASCII)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_MAX_SPAN_DAYS = 36500
+
+
+def parse_size(text: str, *, name: str) -> int:
+    """Bytes in a size such as 500MB, 50GB or 1.5T. Raises ConfigError, in which `name` says where it was."""
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ConfigError(f"{name} {text}: give a size such as 500MB or 50GB")
+    return int(float(match[1]) * _BYTES[match[2].upper()])
+
+
+def parse_span(text: str, *, name: str) -> timedelta:
+    """A span such as 90s, 30m, 12h or 7d. Raises ConfigError, in which `name` says where it was."""
+    match = _SPAN.fullmatch(text)
+    seconds = float(match[1]) * _SECONDS[match[2].lower()] if match else -1
+    if not 0 <= seconds <= _MAX_SPAN_DAYS * 86400:
+        raise ConfigError(f"{name} {text}: give a time such as 90s, 30m, 12h or 7d")
+    return timedelta(seconds=seconds)

@@ -1,0 +1,169 @@
+"""Sharing an artifact with those who have no credentials: one link that names a link to every file.
+
+.shares/<expiry>-<random>/share.json     the links, itself reached by a link until it expires
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
+from urllib.parse import urlsplit
+
+import urllib3
+from pydantic import Field, field_validator
+
+from ffsplit.errors import ArtifactError, ConfigError, StoreError
+from ffsplit.store.digests import CHUNK_BYTES
+from ffsplit.store.entries import is_safe_path
+from ffsplit.store.locate import Location, locate, read_manifest
+from ffsplit.store.manifest import MANIFEST_NAME, SIGNATURE_NAME
+from ffsplit.store.s3_client import MAX_ATTEMPTS, backoff_s
+from ffsplit.store.schema import NewerSchema, Versioned, read_record
+from ffsplit.store.store import MissingKey
+
+SHARES_PREFIX = ".shares"
+SHARE_NAME = "share.json"
+MAX_SHARE_BYTES = 64 << 20
+MAX_EXPIRY = timedelta(days=7)
+"""What S3 allows a signature to last."""
+
+
+class Share(Versioned):
+    """Links to the files of one artifact, by their paths, and until when they work."""
+
+    run_key: str
+    attempt: str
+    expires_at: str = Field(description="UTC, ISO 8601")
+    files: dict[str, str]
+
+    @field_validator("files")
+    @classmethod
+    def _are_links(cls, files: dict[str, str]) -> dict[str, str]:
+        for path, url in files.items():
+            if not is_safe_path(path) or not is_link(url):
+                raise ValueError(f"{path!r} is no path, or its link is none")
+        return files
+
+
+def is_link(uri: str) -> bool:
+    return bool(re.match(r"https?://[^/\s]", uri, re.IGNORECASE))
+
+
+def share(uri: str, *, expires: timedelta) -> str:
+    """A link that `ffsplit pull` takes without any credentials, until it expires.
+
+    The links are signed with this user's credentials and end with them. Raises ConfigError for a
+    store that has no links, and for a time over seven days.
+    """
+    if not timedelta(seconds=1) <= expires <= MAX_EXPIRY:
+        raise ConfigError("--expires: give at least 1s and at most 7d, the longest that S3 allows")
+    location = locate(uri)
+    manifest = read_manifest(location)
+    ends_at = datetime.now(timezone.utc) + expires
+    names = [entry.path for entry in manifest.files] + [MANIFEST_NAME]
+    names += [SIGNATURE_NAME] if location.store.exists(location.key(SIGNATURE_NAME)) else []
+    record = Share(
+        run_key=manifest.run_key,
+        attempt=manifest.attempt,
+        expires_at=ends_at.isoformat(timespec="seconds"),
+        files={name: _presign(location, location.key(name), expires) for name in names},
+    )
+    key = f"{SHARES_PREFIX}/{ends_at:%Y%m%dT%H%M%SZ}-{secrets.token_hex(8)}/{SHARE_NAME}"
+    link = _presign(location, key, expires)
+    location.store.put_bytes(key, record.model_dump_json(indent=2).encode())
+    return link
+
+
+def _presign(location: Location, key: str, expires: timedelta) -> str:
+    url = location.store.presign(key, expires_s=int(expires.total_seconds()))
+    if url is None:
+        raise ConfigError(f"{location.uri} cannot be shared by links: only what is in s3:// can")
+    return url
+
+
+def has_expired(share_directory: str, now: datetime) -> bool:
+    """Whether the links of a directory below .shares/ work no more."""
+    stamp = share_directory.partition("-")[0]
+    try:
+        return datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc) < now
+    except ValueError:
+        return False
+
+
+class LinkedFiles:
+    """The files of a share, read by plain HTTP. What errors show of a link is never its signature."""
+
+    def __init__(self, link: str) -> None:
+        retries = urllib3.Retry(
+            total=MAX_ATTEMPTS, redirect=0, status_forcelist=(500, 502, 503, 504), backoff_factor=0.2
+        )
+        timeout = urllib3.Timeout(connect=10, read=60)
+        self._pool = urllib3.PoolManager(maxsize=16, retries=retries, timeout=timeout)
+        self.uri = _without_signature(link)
+        data = b"".join(self._stream(link, start=0, size_bytes=MAX_SHARE_BYTES + 1))
+        try:
+            if len(data) > MAX_SHARE_BYTES:
+                raise ValueError
+            self.share = read_record(Share, data, name=self.uri)
+        except NewerSchema:
+            raise
+        except (ArtifactError, ValueError):
+            raise ConfigError(f"{self.uri} is no share of an artifact: `ffsplit share` makes one") from None
+
+    def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
+        """A file of the artifact, or a range of it. Raises MissingKey when the share does not name it."""
+        if key not in self.share.files:
+            raise MissingKey(f"{self.uri} names no {key}")
+        yield from self._stream(self.share.files[key], start=start, size_bytes=size_bytes)
+
+    def _stream(self, link: str, *, start: int, size_bytes: int | None) -> Iterator[bytes]:
+        """The bytes behind a link; a connection that breaks is taken up where it broke."""
+        offset, end, failures = start, None if size_bytes is None else start + size_bytes, 0
+        while end is None or offset < end:
+            try:
+                with self._get(link, f"bytes={offset}-{'' if end is None else end - 1}") as reply:
+                    if reply.status == 416:
+                        return
+                    if offset and reply.status != 206:
+                        raise StoreError(f"{_without_signature(link)} cannot be read in parts")
+                    if "Content-Length" not in reply.headers and "Transfer-Encoding" not in reply.headers:
+                        raise urllib3.exceptions.ProtocolError("the headers of the reply broke off")
+                    for chunk in reply.stream(CHUNK_BYTES):
+                        offset, failures = offset + len(chunk), 0
+                        yield chunk
+                    return
+            except (urllib3.exceptions.ProtocolError, urllib3.exceptions.ReadTimeoutError) as error:
+                failures += 1
+                if failures == MAX_ATTEMPTS:
+                    raise StoreError(f"cannot read {_without_signature(link)}: it breaks off") from error
+                time.sleep(backoff_s(failures))
+
+    @contextmanager
+    def _get(self, link: str, byte_range: str) -> Iterator[urllib3.BaseHTTPResponse]:
+        shown = _without_signature(link)
+        headers = {"Range": byte_range, "Accept-Encoding": "identity"}
+        try:
+            reply = self._pool.request("GET", link, headers=headers, preload_content=False)
+        except urllib3.exceptions.HTTPError as error:
+            why = type(getattr(error, "reason", None) or error).__name__
+            raise StoreError(f"cannot read {shown}: {why}: check the network") from None
+        try:
+            if reply.status in (400, 401, 403):
+                raise ConfigError(f"{shown} is not open (any more): ask for a new link")
+            if reply.status in (404, 410):
+                raise MissingKey(f"{shown} does not exist")
+            if reply.status not in (200, 206, 416):
+                raise StoreError(f"cannot read {shown}: HTTP status {reply.status}")
+            yield reply
+        finally:
+            reply.close()
+            reply.release_conn()
+
+
+def _without_signature(link: str) -> str:
+    parts = urlsplit(link)
+    return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"

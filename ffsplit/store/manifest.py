@@ -1,0 +1,312 @@
+"""The manifest: what an artifact is, where it came from, and how it measured. One JSON file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ffsplit.config import Budget, Record
+from ffsplit.ffn.shapes import LayerLayout, ModelShape
+from ffsplit.store.entries import FileEntry, LeftOut, StoreGuarantees
+from ffsplit.store.schema import Versioned, read_record
+
+# What a search over the layers' shares found, as the manifest records it.
+
+
+class CandidateRecord(Record):
+    """One way to share the budget out, judged end to end. `num_elements` are the layers'."""
+
+    name: str
+    num_elements: tuple[int, ...]
+    score: float = Field(
+        description="higher is better: minus the KL divergence, minus a classifier's logit error, or the "
+        "mean of the cosines less 1"
+    )
+    fold_scores: tuple[float, ...] = Field(description="of parts of the rows; `score` is their mean")
+    fidelity: dict[str, float] = Field(description="mean over the folds")
+
+
+class AllocationRecord(Record):
+    """A search over the layers' shares, judged on rows apart from calibration and held-out ones.
+
+    The candidate was chosen where its distance from the original was clearly below the uniform layers' on
+    every fold of the rows, and the uniform layers elsewhere.
+    """
+
+    chosen: str
+    num_rows: int
+    errors: tuple[float, ...] = Field(
+        default=(), description="minus the score of the original with this FFN's block alone compressed"
+    )
+    candidates: tuple[CandidateRecord, ...]
+
+
+MANIFEST_NAME = "manifest.json"
+REPORT_NAME = "report.html"
+MAX_MANIFEST_BYTES = 64 << 20
+SIGNATURE_NAME = "manifest.json.sig"
+UNLISTED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
+"""What lies beside the files that a manifest lists."""
+
+
+class SourceModel(Record):
+    """The model that was compressed."""
+
+    id: str
+    revision: str | None
+    digest: str
+    tokenizer_digest: str = Field(description="of every file beside the weights, documents apart")
+    model_type: str
+    architecture: str
+    license: str | None
+    shape: ModelShape | None = Field(default=None, description="what `ffsplit plan` sizes budgets by")
+    left_out: tuple[LeftOut, ...] = Field(
+        default=(), description="what its folder holds that did not come along, and why"
+    )
+
+
+class CalibrationRecord(Record):
+    """The text the statistics were collected on."""
+
+    sources: tuple[str, ...]
+    text_digest: str
+    num_rows: int
+    num_tokens: int
+    max_length: int
+    num_shards: int
+    held_out_rows: int
+    held_out_is_disjoint: bool = Field(description="False where the text was too short to keep rows apart")
+    statistics_from: StatisticsOrigin | None = Field(
+        default=None,
+        description="set where an earlier run lent its statistics; the text named above is then its",
+    )
+
+
+class StatisticsOrigin(Record):
+    """The earlier run that the neuron statistics were taken from."""
+
+    uri: str
+    run_key: str
+    attempt: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of its stats/neurons.parquet")
+    sampled_text_digest: str = Field(
+        description="of this run's rows; where it is not the statistics' text_digest, the rows that "
+        "fidelity is measured on may be among those that the statistics saw"
+    )
+
+
+class LayerRecord(Record):
+    """One compressed FFN: of a layer, or of one of its experts.
+
+    `relative_error` is |z' - z| / |z| over the sampled FFN inputs, where z is what the next layer sees:
+    the FFN's output y, or norm(x + y) in families that normalise there.
+    """
+
+    layer: int
+    layout: LayerLayout
+    num_heavy_hitters: int
+    num_elements: int
+    size_bytes: int
+    relative_error: float | None
+    energy_in_top_5_percent: float | None
+    neurons_for_energy: dict[str, int] | None = Field(
+        default=None, description="percent of the output energy -> how few neurons hold it"
+    )
+    name: str = Field(default="", description="as in `layer 3 expert 12`; empty in older manifests")
+    num_tokens: int | None = Field(default=None, description="seen by its statistics, as above")
+    by_weight_norm: bool = Field(default=False, description="an expert whose tokens are too few to judge it")
+
+
+class LinearsRecord(Record):
+    """The linear layers of attention, where they have integer weights too."""
+
+    modules: tuple[str, ...] = Field(description="paths below the base model")
+    num_bits: Literal[8]
+    num_elements: int
+    size_bytes: int = Field(description="integers and scales")
+    original_size_bytes: int
+
+
+class Spread(Record):
+    """How far a measured speed-up can be trusted. Ratios are original / compressed."""
+
+    p10: float = Field(description="of the ratios of single pairs")
+    p90: float
+    low: float | None = Field(
+        description="99 % confidence interval of the speed-up; None where pairs are too few for one"
+    )
+    high: float | None
+
+    def decides(self, limit: float) -> bool:
+        """Whether the whole interval lies on one side of a limit; the limit itself is met."""
+        return self.low is not None and self.high is not None and (limit <= self.low or limit > self.high)
+
+
+class LoadAverage(Record):
+    """Of the machine over the last minute, just before and just after the timings."""
+
+    before: float
+    after: float
+    num_cpus: int = Field(description="that this process may run on")
+
+
+class Latency(Record):
+    """Forward passes at one shape, original and compressed in turn in one process."""
+
+    batch_size: int
+    num_tokens: int = Field(description="tokens a row")
+    original_p50_ms: float
+    original_p95_ms: float
+    compressed_p50_ms: float
+    compressed_p95_ms: float
+    original_tokens_per_s: float
+    compressed_tokens_per_s: float
+    speedup: float = Field(description="original_p50_ms / compressed_p50_ms")
+    spread: Spread | None = Field(default=None, description="of the speed-up")
+    num_pairs: int
+
+
+class Size(Record):
+    """Parameters and bytes of a model."""
+
+    num_parameters: int
+    num_parameters_without_embeddings: int = Field(description="of the blocks: no embeddings, no heads")
+    ffn_elements: int
+    ffn_bytes: int
+    file_bytes: int = Field(description="all safetensors files")
+
+
+class TaskScore(Record):
+    """One metric of one `--eval` task, for both models. Percentages are x 100, as papers print them."""
+
+    name: str = Field(description="the task, and its file or its name in lm-eval")
+    spec: str = Field(description="as it was given to --eval")
+    metric: str
+    higher_is_better: bool | None
+    digest: str = Field(description="sha256 of the evaluation data as read")
+    original: float
+    compressed: float
+    num_examples: int = Field(description="rows, or predicted tokens of running text")
+    overlap_with_calibration: int = Field(
+        description="distinct evaluation sentences that are in the calibration text too: 0 is a clean score"
+    )
+
+
+class BlockFidelity(Record):
+    """How far the hidden states have come apart after a block, over the tokens of the held-out text."""
+
+    layer: int
+    relative_error: float = Field(description="|h' - h| / |h|, Frobenius norms")
+    cosine: float = Field(description="mean over tokens")
+
+
+class Measurements(Record):
+    """What was measured, and on what. Fidelity maps a metric's name to its value on held-out text."""
+
+    original_size: Size
+    compressed_size: Size
+    fidelity: dict[str, float]
+    latency: tuple[Latency, ...]
+    load: LoadAverage | None = Field(default=None, description="None where nothing was timed")
+    tasks: tuple[TaskScore, ...] = ()
+    blocks: tuple[BlockFidelity, ...] = Field(
+        default=(), description="only where the models went through one block at a time"
+    )
+    skipped: tuple[str, ...] = Field(default=(), description="what was not measured, and why")
+    original_peak_memory_bytes: int | None
+    compressed_peak_memory_bytes: int | None
+    device: str
+    dtype: str
+    num_threads: int
+
+
+class GateResult(Record):
+    """One gate of the run, and the figure that it was judged by."""
+
+    gate: str = Field(description="as in `pooled_cosine >= 0.98`")
+    figure: float | None = Field(description="None where it was not measured: such a gate is not met")
+    met: bool
+    undecided: bool = Field(default=False, description="the limit lies within the noise of the timings")
+    low: float | None = Field(default=None, description="of a speed-up: its 99 % confidence interval")
+    high: float | None = None
+
+
+class Stage(Record):
+    """One stage of the run: its key, how many results it had, how many of them were already there."""
+
+    name: str
+    key: str
+    num_items: int
+    num_reused: int
+    wall_s: float
+
+
+class Environment(Record):
+    """Where the run took place."""
+
+    versions: dict[str, str]
+    hardware: dict[str, str | int]
+
+
+class Compute(Record):
+    """What each worker computed with, as far as it can change the result's bytes."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    threads: int
+    healing_threads: int | None = Field(default=None, description="None where nothing was healed")
+    healing_workers: int | None = None
+    attn_implementation: Literal["sdpa", "eager"] | None = Field(
+        default=None, description="None where the model's config decided"
+    )
+    trust_remote_code: bool = Field(default=False, description="ran code that came with the model")
+
+
+class Manifest(Versioned):
+    """Everything a consumer may ask of an artifact. Digests and sizes of every other file included."""
+
+    kind: Literal["model", "statistics"]
+    run_key: str
+    attempt: str
+    created_at: str = Field(description="UTC, ISO 8601")
+    ffsplit_version: str
+    plain: bool | None = Field(description="loads with transformers alone; None for statistics")
+    seed: int
+    compute: Compute
+    recipe: dict[str, Any] = Field(description="the recipe as resolved")
+    keep: float | None = Field(description="the elements of all FFNs over the original's")
+    budget: Budget | None = Field(default=None, description="as given, or the recipe's keep")
+    nonce: str | None = Field(default=None, description="set by --fresh, part of the run key")
+    model: SourceModel
+    calibration: CalibrationRecord
+    layers: tuple[LayerRecord, ...]
+    allocation: AllocationRecord | None = Field(default=None, description="None where layers are uniform")
+    linears: LinearsRecord | None = Field(default=None, description="None where attention is as it was")
+    measurements: Measurements | None
+    gates: tuple[GateResult, ...] = Field(default=(), description="all met, or it had not been published")
+    stages: tuple[Stage, ...]
+    environment: Environment
+    store: StoreGuarantees | None = Field(default=None, description="where it was published first")
+    files: tuple[FileEntry, ...]
+
+    def to_json(self) -> str:
+        return self.model_dump_json(indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Manifest:
+        """Parse a manifest, of a later minor schema too. Raises ArtifactError when it is none."""
+        return read_record(cls, text, name=MANIFEST_NAME)
+
+
+def manifest_schema() -> dict[str, Any]:
+    """The manifest's JSON Schema, which allows other fields: a later minor version has some."""
+    schema = Manifest.model_json_schema()
+    for record in (schema, *schema["$defs"].values()):
+        record.pop("additionalProperties", None) if record.get("properties") else None
+    return schema
+
+
+if __name__ == "__main__":
+    print(json.dumps(manifest_schema(), indent=2, sort_keys=True))

@@ -1,0 +1,339 @@
+"""Results of a run that is not committed yet, so that a crash costs at most the work in hand.
+
+The scratch of a run is `<out>/.scratch/<work key>/`; each finished piece of work is one record,
+`<stage>/<name>.json`, written after its files and with their digests and its own. A record whose files do not
+match their digests counts as work not done, and so does one that the store does not have; a store that cannot
+be asked is an error. Who may remove a scratch, and when, is in `leases.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta, timezone
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from pydantic import JsonValue
+
+from ffsplit import logs
+from ffsplit.config import Record
+from ffsplit.directories import full_disk_explained, process_folder
+from ffsplit.errors import ArtifactError, ConfigError, FFSplitError, StoreError
+from ffsplit.store.digests import sha256_file
+from ffsplit.store.entries import FileEntry
+from ffsplit.store.schema import read_record
+from ffsplit.store.store import MissingKey, Store, Stored, open_store
+
+SCRATCH_PREFIX = ".scratch"
+Computed = TypeVar("Computed", bound="Result | None")
+
+
+class Result(Record):
+    """A finished piece of work. File paths are keys of the store; facts are small JSON values."""
+
+    name: str
+    files: tuple[FileEntry, ...]
+    facts: dict[str, JsonValue]
+    reused: bool = False
+
+
+class Scratch(Record):
+    """Where the results of one stage go. Small and picklable: workers open the store themselves."""
+
+    uri: str
+    prefix: str
+    witness: str | None = None
+    """A key that whoever sees this very store must find; None where there is one host."""
+
+    def key(self, name: str) -> str:
+        return f"{self.prefix}/{name}"
+
+    def place(self, name: str) -> Scratch:
+        """The part of it that belongs to a stage."""
+        return self.model_copy(update={"prefix": self.key(name)})
+
+    def save(self, name: str, files: Mapping[str, Path], *, facts: Mapping[str, JsonValue]) -> Result:
+        """Store files (by their names) and then the record that makes them count."""
+        store = _store(self.uri)
+        entries = []
+        for file_name, path in files.items():
+            key = self.key(file_name)
+            store.put_file(key, path)
+            entries.append(FileEntry(path=key, size_bytes=path.stat().st_size, sha256=sha256_file(path)))
+        result = Result(name=name, files=tuple(entries), facts=dict(facts))
+        record = result.model_dump_json().encode()
+        store.put_bytes(self.key(f"{name}.json"), record + b"\n" + _sha256(record))
+        return result
+
+    def load(self, name: str) -> Result | None:
+        """An earlier result, or None when there is none or its files are not what the record says.
+
+        Raises StoreError when the store cannot say.
+        """
+        try:
+            record, _, digest = _store(self.uri).get_bytes(self.key(f"{name}.json")).partition(b"\n")
+            if digest != _sha256(record):
+                return None
+            result = read_record(Result, record, name=self.key(f"{name}.json"))
+            if not all(self._matches(entry) for entry in result.files):
+                return None
+        except (MissingKey, ArtifactError):
+            return None
+        return result.model_copy(update={"reused": True})
+
+    def save_next(self, series: str, number: int, path: Path) -> Result:
+        """Store a file as the `number`-th of a series, and then remove those before it.
+
+        Each has a name and a record of its own, so that at any moment the newest record's file is whole.
+        """
+        name = f"{series}-{number:08d}"
+        saved = self.save(name, {f"{name}{path.suffix}": path}, facts={"number": number})
+        store, older = _store(self.uri), []
+        for key in store.list(self.prefix):
+            found = _numbered(key.removeprefix(f"{self.prefix}/"), series)
+            if found is not None and found < number:
+                older.append(key)
+        for key in sorted(older, key=lambda key: not key.endswith(".json")):  # no record without its file
+            store.delete(key)
+        return saved
+
+    def load_newest(self, series: str) -> Result | None:
+        """The last of a series that is whole, None when there is none. Raises StoreError as `load` does."""
+        before: set[str] = set()
+        while (names := self._names(series)) != before:  # a later one takes the place of one that is read
+            for name in sorted(names, reverse=True):
+                if (found := self.load(name)) is not None:
+                    return found
+            before = names
+        return None
+
+    def _names(self, series: str) -> set[str]:
+        """The results of a series that have a record."""
+        files = [key.removeprefix(f"{self.prefix}/") for key in _store(self.uri).list(self.prefix)]
+        return {
+            file.removesuffix(".json")
+            for file in files
+            if file.endswith(".json") and _numbered(file, series) is not None
+        }
+
+    def load_or_compute(self, name: str, compute: Callable[[], Computed]) -> Result | Computed:
+        """An earlier result, or a new one, which may be another process's to save and is then None.
+
+        Both are logged, with the run and the stage they belong to.
+        """
+        with logs.fields(stage=self.prefix.split("/", 2)[-1], item=name):
+            self._check_visible()
+            found = self.load(name)
+            if found is not None:
+                logs.log("reused")
+                return found
+            logs.log("started")
+            started = time.monotonic()
+            with full_disk_explained():
+                result = compute()
+            if result is not None:
+                _log_finished(result, seconds=time.monotonic() - started)
+            return result
+
+    def path(self, entry: FileEntry) -> Path:
+        """A local file with a result's bytes."""
+        return _store(self.uri).fetch(entry.path, process_folder())
+
+    @contextmanager
+    def reading(self, entry: FileEntry) -> Iterator[Path]:
+        """A local file with a result's bytes for a while: what was downloaded for it is removed again."""
+        path = self.path(entry)
+        try:
+            yield path
+        finally:
+            if path.is_relative_to(process_folder()):
+                path.unlink(missing_ok=True)
+
+    def _check_visible(self) -> None:
+        if self.witness is not None and not _store(self.uri).exists(self.witness):
+            raise ConfigError(
+                f"--out {self.uri}: host {socket.gethostname()} has joined and does not see it: "
+                "give s3://bucket/prefix or a directory that all hosts share"
+            )
+
+    def _matches(self, entry: FileEntry) -> bool:
+        with self.reading(entry) as path:
+            try:
+                return path.stat().st_size == entry.size_bytes and sha256_file(path) == entry.sha256
+            except FileNotFoundError:  # another run of the same key cleaned up meanwhile
+                return False
+            except OSError as error:
+                raise StoreError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _log_finished(result: Result, *, seconds: float) -> None:
+    logs.log(
+        "finished",
+        seconds=round(seconds, 3),
+        size_bytes=sum(entry.size_bytes for entry in result.files),
+        num_tokens=int(str(result.facts.get("num_tokens", 0))),
+    )
+
+
+def _numbered(file_name: str, series: str) -> int | None:
+    """Which of a series a file belongs to, None for any other file."""
+    match = re.fullmatch(rf"{re.escape(series)}-(\d+)\.\w+", file_name)
+    return int(match[1]) if match else None
+
+
+def _sha256(record: bytes) -> bytes:
+    return hashlib.sha256(record).hexdigest().encode()
+
+
+@cache
+def _store(uri: str) -> Store:
+    return open_store(uri)
+
+
+# Who uses a run's scratch, so that nobody removes what another run still needs.
+#
+# <out>/.scratch/<work key>/owners/<run key>-<id>.json   a run at work; written again every minute
+# <out>/.scratch/<work key>/owners/closing-<id>.json     a run that is removing this scratch
+#
+# Runs that differ in their gates alone share a scratch. A run that has committed removes it unless another run
+# key holds it. Whatever else becomes of a run, its scratch stays for the next one; in the end `ffsplit gc`
+# collects it. An owner that was not written for LEASE is gone: killed, or cut off from its store. Times are
+# the store's own, so the clocks of hosts do not matter.
+#
+# Whoever removes a scratch announces it, and looks for owners then; whoever begins registers, and looks for
+# announcements then. So of two at once at least one sees the other, and gives way.
+
+OWNERS, CLOSING = "owners", "closing-"
+LEASE = timedelta(minutes=10)
+RENEW_EVERY_S = 60.0
+LOOK_EVERY_S = 1.0
+
+
+class Lease:
+    """A run's hold on its scratch while the context lasts. `note` gets a line on whatever goes wrong."""
+
+    def __init__(
+        self, store: Store, scratch: Scratch, *, run_key: str, note: Callable[[str], object]
+    ) -> None:
+        self._store, self._prefix, self._note, self._run_key = store, scratch.prefix, note, run_key
+        name = secrets.token_hex(6)
+        self._key = f"{self._prefix}/{OWNERS}/{run_key}-{name}.json"
+        self._closing = f"{self._prefix}/{OWNERS}/{CLOSING}{name}.json"
+        self._where = f"{store.uri}/{self._prefix}"
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="ffsplit-lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        try:
+            self._begin()
+        except BaseException:
+            with suppress(FFSplitError):  # what is raised says more
+                self._store.delete(self._key)
+            raise
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop_renewing()
+        try:
+            self._store.delete(self._key)
+        except FFSplitError as failure:
+            minutes = int(LEASE.total_seconds() / 60)
+            self._note(f"warning: {self._where} counts as in use for {minutes} minutes: {failure}")
+
+    def remove_scratch(self) -> None:
+        """Remove the scratch, since its run is committed, unless another run holds it."""
+        self._stop_renewing()
+        try:
+            self._write(self._closing)
+            self._store.delete(self._key)  # of two that end at once, the later one sees no other
+            others = holders(self._owners(), now=self._time_of(self._closing)) - {self._run_key, ""}
+            if others:
+                self._note(f"{self._where} stays: run {min(others)} uses it")
+            else:
+                self._remove_all()
+            self._store.delete(self._closing)
+        except FFSplitError as error:  # the artifact stands
+            self._note(f"warning: {self._where} was not removed: {error}: ffsplit gc removes it")
+
+    def _begin(self) -> None:
+        """Register, and wait for those that are removing this scratch."""
+        told = False
+        while True:
+            self._write(self._key)
+            now = self._time_of(self._key)
+            closing = [each for each in self._owners() if _name(each).startswith(CLOSING)]
+            for each in closing:
+                if now - each.modified_at > LEASE:  # it was killed while it was at it
+                    self._store.delete(each.key)
+            if not [each for each in closing if now - each.modified_at <= LEASE]:
+                return
+            if not told:
+                self._note(f"{self._where}: another run is removing this scratch: waiting for it to end")
+                told = True
+            time.sleep(LOOK_EVERY_S)
+
+    def _remove_all(self) -> None:
+        """Everything but the announcement: until that is gone nobody begins here."""
+        for name in self._store.list_directories(self._prefix):
+            if name != OWNERS:
+                self._store.delete_prefix(f"{self._prefix}/{name}")
+        for key in list(self._store.list(self._prefix)):
+            if not key.rpartition("/")[2].startswith(CLOSING):
+                self._store.delete(key)
+
+    def _keep(self) -> None:
+        """Write the owner's record again and again; a store that fails may come back."""
+        is_failing = False
+        while not self._over.wait(RENEW_EVERY_S):
+            try:
+                self._write(self._key)
+                is_failing = False
+            except Exception as error:
+                if not is_failing:
+                    self._note(f"warning: {self._where}: cannot renew this run's hold on it: {error}")
+                is_failing = True
+
+    def _stop_renewing(self) -> None:
+        self._over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _write(self, key: str) -> None:
+        """What is in it is for people: the key and the time of writing say all that counts."""
+        record = {"run_key": self._run_key, "host": socket.gethostname(), "pid": os.getpid()}
+        self._store.put_bytes(key, (json.dumps(record) + "\n").encode())
+
+    def _owners(self) -> list[Stored]:
+        return list(self._store.list_details(f"{self._prefix}/{OWNERS}"))
+
+    def _time_of(self, key: str) -> datetime:
+        """When the store saw this run's own record written, which is its present."""
+        found = {each.key: each.modified_at for each in self._owners()}
+        return found.get(key) or datetime.now(timezone.utc)  # a listing may lag behind
+
+
+def holders(entries: Iterable[Stored], *, now: datetime) -> set[str]:
+    """The run keys that hold a scratch, by the files in it; "" where a run is removing it."""
+    return {
+        "" if _name(each).startswith(CLOSING) else _name(each).partition("-")[0]
+        for each in entries
+        if each.key.split("/")[2:3] == [OWNERS] and now - each.modified_at <= LEASE
+    }
+
+
+def _name(entry: Stored) -> str:
+    return entry.key.rpartition("/")[2]
