@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from datetime import timedelta
 from typing import Any, Literal
 
 from pydantic import (
@@ -115,6 +117,17 @@ class JobConfig(Record):
             raise ValueError("--latency-table is for --max-latency-ms, which is not given")
         return self
 
+    def inheriting(
+        self, *, calibration: tuple[str, ...], seed: int, samples: int | None, max_length: int | None
+    ) -> JobConfig:
+        """This job, with these values for the fields that it was not given."""
+        lent = {"calibration": calibration, "seed": seed, "samples": samples, "max_length": max_length}
+        return self.model_copy(update={name: each for name, each in lent.items() if not self.has(name)})
+
+    def has(self, field: str) -> bool:
+        """Whether a field was given a value."""
+        return field in self.model_fields_set and getattr(self, field) is not None
+
     @property
     def budget(self) -> Budget | None:
         """The budget given, None where the recipe's `keep` is to be taken."""
@@ -143,3 +156,29 @@ def describe_validation_error(error: ValidationError, prefix: str = "--") -> str
     if not path:
         return message
     return f"{flag} {message}{given}"
+
+
+# Sizes and spans of time as people write them.
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", re.IGNORECASE | re.ASCII)
+_BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_SPAN = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([smhd])\s*", re.IGNORECASE | re.ASCII)
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_MAX_SPAN_DAYS = 36500
+
+
+def parse_size(text: str, *, name: str) -> int:
+    """Bytes in a size such as 500MB, 50GB or 1.5T. Raises ConfigError, in which `name` says where it was."""
+    match = _SIZE.fullmatch(text)
+    if not match:
+        raise ConfigError(f"{name} {text}: give a size such as 500MB or 50GB")
+    return int(float(match[1]) * _BYTES[match[2].upper()])
+
+
+def parse_span(text: str, *, name: str) -> timedelta:
+    """A span such as 90s, 30m, 12h or 7d. Raises ConfigError, in which `name` says where it was."""
+    match = _SPAN.fullmatch(text)
+    seconds = float(match[1]) * _SECONDS[match[2].lower()] if match else -1
+    if not 0 <= seconds <= _MAX_SPAN_DAYS * 86400:
+        raise ConfigError(f"{name} {text}: give a time such as 90s, 30m, 12h or 7d")
+    return timedelta(seconds=seconds)

@@ -72,6 +72,12 @@ class ComputeProfile(Record):
             torch.set_num_threads(before)
 
     @contextmanager
+    def loading(self) -> Iterator[None]:
+        """This process loads models as the profile says, for a while."""
+        with trusting(self.trust_remote_code), attending(self.attn_implementation):
+            yield
+
+    @contextmanager
     def applied(self, *, threads: int | None = None) -> Iterator[None]:
         """Hold this process to the profile for a while, with other `threads` where they are given.
 
@@ -83,11 +89,7 @@ class ComputeProfile(Record):
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:
-            with (
-                self.pinned(threads=threads),
-                trusting(self.trust_remote_code),
-                attending(self.attn_implementation),
-            ):
+            with self.pinned(threads=threads), self.loading():
                 yield
         finally:
             torch.use_deterministic_algorithms(before)

@@ -11,6 +11,10 @@ from typing import Any
 import pytest
 
 from ffsplit import JobConfig
+from ffsplit.run.checks import check_rows
+from ffsplit.run.job import prepare
+from ffsplit.run.needs import Needs
+from ffsplit.store.commits import Kind
 from tests.tiny_models import WORDS
 
 RECIPE = """\
@@ -77,6 +81,13 @@ class SmallJob:
         """The same as a command line."""
         given = [str(self.model), "--out", str(out), "--recipe", self.recipe(), "--keep", "0.5"]
         return [*given, "--calibration", str(self.text), "--samples", "40", "--max-length", "16", *more]
+
+
+def needs_of(config: JobConfig, *, kind: Kind = "model") -> Needs:
+    """What --dry-run shows of a job, checked as it checks it."""
+    run = prepare(config, kind=kind)
+    check_rows(run)
+    return run.needs
 
 
 def digests(out: Path, *patterns: str) -> dict[str, str]:

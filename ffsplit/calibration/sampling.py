@@ -56,6 +56,13 @@ class CalibrationSettings(Record):
         default=32768, ge=1, description="fewer of them, where so many hold more tokens than this in all"
     )
 
+    def reading(self, *, samples: int | None, max_length: int | None) -> CalibrationSettings:
+        """These settings with what is given. Whoever names a number of rows gets them: no limit on tokens."""
+        changes: dict[str, int | None] = {} if samples is None else {"samples": samples, "max_tokens": None}
+        if max_length is not None:
+            changes["max_length"] = max_length
+        return self.model_copy(update=changes)
+
     def settled(self, kind: ModelKind, *, max_positions: int | None) -> CalibrationSettings:
         """The same with every field given, for a model of this kind with so many positions, if limited."""
         length = self.max_length
@@ -72,7 +79,7 @@ class CalibrationSettings(Record):
         return self.max_length
 
     @property
-    def rows_a_shard(self) -> int:
+    def rows_per_shard(self) -> int:
         """`shard_size`, once it is settled."""
         assert self.shard_size is not None, "settings are settled before any text is read"
         return self.shard_size

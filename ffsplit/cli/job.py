@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
+from ffsplit.config import parse_size
 from ffsplit.models.load_options import ATTENTIONS
-from ffsplit.store.gc import parse_size
 
 
 def add_job_flags(parser: argparse.ArgumentParser) -> None:

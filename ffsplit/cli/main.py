@@ -171,16 +171,19 @@ def _calibrate(parsed: argparse.Namespace) -> int:
 
 def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> int:
     """Say what a run would need. Raises ConfigError for what cannot be done, after it is said."""
-    from ffsplit.run.prepare import preflight
+    from ffsplit.run.checks import check_rows
+    from ffsplit.run.job import prepare
 
-    flight = preflight(config, kind=kind)
+    run = prepare(config, kind=kind)
+    check_rows(run)
+    needs = run.needs
     if parsed.json:
-        print(flight.model_dump_json(indent=2))
+        print(needs.model_dump_json(indent=2))
     else:
-        from ffsplit.cli.tables import print_preflight
+        from ffsplit.cli.tables import print_needs
 
-        print_preflight(flight, asked=config.workers if config.runner == "ray" else None)
-    flight.check()
+        print_needs(needs, asked=config.workers if config.runner == "ray" else None)
+    needs.check()
     return 0
 
 

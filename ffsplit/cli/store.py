@@ -50,8 +50,8 @@ def _pull(parsed: argparse.Namespace) -> int:
 
 
 def _share(parsed: argparse.Namespace) -> int:
+    from ffsplit.config import parse_span
     from ffsplit.redaction import print_credential
-    from ffsplit.store.gc import parse_span
     from ffsplit.store.links import share
 
     print_credential(share(parsed.uri, expires=parse_span(parsed.expires, name="--expires")))
@@ -82,7 +82,8 @@ def _pin(parsed: argparse.Namespace) -> int:
 
 def _gc(parsed: argparse.Namespace) -> int:
     from ffsplit.cli.tables import print_plan
-    from ffsplit.store.gc import collect, parse_span, plan
+    from ffsplit.config import parse_span
+    from ffsplit.store.gc import collect, plan
     from ffsplit.store.store import open_store
 
     store = open_store(parsed.uri)

@@ -99,23 +99,18 @@ def describe(command: str, arguments: Sequence[str], parsed: argparse.Namespace)
 
 def _of_run(command: str, config: JobConfig, entrypoint: str) -> Job:
     """The job of a run whose key can be known: the place of its result is in the name too."""
-    from ffsplit.run.estimate import estimate
-    from ffsplit.run.examine import examine
-    from ffsplit.run.prepare import check_weights, complete, identify
+    from ffsplit.run.checks import check_inputs
+    from ffsplit.run.job import prepare
     from ffsplit.store.commits import Kind, read_commit
     from ffsplit.store.store import open_store
 
     kind: Kind = "model" if command == "compress" else "statistics"
-    job = examine(config, kind=kind)
-    flight = estimate(job, kind=kind)  # whether it fits is for the cluster to say, not for here
-    identity = identify(job)
-    key, _ = identity.keys(kind)
-    store, is_done = open_store(config.out), False
+    run = prepare(config, kind=kind)  # whether it fits is for the cluster to say, not for here
+    key, store, is_done = run.keys.published(kind), open_store(config.out), False
     with suppress(FFSplitError):  # a store that only the cluster can read: the job will see for itself
         is_done = read_commit(store, key) is not None
     if not is_done:
-        complete(job, identity, flight)
-        check_weights(job.checkpoint, block_by_block=flight.block_by_block)
+        check_inputs(run)
     place = digest_of({"out": store.uri})[:6]
     return Job(f"ffsplit-{command}-{key}-{place}", entrypoint, is_done)
 

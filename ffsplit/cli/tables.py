@@ -30,18 +30,16 @@ from ffsplit.report.humanize import (
     times,
     unit,
 )
-from ffsplit.run.needs import in_one_line
 from ffsplit.store.benchmarks import BenchmarkRecord, Timing
 from ffsplit.store.commits import RunSummary, latest_commit, list_runs
 from ffsplit.store.gc import Plan, Removal, pinned_runs
 from ffsplit.store.manifest import REPORT_NAME, Latency, Manifest, Measurements
 from ffsplit.store.store import Store
-from ffsplit.zoo.batch import Batch, BatchModel, Figures, batch_key
-from ffsplit.zoo.page import INDEX_NAME, STATES, headline, slowest
+from ffsplit.zoo.batch import INDEX_NAME, STATES, Batch, BatchModel, Figures, batch_key, headline, slowest
 
 if TYPE_CHECKING:
     from ffsplit.forecasts import FFNGroup, Inspection, LayerForecast, Plans
-    from ffsplit.run.needs import Preflight
+    from ffsplit.run.needs import Needs
     from ffsplit.splitting.latency import LatencyTable
 
 
@@ -110,31 +108,32 @@ def _before_after(manifest: Manifest, measured: Measurements) -> Table:
     return table
 
 
-def print_preflight(flight: Preflight, *, asked: int | None) -> None:
+def print_needs(needs: Needs, *, asked: int | None) -> None:
     """What a run would need: memory and time by stage, disk, and last the line that the run begins with."""
     from ffsplit.models.folder import left_out_in_one_line
+    from ffsplit.run.needs import in_one_line
 
-    title = f"a model of {size(flight.model_bytes)}"
+    title = f"a model of {size(needs.model_bytes)}"
     table = _table(title, "stage", "workers", "memory of one", "available", "about")
-    for stage in flight.stages:
+    for stage in needs.stages:
         available = "not known" if stage.available_bytes is None else size(stage.available_bytes)
         about = "not known" if stage.seconds is None else duration(stage.seconds)
-        streamed = {"calibrate": flight.block_by_block, "measure": flight.measured_block_by_block}
+        streamed = {"calibrate": needs.block_by_block, "measure": needs.measured_block_by_block}
         name = f"{stage.name}, block by block" if streamed.get(stage.name) else stage.name
         table.add_row(name, str(stage.num_workers), size(stage.memory_bytes), available, about)
-    totals = flight.totals
+    totals = needs.totals
     seconds = "not known" if totals.seconds is None else duration(totals.seconds)
     table.add_section()
     table.add_row("total", "", size(totals.memory_bytes), "", seconds)
     _print(table)
-    for what, disk in flight.disks.items():
+    for what, disk in needs.disks.items():
         free = "" if disk.free_bytes is None else f", {size(disk.free_bytes)} free"
         print(f"{what}: {size(disk.needed_bytes)} in {disk.place}{free}".replace("\u00a0", " "))
-    if flight.artifact_bytes:
-        print(f"the artifact: {size(flight.artifact_bytes)} of weights".replace("\u00a0", " "))
-    if line := left_out_in_one_line(flight.left_out):
+    if needs.artifact_bytes:
+        print(f"the artifact: {size(needs.artifact_bytes)} of weights".replace("\u00a0", " "))
+    if line := left_out_in_one_line(needs.left_out):
         print(line)
-    print(in_one_line(flight, asked=asked))
+    print(in_one_line(needs, asked=asked))
 
 
 def print_inspection(found: Inspection) -> None:

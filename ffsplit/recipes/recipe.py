@@ -30,6 +30,11 @@ class MeasurementSettings(Record):
     latency_pairs: int = Field(default=20, ge=1)
     peak_memory: bool = Field(default=True, description="load each model once more, in a process of its own")
 
+    def timing(self, shapes: Sequence[tuple[int, int]]) -> MeasurementSettings:
+        """These settings, which time these shapes too."""
+        timed = tuple(dict.fromkeys([*self.latency_shapes, *shapes]))
+        return self.model_copy(update={"latency_shapes": timed})
+
 
 class Recipe(Record):
     """Heavy hitters, chosen by `score`, are kept as they are; `steps` shrink the rest, in order.
@@ -102,10 +107,12 @@ class Recipe(Record):
 
     def timing(self, shapes: Sequence[tuple[int, int]]) -> Recipe:
         """This recipe, which times these shapes too."""
-        timed = tuple(dict.fromkeys([*self.measurement.latency_shapes, *shapes]))
-        return self.model_copy(
-            update={"measurement": self.measurement.model_copy(update={"latency_shapes": timed})}
-        )
+        return self.model_copy(update={"measurement": self.measurement.timing(shapes)})
+
+    def reading(self, *, samples: int | None, max_length: int | None) -> Recipe:
+        """This recipe, with as many rows and tokens per row of calibration text as are given."""
+        calibration = self.calibration.reading(samples=samples, max_length=max_length)
+        return self.model_copy(update={"calibration": calibration})
 
     def settled(self, kind: ModelKind, *, max_positions: int | None) -> Recipe:
         """This recipe, as it reads a model of this kind with so many positions, if those are limited."""

@@ -1,122 +1,228 @@
-"""An attempt at a run that is not committed yet: computed, described, judged and published."""
+"""An attempt at a run: its stages in their order, its gates, and its publication."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 from ffsplit import logs
+from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.directories import full_disk_explained, temporary_folder
 from ffsplit.distributed import make_runner
 from ffsplit.distributed.runner import Runner
 from ffsplit.errors import begun
+from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.measurement.gates import judge, refusal
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.folder import left_out_in_one_line
 from ffsplit.progress import Progress, StageLog
-from ffsplit.run.computation import compute_model, compute_statistics
-from ffsplit.run.documents import write_documents
-from ffsplit.run.execution import Execution
+from ffsplit.recipes.recipe import Recipe
+from ffsplit.run.documents import Outcome, write_documents
+from ffsplit.run.execution import Execution, start
+from ffsplit.run.job import Run
 from ffsplit.run.needs import in_one_line
-from ffsplit.run.placement import place
-from ffsplit.run.prepare import PreparedRun
-from ffsplit.store.commits import Kind
+from ffsplit.run.stages.calibrate import calibrate
+from ffsplit.run.stages.fit import Layers, fit_layers, refit_layers
+from ffsplit.run.stages.heal import heal_checkpoint
+from ffsplit.run.stages.measure import measure
+from ffsplit.run.stages.reduce import reduce_statistics
+from ffsplit.run.stages.search import place_of, search
+from ffsplit.runtime.assemble import assemble, replace_weights
+from ffsplit.runtime.linears import linears_config, quantize_linears
+from ffsplit.splitting.scores import FEWEST_TOKENS, LayerPlan, is_starved, plan_split
 from ffsplit.store.digests import file_entries
 from ffsplit.store.entries import StoreGuarantees
 from ffsplit.store.locate import STATISTICS_PATH, locate, read_manifest
-from ffsplit.store.manifest import MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAME, Manifest
+from ffsplit.store.manifest import MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAME, LinearsRecord, Manifest
 from ffsplit.store.publish import Upload, new_attempt_id
-from ffsplit.store.scratch import Scratch
+from ffsplit.store.scratch import Result, Scratch
 from ffsplit.store.signing import sign_manifest
 from ffsplit.store.store import Store
 
-
-class Ending(NamedTuple):
-    """How an attempt ended, and the manifest that it wrote, or of the attempt that was committed first."""
-
-    state: Literal["published", "refused"]
-    manifest: Manifest
+MOST_NAMED = 16
+"""Experts named in a line; the manifest has all."""
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """A run, and where its result goes: under `key` in a store that gives `guarantees`."""
+@contextmanager
+def connected(run: Run) -> Iterator[Runner]:
+    """The run's runner. Raises ConfigError, before anything is written, for one that cannot be used."""
+    workers = run.needs.machine.num_workers
+    with (
+        logs.fields(run=run.keys.published(run.kind)),
+        make_runner(run.config, workers_here=workers) as runner,
+    ):
+        yield runner
 
-    run: PreparedRun
-    kind: Kind
-    key: str
-    scratch: Scratch
-    store: Store
-    guarantees: StoreGuarantees
-    sign_key: Path | None
 
-    @property
-    def refused_report(self) -> str:
-        """Where in the store the report of a result lies that its gates refused."""
-        return self.scratch.key(f"refused/{REPORT_NAME}")
+def make_attempt(
+    run: Run,
+    runner: Runner,
+    scratch: Scratch,
+    *,
+    store: Store,
+    guarantees: StoreGuarantees,
+    shown: Progress,
+    sign_key: Path | None,
+) -> tuple[Manifest, str]:
+    """Compute the run, and publish it unless its gates refuse it. Returns its manifest and its report's key.
 
-    @contextmanager
-    def connected(self) -> Iterator[Runner]:
-        """The run's runner. Raises ConfigError, before anything is written, for one that cannot be used."""
-        workers = self.run.flight.machine.num_workers
-        with logs.fields(run=self.key), make_runner(self.run.config, workers_here=workers) as runner:
-            yield runner
-
-    def carry_out(self, runner: Runner, shown: Progress) -> Ending:
-        """Compute the run, and publish it unless its gates refuse it.
-
-        Raises ConfigError for hosts that do not fit together. Then nothing is left behind; what goes wrong
-        later is no mistake in the configuration, whoever raises it.
-        """
-        config, log = self.run.config, StageLog(shown)
-        with full_disk_explained(), temporary_folder() as folder:
-            asked = config.workers if config.runner == "ray" else None
-            shown.note(in_one_line(self.run.flight, asked=asked))
-            shown.note(
-                f"run {self.key}: {config.model} with recipe {self.run.recipe.name}, {self.run.budget}"
-            )
-            if self.kind == "model" and (left_out := left_out_in_one_line(self.run.left_out)):
-                shown.note(left_out)
-            if unread := self.run.checkpoint.unread_blocks:
-                shown.note(
-                    f"warning: config.json states fewer blocks: {', '.join(unread)} stay as they are, unread"
+    Raises ConfigError for hosts that do not fit together. Then nothing is left behind; what goes wrong
+    later is no mistake in the configuration, whoever raises it.
+    """
+    log = StageLog(shown)
+    with full_disk_explained(), temporary_folder() as folder:
+        _announce(run, shown)
+        execution = start(run, runner, log, scratch)
+        with begun():
+            attempt = new_attempt_id()
+            staging = folder / attempt
+            (staging / STATISTICS_PATH).parent.mkdir(parents=True)
+            compute = compute_model if run.kind == "model" else compute_statistics
+            outcome = replace(compute(execution, staging), guarantees=guarantees, stages=tuple(log.stages))
+            if refusal(outcome.gates) is not None:
+                manifest = write_documents(
+                    run, outcome, staging, attempt=attempt, files=file_entries(staging)
                 )
-            execution = place(self.run, self.scratch, runner, log, shown=shown)
-            with begun():
-                return self._compute_and_publish(execution, folder)
+                report = scratch.key(f"refused/{REPORT_NAME}")
+                store.put_file(report, staging / REPORT_NAME)
+                return manifest, report
+            manifest = _publish(run, outcome, staging, store=store, sign_key=sign_key)
+            return manifest, f"{manifest.run_key}/{manifest.attempt}/{REPORT_NAME}"
 
-    def _compute_and_publish(self, execution: Execution, folder: Path) -> Ending:
-        attempt = new_attempt_id()
-        staging = folder / attempt
-        (staging / STATISTICS_PATH).parent.mkdir(parents=True)
-        compute = compute_model if self.kind == "model" else compute_statistics
-        run, computed = compute(execution, staging)
-        computed = replace(computed, guarantees=self.guarantees)
-        if computed.measurements is not None:
-            computed = replace(computed, gates=judge(run.gates, computed.measurements))
-        write = partial(
-            write_documents,
-            run,
-            computed,
-            staging,
-            run_key=self.key,
-            attempt=attempt,
-            stages=execution.log.stages,
-        )
-        if refusal(computed.gates) is not None:
-            manifest = write(files=file_entries(staging))
-            self.store.put_file(self.refused_report, staging / REPORT_NAME)
-            return Ending("refused", manifest)
-        logs.log("publishing", attempt=attempt)
-        with Upload(self.store, run_key=self.key, attempt=attempt) as upload:
-            manifest = write(files=upload.add(staging))
-            if self.sign_key is not None:
-                data = (staging / MANIFEST_NAME).read_bytes()
-                (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=self.sign_key))
-            standing = upload.commit(staging, kind=self.kind, move_latest=self.kind == "model")
-        if standing.attempt != attempt:  # another of the same key was first
-            manifest = read_manifest(locate(f"{self.store.uri}/{self.key}"))
-        return Ending("published", manifest)
+
+def _announce(run: Run, shown: Progress) -> None:
+    """Say what the run needs, what it is, and what of the model it leaves out."""
+    config = run.config
+    shown.note(in_one_line(run.needs, asked=config.workers if config.runner == "ray" else None))
+    key = run.keys.published(run.kind)
+    shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
+    if run.kind == "model" and (left_out := left_out_in_one_line(run.left_out)):
+        shown.note(left_out)
+    if unread := run.checkpoint.unread_blocks:
+        shown.note(f"warning: config.json states fewer blocks: {', '.join(unread)} stay as they are, unread")
+
+
+def _publish(run: Run, outcome: Outcome, staging: Path, *, store: Store, sign_key: Path | None) -> Manifest:
+    """Upload the attempt in `staging`, which is named like it, and commit it. The manifest that stands."""
+    key, attempt = run.keys.published(run.kind), staging.name
+    logs.log("publishing", attempt=attempt)
+    with Upload(store, run_key=key, attempt=attempt) as upload:
+        manifest = write_documents(run, outcome, staging, attempt=attempt, files=upload.add(staging))
+        if sign_key is not None:
+            data = (staging / MANIFEST_NAME).read_bytes()
+            (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=sign_key))
+        standing = upload.commit(staging, kind=run.kind, move_latest=run.kind == "model")
+    if standing.attempt != attempt:  # another of the same key was first
+        return read_manifest(locate(f"{store.uri}/{key}"))
+    return manifest
+
+
+def compute_statistics(execution: Execution, staging: Path) -> Outcome:
+    """Neuron statistics, which end up in `staging`."""
+    shards = calibrate(execution)
+    statistics = reduce_statistics(execution, shards, staging / STATISTICS_PATH)
+    _report_experts(execution, statistics)
+    return Outcome(statistics, _num_tokens(shards), len(shards))
+
+
+def compute_model(execution: Execution, staging: Path) -> Outcome:
+    """A compressed checkpoint, which ends up in `staging`, and how it measures."""
+    run = execution.run
+    shards = calibrate(execution)
+    statistics = reduce_statistics(execution, shards, staging / STATISTICS_PATH)
+    _report_experts(execution, statistics)
+    solver, layouts = run.settled(statistics)
+    place, allocation = "compress", None
+    if run.recipe.allocation == "search":
+        folder = staging.with_name("candidates")
+        found = search(execution, solver, layouts, statistics, shards, folder=folder)
+        layouts, allocation, place = found.chosen.layouts, found.record, place_of(found.chosen)
+    plans = plan_split(statistics, layouts, score=run.recipe.score)
+    layers = fit_layers(execution, "compress", run.checkpoint, run.recipe.steps, plans, shards, place=place)
+    layers = refit_layers(execution, layers, shards, staging)
+    layers, linears = _finish(execution, layers, shards, staging)
+    measured = measure(execution, staging, layers.layouts)
+    return Outcome(
+        statistics=statistics,
+        num_tokens=_num_tokens(shards),
+        num_shards=len(shards),
+        allocation=allocation,
+        plans=tuple(plan.stored_as(layout) for plan, layout in zip(plans, layers.layouts, strict=True)),
+        errors=layers.errors,
+        linears=linears,
+        measurements=measured,
+        gates=judge(run.gates, measured),
+    )
+
+
+def _finish(
+    execution: Execution, layers: Layers, shards: Sequence[Result], staging: Path
+) -> tuple[Layers, LinearsRecord | None]:
+    """Assemble the layers in `staging`; heal and then quantize them if the recipe says so."""
+    run, recipe = execution.run, execution.run.recipe
+    if recipe.healing is None and recipe.after_healing is None:
+        assemble(run.checkpoint, layers.files, layers.layouts, staging)
+        return layers, None
+    whole = staging if recipe.after_healing is None else staging.with_name("healed")
+    assemble(run.checkpoint, layers.files, layers.layouts, whole)
+    if recipe.healing is not None:
+        replace_weights(whole, heal_checkpoint(execution, recipe.healing, whole))
+    if recipe.after_healing is None:
+        return layers, None
+    checkpoint = open_checkpoint(whole, uneven=True)
+    plans = _quantization_plans(checkpoint, recipe)
+    quantized = fit_layers(
+        execution, "quantize", checkpoint, (recipe.after_healing,), plans, shards, place="quantize"
+    )
+    files, record = list(quantized.files), None
+    if recipe.linears == "int8":
+        added, record = quantize_linears(checkpoint, staging.with_name("linears"), original=run.checkpoint)
+        files += added
+    linears = None if record is None else linears_config(record.modules)
+    assemble(checkpoint, files, quantized.layouts, staging, linears=linears)
+    return quantized._replace(errors=layers.errors), record
+
+
+def _quantization_plans(checkpoint: Checkpoint, recipe: Recipe) -> tuple[LayerPlan, ...]:
+    """Every neuron of every layer, in the format that the recipe ends with."""
+    assert recipe.after_healing is not None
+    plans = []
+    for layer, shape in enumerate(checkpoint.shapes):
+        dense = LayerLayout.dense(shape)
+        layout = recipe.after_healing.plan(dense, shape=shape, budget=shape.num_elements)
+        assert layout is not None, "quantization keeps every element"
+        neurons = tuple(range(shape.num_neurons))
+        plans.append(LayerPlan(layer=layer, layout=layout, heavy_neurons=neurons))
+    return tuple(plans)
+
+
+def _report_experts(execution: Execution, statistics: Sequence[NeuronStats]) -> None:
+    """Report how many tokens the experts saw, and which of them saw too few to be judged by."""
+    line = tokens_of_experts(statistics, [ffn.name for ffn in execution.run.checkpoint.ffns])
+    if line is not None:
+        execution.log.note(line)
+
+
+def tokens_of_experts(statistics: Sequence[NeuronStats], names: Sequence[str]) -> str | None:
+    """How many tokens the experts of a model saw, in one line that names the starved, fewest tokens first."""
+    experts = sorted(
+        (stats.num_tokens, index) for index, stats in enumerate(statistics) if stats.expert is not None
+    )
+    if not experts:
+        return None
+    line = f"{len(experts)} experts saw {experts[0][0]:,} to {experts[-1][0]:,} tokens each"
+    starved = [(tokens, index) for tokens, index in experts if is_starved(statistics[index])]
+    if not starved:
+        return line
+    shown = ", ".join(f"{names[index]} ({tokens})" for tokens, index in starved[:MOST_NAMED])
+    more = f" and {len(starved) - MOST_NAMED} more, in the manifest" if len(starved) > MOST_NAMED else ""
+    return (
+        f"warning: {line}; {len(starved)} saw fewer than {FEWEST_TOKENS} and keep their neurons by weight "
+        f"norm: {shown}{more}; more --samples would let them be judged"
+    )
+
+
+def _num_tokens(shards: Sequence[Result]) -> int:
+    return sum(int(str(result.facts["num_tokens"])) for result in shards)

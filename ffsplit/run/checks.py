@@ -1,9 +1,9 @@
-"""What cannot be done, said before anything is computed."""
+"""What cannot be done, refused before anything is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ffsplit.calibration.readers import Reader, TextReader, make_reader, num_rows_within, tokenize_rows
 from ffsplit.calibration.sampling import CalibrationSettings, TextSample
@@ -11,11 +11,55 @@ from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, explained
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.load import check_model_class
+from ffsplit.models.load import check_complete, check_model_class
+from ffsplit.models.load_options import attention_advice
+from ffsplit.models.rows import TEXT_KINDS
 from ffsplit.recipes.recipe import Recipe
 from ffsplit.runtime.assemble import is_plain, keeps_names
 
-# What cannot be done with every family, said before anything is computed.
+if TYPE_CHECKING:
+    from ffsplit.run.job import Run
+
+
+def check_inputs(run: Run) -> None:
+    """What must hold before a run begins and takes more than config and headers to see.
+
+    Raises ConfigError where the model does not load whole or cannot read its rows, UnsupportedModelError
+    where FFNs were guessed wrongly.
+    """
+    assert run.text is not None  # reading it is the check
+    with explained("the job cannot be checked"), run.profile.loading():
+        check_complete(run.checkpoint)
+        if run.checkpoint.is_guessed:
+            from ffsplit.runtime.trial import check_by_trial
+
+            check_by_trial(run.checkpoint, block_by_block=run.needs.block_by_block)
+
+
+def check_rows(run: Run) -> None:
+    """The part of it that a dry run has time for. Loads the tokenizer, and no modelling code.
+
+    But attention that the config names may not be installed, which only loading the model shows.
+    """
+    assert run.text is not None
+    if attention_advice(run.checkpoint.config):
+        with explained("the job cannot be checked"), run.profile.loading():
+            check_complete(run.checkpoint)
+
+
+def check_calibrates(config: JobConfig) -> None:
+    """Raise ConfigError for what is for compressed models alone."""
+    if config.stats is not None:
+        raise ConfigError("--stats is for compress: calibrate collects statistics of its own")
+    if config.gate or config.require_speedup is not None:
+        raise ConfigError("gates are for compress: statistics have nothing to judge")
+
+
+def check_row_length(max_length: int, *, checkpoint: Checkpoint) -> None:
+    """Raise ConfigError when rows are longer than the model reads."""
+    longest = checkpoint.max_positions
+    if longest is not None and max_length > longest and checkpoint.kind in TEXT_KINDS:
+        raise ConfigError(f"--max-length {max_length} is more than the model's {longest} positions")
 
 
 def check_capabilities(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint) -> None:
@@ -30,9 +74,6 @@ def check_capabilities(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint
         )
     if config.block_by_block and not checkpoint.architecture.can_stream:
         raise ConfigError(f"--block-by-block is for models with one list of blocks; {family} is none")
-
-
-# What has to be an ordinary checkpoint, and is refused before a run where it would not be.
 
 
 def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:

@@ -21,11 +21,10 @@ from ffsplit.redaction import redacted, without_credentials
 from ffsplit.report.html import render_report
 from ffsplit.report.humanize import load_in_words, noise, number, spread_in_words, times
 from ffsplit.report.plots import energy_curve
+from ffsplit.run.job import Run
 from ffsplit.run.origin import calibration_record
-from ffsplit.run.prepare import PreparedRun, healing_threads
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.scores import LayerPlan, energy_counts, energy_share, is_starved, output_energy
-from ffsplit.store.commits import Kind
 from ffsplit.store.digests import file_entry
 from ffsplit.store.entries import FileEntry, StoreGuarantees, check_outside_attempts
 from ffsplit.store.locate import STATISTICS_PATH, locate, read_manifest
@@ -51,7 +50,6 @@ from ffsplit.store.pull import materialize
 class Outcome:
     """What a run computed. A run of statistics alone has no plans, errors or measurements."""
 
-    kind: Kind
     statistics: tuple[NeuronStats, ...]
     num_tokens: int
     num_shards: int
@@ -62,28 +60,25 @@ class Outcome:
     allocation: AllocationRecord | None = None
     linears: LinearsRecord | None = None
     guarantees: StoreGuarantees | None = None
+    stages: tuple[Stage, ...] = ()
 
 
 def write_documents(
-    run: PreparedRun,
+    run: Run,
     outcome: Outcome,
     directory: Path,
     *,
-    run_key: str,
     attempt: str,
-    stages: Sequence[Stage],
     files: Sequence[FileEntry],
 ) -> Manifest:
     """Write the card, the report and, last, the manifest, beside the files that are in the directory."""
-    manifest = _draft(run, outcome, run_key=run_key, attempt=attempt, stages=stages)
-    manifest = manifest.model_copy(update={"files": tuple(files)})
+    manifest = _draft(run, outcome, attempt=attempt).listing(files)
 
     def add(name: str, text: str) -> Manifest:
         (directory / name).write_text(text, "utf-8")
-        listed = {entry.path: entry for entry in (*manifest.files, file_entry(directory / name, name))}
-        return manifest.model_copy(update={"files": tuple(listed[path] for path in sorted(listed))})
+        return manifest.listing([*manifest.files, file_entry(directory / name, name)])
 
-    if outcome.kind == "model":
+    if run.kind == "model":
         manifest = add(CARD_NAME, model_card(manifest))
     manifest = add(REPORT_NAME, report_of(manifest, outcome.statistics))
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
@@ -101,14 +96,11 @@ def report_of(manifest: Manifest, statistics: Sequence[NeuronStats]) -> str:
     return render_report(manifest, curves=curves)
 
 
-def _draft(
-    run: PreparedRun, outcome: Outcome, *, run_key: str, attempt: str, stages: Sequence[Stage]
-) -> Manifest:
-    checkpoint = run.checkpoint
-    is_model = outcome.kind == "model"
+def _draft(run: Run, outcome: Outcome, *, attempt: str) -> Manifest:
+    checkpoint, keys, is_model = run.checkpoint, run.keys, run.kind == "model"
     manifest = Manifest(
-        kind=outcome.kind,
-        run_key=run_key,
+        kind=run.kind,
+        run_key=keys.published(run.kind),
         attempt=attempt,
         created_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         ffsplit_version=__version__,
@@ -118,12 +110,12 @@ def _draft(
         recipe=run.recipe.model_dump(mode="json"),
         keep=_kept(run, outcome) if is_model else None,
         budget=run.budget if is_model else None,
-        nonce=run.nonce,
+        nonce=keys.nonce,
         model=SourceModel(
             id=model_name(run.config.model),
-            revision=run.revision,
-            digest=run.digests["model"],
-            tokenizer_digest=run.digests["tokenizer"],
+            revision=run.located.revision,
+            digest=keys.digests["model"],
+            tokenizer_digest=keys.digests["tokenizer"],
             model_type=checkpoint.architecture.model_type,
             architecture=checkpoint.class_name,
             license=checkpoint.license,
@@ -136,7 +128,7 @@ def _draft(
         linears=outcome.linears,
         measurements=outcome.measurements,
         gates=outcome.gates,
-        stages=tuple(stages),
+        stages=outcome.stages,
         environment=describe_environment(),
         store=outcome.guarantees,
         files=(),
@@ -147,20 +139,20 @@ def _draft(
     return without_credentials(named)
 
 
-def _compute(run: PreparedRun) -> Compute:
+def _compute(run: Run) -> Compute:
     profile, heals = run.profile, run.recipe.healing is not None
     return Compute(
         device=profile.device,
         dtype=profile.dtype,
         threads=profile.threads,
-        healing_threads=healing_threads(run.config) if heals else None,
+        healing_threads=run.healing_threads if heals else None,
         healing_workers=run.config.healing_workers if heals else None,
         attn_implementation=profile.attn_implementation,
         trust_remote_code=run.config.trust_remote_code,
     )
 
 
-def _calibration(run: PreparedRun, outcome: Outcome) -> CalibrationRecord:
+def _calibration(run: Run, outcome: Outcome) -> CalibrationRecord:
     text = run.text
     if run.origin is not None:
         return calibration_record(run.origin, text=text)
@@ -176,14 +168,14 @@ def _calibration(run: PreparedRun, outcome: Outcome) -> CalibrationRecord:
     )
 
 
-def _kept(run: PreparedRun, outcome: Outcome) -> float:
+def _kept(run: Run, outcome: Outcome) -> float:
     """The elements of all FFNs over the original's."""
     return (
         run.solver.model.elements_of([plan.layout for plan in outcome.plans]) / run.solver.model.ffn_elements
     )
 
 
-def _layers(run: PreparedRun, outcome: Outcome) -> list[LayerRecord]:
+def _layers(run: Run, outcome: Outcome) -> list[LayerRecord]:
     records = []
     shapes, itemsize = run.checkpoint.shapes, run.checkpoint.itemsize
     for layer, (stats, shape) in enumerate(zip(outcome.statistics, shapes, strict=True)):

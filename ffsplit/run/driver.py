@@ -1,4 +1,4 @@
-"""One run, from a checked job to a committed artifact, as the data flows."""
+"""One run, top to bottom: prepared, found committed already or attempted, and what becomes of it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from ffsplit.errors import ConfigError, FFSplitError, GateError, StoreError
 from ffsplit.measurement.gates import refusal
 from ffsplit.models.load_options import attending, trusting
 from ffsplit.progress import Progress
-from ffsplit.run.estimate import estimate
-from ffsplit.run.examine import examine
-from ffsplit.run.prepare import check_weights, complete, identify
+from ffsplit.run.checks import check_inputs
+from ffsplit.run.job import Run, prepare
 from ffsplit.store.commits import LATEST_NAME, Kind, latest_commit, read_commit
-from ffsplit.store.entries import check_outside_attempts
 from ffsplit.store.inputs import is_remote
 from ffsplit.store.locate import locate, read_manifest
 from ffsplit.store.manifest import REPORT_NAME, Manifest
-from ffsplit.store.scratch import SCRATCH_PREFIX, Lease, Scratch
+from ffsplit.store.scratch import Lease, Scratch
 from ffsplit.store.signing import sign_manifest
 from ffsplit.store.store import NOT_ATOMIC, Store, open_store
 
@@ -27,7 +25,7 @@ State = Literal["published", "committed already", "refused"]
 
 
 class Finished(NamedTuple):
-    """A run that ended. Of one that gates refused nothing was published; `manifest` says how it measured.
+    """How a run ended. If gates refused it nothing was published, and `manifest` says how it measured.
 
     `report` is the key of its report in the store.
     """
@@ -74,49 +72,54 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         attending(config.attn_implementation),
         progress or Progress.to_stderr() as shown,
     ):
-        store = open_store(config.out)
-        check_outside_attempts(store.uri, flag="--out")
         if sign_key is not None:
-            sign_manifest(b"{}", key=sign_key)  # a key that cannot sign is said before the work
-        job = examine(config, kind=kind)
-        flight = estimate(job, kind=kind)
-        flight.check()
-        identity = identify(job)
-        key, work = identity.keys(kind)
-        scratch = Scratch(uri=store.uri, prefix=f"{SCRATCH_PREFIX}/{work}")
-        state: State = "committed already"
-        manifest: Manifest | None = None
+            sign_manifest(b"{}", key=sign_key)  # fail early if the key cannot sign
+        run = prepare(config, kind=kind)
+        run.needs.check()
+        store, key = open_store(config.out), run.keys.published(kind)
         if _is_committed(store, key):
             shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
+            finished = _standing(store, key)
         else:
-            from ffsplit.run.attempt import Attempt  # the stages: a committed run needs none of them
+            check_inputs(run)
+            finished = _compute(run, store, shown, sign_key=sign_key)
+        if finished.state != "refused":
+            try:
+                latest_commit(store)
+            except FFSplitError as error:  # the artifact stands
+                shown.note(f"warning: {LATEST_NAME} may be behind until it is read: {error}")
+        return finished
 
-            run = complete(job, identity, flight)
-            check_weights(run.checkpoint, block_by_block=flight.block_by_block)
-            guarantees = store.check_writable()
-            if guarantees.conditional_put != "atomic":
-                shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
-            attempt = Attempt(run, kind, key, scratch, store, guarantees, sign_key)
-            with (
-                attempt.connected() as runner,
-                Lease(store, scratch, run_key=key, note=shown.note) as lease,
-            ):
-                try:
-                    state, manifest = attempt.carry_out(runner, shown)
-                    if state == "refused":
-                        return Finished(manifest, state, attempt.refused_report)
-                except Exception:
-                    if not _was_committed_meanwhile(store, key):
-                        raise
-                    shown.note(f"{store.uri}/{key} was committed by another run of the same key meanwhile")
-                lease.remove_scratch()
+
+def _compute(run: Run, store: Store, shown: Progress, *, sign_key: Path | None) -> Finished:
+    """Attempt the run, unless another one of the same key is committed first; remove what only it needed."""
+    from ffsplit.run.attempt import connected, make_attempt  # the stages: a committed run needs none of them
+
+    key, scratch = run.keys.published(run.kind), Scratch.of(store.uri, run.keys.scratch(run.kind))
+    guarantees = store.check_writable()
+    if guarantees.conditional_put != "atomic":
+        shown.note(f"warning: {store.uri} {NOT_ATOMIC}")
+    with connected(run) as runner, Lease(store, scratch, run_key=key, note=shown.note) as lease:
         try:
-            latest_commit(store)
-        except FFSplitError as error:  # the artifact stands
-            shown.note(f"warning: {LATEST_NAME} may be behind until it is read: {error}")
-        manifest = manifest or read_manifest(locate(f"{store.uri}/{key}"))
-        report = f"{key}/{manifest.attempt}/{REPORT_NAME}"
-        return Finished(manifest, state, report)
+            manifest, report = make_attempt(
+                run, runner, scratch, store=store, guarantees=guarantees, shown=shown, sign_key=sign_key
+            )
+            if refusal(manifest.gates) is not None:
+                return Finished(manifest, "refused", report)
+            finished = Finished(manifest, "published", report)
+        except Exception:
+            if not _was_committed_meanwhile(store, key):
+                raise
+            shown.note(f"{store.uri}/{key} was committed by another run of the same key meanwhile")
+            finished = _standing(store, key)
+        lease.remove_scratch()
+    return finished
+
+
+def _standing(store: Store, key: str) -> Finished:
+    """What is committed under a key."""
+    manifest = read_manifest(locate(f"{store.uri}/{key}"))
+    return Finished(manifest, "committed already", f"{key}/{manifest.attempt}/{REPORT_NAME}")
 
 
 def _is_committed(store: Store, key: str) -> bool:
@@ -132,7 +135,7 @@ def _is_committed(store: Store, key: str) -> bool:
 def _was_committed_meanwhile(store: Store, key: str) -> bool:
     """Whether another run of this key made a failure of this one immaterial.
 
-    A store that fails once more says nothing new: what the attempt failed of is what is told.
+    A store that fails once more adds nothing: the attempt's own failure is the one to report.
     """
     with suppress(FFSplitError):
         return read_commit(store, key) is not None

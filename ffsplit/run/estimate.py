@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ffsplit.compressors.base import CHUNK_TOKENS
 from ffsplit.directories import temporary_root
 from ffsplit.errors import explained
 from ffsplit.machine import bytes_below, device_of, free_bytes, operations_per_second
 from ffsplit.profile import ComputeProfile
-from ffsplit.run import estimate as duration
-from ffsplit.run import estimate as footprint
 from ffsplit.run.checks import can_refit
 from ffsplit.run.disk import Disk
-from ffsplit.run.examine import Examined
-from ffsplit.run.needs import PEAK_MEMORY, DiskNeeds, Machine, Preflight, StageNeeds, find_problems
+from ffsplit.run.needs import PEAK_MEMORY, DiskNeeds, Machine, Needs, StageNeeds, find_problems
 from ffsplit.run.workload import ITEM_SIZES, Workload
 from ffsplit.store.cache import Cache
-from ffsplit.store.commits import Kind
 from ffsplit.store.inputs import is_remote
 from ffsplit.store.scratch import SCRATCH_PREFIX
 from ffsplit.store.store import open_store
+
+if TYPE_CHECKING:
+    from ffsplit.run.job import Run
 
 # About how many bytes of memory each stage takes. Rough, and rather too much than too little.
 
@@ -190,14 +190,14 @@ def assembly_seconds(work: Workload) -> float:
 
 
 @explained("the job cannot be checked")
-def estimate(job: Examined, *, kind: Kind) -> Preflight:
-    """What a job needs, and whether it goes block by block."""
-    config, profile, statistics_only = job.config, job.profile, kind == "statistics"
+def estimate(run: Run) -> Needs:
+    """What a run needs, and whether it goes block by block."""
+    config, profile, statistics_only = run.config, run.profile, run.kind == "statistics"
     work = Workload(
-        checkpoint=job.checkpoint,
-        recipe=job.recipe,
-        layouts=job.layouts,
-        text=job.text,
+        checkpoint=run.checkpoint,
+        recipe=run.recipe,
+        layouts=run.layouts,
+        text=run.sample,
         itemsize=ITEM_SIZES[profile.dtype],
         is_one_process=config.runner == "serial",
     )
@@ -207,14 +207,14 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
         return config.block_by_block or (is_too_large and work.checkpoint.architecture.can_stream)
 
     def fits(worker_bytes: int) -> bool:
-        whole = footprint.calibration_bytes(work, block_by_block=False)
-        calibration = footprint.calibration_bytes(work, block_by_block=streamed(whole, worker_bytes))
-        compression = 0 if statistics_only else footprint.compression_bytes(work)
+        whole = calibration_bytes(work, block_by_block=False)
+        calibration = calibration_bytes(work, block_by_block=streamed(whole, worker_bytes))
+        compression = 0 if statistics_only else compression_bytes(work)
         return max(calibration, compression) <= worker_bytes
 
     machine = Machine.of(config, profile, fits=fits)
-    calibrates_so = streamed(footprint.calibration_bytes(work, block_by_block=False), machine.worker_bytes)
-    measures_so = streamed(footprint.measurement_bytes(work, block_by_block=False), machine.alone_bytes)
+    calibrates_so = streamed(calibration_bytes(work, block_by_block=False), machine.worker_bytes)
+    measures_so = streamed(measurement_bytes(work, block_by_block=False), machine.alone_bytes)
     stages = tuple(
         _stages(
             work,
@@ -228,18 +228,18 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
     disk = Disk(
         work=work,
         workers=machine.num_workers,
-        num_refits=len(job.recipe.refits) if can_refit(job.checkpoint, job.layouts) else 0,
+        num_refits=len(run.recipe.refits) if can_refit(run.checkpoint, run.layouts) else 0,
         is_streamed=calibrates_so,
         is_remote=is_remote(store),
         is_spread=machine.is_elsewhere,
     )
-    cached = disk.cache_bytes(has_stored_model=job.stored_model is not None)
-    there = bytes_below(job.checkpoint.directory) if job.stored_model is not None else 0
+    cached = disk.cache_bytes(has_stored_model=run.located.stored is not None)
+    there = bytes_below(run.checkpoint.directory) if run.located.stored is not None else 0
     if statistics_only:
         temporary, stored = disk.temporary_bytes_of_statistics(), disk.store_bytes_of_statistics()
     else:
         temporary, stored = disk.temporary_bytes(), disk.store_bytes()
-    flight = Preflight(
+    found = Needs(
         model_bytes=work.file_bytes,
         machine=machine,
         block_by_block=calibrates_so,
@@ -254,10 +254,9 @@ def estimate(job: Examined, *, kind: Kind) -> Preflight:
             is_here=cached > 0 and not machine.is_elsewhere,
         ),
         artifact_bytes=0 if statistics_only else work.artifact_bytes,
-        left_out=() if statistics_only else job.left_out,
+        left_out=() if statistics_only else run.left_out,
     )
-    problems = find_problems(flight, work=work, num_evaluations=len(config.eval))
-    return flight.model_copy(update={"problems": tuple(problems)})
+    return found.with_problems(find_problems(found, work=work, num_evaluations=len(config.eval)))
 
 
 def _disk(place: str, needed_bytes: int, *, there: int = 0, is_here: bool = True) -> DiskNeeds:
@@ -280,7 +279,7 @@ def _stages(
     with profile.pinned():
         speed, single = (operations_per_second(profile.device, dtype) for dtype in (profile.dtype, "float32"))
 
-    def needs(name: str, memory: int, seconds: float, *, alone: bool = True) -> StageNeeds:
+    def stage(name: str, memory: int, seconds: float, *, alone: bool = True) -> StageNeeds:
         return StageNeeds(
             name=name,
             num_workers=1 if alone else workers,
@@ -289,48 +288,48 @@ def _stages(
             seconds=seconds if math.isfinite(seconds) else None,
         )
 
-    yield needs("digests", footprint.PROCESS_BYTES, duration.digest_seconds(work))
-    yield needs(
+    yield stage("digests", PROCESS_BYTES, digest_seconds(work))
+    yield stage(
         "calibrate",
-        footprint.calibration_bytes(work, block_by_block=streamed[0]),
-        duration.calibration_seconds(work, workers=workers, speed=speed, block_by_block=streamed[0]),
+        calibration_bytes(work, block_by_block=streamed[0]),
+        calibration_seconds(work, workers=workers, speed=speed, block_by_block=streamed[0]),
         alone=False,
     )
     if statistics_only:
         return
     if work.recipe.allocation == "search":
-        yield needs(
+        yield stage(
             "allocate",
             max(
-                footprint.compression_bytes(work),
-                footprint.measurement_bytes(work, block_by_block=False),
+                compression_bytes(work),
+                measurement_bytes(work, block_by_block=False),
             ),
-            duration.search_seconds(work, workers=workers, single=single, speed=speed),
+            search_seconds(work, workers=workers, single=single, speed=speed),
         )
-    yield needs(
+    yield stage(
         "compress",
-        footprint.compression_bytes(work),
-        duration.compression_seconds(work, workers=workers, speed=single),
+        compression_bytes(work),
+        compression_seconds(work, workers=workers, speed=single),
         alone=False,
     )
     if work.recipe.refits and can_refit(work.checkpoint, work.layouts):
-        yield needs(
+        yield stage(
             "refit",
             max(
-                footprint.compression_bytes(work),
-                footprint.calibration_bytes(work, block_by_block=streamed[0]),
+                compression_bytes(work),
+                calibration_bytes(work, block_by_block=streamed[0]),
             ),
-            duration.refit_seconds(work, workers=workers, speed=single, block_by_block=streamed[0]),
+            refit_seconds(work, workers=workers, speed=single, block_by_block=streamed[0]),
             alone=False,
         )
     if work.recipe.healing is not None:
-        yield needs("heal", footprint.healing_bytes(work), duration.healing_seconds(work, speed=single))
-    yield needs("assemble", footprint.PROCESS_BYTES, duration.assembly_seconds(work))
-    yield needs(
+        yield stage("heal", healing_bytes(work), healing_seconds(work, speed=single))
+    yield stage("assemble", PROCESS_BYTES, assembly_seconds(work))
+    yield stage(
         "measure",
-        footprint.measurement_bytes(work, block_by_block=streamed[1]),
-        duration.measurement_seconds(work, speed=speed, block_by_block=streamed[1]),
+        measurement_bytes(work, block_by_block=streamed[1]),
+        measurement_seconds(work, speed=speed, block_by_block=streamed[1]),
     )
     if work.recipe.measurement.peak_memory and not streamed[1]:
-        yield needs(PEAK_MEMORY, footprint.peak_memory_bytes(work), duration.loading_seconds(work))
-    yield needs("publish", footprint.PROCESS_BYTES, duration.assembly_seconds(work))
+        yield stage(PEAK_MEMORY, peak_memory_bytes(work), loading_seconds(work))
+    yield stage("publish", PROCESS_BYTES, assembly_seconds(work))

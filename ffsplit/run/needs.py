@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from pydantic import Field, computed_field
 
@@ -102,7 +102,7 @@ class Totals(Record):
     seconds: float | None = Field(description="None where the speed of another machine decides")
 
 
-class Preflight(Record):
+class Needs(Record):
     """What a run will need, and how it will go about it."""
 
     model_bytes: int
@@ -118,6 +118,10 @@ class Preflight(Record):
         default=(), description="what of the model's folder does not come along"
     )
     problems: tuple[str, ...] = Field(default=(), description="what cannot be done, and what would mend it")
+
+    def with_problems(self, problems: Iterable[str]) -> Needs:
+        """These needs, and what cannot be done about them."""
+        return self.model_copy(update={"problems": tuple(problems)})
 
     def check(self) -> None:
         """Raise ConfigError for the first thing that cannot be done."""
@@ -144,24 +148,24 @@ class Preflight(Record):
 # A pre-flight as a line in a log.
 
 
-def in_one_line(flight: Preflight, *, asked: int | None = None) -> str:
+def in_one_line(needs: Needs, *, asked: int | None = None) -> str:
     """Memory, disk and time, whether the model is held whole, and that more workers were asked for."""
-    hungriest = max(flight.stages, key=lambda stage: stage.memory_bytes)
-    workers = flight.machine.num_workers
+    hungriest = max(needs.stages, key=lambda stage: stage.memory_bytes)
+    workers = needs.machine.num_workers
     there = "" if hungriest.available_bytes is None else f" of {size(hungriest.available_bytes)}"
     of_those = f" ({asked} asked for, one a core)" if asked is not None and asked > workers else ""
-    totals = flight.totals
+    totals = needs.totals
     parts = [
         f"{workers} worker{'s' if workers > 1 else ''}{of_those}",
         f"up to {size(hungriest.memory_bytes)} of memory each{there}",
-        f"{size(flight.temporary.needed_bytes)} of temporary files",
-        f"{size(flight.store.needed_bytes)} in {flight.store.place}",
+        f"{size(needs.temporary.needed_bytes)} of temporary files",
+        f"{size(needs.store.needed_bytes)} in {needs.store.place}",
     ]
-    if flight.cache.needed_bytes:
-        parts.append(f"{size(flight.cache.needed_bytes)} of cached inputs")
+    if needs.cache.needed_bytes:
+        parts.append(f"{size(needs.cache.needed_bytes)} of cached inputs")
     in_all = f"in all {size(totals.memory_bytes)} of memory and {size(totals.disk_bytes)} of disk"
     parts.append(in_all if totals.seconds is None else f"{in_all}, about {duration(totals.seconds)}")
-    if flight.block_by_block:
+    if needs.block_by_block:
         parts.append("one block of the model at a time")
     return f"pre-flight: {', '.join(parts)}".replace("\u00a0", " ")
 
@@ -175,13 +179,13 @@ UNIFORM = "set allocation: uniform in a copy of the recipe"
 KNOWN_BETTER = "where that is not so, say what one may use with --memory-per-worker"
 
 
-def find_problems(flight: Preflight, *, work: Workload, num_evaluations: int) -> Iterator[str]:
+def find_problems(needs: Needs, *, work: Workload, num_evaluations: int) -> Iterator[str]:
     """Memory first, then disk."""
-    for stage in flight.stages:
+    for stage in needs.stages:
         if not stage.fits:
-            yield _too_little_memory(stage, flight, work)
-    if flight.measured_block_by_block:
-        alone = flight.machine.alone_bytes
+            yield _too_little_memory(stage, needs, work)
+    if needs.measured_block_by_block:
+        alone = needs.machine.alone_bytes
         room = "" if alone is None else f" in {_size(alone)}"
         if num_evaluations:
             yield (
@@ -189,15 +193,15 @@ def find_problems(flight: Preflight, *, work: Workload, num_evaluations: int) ->
             )
         if work.recipe.allocation == "search":
             yield f"{_search_needs(work)}, and they do not fit{room}: {UNIFORM}, or {KNOWN_BETTER}"
-    yield from _too_little_disk(flight)
+    yield from _too_little_disk(needs)
 
 
-def _too_little_disk(flight: Preflight) -> Iterator[str]:
+def _too_little_disk(needs: Needs) -> Iterator[str]:
     """Each place by itself, then those that share a disk."""
     places = (
-        (flight.temporary, "temporary files in", "set TMPDIR to a directory on a larger disk"),
-        (flight.store, "--out", "free some, or give a place on a larger disk"),
-        (flight.cache, "cached inputs in", "set FFSPLIT_CACHE to a directory on a larger disk"),
+        (needs.temporary, "temporary files in", "set TMPDIR to a directory on a larger disk"),
+        (needs.store, "--out", "free some, or give a place on a larger disk"),
+        (needs.cache, "cached inputs in", "set FFSPLIT_CACHE to a directory on a larger disk"),
     )
     for disk, name, mend in places:
         if not disk.fits:
@@ -219,7 +223,7 @@ def _search_needs(work: Workload) -> str:
     return f"recipe {work.recipe.name} searches, which needs both models whole"
 
 
-def _too_little_memory(stage: StageNeeds, flight: Preflight, work: Workload) -> str:
+def _too_little_memory(stage: StageNeeds, needs: Needs, work: Workload) -> str:
     available = stage.available_bytes or 0
     said = f"{stage.name} needs about {_size(stage.memory_bytes)} a worker, and {_size(available)} are there"
     if stage.name == PEAK_MEMORY:
@@ -228,7 +232,7 @@ def _too_little_memory(stage: StageNeeds, flight: Preflight, work: Workload) -> 
         return f"{said}: {_search_needs(work)}: {UNIFORM}, or {KNOWN_BETTER}"
     if stage.name == "heal":
         return f"{said}: take a recipe without healing, as fast, or {KNOWN_BETTER}"
-    alone = flight.machine.alone_bytes or 0
+    alone = needs.machine.alone_bytes or 0
     fitting = alone // stage.memory_bytes
     if 1 <= fitting < stage.num_workers:
         return f"{said}: give --workers {fitting}, or {KNOWN_BETTER}"

@@ -22,16 +22,13 @@ def inherit(config: JobConfig, origin: PublishedStatistics) -> JobConfig:
     """The job with the earlier run's text and seed wherever it was given none of its own."""
     manifest = origin.manifest
     settings = manifest.recipe.get("calibration", {})
-    lent = {
-        "calibration": manifest.calibration.sources,
-        "seed": manifest.seed,
-        "samples": manifest.calibration.num_rows if settings.get("max_tokens") else settings.get("samples"),
-        "max_length": settings.get("max_length"),
-    }
-    given = {name for name in config.model_fields_set if getattr(config, name) is not None}
-    if "calibration" not in given:
-        lent["calibration"] = tuple(_found(source, origin) for source in manifest.calibration.sources)
-    return config.model_copy(update={name: value for name, value in lent.items() if name not in given})
+    sources = manifest.calibration.sources
+    return config.inheriting(
+        calibration=sources if config.has("calibration") else tuple(_found(each, origin) for each in sources),
+        seed=manifest.seed,
+        samples=manifest.calibration.num_rows if settings.get("max_tokens") else settings.get("samples"),
+        max_length=settings.get("max_length"),
+    )
 
 
 def _found(source: str, origin: PublishedStatistics) -> str:

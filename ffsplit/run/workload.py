@@ -170,11 +170,11 @@ class Workload:
     @property
     def shard_tokens(self) -> int:
         settings = self.recipe.calibration
-        return min(settings.rows_a_shard, self.num_rows) * settings.row_length
+        return min(settings.rows_per_shard, self.num_rows) * settings.row_length
 
     @cached_property
     def num_shards(self) -> int:
-        return -(-self.num_rows // self.recipe.calibration.rows_a_shard)
+        return -(-self.num_rows // self.recipe.calibration.rows_per_shard)
 
     @cached_property
     def num_rows(self) -> int:

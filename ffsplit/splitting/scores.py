@@ -138,6 +138,10 @@ class LayerPlan(Record):
     layout: LayerLayout
     heavy_neurons: tuple[int, ...]
 
+    def stored_as(self, layout: LayerLayout) -> LayerPlan:
+        """This plan with the layout that came out of it."""
+        return self.model_copy(update={"layout": layout})
+
 
 def plan_split(
     statistics: Sequence[NeuronStats], layouts: Sequence[LayerLayout], *, score: ScoreName

@@ -22,9 +22,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ffsplit.config import parse_size
 from ffsplit.directories import home_directory, user_path
 from ffsplit.errors import ConfigError
-from ffsplit.store.gc import parse_size
 from ffsplit.store.locks import locked, share, try_locked
 
 DEFAULT_LIMIT = "50GB"

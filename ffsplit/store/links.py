@@ -21,9 +21,8 @@ from ffsplit.store.digests import CHUNK_BYTES
 from ffsplit.store.entries import is_safe_path
 from ffsplit.store.locate import Location, locate, read_manifest
 from ffsplit.store.manifest import MANIFEST_NAME, SIGNATURE_NAME
-from ffsplit.store.s3_client import MAX_ATTEMPTS, backoff_s
 from ffsplit.store.schema import NewerSchema, Versioned, read_record
-from ffsplit.store.store import MissingKey
+from ffsplit.store.store import MAX_ATTEMPTS, MissingKey, backoff_s
 
 SHARES_PREFIX = ".shares"
 SHARE_NAME = "share.json"

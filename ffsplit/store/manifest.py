@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, Literal
 
 from pydantic import Field
@@ -290,6 +291,11 @@ class Manifest(Versioned):
     environment: Environment
     store: StoreGuarantees | None = Field(default=None, description="where it was published first")
     files: tuple[FileEntry, ...]
+
+    def listing(self, files: Iterable[FileEntry]) -> Manifest:
+        """This manifest with these files, by path; of two of one path the later."""
+        listed = {entry.path: entry for entry in files}
+        return self.model_copy(update={"files": tuple(listed[path] for path in sorted(listed))})
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"

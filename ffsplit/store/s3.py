@@ -21,16 +21,14 @@ from ffsplit.store.digests import CHUNK_BYTES
 from ffsplit.store.entries import StoreGuarantees
 from ffsplit.store.s3_client import (
     BROKEN_STREAM,
-    MAX_ATTEMPTS,
     PastTheEnd,
-    backoff_s,
     end_of_range,
     explain,
     http_status,
     make_client,
     s3_errors,
 )
-from ffsplit.store.store import MissingKey, Names, Stored, check_key, check_prefix
+from ffsplit.store.store import MAX_ATTEMPTS, MissingKey, Names, Stored, backoff_s, check_key, check_prefix
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import ObjectTypeDef

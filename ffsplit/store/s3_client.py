@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from botocore.exceptions import (
 )
 
 from ffsplit.errors import ConfigError, FFSplitError, StoreError
-from ffsplit.store.store import MissingKey
+from ffsplit.store.store import MAX_ATTEMPTS, MissingKey, backoff_s
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -260,7 +259,6 @@ def _check_credentials(session: botocore.session.Session) -> None:
 # FFSPLIT_S3_SSE_KMS_KEY_ID=...   encrypt every object with this KMS key
 # FFSPLIT_S3_CHECKSUM=...         when_supported (boto3's default) or when_required, for older servers
 
-MAX_ATTEMPTS = 5
 _IN_EVERY_REPLY = {
     "CreateMultipartUpload": "UploadId",
     "UploadPart": "ETag",
@@ -337,8 +335,3 @@ def end_of_range(reply: Any, *, start: int) -> int:
         if not match or (int(match[1]), int(match[2]) + 1) != (start, end):
             raise ResponseStreamingError(error="the headers of the reply broke off")
     return end
-
-
-def backoff_s(attempt: int) -> float:
-    """Seconds to wait before the next attempt: doubling from 0.1, with jitter."""
-    return float(0.1 * 2**attempt * random.uniform(0.5, 1.0))

@@ -56,8 +56,17 @@ class Scratch(Record):
     witness: str | None = None
     """A key that whoever sees this very store must find; None where there is one host."""
 
+    @classmethod
+    def of(cls, uri: str, key: str) -> Scratch:
+        """The scratch of the run that computes what `key` names, in the store at `uri`."""
+        return cls(uri=uri, prefix=f"{SCRATCH_PREFIX}/{key}")
+
     def key(self, name: str) -> str:
         return f"{self.prefix}/{name}"
+
+    def witnessed_by(self, key: str) -> Scratch:
+        """This scratch, for hosts that must all find `key` in its store."""
+        return self.model_copy(update={"witness": key})
 
     def place(self, name: str) -> Scratch:
         """The part of it that belongs to a stage."""
@@ -206,10 +215,10 @@ def _store(uri: str) -> Store:
 # <out>/.scratch/<work key>/owners/<run key>-<id>.json   a run at work; written again every minute
 # <out>/.scratch/<work key>/owners/closing-<id>.json     a run that is removing this scratch
 #
-# Runs that differ in their gates alone share a scratch. A run that has committed removes it unless another run
-# key holds it. Whatever else becomes of a run, its scratch stays for the next one; in the end `ffsplit gc`
-# collects it. An owner that was not written for LEASE is gone: killed, or cut off from its store. Times are
-# the store's own, so the clocks of hosts do not matter.
+# Runs that differ in their gates alone share a scratch. A run that has committed removes it unless another
+# run key holds it. Whatever else becomes of a run, its scratch stays for the next one; in the end
+# `ffsplit gc` collects it. An owner that was not written for LEASE is gone: killed, or cut off
+# from its store. Times are the store's own, so the clocks of hosts do not matter.
 #
 # Whoever removes a scratch announces it, and looks for owners then; whoever begins registers, and looks for
 # announcements then. So of two at once at least one sees the other, and gives way.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator
 from datetime import datetime
@@ -19,6 +20,8 @@ Names = list[str]
 NOT_ATOMIC = "lets two writers create one key at once: of two runs with one key the last commit stands"
 """What is said of a store whose conditional writes are not atomic."""
 
+MAX_ATTEMPTS = 5
+"""How often a store is asked for one thing."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
@@ -188,3 +191,8 @@ def parse_path(text: str) -> Path:
         raise ConfigError(f"{text!r} is not a path")
     path = Path(text)
     return user_path(path) if path.parts[:1] == ("~",) else path.absolute()
+
+
+def backoff_s(attempt: int) -> float:
+    """Seconds to wait before the next attempt: doubling from 0.1, with jitter."""
+    return float(0.1 * 2**attempt * random.uniform(0.5, 1.0))

@@ -12,18 +12,26 @@ from pydantic import Field
 from ffsplit.config import Record
 from ffsplit.errors import ArtifactError
 from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, REFUSED
+from ffsplit.measurement.gates import HEADLINES
 from ffsplit.report.humanize import noise
 from ffsplit.store.manifest import GateResult, Latency, Manifest, Measurements, Spread
 from ffsplit.store.schema import Versioned, read_record
 from ffsplit.store.store import MissingKey, Store, read_at_most
 
-BATCHES_PREFIX = "batches"
+BATCHES_PREFIX, INDEX_NAME = "batches", "index.html"
 MAX_BATCH_BYTES = 256 << 20
 NUM_PAST_BATCHES = 20
 """How many batches the index looks back on."""
 
 State = Literal["published", "committed already", "refused", "failed", "interrupted"]
-"""What became of a model; `interrupted` had not ended when its batch was, and may not have begun."""
+"""What became of a model. `interrupted`: the batch stopped before this model finished, or started."""
+STATES: dict[State, str] = {
+    "published": "published",
+    "committed already": "published before",
+    "refused": "refused by gates",
+    "failed": "failed",
+    "interrupted": "interrupted",
+}
 
 
 class Figures(Record):
@@ -148,3 +156,13 @@ def past_batches(store: Store, *, before: str) -> list[Batch]:
         with suppress(MissingKey, ArtifactError):
             batches.append(read_record(Batch, read_at_most(store, key, MAX_BATCH_BYTES), name=key))
     return batches
+
+
+def headline(figures: Figures) -> float | None:
+    """The fidelity to quote first, as in the report of a run."""
+    return next((figures.fidelity[name] for name in HEADLINES if name in figures.fidelity), None)
+
+
+def slowest(figures: Figures) -> float | None:
+    """The least speed-up of all shapes."""
+    return min(figures.speedups.values(), default=None)

@@ -10,20 +10,13 @@ from urllib.parse import quote
 
 from markupsafe import Markup
 
-from ffsplit.measurement.gates import HEADLINES, verdict
+from ffsplit.measurement.gates import verdict
 from ffsplit.report import humanize
 from ffsplit.report.html import Tile, page_template
 from ffsplit.report.humanize import spread_in_words
-from ffsplit.zoo.batch import Batch, BatchModel, Figures, State, batch_key
+from ffsplit.zoo.batch import STATES, Batch, BatchModel, State, batch_key, headline, slowest
 
-TEMPLATE_NAME, INDEX_NAME = "zoo.html", "index.html"
-STATES: dict[State, str] = {
-    "published": "published",
-    "committed already": "published before",
-    "refused": "refused by gates",
-    "failed": "failed",
-    "interrupted": "interrupted",
-}
+TEMPLATE_NAME = "zoo.html"
 SPARK_WIDTH, SPARK_HEIGHT, SPARK_MARGIN = 120, 26, 3
 
 
@@ -63,16 +56,6 @@ def render_index(batches: Sequence[Batch]) -> str:
         spread=spread_in_words,
         score_change=humanize.score_change,
     )
-
-
-def headline(figures: Figures) -> float | None:
-    """The fidelity to quote first, as in the report of a run."""
-    return next((figures.fidelity[name] for name in HEADLINES if name in figures.fidelity), None)
-
-
-def slowest(figures: Figures) -> float | None:
-    """The least speed-up of all shapes."""
-    return min(figures.speedups.values(), default=None)
 
 
 def sparkline(values: Sequence[float | None]) -> Markup:

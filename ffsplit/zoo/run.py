@@ -18,8 +18,8 @@ from ffsplit.errors import FFSplitError, begun
 from ffsplit.exit_codes import DONE, FAILED, MISTAKE, REFUSED
 from ffsplit.redaction import without_credentials
 from ffsplit.store.store import Store, open_store
-from ffsplit.zoo.batch import Batch, BatchModel, new_batch_id, past_batches, save_batch
-from ffsplit.zoo.page import INDEX_NAME, render_index
+from ffsplit.zoo.batch import INDEX_NAME, Batch, BatchModel, new_batch_id, past_batches, save_batch
+from ffsplit.zoo.page import render_index
 from ffsplit.zoo.process import Ended, run_process
 from ffsplit.zoo.zoo_file import Zoo, ZooModel
 

@@ -10,7 +10,7 @@ import pytest
 from ffsplit.calibration.readers import tokenize_rows
 from ffsplit.calibration.sampling import CalibrationSettings
 from ffsplit.models.load import load_tokenizer
-from ffsplit.run.prepare import prepare
+from ffsplit.run.job import prepare
 from tests.small_jobs import SmallJob
 from tests.tiny_models import MAX_POSITIONS
 
@@ -33,7 +33,7 @@ def test_rows_are_as_long_as_the_model_asks_for(
     given: dict[str, int], kind: Any, max_positions: int | None, length: int, rows: int
 ) -> None:
     settings = CalibrationSettings(**given).settled(kind, max_positions=max_positions)
-    assert (settings.row_length, settings.rows_a_shard) == (length, rows)
+    assert (settings.row_length, settings.rows_per_shard) == (length, rows)
     assert settings.settled(kind, max_positions=max_positions) == settings
 
 

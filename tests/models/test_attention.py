@@ -15,9 +15,9 @@ from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import check_complete, empty_model, load_base_model, load_whole_model, random_model
 from ffsplit.models.load_options import attending, attention_advice, chosen_attention
-from ffsplit.run.prepare import preflight, prepare
+from ffsplit.run.job import prepare
 from tests.conftest import CheckpointFactory
-from tests.small_jobs import SmallJob
+from tests.small_jobs import SmallJob, needs_of
 from tests.tiny_models import random_rows
 
 ADVICE = "config.json names the attention 'flash_attention_2': give --attn-implementation sdpa or eager"
@@ -86,7 +86,7 @@ def test_a_run_refuses_it_or_takes_the_flag(flash: Path, tmp_path: Path, capsys:
 
 def test_the_flag_is_part_of_the_run_key_where_it_is_given(small_job: SmallJob, tmp_path: Path) -> None:
     keys = [
-        prepare(small_job.config(tmp_path / "out", attn_implementation=given)).run_key
+        prepare(small_job.config(tmp_path / "out", attn_implementation=given)).keys.run
         for given in (None, "sdpa", "eager")
     ]
     assert len(set(keys)) == 3
@@ -106,5 +106,5 @@ def test_only_what_may_be_missing_is_named() -> None:
 
 def test_a_dry_run_refuses_what_a_run_refuses(flash: Path, small_job: SmallJob, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=ADVICE):
-        preflight(small_job.config(tmp_path / "out", model=str(flash)))
-    assert preflight(small_job.config(tmp_path / "out", model=str(flash), attn_implementation="eager"))
+        needs_of(small_job.config(tmp_path / "out", model=str(flash)))
+    assert needs_of(small_job.config(tmp_path / "out", model=str(flash), attn_implementation="eager"))

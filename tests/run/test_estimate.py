@@ -21,10 +21,9 @@ from ffsplit.report.humanize import size
 from ffsplit.run import estimate
 from ffsplit.run import needs as records
 from ffsplit.run.needs import in_one_line
-from ffsplit.run.prepare import preflight
 from tests.conftest import CheckpointFactory
 from tests.shaped_checkpoints import LLAMA_70B, save_llama_shape
-from tests.small_jobs import SmallJob
+from tests.small_jobs import SmallJob, needs_of
 from tests.tiny_families import save_checkpoint
 from tests.tiny_models import save_checkpoint as save_bert
 
@@ -61,9 +60,9 @@ def test_a_model_of_70_billion_takes_seconds(llama_70b: Path, tmp_path: Path, co
 
 
 def test_a_model_that_does_not_fit_goes_block_by_block(llama_70b: Path, small_job: SmallJob) -> None:
-    def of(**fields: Any) -> records.Preflight:
+    def of(**fields: Any) -> records.Needs:
         config = small_job.config("out", model=str(llama_70b), recipe="flap", dtype="bfloat16", **fields)
-        return preflight(config)
+        return needs_of(config)
 
     small, large = of(memory_per_worker=20 * GB), of(memory_per_worker=600 * GB)
     assert small.block_by_block and small.measured_block_by_block
@@ -79,8 +78,8 @@ def test_a_model_that_does_not_fit_goes_block_by_block(llama_70b: Path, small_jo
 def test_a_run_goes_as_the_pre_flight_says(
     small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(estimate.footprint, "PROCESS_BYTES", 0)
-    needs = {stage.name: stage.memory_bytes for stage in preflight(small_job.config(tmp_path)).stages}
+    monkeypatch.setattr(estimate, "PROCESS_BYTES", 0)
+    needs = {stage.name: stage.memory_bytes for stage in needs_of(small_job.config(tmp_path)).stages}
     one_less = max(needs["calibrate"], needs["measure"]) - 1
     assert needs["compress"] <= one_less
     manifest = ffsplit.compress(small_job.config(tmp_path / "out", memory_per_worker=one_less))
@@ -121,7 +120,7 @@ def test_fits_in_the_compressed_model_are_foreseen(small_job: SmallJob) -> None:
 
     def of(more: str, step: str = "{kind: prune}, {kind: distill, num_steps: 9}", **how: Any) -> Any:
         recipe = small_job.recipe(step=step, more=more, **how)
-        flight = preflight(small_job.config("out", recipe=recipe, keep=0.5))
+        flight = needs_of(small_job.config("out", recipe=recipe, keep=0.5))
         return flight, {stage.name: stage for stage in flight.stages}
 
     (none, stages), (once, refitting) = of(""), of("refits: [{num_steps: 9}]")
@@ -140,7 +139,7 @@ def test_choosing_neurons_anew_one_after_the_other_is_foreseen(small_job: SmallJ
 
     def of(order: str, compensation: str) -> Any:
         step = f"{{kind: prune, order: {order}, compensation: {compensation}}}"
-        flight = preflight(small_job.config("out", model=str(model), recipe=small_job.recipe(step=step)))
+        flight = needs_of(small_job.config("out", model=str(model), recipe=small_job.recipe(step=step)))
         return next(stage for stage in flight.stages if stage.name == "compress")
 
     model = save_bert(small_job.folder / "wide", "bert", intermediate_size=768)
@@ -154,7 +153,7 @@ def test_a_search_is_foreseen(small_job: SmallJob) -> None:
 
     def of(allocation: str) -> Any:
         recipe = small_job.recipe(allocation=allocation)
-        flight = preflight(small_job.config("out", recipe=recipe, keep=0.5))
+        flight = needs_of(small_job.config("out", recipe=recipe, keep=0.5))
         return flight, {stage.name: stage for stage in flight.stages}
 
     (uniform, stages), (search, searching) = of("uniform"), of("search")
@@ -175,12 +174,12 @@ def test_fewer_workers_where_that_is_enough(
         "runner": "ray",
     }
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    crowded = preflight(small_job.config("out", workers=8, **settings))
+    crowded = needs_of(small_job.config("out", workers=8, **settings))
     assert any("give --workers" in problem for problem in crowded.problems)
-    assert preflight(small_job.config("out", workers=9, **settings)).machine == crowded.machine
+    assert needs_of(small_job.config("out", workers=9, **settings)).machine == crowded.machine
     assert in_one_line(crowded, asked=9).startswith("pre-flight: 8 workers (9 asked for, one a core), ")
     assert in_one_line(crowded, asked=8).startswith("pre-flight: 8 workers, ")
-    elsewhere = preflight(small_job.config("out", workers=8, address="10.0.0.1:6379", **settings))
+    elsewhere = needs_of(small_job.config("out", workers=8, address="10.0.0.1:6379", **settings))
     assert all(stage.available_bytes is None for stage in elsewhere.stages)
 
 
@@ -191,16 +190,16 @@ def test_by_default_there_are_no_more_workers_than_the_memory_holds(
     monkeypatch.setattr(records, "memory_limit_bytes", lambda: 6 * GB)
     monkeypatch.setattr(machine, "usable_cores", lambda: 64)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    flight = preflight(small_job.config("out", runner="ray"))
+    flight = needs_of(small_job.config("out", runner="ray"))
     assert not flight.problems and not flight.block_by_block
     workers, (calibrate,) = flight.machine.num_workers, [s for s in flight.stages if s.name == "calibrate"]
     assert 2 <= workers <= 9 and calibrate.num_workers == workers
     assert calibrate.available_bytes == int(6 * GB * records.SHARE_OF_MEMORY) // workers
-    asked = preflight(small_job.config("out", runner="ray", workers=64))
+    asked = needs_of(small_job.config("out", runner="ray", workers=64))
     assert "give --workers 8, or" in asked.problems[0]
     settings: dict[str, Any] = {"model": str(llama_70b), "recipe": "flap", "dtype": "bfloat16"}
     monkeypatch.setattr(records, "memory_limit_bytes", lambda: 200 * GB)
-    large = preflight(small_job.config("out", runner="ray", **settings))
+    large = needs_of(small_job.config("out", runner="ray", **settings))
     assert all(stage.fits for stage in large.stages)
     assert large.block_by_block and 2 <= large.machine.num_workers < 64
 
@@ -268,7 +267,7 @@ def test_places_on_one_disk_share_what_is_free(
     small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each would fit by itself."""
-    flight = preflight(small_job.config(tmp_path / "out"))
+    flight = needs_of(small_job.config(tmp_path / "out"))
     larger = max(flight.temporary.needed_bytes, flight.store.needed_bytes)
     monkeypatch.setattr(estimate, "free_bytes", lambda path: larger)
     with pytest.raises(ConfigError, match=r"share a disk and need about .* together.*TMPDIR") as caught:
@@ -276,15 +275,15 @@ def test_places_on_one_disk_share_what_is_free(
     assert str(tmp_path / "out") in str(caught.value)
     devices = iter(range(100))
     monkeypatch.setattr(estimate, "device_of", lambda path: next(devices))
-    assert not preflight(small_job.config(tmp_path / "out")).problems
+    assert not needs_of(small_job.config(tmp_path / "out")).problems
 
 
 def test_a_cluster_hands_checkpoints_over_through_the_store(small_job: SmallJob) -> None:
     """What other hosts fetch lies in the store, and in each host's cache."""
     recipe = small_job.recipe(allocation="search")
-    here = preflight(small_job.config("out", recipe=recipe))
+    here = needs_of(small_job.config("out", recipe=recipe))
     cluster: dict[str, Any] = {"runner": "ray", "workers": 1, "address": "10.0.0.1:6379"}
-    there = preflight(small_job.config("out", recipe=recipe, **cluster))
+    there = needs_of(small_job.config("out", recipe=recipe, **cluster))
     assert here.cache.needed_bytes == 0
     assert there.cache.needed_bytes > 3 * there.artifact_bytes + there.model_bytes
     assert there.store.needed_bytes - here.store.needed_bytes == there.cache.needed_bytes
@@ -292,14 +291,14 @@ def test_a_cluster_hands_checkpoints_over_through_the_store(small_job: SmallJob)
     said = f"{size(there.cache.needed_bytes)} of cached inputs".replace("\u00a0", " ")
     assert said in in_one_line(there) and "cached inputs" not in in_one_line(here)
     quantized = small_job.recipe(allocation="search", more="after_healing: {kind: quantize}")
-    ending = preflight(small_job.config("out", recipe=quantized, **cluster))
+    ending = needs_of(small_job.config("out", recipe=quantized, **cluster))
     assert ending.cache.needed_bytes > there.cache.needed_bytes
 
 
 def test_peak_memory_takes_a_process_more(small_job: SmallJob, tmp_path: Path) -> None:
     recipe = small_job.folder / "peak.yaml"
     recipe.write_text(Path(small_job.recipe()).read_text().replace("peak_memory: false", "peak_memory: true"))
-    needs = {each.name: each for each in preflight(small_job.config("out", recipe=str(recipe))).stages}
+    needs = {each.name: each for each in needs_of(small_job.config("out", recipe=str(recipe))).stages}
     assert needs["peak memory"].memory_bytes > needs["measure"].memory_bytes
     one_less = needs["peak memory"].memory_bytes - 1
     with pytest.raises(ConfigError, match=r"peak memory needs about .*peak_memory: false"):
@@ -328,7 +327,7 @@ def test_a_size_that_is_none(checkpoint_of: CheckpointFactory, capsys: pytest.Ca
 def test_statistics_of_many_shards_are_counted_at_every_level(small_job: SmallJob) -> None:
     """40 shards are reduced by two tasks first; one file of all layers each."""
     few, many = (
-        preflight(small_job.config("out", recipe=small_job.recipe(shard_size=size)), kind="statistics")
+        needs_of(small_job.config("out", recipe=small_job.recipe(shard_size=size)), kind="statistics")
         for size in (40, 1)
     )
     assert many.store.needed_bytes - few.store.needed_bytes > 41 * 3 * 96 * 64
@@ -339,6 +338,6 @@ def test_statistics_of_many_shards_are_counted_at_every_level(small_job: SmallJo
 def test_experts_keep_where_their_tokens_went(small_job: SmallJob, tmp_path: Path) -> None:
     """Their inputs are sampled once a block, with the experts of each token beside them."""
     model = str(save_checkpoint(tmp_path / "mixtral", "mixtral"))
-    flight = preflight(small_job.config("out", model=model))
+    flight = needs_of(small_job.config("out", model=model))
     assert flight.store.needed_bytes > flight.artifact_bytes
     assert not flight.problems

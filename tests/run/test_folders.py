@@ -12,12 +12,11 @@ from transformers import AutoTokenizer
 
 import ffsplit
 from ffsplit.cli import main
-from ffsplit.run.examine import examine
-from ffsplit.run.prepare import identify
+from ffsplit.run.job import prepare
 from ffsplit.store.manifest import Manifest
 from ffsplit.store.pull import verify
 from tests.conftest import CheckpointFactory
-from tests.small_jobs import SmallJob
+from tests.small_jobs import SmallJob, needs_of
 
 ROLES = "{% for message in messages %}<{{ message.role }}>{% endfor %}"
 
@@ -106,19 +105,17 @@ def test_a_run_key_is_of_all_that_a_result_may_depend_on(
     for text in ("one", "two"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-        keys.append(identify(examine(small_job.config(tmp_path / "out", model=str(folder)))).run_key)
+        keys.append(prepare(small_job.config(tmp_path / "out", model=str(folder))).keys.run)
     assert (keys[0] == keys[1]) == (name == "LICENSE")
 
 
 def test_what_comes_along_is_counted_before_the_run(
     small_job: SmallJob, folder: Path, tmp_path: Path
 ) -> None:
-    from ffsplit.run.prepare import preflight
-
     config = small_job.config(tmp_path / "out", model=str(folder))
-    before = preflight(config)
+    before = needs_of(config)
     (folder / "large.table").write_bytes(bytes(1_000_000))
-    after = preflight(config)
+    after = needs_of(config)
     assert after.temporary.needed_bytes - before.temporary.needed_bytes == 1_000_000
     assert after.store.needed_bytes - before.store.needed_bytes == 1_000_000
 

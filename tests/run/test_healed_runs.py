@@ -17,8 +17,8 @@ import ffsplit
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
-from ffsplit.run import computation
-from ffsplit.run.prepare import prepare
+from ffsplit.run import attempt
+from ffsplit.run.job import prepare
 from ffsplit.runtime.linears import attention_linears
 from tests.conftest import CheckpointFactory
 from tests.small_jobs import LOW_RANK, SmallJob, digests
@@ -66,10 +66,10 @@ def test_what_is_healed_is_what_is_published(
 
     def replace_weights(directory: Path, weights: Path) -> None:
         healed.update(load_file(weights))
-        computation_replace(directory, weights)
+        in_place(directory, weights)
 
-    computation_replace = computation.replace_weights
-    monkeypatch.setattr(computation, "replace_weights", replace_weights)
+    in_place = attempt.replace_weights
+    monkeypatch.setattr(attempt, "replace_weights", replace_weights)
     ends = "after_healing: {kind: quantize, num_bits: 8}\nlinears: int8"
     recipe = small_job.recipe(step="{kind: prune}", more=f"{HEALING.replace('10', '2')}\n{ends}")
     fields = {"recipe": recipe, "keep": 0.3, "model": str(model)}
@@ -99,7 +99,7 @@ def test_the_number_of_healing_workers_is_part_of_a_run_that_heals(
 
     def key(recipe: str, **fields: Any) -> str:
         config = small_job.config(tmp_path, recipe=recipe, healing_threads=1, **fields)
-        return prepare(config).run_key
+        return prepare(config).keys.run
 
     assert key(healing) == key(healing, healing_workers=1) != key(healing, healing_workers=2)
     assert key(healing, healing_workers=2) == key(healing, healing_workers=2, workers=3, runner="ray")

@@ -14,7 +14,7 @@ from ffsplit import JobConfig
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
 from ffsplit.run import driver as pipeline
-from ffsplit.run.prepare import prepare
+from ffsplit.run.job import prepare
 from ffsplit.run.stages.calibrate import CalibrationJob
 from ffsplit.store.pull import verify
 from tests.small_jobs import SmallJob, digests
@@ -88,7 +88,7 @@ def test_the_run_key_has_the_digest_of_the_statistics(small_job: SmallJob, tmp_p
     for name, seed in (("one", 0), ("two", 1)):
         pipeline.calibrate(small_job.config(tmp_path / name, seed=seed))
     keys = {
-        prepare(small_job.config(tmp_path / "out", stats=str(tmp_path / name))).run_key
+        prepare(small_job.config(tmp_path / "out", stats=str(tmp_path / name))).keys.run
         for name in ("one", "two", "one")
     }
     assert len(keys) == 2

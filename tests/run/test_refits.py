@@ -9,7 +9,7 @@ import pytest
 
 import ffsplit
 from ffsplit.errors import FFSplitError
-from ffsplit.run import execution
+from ffsplit.run.stages import measure
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
 REFITS = "refits: [{num_steps: 40}, {num_steps: 40, learning_rate: 0.004}]"
@@ -38,7 +38,7 @@ def test_a_stopped_run_fits_nothing_twice(
 
     ffsplit.compress(refitting(small_job, tmp_path / "undisturbed"))
     with monkeypatch.context() as patch:
-        patch.setattr(execution, "measure_job", fail)
+        patch.setattr(measure, "measure_job", fail)
         with pytest.raises(FFSplitError, match="measured nothing"):
             ffsplit.compress(refitting(small_job, tmp_path / "out"))
     resumed = ffsplit.compress(refitting(small_job, tmp_path / "out"))

@@ -18,10 +18,11 @@ import ffsplit
 from ffsplit.calibration.parquet import read_lineage, read_statistics
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, FFSplitError, GateError
-from ffsplit.run import computation, execution
+from ffsplit.run import attempt
 from ffsplit.run import driver as pipeline
 from ffsplit.run.documents import render_published
-from ffsplit.run.prepare import prepare
+from ffsplit.run.job import prepare
+from ffsplit.run.stages import measure as measure_stage
 from ffsplit.store import scratch
 from ffsplit.store.commits import list_runs
 from ffsplit.store.entries import StoreGuarantees
@@ -101,7 +102,7 @@ def test_a_second_call_tokenizes_nothing(
     config = small_job.config(tmp_path / "out", recipe=str(path), samples=None)
     first = ffsplit.compress(config)
     assert first.calibration.num_rows < 40
-    monkeypatch.setattr(pipeline, "complete", None)
+    monkeypatch.setattr(pipeline, "check_inputs", None)
     assert ffsplit.compress(config) == first
 
 
@@ -189,7 +190,7 @@ def test_a_failed_run_is_resumed_and_what_is_damaged_is_redone(
         raise FFSplitError("measured nothing")
 
     with monkeypatch.context() as patch:
-        patch.setattr(execution, "measure_job", fail)
+        patch.setattr(measure_stage, "measure_job", fail)
         with pytest.raises(FFSplitError, match="measured nothing"):
             ffsplit.compress(small_job.config(out))
     assert not list(out.glob("*/commit.json"))
@@ -214,7 +215,7 @@ def test_an_interrupted_run_commits_nothing(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(computation, "assemble", interrupt)
+    monkeypatch.setattr(attempt, "assemble", interrupt)
     with pytest.raises(KeyboardInterrupt):
         ffsplit.compress(small_job.config(tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".scratch"}
@@ -277,7 +278,7 @@ def test_an_outage_at_resume_is_an_outage(
         raise FFSplitError("measured nothing")
 
     with monkeypatch.context() as patch:
-        patch.setattr(execution, "measure_job", fail)
+        patch.setattr(measure_stage, "measure_job", fail)
         with pytest.raises(FFSplitError, match="measured nothing"):
             ffsplit.compress(small_job.config(s3_uri))
     proxy = FaultProxy(int(os.environ["AWS_ENDPOINT_URL_S3"].rpartition(":")[2]))
@@ -309,7 +310,7 @@ def test_a_run_that_another_finishes_first_is_done(
 ) -> None:
     """The other one cleans up the scratch of both; where this one still comes to its end, it is too late."""
     config = small_job.config(tmp_path / "out")
-    assemble = computation.assemble
+    assemble = attempt.assemble
     finished: list[ffsplit.Manifest] = []
 
     def finish_first(*arguments: Any, **options: Any) -> None:
@@ -321,10 +322,10 @@ def test_a_run_that_another_finishes_first_is_done(
         assemble(*arguments, **options)
 
     def finish_other(*arguments: Any, **options: Any) -> None:
-        monkeypatch.setattr(computation, "assemble", assemble)
+        monkeypatch.setattr(attempt, "assemble", assemble)
         finish_first(*arguments, **options)
 
-    monkeypatch.setattr(computation, "assemble", finish_other)
+    monkeypatch.setattr(attempt, "assemble", finish_other)
     manifest = ffsplit.compress(config)
     assert manifest == finished[0]
     assert ("by another run of the same key" in capsys.readouterr().err) == fails
@@ -352,16 +353,16 @@ def test_a_run_that_ends_leaves_the_scratch_to_one_with_other_gates(
 ) -> None:
     """It goes when the last of them has ended, and no piece is computed twice."""
     out = tmp_path / "out"
-    measure = execution.measure_job
+    measure = measure_stage.measure_job
     ended: list[ffsplit.Manifest] = []
 
     def other_first(*arguments: Any) -> Any:
-        monkeypatch.setattr(execution, "measure_job", measure)
+        monkeypatch.setattr(measure_stage, "measure_job", measure)
         ended.append(ffsplit.compress(small_job.config(out, gate=("token_cosine >= 0.2",))))
         assert (out / ".scratch").exists()
         return measure(*arguments)
 
-    monkeypatch.setattr(execution, "measure_job", other_first)
+    monkeypatch.setattr(measure_stage, "measure_job", other_first)
     manifest = ffsplit.compress(small_job.config(out, gate=("token_cosine >= 0.1",)))
     assert ended[0].run_key != manifest.run_key
     assert [stage.num_reused for stage in ended[0].stages] == [5, 3, 0]

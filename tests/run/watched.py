@@ -85,18 +85,18 @@ def main(path: str) -> None:
         places["store"] = Path(fields["out"])
     import ffsplit
     from ffsplit.config import JobConfig
-    from ffsplit.run.prepare import preflight
+    from tests.small_jobs import needs_of
 
     config = JobConfig.checked(**fields)
-    flight = preflight(config)
+    needs = needs_of(config)
     with Watch(places) as watch:
         ffsplit.compress(config)
         watch.look()
     foreseen = {
-        "temporary": flight.temporary.needed_bytes,
-        "store": flight.store.needed_bytes,
-        "cache": flight.cache.needed_bytes,
-        "memory": flight.totals.memory_bytes,
+        "temporary": needs.temporary.needed_bytes,
+        "store": needs.store.needed_bytes,
+        "cache": needs.cache.needed_bytes,
+        "memory": needs.totals.memory_bytes,
     }
     print(json.dumps({"foreseen": foreseen, "peaks": watch.peaks | {"memory": peak_memory_bytes()}}))
 

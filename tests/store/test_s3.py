@@ -13,8 +13,8 @@ from ffsplit.errors import ConfigError, StoreError
 from ffsplit.store import s3 as s3_module
 from ffsplit.store import s3_client
 from ffsplit.store.s3 import S3Store
-from ffsplit.store.s3_client import backoff_s, end_of_range, explain
-from ffsplit.store.store import MissingKey, open_store
+from ffsplit.store.s3_client import end_of_range, explain
+from ffsplit.store.store import MissingKey, backoff_s, open_store
 from tests.s3.fault_proxy import Fault, FaultProxy
 
 pytestmark = pytest.mark.s3

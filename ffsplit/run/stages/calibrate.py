@@ -1,11 +1,11 @@
-"""The calibration stage: each worker holds the model and turns shards of text into statistics."""
+"""Calibration: each worker holds the model and turns shards of text into neuron statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ffsplit.calibration.hooks import Observed, Sampling, observe
 from ffsplit.calibration.parquet import write_statistics
 from ffsplit.calibration.readers import Reader, make_reader
-from ffsplit.calibration.sampling import MAX_SAMPLED_SHARDS, CalibrationSettings
+from ffsplit.calibration.sampling import MAX_SAMPLED_SHARDS, CalibrationSettings, shard
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
@@ -21,7 +21,11 @@ from ffsplit.models.load import load_base_model
 from ffsplit.models.locate import ModelSource
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.profile import ComputeProfile
+from ffsplit.store.entries import FileEntry
 from ffsplit.store.scratch import Result, Scratch
+
+if TYPE_CHECKING:
+    from ffsplit.run.execution import Execution
 
 
 @dataclass(frozen=True)
@@ -127,3 +131,52 @@ class CalibrationWorker:
                 num_tokens = max((each.num_tokens for each in statistics if each), default=0)
             facts = {"index": shard.index, "num_tokens": num_tokens, "num_rows": num_rows}
             return self._job.scratch.save(shard.name, files, facts=facts)
+
+
+def calibrate(execution: Execution) -> list[Result]:
+    """Statistics and sampled FFN inputs of every shard; the inputs alone if there are statistics already."""
+    run = execution.run
+    if run.origin is not None:
+        return sample_inputs(execution, execution.model, place="calibrate", key=run.keys.statistics)
+    job, shards = _calibration(execution, execution.model, place="calibrate")
+    answers = execution.runner.map_workers("calibrate", partial(CalibrationWorker, job), shards)
+    return execution.log.collect("calibrate", run.keys.statistics, len(shards), answers)
+
+
+def sample_inputs(execution: Execution, model: ModelSource, *, place: str, key: str) -> list[Result]:
+    """The FFN inputs of the sampled tokens alone, of the original or of a compressed model."""
+    job, shards = _calibration(execution, model, place=place, inputs_only=True)
+    shards = [each for each in shards if job.num_sampled(each.index)]
+    answers = execution.runner.map_workers("sample", partial(CalibrationWorker, job), shards)
+    return execution.log.collect("sample", key, len(shards), answers)
+
+
+def _calibration(
+    execution: Execution, model: ModelSource, *, place: str, inputs_only: bool = False
+) -> tuple[CalibrationJob, list[Shard]]:
+    run, settings = execution.run, execution.run.recipe.calibration
+    groups = shard(run.text.calibration, shard_size=settings.rows_per_shard)
+    job = CalibrationJob(
+        model=model,
+        settings=settings,
+        num_shards=len(groups),
+        seed=run.config.seed,
+        lineage=run.lineage,
+        profile=run.profile,
+        scratch=execution.scratch.place(place),
+        inputs_only=inputs_only,
+        block_by_block=run.needs.block_by_block,
+    )
+    return job, [Shard(index, rows) for index, rows in enumerate(groups)]
+
+
+def input_files(shards: Sequence[Result], unit: int) -> list[FileEntry]:
+    """The sampled inputs of one FFN, or of a block's experts, in shard order."""
+    folder = f"/inputs/layer-{unit:03d}/"
+    return [entry for result in shards for entry in result.files if folder in entry.path]
+
+
+def statistics_file(result: Result) -> FileEntry:
+    """The statistics of one shard."""
+    (entry,) = (entry for entry in result.files if entry.path.endswith(".parquet"))
+    return entry

@@ -1,8 +1,11 @@
-"""The compression stages: one task a layer, which reads that layer's tensors and sampled inputs alone."""
+"""Fits: one task per layer, which reads only its tensors and sampled inputs."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from pydantic import JsonValue
@@ -15,13 +18,29 @@ from ffsplit.compressors.layer import CompressedLayer, compress_layer, refit_lay
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
 from ffsplit.ffn.activations import activation_named
-from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.ffn.shapes import LayerLayout
+from ffsplit.keys import stage_key
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.locate import ModelSource
 from ffsplit.profile import ComputeProfile
+from ffsplit.run.checks import can_refit
+from ffsplit.run.stages.calibrate import input_files, sample_inputs
+from ffsplit.runtime.assemble import assemble, keeps_names
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn, load_output_norm
 from ffsplit.splitting.scores import FEWEST_TOKENS, LayerPlan
 from ffsplit.store.entries import FileEntry
 from ffsplit.store.scratch import Result, Scratch
+
+if TYPE_CHECKING:
+    from ffsplit.run.execution import Execution
+
+
+class Layers(NamedTuple):
+    """The compressed layers of a model: for each its file, how it is stored, and its error."""
+
+    files: tuple[Path, ...]
+    layouts: tuple[LayerLayout, ...]
+    errors: tuple[float, ...]
 
 
 class LayerJob(Record):
@@ -142,3 +161,100 @@ def _saved(
             "layout": layout,
         }
         return job.scratch.save(job.name, {path.name: path}, facts=facts)
+
+
+def fit_layers(
+    execution: Execution,
+    stage: str,
+    checkpoint: Checkpoint,
+    steps: tuple[AnyCompressor, ...],
+    plans: tuple[LayerPlan, ...],
+    shards: Sequence[Result],
+    *,
+    place: str,
+) -> Layers:
+    """Compress every layer of a checkpoint, one task each. `shards` hold the sampled inputs."""
+    jobs = layer_jobs(execution, checkpoint, steps, plans, shards, place=place)
+    planned = [plan.model_dump(mode="json") for plan in plans]
+    key = stage_key(stage, {"run": execution.run.keys.run, "plans": planned})
+    answers = execution.runner.map_tasks(stage, compress_layer_job, jobs)
+    return _layers(execution, execution.log.collect(stage, key, len(jobs), answers))
+
+
+def layer_jobs(
+    execution: Execution,
+    checkpoint: Checkpoint,
+    steps: tuple[AnyCompressor, ...],
+    plans: tuple[LayerPlan, ...],
+    shards: Sequence[Result],
+    *,
+    place: str,
+) -> list[LayerJob]:
+    """A job for each plan, whose results go to a place of the scratch."""
+    run = execution.run
+    plain = keeps_names(checkpoint, [plan.layout for plan in plans])
+    ours = checkpoint.directory == run.checkpoint.directory
+    model = execution.model if ours else execution.hand_over(checkpoint.directory)
+    return [
+        LayerJob(
+            model=model,
+            plan=plan,
+            steps=steps,
+            plain=plain,
+            inputs=tuple(input_files(shards, checkpoint.ffns[plan.layer].unit)),
+            scratch=execution.scratch.place(place),
+            profile=run.profile,
+        )
+        for plan in plans
+    ]
+
+
+def refit_layers(execution: Execution, layers: Layers, shards: Sequence[Result], staging: Path) -> Layers:
+    """Fit all layers again, as often as the recipe says, to what the compressed model gives them.
+
+    Each was fitted to the original's inputs before, which `shards` hold. Each time the compressed model is
+    put together beside `staging` and gives the inputs of the same tokens; the layers are then independent
+    again. A result that is no ordinary model stays as it is.
+    """
+    run = execution.run
+    if not can_refit(run.checkpoint, layers.layouts):
+        return layers
+    for number, step in enumerate(run.recipe.refits, start=1):
+        compressed = staging.with_name(f"refit-{number}")
+        assemble(run.checkpoint, layers.files, layers.layouts, compressed)
+        layers = _refit_once(execution, number, step, compressed, shards)._replace(layouts=layers.layouts)
+        shutil.rmtree(compressed)
+    return layers
+
+
+def _refit_once(
+    execution: Execution, number: int, step: DistillCompressor, compressed: Path, shards: Sequence[Result]
+) -> Layers:
+    run, place = execution.run, f"refit-{number}"
+    key = stage_key("refit", {"run": run.keys.run, "number": number})
+    model = execution.hand_over(compressed)
+    own = sample_inputs(execution, model, place=f"{place}/sample", key=key)
+    jobs = [
+        RefitJob(
+            original=execution.model,
+            compressed=model,
+            layer=layer,
+            step=step,
+            inputs=tuple(input_files(shards, ffn.unit)),
+            own_inputs=tuple(input_files(own, ffn.unit)),
+            scratch=execution.scratch.place(place),
+            profile=run.profile,
+        )
+        for layer, ffn in enumerate(run.checkpoint.ffns)
+    ]
+    answers = execution.runner.map_tasks("refit", refit_layer_job, jobs)
+    return _layers(execution, execution.log.collect("refit", key, len(jobs), answers))
+
+
+def _layers(execution: Execution, results: Sequence[Result]) -> Layers:
+    """What the tasks of a stage have left in the scratch."""
+    return Layers(
+        files=tuple(execution.scratch.path(result.files[0]) for result in results),
+        layouts=tuple(LayerLayout.model_validate(result.facts["layout"]) for result in results),
+        errors=tuple(float(str(result.facts["relative_error"])) for result in results),
+    )

@@ -1,10 +1,11 @@
-"""The healing stage: one worker or several that share every step; it can go on from its own checkpoints."""
+"""Healing: one worker or several that share every step; it resumes from its own checkpoints."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import JsonValue
@@ -21,6 +22,7 @@ from ffsplit.healing.loop import HealingData, HealingState, fake_quantized, heal
 from ffsplit.healing.losses import outputs
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.team import Team, find_team
+from ffsplit.keys import stage_key
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.models.locate import ModelSource
@@ -30,6 +32,9 @@ from ffsplit.models.tensor_files import FLOATS
 from ffsplit.profile import ComputeProfile
 from ffsplit.runtime.linears import attention_linears
 from ffsplit.store.scratch import Result, Scratch
+
+if TYPE_CHECKING:
+    from ffsplit.run.execution import Execution
 
 RESULT, PROGRESS = "healed", "progress"
 
@@ -209,3 +214,28 @@ def check_written(student: Any, checkpoint: Checkpoint, batch: Batch, *, kind: M
             f"{checkpoint.directory}: healing would train {lost[0]} ({len(lost)} such tensors), which the "
             "checkpoint's files store in another form: load the original and save it with save_pretrained"
         )
+
+
+def heal_checkpoint(execution: Execution, settings: HealingSettings, compressed: Path) -> Path:
+    """Heal the checkpoint in a directory; a file with its new weights."""
+    run, calibration, threads = execution.run, execution.run.recipe.calibration, execution.run.healing_threads
+    job = HealJob(
+        original=execution.model,
+        compressed=execution.hand_over(compressed),
+        rows=run.text.calibration,
+        validation=run.text.judged or run.text.held_out,
+        max_length=calibration.row_length,
+        batch_tokens=calibration.batch_tokens,
+        seed=run.config.seed,
+        settings=settings,
+        quantization=run.recipe.after_healing,
+        linears=run.recipe.linears,
+        scratch=execution.scratch.place("heal"),
+        profile=run.profile,
+        threads=threads,
+        workers=run.config.healing_workers,
+    )
+    with execution.log.stage("heal", stage_key("heal", {"run": run.keys.run}), num_items=1):
+        healed = execution.runner.run_together("heal", heal_job, job, size=job.workers, threads=threads)
+    assert healed is not None, "the first worker answers with the result"
+    return execution.scratch.path(healed.files[0])

@@ -1,17 +1,19 @@
-"""The measurement stage: original and compressed side by side, in one process that does nothing else."""
+"""Measurement: original and compressed side by side, in one process that does nothing else."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ffsplit.calibration.readers import Batch, make_reader
 from ffsplit.config import Record
 from ffsplit.ffn.shapes import LayerLayout
+from ffsplit.keys import stage_key
 from ffsplit.measurement.fidelity import fidelity, streamed_fidelity
+from ffsplit.measurement.gates import speed_limits
 from ffsplit.measurement.latency import load_average, load_since, paired_latency
 from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.measurement.size import compressed_size, original_size
@@ -24,6 +26,9 @@ from ffsplit.models.tensor_files import read_headers
 from ffsplit.profile import ComputeProfile
 from ffsplit.recipes.recipe import MeasurementSettings
 from ffsplit.store.manifest import Measurements, TaskScore
+
+if TYPE_CHECKING:
+    from ffsplit.run.execution import Execution
 
 NOT_HELD = "latency and peak memory: the models were measured one block at a time, not held whole"
 
@@ -153,3 +158,23 @@ def _shapes(job: MeasureJob, checkpoint: Checkpoint) -> list[tuple[int, int]]:
     shapes = job.settings.latency_shapes
     within = [(rows, tokens if longest is None else min(tokens, longest)) for rows, tokens in shapes]
     return list(dict.fromkeys(within))
+
+
+def measure(execution: Execution, compressed: Path, layouts: tuple[LayerLayout, ...]) -> Measurements:
+    """Compare the checkpoint in a directory with the original."""
+    run, calibration = execution.run, execution.run.recipe.calibration
+    job = MeasureJob(
+        original=execution.model,
+        compressed=execution.hand_over(compressed),
+        layouts=layouts,
+        held_out=run.text.held_out,
+        evaluations=run.evaluations,
+        max_length=calibration.row_length,
+        batch_tokens=calibration.batch_tokens,
+        settings=run.measurement,
+        speed_limits=speed_limits(run.gates),
+        profile=run.profile,
+        block_by_block=run.needs.measured_block_by_block,
+    )
+    with execution.log.stage("measure", stage_key("measure", {"run": run.keys.run}), num_items=1):
+        return execution.runner.run_alone("measure", measure_job, job, reserved=True)

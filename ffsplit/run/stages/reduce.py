@@ -7,15 +7,22 @@ driver either, ever holds more than log2 of the shards' statistics, or reads mor
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ffsplit.calibration.parquet import read_statistics, write_statistics
 from ffsplit.calibration.sampling import FAN_IN
 from ffsplit.calibration.statistics import NeuronStats, merge_layers, reduce_tree
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
+from ffsplit.run.stages.calibrate import statistics_file
 from ffsplit.store.entries import FileEntry
 from ffsplit.store.scratch import Result, Scratch
+
+if TYPE_CHECKING:
+    from ffsplit.run.execution import Execution
 
 
 class ReduceJob(Record):
@@ -74,3 +81,25 @@ def merged(parts: Sequence[FileEntry], scratch: Scratch) -> tuple[NeuronStats, .
             return read_statistics(path)
 
     return reduce_tree(map(read, parts), merge_layers)
+
+
+def reduce_statistics(
+    execution: Execution, shards: Sequence[Result], target: Path
+) -> tuple[NeuronStats, ...]:
+    """Merge the shards' statistics in their order into one Parquet file.
+
+    Statistics of an earlier run are copied as they are, to the byte.
+    """
+    run = execution.run
+    if run.origin is not None:
+        shutil.copyfile(run.origin.path, target)
+        return read_statistics(target)
+
+    def run_tasks(jobs: Sequence[ReduceJob]) -> list[Result]:
+        answers = execution.runner.map_tasks("reduce", reduce_job, jobs)
+        return execution.log.collect("reduce", run.keys.statistics, len(jobs), answers)
+
+    parts, scratch = [statistics_file(result) for result in shards], execution.scratch.place("reduce")
+    statistics = reduced(parts, lineage=run.lineage, scratch=scratch, run_tasks=run_tasks)
+    write_statistics(target, statistics, lineage=run.lineage | {"num_shards": str(len(shards))})
+    return statistics

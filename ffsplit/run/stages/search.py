@@ -1,29 +1,37 @@
-"""The allocation stage: two ways compressed like any run, and judged end to end on rows of their own."""
+"""The search for widths: two candidates, compressed like any run and judged end to end."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ffsplit.calibration.readers import make_reader
+from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.config import Record
-from ffsplit.distributed.runner import Runner
 from ffsplit.errors import ConfigError
-from ffsplit.ffn.shapes import ModelShape
+from ffsplit.ffn.shapes import LayerLayout, ModelShape
+from ffsplit.keys import stage_key
 from ffsplit.measurement.fidelity import fidelity
-from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
 from ffsplit.models.locate import ModelSource
 from ffsplit.profile import ComputeProfile
+from ffsplit.run.stages.fit import compress_layer_job, layer_jobs
 from ffsplit.runtime.assemble import assemble
-from ffsplit.splitting.proposal import Candidate
+from ffsplit.splitting.proposal import UNIFORM, Candidate, propose
+from ffsplit.splitting.scores import plan_split
+from ffsplit.splitting.solver import Solver
 from ffsplit.store.manifest import AllocationRecord, CandidateRecord
+from ffsplit.store.scratch import Result
+
+if TYPE_CHECKING:
+    from ffsplit.run.execution import Execution
 
 Fidelity = dict[str, float]
 NUM_FOLDS = 4
@@ -160,44 +168,75 @@ def in_one_line(record: AllocationRecord) -> str:
     return f"search: the layers get shares of their own ({shares} % of the largest): {distances}"
 
 
-def allocate(
-    uniform: Candidate,
+def search(
+    execution: Execution,
+    solver: Solver,
+    layouts: tuple[LayerLayout, ...],
+    statistics: tuple[NeuronStats, ...],
+    shards: Sequence[Result],
     *,
-    checkpoint: Checkpoint,
-    model: ModelShape,
-    propose: Callable[[Sequence[float]], Candidate | None],
-    compress: Callable[[Candidate], Sequence[Path]],
-    hand_over: Callable[[Path], ModelSource],
-    job: JudgeJob,
-    runner: Runner,
     folder: Path,
 ) -> Allocation:
-    """Compress the uniform layers and what their single errors suggest, and take the latter if it wins.
+    """Look for a better way than uniform to share the budget out over the layers.
 
-    `compress` gives a file a layer; `job` lacks its candidates, which are put together in `folder` and
-    removed again.
+    The uniform layers and what their single errors suggest are compressed like any run and put together in
+    `folder`, which is removed again; the latter is taken if it wins.
     """
+    run, runner, uniform = execution.run, execution.runner, Candidate(UNIFORM, layouts)
+    settings = run.recipe.calibration
+    job = JudgeJob(
+        original=execution.model,
+        candidates=(),
+        rows=run.text.judged,
+        max_length=settings.row_length,
+        batch_tokens=settings.batch_tokens,
+        profile=run.profile,
+    )
 
     def built(candidate: Candidate) -> ModelSource:
         directory = folder / candidate.name
-        assemble(checkpoint, compress(candidate), candidate.layouts, directory)
-        return hand_over(directory)
+        plans = plan_split(statistics, candidate.layouts, score=run.recipe.score)
+        jobs = layer_jobs(
+            execution, run.checkpoint, run.recipe.steps, plans, shards, place=place_of(candidate)
+        )
+        answers = dict(runner.map_tasks("allocate", compress_layer_job, jobs))
+        files = [execution.scratch.path(answers[index].files[0]) for index in range(len(jobs))]
+        assemble(run.checkpoint, files, candidate.layouts, directory)
+        return execution.hand_over(directory)
 
-    sources, candidates = [built(uniform)], [uniform]
-    errors = runner.run_alone("allocate", single_errors_job, job.of(*sources))
-    proposed = propose(errors)
-    if proposed is not None:
-        sources.append(built(proposed))
-        candidates.append(proposed)
-    judged = runner.run_alone("allocate", judge_job, job.of(*sources))
-    shutil.rmtree(folder)
+    with execution.log.stage("allocate", stage_key("allocate", {"run": run.keys.run}), num_items=1):
+        sources, candidates = [built(uniform)], [uniform]
+        errors = runner.run_alone("allocate", single_errors_job, job.of(*sources))
+        proposed = propose(solver, run.budget, errors, uniform=layouts)
+        if proposed is not None:
+            sources.append(built(proposed))
+            candidates.append(proposed)
+        judged = runner.run_alone("allocate", judge_job, job.of(*sources))
+        shutil.rmtree(folder)
+        found = _chosen(candidates, judged, errors, model=run.solver.model, num_rows=len(job.rows))
+    execution.log.note(in_one_line(found.record))
+    return found
+
+
+def _chosen(
+    candidates: Sequence[Candidate],
+    judged: Sequence[Sequence[Fidelity]],
+    errors: tuple[float, ...],
+    *,
+    model: ModelShape,
+    num_rows: int,
+) -> Allocation:
+    """The last candidate if it wins against the first, which is uniform; otherwise that one."""
     if not all(judged):
         raise ConfigError("the rows to judge candidates on are nothing but padding: give other text")
     records = tuple(
         record_of(candidate, folds, model=model) for candidate, folds in zip(candidates, judged, strict=True)
     )
-    chosen = candidates[-1] if proposed is not None and wins(records[-1], records[0]) else uniform
-    return Allocation(
-        chosen,
-        AllocationRecord(chosen=chosen.name, num_rows=len(job.rows), errors=errors, candidates=records),
-    )
+    chosen = candidates[-1] if len(candidates) > 1 and wins(records[-1], records[0]) else candidates[0]
+    record = AllocationRecord(chosen=chosen.name, num_rows=num_rows, errors=errors, candidates=records)
+    return Allocation(chosen, record)
+
+
+def place_of(candidate: Candidate) -> str:
+    """Where the layers of a candidate are, below the scratch."""
+    return f"allocate/{candidate.name}"

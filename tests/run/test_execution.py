@@ -12,7 +12,8 @@ import ffsplit
 from ffsplit import profile
 from ffsplit.distributed.runner import SerialRunner
 from ffsplit.errors import ConfigError
-from ffsplit.run import attempt, execution, placement
+from ffsplit.run import attempt, execution
+from ffsplit.run.stages import measure as measure_stage
 from ffsplit.run.stages.measure import MeasureJob
 from ffsplit.store.store import open_store
 from tests.small_jobs import SmallJob, digests
@@ -62,8 +63,8 @@ def test_the_bytes_are_those_of_one_host(
 ) -> None:
     """Also where a host has to fetch the model; what is compressed is handed over through the store."""
     measured: list[MeasureJob] = []
-    measure = execution.measure_job
-    monkeypatch.setattr(execution, "measure_job", lambda job: measured.append(job) or measure(job))
+    measure = measure_stage.measure_job
+    monkeypatch.setattr(measure_stage, "measure_job", lambda job: measured.append(job) or measure(job))
     ffsplit.compress(small_job.config(tmp_path / "one"))
     capsys.readouterr()
     runner = two_hosts(is_here=sees_the_model)
@@ -97,7 +98,7 @@ def test_hosts_that_fit_otherwise_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where one has no instructions for bfloat16; with --dtype float32 nobody needs any."""
-    for module in (profile, placement):
+    for module in (profile, execution):
         monkeypatch.setattr(module, "multiplies_bfloat16", multiplies_bfloat16)
     runner = two_hosts(multiplies_bfloat16=False)
     config = small_job.config(tmp_path / "out", recipe=small_job.recipe(step=DISTILL), dtype=dtype)

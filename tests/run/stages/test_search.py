@@ -20,7 +20,7 @@ from ffsplit.forecasts import inspect_model
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.locate import ModelSource
 from ffsplit.profile import ComputeProfile
-from ffsplit.run.prepare import prepare
+from ffsplit.run.job import prepare
 from ffsplit.run.stages import search as allocate
 from ffsplit.run.stages.search import JudgeJob, judge_job, score_of, single_errors_job, wins
 from ffsplit.runtime.assemble import assemble
@@ -237,7 +237,7 @@ def test_auto_searches_for_classifiers_that_need_not_stay_plain(
     run = prepare(small_job.config(tmp_path, model=model, recipe=recipe, **fields))
     assert run.recipe.allocation == ("search" if searches else "uniform")
     uniform = prepare(small_job.config(tmp_path, model=model, **fields))
-    assert (run.run_key == uniform.run_key) == (not searches)
+    assert (run.keys.run == uniform.keys.run) == (not searches)
     assert len(run.text.judged) == (8 if searches else 0)
 
 

@@ -2,8 +2,8 @@ from datetime import timedelta
 
 import pytest
 
+from ffsplit.config import parse_size, parse_span
 from ffsplit.errors import ConfigError
-from ffsplit.store.gc import parse_size, parse_span
 
 
 @pytest.mark.parametrize(

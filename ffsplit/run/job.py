@@ -1,0 +1,312 @@
+"""From a JobConfig to a Run: settings, model, text, budget, needs and keys. Loads no weight."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from ffsplit.calibration.media import embedded, read_media, read_pairs
+from ffsplit.calibration.sampling import TextSample, passages, sample_texts
+from ffsplit.calibration.sources import read_all
+from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.config import Budget, JobConfig
+from ffsplit.errors import explained
+from ffsplit.ffn.activations import activation_named
+from ffsplit.ffn.shapes import LayerLayout
+from ffsplit.keys import digest_of, stage_key
+from ffsplit.machine import check_device, hardware_fingerprint, usable_cores
+from ffsplit.measurement.gates import Gate, check_gates, gated_key, parse_gates
+from ffsplit.measurement.size import model_shape
+from ffsplit.measurement.tasks import AnyTask
+from ffsplit.measurement.tasks.evaluations import Evaluation, evaluations_of, key_inputs, read_tasks
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.load import may_search
+from ffsplit.models.load_options import attending, trusting
+from ffsplit.models.locate import LocatedModel, locate_model
+from ffsplit.models.rows import TEXT_KINDS
+from ffsplit.profile import ComputeProfile
+from ffsplit.recipes.recipe import MeasurementSettings, Recipe, load_recipe
+from ffsplit.run.checks import (
+    check_calibrates,
+    check_capabilities,
+    check_plain,
+    check_row_length,
+    check_stays_plain,
+    readable,
+)
+from ffsplit.run.estimate import estimate
+from ffsplit.run.needs import Needs
+from ffsplit.run.origin import check_origin, inherit
+from ffsplit.runtime.linears import attention_linears
+from ffsplit.splitting.latency import read_latency_table
+from ffsplit.splitting.scores import num_energetic
+from ffsplit.splitting.solver import Solver
+from ffsplit.store.commits import Kind
+from ffsplit.store.entries import LeftOut, check_outside_attempts
+from ffsplit.store.locate import PublishedStatistics, open_statistics
+from ffsplit.store.store import open_store
+
+CHARACTERS_PER_TOKEN = 6
+"""More than English text has, so that the tokenizer cuts a causal model's rows: none is too short."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The names of a run's results, and the digests that they are made from.
+
+    `work` names what is computed, and so its scratch. `run` names what is published: the same, or with
+    gates the hash of it and them. `statistics` names the statistics of either.
+    """
+
+    digests: dict[str, str]
+    statistics: str
+    work: str
+    run: str
+    nonce: str | None
+
+    def published(self, kind: Kind) -> str:
+        """The key that a run of this kind is published under."""
+        return self.run if kind == "model" else self.statistics
+
+    def scratch(self, kind: Kind) -> str:
+        """The key that its unfinished results are kept under."""
+        return self.work if kind == "model" else self.statistics
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job whose settings go together, and all that it starts from.
+
+    `config` has the earlier run's text and seed where --stats lends them. `recipe` has every default of
+    this model filled in. `layouts` is the solved budget; if it depends on statistics, it is the minimum
+    until they exist. `sample` is the text that was drawn. What costs more than reading config and headers
+    is found when it is first asked for: `needs`, `keys`, `text`, `evaluations`.
+    """
+
+    config: JobConfig
+    kind: Kind
+    recipe: Recipe
+    budget: Budget
+    solver: Solver
+    checkpoint: Checkpoint
+    located: LocatedModel
+    sample: TextSample
+    origin: PublishedStatistics | None
+    tasks: dict[str, AnyTask]
+    profile: ComputeProfile
+    layouts: tuple[LayerLayout, ...]
+    gates: tuple[Gate, ...]
+
+    @cached_property
+    def needs(self) -> Needs:
+        """Memory, disk and time. Measures how fast this machine multiplies."""
+        return estimate(self)
+
+    @cached_property
+    def keys(self) -> Keys:
+        """The keys of the results. Reads every byte of the model, for its digest."""
+        with explained("the job cannot be checked"):
+            return _keys(self)
+
+    @cached_property
+    def text(self) -> TextSample:
+        """The rows of the sample that are read, as many as the recipe's tokens allow.
+
+        Loads the tokenizer, and so transformers. Raises ConfigError where the model cannot read the rows.
+        """
+        with explained("the job cannot be checked"), self.profile.loading():
+            return readable(self.sample, settings=self.recipe.calibration, checkpoint=self.checkpoint)
+
+    @cached_property
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """What both models are scored on. Loads the tokenizer."""
+        return evaluations_of(self.tasks, calibration=self.text.calibration)
+
+    @property
+    def left_out(self) -> tuple[LeftOut, ...]:
+        """What of the model's folder does not come along, by path."""
+        found = {each.path: each for each in (*self.located.left_out, *self.checkpoint.folder.files.left_out)}
+        return tuple(found[path] for path in sorted(found))
+
+    @property
+    def lineage(self) -> dict[str, str]:
+        """What the statistics are made from: no time, no host, no number of workers."""
+        return self.keys.digests | {"text": self.text.digest, "calibration": self.keys.statistics}
+
+    @property
+    def measurement(self) -> MeasurementSettings:
+        """The recipe's, with the shapes that gates are about."""
+        return self.recipe.measurement.timing([gate.shape for gate in self.gates if gate.shape])
+
+    @property
+    def healing_threads(self) -> int:
+        """The threads of each worker that heals. They can change the result's last bits.
+
+        By default the cores that the driver may use, shared out: with more threads than a quota has
+        cores, every step would wait for those that are stopped.
+        """
+        return self.config.healing_threads or max(1, usable_cores() // self.config.healing_workers)
+
+    def settled(self, statistics: Sequence[NeuronStats]) -> tuple[Solver, tuple[LayerLayout, ...]]:
+        """The solver and the layouts, solved again now that there are statistics."""
+        solver = replace(self.solver, num_energetic=num_energetic(self.recipe.heavy, statistics))
+        return solver, self.layouts if solver.num_energetic is None else solver.solve(self.budget)
+
+
+@explained("the job cannot be checked")
+def prepare(config: JobConfig, *, kind: Kind = "model") -> Run:
+    """Resolve and check a job. Raises ConfigError for whatever the user can fix; writes nothing.
+
+    What the machine cannot hold is in the run's `needs`; what takes more than config and headers to see
+    is for `checks.check_inputs`.
+    """
+    check_outside_attempts(open_store(config.out).uri, flag="--out")
+    with trusting(config.trust_remote_code), attending(config.attn_implementation):
+        return _prepare(config, kind)
+
+
+def _prepare(config: JobConfig, kind: Kind) -> Run:
+    if kind == "statistics":
+        check_calibrates(config)
+    window = config.max_length  # as asked for, not as inherited
+    gates = parse_gates(config.gate, require_speedup=config.require_speedup)
+    origin = None if config.stats is None else open_statistics(config.stats)
+    if origin is not None:
+        config = inherit(config, origin)
+    recipe = _recipe_of(config)
+    profile = ComputeProfile.resolve(config)
+    if profile.device == "cpu" or config.runner == "serial":  # GPUs may be those of other hosts
+        check_device(profile.device, profile.dtype)
+    located = locate_model(config.model, revision=config.revision)
+    checkpoint = open_checkpoint(located.directory)
+    recipe = recipe.settled(checkpoint.kind, max_positions=checkpoint.max_positions)
+    recipe = recipe.fitting(in_bfloat16=ComputeProfile.fits_in_bfloat16(config))
+    recipe = recipe.searching(may_search(checkpoint) and not (config.plain or config.block_by_block))
+    for index in range(len(checkpoint.ffns)):
+        activation_named(checkpoint.activation_of(index))
+    check_capabilities(config, recipe, checkpoint)
+    budget = config.budget or Budget(kind="keep", limit=recipe.keep)
+    solver = _make_solver(config, recipe, checkpoint, profile)
+    if solver.latency is not None:
+        recipe = recipe.timing([(solver.latency.batch_size, solver.latency.num_tokens)])
+    layouts = solver.solve(budget)
+    if recipe.healing is not None or recipe.after_healing is not None:
+        check_plain(checkpoint, layouts, recipe=recipe)
+    if recipe.linears != "kept":
+        attention_linears(checkpoint)
+    if config.plain:
+        check_stays_plain(checkpoint, layouts, recipe=recipe)
+    sample = _sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
+    check_row_length(recipe.calibration.row_length, checkpoint=checkpoint)
+    tasks = read_tasks(config.eval, checkpoint=checkpoint, max_length=window)
+    check_gates(gates, checkpoint=checkpoint, recipe=recipe, config=config)
+    return Run(
+        config=config,
+        kind=kind,
+        recipe=recipe,
+        budget=budget,
+        solver=solver,
+        checkpoint=checkpoint,
+        located=located,
+        sample=sample,
+        origin=origin,
+        tasks=tasks,
+        profile=profile,
+        layouts=layouts,
+        gates=gates,
+    )
+
+
+def _recipe_of(config: JobConfig) -> Recipe:
+    """The recipe with the flags that override it."""
+    recipe = load_recipe(config.recipe)
+    return recipe.reading(samples=config.samples, max_length=config.max_length)
+
+
+def _make_solver(
+    config: JobConfig, recipe: Recipe, checkpoint: Checkpoint, profile: ComputeProfile
+) -> Solver:
+    """What turns budgets into layouts, with the latency table if there is one."""
+    model, table = model_shape(checkpoint), None
+    if config.latency_table is not None:
+        hardware = hardware_fingerprint(profile.device)
+        table = read_latency_table(config.latency_table, model=model, hardware=hardware, dtype=profile.dtype)
+    return Solver(
+        model=model, heavy=recipe.heavy, steps=recipe.steps, finish=recipe.after_healing, latency=table
+    )
+
+
+def _sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint, seed: int) -> TextSample:
+    """Calibration and held-out rows, each one text, one window of running text (causal LM), one source
+    with its target, or one picture or sound."""
+    settings, kind = recipe.calibration, checkpoint.kind
+    if kind in ("encoder", "causal_lm"):
+        texts = read_all(specs)
+    else:
+        texts = read_pairs(specs) if kind == "seq2seq" else read_media(specs, kind=kind)
+    if kind == "causal_lm":
+        texts = passages(texts, max_characters=settings.row_length * CHARACTERS_PER_TOKEN)
+    sample = sample_texts(
+        texts,
+        num_samples=settings.samples,
+        num_held_out=settings.held_out,
+        seed=seed,
+        num_judged=settings.held_out if recipe.allocation == "search" or recipe.healing else 0,
+    )
+    return sample if kind in TEXT_KINDS else sample.mapped(embedded)
+
+
+def _keys(run: Run) -> Keys:
+    """Name a run's results by every byte that it starts from.
+
+    How much of the sample is read follows from it, the tokenizer and the settings, which are all in the
+    keys: no row has to be tokenized to know them.
+    """
+    config, recipe, checkpoint = run.config, run.recipe, run.checkpoint
+    digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}
+    if run.origin is not None:
+        check_origin(run.origin, digests=digests, revision=run.located.revision, profile=run.profile)
+        digests["statistics"] = run.origin.sha256
+    digests["text"] = run.sample.digest
+    nonce = secrets.token_hex(8) if config.fresh else None
+    inputs: dict[str, Any] = {
+        "digests": digests,
+        "calibration": recipe.calibration.model_dump(mode="json"),
+        "seed": config.seed,
+        "profile": run.profile.key_inputs,
+        "nonce": nonce,
+    }
+    split = _split_inputs(recipe, run.budget, run.solver, layouts=run.layouts)
+    run_inputs = inputs | split | {"healing": _healing_inputs(run) if recipe.healing is not None else None}
+    run_inputs |= {"evaluations": [key_inputs(task) for task in run.tasks.values()]}
+    work = stage_key("run", run_inputs)
+    return Keys(
+        digests=digests,
+        statistics=stage_key("calibrate", inputs),
+        work=work,
+        run=gated_key(work, run.gates),
+        nonce=nonce,
+    )
+
+
+def _healing_inputs(run: Run) -> dict[str, int]:
+    """What of the job, beside the recipe, can change the last bits of a healed model."""
+    workers = run.config.healing_workers
+    return {"threads": run.healing_threads} | ({"workers": workers} if workers > 1 else {})
+
+
+def _split_inputs(
+    recipe: Recipe, budget: Budget, solver: Solver, *, layouts: Sequence[LayerLayout]
+) -> dict[str, Any]:
+    """The key's part on recipe and budget: what the budget resolves to, or all that decides it."""
+    inputs: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
+    if solver.heavy.by == "energy" or recipe.allocation == "search":
+        table = None if solver.latency is None else digest_of(solver.latency.model_dump(mode="json"))
+        return inputs | {"budget": budget.model_dump(mode="json"), "latency_table": table}
+    if budget.kind == "keep":
+        return inputs | {"keep": float(budget.limit)}
+    kept = solver.model.elements_of(layouts) / solver.model.ffn_elements
+    return inputs | {"keep": kept, "layouts": [layout.model_dump(mode="json") for layout in layouts]}
