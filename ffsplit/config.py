@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
@@ -59,50 +59,114 @@ def flag_of(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
+class Flag(NamedTuple):
+    """How the command line takes a field of JobConfig: as `--name METAVAR`, in which commands."""
+
+    metavar: str = ""
+    compress_only: bool = False
+    is_size: bool = False
+
+
 class JobConfig(Record):
-    """One compression run. Fields carry the names of the command-line flags.
+    """One compression run. A field with a Flag is an option of the command line, by the same name.
 
     `samples` and `max_length` left at None take the recipe's own value, and so does a job without
     any budget. With `stats`, the earlier run's calibration, samples, max_length and seed take the
     place of those that are not given.
     """
 
-    model: str = Field(min_length=1, description="a local directory or a hub id")
-    out: str = Field(min_length=1, description="a directory or s3://bucket/prefix")
-    recipe: str = Field(default="fast", description="a shipped recipe's name or a YAML file")
-    keep: float | None = Field(default=None, gt=0, le=1, description="FFN elements kept, as a fraction")
-    max_bytes: int | None = Field(default=None, ge=1, description="bytes of all FFNs, at most")
-    max_parameters: int | None = Field(default=None, ge=1, description="parameters of the model, at most")
-    max_latency_ms: float | None = Field(default=None, gt=0, description="of a forward pass, at most")
-    latency_table: str | None = Field(default=None, description="what `ffsplit latency-table` wrote")
-    stats: str | None = Field(default=None, description="an earlier run whose neuron statistics serve again")
-    calibration: tuple[str, ...] = Field(default=("builtin:pydoc",), min_length=1)
-    eval: tuple[str, ...] = Field(default=(), description="tasks to score both models on")
-    gate: tuple[str, ...] = Field(default=(), description="what the result must measure to be published")
-    require_speedup: float | None = Field(default=None, gt=0, description="a gate on every timed shape")
-    samples: int | None = Field(default=None, ge=1, description="calibration rows")
-    max_length: int | None = Field(default=None, ge=1, description="tokens a row is cut to")
-    revision: str | None = None
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    workers: int | None = Field(default=None, ge=1, description="default: one per CPU core")
-    gpus_per_worker: float = Field(default=0.0, ge=0)
-    threads_per_worker: int = Field(default=1, ge=1)
-    healing_threads: int | None = Field(default=None, ge=1, description="default: one per CPU core, in all")
-    healing_workers: int = Field(default=1, ge=1, description="that share every step of healing")
-    device: Device = "auto"
-    dtype: DType = "auto"
-    address: str | None = Field(default=None, description="a Ray cluster; default: one started on the spot")
-    runner: Literal["ray", "serial"] = "ray"
-    attn_implementation: Attention | None = Field(
-        default=None, description="attention to run the model with; default: what its config names"
+    model: str = Field(
+        min_length=1, description="a local directory, s3://bucket/prefix, a place of runs or a hub id"
     )
-    trust_remote_code: bool = Field(default=False, description="run code that comes with the model")
-    block_by_block: bool = Field(default=False, description="hold one block of the model at a time")
-    plain: bool = Field(default=False, description="refuse a recipe whose result needs ffsplit to load")
-    memory_per_worker: int | None = Field(
-        default=None, ge=1, description="bytes one worker may use; default: its share of this machine's"
+    out: Annotated[str, Flag("URI")] = Field(min_length=1, description="a directory or s3://bucket/prefix")
+    recipe: Annotated[str, Flag("NAME|FILE.yaml")] = Field(
+        default="fast", description="a shipped recipe or a file; default: fast"
     )
-    fresh: bool = Field(default=False, description="run again even when this run key is published")
+    keep: Annotated[float | None, Flag("F")] = Field(
+        default=None, gt=0, le=1, description="fraction of the FFN elements to keep, in (0, 1]"
+    )
+    max_bytes: Annotated[int | None, Flag("N", compress_only=True)] = Field(
+        default=None, ge=1, description="instead of --keep: bytes of all FFNs, at most"
+    )
+    max_parameters: Annotated[int | None, Flag("N", compress_only=True)] = Field(
+        default=None, ge=1, description="instead of --keep: parameters of the whole model, at most"
+    )
+    max_latency_ms: Annotated[float | None, Flag("F", compress_only=True)] = Field(
+        default=None, gt=0, description="instead of --keep: milliseconds of a forward pass, at most"
+    )
+    latency_table: Annotated[str | None, Flag("FILE", compress_only=True)] = Field(
+        default=None, description="for --max-latency-ms: the file that ffsplit latency-table wrote"
+    )
+    stats: Annotated[str | None, Flag("URI", compress_only=True)] = Field(
+        default=None, description="an earlier run of this model, whose statistics are reused"
+    )
+    calibration: Annotated[tuple[str, ...], Flag("SPEC")] = Field(
+        default=("builtin:pydoc",),
+        min_length=1,
+        description="file.txt, file.jsonl#field, file.csv#column, file.tsv#column, file.parquet#column, "
+        "hf:dataset[:config]#column@split or builtin:pydoc (the default); may be repeated",
+    )
+    eval: Annotated[tuple[str, ...], Flag("SPEC", compress_only=True)] = Field(
+        default=(),
+        description="score both models: sts:file.csv[#first,second,score], "
+        "classification:file.tsv[#text,label], perplexity:file.txt or lm-eval:task[,task]; may be repeated",
+    )
+    gate: Annotated[tuple[str, ...], Flag("SPEC", compress_only=True)] = Field(
+        default=(),
+        description="publish only a result with, for example, 'fidelity >= 0.98', 'sts drop <= 0.5', "
+        "'speedup@8x128 >= 1.3' or 'size reduction >= 20%'; may be repeated",
+    )
+    require_speedup: Annotated[float | None, Flag("F", compress_only=True)] = Field(
+        default=None, gt=0, description="publish only if the speed-up is at least F at every timed shape"
+    )
+    plain: Annotated[bool, Flag(compress_only=True)] = Field(
+        default=False, description="refuse a recipe whose result would need ffsplit to load"
+    )
+    samples: Annotated[int | None, Flag("N")] = Field(
+        default=None, ge=1, description="rows of calibration text"
+    )
+    max_length: Annotated[int | None, Flag("N")] = Field(
+        default=None, ge=1, description="tokens per row; longer rows are cut"
+    )
+    workers: Annotated[int | None, Flag("N")] = Field(
+        default=None, ge=1, description="default: one per CPU core of the cluster"
+    )
+    gpus_per_worker: Annotated[float, Flag("F")] = Field(
+        default=0.0, ge=0, description="below 1, workers share a GPU; above 1 it must be a whole number"
+    )
+    threads_per_worker: Annotated[int, Flag("N")] = Field(
+        default=1, ge=1, description="CPU threads of each worker; default: 1"
+    )
+    healing_threads: Annotated[int | None, Flag("N", compress_only=True)] = Field(
+        default=None, ge=1, description="CPU threads of each healing worker; default: all cores, shared out"
+    )
+    healing_workers: Annotated[int, Flag("N", compress_only=True)] = Field(
+        default=1, ge=1, description="workers that share every healing step, by Ray Train; default: 1"
+    )
+    device: Annotated[Device, Flag()] = Field(default="auto", description="default: auto")
+    dtype: Annotated[DType, Flag()] = Field(default="auto", description="to compute in; default: auto")
+    address: Annotated[str | None, Flag("RAY")] = Field(
+        default=None, description="a Ray cluster; default: RAY_ADDRESS, or one started on the spot"
+    )
+    runner: Annotated[Literal["ray", "serial"], Flag()] = Field(default="ray", description="default: ray")
+    revision: Annotated[str | None, Flag("R")] = Field(default=None, description="of a hub id")
+    seed: Annotated[int, Flag("N")] = Field(default=0, ge=0, lt=2**32, description="default: 0")
+    block_by_block: Annotated[bool, Flag()] = Field(
+        default=False,
+        description="hold one block of the model in memory at a time; default: if the model does not fit",
+    )
+    memory_per_worker: Annotated[int | None, Flag("SIZE", is_size=True)] = Field(
+        default=None, ge=1, description="as in 6GB; default: a worker's share of this machine's memory"
+    )
+    attn_implementation: Annotated[Attention | None, Flag()] = Field(
+        default=None, description="attention to run the model with; default: the config's own"
+    )
+    trust_remote_code: Annotated[bool, Flag()] = Field(
+        default=False, description="run code that comes with the model; read it first"
+    )
+    fresh: Annotated[bool, Flag()] = Field(
+        default=False, description="run again even if this run is committed already"
+    )
 
     @model_validator(mode="after")
     def _has_one_budget(self) -> JobConfig:

@@ -105,7 +105,7 @@ def test_the_scan_sees_every_module() -> None:
         "ffsplit.runtime.plugin",
     } <= set(MODULES)
     assert "ray" in libraries(every_import("ffsplit.distributed.ray_runner"))
-    assert "ffsplit.run.driver" in every_import("ffsplit.cli.main")
+    assert "ffsplit.run.driver" in every_import("ffsplit.cli.commands")
 
 
 def test_only_distributed_imports_ray() -> None:

@@ -1,3 +1,3 @@
-"""The command line: one file a group of commands, and what they print."""
+"""The command line: flags, what each command does, and what it prints."""
 
 from ffsplit.cli.main import main as main

@@ -1,32 +1,30 @@
-"""The command line. Heavy imports happen inside the commands, so that --help answers at once."""
+"""The command line: every command and its flags. What they do is in `commands.py`."""
 
 from __future__ import annotations
 
 import argparse
+import types
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from functools import partial
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-from ffsplit import __version__, logs, streams
-from ffsplit.cli.batch import add_batch_commands
-from ffsplit.cli.job import add_job_flags, add_judging_flags, add_loading_flags
-from ffsplit.cli.plan import add_budget_flags, add_plan_commands
-from ffsplit.cli.run import add_run_commands
-from ffsplit.cli.store import add_store_commands
-from ffsplit.directories import user_path
+from ffsplit import __version__, logs
+from ffsplit.config import Flag, JobConfig, flag_of, parse_size
 from ffsplit.errors import ConfigError
-from ffsplit.exit_codes import DESCRIPTION, DONE, REFUSED, checked_output, exit_code_of, show_tracebacks
+from ffsplit.exit_codes import DESCRIPTION, DONE, checked_output, exit_code_of, show_tracebacks
 from ffsplit.models.load_options import attending, trusting
 from ffsplit.store.entries import check_absolute
 
-if TYPE_CHECKING:
-    from ffsplit.config import JobConfig
-    from ffsplit.store.commits import Kind
-    from ffsplit.store.manifest import Manifest
-
-
 PRINTING = ("benchmark", "inspect", "list", "plan", "share", "verify")
 """Commands whose result is what they print, and nothing else."""
+SUBMITTED = ("compress", "calibrate", "zoo", "benchmark", "pull")
+"""Commands that can run as a job of a cluster."""
+LOADING = ("attn_implementation", "trust_remote_code")
+"""Fields of JobConfig that say how models are loaded, for every command that loads one."""
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+
+Command = Callable[[str, str], argparse.ArgumentParser]
+"""Adds a command by its name and what it is about."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,66 +32,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="ffsplit",
-        description="Compress transformer models by splitting their feed-forward networks.",
-        epilog=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"ffsplit {__version__}")
-    _add_debug_flag(parser)
-    commands = parser.add_subparsers(metavar="command", required=True)
-
-    def command(name: str, run: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(
-            name,
-            help=about,
-            description=about,
-            epilog=DESCRIPTION,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        added.set_defaults(run=run, title=name)
-        _add_debug_flag(added)
-        return added
-
-    compress = command("compress", _compress, "calibrate, split, compress, measure and publish a model")
-    add_job_flags(compress)
-    add_budget_flags(compress)
-    add_judging_flags(compress)
-    compress.add_argument(
-        "--healing-workers",
-        type=int,
-        metavar="N",
-        help="that share every step of healing, through Ray Train; default: 1",
-    )
-    add_job_flags(command("calibrate", _calibrate, "collect and publish neuron statistics alone"))
-    verify = command("verify", _verify, "recompute every digest of an artifact")
-    verify.add_argument("uri")
-    report = command("report", _report, "write the HTML report of an artifact")
-    report.add_argument("uri")
-    report.add_argument("--out", required=True, metavar="FILE")
-    add_run_commands(command)
-    inspect = command("inspect", _inspect, "show a model's FFNs and what budgets would give")
-    inspect.add_argument("model")
-    inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
-    add_loading_flags(inspect)
-    add_plan_commands(command)
-    add_store_commands(command)
-    add_batch_commands(command, parse=parser.parse_args)
-    return parser
-
-
-def _add_debug_flag(parser: argparse.ArgumentParser) -> None:
-    """Before the command's name or after it."""
-    parser.add_argument(
-        "--debug",
-        action="store_true",
-        default=argparse.SUPPRESS,
-        help="print the traceback of whatever fails",
-    )
 
 
 def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int:
@@ -116,8 +54,10 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
         if in_job and target:
             check_absolute(target)
         attention = getattr(parsed, "attn_implementation", None)
-        with trusting(getattr(parsed, "trust_remote_code", False)), attending(attention):
-            code: int = parsed.run(parsed)
+        with trusting(bool(getattr(parsed, "trust_remote_code", False))), attending(attention):
+            from ffsplit.cli.commands import COMMANDS
+
+            code = COMMANDS[parsed.title](parsed)
         return checked_output(code, is_result=_prints_its_result(parsed))
 
     return exit_code_of(run)
@@ -133,94 +73,193 @@ def _prints_its_result(parsed: argparse.Namespace) -> bool:
     return parsed.title in PRINTING or bool(asked.get("json") or asked.get("dry_run"))
 
 
-def _job_config(parsed: argparse.Namespace) -> JobConfig:
-    """The job that the flags describe. Raises ConfigError."""
-    from ffsplit.config import JobConfig
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="ffsplit",
+        description="Compress transformer models by splitting their feed-forward networks.",
+        epilog=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"ffsplit {__version__}")
+    _add_debug_flag(parser)
+    commands = parser.add_subparsers(metavar="command", required=True)
 
-    fields = {name: value for name, value in vars(parsed).items() if name in JobConfig.model_fields}
-    return JobConfig.checked(**{name: value for name, value in fields.items() if value is not None})
+    def command(name: str, about: str) -> argparse.ArgumentParser:
+        added: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(title=name)
+        _add_debug_flag(added)
+        return added
 
-
-def _compress(parsed: argparse.Namespace) -> int:
-    config = _job_config(parsed)
-    if parsed.dry_run:
-        return _dry_run(parsed, config, kind="model")
-
-    from ffsplit.measurement.gates import refusal
-    from ffsplit.run.driver import compress_judged
-
-    finished = compress_judged(config, sign_key=_sign_key(parsed))
-    refused = finished.state == "refused"
-    _show(parsed, finished.manifest, refused_report=finished.report if refused else None)
-    if not refused:
-        return DONE
-    streams.note(f"ffsplit: {refusal(finished.manifest.gates)}")
-    return REFUSED
-
-
-def _calibrate(parsed: argparse.Namespace) -> int:
-    config = _job_config(parsed)
-    if parsed.dry_run:
-        return _dry_run(parsed, config, kind="statistics")
-
-    from ffsplit.run.driver import calibrate
-
-    _show(parsed, calibrate(config, sign_key=_sign_key(parsed)))
-    return 0
+    _add_job_commands(command)
+    _add_planning_commands(command)
+    _add_result_commands(command)
+    _add_store_commands(command)
+    _add_batch_commands(command)
+    return parser
 
 
-def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> int:
-    """Say what a run would need. Raises ConfigError for what cannot be done, after it is said."""
-    from ffsplit.run.checks import check_rows
-    from ffsplit.run.job import prepare
-
-    run = prepare(config, kind=kind)
-    check_rows(run)
-    needs = run.needs
-    if parsed.json:
-        print(needs.model_dump_json(indent=2))
-    else:
-        from ffsplit.cli.tables import print_needs
-
-        print_needs(needs, asked=config.workers if config.runner == "ray" else None)
-    needs.check()
-    return 0
+def _add_debug_flag(parser: argparse.ArgumentParser) -> None:
+    """Before the command's name or after it."""
+    parser.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print the traceback of whatever fails",
+    )
 
 
-def _sign_key(parsed: argparse.Namespace) -> Path | None:
-    return None if parsed.sign_key is None else user_path(parsed.sign_key)
+def _add_fields(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Options for fields of JobConfig, as their types, limits and Flags say."""
+    for name in names:
+        field = JobConfig.model_fields[name]
+        flag = next(each for each in field.metadata if isinstance(each, Flag))
+        options: dict[str, Any] = {"help": (field.description or "").replace("%", "%%"), "default": None}
+        kind = _kind_of(field.annotation)
+        if kind is bool:
+            options["action"] = "store_true"
+        elif get_origin(kind) is Literal:
+            options["choices"] = get_args(kind)
+        else:
+            options["metavar"] = flag.metavar
+            if get_origin(kind) is tuple:
+                options["action"] = "append"
+            elif flag.is_size:
+                options["type"] = partial(parse_size, name=flag_of(name))
+            elif kind is not str:
+                options["type"] = kind
+        parser.add_argument(flag_of(name), required=field.is_required(), **options)
 
 
-def _show(parsed: argparse.Namespace, manifest: Manifest, *, refused_report: str | None = None) -> None:
-    if parsed.json:
-        print(manifest.to_json(), end="")
-        return
-    from ffsplit.cli.tables import print_manifest
-
-    print_manifest(manifest, out=parsed.out, refused_report=refused_report)
+def _kind_of(annotation: Any) -> Any:
+    """The type of a field, without None."""
+    if get_origin(annotation) in (types.UnionType, Union):
+        (annotation,) = (each for each in get_args(annotation) if each is not types.NoneType)
+    return annotation
 
 
-def _verify(parsed: argparse.Namespace) -> int:
-    from ffsplit.store.pull import verify
-
-    report = verify(parsed.uri)
-    for problem in report.problems:
-        print(problem)
-    verdict = "verified" if report.ok else f"NOT whole, {len(report.problems)} problems"
-    print(f"{report.location}: {report.num_files} files, {report.total_bytes:,} bytes, {verdict}")
-    return 0 if report.ok else 1
-
-
-def _report(parsed: argparse.Namespace) -> int:
-    from ffsplit.run.documents import render_published
-
-    print(render_published(parsed.uri, out=parsed.out))
-    return 0
+def _add_job_commands(command: Command) -> None:
+    flags = {name: each for name, field in JobConfig.model_fields.items() for each in field.metadata}
+    flags = {name: each for name, each in flags.items() if isinstance(each, Flag)}
+    compress = command("compress", "calibrate, split, compress, measure and publish a model")
+    calibrate = command("calibrate", "collect and publish neuron statistics alone")
+    for parser in (compress, calibrate):
+        add = parser.add_argument
+        add("model", help=JobConfig.model_fields["model"].description)
+        shown = [name for name, flag in flags.items() if parser is compress or not flag.compress_only]
+        _add_fields(parser, *shown)
+        add("--dry-run", action="store_true", help="show what the run would need, and stop")
+        add("--sign-key", metavar="KEY", help="sign the manifest with this EC private key (PEM)")
+        add("--json", action="store_true", help="print the manifest alone on stdout")
+        add("--log-format", choices=("text", "json"), help="of stderr; default: FFSPLIT_LOG, or text")
 
 
-def _inspect(parsed: argparse.Namespace) -> int:
-    from ffsplit.cli.tables import print_inspection
-    from ffsplit.forecasts import inspect_model
+def _add_planning_commands(command: Command) -> None:
+    inspect = command("inspect", "show a model's FFNs and what budgets would give")
+    inspect.add_argument("model")
+    inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
+    _add_fields(inspect, *LOADING)
+    plan = command("plan", "what budgets would give, from an earlier run's statistics alone")
+    add = plan.add_argument
+    add("uri", help="an artifact, or a run of ffsplit calibrate")
+    add("--keep", type=float, nargs="+", default=[], metavar="F")
+    add("--max-bytes", type=int, nargs="+", default=[], metavar="N", help="of all FFNs")
+    add("--max-parameters", type=int, nargs="+", default=[], metavar="N", help="of the whole model")
+    add("--max-latency-ms", type=float, nargs="+", default=[], metavar="F")
+    add("--latency-table", metavar="FILE", help="for --max-latency-ms")
+    add("--recipe", metavar="NAME|FILE.yaml", help="default: the earlier run's own")
+    add("--json", action="store_true", help="print the plans alone, heavy hitters by index")
+    table = command("latency-table", "time a model at a dozen FFN widths on this machine")
+    add = table.add_argument
+    add("model", help="a local directory or a hub id")
+    add("--out", required=True, metavar="FILE.json")
+    add("--batch-size", type=int, default=8, metavar="N", help="rows per forward pass; default: 8")
+    add("--num-tokens", type=int, default=128, metavar="N", help="tokens per row; default: 128")
+    add("--threads", type=int, default=1, metavar="N", help="default: 1, as runs measure")
+    _add_fields(table, "device", "dtype", "revision", *LOADING)
 
-    print_inspection(inspect_model(parsed.model, recipe=parsed.recipe))
-    return 0
+
+def _add_result_commands(command: Command) -> None:
+    verify = command("verify", "recompute every digest of an artifact")
+    verify.add_argument("uri")
+    report = command("report", "write the HTML report of an artifact")
+    report.add_argument("uri")
+    report.add_argument("--out", required=True, metavar="FILE")
+    benchmark = command("benchmark", "time an artifact and its original, in turn")
+    add = benchmark.add_argument
+    add("uri", metavar="URI_OR_MODEL")
+    add(
+        "--against",
+        metavar="MODEL",
+        help="default: the model the artifact was made from, if it is a hub id or s3://",
+    )
+    add("--batch-sizes", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
+    add(
+        "--lengths",
+        type=int,
+        nargs="+",
+        default=[16, 128],
+        metavar="N",
+        help="tokens per row; default: 16 128",
+    )
+    add("--pairs", type=int, default=30, metavar="N", help="passes of each model per shape; default: 30")
+    add("--new-tokens", type=int, default=32, metavar="N", help="tokens a causal model decodes; default: 32")
+    add("--threads", type=int, metavar="N", help="default: as torch chooses, one per usable core at most")
+    add("--no-memory", action="store_true", help="skip measuring peak memory (it loads each model again)")
+    add("--no-publish", action="store_true", help="append nothing beside a published artifact")
+    add("--json", action="store_true", help="print the record alone on stdout")
+    _add_fields(benchmark, "device", "dtype", *LOADING)
+    export = command("export", "write an artifact in another format")
+    add = export.add_argument
+    add("uri", help="an artifact, or a model's directory")
+    add("--format", required=True, choices=("onnx",))
+    add("--out", required=True, metavar="DIR", help="a directory that does not exist, or is empty")
+    _add_fields(export, *LOADING)
+
+
+def _add_store_commands(command: Command) -> None:
+    pull = command("pull", "bring an artifact to this machine, every byte verified")
+    add = pull.add_argument
+    add("uri", help="where runs were published, a run, an attempt, or a link of `share`")
+    add("directory", nargs="?", metavar="DIR", help="default: the cache, whose directory is printed")
+    add("--verify-key", metavar="KEY", help="refuse what this public key's owner did not sign")
+    share = command("share", "make a link by which an artifact is pulled without credentials")
+    share.add_argument("uri", help="where runs were published, a run or an attempt, in s3://")
+    share.add_argument("--expires", default="1h", metavar="T", help="90s, 30m, 12h or 7d; default: 1h")
+    listing = command("list", "show what is committed in a store")
+    listing.add_argument("uri", help="where runs were published")
+    listing.add_argument("--json", action="store_true", help="one JSON array on stdout")
+    pin = command("pin", "keep a run from being collected")
+    pin.add_argument("uri", help="a run; where runs were published: the newest model")
+    pin.add_argument("--remove", action="store_true", help="let it go again")
+    gc = command("gc", "delete old runs and leftovers; dry run unless --delete")
+    add = gc.add_argument
+    add("uri", help="where runs were published")
+    add("--keep-last", type=int, required=True, metavar="N", help="models, and statistics, to keep")
+    add("--min-age", default="1d", metavar="T", help="spare younger attempts without a commit; default: 1d")
+    add("--delete", action="store_true", help="delete; the default is a dry run")
+
+
+def _add_batch_commands(command: Command) -> None:
+    zoo = command("zoo", "compress every model of a zoo file, and publish what passes its gates")
+    add = zoo.add_argument
+    add("file", metavar="ZOO.yaml", help="models, recipes, budgets, gates and the destination")
+    add("--workers", type=int, metavar="N", help="per model; default: its share of the cluster")
+    _add_fields(zoo, "address", "runner")
+    add("--json", action="store_true", help="print the batch's manifest alone on stdout")
+    submit = command("submit", "run a command as a job of a cluster, follow it, end as it ends")
+    add = submit.add_argument
+    add(
+        "--address",
+        metavar="URL",
+        help=f"of the job server; default: RAY_API_SERVER_ADDRESS, or {DEFAULT_ADDRESS}",
+    )
+    add("--working-dir", metavar="DIR", help="send this directory along: relative paths are in it")
+    add("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job; else it goes on")
+    add("command", choices=SUBMITTED)
+    add("arguments", nargs=argparse.REMAINDER, help="of the command, whose output must be absolute")

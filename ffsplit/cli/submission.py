@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ffsplit import streams
+from ffsplit.cli.commands import job_config
 from ffsplit.config import JobConfig
 from ffsplit.directories import user_path
 from ffsplit.distributed.jobs import JobServer
@@ -19,7 +20,7 @@ from ffsplit.exit_codes import INTERRUPTED
 from ffsplit.keys import digest_of
 from ffsplit.store.entries import check_absolute
 
-UNNAMED = ("run", "json", "workers", "address", "in_job", "parse", "sign_key", "file", "title", "debug")
+UNNAMED = ("json", "workers", "address", "in_job", "sign_key", "file", "title", "debug")
 """What an argument parser adds, or what does not change what a job is for."""
 
 
@@ -81,8 +82,7 @@ def describe(command: str, arguments: Sequence[str], parsed: argparse.Namespace)
         check_absolute(target)
     entrypoint = shlex.join(["python", "-m", "ffsplit.cli", command, *arguments])
     if command in ("compress", "calibrate"):
-        fields = {name: value for name, value in vars(parsed).items() if name in JobConfig.model_fields}
-        config = JobConfig.checked(**{name: value for name, value in fields.items() if value is not None})
+        config = job_config(parsed)
         if config.fresh:
             return Job(f"ffsplit-{command}-{secrets.token_hex(8)}", entrypoint)
         if _is_here(config):

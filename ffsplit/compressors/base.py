@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +16,20 @@ from ffsplit.ffn.weights import FFNWeights
 
 CHUNK_TOKENS = 4096
 """Sampled inputs are run in chunks of this many tokens, which bounds the memory of a [T, N] matrix."""
+FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
+
+
+class LayerWork(NamedTuple):
+    """How much one layer asks of a compressor: for estimates, before anything is loaded.
+
+    `kept_neurons` and `kept` say what the budget leaves: neurons, and the share of the FFN's elements.
+    `num_tokens` tokens are sampled.
+    """
+
+    shape: FFNShape
+    kept_neurons: int
+    kept: float
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,7 @@ def relative_error(ffn: FFNWeights, context: LayerContext) -> float:
 
 
 class Compressor(Protocol):
-    """One way to make a split FFN smaller."""
+    """One way to make a split FFN smaller, which knows the size of its result and what it takes."""
 
     @property
     def adds_down_bias(self) -> bool:
@@ -103,6 +117,14 @@ class Compressor(Protocol):
 
     def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
         """The layout that `compress` will give, of at most `budget` elements; None where it cannot."""
+        ...
+
+    def memory_bytes(self, work: LayerWork) -> int:
+        """Bytes it takes at most, beside the weights and the sampled inputs and outputs."""
+        ...
+
+    def operations(self, work: LayerWork) -> float:
+        """About how many floating-point operations it takes."""
         ...
 
     def compress(self, ffn: FFNWeights, *, layout: LayerLayout, context: LayerContext) -> FFNWeights:

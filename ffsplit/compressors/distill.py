@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ffsplit.compressors.base import LayerContext, relative_error
+from ffsplit.compressors.base import FLOAT32_BYTES, LayerContext, LayerWork, relative_error
 from ffsplit.compressors.least_squares import refit_down
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError
@@ -80,6 +80,16 @@ class DistillCompressor(Record):
         if width < 1:
             return None
         return layout.model_copy(update={"light": PartLayout.dense(shape, width)})
+
+    def memory_bytes(self, work: LayerWork) -> int:
+        """Weights, gradients and Adam's two moments, and inputs and targets once more."""
+        trained = int(work.shape.num_elements * work.kept) * 4
+        return FLOAT32_BYTES * (trained + 2 * work.num_tokens * work.shape.hidden_size)
+
+    def operations(self, work: LayerWork) -> float:
+        """Targets by the original, and each step forward and, for twice as much, backward."""
+        num_tokens = self.num_steps * min(self.batch_tokens, work.num_tokens)
+        return 2.0 * num_tokens * work.shape.num_elements * (1 + 3 * work.kept)
 
     def compress(self, ffn: FFNWeights, *, layout: LayerLayout, context: LayerContext) -> FFNWeights:
         if sum(len(part.neurons) for part in ffn.parts) == len(context.original.parts[0].neurons):

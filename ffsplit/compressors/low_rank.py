@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.base import FLOAT64_BYTES, LayerContext, LayerWork
 from ffsplit.compressors.least_squares import ridged_root, second_moment
 from ffsplit.config import Record
 from ffsplit.errors import CalibrationError, explained
@@ -68,6 +68,16 @@ class LowRankCompressor(Record):
             num_neurons=num_neurons, up=format, gate=format if shape.gated else None, down=format
         )
         return layout.model_copy(update={"light": light})
+
+    def memory_bytes(self, work: LayerWork) -> int:
+        """The matrices in float64, or second moments of their inputs."""
+        num_neurons, hidden = work.shape.num_neurons, work.shape.hidden_size
+        square = max(num_neurons, hidden) ** 2
+        return 3 * (square if self.whiten else num_neurons * hidden) * FLOAT64_BYTES
+
+    def operations(self, work: LayerWork) -> float:
+        num_neurons, hidden = work.shape.num_neurons, work.shape.hidden_size
+        return 20.0 * num_neurons * hidden * min(num_neurons, hidden)
 
     def compress(self, ffn: FFNWeights, *, layout: LayerLayout, context: LayerContext) -> FFNWeights:
         if ffn.light is None or layout.light is None or not isinstance(layout.light.up, LowRank):

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.base import FLOAT64_BYTES, LayerContext, LayerWork
 from ffsplit.compressors.least_squares import add_moment_, mirrored, refit_bias, refit_down, ridged_root
 from ffsplit.config import Record
 from ffsplit.ffn.shapes import FFNShape, LayerLayout
@@ -40,6 +40,21 @@ class PruneCompressor(Record):
         down_bias = layout.down_bias or self.adds_down_bias
         pruned = layout.model_copy(update={"light": None, "down_bias": down_bias})
         return pruned if pruned.heavy is not None and pruned.num_elements(shape) <= budget else None
+
+    def memory_bytes(self, work: LayerWork) -> int:
+        """The covariance of all neurons, its root and inverse; or the moments of those that stay."""
+        num_neurons, hidden, kept = work.shape.num_neurons, work.shape.hidden_size, work.kept_neurons
+        if self.order == "optimal_brain":
+            return 3 * num_neurons * num_neurons * FLOAT64_BYTES
+        return (2 * kept + 3 * hidden) * kept * FLOAT64_BYTES if self.compensation == "least_squares" else 0
+
+    def operations(self, work: LayerWork) -> float:
+        num_neurons, hidden, kept = work.shape.num_neurons, work.shape.hidden_size, work.kept_neurons
+        if self.order == "optimal_brain":
+            return 6.0 * num_neurons**3
+        if self.compensation == "least_squares":
+            return 2.0 * kept * (kept + hidden) * (2 * work.num_tokens + kept)
+        return 0.0
 
     def compress(self, ffn: FFNWeights, *, layout: LayerLayout, context: LayerContext) -> FFNWeights:
         if ffn.light is None or ffn.heavy is None:

@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ffsplit.compressors.base import LayerContext
+from ffsplit.compressors.base import FLOAT64_BYTES, LayerContext, LayerWork
 from ffsplit.compressors.least_squares import ridged_root, second_moment
 from ffsplit.config import Record
 from ffsplit.ffn.quantization import fake_round, quantize_rows, scales_of
@@ -56,6 +56,16 @@ class QuantizeCompressor(Record):
         format = Integer(num_bits=self.num_bits, group_size=self.group_size)
         gate = None if part.gate is None else format
         return part.model_copy(update={"up": format, "gate": gate, "down": format})
+
+    def memory_bytes(self, work: LayerWork) -> int:
+        """The matrices in float64, or for gptq second moments of their inputs."""
+        num_neurons, hidden = work.shape.num_neurons, work.shape.hidden_size
+        square = max(num_neurons, hidden) ** 2
+        return 3 * (square if self.method == "gptq" else num_neurons * hidden) * FLOAT64_BYTES
+
+    def operations(self, work: LayerWork) -> float:
+        num_neurons, hidden = work.shape.num_neurons, work.shape.hidden_size
+        return 20.0 * num_neurons * hidden * min(num_neurons, hidden)
 
     def compress(self, ffn: FFNWeights, *, layout: LayerLayout, context: LayerContext) -> FFNWeights:
         return replace(

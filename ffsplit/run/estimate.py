@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffsplit.compressors.base import CHUNK_TOKENS
+from ffsplit.compressors.base import CHUNK_TOKENS, FLOAT32_BYTES
 from ffsplit.directories import temporary_root
 from ffsplit.errors import explained
 from ffsplit.machine import bytes_below, device_of, free_bytes, operations_per_second
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 PROCESS_BYTES = 600_000_000
 """A worker with its libraries loaded and nothing to do."""
-SINGLE, DOUBLE = 4, 8
 LOGIT_COPIES = 6
 """Of both models' logits: as they come, as log-probabilities, and what is made of them."""
 
@@ -49,40 +48,22 @@ def calibration_bytes(work: Workload, *, block_by_block: bool) -> int:
 def _batch_bytes(work: Workload) -> int:
     """What a batch takes on its way through a block that is watched."""
     hidden, neurons = work.shape.hidden_size, work.shape.num_neurons
-    of_token = hidden * (10 * work.itemsize + 2 * SINGLE) + neurons * (3 * work.itemsize + 2 * SINGLE + 1)
+    of_token = hidden * (10 * work.itemsize + 2 * FLOAT32_BYTES) + neurons * (
+        3 * work.itemsize + 2 * FLOAT32_BYTES + 1
+    )
     return work.batch_tokens * of_token
 
 
 def compression_bytes(work: Workload) -> int:
     """One layer's FFN in float32, as it was, split and compressed, and the inputs it is fitted to."""
     shape, tokens = work.shape, work.sampled_tokens
-    weights = int(shape.num_elements * SINGLE * (2 + 2 * work.kept))
-    inputs = tokens * shape.hidden_size * SINGLE * _input_copies(work)
-    chunk = min(tokens, CHUNK_TOKENS) * (4 * shape.num_neurons + 4 * shape.hidden_size) * SINGLE
-    squares = max((_squares_bytes(step, work) for step in work.recipe.steps), default=0)
-    return process_bytes(work) + weights + inputs + chunk + squares
-
-
-def _input_copies(work: Workload) -> int:
-    """What is held of the sampled tokens: inputs and outputs, and where layers are fitted, all once more."""
-    is_fitted = any(step.kind == "distill" for step in work.recipe.steps)
-    return 2 + 2 * is_fitted + 2 * bool(work.recipe.refits)
-
-
-def _squares_bytes(step: object, work: Workload) -> int:
-    """The square matrices, or the optimizer's state, that one step of a recipe works with."""
-    kind, hidden = getattr(step, "kind", ""), work.shape.hidden_size
-    neurons = work.shape.num_neurons
-    if kind == "distill":
-        return int(work.shape.num_elements * work.kept * SINGLE * 4)
-    if kind == "prune" and getattr(step, "order", "") == "optimal_brain":
-        return 3 * neurons * neurons * DOUBLE
-    if kind == "prune":
-        fits = getattr(step, "compensation", "") == "least_squares"
-        return (2 * work.kept_neurons + 3 * hidden) * work.kept_neurons * DOUBLE if fits else 0
-    widest = max(neurons, hidden)
-    uses_moments = getattr(step, "whiten", False) or getattr(step, "method", "") == "gptq"
-    return (3 * widest * widest if uses_moments else 3 * neurons * hidden) * DOUBLE
+    weights = int(shape.num_elements * FLOAT32_BYTES * (2 + 2 * work.kept))
+    num_copies = 4 if work.recipe.refits else 2  # inputs and outputs; those of the compressed model too
+    inputs = tokens * shape.hidden_size * FLOAT32_BYTES * num_copies
+    chunk = min(tokens, CHUNK_TOKENS) * (4 * shape.num_neurons + 4 * shape.hidden_size) * FLOAT32_BYTES
+    steps = (*work.recipe.steps, *work.recipe.refits)
+    most = max((step.memory_bytes(work.of_layer) for step in steps), default=0)
+    return process_bytes(work) + weights + inputs + chunk + most
 
 
 def measurement_bytes(work: Workload, *, block_by_block: bool) -> int:
@@ -91,21 +72,23 @@ def measurement_bytes(work: Workload, *, block_by_block: bool) -> int:
         held = 2 * work.outside_elements + work.block_elements
     else:
         held = int(work.num_elements * (1 + work.compressed_bytes / work.file_bytes))
-    logits = work.batch_tokens * work.num_logits * SINGLE * LOGIT_COPIES
+    logits = work.batch_tokens * work.num_logits * FLOAT32_BYTES * LOGIT_COPIES
     return process_bytes(work) + held * work.itemsize + _batch_bytes(work) + logits
 
 
 def peak_memory_bytes(work: Workload) -> int:
     """The process that waits, and the one that loads the model and runs it once."""
     rows = max(rows * length for rows, length in work.recipe.measurement.latency_shapes)
-    model = work.num_elements * work.itemsize + rows * work.num_logits * SINGLE
+    model = work.num_elements * work.itemsize + rows * work.num_logits * FLOAT32_BYTES
     return process_bytes(work) + PROCESS_BYTES + model
 
 
 def healing_bytes(work: Workload) -> int:
     """Teacher, student, gradients and the optimizer's two moments, in float32."""
     student = work.num_elements * work.compressed_bytes / work.file_bytes
-    return process_bytes(work) + int((work.num_elements + 5 * student) * SINGLE) + 3 * _batch_bytes(work)
+    return (
+        process_bytes(work) + int((work.num_elements + 5 * student) * FLOAT32_BYTES) + 3 * _batch_bytes(work)
+    )
 
 
 # About how long each stage takes, by the floating-point operations in it and the bytes it reads.
@@ -129,7 +112,7 @@ def calibration_seconds(work: Workload, *, workers: int, speed: float, block_by_
 
 def compression_seconds(work: Workload, *, workers: int, speed: float) -> float:
     passes = 2 * work.shape.num_elements * work.sampled_tokens * (1 + work.kept) * 3
-    layer = passes + sum(_step_operations(step, work) for step in work.recipe.steps)
+    layer = passes + sum(step.operations(work.of_layer) for step in work.recipe.steps)
     return layer * work.num_ffns / (speed * min(workers, work.num_ffns))
 
 
@@ -143,22 +126,8 @@ def search_seconds(work: Workload, *, workers: int, single: float, speed: float)
 def refit_seconds(work: Workload, *, workers: int, speed: float, block_by_block: bool) -> float:
     """Each is a pass of the text through the compressed model, and a fit of every layer."""
     passes = calibration_seconds(work, workers=workers, speed=speed, block_by_block=block_by_block)
-    fits = work.num_ffns * sum(_step_operations(step, work) for step in work.recipe.refits)
+    fits = work.num_ffns * sum(step.operations(work.of_layer) for step in work.recipe.refits)
     return passes * len(work.recipe.refits) + fits / (speed * min(workers, work.num_ffns))
-
-
-def _step_operations(step: object, work: Workload) -> float:
-    kind, shape = getattr(step, "kind", ""), work.shape
-    neurons, hidden, kept = shape.num_neurons, shape.hidden_size, work.kept_neurons
-    if kind == "distill":
-        tokens = getattr(step, "num_steps", 0) * min(getattr(step, "batch_tokens", 0), work.sampled_tokens)
-        return 2.0 * tokens * shape.num_elements * (1 + (1 + BACKWARD) * work.kept)
-    if kind == "prune" and getattr(step, "order", "") == "optimal_brain":
-        return 6.0 * neurons**3
-    if kind == "prune":
-        fits = getattr(step, "compensation", "") == "least_squares"
-        return 2.0 * kept * (kept + hidden) * (2 * work.sampled_tokens + kept) if fits else 0.0
-    return 20.0 * neurons * hidden * min(neurons, hidden)
 
 
 def healing_seconds(work: Workload, *, speed: float) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ffsplit.calibration.sampling import TextSample
+from ffsplit.compressors.base import LayerWork
 from ffsplit.ffn.shapes import FFNShape, LayerLayout
 from ffsplit.machine import bytes_below
 from ffsplit.models.checkpoint import Checkpoint
@@ -88,6 +89,11 @@ class Workload:
     @cached_property
     def kept_neurons(self) -> int:
         return max(layout.num_neurons for layout in self.layouts)
+
+    @property
+    def of_layer(self) -> LayerWork:
+        """What the largest FFN asks of a compressor."""
+        return LayerWork(self.shape, self.kept_neurons, self.kept, self.sampled_tokens)
 
     @cached_property
     def compressed_bytes(self) -> int:

@@ -1,0 +1,314 @@
+"""What each command does. Heavy imports stand inside, so that a command loads what it needs and no more."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ffsplit import streams
+from ffsplit.config import BUDGET_KINDS, JobConfig, flag_of, parse_span
+from ffsplit.directories import user_path
+from ffsplit.errors import ConfigError
+from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, REFUSED
+from ffsplit.store.entries import check_absolute
+
+if TYPE_CHECKING:
+    from ffsplit.store.commits import Kind
+    from ffsplit.store.manifest import Manifest
+
+
+def compress(parsed: argparse.Namespace) -> int:
+    config = job_config(parsed)
+    if parsed.dry_run:
+        return _dry_run(parsed, config, kind="model")
+
+    from ffsplit.measurement.gates import refusal
+    from ffsplit.run.driver import compress_judged
+
+    finished = compress_judged(config, sign_key=_sign_key(parsed))
+    refused = finished.state == "refused"
+    _show(parsed, finished.manifest, refused_report=finished.report if refused else None)
+    if not refused:
+        return DONE
+    streams.note(f"ffsplit: {refusal(finished.manifest.gates)}")
+    return REFUSED
+
+
+def calibrate(parsed: argparse.Namespace) -> int:
+    config = job_config(parsed)
+    if parsed.dry_run:
+        return _dry_run(parsed, config, kind="statistics")
+
+    from ffsplit.run.driver import calibrate
+
+    _show(parsed, calibrate(config, sign_key=_sign_key(parsed)))
+    return DONE
+
+
+def job_config(parsed: argparse.Namespace) -> JobConfig:
+    """The job that the flags describe. Raises ConfigError."""
+    fields = {name: value for name, value in vars(parsed).items() if name in JobConfig.model_fields}
+    return JobConfig.checked(**{name: value for name, value in fields.items() if value is not None})
+
+
+def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> int:
+    """Show what a run would need. Raises ConfigError for what cannot be done, after it is shown."""
+    from ffsplit.run.checks import check_rows
+    from ffsplit.run.job import prepare
+
+    run = prepare(config, kind=kind)
+    check_rows(run)
+    if parsed.json:
+        print(run.needs.model_dump_json(indent=2))
+    else:
+        from ffsplit.cli.tables import print_needs
+
+        print_needs(run.needs, asked=config.workers if config.runner == "ray" else None)
+    run.needs.check()
+    return DONE
+
+
+def _sign_key(parsed: argparse.Namespace) -> Path | None:
+    return None if parsed.sign_key is None else user_path(parsed.sign_key)
+
+
+def _show(parsed: argparse.Namespace, manifest: Manifest, *, refused_report: str | None = None) -> None:
+    if parsed.json:
+        print(manifest.to_json(), end="")
+        return
+    from ffsplit.cli.tables import print_manifest
+
+    print_manifest(manifest, out=parsed.out, refused_report=refused_report)
+
+
+def inspect(parsed: argparse.Namespace) -> int:
+    from ffsplit.cli.tables import print_inspection
+    from ffsplit.forecasts import inspect_model
+
+    print_inspection(inspect_model(parsed.model, recipe=parsed.recipe))
+    return DONE
+
+
+def plan(parsed: argparse.Namespace) -> int:
+    from ffsplit.forecasts import checked_budget, plan_budgets
+
+    table = parsed.latency_table
+    budgets = [
+        checked_budget(kind, limit, latency_table=table)
+        for kind in BUDGET_KINDS
+        for limit in vars(parsed)[kind]
+    ]
+    plans = plan_budgets(parsed.uri, budgets=budgets, recipe=parsed.recipe, latency_table=table)
+    if parsed.json:
+        print(plans.model_dump_json(indent=2))
+    else:
+        from ffsplit.cli.tables import print_plans
+
+        print_plans(plans)
+    return DONE
+
+
+def latency_table(parsed: argparse.Namespace) -> int:
+    for name in ("batch_size", "num_tokens", "threads"):
+        if vars(parsed)[name] < 1:
+            raise ConfigError(f"{flag_of(name)} must be 1 or more, not {vars(parsed)[name]}")
+    from ffsplit.cli.tables import print_latency_table
+    from ffsplit.measurement.latency_table import check_target, measure_latency_table, write_latency_table
+    from ffsplit.profile import ComputeProfile
+    from ffsplit.progress import Progress
+
+    config = JobConfig.checked(
+        model=parsed.model,
+        out=parsed.out,
+        device=parsed.device or "auto",
+        dtype=parsed.dtype or "auto",
+        threads_per_worker=parsed.threads,
+    )
+    check_target(parsed.out)
+    with Progress.to_stderr() as shown:
+
+        def progress(done: int, total: int) -> None:
+            if done == 1:
+                shown.start("time", total)
+            shown.advance()
+
+        table = measure_latency_table(
+            parsed.model,
+            shape=(parsed.batch_size, parsed.num_tokens),
+            profile=ComputeProfile.resolve(config),
+            revision=parsed.revision,
+            progress=progress,
+        )
+    path = write_latency_table(table, parsed.out)
+    print_latency_table(table)
+    print(f"written to {path}")
+    return DONE
+
+
+def verify(parsed: argparse.Namespace) -> int:
+    from ffsplit.store.pull import verify
+
+    report = verify(parsed.uri)
+    for problem in report.problems:
+        print(problem)
+    verdict = "verified" if report.ok else f"NOT whole, {len(report.problems)} problems"
+    print(f"{report.location}: {report.num_files} files, {report.total_bytes:,} bytes, {verdict}")
+    return DONE if report.ok else FAILED
+
+
+def report(parsed: argparse.Namespace) -> int:
+    from ffsplit.run.documents import render_published
+
+    print(render_published(parsed.uri, out=parsed.out))
+    return DONE
+
+
+def benchmark(parsed: argparse.Namespace) -> int:
+    from ffsplit.cli.tables import print_benchmark
+    from ffsplit.measurement.benchmark import Settings, benchmark, publish
+
+    settings = Settings(
+        batch_sizes=tuple(parsed.batch_sizes),
+        lengths=tuple(parsed.lengths),
+        pairs=parsed.pairs,
+        new_tokens=parsed.new_tokens,
+        device=parsed.device or "auto",
+        dtype=parsed.dtype or "auto",
+        threads=parsed.threads,
+        memory=not parsed.no_memory,
+    )
+    record = benchmark(parsed.uri, against=parsed.against, settings=settings)
+    if parsed.json:
+        print(record.model_dump_json(indent=2))
+    else:
+        print_benchmark(record)
+    if not parsed.no_publish and (key := publish(parsed.uri, record)) and not parsed.json:
+        print(f"appended: {key}")
+    return DONE
+
+
+def export(parsed: argparse.Namespace) -> int:
+    from ffsplit.runtime.export import export
+
+    print(export(parsed.uri, format=parsed.format, out=user_path(parsed.out)))
+    return DONE
+
+
+def pull(parsed: argparse.Namespace) -> int:
+    from ffsplit.progress import bytes_to_stderr
+    from ffsplit.store.pull import pull
+
+    directory = None if parsed.directory is None else user_path(parsed.directory)
+    with bytes_to_stderr("pull") as shown:
+        key = None if parsed.verify_key is None else user_path(parsed.verify_key)
+        print(pull(parsed.uri, directory, verify_key=key, progress=shown))
+    return DONE
+
+
+def share(parsed: argparse.Namespace) -> int:
+    from ffsplit.redaction import print_credential
+    from ffsplit.store.links import share
+
+    print_credential(share(parsed.uri, expires=parse_span(parsed.expires, name="--expires")))
+    return DONE
+
+
+def list_runs(parsed: argparse.Namespace) -> int:
+    from ffsplit.cli.tables import list_to_json, print_list
+    from ffsplit.store.store import open_store
+
+    store = open_store(parsed.uri)
+    if parsed.json:
+        print(list_to_json(store))
+    else:
+        print_list(store)
+    return DONE
+
+
+def pin(parsed: argparse.Namespace) -> int:
+    from ffsplit.store.gc import pin, unpin
+    from ffsplit.store.locate import locate
+
+    location = locate(parsed.uri)
+    done = f"{unpin(location)} is no longer pinned" if parsed.remove else f"{pin(location)} is pinned"
+    print(done)
+    return DONE
+
+
+def gc(parsed: argparse.Namespace) -> int:
+    from ffsplit.cli.tables import print_plan
+    from ffsplit.store.gc import collect, plan
+    from ffsplit.store.store import open_store
+
+    store = open_store(parsed.uri)
+    planned = plan(store, keep_last=parsed.keep_last, min_age=parse_span(parsed.min_age, name="--min-age"))
+    removed = collect(store, planned) if parsed.delete else None
+    print_plan(planned, removed=removed)
+    return DONE
+
+
+def submit(parsed: argparse.Namespace) -> int:
+    working_dir = None if parsed.working_dir is None else user_path(parsed.working_dir)
+    if working_dir is not None and not working_dir.is_dir():
+        raise ConfigError(f"--working-dir {parsed.working_dir} is not a directory")
+    from ffsplit.cli.main import DEFAULT_ADDRESS, build_parser
+    from ffsplit.cli.submission import submit
+
+    checked = build_parser().parse_args([parsed.command, *parsed.arguments])
+
+    return submit(
+        parsed.command,
+        parsed.arguments,
+        checked,
+        address=parsed.address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS,
+        working_dir=working_dir,
+        stop_on_interrupt=parsed.stop_on_interrupt,
+    )
+
+
+def zoo(parsed: argparse.Namespace) -> int:
+    from ffsplit.zoo.zoo_file import load_zoo
+
+    zoo = load_zoo(parsed.file)
+    if parsed.workers is not None and parsed.workers < 1:
+        raise ConfigError(f"--workers should be greater than or equal to 1, not {parsed.workers}")
+    if parsed.in_job:
+        check_absolute(zoo.destination)
+
+    from ffsplit.zoo.run import run_zoo
+
+    try:
+        batch = run_zoo(zoo, address=parsed.address, runner=parsed.runner or "ray", workers=parsed.workers)
+    except KeyboardInterrupt:
+        streams.note("ffsplit: interrupted; what was published stands, the next batch skips it")
+        return INTERRUPTED
+    if parsed.json:
+        print(batch.model_dump_json(indent=2))
+    else:
+        from ffsplit.cli.tables import print_batch
+
+        print_batch(batch, destination=zoo.destination)
+    return batch.exit_code
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "compress": compress,
+    "calibrate": calibrate,
+    "inspect": inspect,
+    "plan": plan,
+    "latency-table": latency_table,
+    "verify": verify,
+    "report": report,
+    "benchmark": benchmark,
+    "export": export,
+    "pull": pull,
+    "share": share,
+    "list": list_runs,
+    "pin": pin,
+    "gc": gc,
+    "zoo": zoo,
+    "submit": submit,
+}
