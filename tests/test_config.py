@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, FFSplitError
-from ffsplit.keys import digest_of, stage_key
+from ffsplit.keys import ALGORITHM_VERSION, digest_of, stage_key
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -66,7 +66,7 @@ def test_a_stage_key_changes_with_each_of_its_inputs(monkeypatch: pytest.MonkeyP
         ("calibrate", {}),
     ]
     keys = [stage_key(stage, each) for stage, each in variants]
-    monkeypatch.setattr(keys, "ALGORITHM_VERSION", keys.ALGORITHM_VERSION + 1)
+    monkeypatch.setattr("ffsplit.keys.ALGORITHM_VERSION", ALGORITHM_VERSION + 1)
     keys.append(stage_key("calibrate", inputs))
     assert len(set(keys)) == len(keys)
     assert all(len(key) == 16 and set(key) <= set("0123456789abcdef") for key in keys)

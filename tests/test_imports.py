@@ -20,18 +20,7 @@ MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-LOWER_ROOMS = ("models", "calibration", "splitting", "compressors", "runtime", "recipes")
-UPPER_ROOMS = (
-    "cli",
-    "zoo",
-    "pipeline",
-    "preflight",
-    "planning",
-    "distributed",
-    "report",
-    "stages",
-    "measurement",
-)
+WORKERS = [module for module in MODULES if module.startswith("ffsplit.run.stages.")]
 
 
 def _names(node: ast.AST) -> Iterator[str]:
@@ -135,10 +124,11 @@ def test_a_run_that_is_committed_loads_neither_stages_nor_reports() -> None:
     assert set(in_room("stages")) & loaded <= {"ffsplit.run.stages", "ffsplit.profile"}
 
 
-@pytest.mark.parametrize("module", in_room(*LOWER_ROOMS))
-def test_lower_rooms_import_no_upper_room(module: str) -> None:
-    upper = {name for name in every_import(module) if name in MODULES and room(name) in UPPER_ROOMS}
-    assert not upper
+@pytest.mark.parametrize("module", WORKERS)
+def test_workers_import_no_runner(module: str) -> None:
+    """A stage's file has what its workers run: they load no cluster, no command and no report with it."""
+    loaded = {room(name) for name in loaded_by(module)}
+    assert not {"distributed", "cli", "zoo", "report"} & loaded
 
 
 @pytest.mark.parametrize("module", in_room("config", "errors", "ffn", "keys", "redaction"))
@@ -152,6 +142,22 @@ def test_no_import_goes_round_in_a_circle() -> None:
     for module in MODULES:
         for name in top_imports(module) & MODULES.keys():
             assert module not in loaded_by(name, packages=False), f"{module} and {name} import each other"
+
+
+def test_no_two_rooms_import_each_other() -> None:
+    """Not by a detour either, and not inside functions."""
+    rooms: dict[str, set[str]] = {room(module): set() for module in MODULES}
+    for module in MODULES:
+        imported = {room(name) for name in every_import(module) & MODULES.keys()}
+        rooms[room(module)] |= imported - {room(module), ""}
+    for name in rooms.keys() - {""}:
+        seen: set[str] = set()
+        waiting = [name]
+        while waiting:
+            for other in rooms[waiting.pop()] - seen:
+                assert other != name, f"room {name} imports itself by way of others"
+                seen.add(other)
+                waiting.append(other)
 
 
 def test_no_drawers() -> None:
