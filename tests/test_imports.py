@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import resource
 import statistics
 import subprocess
@@ -99,7 +100,21 @@ def test_the_scan_sees_every_module() -> None:
 
 def test_only_distributed_imports_ray() -> None:
     users = {module for module in MODULES if "ray" in libraries(every_import(module))}
-    assert users and {room(module) for module in users} == {"distributed"}
+    assert {room(module) for module in users - {"ffsplit.compat.ray"}} == {"distributed"}
+
+
+PRIVATE = re.compile(
+    r"\b(?:ray|torch|transformers|huggingface_hub|boto3|botocore|pydantic)(?:\.\w+)*\._(?!_)"
+    r"|\bimport _raylet|transformers\.(?:core_model_loading|conversion_mapping)|onednn"
+)
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) != "compat"])
+def test_private_interfaces_of_libraries_are_used_in_compat_alone(module: str) -> None:
+    tree = ast.parse(MODULES[module].read_text("utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute | ast.Import | ast.ImportFrom):
+            assert not PRIVATE.search(ast.unparse(node)), ast.unparse(node)
 
 
 @pytest.mark.parametrize("module", in_room("splitting", "compressors"))

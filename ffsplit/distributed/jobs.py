@@ -20,6 +20,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from ffsplit.compat.ray import server_version
 from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.exit_codes import DONE, INTERRUPTED
 
@@ -67,7 +68,7 @@ class JobServer:
         except Exception as error:  # what listens there may answer anything
             raise ConfigError(f"Ray at {address} cannot be reached: {_reason(error)}") from error
         logging.getLogger("ray").setLevel(logging.ERROR)
-        theirs = getattr(self._client, "_server_ray_version", None)
+        theirs = server_version(self._client)
         if theirs != ray.__version__:
             raise ConfigError(
                 f"Ray at {address} is version {theirs}, here it is {ray.__version__}: "

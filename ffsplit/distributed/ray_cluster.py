@@ -15,17 +15,16 @@ from typing import Any, Literal, NamedTuple
 
 import psutil
 import ray
-from ray._private.authentication.authentication_token_setup import (
-    ensure_token_if_auth_enabled,
-    maybe_enable_token_auth_if_token_available,
-)
-from ray._private.services import canonicalize_bootstrap_address
-from ray._raylet import (  # type: ignore[attr-defined]
-    GRPC_STATUS_CODE_UNIMPLEMENTED,
-    InnerGcsClient,
-)
 from ray.exceptions import RpcError
 
+from ffsplit.compat.ray import (
+    NotAHead,
+    ask_head,
+    autoscaler_limit,
+    find_token,
+    raylets_started_here,
+    whole_address,
+)
 from ffsplit.directories import lend_ray_token
 from ffsplit.errors import ConfigError
 from ffsplit.machine import usable_cores
@@ -112,11 +111,10 @@ def disconnect() -> None:
 
 def _processes_started_here() -> list[psutil.Process]:
     """Workers and agents below the raylet of a local cluster; those of a cluster elsewhere are not ours."""
-    node = ray._private.worker._global_node
     found = []
-    for raylet in node.all_processes.get("raylet", []) if node is not None else []:
+    for raylet in raylets_started_here():
         with suppress(psutil.NoSuchProcess):
-            found += psutil.Process(raylet.process.pid).children(recursive=True)
+            found += psutil.Process(raylet).children(recursive=True)
     return found
 
 
@@ -141,9 +139,9 @@ def _probe(address: str) -> None:
         return
     addresses = [] if address == "auto" else [address]
     if address == "auto":
-        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        find_token()
     if "://" not in address:
-        addresses.append(canonicalize_bootstrap_address(address))
+        addresses.append(whole_address(address))
     for each in dict.fromkeys(addresses):
         _probe_one(each)
 
@@ -175,12 +173,11 @@ def _check_speaks_grpc(connection: socket.socket) -> None:
 
 def _check_answers(address: str) -> None:
     """Ask a head which cluster it is the head of. A refusal of ours is for ray.init to explain."""
-    ensure_token_if_auth_enabled(None, create_token_if_missing=False)  # without one Ray's client would abort
     try:
-        InnerGcsClient.standalone(address, None, int(ANSWER_WITHIN_S * 1000))
+        ask_head(address, within_s=ANSWER_WITHIN_S)
+    except NotAHead:
+        raise OSError(NOT_A_HEAD) from None
     except RpcError as error:
-        if error.rpc_code == GRPC_STATUS_CODE_UNIMPLEMENTED:
-            raise OSError(NOT_A_HEAD) from None
         if any(sign in str(error) for sign in ("Deadline Exceeded", "Timed out")):
             raise OSError(f"its head did not answer in {ANSWER_WITHIN_S:g} s") from None
 
@@ -210,15 +207,8 @@ def hosts(share: Share) -> list[Host]:
 def room(share: Share) -> int:
     """How many workers the cluster can place, counting the nodes that its autoscaler may add."""
     placed = sum(share.fits(host.resources) for host in hosts(share))
-    scaled = _autoscaler_limit()
+    scaled = autoscaler_limit()
     return max(placed, share.fits(scaled)) if scaled else placed
-
-
-def _autoscaler_limit() -> Mapping[str, float]:
-    """All resources that the cluster may grow to; nothing where no autoscaler tells."""
-    with suppress(Exception):  # no public interface says it; without it the cluster counts as it stands
-        return ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return {}
 
 
 def check_room(share: Share) -> None:

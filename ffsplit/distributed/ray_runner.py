@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray._raylet import IMPLICIT_RESOURCE_PREFIX  # type: ignore[attr-defined]
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from ffsplit.compat.ray import EVERY_NODE_HAS
 from ffsplit.directories import remove_abandoned
 from ffsplit.distributed.dispatch import Pool, dispatch
 from ffsplit.distributed.observing import Observed
@@ -24,7 +24,7 @@ from ffsplit.distributed.runner import ANSWER_WITHIN_S, Answer, Item, Worker
 from ffsplit.errors import FFSplitError
 from ffsplit.machine import num_workers_here
 
-PRESENCE, A_LITTLE = f"{IMPLICIT_RESOURCE_PREFIX}ffsplit", 0.0001
+PRESENCE, A_LITTLE = f"{EVERY_NODE_HAS}ffsplit", 0.0001
 """Every node has one of this. A worker takes a little; work that wants a host to itself takes all."""
 
 

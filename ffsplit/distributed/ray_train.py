@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from ffsplit.compat.ray import causes_of
 from ffsplit.directories import temporary_folder
 from ffsplit.distributed.ray_pools import reason_of_loss
 from ffsplit.distributed.runner import Worker
@@ -114,10 +115,4 @@ def run_together(together: Together, item: Any) -> Any:
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """The errors of the processes, out of the wrappers that Ray Train puts around them."""
     for failure in getattr(error, "worker_failures", {}).values():
-        yield from _unwrapped(failure)
-
-
-def _unwrapped(error: Any) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = getattr(error, "_base_exc", None) or getattr(error, "cause", None)
+        yield from causes_of(failure)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ffsplit.compat.transformers import fill, names_read, replace_quantized
 from ffsplit.errors import ConfigError, UnsupportedModelError, explained
 from ffsplit.models.checkpoint import CLASSIFIERS, GENERATORS, Checkpoint, tokenizer_files
 from ffsplit.models.load_options import (
@@ -20,7 +21,7 @@ from ffsplit.models.load_options import (
     trusted,
     trusting,
 )
-from ffsplit.models.names import below_base, names_read
+from ffsplit.models.names import below_base
 from ffsplit.models.recognise import check_tokenizer_library
 from ffsplit.models.tensor_files import opened, read_json
 
@@ -208,7 +209,6 @@ def empty_model(checkpoint: Checkpoint, *, class_name: str | None, dtype: torch.
     Parameters are on the meta device; buffers that no checkpoint holds are what they should be.
     """
     from accelerate import init_empty_weights
-    from transformers.quantizers.auto import AutoHfQuantizer
 
     with (
         quiet_transformers(),
@@ -220,7 +220,7 @@ def empty_model(checkpoint: Checkpoint, *, class_name: str | None, dtype: torch.
         stored = getattr(config, "quantization_config", None)
         if stored is not None:  # a split checkpoint: its FFNs take the place of the dense ones
             with _default_dtype(dtype):
-                AutoHfQuantizer.from_config(stored, pre_quantized=True).preprocess_model(model=model)
+                replace_quantized(model, stored)
     _see_whole_rows(model)
     return model.eval()
 
@@ -239,22 +239,12 @@ def load_tensors(
     model: Any, checkpoint: Checkpoint, names: Sequence[str], *, device: torch.device, dtype: torch.dtype
 ) -> None:
     """Fill part of an empty model with some of a checkpoint's tensors, as from_pretrained does."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import convert_and_load_state_dict_in_model
-    from transformers.modeling_utils import LoadStateDictConfig
-
-    settings = LoadStateDictConfig(
-        dtype=dtype,
-        dtype_plan=model._get_dtype_plan(dtype),
-        device_map={"": device},
-        weight_mapping=get_model_conversion_mapping(model),
-    )
     with ExitStack() as stack, quiet_transformers(), _loading(checkpoint.directory):
         files: dict[str, Any] = {}
         for file in sorted({checkpoint.tensors[name].file for name in names}):
             files[file] = stack.enter_context(opened(checkpoint.directory / file, "pt"))
         slices = {name: files[checkpoint.tensors[name].file].get_slice(name) for name in names}
-        convert_and_load_state_dict_in_model(model=model, state_dict=slices, load_config=settings)
+        fill(model, slices, device=device, dtype=dtype)
 
 
 def check_model_class(class_name: str, *, where: Path) -> None:

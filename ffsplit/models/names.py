@@ -11,25 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from ffsplit.compat.transformers import ReadTensor
 from ffsplit.errors import UnsupportedModelError
 
 Rules = tuple[tuple[str, str], ...]
 """Parts of names, as a module has them and as files do, in the order in which they are replaced."""
 LEGACY: Rules = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 """Names from before PyTorch, which transformers reads in every family and writes in none."""
-
-
-class ReadTensor(NamedTuple):
-    """What a model has a stored tensor for."""
-
-    name: str
-    """The model's own tensor; of several in one the first."""
-    renamed: str
-    """The stored name with its parts renamed, before tensors are joined or split, and with its own prefix."""
-    is_whole: bool
-    """Whether the tensor is stored as the model has it, neither joined with others nor split."""
 
 
 class TensorNames:
@@ -67,42 +57,6 @@ class TensorNames:
         for of_module, of_file in (*self._rules, *LEGACY):
             stored = stored.replace(of_file, of_module)
         return stored
-
-
-def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None]:
-    """What transformers makes of each stored name when it loads a model of this class; None: it ignores it.
-
-    The same steps as in `transformers.core_model_loading.convert_and_load_state_dict_in_model` of version
-    5.23: renamings, then one converter, then the base model's prefix.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        apply_renamings,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-    converters = [each for each in mapping if isinstance(each, WeightConverter)]
-    tensors, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, ReadTensor | None] = {}
-    whole: set[str] = set()
-    for name in sorted(stored, key=dot_natural_key):
-        renamed = apply_renamings(name, renamings)
-        target, source = rename_source_key(name, renamings, converters, prefix, tensors)
-        if target not in tensors and name in tensors:
-            renamed = name
-            target, source = rename_source_key(name, [], [], prefix, tensors)
-        if target not in tensors or (source is None and target in whole):
-            found[name] = None
-            continue
-        found[name] = ReadTensor(target, renamed, is_whole=source is None)
-        if source is None:
-            whole.add(target)
-    return found
 
 
 def empty_class(directory: Path, class_name: str) -> Any | None:

@@ -14,10 +14,11 @@ from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 from ffsplit.calibration.readers import padded_batches
+from ffsplit.compat.transformers import ReadTensor, names_read
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import check_complete, check_names, load_whole_model
-from ffsplit.models.names import ReadTensor, TensorNames, below_base, empty_class, names_read
+from ffsplit.models.names import TensorNames, below_base, empty_class
 from ffsplit.run.stages.heal import check_written, stored_tensors
 from tests.conftest import CheckpointFactory
 from tests.test_odd_checkpoints import LEGACY, configure, renamed, rewrite

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ffsplit import logs
 from ffsplit.calibration.readers import Batch, pad_id_of, padded_batches, tokenize_rows
+from ffsplit.compat.transformers import names_read
 from ffsplit.compressors.quantize import QuantizeCompressor
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
@@ -26,7 +27,6 @@ from ffsplit.keys import stage_key
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.models.locate import ModelSource
-from ffsplit.models.names import names_read
 from ffsplit.models.rows import ModelKind
 from ffsplit.models.tensor_files import FLOATS
 from ffsplit.profile import ComputeProfile

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ffsplit.compat.torch import int4_pack, int4_pack_cuda, int4_product
 from ffsplit.ffn.quantization import pack_nibbles, unpack_nibbles
 
 GROUP_SIZES = (256, 128, 64, 32)
@@ -49,15 +50,9 @@ class Packed:
         return y if activation is None else activation(y)
 
     def _product(self, rows: Tensor, scales: Tensor) -> Tensor:
-        y: Tensor
-        if not rows.is_cuda:
-            cpu = torch.ops.aten._weight_int4pack_mm_for_cpu.default
-            y = cpu(rows, self.weight, self.group_size, scales)
-            return y
-        missing = len(scales) * self.group_size - rows.shape[1]
+        missing = len(scales) * self.group_size - rows.shape[1] if rows.is_cuda else 0
         rows = functional.pad(rows, (0, missing)) if missing else rows
-        y = torch.ops.aten._weight_int4pack_mm.default(rows, self.weight, self.group_size, scales)
-        return y
+        return int4_product(rows, self.weight, scales, group_size=self.group_size)
 
     def _by_matrix(self, rows: Tensor) -> Tensor:
         """The product with the matrix in bfloat16, made piece by piece, so that a piece fits into a cache."""
@@ -107,7 +102,7 @@ def unpacked_blocks(weight: Tensor, num_columns: int) -> Tensor:
 def packs_by_blocks() -> bool:
     """Whether `unpacked_blocks` undoes what the CPU's kernel packs here, which depends on the processor."""
     values = torch.arange(BLOCK * 32, dtype=torch.int32).mul(7).remainder(16).view(BLOCK, 32)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
+    packed = int4_pack(values)
     return torch.equal(unpacked_blocks(packed, 32), values.t() - 8)
 
 
@@ -134,9 +129,9 @@ def pack(weight: Tensor, weight_scale: Tensor, *, group_size: int, like: Tensor)
     values = functional.pad(unpack_nibbles(weight, num_columns).to(torch.int32), (0, missing)) + 8
     if like.is_cuda:  # the even column in the high half
         pairs = (values[:, 0::2] << 4 | values[:, 1::2]).to(torch.uint8)
-        packed = torch.ops.aten._convert_weight_to_int4pack(pairs, 8)
+        packed = int4_pack_cuda(pairs)
     else:
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values, 1)
+        packed = int4_pack(values)
     scale = weight_scale.repeat_interleave(num_columns // group_size // weight_scale.shape[1], dim=1)
     scale = functional.pad(scale, (0, missing // group_size))
     scales = torch.stack([scale, torch.zeros_like(scale)], dim=-1).transpose(0, 1).contiguous()

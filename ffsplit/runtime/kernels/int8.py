@@ -20,6 +20,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ffsplit.compat.torch import int8_pack, int8_product, int8_product_cuda
 from ffsplit.ffn.quantization import SCALE_DTYPE
 
 SMALLEST_CUDA_ROWS = 17
@@ -158,12 +159,9 @@ class Packed:
     def _product(
         self, integers: Tensor, step: float, bias: Tensor | None, *, post_op: tuple[str, str] = NO_OP
     ) -> Tensor:
-        name, algorithm = post_op
-        y: Tensor = torch.ops.onednn.qlinear_pointwise.default(
-            integers, step, ZERO, self.weight, self.scale, self.zero_points, bias,
-            1.0, 0, torch.float32, name, [], algorithm,
-        )  # fmt: skip
-        return y
+        return int8_product(
+            integers, step, ZERO, self.weight, self.scale, self.zero_points, bias, post_op=post_op
+        )
 
     def takes(self, x: Tensor, *, compiling: bool) -> bool:
         """oneDNN's own layout cannot be traced."""
@@ -272,7 +270,7 @@ def _has_onednn() -> bool:
 
 def pack(weight: Tensor, weight_scale: Tensor, *, inputs: SharedInputs) -> Packed:
     """Pack a matrix [rows, columns] of int8."""
-    packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    packed = int8_pack(weight)
     zero_points = torch.zeros(len(weight), dtype=torch.long)
     return Packed(packed, weight_scale[:, 0].float().contiguous(), zero_points, inputs)
 
@@ -294,7 +292,7 @@ def matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     step_T1 = (rows.abs().amax(1, True) / LARGEST).clamp(min=SMALLEST_STEP)  # as in `_as_bytes`
     integers = (rows * (1 / step_T1) + 0.5).floor().to(torch.int8)
     zeros = integers.new_zeros(max(0, SMALLEST_CUDA_ROWS - num_tokens), rows.shape[1])
-    product = torch._int_mm(torch.cat([integers, zeros]), weight.t())[:num_tokens].float()
+    product = int8_product_cuda(torch.cat([integers, zeros]), weight.t())[:num_tokens].float()
     y = product * step_T1 * scale.float()
     y = y if bias is None else y + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])

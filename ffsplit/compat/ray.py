@@ -1,0 +1,74 @@
+"""Private interfaces of Ray. Known for 2.50 to 2.60."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray._private.authentication.authentication_token_setup import (
+    ensure_token_if_auth_enabled,
+    maybe_enable_token_auth_if_token_available,
+)
+from ray._private.services import canonicalize_bootstrap_address
+from ray._raylet import (  # type: ignore[attr-defined]
+    GRPC_STATUS_CODE_UNIMPLEMENTED,
+    IMPLICIT_RESOURCE_PREFIX,
+    InnerGcsClient,
+)
+from ray.exceptions import RpcError
+
+EVERY_NODE_HAS = str(IMPLICIT_RESOURCE_PREFIX)
+"""A resource whose name begins so is there on every node, 1 of it, without anybody's saying so."""
+
+
+class NotAHead(Exception):
+    """What answers speaks gRPC, but is no head of a cluster."""
+
+
+def find_token() -> None:
+    """Look for a token as `ray.init(address="auto")` does."""
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def whole_address(address: str) -> str:
+    """An address as Ray resolves it: host and port."""
+    return str(canonicalize_bootstrap_address(address))
+
+
+def ask_head(address: str, *, within_s: float) -> None:
+    """Ask a head which cluster it is the head of. Raises NotAHead, or RpcError as Ray does."""
+    ensure_token_if_auth_enabled(None, create_token_if_missing=False)  # without one Ray's client would abort
+    try:
+        InnerGcsClient.standalone(address, None, int(within_s * 1000))
+    except RpcError as error:
+        if error.rpc_code == GRPC_STATUS_CODE_UNIMPLEMENTED:
+            raise NotAHead(address) from None
+        raise
+
+
+def raylets_started_here() -> list[int]:
+    """Process ids of the raylets of a cluster that this process started."""
+    node = ray._private.worker._global_node
+    return [raylet.process.pid for raylet in node.all_processes.get("raylet", [])] if node else []
+
+
+def autoscaler_limit() -> Mapping[str, float]:
+    """All resources that the cluster may grow to; nothing without an autoscaler that tells."""
+    with suppress(Exception):  # without it the cluster counts as it stands
+        return ray._private.state.state.get_max_resources_from_cluster_config() or {}
+    return {}
+
+
+def server_version(client: Any) -> str | None:
+    """The version of Ray behind a JobSubmissionClient."""
+    version: str | None = getattr(client, "_server_ray_version", None)
+    return version
+
+
+def causes_of(error: Any) -> Iterator[BaseException]:
+    """An error of Ray Train, and what it wraps, from the outside in."""
+    while error is not None:
+        yield error
+        error = getattr(error, "_base_exc", None) or getattr(error, "cause", None)

@@ -1,0 +1,80 @@
+"""Private interfaces of transformers: how it renames, joins and loads tensors. Known for 5.0 to 5.23."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+
+class ReadTensor(NamedTuple):
+    """What a model has a stored tensor for."""
+
+    name: str
+    """The model's own tensor; of several in one the first."""
+    renamed: str
+    """The stored name with its parts renamed, before tensors are joined or split, and with its own prefix."""
+    is_whole: bool
+    """Whether the tensor is stored as the model has it, neither joined with others nor split."""
+
+
+def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None]:
+    """What transformers makes of each stored name when it loads a model of this class; None: it ignores it.
+
+    The same steps as in `transformers.core_model_loading.convert_and_load_state_dict_in_model` of version
+    5.23: renamings, then one converter, then the base model's prefix.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        apply_renamings,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    tensors, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, ReadTensor | None] = {}
+    whole: set[str] = set()
+    for name in sorted(stored, key=dot_natural_key):
+        renamed = apply_renamings(name, renamings)
+        target, source = rename_source_key(name, renamings, converters, prefix, tensors)
+        if target not in tensors and name in tensors:
+            renamed = name
+            target, source = rename_source_key(name, [], [], prefix, tensors)
+        if target not in tensors or (source is None and target in whole):
+            found[name] = None
+            continue
+        found[name] = ReadTensor(target, renamed, is_whole=source is None)
+        if source is None:
+            whole.add(target)
+    return found
+
+
+def fill(model: Any, tensors: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> None:
+    """Fill part of an empty model with stored tensors, renamed, joined and cast as from_pretrained does.
+
+    `tensors` may be slices of open safetensors files: each is read when its turn comes.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    settings = LoadStateDictConfig(
+        dtype=dtype,
+        dtype_plan=model._get_dtype_plan(dtype),
+        device_map={"": device},
+        weight_mapping=get_model_conversion_mapping(model),
+    )
+    convert_and_load_state_dict_in_model(model=model, state_dict=tensors, load_config=settings)
+
+
+def replace_quantized(model: Any, settings: Any) -> None:
+    """Put the modules that a `quantization_config` asks for into an empty model."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    AutoHfQuantizer.from_config(settings, pre_quantized=True).preprocess_model(model=model)
