@@ -8,30 +8,56 @@ import wrapt
 
 if TYPE_CHECKING:
     from ffsplit.config import JobConfig as JobConfig
+    from ffsplit.errors import ArtifactError as ArtifactError
+    from ffsplit.errors import BudgetError as BudgetError
+    from ffsplit.errors import CalibrationError as CalibrationError
+    from ffsplit.errors import ConfigError as ConfigError
     from ffsplit.errors import FFSplitError as FFSplitError
+    from ffsplit.errors import GateError as GateError
+    from ffsplit.errors import RunError as RunError
+    from ffsplit.errors import StoreError as StoreError
+    from ffsplit.errors import UnsupportedModelError as UnsupportedModelError
+    from ffsplit.forecasts import inspect as inspect
+    from ffsplit.forecasts import plan as plan
+    from ffsplit.run.driver import calibrate as calibrate
     from ffsplit.run.driver import compress as compress
     from ffsplit.runtime.plugin import load as load
     from ffsplit.store.manifest import Manifest as Manifest
+    from ffsplit.store.pull import pull as pull
+    from ffsplit.store.pull import verify as verify
 
 __version__ = "0.1.0"
-__all__ = ["FFSplitError", "JobConfig", "Manifest", "compress", "load"]
 
 _HOMES = {
-    "FFSplitError": "ffsplit.errors",
-    "JobConfig": "ffsplit.config",
-    "Manifest": "ffsplit.store.manifest",
-    "compress": "ffsplit.run.driver",
-    "load": "ffsplit.runtime.plugin",
+    "ffsplit.config": ("JobConfig",),
+    "ffsplit.errors": (
+        "ArtifactError",
+        "BudgetError",
+        "CalibrationError",
+        "ConfigError",
+        "FFSplitError",
+        "GateError",
+        "RunError",
+        "StoreError",
+        "UnsupportedModelError",
+    ),
+    "ffsplit.forecasts": ("inspect", "plan"),
+    "ffsplit.run.driver": ("calibrate", "compress"),
+    "ffsplit.runtime.plugin": ("load",),
+    "ffsplit.store.manifest": ("Manifest",),
+    "ffsplit.store.pull": ("pull", "verify"),
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME_OF)
 
 
 def __getattr__(name: str) -> Any:
     """Public names are imported when first used, so that `import ffsplit` stays light."""
-    if name not in _HOMES:
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'ffsplit' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_HOME_OF[name]), name)
 
 
 @wrapt.when_imported("transformers.quantizers.auto")

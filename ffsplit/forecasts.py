@@ -64,7 +64,7 @@ class Inspection(Record):
     budgets: tuple[BudgetPreview, ...]
 
 
-def inspect_model(model: str, *, recipe: str = "fast") -> Inspection:
+def inspect(model: str, *, recipe: str = "fast") -> Inspection:
     """Look at a model without loading a weight. Raises ConfigError when it is not one to compress."""
     checkpoint = open_checkpoint(locate_model(model).directory)
     chosen = load_recipe(recipe).searching(may_search(checkpoint))
@@ -193,7 +193,7 @@ def checked_budget(kind: BudgetKind, limit: float, *, latency_table: str | None 
     return budget
 
 
-def plan_budgets(
+def plan(
     uri: str,
     *,
     budgets: Sequence[Budget] = (),

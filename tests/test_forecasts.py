@@ -14,7 +14,7 @@ from ffsplit.calibration.parquet import read_statistics
 from ffsplit.cli import main
 from ffsplit.config import Budget
 from ffsplit.errors import BudgetError, ConfigError
-from ffsplit.forecasts import Plans, checked_budget, plan_budgets
+from ffsplit.forecasts import Plans, checked_budget, plan
 from ffsplit.run import driver as pipeline
 from ffsplit.splitting.scores import output_energy
 from tests.small_jobs import LOW_RANK, PRUNE, SmallJob
@@ -39,7 +39,7 @@ def test_the_sizes_are_those_that_compress_makes(
     statistics = pipeline.calibrate(small_job.config(tmp_path / "stats", recipe=recipe))
     shutil.rmtree(small_job.model)  # no model is needed to plan
     budgets = [checked_budget("keep", 0.4), checked_budget("max_bytes", max_bytes)]
-    plans = plan_budgets(f"{tmp_path}/stats/{statistics.run_key}", budgets=budgets)
+    plans = plan(f"{tmp_path}/stats/{statistics.run_key}", budgets=budgets)
     small_job.model = original
     given = ({"keep": 0.4}, {"keep": None, "max_bytes": max_bytes})
     for forecast, fields in zip(plans.budgets, given, strict=True):
@@ -63,7 +63,7 @@ def test_the_predicted_error_is_the_energy_outside_the_heavy_hitters(
 ) -> None:
     manifest = ffsplit.compress(small_job.config(tmp_path / "out"))
     path = tmp_path / "out" / manifest.run_key / manifest.attempt / "stats/neurons.parquet"
-    plans = plan_budgets(str(tmp_path / "out"))
+    plans = plan(str(tmp_path / "out"))
     errors = [forecast.energy_outside for forecast in plans.budgets]
     assert errors == sorted(errors), "less budget, more energy outside"
     for layer, stats in zip(plans.budgets[0].layers, read_statistics(path), strict=True):
@@ -96,7 +96,7 @@ def test_the_command_prints_tables_or_json(
 
 def test_another_recipe_and_the_usual_budgets(small_job: SmallJob, tmp_path: Path) -> None:
     pipeline.calibrate(small_job.config(tmp_path / "out"))
-    plans = plan_budgets(str(tmp_path / "out"), recipe="paper")
+    plans = plan(str(tmp_path / "out"), recipe="paper")
     assert plans.recipe == "paper"
     assert [each.budget.limit for each in plans.budgets] == [0.75, 0.5, 0.3535, 0.25, 0.2, 0.125]
 
@@ -129,13 +129,13 @@ def test_a_manifest_without_shapes_is_refused(small_job: SmallJob, tmp_path: Pat
     del fields["model"]["shape"]
     (copy / "manifest.json").write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match="without the model's shape"):
-        plan_budgets(str(copy))
+        plan(str(copy))
 
 
 def test_a_budget_that_cannot_be_met_is_not_left_out(small_job: SmallJob, tmp_path: Path) -> None:
     pipeline.calibrate(small_job.config(tmp_path / "out"))
     with pytest.raises(BudgetError):
-        plan_budgets(str(tmp_path / "out"), budgets=[Budget(kind="max_parameters", limit=10)])
+        plan(str(tmp_path / "out"), budgets=[Budget(kind="max_parameters", limit=10)])
 
 
 def test_usual_budgets_that_a_recipe_cannot_meet_are_left_out(small_job: SmallJob, tmp_path: Path) -> None:
@@ -143,6 +143,6 @@ def test_usual_budgets_that_a_recipe_cannot_meet_are_left_out(small_job: SmallJo
     recipe = small_job.recipe(step="{kind: quantize}")
     statistics = pipeline.calibrate(small_job.config(tmp_path / "stats"))
     uri = f"{tmp_path}/stats/{statistics.run_key}"
-    assert plan_budgets(uri, budgets=[], recipe=recipe).budgets == ()
+    assert plan(uri, budgets=[], recipe=recipe).budgets == ()
     with pytest.raises(BudgetError):
-        plan_budgets(uri, budgets=[checked_budget("keep", 0.5)], recipe=recipe)
+        plan(uri, budgets=[checked_budget("keep", 0.5)], recipe=recipe)

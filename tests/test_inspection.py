@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ffsplit.forecasts import BUDGETS, inspect_model
+from ffsplit.forecasts import BUDGETS, inspect
 from tests.small_jobs import PRUNE, SmallJob
 
 
@@ -11,7 +11,7 @@ def test_budgets_that_a_recipe_cannot_meet_are_left_out(small_job: SmallJob) -> 
     found = {
         step: [
             preview.keep
-            for preview in inspect_model(str(small_job.model), recipe=small_job.recipe(step=step)).budgets
+            for preview in inspect(str(small_job.model), recipe=small_job.recipe(step=step)).budgets
         ]
         for step in (PRUNE, "{kind: quantize}")
     }

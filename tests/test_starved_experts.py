@@ -12,7 +12,7 @@ import transformers
 import ffsplit
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.config import Budget
-from ffsplit.forecasts import plan_budgets
+from ffsplit.forecasts import plan
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.run.attempt import tokens_of_experts
 from ffsplit.runtime.ffn_tensors import load_ffn
@@ -79,7 +79,7 @@ def test_a_starved_expert_is_reported(compressed: tuple[Manifest, Path, str]) ->
     page = (attempt / "report.html").read_text()
     assert "layer 1 expert 4 (0)" in page and "0, too few" in page
     assert "All 6 FFNs as a table" in page and "each layer" not in page
-    plans = plan_budgets(str(attempt), budgets=[Budget(kind="keep", limit=0.5)])
+    plans = plan(str(attempt), budgets=[Budget(kind="keep", limit=0.5)])
     assert [each.name for each in plans.concentration] == [layer.name for layer in manifest.layers]
     model = ffsplit.load(str(attempt))
     assert outputs(model).isfinite().all()

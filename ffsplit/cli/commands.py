@@ -86,14 +86,15 @@ def _show(parsed: argparse.Namespace, manifest: Manifest, *, refused_report: str
 
 def inspect(parsed: argparse.Namespace) -> int:
     from ffsplit.cli.tables import print_inspection
-    from ffsplit.forecasts import inspect_model
+    from ffsplit.forecasts import inspect as inspect_model
 
     print_inspection(inspect_model(parsed.model, recipe=parsed.recipe))
     return DONE
 
 
 def plan(parsed: argparse.Namespace) -> int:
-    from ffsplit.forecasts import checked_budget, plan_budgets
+    from ffsplit.forecasts import checked_budget
+    from ffsplit.forecasts import plan as plan_budgets
 
     table = parsed.latency_table
     budgets = [

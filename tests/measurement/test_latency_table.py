@@ -11,7 +11,7 @@ import pytest
 import ffsplit
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
-from ffsplit.forecasts import checked_budget, plan_budgets
+from ffsplit.forecasts import checked_budget, plan
 from ffsplit.measurement.latency_table import measure_latency_table, table_widths, write_latency_table
 from ffsplit.profile import ComputeProfile
 from ffsplit.report.humanize import milliseconds
@@ -98,7 +98,7 @@ def test_the_widest_layers_within_the_target(small_job: SmallJob, tmp_path: Path
     assert {layer.layout.num_neurons for layer in manifest.layers} == {48}
     assert manifest.plain
     budget = checked_budget("max_latency_ms", 1.5, latency_table=str(path))
-    plans = plan_budgets(str(tmp_path / "out"), budgets=[budget], latency_table=str(path))
+    plans = plan(str(tmp_path / "out"), budgets=[budget], latency_table=str(path))
     assert [layer.layout for layer in plans.budgets[0].layers] == [layer.layout for layer in manifest.layers]
 
 

@@ -16,7 +16,7 @@ from transformers import AutoModel
 import ffsplit
 from ffsplit.errors import FFSplitError
 from ffsplit.ffn.shapes import LayerLayout
-from ffsplit.forecasts import inspect_model
+from ffsplit.forecasts import inspect
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.locate import ModelSource
 from ffsplit.profile import ComputeProfile
@@ -243,10 +243,7 @@ def test_auto_searches_for_classifiers_that_need_not_stay_plain(
 
 def test_inspect_promises_no_plain_result_where_there_will_be_a_search(checkpoint_of: Any) -> None:
     plain = [
-        {
-            budget.plain
-            for budget in inspect_model(str(checkpoint_of("bert", head=head)), recipe=recipe).budgets
-        }
+        {budget.plain for budget in inspect(str(checkpoint_of("bert", head=head)), recipe=recipe).budgets}
         for head in ("", "ForSequenceClassification")
         for recipe in ("fast", "norm-prune")
     ]
