@@ -59,9 +59,9 @@ def _is_writable(home: Path | None) -> bool:
 
 
 def settle_home() -> None:
-    """Set HOME to a temporary folder if the user has no home directory, or cannot write to it.
+    """Set HOME to a temporary folder if the user has no home directory.
 
-    Ray, matplotlib and others store files there. A writable home is left as it is. The directory of
+    Ray and others store files there. An existing home is left as it is. The directory of
     temporary files is checked likewise.
     """
 
@@ -69,12 +69,11 @@ def settle_home() -> None:
     home, given = home_directory(), Path(os.environ.get("HOME", ""))
     if _is_writable(home) or (given.name == LENT and given.is_dir()):  # lent by the process above
         return
-    with suppress(OSError, FFSplitError):  # no temporary directory: reported by whatever needs one
-        lent = process_folder() / LENT
-        lent.mkdir(exist_ok=True)
-        if home is None or not home.is_dir():
+    if home is None or not home.is_dir():
+        with suppress(OSError, FFSplitError):  # no temporary directory: reported by whatever needs one
+            lent = process_folder() / LENT
+            lent.mkdir(exist_ok=True)
             os.environ["HOME"] = str(lent)
-        os.environ.setdefault("MPLCONFIGDIR", str(lent / "matplotlib"))
     try:
         getpass.getuser()
     except (KeyError, OSError):

@@ -85,7 +85,7 @@ def test_a_user_without_a_home_or_a_name(where: str | None, small_job: SmallJob,
 
 
 def test_what_libraries_are_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HOME", "MPLCONFIGDIR", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "USER"):
+    for name in ("HOME", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "USER"):
         monkeypatch.setenv(name, "")  # and so put back afterwards
         monkeypatch.delenv(name)
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
@@ -96,7 +96,6 @@ def test_what_libraries_are_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert lent.is_dir() and lent.name == LENT and os.environ["USER"] == f"uid-{os.getuid()}"
     settle_home()  # a process that was started by this one keeps it
     assert Path(os.environ["HOME"]) == lent
-    assert os.environ["MPLCONFIGDIR"].startswith(str(lent))
     with pytest.raises(ConfigError, match="~/x: this user has no home directory"):
         user_path("~/x")
     assert user_path("x/~y") == Path("x/~y")
@@ -109,7 +108,6 @@ def test_what_libraries_are_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_who_has_a_home_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("MPLCONFIGDIR", raising=False)
     before = dict(os.environ)
     settle_home()
     lend_ray_token()
@@ -120,14 +118,11 @@ def test_who_has_a_home_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_home_that_cannot_be_written_stays_the_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may hold credentials to read; what libraries store goes elsewhere."""
+    """It may hold credentials to read."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("MPLCONFIGDIR", "")
-    monkeypatch.delenv("MPLCONFIGDIR")
     monkeypatch.setattr(home, "_is_writable", lambda _: False)
     settle_home()
     assert os.environ["HOME"] == str(tmp_path)
-    assert Path(os.environ["MPLCONFIGDIR"]).parent.name == LENT
 
 
 @pytest.mark.parametrize("has_temporary_files", [False, True])

@@ -11,15 +11,14 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ffsplit.errors import ConfigError, explained, reason_of
 
-# Text files, opened and taken apart: lines, JSON records and delimited rows. Errors name file and line.
+# Text files: lines, and the rows of .csv, .tsv and .jsonl. Errors name file and line.
 
-DIALECTS: dict[str, dict[str, Any]] = {
+_DIALECTS: dict[str, dict[str, Any]] = {
     ".csv": {"strict": True},
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
@@ -72,8 +71,45 @@ def lines(text: str) -> io.StringIO:
     return io.StringIO(text, newline=None)
 
 
-def json_records(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON Lines text, each with its file and line for error messages."""
+def table_rows(spec: str, path: Path, columns: Sequence[str]) -> Iterator[tuple[str, list[Any]]]:
+    """The chosen cells of each row of a .csv, .tsv or .jsonl file, with its file and line for error messages.
+
+    A column is a name or, but for JSON Lines, a 0-based index. The first row of a table is left out as its
+    header if any column is chosen by name. No columns: every cell of a table's row.
+    """
+    text, suffix = decoded(spec, path), "." + path.name.rpartition(".")[2].lower()
+    if suffix == ".jsonl":
+        for where, record in _json_records(text, path):
+            for field in columns:
+                if field not in record or not field:
+                    raise no_column(where, field, list(record), noun="field")
+            yield where, [record[field] for field in columns]
+        return
+    rows = _delimited_rows(text, path, dialect=_DIALECTS[suffix])
+    header = rows[0][1]
+    indices = [_column_index(spec, column, header) for column in columns] or range(0)
+    for where, row in rows if all(map(is_index, columns)) else rows[1:]:
+        if max(indices, default=0) >= len(row):
+            why = f"the row has {len(row)} column(s), not {len(header)}; mend its delimiters or quotes"
+            raise source_error(where, why)
+        yield where, [row[index] for index in indices] if columns else row
+
+
+def is_index(column: str) -> bool:
+    return column.isascii() and column.isdigit()
+
+
+def _column_index(spec: str, column: str, header: Sequence[str]) -> int:
+    """Digits are a 0-based index, whatever the header says."""
+    if not is_index(column):
+        return column_index(spec, column, header)
+    if int(column) >= len(header):
+        last = len(header) - 1
+        raise source_error(spec, f"no column {column}: its {len(header)} column(s) are numbered 0 to {last}")
+    return int(column)
+
+
+def _json_records(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines(text), start=1):
         if not line.strip():
             continue
@@ -88,28 +124,31 @@ def json_records(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, record
 
 
-def checked_text(where: str, field: str, value: object) -> str:
-    """A field's value, when it is text that can be encoded."""
-    if not isinstance(value, str):
-        kind = "null" if value is None else type(value).__name__
-        raise source_error(where, f"field {field!r} is {kind}, not a string; name a field of text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise source_error(where, f"field {field!r} holds half a surrogate pair; mend its \\u escapes")
-    return value
-
-
-def delimited_rows(text: str, path: Path, *, dialect: Mapping[str, Any]) -> list[tuple[int, list[str]]]:
-    """The rows that are not blank, each with the number of its last line."""
+def _delimited_rows(text: str, path: Path, *, dialect: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """The rows that are not blank, each with its file and the number of its last line."""
     previous_limit = csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     reader = csv.reader(io.StringIO(text, newline=""), **dialect)
     try:
-        return [(reader.line_num, row) for row in reader if row]
+        return [(f"{path}:{reader.line_num}", row) for row in reader if row]
     except csv.Error as error:
         raise source_error(
             f"{path}:{reader.line_num}", f"{error}; mend its quotes, or save it as .tsv"
         ) from None
     finally:
         csv.field_size_limit(previous_limit)
+
+
+def checked_text(where: str, field: str, value: object) -> str:
+    """A field's value, when it is text that can be encoded."""
+    if not isinstance(value, str):
+        kind = "null" if value is None else type(value).__name__
+        raise source_error(where, f"field {field!r} is {kind}, not a string; name a field of text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        why = f"field {field!r} holds half a surrogate pair; mend its \\u escapes"
+        raise source_error(where, why) from None
+    return value
 
 
 FORMS = (
@@ -172,31 +211,8 @@ def _read_txt(spec: str, path: Path, column: str) -> list[str]:
     return list(lines(decoded(spec, path)))
 
 
-def _read_jsonl(spec: str, path: Path, field: str) -> list[str]:
-    texts = []
-    for where, record in json_records(decoded(spec, path), path):
-        if field not in record or not field:
-            raise no_column(where, field, list(record), noun="field")
-        texts.append(checked_text(where, field, record[field]))
-    return texts
-
-
-def _read_table(spec: str, path: Path, column: str, *, dialect: dict[str, Any]) -> list[str]:
-    """One column of a delimited file. Digits are a 0-based index, whatever the header says."""
-    rows = delimited_rows(decoded(spec, path), path, dialect=dialect)
-    header = rows[0][1]
-    by_index = column.isascii() and column.isdigit()
-    if by_index and int(column) >= len(header):
-        last = len(header) - 1
-        raise source_error(spec, f"no column {column}: its {len(header)} column(s) are numbered 0 to {last}")
-    index = int(column) if by_index else column_index(spec, column, header)
-    texts = []
-    for number, row in rows if by_index else rows[1:]:
-        if index >= len(row):
-            why = f"the row has {len(row)} column(s), not {len(header)}; mend its delimiters or quotes"
-            raise source_error(f"{path}:{number}", why)
-        texts.append(row[index])
-    return texts
+def _read_table(spec: str, path: Path, column: str) -> list[str]:
+    return [checked_text(where, column, cell) for where, (cell,) in table_rows(spec, path, [column])]
 
 
 def _read_parquet(spec: str, path: Path, column: str) -> list[str]:
@@ -303,9 +319,9 @@ def _is_prose(sentence: str) -> bool:
 
 _SUFFIXES: dict[str, Callable[[str, Path, str], list[str]]] = {
     ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".csv": partial(_read_table, dialect=DIALECTS[".csv"]),
-    ".tsv": partial(_read_table, dialect=DIALECTS[".tsv"]),
+    ".jsonl": _read_table,
+    ".csv": _read_table,
+    ".tsv": _read_table,
     ".parquet": _read_parquet,
 }
 _SCHEMES: dict[str, Callable[[str, str], list[str]]] = {

@@ -9,19 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
 
 from ffsplit.measurement.gates import HEADLINES, verdict
 from ffsplit.report import humanize
 from ffsplit.report.humanize import load_in_words, noise, spread_in_words
-from ffsplit.report.plots import (
-    NARROW,
-    WIDE,
-    EnergyCurve,
-    change_figure,
-    energy_figure,
-    error_figure,
-)
+from ffsplit.report.plots import EnergyCurve, change_rows, energy_figure, error_columns, error_rows
 from ffsplit.store.manifest import LayerRecord, Manifest, Measurements, TaskScore
 
 # Templates of pages that need nothing but themselves: one look, and everything that users wrote escaped.
@@ -93,7 +85,10 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
         load=load_in_words,
         recipe_name=str(manifest.recipe.get("name", "")),
         tiles=_tiles(manifest),
-        figures=_figures(manifest, curves),
+        energy=energy_figure(curves) if curves else None,
+        error_rows=error_rows(manifest.layers),
+        error_columns=error_columns(manifest.layers),
+        change_rows=change_rows(measured) if measured else [],
         layouts=_layouts(manifest.layers),
         unit=_unit(manifest.layers),
         tokens_differ=len({layer.num_tokens for layer in manifest.layers}) > 1,
@@ -196,32 +191,6 @@ def _statistics_tiles(manifest: Manifest) -> list[Tile]:
         note = f"at most, {humanize.percent(min(shares))} at least"
         tiles.append(Tile("Energy in the top 5\u00a0%", humanize.percent(max(shares)), note))
     return tiles if manifest.layers else tiles[1:]
-
-
-def _figures(manifest: Manifest, curves: Sequence[EnergyCurve]) -> dict[str, Markup | None]:
-    """Every figure by name; None where its numbers are absent."""
-    figures: dict[str, Markup | None] = dict.fromkeys(("energy", "error", "change"))
-    if curves:
-        figures["energy"] = _both_widths(
-            "energy", lambda width, name: energy_figure(curves, width=width, name=name)
-        )
-    layers = manifest.layers
-    if any(layer.relative_error is not None for layer in layers):
-        figures["error"] = _both_widths(
-            "error", lambda width, name: error_figure(layers, width=width, name=name)
-        )
-    measured = manifest.measurements
-    if measured is not None:
-        figures["change"] = _both_widths(
-            "change", lambda width, name: change_figure(measured, width=width, name=name)
-        )
-    return figures
-
-
-def _both_widths(name: str, draw: Callable[[float, str], str]) -> Markup:
-    """A figure for wide pages and one for narrow ones; the page shows one of them."""
-    wide, narrow = draw(WIDE, name), draw(NARROW, f"{name}-narrow")
-    return Markup(f'<div class="wide">{wide}</div>\n<div class="narrow">{narrow}</div>')
 
 
 def _unit(layers: Sequence[LayerRecord]) -> str:

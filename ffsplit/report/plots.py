@@ -1,101 +1,49 @@
-"""The report's figures. Each is drawn twice, for a wide and for a narrow page."""
+"""The report's figures: what they show, as numbers and text. `figures.html` draws them.
+
+Lengths and positions are percentages of the figure, from its left and its bottom.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ffsplit.errors import CalibrationError
 from ffsplit.report import humanize
-from ffsplit.report.svg import AFTER, BEFORE, GRID, INK, MUTED, add_axes, add_canvas, depth_colors, render_svg
 from ffsplit.store.manifest import LayerRecord, Measurements
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-
-# Horizontal bars with their label, value and note written out: a figure that needs no axis.
-
-_BAR_HEIGHT: Final = 13
-_BAR_GAP: Final = 4
-_ROW_GAP: Final = 15
-_LABEL_WIDTH: Final = 132
-_NOTE_WIDTH_PER_CHARACTER: Final = 7.2
-_VALUE_WIDTH: Final = 74
-_NARROWEST_WITH_COLUMNS: Final = 600
-
-
-@dataclass(frozen=True)
-class Bar:
-    """One bar: its length, in one unit for the whole figure; what is written at its end; its colour."""
-
-    value: float
-    text: str
-    color: str
-
-
-@dataclass(frozen=True)
-class BarRow:
-    """One or more bars under one label, with a note."""
-
-    label: str
-    note: str
-    bars: tuple[Bar, ...]
-
-
-def bar_rows(rows: Sequence[BarRow], *, width: float, name: str, title: str, description: str) -> str:
-    """Rows of bars as SVG. A narrow figure has label and note above the bars, a wide one at their sides."""
-    assert rows
-    wide = width >= _NARROWEST_WITH_COLUMNS
-    heading = 0 if wide else 20
-    heights = [heading + len(row.bars) * (_BAR_HEIGHT + _BAR_GAP) - _BAR_GAP for row in rows]
-    longest = max(bar.value for row in rows for bar in row.bars) or 1
-    label_width = max(len(row.label) for row in rows) * _NOTE_WIDTH_PER_CHARACTER + 16
-    left = max(_LABEL_WIDTH, label_width) if wide else 0
-    note_width = max(len(row.note) for row in rows) * _NOTE_WIDTH_PER_CHARACTER if wide else 0
-    full = width - left - _VALUE_WIDTH - note_width
-
-    def draw(figure: Figure) -> None:
-        axes = add_canvas(figure)
-        top = _ROW_GAP / 2
-        for row, height in zip(rows, heights, strict=True):
-            _draw_texts(axes, row, width=width, middle=top + (height / 2 if wide else 8))
-            for index, bar in enumerate(row.bars):
-                y = top + heading + index * (_BAR_HEIGHT + _BAR_GAP)
-                _draw_bar(axes, bar, left=left, top=y, length=full * bar.value / longest)
-            top += height + _ROW_GAP
-            if wide and row is not rows[-1]:
-                axes.plot([0, width], [top - _ROW_GAP / 2] * 2, color=GRID, lw=1)
-
-    total = sum(heights) + _ROW_GAP * len(rows)
-    return render_svg(draw, width=width, height=total, name=name, title=title, description=description)
-
-
-def _draw_texts(axes: Axes, row: BarRow, *, width: float, middle: float) -> None:
-    axes.text(0, middle, row.label, va="center", color=INK)
-    axes.text(width - 2, middle, row.note, va="center", ha="right", color=MUTED)
-
-
-def _draw_bar(axes: Axes, bar: Bar, *, left: float, top: float, length: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    axes.add_patch(Rectangle((left, top), max(length, 1.5), _BAR_HEIGHT, color=bar.color, lw=0))
-    middle = top + _BAR_HEIGHT / 2
-    axes.text(left + length + 8, middle, bar.text, va="center", color=INK)
-
-
-WIDE: Final = 860
-NARROW: Final = 360
 HEAVY_SHARE: Final = 0.05
 """The share of neurons at which concentration is quoted."""
 
 _MOST_LABELS: Final = 14
 _MOST_ROWS: Final = 24
+_DEPTH: Final = (
+    (46, 125, 209),
+    (107, 104, 214),
+    (168, 86, 196),
+    (207, 77, 138),
+    (214, 90, 72),
+    (190, 117, 24),
+)
+"""First to last layer. All of one middling lightness, so that each stands out from white and from black."""
+
+
+def depth_colors(num_layers: int) -> list[str]:
+    """One colour a layer, evenly along the ramp."""
+    last = len(_DEPTH) - 1
+    colors = []
+    for layer in range(num_layers):
+        position = layer / max(1, num_layers - 1) * last
+        start = min(int(position), last - 1)
+        mix = position - start
+        pairs = zip(_DEPTH[start], _DEPTH[start + 1], strict=True)
+        colors.append("#" + "".join(f"{round(low + (high - low) * mix):02x}" for low, high in pairs))
+    return colors
 
 
 @dataclass(frozen=True)
@@ -142,149 +90,165 @@ def energy_curve(
     return EnergyCurve(layer, (0.0, *map(float, fractions)), (0.0, *map(float, share)), name)
 
 
-def energy_figure(curves: Sequence[EnergyCurve], *, width: float, name: str) -> str:
-    """Cumulative energy over the share of neurons, one line an FFN."""
+class Tick(NamedTuple):
+    """A place on an axis and its label. A narrow page has no room for the `detail` ones."""
+
+    at: float
+    text: str
+    detail: bool = False
+
+
+class Line(NamedTuple):
+    """One FFN's curve: its points, its height at the quoted share of neurons, its entry in the legend."""
+
+    points: tuple[tuple[float, float], ...]
+    height: float
+    color: str
+    label: str
+    value: str
+
+
+class Lines(NamedTuple):
+    """Lines in depth order, and the ones that the legend lists."""
+
+    title: str
+    lines: tuple[Line, ...]
+    legend: tuple[Line, ...]
+    scale: tuple[Tick, ...]
+    ticks: tuple[Tick, ...]
+    mark: float
+
+    @property
+    def has_dots(self) -> bool:
+        return len(self.lines) <= _MOST_LABELS
+
+
+class Bar(NamedTuple):
+    """One bar: its length, the text at its end, its colour."""
+
+    length: float
+    text: str
+    color: str
+
+
+class BarRow(NamedTuple):
+    """One or more bars under one label, with a note."""
+
+    label: str
+    note: str
+    bars: tuple[Bar, ...]
+
+
+class Columns(NamedTuple):
+    """One column per FFN in depth order. `scale` has the heights that are labelled, `ticks` the FFNs."""
+
+    title: str
+    bars: tuple[Bar, ...]
+    scale: tuple[Tick, ...]
+    ticks: tuple[Tick, ...]
+
+
+def energy_figure(curves: Sequence[EnergyCurve]) -> Lines:
+    """Cumulative energy over the share of neurons on a log scale, one line per FFN."""
     assert curves
-    wide = width > 2 * NARROW
     ordered = sorted(curves, key=lambda curve: curve.layer)
-    colors = dict(zip((curve.layer for curve in ordered), depth_colors(len(ordered)), strict=True))
-    labelled = _labelled(ordered)
-    longer = max(0, *(7 * (len(curve.label) - len("layer 00")) for curve in labelled))
-    num_columns = 1 if wide or longer else 2
-    legend_height = 0 if wide else 34 + 20 * -(-len(labelled) // num_columns)
-    bottom = 340.0 if wide else 250.0
+    lowest = min(fraction for curve in ordered for fraction in curve.fractions if fraction > 0)
+    start = min(max(lowest, 1e-4), HEAVY_SHARE / 5)
 
-    def draw(figure: Figure) -> None:
-        axes = add_axes(figure, left=52, right=width - (210 + longer if wide else 16), top=14, bottom=bottom)
-        _energy_axes(axes, ordered, wide=wide)
-        for curve in ordered:
-            points = [(x, y) for x, y in zip(curve.fractions, curve.energy, strict=True) if x > 0]
-            line_width = 2.0 if len(ordered) <= _MOST_LABELS else 1.1
-            axes.plot(
-                *zip(*points, strict=True), color=colors[curve.layer], lw=line_width, solid_capstyle="round"
-            )
-            if len(ordered) <= _MOST_LABELS:
-                axes.plot([HEAVY_SHARE], [curve.at(HEAVY_SHARE)], "o", color=colors[curve.layer], ms=5)
-        place = (width - 180 - longer, 24.0) if wide else (52.0, bottom + 62)
-        _legend(
-            figure,
-            labelled,
-            colors=colors,
-            place=place,
-            num_columns=num_columns,
-            column_width=156 + longer,
-            num_layers=len(ordered),
+    def across(fraction: float) -> float:
+        return 100 - 100 * math.log(fraction) / math.log(start)
+
+    lines = tuple(
+        Line(
+            points=tuple(
+                (across(fraction), 100 * curve.at(fraction))
+                for fraction in sorted({max(each, start) for each in curve.fractions if each > 0})
+            ),
+            height=100 * curve.at(HEAVY_SHARE),
+            color=color,
+            label=curve.label,
+            value=humanize.percent(curve.at(HEAVY_SHARE)),
         )
-
+        for curve, color in zip(ordered, depth_colors(len(ordered)), strict=True)
+    )
     shares = [curve.at(HEAVY_SHARE) for curve in ordered]
     unit = humanize.unit((curve.name, curve.layer) for curve in ordered)
     spread = f"from {humanize.percent(min(shares))} to {humanize.percent(max(shares))}"
-    return render_svg(
-        draw,
-        width=width,
-        height=bottom + 44 + legend_height,
-        name=name,
-        title="Energy of the FFN output over the share of neurons",
-        description=f"{len(ordered)} lines, one a {unit}. The top 5 % of neurons carry {spread} of it.",
+    return Lines(
+        title="Energy of the FFN output over the share of neurons. "
+        f"{len(lines)} lines, one per {unit}. The top 5 % of neurons carry {spread} of it.",
+        lines=lines,
+        legend=_listed(lines),
+        scale=tuple(Tick(height, f"{height} %" if height else "0") for height in range(0, 101, 25)),
+        ticks=tuple(
+            Tick(across(share), f"{share * 100:g} %", detail=share in (0.1, 0.25, 0.5))
+            for share in (1e-4, 1e-3, 1e-2, HEAVY_SHARE, 0.1, 0.25, 0.5, 1)
+            if share >= start
+        ),
+        mark=across(HEAVY_SHARE),
     )
 
 
-def _energy_axes(axes: Axes, curves: Sequence[EnergyCurve], *, wide: bool) -> None:
-    lowest = min(x for curve in curves for x in curve.fractions if x > 0)
-    start = min(max(lowest, 1e-4), HEAVY_SHARE / 5)
-    axes.set_xscale("log")
-    axes.set_xlim(start, 1)
-    axes.set_ylim(0, 1.015)
-    ticks = [tick for tick in (1e-4, 1e-3, 1e-2, HEAVY_SHARE, 1e-1, 0.25, 0.5, 1) if tick >= start]
-    if not wide:
-        ticks = [tick for tick in ticks if tick not in (1e-1, 0.25, 0.5)]
-    axes.set_xticks(ticks, [f"{tick * 100:g} %" for tick in ticks])
-    axes.set_xticks([], minor=True)
-    axes.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
-    axes.grid(axis="y")
-    axes.spines["left"].set_visible(False)
-    axes.axvline(HEAVY_SHARE, color=MUTED, lw=1, ls=(0, (3, 3)), zorder=1)
-    axes.set_xlabel("share of neurons, most energetic first (log scale)", labelpad=8)
+def _listed(lines: Sequence[Line]) -> tuple[Line, ...]:
+    """The lines in the legend: few, in the order of their heights; many, thinned, in depth order."""
+    if len(lines) <= _MOST_LABELS:
+        return tuple(sorted(lines, key=lambda line: -line.height))
+    picks = np.unique(np.rint(np.linspace(0, len(lines) - 1, _MOST_LABELS - 4)).astype(int))
+    return tuple(lines[pick] for pick in picks)
 
 
-def _labelled(ordered: Sequence[EnergyCurve]) -> list[EnergyCurve]:
-    """The curves that the legend names: few, in the order of the lines; many, thinned, in depth order."""
-    if len(ordered) <= _MOST_LABELS:
-        return sorted(ordered, key=lambda curve: (-curve.at(HEAVY_SHARE), curve.layer))
-    picks = np.unique(np.rint(np.linspace(0, len(ordered) - 1, _MOST_LABELS - 4)).astype(int))
-    return [ordered[pick] for pick in picks]
-
-
-def _legend(
-    figure: Figure,
-    labelled: Sequence[EnergyCurve],
-    *,
-    colors: dict[int, str],
-    place: tuple[float, float],
-    num_columns: int,
-    column_width: int,
-    num_layers: int,
-) -> None:
-    axes = add_canvas(figure)
-    left, top = place
-    heading = (
-        "in the top 5 %"
-        if len(labelled) == num_layers
-        else f"in the top 5 %, {len(labelled)} of {num_layers}"
-    )
-    axes.text(left, top, heading, color=MUTED, va="center", fontsize=11)
-    num_rows = -(-len(labelled) // num_columns)
-    for index, curve in enumerate(labelled):
-        column, row = divmod(index, num_rows)
-        x, y = left + column * column_width, top + 22 + row * 20
-        axes.plot([x, x + 16], [y, y], color=colors[curve.layer], lw=3, solid_capstyle="round")
-        axes.text(x + 26, y, curve.label, va="center", color=INK)
-        value = humanize.percent(curve.at(HEAVY_SHARE))
-        axes.text(x + column_width - 20, y, value, va="center", ha="right", color=INK)
-
-
-def error_figure(layers: Sequence[LayerRecord], *, width: float, name: str) -> str:
-    """Each FFN's relative error with its layout; many of them as columns, with their elements below."""
-    measured = [layer for layer in layers if layer.relative_error is not None]
-    assert measured
-    errors = [layer.relative_error or 0.0 for layer in measured]
-    spread = f"from {humanize.percent(min(errors))} to {humanize.percent(max(errors))}"
-    unit = humanize.unit((layer.name, layer.layer) for layer in measured)
-    title = "Relative error of each FFN's output"
-    description = f"{len(measured)} {unit}s, {spread}."
-    colors = depth_colors(len(measured))
-    if len(measured) <= _MOST_ROWS:
-        rows = [
-            BarRow(
-                humanize.ffn(layer.name, layer=layer.layer),
-                humanize.layout(layer.layout),
-                (Bar(error, humanize.percent(error), color),),
-            )
-            for layer, error, color in zip(measured, errors, colors, strict=True)
-        ]
-        return bar_rows(rows, width=width, name=name, title=title, description=description)
-
-    def draw(figure: Figure) -> None:
-        numbers = [layer.layer for layer in measured]
-        panels = (
-            (24, 180, [100 * error for error in errors], "relative error, %"),
-            (236, 336, [layer.num_elements / 1e6 for layer in measured], "elements stored, M"),
+def error_rows(layers: Sequence[LayerRecord]) -> list[BarRow]:
+    """Each FFN's relative error with its layout. None where `error_columns` has them."""
+    errors = _errors(layers)
+    if len(errors) > _MOST_ROWS:
+        return []
+    largest = max((error for _, error in errors), default=0) or 1
+    return [
+        BarRow(
+            humanize.ffn(layer.name, layer=layer.layer),
+            humanize.layout(layer.layout),
+            (Bar(100 * error / largest, humanize.percent(error), color),),
         )
-        for top, bottom, heights, label in panels:
-            axes = add_axes(figure, left=44, right=width - 8, top=top, bottom=bottom)
-            axes.bar(numbers, heights, width=0.72, color=colors)
-            axes.set_xlim(numbers[0] - 0.8, numbers[-1] + 0.8)
-            axes.locator_params(axis="y", nbins=4)
-            axes.locator_params(axis="x", nbins=16 if width > 2 * NARROW else 8, integer=True)
-            axes.grid(axis="y")
-            axes.spines["left"].set_visible(False)
-            axes.set_title(label, loc="left", fontsize=12, color=MUTED, pad=8)
-        axes.set_xlabel(unit, labelpad=6)
-
-    return render_svg(draw, width=width, height=388, name=name, title=title, description=description)
+        for (layer, error), color in zip(errors, depth_colors(len(errors)), strict=True)
+    ]
 
 
-def change_figure(measurements: Measurements, *, width: float, name: str) -> str:
+def error_columns(layers: Sequence[LayerRecord]) -> list[Columns]:
+    """Each FFN's relative error, and the elements that it stores. None where each FFN has a row."""
+    errors = _errors(layers)
+    if len(errors) <= _MOST_ROWS:
+        return []
+    measured = [layer for layer, _ in errors]
+    return [
+        _columns(measured, [100 * error for _, error in errors], "relative error in %"),
+        _columns(measured, [layer.num_elements / 1e6 for layer in measured], "millions of elements stored"),
+    ]
+
+
+def _errors(layers: Sequence[LayerRecord]) -> list[tuple[LayerRecord, float]]:
+    return [(layer, layer.relative_error) for layer in layers if layer.relative_error is not None]
+
+
+def _columns(layers: Sequence[LayerRecord], heights: Sequence[float], title: str) -> Columns:
+    largest = max(heights) or 1
+    power = 10 ** math.floor(math.log10(largest / 4))
+    step = next(factor * power for factor in (1, 2, 5, 10) if 4 * factor * power >= largest)
+    every = -(-len(layers) // 8)
+    return Columns(
+        title,
+        tuple(
+            Bar(100 * height / largest, f"{humanize.ffn(layer.name, layer=layer.layer)}: {height:.3g}", color)
+            for layer, height, color in zip(layers, heights, depth_colors(len(layers)), strict=True)
+        ),
+        tuple(Tick(100 * step * n / largest, f"{step * n:g}") for n in range(int(largest / step) + 1)),
+        tuple(
+            Tick(100 * (index + 0.5) / len(layers), str(layers[index].layer), detail=index // every % 2 == 1)
+            for index in range(0, len(layers), every)
+        ),
+    )
+
+
+def change_rows(measurements: Measurements) -> list[BarRow]:
     """Before and after, each quantity against its own original."""
     before, after = measurements.original_size, measurements.compressed_size
     rows = [
@@ -298,11 +262,10 @@ def change_figure(measurements: Measurements, *, width: float, name: str) -> str
     memory = measurements.original_peak_memory_bytes, measurements.compressed_peak_memory_bytes
     if memory[0] is not None and memory[1] is not None:
         rows.append(_pair("Peak memory", memory[0], memory[1], humanize.size))
-    changes = "; ".join(f"{row.label} {row.note}" for row in rows)
-    return bar_rows(rows, width=width, name=name, title="Before and after", description=changes)
+    return rows
 
 
 def _pair(label: str, before: float, after: float, text: Any) -> BarRow:
-    scale = max(before, after) or 1
-    bars = Bar(before / scale, text(before), BEFORE), Bar(after / scale, text(after), AFTER)
+    scale = (max(before, after) or 1) / 100
+    bars = Bar(before / scale, text(before), "var(--before)"), Bar(after / scale, text(after), "var(--after)")
     return BarRow(label, humanize.change(before, after=after), bars)

@@ -10,7 +10,7 @@ from pathlib import Path
 from ffsplit import __version__
 from ffsplit.calibration.parquet import read_statistics
 from ffsplit.calibration.statistics import NeuronStats
-from ffsplit.directories import by_name, temporary_root, user_path
+from ffsplit.directories import by_name, user_path
 from ffsplit.errors import ConfigError
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.machine import describe_environment
@@ -86,8 +86,7 @@ def write_documents(
 
 
 def report_of(manifest: Manifest, statistics: Sequence[NeuronStats]) -> str:
-    """The HTML report of an artifact. Raises ConfigError without temporary files, which matplotlib needs."""
-    temporary_root()
+    """The HTML report of an artifact."""
     curves = [
         energy_curve(record.layer, output_energy(stats), name=record.name)
         for record, stats in zip(manifest.layers, statistics, strict=True)

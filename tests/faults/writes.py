@@ -26,8 +26,6 @@ WRITES = ("put_bytes", "put_file", "put_if_absent", "delete", "delete_prefix")
 KILLED = 137
 PRELOADED = [
     "accelerate",
-    "matplotlib.backends.backend_svg",
-    "matplotlib.figure",
     "sklearn.metrics",
     "transformers.modeling_utils",
     "transformers.models.auto",

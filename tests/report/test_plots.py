@@ -1,17 +1,17 @@
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree
-
 import numpy as np
 import pytest
 
 from ffsplit.errors import CalibrationError
-from ffsplit.report.plots import NARROW, WIDE, change_figure, energy_curve, energy_figure, error_figure
-from ffsplit.report.svg import depth_colors
-
-
-def texts(svg: str) -> list[str]:
-    return [element.text or "" for element in ElementTree.fromstring(svg).iter("text")]
+from ffsplit.report.plots import (
+    change_rows,
+    depth_colors,
+    energy_curve,
+    energy_figure,
+    error_columns,
+    error_rows,
+)
 
 
 def test_a_curve_rises_from_nothing_to_everything():
@@ -45,13 +45,14 @@ def test_few_neurons(num_neurons):
     curve = energy_curve(0, np.ones(num_neurons))
     assert curve.fractions[-1] == curve.energy[-1] == 1
     assert len(curve.fractions) == num_neurons + 1
-    energy_figure([curve], width=WIDE, name="few")
+    energy_figure([curve])
 
 
 def test_a_dead_layer_lies_flat_and_can_be_drawn():
     curve = energy_curve(0, np.zeros(16))
     assert set(curve.energy) == {0.0}
-    assert "0\u00a0%" in texts(energy_figure([curve], width=WIDE, name="dead"))
+    (line,) = energy_figure([curve]).lines
+    assert line.value == "0\u00a0%" and {y for _, y in line.points} == {0.0}
 
 
 @pytest.mark.parametrize("energies", [[], [[1.0]], [1.0, -1.0], [1.0, float("nan")], [float("inf")]])
@@ -60,44 +61,68 @@ def test_energies_that_cannot_be_are_refused(energies):
         energy_curve(7, np.array(energies))
 
 
-@pytest.mark.parametrize("width", [WIDE, NARROW])
 @pytest.mark.parametrize("num_layers", [1, 6, 24, 25, 80])
-def test_figures_are_whole_titled_and_reproducible(make_manifest, make_curves, num_layers, width):
-    manifest, curves = make_manifest(num_layers), make_curves(num_layers)
-    for draw in (
-        lambda: energy_figure(curves, width=width, name="a"),
-        lambda: error_figure(manifest.layers, width=width, name="a"),
-        lambda: change_figure(manifest.measurements, width=width, name="a"),
-    ):
-        svg = draw()
-        root = ElementTree.fromstring(svg)
-        assert root.get("viewBox", "").startswith(f"0 0 {width} ")
-        assert root.get("role") == "img" and root.get("aria-labelledby") == "a-title a-desc"
-        assert root[0].tag == "title" and root[0].text and root[1].tag == "desc" and root[1].text
-        assert "#00000" not in svg and "http" not in svg and "<style" not in svg
-        assert draw() == svg
+def test_nothing_lies_outside_of_its_figure(make_manifest, make_curves, num_layers):
+    manifest, energy = make_manifest(num_layers), energy_figure(make_curves(num_layers))
+    columns, rows = error_columns(manifest.layers), error_rows(manifest.layers)
+    places = [place for line in energy.lines for point in line.points for place in point]
+    places += [tick.at for tick in (*energy.ticks, *energy.scale)] + [energy.mark]
+    places += [bar.length for figure in columns for bar in figure.bars]
+    places += [tick.at for figure in columns for tick in (*figure.scale, *figure.ticks)]
+    places += [bar.length for row in rows + change_rows(manifest.measurements) for bar in row.bars]
+    assert min(places) > -1e-9 and max(places) < 100 + 1e-9
+    assert bool(rows) != bool(columns) and len(energy.lines) == num_layers
 
 
-def test_few_layers_are_all_named_in_the_order_of_their_lines(make_curves):
-    named = [text for text in texts(energy_figure(make_curves(6), width=WIDE, name="a")) if "layer" in text]
-    assert named == [f"layer {layer}" for layer in (0, 2, 1, 3, 4, 5)]
+def test_a_line_ends_with_all_energy_and_passes_its_share(make_curves):
+    figure = energy_figure(make_curves(6))
+    for line, share in zip(figure.lines, (99, 96, 98, 89, 54, 24), strict=True):
+        assert line.height == pytest.approx(share, abs=0.1) and line.points[-1] == (100, 100)
+        assert line.points == tuple(sorted(line.points))
+    assert {tick.text for tick in figure.ticks} >= {"1 %", "5 %", "100 %"}
+
+
+def test_few_layers_are_all_listed_in_the_order_of_their_lines(make_curves):
+    figure = energy_figure(make_curves(6))
+    assert [line.label for line in figure.legend] == [f"layer {layer}" for layer in (0, 2, 1, 3, 4, 5)]
+    assert figure.has_dots and "6 lines, one per layer" in figure.title
 
 
 def test_the_legend_of_many_layers_is_thinned_and_keeps_both_ends(make_curves):
-    written = texts(energy_figure(make_curves(80), width=WIDE, name="a"))
-    named = [text for text in written if text.startswith("layer")]
+    figure = energy_figure(make_curves(80))
+    named = [line.label for line in figure.legend]
     assert 5 <= len(named) <= 14 and named[0] == "layer 0" and named[-1] == "layer 79"
-    assert any("of 80" in text for text in written)
+    assert not figure.has_dots
 
 
 def test_errors_stand_beside_their_layouts(make_manifest):
-    written = texts(error_figure(make_manifest().layers, width=WIDE, name="a"))
-    assert {"layer 0", "2.10\u00a0%", "width 512", "77 dense + 1,459 at rank 64"} <= set(written)
+    rows = error_rows(make_manifest().layers)
+    first, third = rows[0], rows[2]
+    assert (first.label, first.note, first.bars[0].text) == ("layer 0", "width 512", "2.10\u00a0%")
+    assert third.note == "77 dense + 1,459 at rank 64"
+    assert max(bar.length for row in rows for bar in row.bars) == 100
 
 
-def test_a_lossless_run_has_bars_of_no_length(make_manifest):
-    layers = [layer.model_copy(update={"relative_error": 0.0}) for layer in make_manifest().layers]
-    assert texts(error_figure(layers, width=WIDE, name="a")).count("0\u00a0%") == len(layers)
+def test_many_errors_are_columns_with_a_scale(make_manifest):
+    errors, elements = error_columns(make_manifest(80).layers)
+    assert [tick.text for tick in errors.scale] == ["0", "10", "20"]
+    assert errors.bars[79].length == 100 and errors.bars[79].text == "layer 79: 20.1"
+    assert [tick.text for tick in elements.scale] == ["0", "0.2", "0.4"]
+    assert [tick.text for tick in errors.ticks] == [str(layer) for layer in range(0, 80, 10)]
+
+
+@pytest.mark.parametrize("num_layers", [6, 80])
+def test_a_lossless_run_has_bars_of_no_length(make_manifest, num_layers):
+    layers = [layer.model_copy(update={"relative_error": 0.0}) for layer in make_manifest(num_layers).layers]
+    bars = [bar for row in error_rows(layers) for bar in row.bars]
+    bars += [bar for figure in error_columns(layers)[:1] for bar in figure.bars]
+    assert {bar.length for bar in bars} == {0} and len(bars) == num_layers
+
+
+def test_a_quantity_is_shown_against_its_own_original(make_manifest):
+    first = change_rows(make_manifest().measurements)[0]
+    assert (first.label, first.note) == ("Parameters", "\u221220.8\u00a0%")
+    assert [round(bar.length, 1) for bar in first.bars] == [100.0, 79.2]
 
 
 def test_depth_colors_are_distinct_and_stand_out_from_white_and_from_black():

@@ -8,16 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ffsplit.calibration.readers import Batch, padded_batches
-from ffsplit.calibration.sources import (
-    DIALECTS,
-    checked_text,
-    column_index,
-    decoded,
-    delimited_rows,
-    json_records,
-    no_column,
-    source_error,
-)
+from ffsplit.calibration.sources import checked_text, decoded, is_index, source_error, table_rows
 from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, explained
 from ffsplit.models.checkpoint import Checkpoint
@@ -120,8 +111,22 @@ def read_rows(file: TaskFile, *, names: Sequence[str], is_value: Callable[[str],
     """
     if file.columns and len(file.columns) != len(names):
         raise task_error(file.spec, f"name {len(names)} columns after #: {','.join(names)}")
-    read = _read_json if file.suffix == ".jsonl" else _read_table
-    rows = read(file, names, is_value)
+    is_json = file.suffix == ".jsonl"
+    columns = file.columns or (tuple(names) if is_json else ())
+    rows = []
+    with explained(f"cannot evaluate {file.spec}"):
+        for where, found in table_rows(file.spec, file.path, columns):
+            if len(found) != len(names):
+                expected = f"expected {len(names)} columns ({', '.join(names)}), found {len(found)}"
+                raise source_error(where, f"{expected}; mend the row, or choose columns with #")
+            *fields, last_field = columns or names
+            *texts, last = found
+            cells = [checked_text(where, field, text) for field, text in zip(fields, texts, strict=True)]
+            cells.append(_value_text(where, last_field, last))
+            rows.append(Row(where, tuple(cell.strip() for cell in cells)))
+    may_have_header = not is_json and all(map(is_index, columns))
+    if rows and may_have_header and _is_header(rows[0].cells, is_value):
+        del rows[0]
     if not rows:
         raise task_error(file.spec, "the file has no rows; name a file with some")
     for row in rows:
@@ -131,56 +136,11 @@ def read_rows(file: TaskFile, *, names: Sequence[str], is_value: Callable[[str],
     return rows
 
 
-def _read_json(file: TaskFile, names: Sequence[str], is_value: Callable[[str], bool]) -> list[Row]:
-    fields = file.columns or tuple(names)
-    rows = []
-    for where, record in json_records(read_decoded(file), file.path):
-        for field in fields:
-            if field not in record:
-                raise no_column(where, field, list(record), noun="field")
-        *texts, last = (record[field] for field in fields)
-        cells = [checked_text(where, field, text) for field, text in zip(fields, texts, strict=False)]
-        rows.append(Row(where, (*(cell.strip() for cell in cells), _value_cell(where, fields[-1], last))))
-    return rows
-
-
-def _value_cell(where: str, field: str, value: object) -> str:
+def _value_text(where: str, field: str, value: object) -> str:
     """A score or a label as a table would write it."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return checked_text(where, field, value).strip()
+        return checked_text(where, field, value)
     return str(int(value)) if isinstance(value, float) and value.is_integer() else repr(value)
-
-
-def _read_table(file: TaskFile, names: Sequence[str], is_value: Callable[[str], bool]) -> list[Row]:
-    numbered = delimited_rows(read_decoded(file), file.path, dialect=DIALECTS[file.suffix])
-    header = numbered[0][1]
-    indices = [_index(file, column, header) for column in file.columns] or list(range(len(names)))
-    rows = []
-    for number, cells in numbered:
-        where = f"{file.path}:{number}"
-        if not file.columns and len(cells) != len(names):
-            expected = f"expected {len(names)} columns ({', '.join(names)}), found {len(cells)}"
-            raise source_error(where, f"{expected}; mend the row, or choose columns with #")
-        if max(indices) >= len(cells):
-            raise source_error(where, f"the row has {len(cells)} column(s), not {len(header)}; mend it")
-        rows.append(Row(where, tuple(cells[index].strip() for index in indices)))
-    by_name = any(not _is_index(column) for column in file.columns)
-    return rows[1:] if by_name or _is_header(rows[0].cells, is_value) else rows
-
-
-def _is_index(column: str) -> bool:
-    return column.isascii() and column.isdigit()
-
-
-def _index(file: TaskFile, column: str, header: Sequence[str]) -> int:
-    if _is_index(column):
-        if int(column) >= len(header):
-            last = len(header) - 1
-            raise source_error(
-                file.spec, f"no column {column}: its {len(header)} column(s) are numbered 0 to {last}"
-            )
-        return int(column)
-    return column_index(file.spec, column, header)
 
 
 def _is_header(cells: Sequence[str], is_value: Callable[[str], bool]) -> bool:
