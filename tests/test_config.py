@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from ffsplit import config
+from ffsplit import keys as keys_module
 from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.keys import digest_of, stage_key
@@ -43,7 +43,7 @@ def test_the_digest_is_sha256_of_canonical_json() -> None:
 
 
 def test_the_digest_is_the_same_in_another_process() -> None:
-    code = "from ffsplit.config import stage_key; print(stage_key('s', {'x': [1, 2], 'a': {'c': 1, 'b': 2}}))"
+    code = "from ffsplit.keys import stage_key; print(stage_key('s', {'x': [1, 2], 'a': {'c': 1, 'b': 2}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == stage_key("s", {"a": {"b": 2, "c": 1}, "x": [1, 2]})
 
@@ -67,7 +67,7 @@ def test_a_stage_key_changes_with_each_of_its_inputs(monkeypatch: pytest.MonkeyP
         ("calibrate", {}),
     ]
     keys = [stage_key(stage, each) for stage, each in variants]
-    monkeypatch.setattr(config, "ALGORITHM_VERSION", config.ALGORITHM_VERSION + 1)
+    monkeypatch.setattr(keys_module, "ALGORITHM_VERSION", keys_module.ALGORITHM_VERSION + 1)
     keys.append(stage_key("calibrate", inputs))
     assert len(set(keys)) == len(keys)
     assert all(len(key) == 16 and set(key) <= set("0123456789abcdef") for key in keys)

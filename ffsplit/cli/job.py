@@ -20,7 +20,8 @@ def add_job_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="SPEC",
         help="file.txt, file.jsonl#field, file.csv#column, file.tsv#column, file.parquet#column, "
-        "hf:dataset[:config]#column@split or builtin:pydoc (the default); may be repeated",
+        "hf:dataset[:config]#column@split or builtin:pydoc (the default); may be repeated. Images and audio "
+        "(docs/models.md) are experimental",
     )
     add("--samples", type=int, metavar="N", help="rows of calibration text")
     add("--max-length", type=int, metavar="N", help="tokens a row is cut to")
@@ -75,7 +76,7 @@ def add_judging_flags(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="SPEC",
         help="score both models: sts:file.csv[#first,second,score], classification:file.tsv[#text,label], "
-        "perplexity:file.txt or lm-eval:task[,task]; may be repeated",
+        "perplexity:file.txt or lm-eval:task[,task] (experimental); may be repeated",
     )
     parser.add_argument(
         "--gate",

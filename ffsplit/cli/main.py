@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--healing-workers",
         type=int,
         metavar="N",
-        help="that share every step of healing, through Ray Train; default: 1",
+        help="that share every step of healing, through Ray Train; default: 1. Experimental on GPUs",
     )
     add_job_flags(command("calibrate", _calibrate, "collect and publish neuron statistics alone"))
     verify = command("verify", _verify, "recompute every digest of an artifact")

@@ -16,7 +16,12 @@ def add_budget_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--max-bytes", type=int, metavar="N", help="instead of --keep: bytes of all FFNs, at most")
     add("--max-parameters", type=int, metavar="N", help="instead of --keep: of the whole model, at most")
-    add("--max-latency-ms", type=float, metavar="F", help="instead of --keep: of a forward pass, at most")
+    add(
+        "--max-latency-ms",
+        type=float,
+        metavar="F",
+        help="instead of --keep: of a forward pass, at most (experimental)",
+    )
     add("--latency-table", metavar="FILE", help="for --max-latency-ms: what ffsplit latency-table wrote")
     add("--stats", metavar="URI", help="an earlier run of this model, whose statistics serve again")
 
@@ -32,7 +37,7 @@ def add_plan_commands(command: AddCommand) -> None:
     add("--latency-table", metavar="FILE", help="for --max-latency-ms")
     add("--recipe", metavar="NAME|FILE.yaml", help="default: the earlier run's own")
     add("--json", action="store_true", help="print the plans alone, heavy hitters by index")
-    table = command("latency-table", _latency_table, "time a model at a dozen FFN widths on this machine")
+    table = command("latency-table", _latency_table, "time a model at a dozen FFN widths here (experimental)")
     add = table.add_argument
     add("model", help="a local directory or a hub id")
     add("--out", required=True, metavar="FILE.json")

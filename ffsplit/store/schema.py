@@ -37,7 +37,7 @@ class Versioned(Record):
     """A record that says by which schema it was written."""
 
     schema_version: str = Field(
-        default=SCHEMA_VERSION, pattern=r"^[0-9]+\.[0-9]+$", description="MAJOR.MINOR"
+        default=SCHEMA_VERSION, pattern=r"^[1-9][0-9]*\.[0-9]+$", description="MAJOR.MINOR"
     )
 
 
