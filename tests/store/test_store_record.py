@@ -113,7 +113,10 @@ def replaced(**fields: Any) -> Callable[[StoreRecord], bytes]:
 
 
 def aged(age: timedelta) -> Callable[[StoreRecord], bytes]:
-    return replaced(probed_at=(datetime.now(timezone.utc) - age).isoformat())
+    def write(record: StoreRecord) -> bytes:
+        return replaced(probed_at=(datetime.now(timezone.utc) - age).isoformat())(record)
+
+    return write
 
 
 @pytest.mark.parametrize(
