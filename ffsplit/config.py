@@ -92,7 +92,9 @@ class JobConfig(Record):
         default=None, ge=1, description="instead of --keep: parameters of the whole model, at most"
     )
     max_latency_ms: Annotated[float | None, Flag("F", compress_only=True)] = Field(
-        default=None, gt=0, description="instead of --keep: milliseconds of a forward pass, at most"
+        default=None,
+        gt=0,
+        description="instead of --keep: milliseconds of a forward pass, at most (experimental)",
     )
     latency_table: Annotated[str | None, Flag("FILE", compress_only=True)] = Field(
         default=None, description="for --max-latency-ms: the file that ffsplit latency-table wrote"
@@ -104,12 +106,14 @@ class JobConfig(Record):
         default=("builtin:pydoc",),
         min_length=1,
         description="file.txt, file.jsonl#field, file.csv#column, file.tsv#column, file.parquet#column, "
-        "hf:dataset[:config]#column@split or builtin:pydoc (the default); may be repeated",
+        "hf:dataset[:config]#column@split or builtin:pydoc (the default); may be repeated. Images and "
+        "audio (docs/models.md) are experimental",
     )
     eval: Annotated[tuple[str, ...], Flag("SPEC", compress_only=True)] = Field(
         default=(),
         description="score both models: sts:file.csv[#first,second,score], "
-        "classification:file.tsv[#text,label], perplexity:file.txt or lm-eval:task[,task]; may be repeated",
+        "classification:file.tsv[#text,label], perplexity:file.txt or lm-eval:task[,task] "
+        "(experimental); may be repeated",
     )
     gate: Annotated[tuple[str, ...], Flag("SPEC", compress_only=True)] = Field(
         default=(),
@@ -141,7 +145,9 @@ class JobConfig(Record):
         default=None, ge=1, description="CPU threads of each healing worker; default: all cores, shared out"
     )
     healing_workers: Annotated[int, Flag("N", compress_only=True)] = Field(
-        default=1, ge=1, description="workers that share every healing step, by Ray Train; default: 1"
+        default=1,
+        ge=1,
+        description="workers that share every healing step, by Ray Train; default: 1. Experimental on GPUs",
     )
     device: Annotated[Device, Flag()] = Field(default="auto", description="default: auto")
     dtype: Annotated[DType, Flag()] = Field(default="auto", description="to compute in; default: auto")

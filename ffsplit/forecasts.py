@@ -9,7 +9,7 @@ from pydantic import Field
 from ffsplit.calibration.parquet import read_statistics
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.config import Budget, BudgetKind, JobConfig, Record
-from ffsplit.errors import BudgetError, ConfigError
+from ffsplit.errors import BudgetError
 from ffsplit.ffn.shapes import FFNShape, LayerLayout, is_stock_form
 from ffsplit.machine import hardware_fingerprint
 from ffsplit.measurement.size import compressed_size, original_size
@@ -163,7 +163,7 @@ class Concentration(Record):
     """How a layer's output energy is spread over its neurons."""
 
     layer: int
-    name: str = Field(description="which FFN it is, as in `layer 3 expert 12`; empty for older statistics")
+    name: str = Field(description="which FFN it is, as in `layer 3 expert 12`")
     num_neurons: int
     neurons_for_energy: dict[str, int] = Field(description="percent of energy -> how few neurons hold it")
 
@@ -202,13 +202,11 @@ def plan(
 ) -> Plans:
     """Forecast every budget; without any, some usual fractions that the recipe can meet.
 
-    Raises ConfigError when the URI holds no statistics or its manifest not the model's shape, and
-    BudgetError when one of the budgets cannot be met.
+    Raises ConfigError when the URI holds no statistics, and BudgetError when one of the budgets cannot be
+    met.
     """
     published = open_statistics(uri)
     manifest, model = published.manifest, published.manifest.model.shape
-    if model is None:
-        raise ConfigError(f"{uri} was made by ffsplit {manifest.ffsplit_version}, without the model's shape")
     statistics = read_statistics(published.path)
     chosen = load_recipe(recipe) if recipe is not None else recipe_of(manifest.recipe, where=uri)
     table = None

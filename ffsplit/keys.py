@@ -7,8 +7,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-ALGORITHM_VERSION = 10
-"""Raised whenever the same configuration would give other statistics or weights; part of every key."""
+ALGORITHM_VERSION = 1
+"""Part of every key, so that results of another algorithm are never taken for this one's.
+
+Raise it with any change that gives the same configuration other bytes of statistics or weights: another
+order of summation, sampling, default of a recipe's step, or rule for layouts. Speed, messages, measurements
+and stored formats do not count. What is published under the old number stays as it is.
+"""
 
 
 def digest_of(value: Mapping[str, Any]) -> str:

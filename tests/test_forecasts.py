@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -13,7 +12,7 @@ import ffsplit
 from ffsplit.calibration.parquet import read_statistics
 from ffsplit.cli import main
 from ffsplit.config import Budget
-from ffsplit.errors import BudgetError, ConfigError
+from ffsplit.errors import BudgetError
 from ffsplit.forecasts import Plans, checked_budget, plan
 from ffsplit.run import driver as pipeline
 from ffsplit.splitting.scores import output_energy
@@ -119,17 +118,6 @@ def test_bad_input_is_one_line(
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1
         assert re.search(expected, captured.err), captured.err
-
-
-def test_a_manifest_without_shapes_is_refused(small_job: SmallJob, tmp_path: Path) -> None:
-    manifest = pipeline.calibrate(small_job.config(tmp_path / "out"))
-    copy = tmp_path / "copy"
-    shutil.copytree(tmp_path / "out" / manifest.run_key / manifest.attempt, copy)
-    fields = json.loads((copy / "manifest.json").read_text())
-    del fields["model"]["shape"]
-    (copy / "manifest.json").write_text(json.dumps(fields))
-    with pytest.raises(ConfigError, match="without the model's shape"):
-        plan(str(copy))
 
 
 def test_a_budget_that_cannot_be_met_is_not_left_out(small_job: SmallJob, tmp_path: Path) -> None:

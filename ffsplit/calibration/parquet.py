@@ -14,6 +14,7 @@ from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError, explained
 
 SCHEMA_VERSION = 1
+"""Columns may be added under one number; a reader takes those that it knows."""
 COLUMNS: dict[str, tuple[pa.DataType, str]] = {
     "layer": (pa.int32(), "index of the layer, from 0"),
     "neuron": (pa.int32(), "index of the neuron in its layer, from 0"),
@@ -59,9 +60,13 @@ def write_statistics(path: Path, layers: Sequence[NeuronStats], *, lineage: Mapp
 
 
 def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
-    """The statistics of every layer, in order. Raises CalibrationError when the file is not such a table."""
+    """The statistics of every layer, in order.
+
+    Raises CalibrationError when the file is not such a table, or one of another schema.
+    """
     with explained(f"{path} holds no neuron statistics", kind=CalibrationError):
         table = pq.read_table(path)
+        _check_version(path, table.schema.metadata or {})
         names = [*COLUMNS, *([EXPERT] if EXPERT in table.column_names else [])]
         values = {name: table.column(name).to_numpy() for name in names}
     if table.num_rows == 0:
@@ -86,9 +91,12 @@ def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
     return tuple(layers)
 
 
-def read_lineage(path: Path) -> dict[str, str]:
-    """What the statistics in a file were made from."""
-    with explained(f"{path} holds no neuron statistics", kind=CalibrationError):
-        metadata = pq.read_schema(path).metadata or {}
-        lineage: dict[str, str] = json.loads(metadata.get(b"ffsplit.lineage", b"{}"))
-    return lineage
+def _check_version(path: Path, metadata: Mapping[bytes, bytes]) -> None:
+    version = metadata.get(b"ffsplit.schema_version", b"").decode("ascii", "replace")
+    if not version.isdecimal():
+        raise CalibrationError(f"{path} holds no neuron statistics: it has no ffsplit.schema_version")
+    if int(version) != SCHEMA_VERSION:
+        raise CalibrationError(
+            f"{path} has statistics of schema {version}; this version of ffsplit reads {SCHEMA_VERSION}: "
+            "upgrade ffsplit"
+        )

@@ -174,7 +174,7 @@ def _add_planning_commands(command: Command) -> None:
     add("--latency-table", metavar="FILE", help="for --max-latency-ms")
     add("--recipe", metavar="NAME|FILE.yaml", help="default: the earlier run's own")
     add("--json", action="store_true", help="print the plans alone, heavy hitters by index")
-    table = command("latency-table", "time a model at a dozen FFN widths on this machine")
+    table = command("latency-table", "time a model at a dozen FFN widths here (experimental)")
     add = table.add_argument
     add("model", help="a local directory or a hub id")
     add("--out", required=True, metavar="FILE.json")

@@ -31,6 +31,7 @@ class QuantizeCompressor(Record):
 
     kind: Literal["quantize"] = "quantize"
     num_bits: Literal[4, 8] = 8
+    """4 is experimental: its kernels are tested and timed, but no recipe that is shipped has it."""
     group_size: int | None = Field(default=None, ge=2)
     method: Literal["rtn", "gptq"] = "rtn"
     parts: Literal["heavy", "light", "both"] = "both"

@@ -100,6 +100,9 @@ def _announce(run: Run, shown: Progress) -> None:
     shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
     if run.kind == "model" and (left_out := left_out_in_one_line(run.left_out)):
         shown.note(left_out)
+    if run.checkpoint.is_guessed:
+        family = run.checkpoint.architecture.model_type
+        shown.note(f"warning: {family} is not in docs/models.md: its FFNs are guessed (experimental)")
     if unread := run.checkpoint.unread_blocks:
         shown.note(f"warning: config.json states fewer blocks: {', '.join(unread)} stay as they are, unread")
 

@@ -11,7 +11,8 @@ from ffsplit.config import Record
 from ffsplit.ffn.shapes import FFNShape, LayerLayout
 from ffsplit.models.find import FFNPlace
 
-FORMAT_VERSION = 6
+FORMAT_VERSION = 1
+"""`version` in `quantization_config`. docs/formats/checkpoint.md says what may change under one number."""
 
 
 class FFNRun(Record):

@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import ValidationError
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -46,12 +47,10 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         **_: Any,
     ) -> None:
         if version != FORMAT_VERSION:
-            age, remedy = (
-                ("newer", "upgrade ffsplit")
-                if version > FORMAT_VERSION
-                else ("older", "compress the original again")
+            raise ArtifactError(
+                f"config.json has checkpoint format {version!r}; this version of ffsplit reads "
+                f"{FORMAT_VERSION}: upgrade ffsplit"
             )
-            raise ArtifactError(f"checkpoint format {version} is {age} than {FORMAT_VERSION}: {remedy}")
         self.quant_method = METHOD
         self.version = version
         self.ffns, self.linears = ffns, linears
@@ -59,8 +58,13 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     @property
     def runs(self) -> list[FFNRun]:
-        """The model's FFNs."""
-        return [FFNRun.model_validate(ffns) for ffns in self.ffns]
+        """The model's FFNs. Raises ArtifactError when config.json does not describe them."""
+        try:
+            return [FFNRun.model_validate(ffns) for ffns in self.ffns]
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(("ffns", *map(str, first["loc"])))
+            raise ArtifactError(f"config.json, quantization_config: {where}: {first['msg']}") from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitConfig:
         """Itself: nobody changes it, and a config is copied several times while a model is loaded."""

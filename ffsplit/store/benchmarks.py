@@ -17,7 +17,7 @@ from ffsplit.redaction import without_credentials
 from ffsplit.store.commits import record_bytes
 from ffsplit.store.locate import Location
 from ffsplit.store.manifest import Environment, LoadAverage, Spread
-from ffsplit.store.schema import Versioned, read_record
+from ffsplit.store.schema import Versioned
 
 BENCHMARKS_FOLDER = "benchmarks"
 
@@ -83,10 +83,3 @@ def append_benchmark(location: Location, record: BenchmarkRecord) -> str:
     key = f"{record.run_key}/{BENCHMARKS_FOLDER}/{slug[:60]}-{secrets.token_hex(6)}.json"
     location.store.put_bytes(key, record_bytes(without_credentials(record)))
     return key
-
-
-def read_benchmarks(location: Location) -> list[BenchmarkRecord]:
-    """Every benchmark of the run that a location names, oldest first."""
-    store, prefix = location.store, f"{location.run_key}/{BENCHMARKS_FOLDER}"
-    found = [read_record(BenchmarkRecord, store.get_bytes(key), name=key) for key in store.list(prefix)]
-    return sorted(found, key=lambda record: record.created_at)

@@ -6,17 +6,17 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ffsplit import logs
 from ffsplit.config import Record
 from ffsplit.errors import ArtifactError, FFSplitError
 from ffsplit.store.entries import ATTEMPT_ID, RUN_KEY
 from ffsplit.store.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
-from ffsplit.store.schema import NewerSchema, Versioned, read_record
+from ffsplit.store.schema import NewerSchema, UtcTime, Versioned, read_record
 from ffsplit.store.store import MissingKey, Store, read_at_most
 
 # The records that make an attempt the result of its run: commits, which are the truth, and their reading.
@@ -33,14 +33,7 @@ class Named(Versioned):
 
     run_key: str = Field(pattern=f"^{RUN_KEY.pattern}$")
     attempt: str = Field(pattern=f"^{ATTEMPT_ID.pattern}$")
-    committed_at: str = Field(description="UTC, ISO 8601")
-
-    @field_validator("committed_at")
-    @classmethod
-    def _is_utc(cls, text: str) -> str:
-        if datetime.fromisoformat(text).utcoffset() != timedelta(0):
-            raise ValueError("is not in UTC")
-        return text
+    committed_at: UtcTime
 
     @property
     def order(self) -> tuple[datetime, str]:

@@ -62,7 +62,7 @@ class SourceModel(Record):
     model_type: str
     architecture: str
     license: str | None
-    shape: ModelShape | None = Field(default=None, description="what `ffsplit plan` sizes budgets by")
+    shape: ModelShape = Field(description="what `ffsplit plan` sizes budgets by")
     left_out: tuple[LeftOut, ...] = Field(
         default=(), description="what its folder holds that did not come along, and why"
     )
@@ -106,6 +106,7 @@ class LayerRecord(Record):
     """
 
     layer: int
+    name: str = Field(description="as in `layer 3 expert 12`")
     layout: LayerLayout
     num_heavy_hitters: int
     num_elements: int
@@ -115,8 +116,7 @@ class LayerRecord(Record):
     neurons_for_energy: dict[str, int] | None = Field(
         default=None, description="percent of the output energy -> how few neurons hold it"
     )
-    name: str = Field(default="", description="as in `layer 3 expert 12`; empty in older manifests")
-    num_tokens: int | None = Field(default=None, description="seen by its statistics, as above")
+    num_tokens: int = Field(description="seen by its statistics")
     by_weight_norm: bool = Field(default=False, description="an expert whose tokens are too few to judge it")
 
 

@@ -9,14 +9,17 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from boto3.s3.transfer import TransferConfig
 from botocore.exceptions import ClientError
+from pydantic import Field
 
-from ffsplit.errors import ConfigError, StoreError
+from ffsplit import __version__
+from ffsplit.errors import ArtifactError, ConfigError, StoreError
+from ffsplit.redaction import redacted
 from ffsplit.store.digests import CHUNK_BYTES
 from ffsplit.store.entries import StoreGuarantees
 from ffsplit.store.s3_client import (
@@ -28,7 +31,17 @@ from ffsplit.store.s3_client import (
     make_client,
     s3_errors,
 )
-from ffsplit.store.store import MAX_ATTEMPTS, MissingKey, Names, Stored, backoff_s, check_key, check_prefix
+from ffsplit.store.schema import NewerSchema, UtcTime, Versioned, read_record
+from ffsplit.store.store import (
+    MAX_ATTEMPTS,
+    MissingKey,
+    Names,
+    Stored,
+    backoff_s,
+    check_key,
+    check_prefix,
+    read_at_most,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3.type_defs import ObjectTypeDef
@@ -211,13 +224,47 @@ class S3Store:
         return len(old)
 
     def check_writable(self) -> StoreGuarantees:
+        """Probe the server, or read what an earlier run found here and check that writing still works."""
         try:
             with s3_errors(f"write to {self.uri}"):
-                return probe(self._client, bucket=self._bucket, prefix=self._base, extra=self._extra)
+                record, is_ours = self._read_store_record()
+                if record is not None and self._still_holds(record):
+                    return record.guarantees
+                found = probe(self._client, bucket=self._bucket, prefix=self._base, extra=self._extra)
+                if is_ours:
+                    self.put_bytes(STORE_RECORD, _record_bytes(found, endpoint=self._endpoint))
+                return found
         except StoreError as error:
             if _is_outage(error.__cause__):
                 raise
             raise ConfigError(str(error)) from error
+
+    def _read_store_record(self) -> tuple[StoreRecord | None, bool]:
+        """A record that still counts, and whether it may be replaced: one of a newer schema may not."""
+        try:
+            data = read_at_most(self, STORE_RECORD, MAX_STORE_RECORD_BYTES)
+            record = read_record(StoreRecord, data, name=f"{self.uri}/{STORE_RECORD}")
+        except NewerSchema:
+            return None, False
+        except (ArtifactError, StoreError, ConfigError) as error:  # the probe reports what is wrong
+            if _is_outage(error.__cause__):
+                raise
+            return None, True
+        return (record if record.counts(endpoint=self._endpoint) else None), True
+
+    def _still_holds(self, record: StoreRecord) -> bool:
+        """Ask to create the record, which exists: one write that changes nothing.
+
+        A store that cannot be written to fails here, before any work. A server that takes it ignores
+        If-None-Match by now, as some do in a bucket with versions; or the record has just been deleted.
+        """
+        data = record.model_dump_json().encode()
+        name = self._name(STORE_RECORD)
+        return not _took(self._client, self._bucket, name, data, **self._options(name), IfNoneMatch="*")
+
+    @property
+    def _endpoint(self) -> str:
+        return redacted(str(self._client.meta.endpoint_url))
 
     def _put(self, key: str, data: bytes, **condition: Any) -> None:
         name = self._name(key)
@@ -263,7 +310,12 @@ def _is_outage(cause: BaseException | None) -> bool:
     return isinstance(cause, ClientError) and (http_status(cause)[:1] == "5" or http_status(cause) == "429")
 
 
-# What an S3 server really guarantees, found out by trying it. Few servers keep all that S3 promises.
+# What an S3 server really guarantees, found out by trying it. Few servers keep all that S3 promises. The
+# answer is kept in the store, so that only the first run there has to try.
+
+STORE_RECORD = ".ffsplit/store.json"
+MAX_STORE_RECORD_BYTES = 1 << 16
+PROBE_AGAIN_AFTER = timedelta(days=30)
 
 _BODY = b"ffsplit"
 _WRONG_CHECKSUMS = {
@@ -275,6 +327,30 @@ NUM_WRITERS = 8
 NUM_ROUNDS = 3
 
 
+class StoreRecord(Versioned):
+    """What a probe of this store found, for later runs."""
+
+    probed_at: UtcTime
+    ffsplit_version: str = Field(description="the version that probed")
+    endpoint: str = Field(description="the server that was probed: a copied bucket does not bring it along")
+    guarantees: StoreGuarantees
+
+    def counts(self, *, endpoint: str) -> bool:
+        """Whether it is of this server and recent. A wrong clock may have put it into the future."""
+        age = datetime.now(timezone.utc) - datetime.fromisoformat(self.probed_at)
+        return self.endpoint == endpoint and abs(age) <= PROBE_AGAIN_AFTER
+
+
+def _record_bytes(guarantees: StoreGuarantees, *, endpoint: str) -> bytes:
+    record = StoreRecord(
+        probed_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        ffsplit_version=__version__,
+        endpoint=endpoint,
+        guarantees=guarantees,
+    )
+    return (record.model_dump_json(indent=2) + "\n").encode()
+
+
 def probe(client: S3Client, *, bucket: str, prefix: str, extra: dict[str, Any]) -> StoreGuarantees:
     """Write a few bytes under names of their own, and leave nothing behind.
 
@@ -284,14 +360,7 @@ def probe(client: S3Client, *, bucket: str, prefix: str, extra: dict[str, Any]) 
     names = [f"{prefix}ffsplit-probe-{secrets.token_hex(8)}" for _ in range(1 + NUM_ROUNDS)]
 
     def put(name: str, **options: Any) -> bool:
-        """Whether the server took it."""
-        try:
-            client.put_object(Bucket=bucket, Key=name, Body=_BODY, **extra, **options)
-        except ClientError as error:
-            if http_status(error) in ("400", "409", "412", "422"):
-                return False
-            raise
-        return True
+        return _took(client, bucket, name, _BODY, **extra, **options)
 
     try:
         client.put_object(Bucket=bucket, Key=names[0], Body=_BODY, **extra)
@@ -307,6 +376,17 @@ def probe(client: S3Client, *, bucket: str, prefix: str, extra: dict[str, Any]) 
     return StoreGuarantees(
         conditional_put="atomic" if atomic else "not atomic", checksums=tuple(sorted(checksums))
     )
+
+
+def _took(client: S3Client, bucket: str, name: str, body: bytes, **options: Any) -> bool:
+    """Whether the server took an upload that it was to refuse."""
+    try:
+        client.put_object(Bucket=bucket, Key=name, Body=body, **options)
+    except ClientError as error:
+        if http_status(error) in ("400", "409", "412", "422"):
+            return False
+        raise
+    return True
 
 
 def _num_winners(put: Any, name: str) -> int:

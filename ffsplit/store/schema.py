@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, TypeVar
+from datetime import datetime, timedelta
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from ffsplit.config import Record
 from ffsplit.errors import ArtifactError
 
 SCHEMA_VERSION = "1.0"
 AnyRecord = TypeVar("AnyRecord", bound=Record)
+
+
+def _in_utc(text: str) -> str:
+    if datetime.fromisoformat(text).utcoffset() != timedelta(0):
+        raise ValueError("is not in UTC")
+    return text
+
+
+UtcTime = Annotated[str, AfterValidator(_in_utc), Field(description="UTC, ISO 8601")]
 
 
 class NewerSchema(ArtifactError):
@@ -27,7 +37,7 @@ class Versioned(Record):
     """A record that says by which schema it was written."""
 
     schema_version: str = Field(
-        default=SCHEMA_VERSION, pattern=r"^[0-9]+\.[0-9]+$", description="MAJOR.MINOR"
+        default=SCHEMA_VERSION, pattern=r"^[1-9][0-9]*\.[0-9]+$", description="MAJOR.MINOR"
     )
 
 

@@ -105,7 +105,7 @@ class Store(Source, Protocol):
         """Remove what writes that were killed before a moment left unseen; returns how many there were."""
 
     def check_writable(self) -> StoreGuarantees:
-        """Try writing, and say what the store guarantees; leave nothing behind.
+        """Try writing, and say what the store guarantees; leave nothing behind but a record of that.
 
         Raises ConfigError, with what to mend, when values cannot be written or commits could not work.
         """

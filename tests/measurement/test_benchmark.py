@@ -20,10 +20,11 @@ from ffsplit.models.load import load_whole_model
 from ffsplit.run.driver import calibrate
 from ffsplit.runtime.integer_map import IntegerMap
 from ffsplit.runtime.modules import DenseMap, LowRankMap
-from ffsplit.store.benchmarks import BenchmarkRecord, read_benchmarks
+from ffsplit.store.benchmarks import BenchmarkRecord
 from ffsplit.store.gc import collect, plan
 from ffsplit.store.locate import locate
 from ffsplit.store.pull import verify
+from ffsplit.store.schema import read_record
 from ffsplit.store.store import open_store
 from tests.conftest import CheckpointFactory
 from tests.small_jobs import SmallJob
@@ -49,7 +50,7 @@ def test_an_encoder_over_a_grid(small_job: SmallJob, tmp_path: Path, capsys: Any
     assert record.original.load_s > 0 and record.original.peak_memory_bytes is None
     (path,) = (out / manifest.run_key / "benchmarks").glob("*.json")
     assert json.loads(path.read_text())["attempt"] == manifest.attempt
-    assert read_benchmarks(locate(str(out))) == [record]
+    assert read_record(BenchmarkRecord, path.read_bytes(), name=path.name) == record
     assert sorted(each.name for each in (out / manifest.run_key / manifest.attempt).rglob("*")) == before
 
 

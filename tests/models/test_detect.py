@@ -43,7 +43,9 @@ def save(directory: Path, prefix: str, **config: Any) -> Path:
 
 @pytest.mark.parametrize("prefix", UNKNOWN)
 @pytest.mark.parametrize("step", ["{kind: prune}", LOW_RANK])
-def test_a_family_without_a_row_is_found_and_compressed(tmp_path: Path, prefix: str, step: str) -> None:
+def test_a_family_without_a_row_is_found_and_compressed(
+    tmp_path: Path, prefix: str, step: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = save(tmp_path / "model", prefix, **UNKNOWN[prefix])
     checkpoint = open_checkpoint(source)
     assert checkpoint.architecture.model_type not in ARCHITECTURES and checkpoint.is_guessed
@@ -55,6 +57,9 @@ def test_a_family_without_a_row_is_found_and_compressed(tmp_path: Path, prefix: 
     recipe = job.recipe(step=step, heavy_share=share)
     manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, samples=8))
     assert manifest.plain == ("prune" in step)
+    family = checkpoint.architecture.model_type
+    said = f"warning: {family} is not in docs/models.md: its FFNs are guessed (experimental)"
+    assert said in capsys.readouterr().err
     found = outputs(ffsplit.load(str(tmp_path / "out")))
     dense = outputs(load_whole_model(source, checkpoint.class_name))
     assert found.isfinite().all() and (found - dense).abs().max() > 1e-3

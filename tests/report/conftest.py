@@ -48,6 +48,8 @@ def layer_fields(layer: int, num_layers: int) -> dict[str, Any]:
     num_elements = 395_000 + 3_000 * (layer % 5)
     return {
         "layer": layer,
+        "name": f"layer {layer}",
+        "num_tokens": 183_442,
         "layout": {**parts, "down_bias": True},
         "num_heavy_hitters": 77,
         "num_elements": num_elements,
@@ -55,6 +57,12 @@ def layer_fields(layer: int, num_layers: int) -> dict[str, Any]:
         "relative_error": 0.021 + 0.18 * (layer / max(1, num_layers - 1)) ** 2,
         "energy_in_top_5_percent": TOP_5_PERCENT[layer % 6],
     }
+
+
+def shape_fields(num_layers: int) -> dict[str, Any]:
+    ffn = {"hidden_size": 384, "num_neurons": 1536, "gated": False, "up_bias": True, "down_bias": True}
+    sizes = {"num_parameters": 22_713_216, "num_parameters_without_embeddings": 10_794_240}
+    return {"shapes": (ffn,) * num_layers, "itemsize": 4, **sizes}
 
 
 def latency_fields(batch_size: int, num_tokens: int, original_ms: float, speedup: float) -> dict[str, Any]:
@@ -141,6 +149,7 @@ def manifest_fields(num_layers: int) -> dict[str, Any]:
             "model_type": "bert",
             "architecture": "BertModel",
             "license": "apache-2.0",
+            "shape": shape_fields(num_layers),
         },
         "calibration": {
             "sources": ("builtin:pydoc",),

@@ -9,13 +9,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import ffsplit
-from ffsplit.calibration.parquet import read_lineage, read_statistics
+from ffsplit.calibration.parquet import read_statistics
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, FFSplitError, GateError
 from ffsplit.run import attempt
@@ -240,7 +241,7 @@ def test_published_statistics_say_what_they_are_of(small_job: SmallJob, tmp_path
     path = tmp_path / "out" / manifest.run_key / manifest.attempt / "stats/neurons.parquet"
     layers = read_statistics(path)
     assert {layer.num_tokens for layer in layers} == {manifest.calibration.num_tokens}
-    lineage = read_lineage(path)
+    lineage = json.loads(pq.read_schema(path).metadata[b"ffsplit.lineage"])
     assert lineage["model"] == manifest.model.digest
     assert lineage["text"] == manifest.calibration.text_digest
 

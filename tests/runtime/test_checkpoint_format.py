@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from ffsplit.errors import ArtifactError
@@ -38,11 +40,20 @@ def test_the_first_ffn_of_each_tower_is_guarded(family: str, blocks: list[str]) 
     assert all(ffns[index].unit == index for index in chosen)
 
 
-@pytest.mark.parametrize(
-    ("version", "message"),
-    [(FORMAT_VERSION - 1, "older.*compress the original again"), (FORMAT_VERSION + 1, "newer.*upgrade")],
-)
-def test_another_format_is_refused(version: int, message: str) -> None:
+@pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, "1.0", None])
+def test_another_format_is_refused(version: Any) -> None:
     """Before its scales, say, are read as numbers of another type."""
-    with pytest.raises(ArtifactError, match=message):
-        SplitConfig(version, layers=[], shapes=[])
+    with pytest.raises(ArtifactError, match=rf"has checkpoint format {version!r}.* reads 1: upgrade ffsplit"):
+        SplitConfig(version, ffns=[])
+
+
+def test_a_field_that_was_added_later_is_ignored_beside_the_ffns_and_refused_in_them() -> None:
+    """What says how a tensor is stored must not be overlooked."""
+    ffns = [run.model_dump(mode="json") for run in runs_of([LayerLayout.dense(SHAPE)], [SHAPE])]
+    config = SplitConfig(FORMAT_VERSION, ffns=ffns, made_by="a later version")
+    assert [run.count for run in config.runs] == [1] and "made_by" not in config.to_dict()
+    later = SplitConfig(FORMAT_VERSION, ffns=[ffns[0] | {"rotated": True}])
+    with pytest.raises(
+        ArtifactError, match=r"^config\.json, quantization_config: ffns\.rotated: Extra input"
+    ):
+        _ = later.runs

@@ -20,6 +20,7 @@ from ffsplit.store.gc import collect, plan
 from ffsplit.store.links import share
 from ffsplit.store.locate import locate
 from ffsplit.store.pull import pull, verify
+from ffsplit.store.s3 import STORE_RECORD
 from ffsplit.store.store import MissingKey, open_store
 from tests.s3.loopback import S3Server
 from tests.store.attempts import ATTEMPT, RUN_KEY, publish
@@ -35,7 +36,8 @@ pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]
 def test_the_probe_tells_the_servers_apart(server: S3Server, uri: str) -> None:
     store = open_store(uri)
     guarantees = store.check_writable()
-    assert list(store.list("")) == []
+    assert store.check_writable() == guarantees
+    assert list(store.list("")) == [STORE_RECORD]
     assert "md5" in guarantees.checksums
     if server.atomic_create:
         assert guarantees.conditional_put == "atomic"
@@ -92,11 +94,12 @@ def test_a_wrong_checksum_is_refused(client: S3Client, bucket: str) -> None:
 
 
 def test_a_bucket_with_versions(server: S3Server, client: S3Client, bucket: str, tmp_path: Path) -> None:
-    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     store = open_store(f"s3://{bucket}/zoo")
+    store.check_writable()
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     if server.name == "ceph":  # of Debian 12: in such a bucket it creates what exists
         with pytest.raises(ConfigError, match="ignores If-None-Match"):
-            store.check_writable()
+            store.check_writable()  # whatever was found before
     else:
         store.check_writable()
     for number in range(3):
@@ -105,7 +108,9 @@ def test_a_bucket_with_versions(server: S3Server, client: S3Client, bucket: str,
     with pytest.raises(FFSplitError, match=r"config\.json"):
         pull(f"{store.uri}/{0:016x}", tmp_path / "copy")
     collect(store, plan(store, keep_last=1))
-    assert {key.split("/")[0] for key in store.list("")} == {f"{2:016x}", "index.json", "latest.json"}
+    assert {key.split("/")[0] for key in store.list("")} == {
+        *(f"{2:016x}", "index.json", "latest.json", ".ffsplit")
+    }
     assert publish(store, tmp_path / "again", run_key=f"{0:016x}").run_key == f"{0:016x}"
     assert verify(f"{store.uri}/{0:016x}").ok
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ffsplit.config import Record
+from ffsplit.ffn.shapes import FFNShape, ModelShape
 from ffsplit.store.commits import Commit, Kind
 from ffsplit.store.digests import file_entries
 from ffsplit.store.entries import FileEntry
@@ -16,6 +17,7 @@ from ffsplit.store.transfer import Progress
 
 RUN_KEY = "0123456789abcdef"
 ATTEMPT = "0123456789ab"
+SHAPE = FFNShape(num_neurons=8, hidden_size=4, gated=False, up_bias=True, down_bias=True)
 FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 1000, "nested/deep/notes.txt": b"notes\n"}
 
 
@@ -41,6 +43,9 @@ def make_manifest(
             model_type="bert",
             architecture="BertModel",
             license=None,
+            shape=ModelShape(
+                shapes=(SHAPE,), itemsize=4, num_parameters=100, num_parameters_without_embeddings=90
+            ),
         ),
         calibration=CalibrationRecord(
             sources=("s",),
