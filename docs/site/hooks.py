@@ -32,8 +32,12 @@ CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
 
 def _elsewhere() -> dict[str, str]:
-    """The pages outside docs/: what they are called on the site, by their path in the repository."""
-    found = sorted(path.relative_to(ROOT).as_posix() for place in PLACES for path in ROOT.glob(place))
+    """The pages outside docs/: what they are called on the site, by their path in the repository.
+
+    Files without a title are parts of other pages.
+    """
+    places = sorted(path for place in PLACES for path in ROOT.glob(place))
+    found = [path.relative_to(ROOT).as_posix() for path in places if path.read_text("utf-8").startswith("# ")]
     return NAMED | {path: path.replace("README.md", "index.md") for path in found}
 
 
@@ -45,7 +49,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages outside docs/, and list in `nav` whatever its patterns stand for."""
     for path, site in SITE_OF.items():
         files.append(File.generated(config, site, abs_src_path=str(ROOT / path)))
-    files.append(File.generated(config, "assets/extra.css", abs_src_path=str(Path(__file__).with_name("extra.css"))))
+    files.append(
+        File.generated(config, "assets/extra.css", abs_src_path=str(Path(__file__).with_name("extra.css")))
+    )
     pages = sorted(file.src_uri for file in files.documentation_pages())
     config.nav = _expanded(config.nav, pages, listed=_listed(config.nav))
     return files
@@ -59,6 +65,8 @@ def _listed(nav: Any) -> set[str]:
 
 
 def _expanded(nav: Any, pages: list[str], *, listed: set[str]) -> Any:
+    if isinstance(nav, str):
+        return nav
     if isinstance(nav, dict):
         return {title: _expanded(part, pages, listed=listed) for title, part in nav.items()}
     entries: list[Any] = []
@@ -67,7 +75,7 @@ def _expanded(nav: Any, pages: list[str], *, listed: set[str]) -> Any:
             entries += [page for page in pages if fnmatch(page, entry) and page not in listed]
             listed |= set(entries)
         else:
-            entries.append(entry if isinstance(entry, str) else _expanded(entry, pages, listed=listed))
+            entries.append(_expanded(entry, pages, listed=listed))
     return entries
 
 
