@@ -28,6 +28,7 @@ NAMED = {
 PLACES = ("benchmarks/*.md", "cluster/*.md", "cluster/*/*.md")
 COMMANDS = "<!-- every command -->"
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
+LIST = re.compile(r"^(?![-*|\s]|\d+\.)(.+)\n(?=(?:[-*]|\d+\.) )", re.MULTILINE)
 CODE = re.compile(r"^```.*?^```$|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
 
@@ -103,6 +104,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"\0{len(kept) - 1}\0"
 
     markdown = LINK.sub(lead, CODE.sub(put_aside, markdown))
+    markdown = LIST.sub(r"\1\n\n", markdown)  # a list may follow a line of text at once on a forge
     markdown = re.sub("\0(\\d+)\0", lambda match: kept[int(match[1])], markdown)
     return markdown.replace(COMMANDS, "\n".join(_commands(build_parser())))
 
