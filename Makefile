@@ -10,7 +10,7 @@ help: ## List the targets
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,dev,sign,onnx]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,dev,docs,sign,onnx]'
 	@touch $@
 
 .PHONY: venv
@@ -49,9 +49,11 @@ format: venv ## Mend what the linter can mend
 	$(BIN)/ruff format .
 
 .PHONY: docs
-docs: venv ## Generate docs/manifest.schema.json and docs/models.md
+docs: venv ## Generate docs/manifest.schema.json and docs/models.md, and build the site into out/docs
 	$(BIN)/python -m ffsplit.store.manifest > docs/manifest.schema.json
 	$(BIN)/python -m ffsplit.models.table > docs/models.md
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+	@echo out/docs/index.html
 
 .PHONY: bench-speed
 bench-speed: venv ## Time compressed models beside other tools' into benchmarks/speed_<hardware>.md
@@ -66,3 +68,38 @@ bench-scaling: venv ## How the work spreads over workers, into benchmarks/scalin
 .PHONY: bench-quality
 bench-quality: venv ## Score every recipe (DATA=folder with stsb/ and others) into benchmarks/quality.md
 	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))
+
+.PHONY: examples
+examples: venv ## Run the examples that need nothing but the demo's wheel, into out/examples
+	@for each in encoder classifier own_recipe zoo; do \
+		echo "== examples/$$each.py"; HF_HUB_OFFLINE=1 PYTHONPATH=. $(BIN)/python examples/$$each.py || exit 1; done
+
+# The bounds in pyproject.toml, tried: `make test-lowest TORCH=2.13.0` where no older torch can be had.
+TORCH ?= 2.6.0
+TRANSFORMERS ?= 5.0.0
+RAY ?= 2.50.0
+BOUNDS_TESTS ?= tests/test_config.py tests/models tests/runtime tests/healing tests/distributed tests/run/test_run.py
+
+.PHONY: test-lowest
+test-lowest: ## Test with the lowest versions allowed, in .bounds/lowest (TORCH=, TRANSFORMERS=, RAY=)
+	$(call test_bounds,lowest,torch==$(TORCH) transformers==$(TRANSFORMERS) 'ray[default]==$(RAY)')
+
+.PHONY: test-newest
+test-newest: ## Test with the newest versions allowed, in .bounds/newest
+	$(call test_bounds,newest,--upgrade --upgrade-strategy eager)
+
+define test_bounds
+	$(PYTHON) -m venv .bounds/$(1)
+	.bounds/$(1)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev,onnx]' $(2)
+	.bounds/$(1)/bin/python -m pip list | grep -E '^(torch|transformers|ray) '
+	HF_HUB_OFFLINE=1 .bounds/$(1)/bin/python -m pytest -p no:cacheprovider $(BOUNDS_TESTS)
+endef
+
+.PHONY: dist
+dist: venv ## Build the wheel and the source archive into dist/, check them, try the wheel in an empty venv
+	rm -rf dist out/wheel
+	$(BIN)/python -m build --quiet
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv out/wheel
+	out/wheel/bin/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) dist/*.whl
+	cd out && wheel/bin/ffsplit --version && wheel/bin/python -c "import ffsplit; ffsplit.JobConfig, ffsplit.load"

@@ -29,7 +29,6 @@ def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None
     from transformers.core_model_loading import (
         WeightConverter,
         WeightRenaming,
-        apply_renamings,
         dot_natural_key,
         rename_source_key,
     )
@@ -41,7 +40,7 @@ def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None
     found: dict[str, ReadTensor | None] = {}
     whole: set[str] = set()
     for name in sorted(stored, key=dot_natural_key):
-        renamed = apply_renamings(name, renamings)
+        renamed, _ = rename_source_key(name, renamings, [])
         target, source = rename_source_key(name, renamings, converters, prefix, tensors)
         if target not in tensors and name in tensors:
             renamed = name
