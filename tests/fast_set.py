@@ -7,7 +7,7 @@ share a server or a session's models go to one process.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,13 @@ def kept(cases: Sequence[pytest.Function]) -> list[pytest.Function]:
     return [wanted[index] for index in chosen]
 
 
-def _places(case: pytest.Function) -> list[tuple[str, int]]:
-    return sorted(case.callspec.indices.items())
+def _places(case: pytest.Function) -> list[tuple[str, Any]]:
+    """A case's arguments with their values, or which of the values it is where that has no hash."""
+    params, indices = case.callspec.params, case.callspec.indices
+    return [
+        (name, params[name] if isinstance(params[name], Hashable) else indices[name])
+        for name in sorted(params)
+    ]
 
 
 def covering(covers: Sequence[frozenset[Any]]) -> list[int]:

@@ -163,6 +163,7 @@ def test_a_file_is_about_400_lines_at_most(module: str) -> None:
     assert len(MODULES[module].read_text("utf-8").splitlines()) <= 420
 
 
+@pytest.mark.subprocess
 def test_importing_ffsplit_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, ffsplit; print(*sorted({name.split('.')[0] for name in sys.modules}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -171,6 +172,7 @@ def test_importing_ffsplit_loads_neither_torch_nor_transformers() -> None:
     assert not {"torch", "transformers", "ray", "numpy", "pydantic", "boto3"} & loaded
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("order", ["import ffsplit", "import transformers.quantizers.auto, ffsplit"])
 def test_the_split_format_is_registered_in_either_order(order: str) -> None:
     code = (
@@ -187,6 +189,7 @@ def test_the_public_names() -> None:
         _ = ffsplit.nothing
 
 
+@pytest.mark.subprocess
 def test_help_answers_within_a_second() -> None:
     """A second of the processor: on a busy machine those of the clock are others'."""
     times = []

@@ -38,6 +38,7 @@ def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 DRY_RUN = ["--recipe", "flap", "--dtype", "bfloat16", "--memory-per-worker", "40GB", "--dry-run"]
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("command", ["inspect", "compress"])
 def test_a_model_of_70_billion_takes_seconds(llama_70b: Path, tmp_path: Path, command: str) -> None:
     """From the command line, all imports included, and those of no more than what is needed.

@@ -26,7 +26,6 @@ from ffsplit.splitting.scores import LayerPlan
 from ffsplit.store.scratch import Result, Scratch
 from tests.conftest import CheckpointFactory
 
-
 PRUNE = PruneCompressor(compensation="least_squares")
 PROFILE = ComputeProfile(device="cpu", dtype="float32", threads=1)
 INPUTS_TD = torch.randn(50, 32, generator=torch.Generator().manual_seed(0))
