@@ -6,20 +6,26 @@ feature removed shows up here as a mutant that survives.
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 COPIED = ("ffsplit", "tests", "jobs", "pyproject.toml")
 NUM_AT_ONCE = 2
-FAILED, NOTHING_RAN = 1, 5
-"""Exit codes of pytest."""
+FORK = multiprocessing.get_context("fork")
+LIBRARIES = ("torch", "transformers", "pyarrow.parquet", "pydantic", "boto3", "hypothesis")
+"""What takes seconds to import, and every test would."""
+FAILED = pytest.ExitCode.TESTS_FAILED
 
 
 class Mutant(NamedTuple):
@@ -235,19 +241,33 @@ def _copy(folder: Path) -> Path:
 
 def _test(folder: Path, *tests: str) -> tuple[int, str]:
     """pytest's exit code for these tests of the fast set, and what it printed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider"]
-    done = subprocess.run(
-        [*command, "--basetemp", str(folder / "temporary"), *tests],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
+    out = folder / "out.txt"
+    process = FORK.Process(target=_run_pytest, args=(folder, out, tests))
+    process.start()
+    process.join()
+    assert process.exitcode is not None
+    return process.exitcode, out.read_text("utf-8", "replace")
+
+
+def _run_pytest(folder: Path, out: Path, tests: Sequence[str]) -> None:
+    """In a process of its own, which has the libraries from its parent and our modules from a folder."""
+    with out.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(folder)
+    os.environ |= {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    sys.dont_write_bytecode = True
+    sys.path[:] = [str(folder), *(each for each in sys.path if each not in ("", str(ROOT)))]
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("ffsplit", "tests")]:
+        del sys.modules[name]
+    flags = ["-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "--basetemp", str(folder / "temporary")]
+    sys.exit(pytest.main([*flags, *tests]))
 
 
 def main() -> int:
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    for library in LIBRARIES:
+        importlib.import_module(library)
     with TemporaryDirectory(prefix="ffsplit-mutant-") as name:
         code, out = _test(_copy(Path(name)), *dict.fromkeys(mutant.test for mutant in MUTANTS))
     if code != 0:

@@ -13,6 +13,7 @@ from tests.run.stages.blank_rows import with_blank_rows
 from tests.small_jobs import SmallJob
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_largest_shape_of_both_models(
     small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
