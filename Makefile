@@ -20,7 +20,7 @@ venv: .venv/installed ## Create .venv and install everything, pinned
 demo: venv ## Compress all-MiniLM-L6-v2 into out/demo, on a Ray started on the spot
 	@HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
 
-PYTEST := $(BIN)/python -m pytest -n $(or $(PROCESSES),2) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n $(or $(PROCESSES),2) --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
 test: venv ## Run the fast tests, minutes on 2 cores: a real Ray job, an S3 server and a real model among them

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from itertools import combinations
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
 
-TESTS = Path(__file__).parent
 IMPLIED = {"s3_endpoint": "s3", "cluster": "ray", "local_ray": "ray"}
 """The mark of a test by the fixture that it uses."""
 TOGETHER = ("jobs", "faults", "s3")
@@ -31,19 +30,30 @@ def arrange(items: list[pytest.Item]) -> None:
         if item.get_closest_marker("matrix"):
             assert isinstance(item, pytest.Function)
             matrices[item.path, item.originalname].append(item)
-        item.add_marker(pytest.mark.xdist_group(_group(item.path)))
     for cases in matrices.values():
         fast = kept(cases)
         for case in cases:
             if case not in fast:
                 case.add_marker(pytest.mark.slow)
-    long = {_group(item.path) for item in items if item.get_closest_marker("ray")}
-    items.sort(key=lambda item: _group(item.path) not in long)  # a cluster that starts last is waited for
+    long = {group_of(item.nodeid) for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: group_of(item.nodeid) not in long)  # a cluster that starts last is waited for
 
 
-def _group(path: Path) -> str:
-    name = path.relative_to(TESTS)
-    return name.parts[0] if name.parts[0] in TOGETHER else name.as_posix()
+def group_of(nodeid: str) -> str:
+    """What goes to one process together: a file of tests, or a folder of them."""
+    path = PurePosixPath(nodeid.partition("::")[0])
+    return next((name for name in path.parts[:-1] if name in TOGETHER), str(path))
+
+
+def scheduler(config: pytest.Config, log: Any) -> Any:
+    """pytest-xdist's `loadfile`, by these groups. (Its `loadgroup` does nothing with pytest 9.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
 
 
 def kept(cases: Sequence[pytest.Function]) -> list[pytest.Function]:
