@@ -20,9 +20,23 @@ venv: .venv/installed ## Create .venv and install everything, pinned
 demo: venv ## Compress all-MiniLM-L6-v2 into out/demo, on a Ray started on the spot
 	@HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
 
+PYTEST := $(BIN)/python -m pytest -n $(or $(PROCESSES),2) --dist loadfile --no-loadscope-reorder
+
 .PHONY: test
-test: venv ## Run the test suite, a real local Ray job included
-	$(BIN)/python -m pytest
+test: venv ## Run the fast tests, minutes on 2 cores: a real Ray job, an S3 server and a real model among them
+	$(PYTEST) -m "not slow"
+
+.PHONY: test-slow
+test-slow: venv ## Run the other tests: slow ones, and every case of the matrices that `make test` thins out
+	$(PYTEST) -m slow
+
+.PHONY: test-all
+test-all: venv ## Run every test, but those that need real S3 servers (PROCESSES=n, 2 by default)
+	$(PYTEST)
+
+.PHONY: mutants
+mutants: venv ## Break the package in many places, one at a time: a fast test must catch each
+	$(BIN)/python -m tests.mutants
 
 .PHONY: test-s3
 test-s3: venv ## Run the store's tests against OpenStack Swift and Ceph, started on loopback

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.fast_set import arrange, scheduler
 from tests.s3_server import s3_endpoint, s3_uri
 from tests.small_jobs import small_job
 
@@ -27,6 +28,16 @@ CheckpointFactory = Callable[..., Path]
 
 settings.register_profile("ffsplit", deadline=None)  # a busy machine is no failure
 settings.load_profile("ffsplit")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    arrange(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return scheduler(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,7 @@ def test_the_digest_is_sha256_of_canonical_json() -> None:
     assert digest_of({"b": None, "a": [1, "é"]}) == expected
 
 
+@pytest.mark.subprocess
 def test_the_digest_is_the_same_in_another_process() -> None:
     code = "from ffsplit.keys import stage_key; print(stage_key('s', {'x': [1, 2], 'a': {'c': 1, 'b': 2}}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -127,6 +127,7 @@ def test_a_disk_that_fails_before_the_first_write_is_exit_code_2(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.subprocess
 def test_a_process_of_its_own_prints_no_traceback(newer_tokenizer: SmallJob, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "ffsplit.cli", "compress", *newer_tokenizer.arguments(tmp_path / "out")]
     done = subprocess.run([*command, "--runner", "serial"], capture_output=True, text=True)

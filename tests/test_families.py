@@ -35,6 +35,8 @@ from tests.tiny_models import WORDS
 
 CPU = torch.device("cpu")
 WITH_HEADS = [(name, head) for name in FAMILIES for head in ("", *heads_of(name))]
+FAST = ("bert", "gpt2", "phi3", "t5", "mixtral", "vit", "clip", "whisper", "wav2vec2")
+"""A family of each kind and of each form of FFN."""
 Saved = Callable[..., Path]
 
 
@@ -118,6 +120,7 @@ def split_exactly(checkpoint: Checkpoint, directory: Path) -> None:
     assemble(checkpoint, files, layouts, directory)
 
 
+@pytest.mark.matrix()
 @pytest.mark.parametrize(("family", "head"), WITH_HEADS)
 def test_an_exact_split_is_the_dense_model(saved: Saved, tmp_path: Path, family: str, head: str) -> None:
     checkpoint = open_checkpoint(saved(family, head))
@@ -131,6 +134,7 @@ def test_an_exact_split_is_the_dense_model(saved: Saved, tmp_path: Path, family:
     assert (outputs(split) - outputs(dense)).abs().max() <= 1e-5
 
 
+@pytest.mark.matrix(family=FAST)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_of_it_saves_loads_and_runs(saved: Saved, tmp_path: Path, family: str) -> None:
     source = saved(family, usual_head(family))
@@ -178,6 +182,7 @@ assert "ffsplit" not in sys.modules
 """
 
 
+@pytest.mark.subprocess
 def test_no_tower_loads_alone_without_ffsplit(saved: Saved, tmp_path: Path) -> None:
     """Each tower has a guard of its own."""
     arguments = []

@@ -113,6 +113,7 @@ def test_what_is_below_a_folder_is_counted_without_what_is_gone(tmp_path: Path) 
     assert (bytes_below(tmp_path), bytes_below(tmp_path / "none")) == (7, 0)
 
 
+@pytest.mark.subprocess
 def test_affinity_is_followed() -> None:
     code = "from ffsplit.machine import usable_cores; print(usable_cores())"
     one = str(min(os.sched_getaffinity(0)))
@@ -120,6 +121,7 @@ def test_affinity_is_followed() -> None:
     assert done.stdout == "1\n"
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("group", "name", "limit"),
     [("cpu", "cpu.cfs_quota_us", "50000"), ("memory", "memory.limit_in_bytes", str(2**30))],

@@ -275,6 +275,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.matrix()
 @pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("keep", [1.0, 0.5])
 def test_a_run_keeps_what_it_should(tmp_path: Path, name: str, keep: float) -> None:

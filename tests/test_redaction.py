@@ -248,6 +248,7 @@ raise SystemExit(exit_code_of(run))
 """
 
 
+@pytest.mark.subprocess
 def test_tracebacks_warnings_and_threads_are_covered() -> None:
     environment = os.environ | {"HF_TOKEN": f"{SECRET}\n", "FFSPLIT_DEBUG": "1"}
     done = subprocess.run([sys.executable, "-c", TRACEBACK], capture_output=True, text=True, env=environment)

@@ -42,6 +42,7 @@ def published(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("stdout", [FULL, CLOSED, UNREAD])
 def test_a_result_that_could_not_be_printed_is_not_0(published: Path, stdout: str) -> None:
     assert exit_code("", "verify", str(published)) == 0
@@ -51,6 +52,7 @@ def test_a_result_that_could_not_be_printed_is_not_0(published: Path, stdout: st
         assert line.startswith("ffsplit: the result could not be written to stdout: ")
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     "redirection", [FULL, CLOSED, UNREAD, "2>&-", "2>/dev/full", "2>&1 | true", ">&- 2>&-"]
 )
@@ -60,6 +62,7 @@ def test_a_damaged_artifact_is_one_whoever_reads_it(published: Path, redirection
     assert exit_code(redirection, "verify", str(published / "none")) == 2
 
 
+@pytest.mark.subprocess
 def test_a_listing_that_is_cut_short_is_not_0(published: Path) -> None:
     """Far more than a pipe holds, so that it breaks while it is printed."""
     code = "from ffsplit.exit_codes import checked_output, exit_code_of as run\n"
@@ -73,6 +76,7 @@ def test_a_listing_that_is_cut_short_is_not_0(published: Path) -> None:
     assert done.stderr == "ffsplit: the result could not be written to stdout: Broken pipe\n"
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("redirection", ["2>&1 | head -1", ">&- 2>&-", ">/dev/full 2>/dev/full"])
 def test_a_run_goes_on_and_is_committed(small_job: SmallJob, tmp_path: Path, redirection: str) -> None:
     out = tmp_path / "out"
@@ -80,6 +84,7 @@ def test_a_run_goes_on_and_is_committed(small_job: SmallJob, tmp_path: Path, red
     assert verify(str(out)).ok
 
 
+@pytest.mark.subprocess
 def test_a_manifest_that_was_asked_for_is_a_result(small_job: SmallJob, tmp_path: Path) -> None:
     """Also of a run that is committed, and of one that was refused, which says so in any case."""
     arguments = small_job.arguments(tmp_path / "out", "--runner", "serial", "--json")
@@ -92,6 +97,7 @@ def test_a_manifest_that_was_asked_for_is_a_result(small_job: SmallJob, tmp_path
     assert exit_code(FULL, "compress", *refused) == 3
 
 
+@pytest.mark.subprocess
 def test_a_batch_goes_on(small_job: SmallJob) -> None:
     fields = {"recipe": small_job.recipe(), "calibration": str(small_job.text), "samples": 40}
     models = [{"model": str(small_job.model), "name": name, **fields} for name in ("one", "two")]
@@ -164,6 +170,7 @@ def test_progress_and_logs_of_a_library_call_end_nothing(kind: str, monkeypatch:
     assert stream.lost is not None  # so all of the above was lost, and raised nothing
 
 
+@pytest.mark.subprocess
 def test_a_file_that_is_opened_later_never_becomes_a_standard_stream(tmp_path: Path) -> None:
     """Whatever a library writes to descriptor 2 would go into it."""
     code = "import os, sys\nfrom ffsplit.streams import guarded\n"

@@ -50,6 +50,7 @@ def look(folder: Path) -> None:
     subprocess.run([sys.executable, "-c", LOOK], env=os.environ | {"TMPDIR": str(folder)}, check=True)
 
 
+@pytest.mark.subprocess
 def test_a_process_that_ends_leaves_nothing(tmp_path: Path) -> None:
     with at_work(tmp_path) as (_, folder):
         assert folder.parent == tmp_path and (folder / "download").exists()
@@ -57,6 +58,7 @@ def test_a_process_that_ends_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.subprocess
 def test_what_was_killed_is_cleared_away_and_what_lives_is_not(tmp_path: Path) -> None:
     foreign, elsewhere = tmp_path / "ffsplit-notes", tmp_path / "ffsplit-work-link"
     foreign.mkdir()
@@ -71,6 +73,7 @@ def test_what_was_killed_is_cleared_away_and_what_lives_is_not(tmp_path: Path) -
     assert sorted(tmp_path.iterdir()) == [foreign, elsewhere]
 
 
+@pytest.mark.subprocess
 def test_the_next_process_that_needs_a_folder_looks(tmp_path: Path) -> None:
     with at_work(tmp_path) as (killed, left):
         killed.kill()

@@ -98,6 +98,7 @@ def test_read_all_concatenates_and_keeps_order(tmp_path: Path) -> None:
     assert read_all([str(one), str(two)]) == ["c", "a", "b", "a"]
 
 
+@pytest.mark.subprocess
 def test_reading_a_text_file_imports_nothing_heavy(tmp_path: Path) -> None:
     import subprocess
 

@@ -133,11 +133,13 @@ def test_benchmark_times_an_artifact_against_its_original(
     small_job: SmallJob, tmp_path: Path, capsys: Captured
 ) -> None:
     ffsplit.compress(small_job.config(tmp_path / "out"))
-    assert main(["benchmark", str(tmp_path / "out"), "--against", str(small_job.model)]) == 0
+    grid = ["--batch-sizes", "1", "--lengths", "4", "--pairs", "2", "--new-tokens", "2"]
+    assert main(["benchmark", str(tmp_path / "out"), "--against", str(small_job.model), *grid]) == 0
     assert "tokens/s" in capsys.readouterr().out
-    assert main(["benchmark", str(small_job.model)]) == 0
+    grid.append("--no-memory")
+    assert main(["benchmark", str(small_job.model), *grid]) == 0
     assert main(["benchmark", str(tmp_path)]) == 2
-    assert main(["benchmark", str(small_job.model), "--against", str(small_job.model)]) == 0
+    assert main(["benchmark", str(small_job.model), "--against", str(small_job.model), *grid]) == 0
 
 
 def test_inspect_reads_headers_alone(small_job: SmallJob, capsys: Captured) -> None:

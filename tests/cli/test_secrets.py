@@ -142,6 +142,7 @@ def assert_nothing_leaks(text: str) -> None:
             assert part not in text, f"{part} of {name} in {text[:2000]}"
 
 
+@pytest.mark.matrix()
 @pytest.mark.parametrize("command", commands())
 @pytest.mark.parametrize("malformed", MALFORMED, indirect=True)
 def test_no_command_shows_a_credential(

@@ -33,6 +33,7 @@ def published(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
+@pytest.mark.subprocess
 def test_seconds_times_prices(published: str) -> None:
     done = cost(published, "--head-price", "0.5", "--worker-price", "2", "--workers", "4", "--start-s", "180")
     assert done.returncode == 0, done.stderr
@@ -43,6 +44,7 @@ def test_seconds_times_prices(published: str) -> None:
     assert rows["in"].split()[2:] == ["2340.0", "s", f"{2340 / 3600 * 8.5:.4f}"]
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -56,6 +58,7 @@ def test_no_price_is_assumed(published: str, arguments: tuple[str, ...]) -> None
     assert cost(published, *arguments).returncode == 2
 
 
+@pytest.mark.subprocess
 def test_what_is_not_there_is_one_line(tmp_path: Path) -> None:
     done = cost(str(tmp_path / "none"), "--head-price", "1", "--worker-price", "1", "--workers", "1")
     assert done.returncode == 2

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.cluster.files import CLUSTER, ROOT, constraint, of_kind
 
 PATH = CLUSTER / "Dockerfile"
@@ -30,10 +32,12 @@ def hadolint(text: str) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.subprocess
 def test_hadolint_finds_nothing_wrong() -> None:
     assert hadolint(PATH.read_text("utf-8")) == ""
 
 
+@pytest.mark.subprocess
 def test_hadolint_says_what_is_wrong() -> None:
     text = PATH.read_text("utf-8").replace("USER 1000:1000", "USER root")
     assert "USER should not be root" in hadolint(text)

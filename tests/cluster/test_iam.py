@@ -126,12 +126,14 @@ def use(store: Store, folder: Path) -> None:
     assert list(store.list("")) == []
 
 
+@pytest.mark.subprocess
 def test_the_writers_policy_is_enough(become: Become, tmp_path: Path) -> None:
     become(policy("bucket-writer.json"))
     use(open_store(f"s3://{BUCKET}/zoo"), tmp_path)
     assert open_store(f"s3://{BUCKET}/originals").get_bytes("minilm/config.json") == b"{}"
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     "action",
     [
@@ -151,6 +153,7 @@ def test_without_any_one_action_it_is_not(become: Become, tmp_path: Path, action
         use(open_store(f"s3://{BUCKET}/zoo"), tmp_path)
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("prefix", ["originals", "elsewhere"])
 def test_the_writer_writes_below_its_prefix_alone(become: Become, prefix: str) -> None:
     become(policy("bucket-writer.json"))
@@ -160,6 +163,7 @@ def test_the_writer_writes_below_its_prefix_alone(become: Become, prefix: str) -
         open_store(f"s3://{BUCKET}/{prefix}").delete("minilm/config.json")
 
 
+@pytest.mark.subprocess
 def test_the_reader_reads(become: Become, endpoint: str) -> None:
     boto3.client("s3", endpoint_url=endpoint, **ADMIN).put_object(Bucket=BUCKET, Key="zoo/a", Body=b"a")
     become(policy("bucket-reader.json"))
@@ -172,6 +176,7 @@ def test_the_reader_reads(become: Become, endpoint: str) -> None:
         store.delete("a")
 
 
+@pytest.mark.subprocess
 def test_the_server_takes_the_lifecycle_rule(endpoint: str) -> None:
     enforce(endpoint, after="inf")
     client = boto3.client("s3", endpoint_url=endpoint, **ADMIN)

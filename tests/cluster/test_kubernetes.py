@@ -128,6 +128,7 @@ def test_one_image_for_everything() -> None:
     assert "ray.io" in of_kind("RayJob")["apiVersion"]
 
 
+@pytest.mark.subprocess
 def test_kubectl_renders_it() -> None:
     kubectl = shutil.which("kubectl")
     if kubectl is None:

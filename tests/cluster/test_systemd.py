@@ -44,6 +44,7 @@ def verify(path: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
 def test_systemd_finds_nothing_wrong(path: Path, tmp_path: Path) -> None:
     for each in UNITS:  # the programs are not installed here: any other takes their place
@@ -53,6 +54,7 @@ def test_systemd_finds_nothing_wrong(path: Path, tmp_path: Path) -> None:
     assert verify(tmp_path / path.name) == ""
 
 
+@pytest.mark.subprocess
 def test_systemd_says_what_is_wrong(tmp_path: Path) -> None:
     text = (CLUSTER / "systemd" / "ffsplit-zoo.timer").read_text("utf-8")
     (tmp_path / "wrong.timer").write_text(text.replace("OnCalendar=*-*-* 02", "OnCalendar=*-*-* 26"))

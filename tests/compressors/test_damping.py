@@ -51,6 +51,7 @@ SAMPLES = {
 }
 
 
+@pytest.mark.matrix(pairs=True)
 @pytest.mark.parametrize("sample", SAMPLES)
 @pytest.mark.parametrize("name", FITS)
 def test_a_ridge_of_zero_gives_a_finite_result(name: str, sample: str) -> None:

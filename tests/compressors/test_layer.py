@@ -7,9 +7,10 @@ import torch
 
 from ffsplit.compressors.layer import CompressedLayer, compress_layer
 from ffsplit.ffn.shapes import FFNShape, LayerLayout, LowRank, PartLayout
-from ffsplit.recipes.recipe import load_recipe, shipped_recipes
+from ffsplit.recipes.recipe import shipped_recipes
 from ffsplit.splitting.solver import fit_layers
 from tests.compressors.random_ffn import FORMS, all_tensors, direct_output, random_ffn, random_inputs
+from tests.short_recipes import short_recipe
 
 every_case = pytest.mark.parametrize(
     ("shape", "recipe", "keep"),
@@ -27,7 +28,7 @@ LOW_RANK_LIGHT = PartLayout(num_neurons=28, up=LowRank(rank=2), down=LowRank(ran
 
 def compressed(shape: FFNShape, recipe: str, keep: float) -> tuple[CompressedLayer, list[list[torch.Tensor]]]:
     """The result, and the arguments' tensors before and after."""
-    chosen = load_recipe(recipe)
+    chosen = short_recipe(recipe)
     (layout,) = fit_layers([shape], keep=keep, heavy=chosen.heavy, steps=chosen.steps)
     ffn, inputs = random_ffn(shape), random_inputs(shape.hidden_size)
     width = layout.heavy.num_neurons if layout.heavy is not None else 0
@@ -38,6 +39,7 @@ def compressed(shape: FFNShape, recipe: str, keep: float) -> tuple[CompressedLay
     return result, [before, [*all_tensors(ffn), *inputs]]
 
 
+@pytest.mark.matrix()
 @every_case
 def test_elements_counted_are_the_elements_of_the_tensors(shape: FFNShape, recipe: str, keep: float) -> None:
     weights = compressed(shape, recipe, keep)[0].weights
@@ -48,6 +50,7 @@ def test_elements_counted_are_the_elements_of_the_tensors(shape: FFNShape, recip
     assert sum(tensor.numel() for tensor in tensors) <= keep * shape.num_elements
 
 
+@pytest.mark.matrix()
 @every_case
 def test_nothing_is_mutated_and_the_bytes_repeat(shape: FFNShape, recipe: str, keep: float) -> None:
     first, (before, after) = compressed(shape, recipe, keep)
@@ -57,6 +60,7 @@ def test_nothing_is_mutated_and_the_bytes_repeat(shape: FFNShape, recipe: str, k
     assert first.relative_error == second.relative_error
 
 
+@pytest.mark.matrix()
 @every_case
 def test_the_relative_error_is_that_of_the_outputs(shape: FFNShape, recipe: str, keep: float) -> None:
     result = compressed(shape, recipe, keep)[0]

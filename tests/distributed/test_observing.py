@@ -21,6 +21,8 @@ from tests.faults.isolation import environment_of_ray, isolated
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 @pytest.mark.ray
 @pytest.mark.s3
 def test_a_run_tells_what_it_does_and_no_secret(tmp_path: Path) -> None:

@@ -141,6 +141,7 @@ def test_nobody_listens() -> None:
         connect(f"127.0.0.1:{closed_port()}", num_cpus=1)
 
 
+@pytest.mark.subprocess
 def test_without_the_token_that_is_asked_for(tmp_path: Path) -> None:
     """In a process of its own: Ray reads the mode once. Its client would abort."""
     environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": "", "HOME": str(tmp_path)}

@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.subprocess
 def test_kills_cost_at_most_the_work_in_hand(tmp_path: Path) -> None:
     kills, seed = os.environ.get("FFSPLIT_TEST_KILLS", "4"), os.environ.get("FFSPLIT_TEST_SEED", "0")
     command = [sys.executable, "-m", "tests.faults.drill", "--kills", kills, "--seed", seed]

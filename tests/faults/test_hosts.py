@@ -15,6 +15,7 @@ from tests.faults.test_other_faults import long
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.subprocess
 @long
 @pytest.mark.ray
 @pytest.mark.s3

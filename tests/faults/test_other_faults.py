@@ -46,6 +46,8 @@ def run(
     )
 
 
+@pytest.mark.slow
+@pytest.mark.subprocess
 @pytest.mark.skipif(not can(*EVERYTHING), reason="needs mounts of its own")
 @pytest.mark.parametrize("what", ["--out", "TMPDIR"])
 def test_a_disk_that_fills_up_is_one_line_and_commits_nothing(
@@ -70,6 +72,7 @@ def test_a_disk_that_fills_up_is_one_line_and_commits_nothing(
     assert "commit.json" not in done.stdout
 
 
+@pytest.mark.subprocess
 @long
 @pytest.mark.ray
 def test_a_worker_without_memory_is_one_line(small_job: SmallJob, tmp_path: Path) -> None:
@@ -112,6 +115,7 @@ def test_a_store_that_is_away_for_a_minute(
     assert verify(f"{s3_uri}/{manifest.run_key}").ok
 
 
+@pytest.mark.subprocess
 @long
 def test_two_drivers_of_one_run_never_mix(small_job: SmallJob, tmp_path: Path) -> None:
     """Without Ray; the drill has two on one cluster."""
@@ -155,6 +159,7 @@ def heard_interrupts() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.subprocess
 @long
 @pytest.mark.ray
 @pytest.mark.usefixtures("heard_interrupts")

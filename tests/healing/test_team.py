@@ -151,6 +151,7 @@ distributed.destroy_process_group()
 """
 
 
+@pytest.mark.subprocess
 def test_two_processes_sum_as_one_does(tmp_path: Path) -> None:
     processes = [
         subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), str(tmp_path / "meet"), str(tmp_path)])

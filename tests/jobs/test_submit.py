@@ -32,6 +32,7 @@ def submission_of(err: str) -> str:
     return next(word.rstrip(",") for word in line.split() if word.startswith("ffsplit-"))
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_run_is_one_job_and_its_exit_code_is_kept(
     small_job: SmallJob, tmp_path: Path, cluster: Cluster
@@ -69,6 +70,7 @@ def test_a_run_is_one_job_and_its_exit_code_is_kept(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_job_outlives_its_follower_unless_it_is_told_otherwise(
     small_job: SmallJob, tmp_path: Path, cluster: Cluster

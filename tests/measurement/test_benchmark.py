@@ -109,6 +109,7 @@ def test_an_original_that_has_changed_is_not_compared(
         benchmark(str(tmp_path / "out"), settings=settings)
 
 
+@pytest.mark.slow
 def test_peak_memory_of_both(checkpoint_of: CheckpointFactory) -> None:
     settings = Settings(batch_sizes=(1,), lengths=(4,), pairs=1, threads=1)
     record = benchmark(str(checkpoint_of("bert")), settings=settings)

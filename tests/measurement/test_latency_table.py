@@ -31,6 +31,7 @@ def made_up_table(small_job: SmallJob, path: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.matrix(family=("bert", "llama", "opt"))
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_family_is_timed_at_every_width(family: str, checkpoint_of: Any) -> None:
     path = checkpoint_of(family)

@@ -20,6 +20,7 @@ __all__ = ["compressed_of"]
 BATCHES = list(padded_batches(random_rows(9), batch_tokens=60, pad_id=0))
 
 
+@pytest.mark.matrix()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recipe", ["paper", "fast"])
 @pytest.mark.parametrize("family", ["bert", "opt", "llama"])

@@ -79,6 +79,7 @@ def test_a_run_refuses_it_or_takes_the_flag(flash: Path, tmp_path: Path, capsys:
     assert "sdpa" not in (attempt / "config.json").read_text()
     capsys.readouterr()
     timing = ["benchmark", str(out), "--against", str(flash), "--pairs", "1", "--no-publish"]
+    timing += ["--batch-sizes", "1", "--lengths", "4"]
     assert main(timing) == 2
     assert capsys.readouterr().err.endswith(f"{ADVICE}\n")
     assert main([*timing, *given]) == 0

@@ -41,6 +41,7 @@ def save(directory: Path, prefix: str, **config: Any) -> Path:
     return directory
 
 
+@pytest.mark.matrix()
 @pytest.mark.parametrize("prefix", UNKNOWN)
 @pytest.mark.parametrize("step", ["{kind: prune}", LOW_RANK])
 def test_a_family_without_a_row_is_found_and_compressed(

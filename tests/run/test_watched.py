@@ -77,6 +77,7 @@ def watched(folder: Path, model: str, more: str, **fields: Any) -> tuple[dict[st
     return said["foreseen"], said["peaks"]
 
 
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("more", "fields"),
     [("", {}), (SEARCH, {}), ("", {"block_by_block": True}), (HEALED, {}), (INT8, {})],
@@ -90,6 +91,7 @@ def test_a_run_takes_what_is_foreseen(more: str, fields: dict[str, Any], model: 
         assert peaks[name] <= foreseen[name] <= MOST * peaks[name], name
 
 
+@pytest.mark.subprocess
 @pytest.mark.s3
 def test_what_is_fetched_from_a_store_is_foreseen_too(model: Path, tmp_path: Path, s3_uri: str) -> None:
     """The model, in the cache; layers and healed weights, in temporary files until the driver ends."""

@@ -20,11 +20,11 @@ from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_base_model, load_whole_model
-from ffsplit.recipes.recipe import load_recipe
 from ffsplit.runtime.assemble import MAX_SHARD_BYTES, assemble, is_plain, keeps_names
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
 from ffsplit.splitting.scores import plan_split
 from ffsplit.splitting.solver import fit_layers
+from tests.short_recipes import short_recipe
 from tests.tiny_models import CAUSAL, random_rows
 
 CPU = torch.device("cpu")
@@ -74,8 +74,8 @@ def compress(
     keep: float | Sequence[float] = 0.3535,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Compressed:
-    """Compress as the pipeline does, in one process; `keep` may differ from layer to layer."""
-    checkpoint, chosen = open_checkpoint(source), load_recipe(recipe)
+    """Compress as a run does, in one process and with short fits; `keep` may differ from layer to layer."""
+    checkpoint, chosen = open_checkpoint(source), short_recipe(recipe)
     keeps = [keep] * len(checkpoint.ffns) if isinstance(keep, float) else keep
     layouts = tuple(
         fit_layers([shape], keep=each, heavy=chosen.heavy, steps=chosen.steps)[0]

@@ -35,6 +35,7 @@ def all_tensors(directory: Path) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.matrix()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recipe", ["paper", "svd", "fast"])
 def test_what_is_no_ffn_is_copied_bit_for_bit(

@@ -54,6 +54,7 @@ def assert_within_rounding(found: Tensor, x: Tensor, linear: IntegerMap) -> None
     assert ((found - expected).abs() <= bound).all()
 
 
+@pytest.mark.matrix(pairs=True)
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("rows", "columns"), SHAPES)
@@ -148,6 +149,7 @@ def test_an_activation_on_the_way_out(name: str) -> None:
     torch.testing.assert_close(linear(x), ACT2FN[name](plain), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.matrix(pairs=True)
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_rows", [1, 15, MANY_ROWS])

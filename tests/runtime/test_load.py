@@ -44,6 +44,7 @@ def dense_outputs(directory: Path, class_name: str) -> torch.Tensor:
     return outputs(load_whole_model(directory, class_name))
 
 
+@pytest.mark.matrix()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_equals_the_reference(compressed_of: CompressedFactory, family: str, recipe: str) -> None:
@@ -66,6 +67,7 @@ def test_automodel_loads_the_base_model(compressed_of: CompressedFactory, family
     torch.testing.assert_close(outputs(base), outputs(expected), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.matrix()
 @pytest.mark.parametrize(("family", "head"), HEADS)
 @pytest.mark.parametrize("recipe", ["paper", "fast"])
 def test_other_task_heads(compressed_of: CompressedFactory, family: str, head: str, recipe: str) -> None:
@@ -87,6 +89,7 @@ def test_no_tensor_is_missing_or_unexpected(
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
+@pytest.mark.matrix()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_keep_1_is_the_original_byte_for_byte(
@@ -160,6 +163,7 @@ def test_a_narrowed_checkpoint_is_no_model_to_start_from(compressed_of: Compress
     assert len({shape.num_neurons for shape in checkpoint.shapes}) == 3
 
 
+@pytest.mark.matrix(pairs=True)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize(("recipe", "keep"), [("paper", 0.3535), ("fast", 0.3535), ("svd", 1.0)])

@@ -98,6 +98,7 @@ def test_equals_the_sum_of_its_parts(parts: str, gated: bool, bias: bool) -> Non
     assert_close(split(x), by_parts(split, x), parts)
 
 
+@pytest.mark.matrix()
 @torch.no_grad()
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("parts", PARTS)

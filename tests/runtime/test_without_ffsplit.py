@@ -41,14 +41,27 @@ UNEVEN = ("bert", "opt", "llama")
 
 
 @pytest.fixture(scope="module")
-def answers(compressed_of: CompressedFactory, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Any]:
-    """What each load gave, all of them in one process."""
-    made = {key: compressed_of(key[0], recipe=key[1]) for key in PLAIN + SPLIT}
-    made |= {(name, "uneven"): compressed_of(name, recipe="fast", keep=(0.5, 0.25, 1.0)) for name in UNEVEN}
+def answers(
+    request: pytest.FixtureRequest,
+    compressed_of: CompressedFactory,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[Any, Any]:
+    """What each load gave that a test of this session asks for, all of them in one process."""
+    asked = {
+        (item.callspec.params["family"], item.callspec.params["recipe"])
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.path == request.path
+    }
+    made = {key: compressed_of(key[0], recipe=key[1]) for key in PLAIN + SPLIT if key in asked}
+    made |= {
+        (name, "uneven"): compressed_of(name, recipe="fast", keep=(0.5, 0.25, 1.0))
+        for name in UNEVEN
+        if (name, "uneven") in asked
+    }
     jobs = {key: [each.source.class_name, str(each.directory)] for key, each in made.items()}
     folder = tmp_path_factory.mktemp("without")
     for family in ("bert", "llama"):
-        compressed = made[family, "paper"]
+        compressed = compressed_of(family, recipe="paper")
         class_name = compressed.source.class_name
         load_whole_model(compressed.directory, class_name).save_pretrained(folder / family)
         jobs[family, "saved again"] = [class_name, str(folder / family)]
@@ -65,6 +78,8 @@ def answers(compressed_of: CompressedFactory, tmp_path_factory: pytest.TempPathF
     return dict(zip(jobs, json.loads((folder / "answers.json").read_text()), strict=True))
 
 
+@pytest.mark.matrix()
+@pytest.mark.subprocess
 @pytest.mark.parametrize(("family", "recipe"), PLAIN)
 def test_plain_artifacts_load_with_equal_logits(
     compressed_of: CompressedFactory, answers: dict[Any, Any], family: str, recipe: str
@@ -78,6 +93,8 @@ def test_plain_artifacts_load_with_equal_logits(
     )
 
 
+@pytest.mark.matrix()
+@pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("family", "recipe"),
     SPLIT

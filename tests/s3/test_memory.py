@@ -41,6 +41,7 @@ print(json.dumps({"base": base, "up": up, "down": peak_bytes() - base}))
 """
 
 
+@pytest.mark.subprocess
 def test_two_gigabytes_in_bounded_memory(uri: str, tmp_path: Path) -> None:
     (tmp_path / "attempt").mkdir()
     with (tmp_path / "attempt" / "model.safetensors").open("wb") as file:

@@ -96,6 +96,7 @@ print((path / "data").stat().st_size, flush=True)
 """
 
 
+@pytest.mark.subprocess
 def test_what_a_process_reads_stays_whatever_the_limit(tmp_path: Path) -> None:
     """It is larger than the limit by itself, was used long ago, and goes once its last reader has ended."""
     cache = Cache(tmp_path, 10)
@@ -183,6 +184,7 @@ def test_without_a_home_directory_the_cache_is_to_be_named(monkeypatch: pytest.M
     assert not cache.root.exists()
 
 
+@pytest.mark.subprocess
 def test_a_lock_holds_between_processes_and_dies_with_them(tmp_path: Path) -> None:
     code = (
         "import sys, time, pathlib; from ffsplit.store.locks import locked\n"

@@ -232,6 +232,7 @@ def locate_store(uri: str) -> Store:
     return open_store(uri)
 
 
+@pytest.mark.subprocess
 def test_the_command_and_the_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = LocalStore(tmp_path / "store")
     publish(store, tmp_path / "attempt")

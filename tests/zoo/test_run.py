@@ -42,6 +42,7 @@ def drivers(process: psutil.Process) -> list[psutil.Process]:
     return [child for child in process.children() if "ffsplit.zoo.driver" in child.cmdline()]
 
 
+@pytest.mark.slow
 def test_a_killed_model_is_tried_again_and_a_bad_one_stops_nobody(small_job: SmallJob) -> None:
     lines: list[str] = []
 
@@ -75,6 +76,7 @@ def test_a_killed_model_is_tried_again_and_a_bad_one_stops_nobody(small_job: Sma
     assert "Over the last 2 batches" in (folder / "index.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_two_models_share_one_ray_and_only_what_passes_is_published(
     small_job: SmallJob, capsys: pytest.CaptureFixture[str]
@@ -102,6 +104,8 @@ def test_two_models_share_one_ray_and_only_what_passes_is_published(
     )
 
 
+@pytest.mark.matrix(sent=(signal.SIGINT,))
+@pytest.mark.subprocess
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_end_of_a_batch_is_the_end_of_its_models(small_job: SmallJob, sent: signal.Signals) -> None:
     """And unless it is killed, it leaves its manifest: what had ended, and what was interrupted."""

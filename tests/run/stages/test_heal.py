@@ -12,13 +12,14 @@ import torch
 import ffsplit
 from ffsplit.compressors import QuantizeCompressor
 from ffsplit.compressors.base import LayerContext
+from ffsplit.errors import FFSplitError
 from ffsplit.ffn.quantization import fake_quantize
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.healing.loop import settle
 from ffsplit.healing.team import Alone
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
-from ffsplit.run import execution
+from ffsplit.run.job import prepare
 from ffsplit.run.stages import heal as stage
 from ffsplit.run.stages.heal import HealJob, _round, heal_job
 from ffsplit.runtime.ffn_tensors import load_ffn
@@ -35,6 +36,34 @@ def rounded(
     student = load_whole_model(folder, checkpoint.class_name, dtype=torch.float32)
     job = SimpleNamespace(quantization=quantization, linears=linears)
     return student, _round(student, checkpoint, cast(HealJob, job))
+
+
+HEALING = "healing: {epochs: 1, batch_rows: 8, evaluations: 1, checkpoint_steps: 1}"
+
+
+class Seen(FFSplitError):
+    """What healing was given is known; there is no need to do it."""
+
+
+def test_healing_sees_no_held_out_row(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It learns from the calibration's rows, and stops by rows that nothing else looks at."""
+    jobs: list[HealJob] = []
+
+    def seen(job: HealJob) -> None:
+        jobs.append(job)
+        raise Seen
+
+    monkeypatch.setattr(stage, "heal_job", seen)
+    config = small_job.config(tmp_path / "out", recipe=small_job.recipe(more=HEALING))
+    with pytest.raises(Seen):
+        ffsplit.compress(config)
+    (job,) = jobs
+    held_out = set(prepare(config).text.held_out)
+    assert held_out and job.rows and job.validation
+    assert not held_out & {*job.rows, *job.validation}
+    assert not set(job.rows) & set(job.validation)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +142,6 @@ def test_the_first_worker_alone_writes_and_answers(
         return result
 
     heal = stage._heal
-    monkeypatch.setattr(execution, "heal_job", both)
-    more = "healing: {epochs: 1, batch_rows: 8, evaluations: 1, checkpoint_steps: 1}"
-    ffsplit.compress(small_job.config(tmp_path / "out", recipe=small_job.recipe(more=more)))
+    monkeypatch.setattr(stage, "heal_job", both)
+    ffsplit.compress(small_job.config(tmp_path / "out", recipe=small_job.recipe(more=HEALING)))
     assert healed == [2]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ffsplit
+from ffsplit.distributed.runner import SerialRunner
 from tests.run.stages.blank_rows import with_blank_rows
 from tests.small_jobs import SmallJob
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_the_largest_shape_of_both_models(
     small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -33,3 +36,18 @@ def test_held_out_rows_without_a_token_leave_nothing_to_compare(
     measured = manifest.measurements
     assert measured is not None and (measured.fidelity, measured.blocks) == ({}, ())
     assert bool(measured.skipped) == block_by_block
+
+
+def test_a_measurement_has_its_host_to_itself(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, dict[str, Any]] = {}
+    run_alone = SerialRunner.run_alone
+
+    def watched(self: SerialRunner, stage: str, function: Any, item: Any, **options: Any) -> Any:
+        asked[stage] = options
+        return run_alone(self, stage, function, item, **options)
+
+    monkeypatch.setattr(SerialRunner, "run_alone", watched)
+    ffsplit.compress(small_job.config(tmp_path / "out"))
+    assert asked["measure"]["reserved"] is True

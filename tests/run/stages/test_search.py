@@ -162,6 +162,7 @@ def uneven(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocate, "wins", lambda record, uniform: True)
 
 
+@pytest.mark.subprocess
 @pytest.mark.usefixtures("uneven")
 def test_layers_of_different_widths_load_through_ffsplit_alone(
     small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -187,6 +188,7 @@ HEALING = "healing: {epochs: 1, batch_rows: 8, evaluations: 1}"
 INT8 = "after_healing: {kind: quantize, num_bits: 8}"
 
 
+@pytest.mark.matrix()
 @pytest.mark.usefixtures("uneven")
 @pytest.mark.parametrize(
     ("more", "stages"),
