@@ -29,6 +29,7 @@ WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")
 HEALING = "healing: {epochs: 10, batch_rows: 8, learning_rate: 0.002, evaluations: 1, checkpoint_steps: 4}"
 
 
+@pytest.mark.slow
 @pytest.mark.subprocess
 def test_healing_and_quantization_end_a_run(small_job: SmallJob, tmp_path: Path) -> None:
     def run(name: str, more: str) -> ffsplit.Manifest:
@@ -53,6 +54,7 @@ def test_healing_and_quantization_end_a_run(small_job: SmallJob, tmp_path: Path)
     assert "mismatch" in done.stderr
 
 
+@pytest.mark.matrix(dtype=(torch.bfloat16,))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_is_healed_is_what_is_published(
     small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
