@@ -1,4 +1,4 @@
-"""Neuron statistics as Parquet: one row a neuron, units and lineage in the metadata."""
+"""Neuron statistics as Parquet: one row per neuron, units and lineage in the metadata."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 }
 
 EXPERT = "expert"
-"""A column that only models with experts have: then each expert is a layer, in the file's words."""
+"""A column that only models with experts have: in these files each expert is a `layer`."""
 _NO_EXPERT = -1
 
 
@@ -59,7 +59,7 @@ def write_statistics(path: Path, layers: Sequence[NeuronStats], *, lineage: Mapp
 
 
 def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
-    """The statistics of every layer, in order. Raises CalibrationError when the file is not such a table."""
+    """The statistics of every layer, in order. Raises CalibrationError when the file is invalid."""
     with explained(f"{path} holds no neuron statistics", kind=CalibrationError):
         table = pq.read_table(path)
         names = [*COLUMNS, *([EXPERT] if EXPERT in table.column_names else [])]
