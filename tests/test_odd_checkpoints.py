@@ -361,7 +361,7 @@ def test_what_the_class_of_the_config_would_make_up_is_asked_for(
         ),
         (
             saved("bert", "", lambda tensors: {n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()}),
-            "is F8_E4M3, which stands for numbers with scales",
+            "is F8_E4M3, which needs scales to be read",
         ),
     ],
     ids=["a tied table", "a tower", "another prefix", "float8"],

@@ -17,17 +17,17 @@ from ffsplit.errors import CalibrationError
 from ffsplit.models.find import FFNPlace
 from ffsplit.models.streamed import StreamedModel
 
-# Running sums of one FFN's neuron activations, at a small part of what the forward pass costs.
+# Running sums of one FFN's neuron activations, at a small fraction of the cost of the forward pass.
 
 CHUNK_TOKENS = 256
-"""Rows of activations looked at together on a CPU: few enough to stay in its cache for all the sums."""
+"""Rows of activations processed together on a CPU: few enough to stay in its cache for all the sums."""
 
 
 class NeuronSums:
     """The sums, in float64 on the model's device.
 
-    Those of a chunk are taken in float32, around the chunk's own mean: so a small spread around a large
-    mean, which the raw sums of squares would drown, is still in the float64 sums.
+    Each chunk is summed in float32 around its own mean. So a small spread around a large mean survives in
+    the float64 sums; float32 sums of raw squares would lose it.
     """
 
     def __init__(self, down_weight_DN: Tensor, expert: int | None) -> None:
@@ -40,7 +40,7 @@ class NeuronSums:
         self.sum_abs, self.sum, self.sum_squares, self.max_abs, self.num_active = (zeros() for _ in range(5))
 
     def add(self, activation_TN: Tensor, *, rows: Tensor | None = None) -> None:
-        """Add these rows, all of them when None; none for an expert that no token was sent to."""
+        """Add these rows, all of them when None. An expert that no token was sent to adds none."""
         count = len(activation_TN) if rows is None else len(rows)
         step = max(1, CHUNK_TOKENS if activation_TN.device.type == "cpu" else count)
         self.num_tokens += count
@@ -51,7 +51,7 @@ class NeuronSums:
                 self._add(activation_TN.index_select(0, rows[start : start + step]).float())
 
     def _add(self, a_TN: Tensor) -> None:
-        """Column sums as products with a vector of ones, which is what processors do best."""
+        """Column sums are products with a vector of ones, because processors run these fastest."""
         ones_T = torch.ones(len(a_TN), device=a_TN.device)
         centre_N = (ones_T @ a_TN).div_(len(a_TN))
         scratch_TN = a_TN - centre_N
@@ -82,9 +82,9 @@ class NeuronSums:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which tokens have their FFN inputs kept: `choose(n)` gives ascending positions below n.
+    """The tokens whose FFN inputs are kept: `choose(n)` returns ascending positions below n.
 
-    `num_tokens` says how many there will be, by the name of the mask that tells them from padding.
+    `num_tokens` is the number of tokens, by the name of the mask that separates them from padding.
     """
 
     choose: Callable[[int], Tensor]
@@ -98,8 +98,8 @@ NOTHING = Sampling(lambda _: torch.empty(0, dtype=torch.long))
 class _Stream:
     """The tokens that a tower sees, numbered over all batches, and which of them are sampled.
 
-    A tower whose batches have no mask sees every position; how many that are is learned from its first
-    FFN, in the first batch, whose rows count for all.
+    A tower whose batches have no mask sees every position. Their number is learned from its first FFN in the
+    first batch: all rows are taken to have as many positions as that batch's.
     """
 
     def __init__(self, mask: str | None, sampling: Sampling) -> None:
@@ -123,7 +123,7 @@ class _Stream:
             self.stop += len(rows)
 
     def positions(self, values: Tensor) -> Tensor:
-        """All rows of [..., n]; those of tokens are `rows`, and all where that is None."""
+        """All rows of [..., n]. `self.rows` are the indices of those that belong to tokens; None: all."""
         flat = values.detach().flatten(0, -2)
         if not self._is_known:
             if self.start == 0:
@@ -154,8 +154,8 @@ class FFNObserver:
 
     Use as a context manager around the forward passes, and call `next_batch` before each. Positions
     are counted over the non-padding tokens of all batches, in order. `inputs_only` collects no
-    statistics. Experts are watched through the input of the module that runs them all, and computed
-    anew for the tokens that the router sends them, since how that module runs them is its own affair.
+    statistics. Experts are observed at the input of the module that runs them all, and recomputed for the
+    tokens that the router sends them, because modules run experts in different ways.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class FFNObserver:
         self._handles.append(module.register_forward_pre_hook(hook))
 
     def next_batch(self, arguments: Mapping[str, Tensor]) -> None:
-        """Announce what the model is about to be given, masks [rows, length] among it."""
+        """Announce the arguments of the next forward pass, including masks [rows, length]."""
         for stream in self._streams.values():
             stream.next_batch(arguments)
 
@@ -242,7 +242,7 @@ class FFNObserver:
         self._inputs.setdefault(ffn.unit, []).append(tensors)
 
     def statistics(self) -> tuple[NeuronStats, ...]:
-        """Those of the FFNs that are watched.
+        """The statistics of the observed FFNs.
 
         Raises CalibrationError when one missed a token or is not finite.
         """
@@ -257,7 +257,7 @@ class FFNObserver:
         return tuple(self._sums[ffn.index].result() for ffn in self._ffns)
 
     def _check_counts(self, ffns: Sequence[FFNPlace]) -> None:
-        """One FFN sees every token once; the experts of a block see each as often as each other token."""
+        """An FFN must see every token once; a block's experts together must see all tokens equally often."""
         first = ffns[0]
         total = self._streams[first.tower.name].stop
         seen = sum(self._sums[ffn.index].num_tokens for ffn in ffns)
@@ -269,8 +269,8 @@ class FFNObserver:
             )
 
     def inputs(self) -> dict[int, dict[str, Tensor]]:
-        """The sampled inputs [T, D], in the model's dtype, by the index of an FFN; of experts together,
-        by the index of the first, with the experts [T, K] that each token was sent to."""
+        """The sampled inputs [T, D], in the model's dtype, by the index of the FFN. A block's experts share
+        one entry, at the index of the first, with the experts [T, K] that each token was sent to."""
         return {
             index: {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             for index, parts in sorted(self._inputs.items())
@@ -278,7 +278,7 @@ class FFNObserver:
 
 
 def _down_weight(base_model: nn.Module, ffn: FFNPlace) -> Tensor:
-    """[D, N], whatever the module keeps it as."""
+    """The down projection as [D, N], however the module stores it."""
     if ffn.expert is not None:
         stack: Any = base_model.get_submodule(ffn.split_path)
         return stack.down_proj[ffn.expert].detach()  # type: ignore[no-any-return]
@@ -287,13 +287,13 @@ def _down_weight(base_model: nn.Module, ffn: FFNPlace) -> Tensor:
     return weight.detach().T if ffn.down.transposed else weight.detach()
 
 
-# A shard of batches through a model, watched: the whole model at once, or one block at a time.
+# Run a shard's batches through a model and observe it: the whole model at once, or one block at a time.
 
 
 class Observed(NamedTuple):
-    """What was seen of one FFN; either may be None where it was not asked for or not sampled.
+    """What was observed of one FFN; either field is None if it was not requested or not sampled.
 
-    `inputs` are as the observer gives them: of experts they come with the first.
+    `inputs` are those of `FFNObserver.inputs`: a block's experts share the entry of the first.
     """
 
     statistics: NeuronStats | None
@@ -309,9 +309,9 @@ def observe(
     sampling: Sampling,
     inputs_only: bool = False,
 ) -> Iterator[Observed]:
-    """Every FFN in turn. `sampling` and `inputs_only` are FFNObserver's.
+    """Observe every FFN, in order. `sampling` and `inputs_only` are FFNObserver's.
 
-    A streamed model is brought through its blocks as the FFNs are asked for; the bytes are the same.
+    A streamed model loads its blocks as the FFNs are requested; the bytes are the same.
     """
     if isinstance(model, StreamedModel):
         yield from _block_by_block(model, ffns, batches, sampling=sampling, inputs_only=inputs_only)

@@ -1,4 +1,4 @@
-"""Neuron statistics as Parquet: one row a neuron, units and lineage in the metadata."""
+"""Neuron statistics as Parquet: one row per neuron, units and lineage in the metadata."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 }
 
 EXPERT = "expert"
-"""A column that only models with experts have: then each expert is a layer, in the file's words."""
+"""A column that only models with experts have: in these files each expert is a `layer`."""
 _NO_EXPERT = -1
 
 

@@ -1,7 +1,7 @@
-"""From the rows of a run to what its model's forward takes: one reader a kind of model.
+"""Turns the rows of a run into arguments of its model's forward: one reader per kind of model.
 
-A row is a string: a text, or a JSON list of a source and its target, of an encoded picture or sound
-and, where the model reads one beside it, a text.
+A row is a string: a text, or a JSON list. The list holds a source and its target, or an encoded picture or
+sound and, if the model also reads one, a text.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from ffsplit.models.load import load_processor, load_tokenizer
 # Rows of text to padded batches of tokens, sorted by length.
 
 TOKENIZED_ROWS = 1024
-"""Rows that are tokenized at once where they are only counted."""
+"""Rows tokenized at once when their tokens are only counted."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model's forward takes, by name: token ids, masks (1 = token, 0 = padding), pixels or sound.
+    """The arguments of a model's forward: token ids, masks (1 = token, 0 = padding), pixels or sound.
 
-    All of them begin with the rows of the batch.
+    The first dimension of each is the batch's rows.
     """
 
     arguments: Mapping[str, Tensor]
@@ -58,7 +58,7 @@ class Batch:
         return int(self.attention_mask.sum())
 
     def to(self, device: torch.device, *, dtype: torch.dtype | None = None) -> Batch:
-        """The same on a device, pixels and sound in the dtype that the model computes in."""
+        """The same on a device, with pixels and sound in the dtype that the model computes in."""
         return Batch(
             {
                 name: tensor.to(device, dtype if tensor.is_floating_point() else None)
@@ -68,14 +68,14 @@ class Batch:
 
 
 def tokenize_rows(tokenizer: Any, rows: Sequence[str], *, max_length: int) -> list[list[int]]:
-    """Token ids of each row, cut to `max_length`; rows of nothing but special tokens are left out."""
+    """Token ids of each row, cut to `max_length`; rows with only special tokens are left out."""
     encoded = tokenizer(list(rows), truncation=True, max_length=max_length)["input_ids"]
     special = set(tokenizer.all_special_ids)
     return [ids for ids in encoded if any(token not in special for token in ids)]
 
 
 def num_rows_within(tokenizer: Any, rows: Sequence[str], *, max_length: int, max_tokens: int) -> int:
-    """How many of the rows, from the first on, hold at most `max_tokens` tokens together; one at least."""
+    """How many of the rows, from the first on, hold at most `max_tokens` tokens together; at least one."""
     num_tokens = num_rows = 0
     for start in range(0, len(rows), TOKENIZED_ROWS):
         chunk = list(rows[start : start + TOKENIZED_ROWS])
@@ -88,9 +88,9 @@ def num_rows_within(tokenizer: Any, rows: Sequence[str], *, max_length: int, max
 
 
 def pad_id_of(checkpoint: Checkpoint, tokenizer: Any) -> int:
-    """The id that fills short rows up: the model's own, by which its head may tell where a row ends.
+    """The padding id: the model's own, because its head may use that to find where a row ends.
 
-    That of its tokenizer where the config names none, and 0 where neither does.
+    It is the tokenizer's if the config names none, and 0 if neither does.
     """
     named = checkpoint.text_config.get("pad_token_id")
     if isinstance(named, int) and 0 <= named < checkpoint.vocab_size:
@@ -101,7 +101,7 @@ def pad_id_of(checkpoint: Checkpoint, tokenizer: Any) -> int:
 def padded_batches(rows: Sequence[Sequence[int]], *, batch_tokens: int, pad_id: int) -> Iterator[Batch]:
     """Batches of at most `batch_tokens` tokens, padding included (a longer row is a batch of its own).
 
-    Rows are sorted by length, longest first, so that little is padding and memory peaks at once.
+    Rows are sorted by length, longest first, so that there is little padding and memory peaks early.
     """
     ordered = sorted(rows, key=len, reverse=True)
     start = 0
@@ -128,14 +128,14 @@ MEDIA_BATCH_ROWS = 8
 
 
 class Reader(Protocol):
-    """Turns rows into batches; `encode` leaves out rows that hold nothing."""
+    """Turns rows into batches; `encode` leaves out empty rows."""
 
     def encode(self, rows: Sequence[str]) -> list[Encoded]: ...
 
     def batches(self, encoded: Sequence[Encoded]) -> Iterator[Batch]: ...
 
     def num_tokens(self, encoded: Sequence[Encoded]) -> Mapping[str, int]:
-        """Tokens that are no padding, by the name of the mask that says so."""
+        """Number of tokens without padding, by the name of their mask."""
         ...
 
 
@@ -152,7 +152,7 @@ def make_reader(checkpoint: Checkpoint, *, max_length: int, batch_tokens: int) -
 
 
 class TextReader:
-    """One text a row."""
+    """One text per row."""
 
     def __init__(self, checkpoint: Checkpoint, *, max_length: int, batch_tokens: int) -> None:
         self.tokenizer = load_tokenizer(checkpoint)
@@ -170,7 +170,7 @@ class TextReader:
 
 
 class PairReader:
-    """A source and its target a row; the decoder is given the target, one token later."""
+    """A source and its target per row; the decoder reads the target shifted by one token."""
 
     def __init__(self, checkpoint: Checkpoint, *, max_length: int, batch_tokens: int) -> None:
         self._tokenizer = load_tokenizer(checkpoint)
@@ -205,7 +205,7 @@ class PairReader:
 
 
 class DecoderInputs:
-    """What a decoder is given of a target: its start token, then the target but for its last token."""
+    """A decoder's inputs for a target: the start token, then the target without its last token."""
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Any, *, max_length: int) -> None:
         self._tokenizer, self._max_length = tokenizer, max_length
@@ -226,7 +226,7 @@ class DecoderInputs:
 
 
 class ImageReader:
-    """A picture a row, through the model's own processor; a text beside it where the model reads one."""
+    """A picture per row, through the model's own processor, and a text if the model reads one."""
 
     def __init__(self, checkpoint: Checkpoint, *, max_length: int) -> None:
         self._processor = load_processor(checkpoint, "image")
@@ -250,7 +250,7 @@ class ImageReader:
             yield Batch(arguments)
 
     def _text(self, texts: list[str]) -> dict[str, Tensor]:
-        """Padded to the longest with a mask, or to the full length for models that see the padding."""
+        """Token ids padded to the longest text, with a mask; without masks, padded to the full length."""
         assert self._tokenizer is not None
         options: dict[str, Any] = {"padding": True, "max_length": self._max_length}
         if not self._has_mask:
@@ -267,10 +267,10 @@ class ImageReader:
 
 
 class SoundReader:
-    """A sound a row, through the model's own feature extractor, and what is said in it for a decoder.
+    """A sound per row, through the model's own feature extractor, and its transcript for a decoder.
 
-    A row is cut to `max_length` tenths of a second where the extractor gives plain sound; those of one
-    length make a batch, so that there is no padding.
+    If the extractor returns plain sound, rows are cut to `max_length` tenths of a second and batched by
+    length, so that there is no padding.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, max_length: int) -> None:
@@ -313,10 +313,10 @@ class SoundReader:
 
 
 def _image(encoded: str) -> Any:
-    """A picture. Raises ConfigError for what is none, or cannot be decoded without Pillow."""
+    """Decode a picture. Raises ConfigError when it is invalid, or Pillow is missing."""
     try:
         from PIL import Image
     except ImportError:
         raise ConfigError("pictures need Pillow: pip install 'ffsplit[image]'") from None
-    with explained("a calibration picture cannot be decoded", advice="take it out"):
+    with explained("a calibration picture cannot be decoded", advice="remove it"):
         return Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")

@@ -1,4 +1,4 @@
-"""Which texts a run calibrates on, and which it holds out to judge the result by."""
+"""Which texts a run calibrates on, and which it holds out to evaluate the result."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ffsplit.models.rows import ModelKind
 # How a model's calibration text is read.
 
 ROW_TOKENS, WINDOW_TOKENS = 128, 512
-"""Tokens a row: of an encoder's text, and of a causal language model's windows of running text.
+"""Tokens per row: of an encoder's text, and of a causal language model's windows of running text.
 
-What a window does not reach teaches nothing of those positions, neither a fit nor healing.
+Neither a fit nor healing learns anything about positions beyond the window.
 """
 SHARD_TOKENS = 16384
 MAX_SAMPLED_SHARDS = 64
 """FFN inputs are sampled from at most this many shards, evenly spaced, however many there are."""
 FAN_IN = 32
-"""Files of statistics that one task reduces at most."""
+"""Upper limit on statistics files that one task reduces."""
 
 
 class CalibrationSettings(Record):
@@ -36,35 +36,35 @@ class CalibrationSettings(Record):
 
     samples: int = Field(default=2048, ge=1, description="rows of text")
     max_tokens: int | None = Field(
-        default=262144, ge=1, description="fewer rows, where so many hold more tokens than this in all"
+        default=262144, ge=1, description="upper limit on tokens; rows beyond it are left out"
     )
     max_length: int | None = Field(
         default=None,
         ge=1,
-        description="tokens a row is cut to; by default 512 for causal language models, whose rows are "
+        description="maximum tokens per row; by default 512 for causal language models, whose rows are "
         "windows of running text, and 128 for all others, within the model's positions",
     )
     shard_size: int | None = Field(
-        default=None, ge=1, description="rows a shard; by default as many as hold 16,384 tokens"
+        default=None, ge=1, description="rows per shard; by default as many as hold 16,384 tokens"
     )
-    batch_tokens: int = Field(default=4096, ge=1, description="tokens a batch, padding included")
+    batch_tokens: int = Field(default=4096, ge=1, description="tokens per batch, padding included")
     sampled_tokens: int = Field(
         default=32768, ge=1, description="tokens whose FFN inputs are kept for refits"
     )
-    held_out: int = Field(default=256, ge=1, description="rows kept apart to measure fidelity on")
+    held_out: int = Field(default=256, ge=1, description="rows held out to measure fidelity")
     held_out_tokens: int = Field(
-        default=32768, ge=1, description="fewer of them, where so many hold more tokens than this in all"
+        default=32768, ge=1, description="upper limit on their tokens; rows beyond it are left out"
     )
 
     def reading(self, *, samples: int | None, max_length: int | None) -> CalibrationSettings:
-        """These settings with what is given. Whoever names a number of rows gets them: no limit on tokens."""
+        """These settings with the given values. A given number of rows has no limit on tokens."""
         changes: dict[str, int | None] = {} if samples is None else {"samples": samples, "max_tokens": None}
         if max_length is not None:
             changes["max_length"] = max_length
         return self.model_copy(update=changes)
 
     def settled(self, kind: ModelKind, *, max_positions: int | None) -> CalibrationSettings:
-        """The same with every field given, for a model of this kind with so many positions, if limited."""
+        """The same with every field set for a kind of model; `max_positions` None: no limit."""
         length = self.max_length
         if length is None:
             length = WINDOW_TOKENS if kind == "causal_lm" else ROW_TOKENS
@@ -100,10 +100,10 @@ class TextSample:
     digest: str
     """sha256 over all lists, 64 hex digits."""
     judged: tuple[str, ...] = ()
-    """Rows to choose between candidates by, neither calibrated on nor held out; only where asked for."""
+    """Rows to choose between candidates, neither calibrated on nor held out; empty unless requested."""
 
     def mapped(self, change: Callable[[str], str]) -> TextSample:
-        """The same sample with every row changed, and the digest of that."""
+        """The same sample with every row changed, and a new digest."""
         calibration, held_out, judged = (
             tuple(map(change, rows)) for rows in (self.calibration, self.held_out, self.judged)
         )
@@ -111,7 +111,7 @@ class TextSample:
         return TextSample(calibration, held_out, self.held_out_is_disjoint, digest, judged)
 
     def first(self, num_rows: int, *, held_out: int, judged: int) -> TextSample:
-        """The sample with so many rows of each part at most, the first ones."""
+        """The sample with only the first rows of each part, up to these numbers."""
         parts = self.calibration[:num_rows], self.held_out[:held_out], self.judged[:judged]
         digest = _digest(*(parts if parts[2] else parts[:2]))
         return TextSample(parts[0], parts[1], self.held_out_is_disjoint, digest, parts[2])
@@ -122,11 +122,11 @@ def sample_texts(
 ) -> TextSample:
     """Split the distinct texts into at most `num_samples` for calibration and a held-out part.
 
-    Held out are `num_held_out` texts, or a tenth of them (at least one) where that is fewer; the
-    choice does not depend on `num_samples`, and a larger sample begins with the smaller one. The
-    same arguments give the same bytes on every platform. `num_judged` more are what comes after the
-    calibration's, which gives up a tenth at most where too few are left. Raises ConfigError when
-    there is no text, or too little to judge on.
+    `num_held_out` texts are held out, or a tenth of all texts (at least one) if that is fewer. The choice
+    does not depend on `num_samples`, and a larger sample begins with the smaller one. The same arguments
+    give the same bytes on every platform. The `num_judged` texts after the calibration set are for choosing
+    between candidates; if too few are left, calibration gives up at most a tenth. Raises ConfigError when
+    there is no text, or too little to choose by.
     """
     assert num_samples >= 1 and num_held_out >= 1, "both parts need at least one text"
     distinct = list(dict.fromkeys(texts))
@@ -143,7 +143,7 @@ def sample_texts(
     rest = shuffled[size:]
     if len(rest) < 2:
         raise ConfigError(
-            "a search over the layers, or healing, needs rows to judge on: give three different ones at least"
+            "a search over the layers, or healing, needs rows to choose by: give at least three distinct ones"
         )
     spare = min(num_judged, max(len(rest) - num_samples, len(rest) // 10, 1))
     calibration = rest[: min(num_samples, len(rest) - spare)]
@@ -154,8 +154,8 @@ def sample_texts(
 def passages(texts: Sequence[str], *, max_characters: int) -> list[str]:
     """Running text in windows, for causal models: consecutive texts joined by a newline.
 
-    Every passage but the last has `max_characters` at least and twice that at most. A text longer
-    than `max_characters` is cut, at white space where there is some; only white space is ever lost.
+    Every passage but the last has at least `max_characters` and at most twice that. A text longer than
+    `max_characters` is cut, at white space if there is some; only white space is ever lost.
     """
     assert max_characters >= 1, "a passage needs at least one character"
     windows: list[str] = []
@@ -178,10 +178,10 @@ def shard(rows: Sequence[str], *, shard_size: int) -> list[tuple[str, ...]]:
 
 
 def _cut(text: str, *, size: int) -> list[str]:
-    """Pieces of `size` characters, each run on to the next white space or to the end.
+    """Pieces of `size` characters, each extended to the next white space or to the end.
 
-    Where neither comes within another `size` characters (some scripts write no spaces), the piece is
-    cut at `size`.
+    If neither comes within another `size` characters (some scripts write no spaces), the piece is cut at
+    `size`.
     """
     pieces = []
     start = 0
@@ -198,7 +198,7 @@ def _cut(text: str, *, size: int) -> list[str]:
 
 
 def _digest(*groups: Sequence[str]) -> str:
-    """sha256 over groups of texts. Counts and lengths go in as 8 bytes, so no two splits collide."""
+    """sha256 over groups of texts. Counts and lengths are included as 8 bytes, so no two splits collide."""
     state = hashlib.sha256()
     for group in groups:
         state.update(len(group).to_bytes(8, "big"))

@@ -1,4 +1,4 @@
-"""What is known of each neuron: sums and counts over tokens, which merge."""
+"""Statistics of each neuron: sums and counts over tokens, which can be merged."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class NeuronStats:
 
 
 def experts_together(statistics: Sequence[NeuronStats]) -> list[list[int]]:
-    """The indices of the FFNs, those of one block's experts in one list."""
+    """The indices of the FFNs in lists: one per FFN, and one for all experts of a block."""
     groups: list[list[int]] = []
     for index, stats in enumerate(statistics):
         if stats.expert:
@@ -71,7 +71,7 @@ def merge_layers(a: tuple[NeuronStats, ...], b: tuple[NeuronStats, ...]) -> tupl
 
 
 def reduce_tree(items: Iterable[T], merge: Callable[[T, T], T]) -> T:
-    """Merge items along a tree fixed by their number, holding at most log2 of them at a time.
+    """Merge items along a tree fixed by their number, holding at most log2 of that number at a time.
 
     Works like a binary counter: two results of 2^k items each are merged as soon as both exist,
     so floating-point sums do not depend on who computed an item, or when.

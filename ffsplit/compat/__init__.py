@@ -1,4 +1,4 @@
 """Private interfaces of libraries, one file per library, with the versions they are known for.
 
-Whatever a new version of a library moves is mended here and nowhere else.
+If a new version of a library changes one of them, it is fixed here and nowhere else.
 """

@@ -20,11 +20,11 @@ from ray._raylet import (  # type: ignore[attr-defined]
 from ray.exceptions import RpcError
 
 EVERY_NODE_HAS = str(IMPLICIT_RESOURCE_PREFIX)
-"""A resource whose name begins so is there on every node, 1 of it, without anybody's saying so."""
+"""Every node has 1 of each resource whose name has this prefix, without declaring it."""
 
 
 class NotAHead(Exception):
-    """What answers speaks gRPC, but is no head of a cluster."""
+    """The server that answered speaks gRPC, but is not the head of a cluster."""
 
 
 def find_token() -> None:
@@ -39,7 +39,7 @@ def whole_address(address: str) -> str:
 
 def ask_head(address: str, *, within_s: float) -> None:
     """Ask a head which cluster it is the head of. Raises NotAHead, or RpcError as Ray does."""
-    ensure_token_if_auth_enabled(None, create_token_if_missing=False)  # without one Ray's client would abort
+    ensure_token_if_auth_enabled(None, create_token_if_missing=False)  # without a token Ray's client aborts
     try:
         InnerGcsClient.standalone(address, None, int(within_s * 1000))
     except RpcError as error:
@@ -55,8 +55,8 @@ def raylets_started_here() -> list[int]:
 
 
 def autoscaler_limit() -> Mapping[str, float]:
-    """All resources that the cluster may grow to; nothing without an autoscaler that tells."""
-    with suppress(Exception):  # without it the cluster counts as it stands
+    """The resources that the cluster may grow to; empty if no autoscaler states them."""
+    with suppress(Exception):  # without an autoscaler the cluster keeps its size
         return ray._private.state.state.get_max_resources_from_cluster_config() or {}
     return {}
 
@@ -68,7 +68,7 @@ def server_version(client: Any) -> str | None:
 
 
 def causes_of(error: Any) -> Iterator[BaseException]:
-    """An error of Ray Train, and what it wraps, from the outside in."""
+    """An error of Ray Train and the errors it wraps, the outermost first."""
     while error is not None:
         yield error
         error = getattr(error, "_base_exc", None) or getattr(error, "cause", None)

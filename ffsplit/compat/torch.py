@@ -1,6 +1,6 @@
 """Private operators of torch: products with integer weights. Known for 2.6 to 2.13.
 
-Whether this build and this machine have them is for the callers to ask (`runtime/integer_map.py`).
+Callers check whether this build and this machine have them (`runtime/integer_map.py`).
 """
 
 from __future__ import annotations

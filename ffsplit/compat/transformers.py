@@ -9,18 +9,18 @@ import torch
 
 
 class ReadTensor(NamedTuple):
-    """What a model has a stored tensor for."""
+    """How a model reads a stored tensor."""
 
     name: str
-    """The model's own tensor; of several in one the first."""
+    """The model's own tensor; the first, if one stored tensor holds several."""
     renamed: str
-    """The stored name with its parts renamed, before tensors are joined or split, and with its own prefix."""
+    """The stored name after renaming, before tensors are joined or split, with its stored prefix."""
     is_whole: bool
     """Whether the tensor is stored as the model has it, neither joined with others nor split."""
 
 
 def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None]:
-    """What transformers makes of each stored name when it loads a model of this class; None: it ignores it.
+    """How transformers reads each stored name when it loads a model of this class; None: it ignores it.
 
     The same steps as in `transformers.core_model_loading.convert_and_load_state_dict_in_model` of version
     5.23: renamings, then one converter, then the base model's prefix.
@@ -57,7 +57,7 @@ def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None
 def fill(model: Any, tensors: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> None:
     """Fill part of an empty model with stored tensors, renamed, joined and cast as from_pretrained does.
 
-    `tensors` may be slices of open safetensors files: each is read when its turn comes.
+    `tensors` may be slices of open safetensors files: each is read only when needed.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model

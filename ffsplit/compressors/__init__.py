@@ -1,4 +1,4 @@
-"""Compressors: one file each, and one name in the union."""
+"""Compressors: each has one file, and one name in the union."""
 
 from typing import Annotated
 

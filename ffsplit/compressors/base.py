@@ -15,15 +15,15 @@ from ffsplit.ffn.shapes import FFNShape, LayerLayout
 from ffsplit.ffn.weights import FFNWeights
 
 CHUNK_TOKENS = 4096
-"""Sampled inputs are run in chunks of this many tokens, which bounds the memory of a [T, N] matrix."""
+"""Sampled inputs run in chunks of this many tokens, to bound the memory of a [T, N] matrix."""
 FLOAT32_BYTES, FLOAT64_BYTES = 4, 8
 
 
 class LayerWork(NamedTuple):
-    """How much one layer asks of a compressor: for estimates, before anything is loaded.
+    """The size of one layer's work, to estimate its cost before anything is loaded.
 
-    `kept_neurons` and `kept` say what the budget leaves: neurons, and the share of the FFN's elements.
-    `num_tokens` tokens are sampled.
+    `kept_neurons` and `kept` are what the budget leaves: neurons, and the share of the FFN's elements.
+    `num_tokens` is the number of sampled tokens.
     """
 
     shape: FFNShape
@@ -49,8 +49,7 @@ class LayerContext:
     """What a compressor may look at: the original FFN and a sample of the inputs it saw.
 
     `inputs` are matrices [T, D] in float32, in shard order. `own_inputs` are those of the same tokens in a
-    compressed model, where there is one: what is fitted then sees them too, and makes up for what the
-    layers before have changed.
+    compressed model, if there is one: fits then use them too, and correct what earlier layers changed.
     """
 
     original: FFNWeights
@@ -66,7 +65,7 @@ class LayerContext:
     @cached_property
     @torch.no_grad()
     def outputs(self) -> list[Tensor]:
-        """What the original gives of each chunk: [T, D]. Computed once, as much memory as the inputs."""
+        """The original's output for each chunk: [T, D]. Computed once; takes as much memory as the inputs."""
         return [self.original(x_TD) for x_TD in self.chunks()]
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -74,16 +73,16 @@ class LayerContext:
         return zip(self.chunks(), self.outputs, strict=True)
 
     def own_chunks(self) -> Iterator[Tensor]:
-        """As `chunks`, what the compressed FFN sees of the same tokens."""
+        """Like `chunks`, but the inputs that the compressed FFN sees for the same tokens."""
         for shard_TD in self.inputs if self.own_inputs is None else self.own_inputs:
             yield from torch.split(shard_TD, CHUNK_TOKENS)
 
     def examples(self) -> tuple[Tensor, Tensor]:
-        """Inputs to fit an FFN to, and what it should pass on of them: [n, D] each.
+        """Inputs to fit an FFN to, and what it should pass on for them: [n, D] each.
 
-        Where there are own inputs, they come first and the original's after them: [2n, D], and the targets
-        are those of both. Layers that are fitted side by side to their own alone all make up for the same
-        drift, and together for too much.
+        Own inputs, if any, come first and the original's after them: [2n, D], with the same targets for
+        both. If every layer were fitted to its drifted inputs only, each would correct the same drift, and
+        together they would overcorrect.
         """
         inputs_TD = torch.cat([*(self.own_inputs or ()), *self.inputs])
         with torch.no_grad():
@@ -91,7 +90,7 @@ class LayerContext:
         return inputs_TD, targets_TD
 
     def passed_on(self, x_TD: Tensor, y_TD: Tensor) -> Tensor:
-        """What the next layer sees of an FFN's output y: itself, or norm(x + y) in some families."""
+        """What the next layer sees for an FFN's output y: y itself, or norm(x + y) in some families."""
         return y_TD if self.output_norm is None else self.output_norm(x_TD + y_TD)
 
 
@@ -108,25 +107,25 @@ def relative_error(ffn: FFNWeights, context: LayerContext) -> float:
 
 
 class Compressor(Protocol):
-    """One way to make a split FFN smaller, which knows the size of its result and what it takes."""
+    """One way to make a split FFN smaller. It knows the size of its result, and its own cost."""
 
     @property
     def adds_down_bias(self) -> bool:
-        """Whether the output gets a bias even where the architecture has none."""
+        """Whether the output gets a bias even if the architecture has none."""
         ...
 
     def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
-        """The layout that `compress` will give, of at most `budget` elements; None where it cannot."""
+        """The layout that `compress` will return, of at most `budget` elements; None if nothing fits."""
         ...
 
     def memory_bytes(self, work: LayerWork) -> int:
-        """Bytes it takes at most, beside the weights and the sampled inputs and outputs."""
+        """Peak memory in bytes, besides the weights and the sampled inputs and outputs."""
         ...
 
     def operations(self, work: LayerWork) -> float:
-        """About how many floating-point operations it takes."""
+        """Approximate number of floating-point operations."""
         ...
 
     def compress(self, ffn: FFNWeights, *, layout: LayerLayout, context: LayerContext) -> FFNWeights:
-        """Compress to `layout` or something smaller. The argument is left as it was."""
+        """Compress to `layout` or something smaller. Leaves its arguments unchanged."""
         ...

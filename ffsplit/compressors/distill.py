@@ -1,7 +1,7 @@
-"""A narrower FFN is fitted by gradient descent to its own layer's original outputs.
+"""Fits a narrower FFN to its own layer's original outputs, by gradient descent.
 
-Each layer is fitted alone, on the inputs it saw in the original model, and then also on those that it sees
-in the compressed one, so layers are independent. The error is taken of what the next layer sees.
+Each layer is fitted alone, so layers are independent: first on the inputs it saw in the original model, then
+also on those it sees in the compressed one. The error is measured on what the next layer sees.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ from ffsplit.machine import multiplies_bfloat16
 
 WARM_UP_STEPS = 20
 WIDE = 1024
-"""Matrices of more columns than this are fitted with a learning rate in inverse proportion to them."""
+"""Above this many columns, a matrix's learning rate is inversely proportional to their number."""
 
 
 class DistillCompressor(Record):
     """Fit `part` with Adam and a cosine schedule: `num_steps` batches of `batch_tokens` sampled inputs.
 
-    `whole` fits all that is left of the FFN, as prune left it. `light` keeps the heavy hitters exact
-    and replaces the light part by its strongest neurons, as many as the budget allows, which are
-    refitted and then fitted to make up for all of it. A fit that ends with a larger error than it began
-    with is not taken. Products are in bfloat16 with `mixed_precision: bfloat16`, all else is in float32.
-    A run decides what `auto` is, once for all its hosts (`settled`); a step that nobody settled asks the
-    processor or GPU that it runs on.
+    `whole` fits everything that prune left of the FFN. `light` keeps the heavy hitters exact and replaces
+    the light part by its strongest neurons, as many as the budget allows. These are refitted, and then
+    fitted to stand in for the whole light part. A fit that does not lower the error is discarded. With
+    `mixed_precision: bfloat16`, products are in bfloat16 and everything else in float32. A run decides
+    `auto` once for all its hosts (`settled`); otherwise the step checks the processor or GPU it runs on.
     """
 
     kind: Literal["distill"] = "distill"
@@ -58,20 +57,20 @@ class DistillCompressor(Record):
         return self.model_copy(update={"mixed_precision": "bfloat16" if in_bfloat16 else "no"})
 
     def _in_bfloat16(self, device: str) -> bool:
-        """Whether products are in bfloat16. Raises ConfigError where this host would give other bytes."""
+        """Whether products are in bfloat16. Raises ConfigError if this host would give different bytes."""
         if self.mixed_precision == "no":
             return False
         able = multiplies_bfloat16(device)
         if self.mixed_precision == "bfloat16" and not able:
             what = "GPU" if device == "cuda" else "CPU"
             raise ConfigError(
-                f"host {socket.gethostname()}: this run fits layers with bfloat16 products, for which this "
-                f"{what} has no instructions: give --dtype float32, or use hosts of one kind"
+                f"host {socket.gethostname()}: this run fits layers with bfloat16 products, but this "
+                f"{what} has no instructions for them: give --dtype float32, or use hosts of one kind"
             )
         return able
 
     def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
-        """The same layout; for `light`, as many light neurons as are left to the budget."""
+        """The same layout; for `light`, with as many light neurons as the budget allows."""
         if self.part == "whole" or layout.light is None:
             fits = layout.num_elements(shape) <= budget
             return layout if fits and all(part.is_dense for part in layout.parts) else None
@@ -82,12 +81,12 @@ class DistillCompressor(Record):
         return layout.model_copy(update={"light": PartLayout.dense(shape, width)})
 
     def memory_bytes(self, work: LayerWork) -> int:
-        """Weights, gradients and Adam's two moments, and inputs and targets once more."""
+        """Weights, gradients, Adam's two moments, and a copy of the inputs and targets."""
         trained = int(work.shape.num_elements * work.kept) * 4
         return FLOAT32_BYTES * (trained + 2 * work.num_tokens * work.shape.hidden_size)
 
     def operations(self, work: LayerWork) -> float:
-        """Targets by the original, and each step forward and, for twice as much, backward."""
+        """Targets from the original, then per step a forward pass, and a backward pass at twice its cost."""
         num_tokens = self.num_steps * min(self.batch_tokens, work.num_tokens)
         return 2.0 * num_tokens * work.shape.num_elements * (1 + 3 * work.kept)
 
@@ -103,7 +102,7 @@ class DistillCompressor(Record):
         return fitted if relative_error(fitted, context) < relative_error(ffn, context) else ffn
 
     def _narrowed(self, ffn: FFNWeights, *, count: int, context: LayerContext) -> FFNWeights:
-        """The strongest light neurons alone, their down projection refitted beside the heavy hitters."""
+        """Keep the strongest light neurons only, and refit their down projection beside the heavy hitters."""
         assert ffn.light is not None
         strength_N = torch.zeros(len(ffn.light.neurons), dtype=torch.float64)
         for x_TD in context.chunks():
@@ -145,10 +144,10 @@ class DistillCompressor(Record):
 
 
 def rate_scale(tensor: Tensor) -> float:
-    """The share of the learning rate that a tensor gets: a matrix of many columns gets less.
+    """The factor on a tensor's learning rate: smaller for a matrix with many columns.
 
-    A step of Adam changes each element alike, and so the product with an input in proportion to the
-    columns. Source: muP, arXiv:2203.03466.
+    A step of Adam changes each element by a similar amount, so it changes the product with an input in
+    proportion to the number of columns. Source: muP, arXiv:2203.03466.
     """
     return min(1.0, WIDE / tensor.shape[1]) if tensor.dim() == 2 else 1.0
 

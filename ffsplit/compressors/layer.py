@@ -1,4 +1,4 @@
-"""One layer, from the original's tensors and its plan to the compressed tensors."""
+"""Compresses one layer: from the original's tensors and its plan to the compressed tensors."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def compress_layer(
 
 @torch.no_grad()
 def refit_layer(compressed: FFNWeights, step: DistillCompressor, *, context: LayerContext) -> CompressedLayer:
-    """Fit a compressed FFN again, to what it sees in the compressed model. Pure, as `compress_layer`."""
+    """Refit a compressed FFN to the inputs it sees in the compressed model. Pure, like `compress_layer`."""
     fitted = step.compress(compressed, layout=compressed.layout, context=context)
     return CompressedLayer(fitted, relative_error(fitted, context))
 
 
 def _no_larger(layout: LayerLayout, planned: LayerLayout) -> bool:
-    """Whether two layouts differ in ranks alone, and none is above the planned one."""
+    """Whether two layouts differ only in ranks, none of which is above the planned one."""
     if len(layout.parts) != len(planned.parts) or layout.down_bias != planned.down_bias:
         return False
     for part, other in zip(layout.parts, planned.parts, strict=True):

@@ -1,7 +1,7 @@
-"""Second moments in float64, the systems with them, and fits of a down projection by these.
+"""Second moments in float64, the linear systems they form, and fits of a down projection by solving these.
 
-Activations are float32 numbers, taken as they are: they are multiplied and summed in float64, since a
-second moment has the square of their condition number, which float32 does not hold from 3000 on.
+Activations are float32, but are multiplied and summed in float64: a second moment has the square of their
+condition number, and from a condition number of 3000 on, float32 cannot resolve that.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from ffsplit.errors import CalibrationError
 from ffsplit.ffn.weights import FFNWeights, LinearMap
 
 BLOCK_TOKENS = 1024
-"""Rows that are made float64 at a time, which bounds the memory of it."""
+"""Rows converted to float64 at a time, to bound memory."""
 STRIPES = 4
-"""A product with itself is symmetric: this many stripes of its rows, up to the diagonal, take 5/8 of it."""
+"""x^T x is symmetric: computing this many stripes of its rows, up to the diagonal, takes 5/8 of the work."""
 EPSILON = torch.finfo(torch.float64).eps
 MOST_TRIES = 12
 
 
 def refit_down(ffn: FFNWeights, *, context: LayerContext, ridge: float) -> FFNWeights:
-    """Fit `heavy`'s down projection (and the output bias, where there is one) to the original's output.
+    """Fit `heavy`'s down projection (and the output bias, if there is one) to the original's output.
 
     Minimises the sum over sampled tokens of |y - y'|^2 + ridge * mean(a^2) * T * |W' - W|^2. A light
-    part, if any, stays as it is. Of inputs that float64 cannot tell apart, as those of a ridge of 0 may
-    be, the solution is one of a small change.
+    part, if any, stays as it is. If float64 cannot tell some inputs apart, as may happen with a ridge of 0,
+    the solution is one with a small change.
     """
     assert ffn.heavy is not None, "there are no heavy hitters to refit"
     weight = ffn.heavy.down.weight
@@ -52,7 +52,7 @@ def refit_down(ffn: FFNWeights, *, context: LayerContext, ridge: float) -> FFNWe
 
 
 def refit_bias(ffn: FFNWeights, *, context: LayerContext) -> FFNWeights:
-    """Add the mean of what is missing to the output bias; one is made where there is none.
+    """Add the mean of the missing output to the output bias, which is created if there is none.
 
     Source: FLAP, arXiv:2312.11983, section 3.3.
     """
@@ -66,7 +66,7 @@ def refit_bias(ffn: FFNWeights, *, context: LayerContext) -> FFNWeights:
 
 
 def second_moment(inputs: Iterable[Tensor]) -> Tensor:
-    """Sum over matrices [T, n] of x^T x: [n, n], multiplied in float64. There must be at least one."""
+    """Sum over matrices [T, n] of x^T x: [n, n], multiplied in float64. At least one matrix is required."""
     total: Tensor | None = None
     for x_TN in inputs:
         if total is None:
@@ -77,7 +77,7 @@ def second_moment(inputs: Iterable[Tensor]) -> Tensor:
 
 
 def add_moment_(total_NN: Tensor, x_TN: Tensor) -> None:
-    """Add x^T x to what is on and below the diagonal of `total_NN`, float64; `mirrored` gives the rest."""
+    """Add x^T x to the lower triangle of `total_NN`, float64; `mirrored` fills in the rest."""
     width = -(-len(total_NN) // STRIPES)
     for x in _in_float64(x_TN):
         for start in range(0, len(total_NN), width):
@@ -96,12 +96,12 @@ def _in_float64(x_TN: Tensor) -> Iterator[Tensor]:
 
 
 def mirrored(lower: Tensor) -> Tensor:
-    """The symmetric matrix of which this has what is on and below the diagonal."""
+    """The symmetric matrix with this lower triangle."""
     return lower.tril() + lower.tril(-1).T
 
 
 def solve_ridge(gram: Tensor, cross: Tensor, *, ridge: float, num_ridged: int) -> Tensor:
-    """Solve (G + ridge * mean(diag G) * I) X = C; the rows past `num_ridged` take no ridge."""
+    """Solve (G + ridge * mean(diag G) * I) X = C; rows past `num_ridged` get no ridge."""
     ridged = torch.zeros_like(gram.diagonal())
     ridged[:num_ridged] = ridge * gram.diagonal()[:num_ridged].mean()
     solution: Tensor = torch.cholesky_solve(cross, damped_root(gram, ridged))
@@ -117,9 +117,9 @@ def ridged_root(moment: Tensor, *, ridge: float, noise: Tensor | None = None) ->
 def damped_root(moment: Tensor, damping: Tensor, *, noise: Tensor | None = None) -> Tensor:
     """Lower Cholesky factor of a second moment [n, n] with at least `damping` [n] on its diagonal.
 
-    Each diagonal element also gets what float64 cannot resolve of it, n * eps times itself, or times
-    `noise` [n] where it is a small difference of those; so a root exists whatever the inputs, each of its
-    own scale. What never fires gets next to nothing. Raises CalibrationError when the moment is not finite.
+    Each diagonal element also gets its rounding error: n * eps times itself, or times `noise` [n] if it is a
+    small difference of such numbers. So a root exists for any inputs, whatever the scale of each. A neuron
+    that never fires gets next to nothing. Raises CalibrationError when the moment is not finite.
     """
     if not bool(torch.isfinite(moment).all()):
         raise CalibrationError(
@@ -133,4 +133,4 @@ def damped_root(moment: Tensor, damping: Tensor, *, noise: Tensor | None = None)
         if not int(failed):
             return root  # type: ignore[no-any-return]
         floor = 10 * floor
-    raise AssertionError("a second moment is positive semidefinite to its rounding")
+    raise AssertionError("a second moment is positive semidefinite up to rounding")

@@ -1,7 +1,7 @@
 """Truncated singular value decompositions of the light neurons' matrices.
 
 Sources: Eckart and Young, 1936 (the best rank-R approximation in the Frobenius norm); SVD-LLM,
-arXiv:2403.07378 (the best one of the matrix's outputs, by whitening its inputs).
+arXiv:2403.07378 (the best approximation of its outputs, by whitening its inputs).
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap
 
 
 class LowRankCompressor(Record):
-    """Every matrix of the light part becomes two factors, of the largest rank that the budget allows.
+    """Replace every matrix of the light part by two factors, of the largest rank that the budget allows.
 
-    `whiten` keeps the error of the matrices' outputs on the sampled inputs small rather than that of
-    the matrices, with a ridge of `ridge` times the mean squared input. `energy` in (0, 1] stops at
-    the rank that holds this share of the squared singular values, where that is smaller.
+    `whiten` minimises the error of the matrices' outputs on the sampled inputs instead of their own error,
+    with a ridge of `ridge` times the mean squared input. `energy` in (0, 1] lowers the rank to the one that
+    holds this share of the squared singular values, if that is smaller.
     """
 
     kind: Literal["low_rank"] = "low_rank"
@@ -48,9 +48,9 @@ class LowRankCompressor(Record):
         return False
 
     def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
-        """The largest common rank that fits, or the multiple just below that kernels like.
+        """The largest common rank that fits, or the multiple just below it at which kernels are faster.
 
-        A factorisation no smaller than the matrix leaves it dense.
+        Matrices stay dense if their factors would be no smaller.
         """
         if layout.light is None:
             return layout if layout.num_elements(shape) <= budget else None
@@ -70,7 +70,7 @@ class LowRankCompressor(Record):
         return layout.model_copy(update={"light": light})
 
     def memory_bytes(self, work: LayerWork) -> int:
-        """The matrices in float64, or second moments of their inputs."""
+        """The matrices in float64, or with `whiten` the second moments of their inputs."""
         num_neurons, hidden = work.shape.num_neurons, work.shape.hidden_size
         square = max(num_neurons, hidden) ** 2
         return 3 * (square if self.whiten else num_neurons * hidden) * FLOAT64_BYTES
@@ -104,8 +104,8 @@ def truncated_svd(
     """Factors [rows, R] and [R, columns] of a matrix W, with R at most `rank`.
 
     They minimise |(W - W') L|, Frobenius norm, where `root` L [columns, columns] is a lower
-    triangular root of the inputs' second moment (None: the identity). The singular values are shared
-    evenly between the two, so that both have entries of one size.
+    triangular root of the inputs' second moment (None: the identity). The singular values are split
+    evenly between the factors, so that both have entries of similar size.
     """
     target = weight.double() if root is None else weight.double() @ root
     with explained("a matrix's singular values cannot be computed", kind=CalibrationError):

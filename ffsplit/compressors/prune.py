@@ -1,4 +1,4 @@
-"""The light neurons are dropped, and what is left may make up for them."""
+"""Drops the light neurons, and may refit the rest to compensate for them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ffsplit.ffn.weights import FFNWeights
 class PruneCompressor(Record):
     """Drop the light part.
 
-    With `order: optimal_brain` the neurons to drop are chosen anew, one after the other, as those
-    whose loss the others make up for best; otherwise they are the plan's. `compensation`: `bias` adds
-    the mean of what is dropped to the output bias; `least_squares` refits the down projection, and
-    the bias where the architecture has one, to the original output, with a ridge of `ridge` times
-    the mean squared activation that pulls towards the original weights.
+    With `order: optimal_brain`, the neurons to drop are chosen anew, one at a time: always the one that the
+    others can compensate for best. Otherwise the plan's are dropped. `compensation: bias` adds the mean of
+    the dropped output to the output bias. `least_squares` refits the down projection, and the bias if the
+    architecture has one, to the original output; a ridge of `ridge` times the mean squared activation pulls
+    towards the original weights.
     """
 
     kind: Literal["prune"] = "prune"
@@ -36,13 +36,13 @@ class PruneCompressor(Record):
         return self.compensation == "bias"
 
     def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
-        """Without the light part; where that is all of the FFN, there is nothing left to run."""
+        """The layout without its light part; None if nothing would be left."""
         down_bias = layout.down_bias or self.adds_down_bias
         pruned = layout.model_copy(update={"light": None, "down_bias": down_bias})
         return pruned if pruned.heavy is not None and pruned.num_elements(shape) <= budget else None
 
     def memory_bytes(self, work: LayerWork) -> int:
-        """The covariance of all neurons, its root and inverse; or the moments of those that stay."""
+        """The covariance of all neurons, its root and inverse; or the moments of the kept neurons."""
         num_neurons, hidden, kept = work.shape.num_neurons, work.shape.hidden_size, work.kept_neurons
         if self.order == "optimal_brain":
             return 3 * num_neurons * num_neurons * FLOAT64_BYTES
@@ -71,12 +71,12 @@ class PruneCompressor(Record):
 
 
 def optimal_brain_neurons(context: LayerContext, *, count: int, ridge: float) -> Tensor:
-    """The ascending indices of `count` neurons left by the structured optimal brain surgeon.
+    """The ascending indices of the `count` neurons that the structured optimal brain surgeon keeps.
 
-    Neurons go one at a time: of the neurons left, the one with the smallest |W_n|^2 / [H^-1]_nn, where
-    H is the (ridged) covariance of the activations; the others' columns W then take up what they can
-    of its output. O(N^3) time and N^2 float64 memory. Source: Hassibi and Stork, 1993; for whole
-    neurons, SlimGPT, arXiv:2412.18110.
+    It removes one neuron at a time: the one with the smallest |W_n|^2 / [H^-1]_nn, where H is the (ridged)
+    covariance of the activations. The others' columns W are then updated to compensate for its output.
+    O(N^3) time and N^2 float64 memory. Source: Hassibi and Stork, 1993; for whole neurons, SlimGPT,
+    arXiv:2412.18110.
     """
     part = context.original.heavy
     assert part is not None, "the original is dense"
@@ -100,7 +100,7 @@ def optimal_brain_neurons(context: LayerContext, *, count: int, ridge: float) ->
 def _covariance(context: LayerContext) -> tuple[Tensor, Tensor]:
     """The covariance [N, N] of the original's activations over the sampled inputs, and their mean square.
 
-    Multiplied in float64, of which the covariance loses what the mean has: a mean square's rounding.
+    Computed in float64. Subtracting the mean leaves the covariance with the rounding error of a mean square.
     """
     original = context.original
     assert original.heavy is not None

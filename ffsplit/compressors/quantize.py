@@ -1,7 +1,7 @@
 """Weights as small integers with scales, per output channel or per group of input channels.
 
-Sources: round to nearest; GPTQ, arXiv:2210.17323, which rounds one input channel after the other and
-lets the channels that follow make up for the error.
+Sources: round to nearest; GPTQ, arXiv:2210.17323, which rounds one input channel at a time and adjusts the
+later channels to compensate for the error.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap
 class QuantizeCompressor(Record):
     """Quantize the dense matrices of `parts`; biases stay as they are.
 
-    `group_size` None means one scale an output channel. `method: gptq` uses the sampled inputs, with a
+    `group_size` None means one scale per output channel. `method: gptq` uses the sampled inputs, with a
     ridge of `ridge` times the mean squared input.
     """
 
@@ -59,7 +59,7 @@ class QuantizeCompressor(Record):
         return part.model_copy(update={"up": format, "gate": gate, "down": format})
 
     def memory_bytes(self, work: LayerWork) -> int:
-        """The matrices in float64, or for gptq second moments of their inputs."""
+        """The matrices in float64, or with gptq the second moments of their inputs."""
         num_neurons, hidden = work.shape.num_neurons, work.shape.hidden_size
         square = max(num_neurons, hidden) ** 2
         return 3 * (square if self.method == "gptq" else num_neurons * hidden) * FLOAT64_BYTES
@@ -96,9 +96,9 @@ class QuantizeCompressor(Record):
 
 
 def _root_of_inverse(upper: Tensor) -> Tensor:
-    """The upper triangular U whose U^T U is the inverse of R R^T, where R is `upper`: the inverse of R.
+    """The upper triangular U with U^T U = (R R^T)^-1, where R is `upper`: that is, the inverse of R.
 
-    The inverse of R R^T itself has a rounding error in proportion to its largest element, which would hide
+    Inverting R R^T itself would give a rounding error in proportion to its largest element, which would hide
     the smallest ones.
     """
     root: Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper)).to(upper), upper=True)
@@ -106,7 +106,7 @@ def _root_of_inverse(upper: Tensor) -> Tensor:
 
 
 def _gptq(weight: Tensor, scales: Tensor, format: Integer, moment: Tensor, *, ridge: float) -> Tensor:
-    """A matrix on the grid of `scales` whose outputs on the inputs are close to those of `weight`."""
+    """A matrix on the grid of `scales` whose outputs are close to those of `weight` on the sampled inputs."""
     upper = _root_of_inverse(ridged_root(moment.flip(0, 1), ridge=ridge).flip(0, 1))
     left, result = weight.double().clone(), torch.empty_like(weight)
     group_size = format.group_size or weight.shape[1]

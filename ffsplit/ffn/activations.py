@@ -25,7 +25,7 @@ def _squared_relu(x: Tensor) -> Tensor:
 _tanh_gelu = partial(functional.gelu, approximate="tanh")
 
 OTHER_NAMES = {"gated-gelu": "gelu_new", "gated-relu": "relu", "gated-silu": "silu"}
-"""What T5's configs say of the whole FFN, by the name of the activation that it means."""
+"""T5 configs' names for the whole FFN, and the activations that they mean."""
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": functional.gelu,

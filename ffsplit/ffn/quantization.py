@@ -3,9 +3,9 @@
 Names follow compressed-tensors: `weight` [rows, columns] or packed, `weight_scale` [rows, groups].
 Grids are symmetric, so there are no zero points.
 
-A scale needs range, not precision: weights are rounded to the grid of the scale as it is stored, so a
-coarse one costs nothing. bfloat16 has the range of float32 in two bytes; float16 ends at 6e-5, where
-rows of small weights would lose their bits.
+A scale needs range, not precision: weights are rounded to the grid of the stored scale, so a coarse scale
+costs nothing. bfloat16 has the range of float32 in two bytes. float16 ends at 6e-5, where rows of small
+weights would lose bits.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ SCALE_DTYPE = torch.bfloat16
 def scales_of(weight: Tensor, *, num_bits: int, group_size: int | None) -> Tensor:
     """The scale of each row's groups of `group_size` columns (None: all), [rows, groups] bfloat16.
 
-    The largest magnitude of a group lands on the largest integer, so no weight moves by more than half a
-    step, and a matrix on its grid has that grid's scales. A group whose largest is below 1.5e-36 keeps
-    fewer bits, as its scale would be a denormal number.
+    The largest magnitude of a group maps to the largest integer, so no weight moves by more than half a
+    step, and a matrix that is already on a grid gets that grid's scales. A group whose largest magnitude is
+    below 1.5e-36 keeps fewer bits, because its scale would be a denormal number.
     """
     num_columns = weight.shape[1]
     size = num_columns if group_size is None else min(group_size, num_columns)
@@ -39,7 +39,7 @@ def quantize_rows(
 ) -> dict[str, Tensor]:
     """Round a matrix [rows, columns] to the grid of its scales [rows, groups].
 
-    Returns `weight`, int8, or uint8 with two values a byte for 4 bits, and `weight_scale`.
+    Returns `weight`, int8, or uint8 with two values per byte for 4 bits, and `weight_scale`.
     """
     limit = 2 ** (num_bits - 1) - 1
     values = (
@@ -58,7 +58,7 @@ def dequantize(
 ) -> Tensor:
     """The matrix [rows, columns] on the grid, in floating point.
 
-    Scales may be out of float16's range where the weights are not, so those are multiplied in float32.
+    Scales may exceed float16's range even if the weights do not, so float16 is multiplied in float32.
     """
     weight, scale = tensors["weight"], tensors["weight_scale"]
     integers = unpack_nibbles(weight, num_columns) if weight.dtype == torch.uint8 else weight
@@ -84,7 +84,7 @@ def fake_quantize(weight: Tensor, *, num_bits: int, group_size: int | None) -> T
 
 
 def _spread(weight_scale: Tensor, num_columns: int, group_size: int | None) -> Tensor:
-    """The scales as one a column, float32; one scale a row is left to broadcast."""
+    """One scale per column, float32; a single scale per row is left to broadcast."""
     if group_size is None or weight_scale.shape[1] == 1:
         return weight_scale.float()
     return weight_scale.float().repeat_interleave(group_size, dim=1)[:, :num_columns]
@@ -93,7 +93,7 @@ def _spread(weight_scale: Tensor, num_columns: int, group_size: int | None) -> T
 def joined(tensors: Mapping[str, Tensor]) -> Tensor:
     """A matrix as one tensor of an even number of bytes: the scales, then the integers.
 
-    So a checkpoint has one tensor for each matrix, and none that could be taken for the original's.
+    So a checkpoint has one tensor per matrix, and none that could be mistaken for the original's.
     """
     scales, integers = (tensors[name].contiguous().view(torch.uint8) for name in ("weight_scale", "weight"))
     size = scales.numel() + integers.numel()
@@ -103,7 +103,7 @@ def joined(tensors: Mapping[str, Tensor]) -> Tensor:
 def parted(
     stored: Tensor, *, num_bits: int, num_rows: int, num_groups: int, num_columns: int
 ) -> dict[str, Tensor]:
-    """What `joined` put together, as views: `weight` and `weight_scale` as `quantize_rows` gives them."""
+    """Undo `joined`: views of `weight` and `weight_scale`, as `quantize_rows` returns them."""
     split = 2 * num_rows * num_groups
     width, dtype = (num_columns, torch.int8) if num_bits == 8 else (-(-num_columns // 2), torch.uint8)
     integers = stored[split : split + num_rows * width].view(dtype).view(num_rows, width)

@@ -1,9 +1,9 @@
 """A feed-forward network as data: its shape, its parts, and what each part costs.
 
-A layer's FFN is a sum over parts, each a subset of its neurons; a part holds two or three linear
-maps (up, gate where the FFN is gated, down), each stored in some format. Layouts are plain records:
-they say exactly how many elements and bytes a layer takes before any tensor exists, and they are
-what `config.json` of an artifact carries so that the layer can be built again.
+A layer's FFN is a sum over parts, each a subset of its neurons. A part holds two or three linear maps
+(up, down, and gate if the FFN is gated), each stored in some format. Layouts are plain records. They state
+exactly how many elements and bytes a layer takes, before any tensor exists. An artifact's `config.json`
+contains them, so that the layer can be rebuilt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAX_LOSS_TO_ROUNDING = 0.02
 
 
 class Dense(Record):
-    """A weight matrix as it was."""
+    """A plain weight matrix."""
 
     format: Literal["dense"] = "dense"
 
@@ -73,7 +73,7 @@ class FFNShape(Record):
 
     @property
     def elements_per_neuron(self) -> int:
-        """Elements that a dense neuron takes: a row of each input matrix, a column of down, its biases."""
+        """Elements per dense neuron: a row of each input matrix, a column of down, and its biases."""
         inputs = 2 if self.gated else 1
         return inputs * (self.hidden_size + self.up_bias) + self.hidden_size
 
@@ -104,7 +104,7 @@ class PartLayout(Record):
 
     @property
     def is_fused(self) -> bool:
-        """Whether gate and up are one matrix in a checkpoint: two of one format that is not low rank."""
+        """Whether a checkpoint stores gate and up as one matrix: they share a format that is not low rank."""
         return self.gate == self.up and not isinstance(self.up, LowRank)
 
     def _maps(self, shape: FFNShape) -> list[tuple[Dense | LowRank | Integer, int, int]]:
@@ -152,9 +152,9 @@ class LayerLayout(Record):
 
     @property
     def can_fold(self) -> bool:
-        """Whether both parts are one in a checkpoint: their matrices are of one format, which allows it.
+        """Whether a checkpoint stores both parts as one: their matrices share a format that allows it.
 
-        Integers do where no group of columns, whose scale is its own, nor a byte reaches into both parts.
+        Integers allow it if neither a group of columns, which shares a scale, nor a byte spans both parts.
         """
         if self.heavy is None or self.light is None:
             return False
@@ -169,7 +169,7 @@ class LayerLayout(Record):
 
     @property
     def folded(self) -> LayerLayout:
-        """The layout of a checkpoint."""
+        """The layout in a checkpoint, which stores both parts as one if it can."""
         if not self.can_fold:
             return self
         assert self.heavy is not None
@@ -189,9 +189,10 @@ class LayerLayout(Record):
 
 
 def rounded_down(size: int, *, most_lost: float) -> int:
-    """The largest multiple of 64, 32, 16 or 8 that is less than `most_lost` below a width or a rank.
+    """Round a width or rank down to a multiple of 64, 32, 16 or 8, by less than `most_lost`.
 
-    Kernels like such sizes. Where no multiple is that close, the size is left as it is.
+    Kernels are faster at such sizes. The largest multiple that is close enough wins; if none is, the size
+    stays as it is.
     """
     for multiple in FAST_MULTIPLES:
         rounded = size // multiple * multiple
@@ -201,7 +202,7 @@ def rounded_down(size: int, *, most_lost: float) -> int:
 
 
 def is_narrowed_form(layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape]) -> bool:
-    """Whether these FFNs are like the original's but for their widths: dense, no added bias."""
+    """Whether these FFNs differ from the original's only in width: dense, no added bias."""
     pairs = zip(layouts, shapes, strict=True)
     return all(layout.folded.is_dense and layout.down_bias == shape.down_bias for layout, shape in pairs)
 
@@ -209,7 +210,7 @@ def is_narrowed_form(layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape])
 def is_stock_form(
     layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape], *, groups: Sequence[int] | None = None
 ) -> bool:
-    """Whether stock modelling code can hold these FFNs: narrowed, to one width for a group.
+    """Whether stock modelling code can hold these FFNs: narrowed, to one width per group.
 
     `groups` are as in `ModelShape.width_groups`.
     """
@@ -225,16 +226,16 @@ def is_stock_form(
 
 
 class ModelShape(Record):
-    """What a budget needs to know of a dense model: its FFNs, and how large the rest is."""
+    """What a budget needs to know about a dense model: its FFNs, and the size of the rest."""
 
-    shapes: tuple[FFNShape, ...] = Field(min_length=1, description="one a layer")
-    itemsize: int = Field(ge=1, description="bytes of an element of the FFNs' weights")
+    shapes: tuple[FFNShape, ...] = Field(min_length=1, description="one per layer")
+    itemsize: int = Field(ge=1, description="bytes per element of the FFNs' weights")
     num_parameters: int = Field(ge=1)
     num_parameters_without_embeddings: int = Field(ge=1, description="of the blocks: no embeddings, no heads")
     width_groups: tuple[int, ...] | None = Field(
         default=None,
-        description="FFNs of one group have one width in config.json; -1: no field states it. "
-        "None: all are of one group",
+        description="FFNs of one group share a width in config.json; -1: no field states it. "
+        "None: all are in one group",
     )
 
     @property

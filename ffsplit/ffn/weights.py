@@ -24,7 +24,7 @@ class LinearMap:
     tensors: Mapping[str, Tensor]
     bias: Tensor | None = None
     num_columns: int | None = None
-    """Set where the tensors do not tell it: two 4-bit integers share a byte."""
+    """Set if the tensors do not tell it: two 4-bit integers share a byte."""
 
     @classmethod
     def dense(cls, weight: Tensor, bias: Tensor | None = None) -> LinearMap:
@@ -54,14 +54,14 @@ class LinearMap:
 
 
 def stacked(maps: Sequence[LinearMap]) -> LinearMap:
-    """Maps of one format and of the same inputs as one, whose outputs are theirs one after the other."""
+    """Combine maps of one format and the same inputs into one map, with their outputs concatenated."""
     tensors = {name: torch.cat([each.tensors[name] for each in maps]) for name in maps[0].tensors}
     biases = [each.bias for each in maps if each.bias is not None]
     return replace(maps[0], tensors=tensors, bias=torch.cat(biases) if biases else None)
 
 
 def _side_by_side(maps: Sequence[LinearMap]) -> LinearMap:
-    """The sum of maps of one format as one map, whose inputs are theirs one after the other."""
+    """Combine maps of one format into one map that sums their outputs, with their inputs concatenated."""
     tensors = {name: torch.cat([each.tensors[name] for each in maps], dim=1) for name in maps[0].tensors}
     widths = [each.num_columns for each in maps if each.num_columns is not None]
     return LinearMap(maps[0].format, tensors, num_columns=sum(widths) if widths else None)
@@ -120,7 +120,7 @@ class FFNWeights:
         )
 
     def folded(self) -> FFNWeights:
-        """The same function with both parts as one, in no order of neurons, where their layout can fold."""
+        """The same function with both parts as one, neurons unsorted, if their layout can fold."""
         if not self.layout.can_fold:
             return self
         assert self.heavy is not None and self.light is not None

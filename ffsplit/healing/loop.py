@@ -24,7 +24,7 @@ from ffsplit.healing.team import Alone, Team
 from ffsplit.models.load import classifies
 from ffsplit.models.rows import ModelKind
 
-# The state of a healing run as one safetensors file, so that it can go on where it was stopped.
+# The state of a healing run as one safetensors file, so that it can resume where it was stopped.
 
 
 @dataclass
@@ -71,12 +71,12 @@ class HealingState:
         return state
 
 
-# One step's gradient, and the judgement of validation rows, shared out over a team.
+# One step's gradient, and the evaluation on validation rows, divided over a team.
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """A student, the weights of it that are trained, its teacher, and who works on it.
+    """A student, its teacher, the student's trained weights, and the team that works on it.
 
     All processes of the team call the same methods with the same arguments, and end with the same
     weights and the same figures.
@@ -93,16 +93,16 @@ class Distillation:
         return next(iter(self.weights.values())).device
 
     def meet(self, step: int) -> None:
-        """Go on only when all are at this step: nobody writes a state while another still reads one."""
+        """Wait until all processes are at this step, so that none writes a state while another reads one."""
         steps = [torch.tensor([float(step)], dtype=torch.float64, device=self.device) for _ in self.team.mine]
         if float(self.team.sum(steps)) != self.team.size * step:
-            raise RuntimeError(f"healing goes on from step {step} here and from another elsewhere")
+            raise RuntimeError(f"healing resumes from step {step} here and from another step elsewhere")
 
     def set_gradient(self, rows: Sequence[Sequence[int]], *, pad_id: int, accelerator: Any) -> None:
-        """Leave the gradient of the rows' distance in the weights: the shares' gradients, in their order.
+        """Set the weights' gradients to those of the rows' distance: the shares' sum, in their order.
 
-        A share without a row works on the first one, which then counts for nothing, so that all shares
-        have the same gradients to add.
+        A share without rows computes the first row with weight zero, so that all shares have the same
+        gradients to add.
         """
         shares = [rows[share :: self.team.size] for share in self.team.mine]
         batches = [_whole_batch(share or rows[:1], pad_id).to(self.device) for share in shares]
@@ -130,7 +130,7 @@ class Distillation:
                 gradient.copy_(total.view_as(gradient))
 
     def judge(self, state: HealingState, batches: Sequence[Batch]) -> None:
-        """Measure the student, and remember its weights when they are the best so far."""
+        """Evaluate the student, and keep its weights if they are the best so far."""
         sums = []
         for share in self.team.mine:
             mine = batches[share :: self.team.size]
@@ -151,19 +151,19 @@ def _whole_batch(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
 
 
 SORTED_BATCHES = 16
-"""Rows are shuffled, then sorted by length within this many batches, so that little is padding."""
+"""Rows are shuffled, then sorted by length within this many batches, to reduce padding."""
 
 
 ENCODER_RATE = 2.0
-"""What an encoder is healed at, in learning rates."""
+"""The factor on the learning rate for an encoder."""
 FAR, FAR_LOGITS = 0.15, 0.02
-"""An encoder nearer to its original than this is healed at a lower rate; a classifier by its logits."""
+"""An encoder closer to its original than this is healed at a lower rate; for a classifier, by its logits."""
 
 
 class FakeQuantize(nn.Module):
-    """A weight as it will be once it is quantized, for gradients that know.
+    """A weight as it will be once quantized, so that training takes the rounding into account.
 
-    Scales are those of its rows, [out, in]; of its columns where it is `transposed`.
+    Scales are per row of [out, in]; per column if `transposed`.
     """
 
     def __init__(self, *, num_bits: int, group_size: int | None, transposed: bool) -> None:
@@ -179,7 +179,7 @@ class FakeQuantize(nn.Module):
 
 @dataclass(frozen=True)
 class HealingData:
-    """Token ids of the rows to learn from, and of those that decide when to stop."""
+    """Token ids of the training rows, and of the validation rows that decide when to stop."""
 
     rows: Sequence[Sequence[int]]
     validation: Sequence[Sequence[int]]
@@ -199,11 +199,11 @@ def heal(
     checkpoint: Callable[[HealingState, dict[str, Tensor], Any], None],
     team: Team | None = None,
 ) -> HealingState:
-    """Train `student` in place and leave the best state it had in it. Returns how it went.
+    """Train `student` in place, leave it in its best state, and return the record of the training.
 
     `resume` reads an earlier state into the weights and the optimizer, or returns None; `checkpoint` is
     called every `checkpoint_steps` steps. The same arguments give the same bytes on one kind of
-    processor, resumed or not; on a GPU those of a causal language model can differ in the last bits.
+    processor, resumed or not; on a GPU, a causal language model's can differ in the last bits.
     Every process of a `team` calls this with the same arguments and ends with the same weights;
     `checkpoint` is called in all of them.
     """
@@ -245,16 +245,16 @@ def heal(
 
 
 def fresh_accelerator(settings: HealingSettings, device: torch.device) -> Any:
-    """An accelerator of these settings, whatever this process healed before."""
+    """An accelerator with these settings, whatever this process healed before."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    AcceleratorState._reset_state(reset_partial_state=True)  # or it refuses another precision or device
+    AcceleratorState._reset_state(reset_partial_state=True)  # or it rejects another precision or device
     return Accelerator(mixed_precision=settings.mixed_precision, cpu=device.type == "cpu")
 
 
 def rows_a_step(rows: Sequence[Sequence[int]], settings: HealingSettings) -> int:
-    """Rows in a batch: as many as the settings allow of rows of this mean length."""
+    """Rows per step: as many as the settings allow for rows of this mean length."""
     mean_length = sum(map(len, rows)) / max(1, len(rows))
     return max(1, min(settings.batch_rows, int(settings.batch_tokens / max(1.0, mean_length))))
 
@@ -264,7 +264,7 @@ def steps_an_epoch(rows: Sequence[Sequence[int]], settings: HealingSettings) -> 
 
 
 def num_epochs(rows: Sequence[Sequence[int]], settings: HealingSettings) -> int:
-    """As many as are asked for, or as it takes to make the fewest steps."""
+    """The number of epochs in the settings, or more if `min_steps` requires it."""
     return max(settings.epochs, math.ceil(settings.min_steps / max(1, steps_an_epoch(rows, settings))))
 
 
@@ -300,10 +300,10 @@ def settle(linears: Sequence[nn.Module]) -> None:
 
 
 def peak_rate(settings: HealingSettings, first_loss: float, *, kind: ModelKind, far: float = FAR) -> float:
-    """The highest learning rate: that of the settings, or for an encoder twice that, less if it is near.
+    """The peak learning rate: that of the settings, or for an encoder twice that, less if it is close.
 
-    Steps keep a model stirring at some distance that grows with their size. One that is nearer than
-    that would first be led away, and may not come back before the steps are over.
+    Steps keep a model moving at a distance from its original that grows with their size. A model that
+    starts closer than that would first move away, and might not return before training ends.
     """
     if kind != "encoder":
         return settings.learning_rate

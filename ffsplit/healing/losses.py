@@ -1,4 +1,4 @@
-"""What healing makes small: the distance of a student's outputs from its teacher's."""
+"""What healing minimises: the distance of a student's outputs from its teacher's."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ffsplit.models.rows import ModelKind
 
 
 def outputs(model: Any, batch: Batch, *, kind: ModelKind) -> Tensor:
-    """What is compared: an encoder's last hidden states [B, T, D], a causal LM's logits [B, T, V]."""
+    """The outputs to compare: an encoder's last hidden states [B, T, D], a causal LM's logits [B, T, V]."""
     if kind == "encoder":
         base = getattr(model, model.base_model_prefix, model)
         states: Tensor = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
@@ -25,7 +25,7 @@ def outputs(model: Any, batch: Batch, *, kind: ModelKind) -> Tensor:
 
 
 def distance(student: Tensor, teacher: Tensor, batch: Batch, *, kind: ModelKind) -> Tensor:
-    """Encoders: |s - t|^2 / |t|^2 over all tokens. Causal LMs: mean KL(t | s) a token, in nats."""
+    """Encoders: |s - t|^2 / |t|^2 over all tokens. Causal LMs: mean KL(t | s) per token, in nats."""
     is_token = batch.attention_mask.bool()
     student, teacher = student[is_token].float(), teacher[is_token].float()
     if kind == "encoder":
@@ -36,7 +36,7 @@ def distance(student: Tensor, teacher: Tensor, batch: Batch, *, kind: ModelKind)
 
 
 def weight(teacher: Tensor, batch: Batch, *, kind: ModelKind) -> Tensor:
-    """What `distance` divides by. Weighted by it, the distances of parts of a batch add up to the whole's."""
+    """The divisor in `distance`. Weighted by it, distances of parts of a batch average to the whole's."""
     is_token = batch.attention_mask.bool()
     if kind == "encoder":
         return teacher[is_token].float().square().sum()
@@ -44,7 +44,7 @@ def weight(teacher: Tensor, batch: Batch, *, kind: ModelKind) -> Tensor:
 
 
 def mean_distance(student: Any, teacher: Any, batches: Sequence[Batch], *, kind: ModelKind) -> float:
-    """What a student is judged by: its distance over all batches, as `total_distance` has it."""
+    """A student's loss: its distance over all batches, the quotient of `total_distance`."""
     return quotient(*total_distance(student, teacher, batches, kind=kind))
 
 
@@ -56,10 +56,10 @@ def quotient(total: float, weight: float) -> float:
 def total_distance(
     student: Any, teacher: Any, batches: Sequence[Batch], *, kind: ModelKind
 ) -> tuple[float, float]:
-    """What the distance is a quotient of: sums over the batches, which add up over parts of them.
+    """Numerator and denominator of the distance: sums over the batches, which can be added over parts.
 
-    The batches' distances, each times its tokens, and the tokens. Of a classifier the squared error of its
-    logits and their square: states that its head does not read are no part of what it gives.
+    They are the distances times the batches' tokens, and the tokens. For a classifier, they are the squared
+    error of its logits and their square, because its head does not read all states.
     """
     total = weights = 0.0
     for batch in batches:

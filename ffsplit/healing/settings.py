@@ -12,20 +12,20 @@ from ffsplit.config import Record
 class HealingSettings(Record):
     """AdamW over every weight but the embeddings, linear warm-up, then a half cosine to zero.
 
-    Where `epochs` of the text are fewer than `min_steps` steps, there are more of them. The model is judged
-    on validation rows `epochs * evaluations` times; healing stops after `patience` of them without a better
-    one, and the best state seen, the first included, is what it returns. The distance may rise while the
-    learning rate is high and fall at its end, so patience should outlast that.
+    If `epochs` of the text are fewer than `min_steps` steps, there are more epochs. The model is evaluated on
+    validation rows `epochs * evaluations` times. Healing stops after `patience` evaluations in a row that are
+    no better than the best, and returns the best state, which may be the initial one. The distance may rise
+    while the learning rate is high and fall only at the end, so patience should outlast that.
     """
 
     epochs: int = Field(default=3, ge=1)
     min_steps: int = Field(default=0, ge=0)
-    batch_rows: int = Field(default=64, ge=1, description="rows a step, at most")
-    batch_tokens: int = Field(default=2048, ge=1, description="tokens a step, on average, at most")
+    batch_rows: int = Field(default=64, ge=1, description="maximum rows per step")
+    batch_tokens: int = Field(default=2048, ge=1, description="maximum tokens per step, on average")
     learning_rate: float = Field(
         default=5e-4,
         gt=0,
-        description="at its peak; an encoder's is twice that, or less if it is near already",
+        description="at its peak; for an encoder twice that, or less if it is close to its original",
     )
     warm_up: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")
     max_gradient_norm: float = Field(default=1.0, gt=0)

@@ -1,7 +1,7 @@
 """Who works on which share of a training step: this process on all of them, or one process on each.
 
-A step's rows are dealt into `size` shares. What the shares give is summed in their order, whoever worked
-on them: the same number of shares gives the same bytes in one process and in many.
+A step's rows are divided into `size` shares. Their results are summed in the shares' order, whichever
+process computed them. So the same number of shares gives the same bytes in one process and in many.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 CHUNK_ELEMENTS = 1 << 24
-"""Of a sum that goes round at once: what bounds the memory that the others' values take."""
+"""Elements of a sum that are exchanged at once, to bound the memory for the other processes' values."""
 
 
 class Team(Protocol):
-    """Everyone who trains one model together."""
+    """The processes that train one model together."""
 
     @property
     def size(self) -> int:
@@ -30,7 +30,7 @@ class Team(Protocol):
         ...
 
     def sum(self, values: Sequence[Tensor]) -> Tensor:
-        """The sum over all shares, in their order. Each process gives the values of its own."""
+        """The sum over all shares, in their order. Each process passes the values of its own shares."""
         ...
 
 
@@ -49,7 +49,7 @@ class Alone:
 
 
 class Together:
-    """One share a process, over the process group that torch.distributed has."""
+    """One share per process, over torch.distributed's process group."""
 
     def __init__(self) -> None:
         from torch import distributed
@@ -70,7 +70,7 @@ class Together:
 
 
 def find_team(size: int) -> Team:
-    """The processes that were started together, or this one in the place of all of them."""
+    """The processes that were started together, or this process alone with every share."""
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():

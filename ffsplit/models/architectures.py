@@ -1,4 +1,4 @@
-"""Where the feed-forward networks of each model family live: the table, one row a family."""
+"""Where the feed-forward networks of each model family live: the table, one row per family."""
 
 from __future__ import annotations
 

@@ -33,27 +33,26 @@ from ffsplit.models.tensor_files import (
 )
 
 GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""How the classes end that give a distribution over the next token."""
+"""Class name endings of models that predict the next token."""
 CLASSIFIERS = ("ForSequenceClassification",)
-"""How the classes end whose head reads one state of a row and gives its logits."""
+"""Class name endings of models whose head reads one state per row and returns its logits."""
 NARROWED = "narrowed"
-"""The form of a checkpoint of this package whose FFNs are the original's but for widths that differ.
+"""The form of a compressed checkpoint whose FFNs differ from the original's only in width, layer by layer.
 
-Its tensors have the original's names. That their shapes do not match config.json makes a load without
-ffsplit fail.
+Tensors keep the original's names. Their shapes do not match config.json, so loading without ffsplit fails.
 """
 PRETRAINED = ("ForMaskedLM", "ForPreTraining")
-"""How the classes end whose head an encoder was pretrained with, and is mostly published without."""
+"""Class name endings of pretraining heads, which encoders are mostly published without."""
 WHOLE = ("ForConditionalGeneration", "MTModel")
-"""How the classes end that have every tower of their family, beside the base model's class."""
+"""Class name endings of models that have every tower of their family, besides the base model's class."""
 FFN_DTYPES = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A readable, supported checkpoint. Made by `open_checkpoint`, which checks all of it.
+    """A readable, supported checkpoint, opened and checked by `open_checkpoint`.
 
-    `read` is what transformers makes of the tensors' names, where the headers alone did not tell.
+    `read` says how transformers reads each stored name; None if the headers alone tell.
     """
 
     directory: Path
@@ -66,7 +65,7 @@ class Checkpoint:
 
     @cached_property
     def names(self) -> TensorNames:
-        """What the model calls the tensors that it reads, whose names in files are those of `tensors`."""
+        """Maps the names in files (those of `tensors`) to the model's names."""
         return TensorNames(self.tensors, rules=self.architecture.file_names, read=self.read)
 
     def in_base(self, path: str) -> str:
@@ -79,7 +78,7 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        """Of all tensors."""
+        """Bytes of all tensors."""
         return sum(info.size_bytes for info in self.tensors.values())
 
     @property
@@ -89,10 +88,10 @@ class Checkpoint:
 
     @property
     def is_headless(self) -> bool:
-        """Whether it is an encoder without the head that it was pretrained with.
+        """Whether it is an encoder without its pretraining head.
 
-        Its config may name that head's class all the same: sentence-transformers, for one, keeps the name
-        and not the head.
+        Its config may still name the head's class: sentence-transformers, for one, keeps the name but drops
+        the head.
         """
         if not self.class_name.endswith(PRETRAINED):
             return False
@@ -100,7 +99,7 @@ class Checkpoint:
 
     @property
     def kind(self) -> ModelKind:
-        """What it reads: a model that has one tower of its family's two reads what that tower does."""
+        """What it reads. A model with only one of its family's towers reads what that tower reads."""
         towers = {ffn.tower.name for ffn in self.ffns}
         alone: dict[ModelKind, dict[str, ModelKind]] = {
             "seq2seq": {"encoder": "encoder"},
@@ -113,14 +112,14 @@ class Checkpoint:
 
     @property
     def compared_as(self) -> ModelKind:
-        """What its outputs are compared as: a causal LM with another head by its hidden states."""
+        """Which outputs are compared. A causal LM with another head is compared by its hidden states."""
         if self.kind != "causal_lm" or self.class_name.endswith(GENERATORS):
             return self.kind
         return "encoder"
 
     @property
     def classifies(self) -> bool:
-        """Whether its head gives logits of a whole row of text."""
+        """Whether its head returns logits for a whole row of text."""
         return self.kind in ("encoder", "causal_lm") and self.class_name.endswith(CLASSIFIERS)
 
     @property
@@ -129,12 +128,12 @@ class Checkpoint:
 
     @property
     def is_guessed(self) -> bool:
-        """Whether its family is not in the table, so that its FFNs were found by structure."""
+        """Whether its family is missing from the table, so its FFNs were found by structure."""
         return self.architecture.model_type not in ARCHITECTURES
 
     @property
     def vocab_size(self) -> int:
-        """How many tokens its text side reads; 1 where the config does not say."""
+        """Number of tokens in the vocabulary; 1 if the config does not state it."""
         return int(self.text_config.get("vocab_size") or 1)
 
     @property
@@ -144,7 +143,7 @@ class Checkpoint:
 
     @property
     def activation(self) -> str:
-        """The activation function of the first FFN, by the name that configs give it."""
+        """The activation function of the first FFN, as configs name it."""
         return self.activation_of(0)
 
     def activation_of(self, index: int) -> str:
@@ -152,7 +151,7 @@ class Checkpoint:
 
     @property
     def max_positions(self) -> int | None:
-        """The most tokens that a row may have; None where the config sets no limit."""
+        """Maximum number of tokens per row; None if the config sets no limit."""
         row = self.architecture
         for config in (self.config, self.text_config):
             positions = config.get(row.positions_field)
@@ -162,13 +161,13 @@ class Checkpoint:
 
     @property
     def text_config(self) -> dict[str, Any]:
-        """The part of the config that is about text: all of it where it has no such part."""
+        """The text part of the config, or the whole config if it has no such part."""
         part = self.config.get("text_config")
         return part if isinstance(part, dict) else self.config
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element of the FFN's weights."""
+        """Bytes per element of the FFNs' weights."""
         return ITEM_SIZES[self.tensors[self.ffns[0].down.name].dtype]
 
     @property
@@ -177,7 +176,7 @@ class Checkpoint:
 
     @property
     def width_groups(self) -> tuple[int, ...]:
-        """FFNs of one group have one width, which the config states; -1: no config can state it."""
+        """A group per FFN. A group shares one width, which the config states; -1: no config can state it."""
         keys = list(dict.fromkeys(ffn.width_key for ffn in self.ffns))
         return tuple(-1 if ffn.paths.width_field is None else keys.index(ffn.width_key) for ffn in self.ffns)
 
@@ -188,7 +187,7 @@ class Checkpoint:
 
     @property
     def unread_blocks(self) -> tuple[str, ...]:
-        """Blocks that the files hold beyond those that the config states: no model reads them."""
+        """Blocks in the files beyond the number that the config states; no model reads them."""
         found: dict[str, None] = {}
         for tower in dict.fromkeys(ffn.tower for ffn in self.ffns if ffn.tower.is_list):
             count = len({ffn.block for ffn in self.ffns if ffn.tower == tower})
@@ -198,18 +197,18 @@ class Checkpoint:
         return tuple(found)
 
     def block_tensors(self, *blocks: str) -> list[str]:
-        """The tensors of some blocks."""
+        """The stored names of these blocks' tensors."""
         starts = tuple(f"{self.prefix}{block}." for block in blocks)
         return [name for module, name in self.names.modules.items() if module.startswith(starts)]
 
     @cached_property
     def ffn_names(self) -> frozenset[str]:
-        """The tensors of all FFNs."""
+        """The stored names of all FFNs' tensors."""
         return frozenset(name for ffn in self.ffns for name in ffn.tensor_names)
 
     @cached_property
     def names_in_blocks(self) -> frozenset[str]:
-        """The tensors of all blocks."""
+        """The stored names of all blocks' tensors."""
         return frozenset(self.block_tensors(*self.blocks))
 
     @cached_property
@@ -221,7 +220,7 @@ class Checkpoint:
         front = re.match(r"---\n(.*?\n)---\s*$", card.read_text("utf-8", "replace"), re.S | re.M)
         try:
             fields = yaml.safe_load(front.group(1)) if front else None
-        except Exception:  # a card is for people: what is no YAML there names no licence
+        except Exception:  # cards are written for people: invalid YAML just means no licence
             return None
         named = fields.get("license") if isinstance(fields, dict) else None
         return ", ".join(map(str, named)) if isinstance(named, list) else str(named) if named else None
@@ -235,19 +234,19 @@ class Checkpoint:
         return digest_files(self.directory, ("config.json", *code, *self.weight_files))
 
     def tokenizer_digest(self) -> str:
-        """sha256 over whatever turns rows into the model's inputs, or embeddings into a result.
+        """sha256 over the files that turn rows into model inputs, or embeddings into results.
 
-        Any file beside the weights may be a part of that, whatever its name, but for documents.
+        Any file beside the weights may be one of them, whatever its name, except documents.
         """
         return digest_files(self.directory, self.folder.files.digested)
 
     @cached_property
     def folder(self) -> ModelFolder:
-        """What lies beside the weights, as it is when first asked for."""
+        """The files beside the weights, as they were on first access."""
         return ModelFolder.look_at(self.directory, weights=self.weight_files, is_copy=self._is_copy)
 
     def _is_copy(self, name: str) -> bool:
-        """Whether a safetensors file that is not read holds FFNs of this model all the same."""
+        """Whether a safetensors file that the model is not read from holds a copy of its FFNs."""
         try:
             spans = read_spans(self.directory / name)
         except ConfigError:
@@ -264,7 +263,7 @@ def tokenizer_files(directory: Path) -> tuple[str, ...]:
 def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
     """Read and check a checkpoint's config and headers.
 
-    `uneven` takes a NARROWED one too. Raises ConfigError when it is not a safetensors checkpoint or brings
+    `uneven` also accepts a NARROWED one. Raises ConfigError when it is not a safetensors checkpoint or has
     code that is not trusted, and UnsupportedModelError when its family is not in the table or its tensors
     are not where the table says.
     """
@@ -295,10 +294,10 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
         for place in ffn.matrices:
             info = tensors.get(place.name)
             if info is None or len(info.shape) != (2 if place.expert is None else 3):
-                raise UnsupportedModelError(f"{directory}: {place.name} is missing or is no matrix")
+                raise UnsupportedModelError(f"{directory}: {place.name} is missing or not a matrix")
             if info.dtype not in FFN_DTYPES:
                 raise UnsupportedModelError(
-                    f"{directory}: {place.name} is {info.dtype}; FFNs may be {', '.join(FFN_DTYPES)}"
+                    f"{directory}: {place.name} is {info.dtype}; FFN weights may be {', '.join(FFN_DTYPES)}"
                 )
     _check_config(directory, config, ffns, widths_differ=bool(stored))
     checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, ffns, read)
@@ -309,9 +308,9 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
 def _read_by_class(
     directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], *, renamed: bool
 ) -> dict[str, ReadTensor | None] | None:
-    """What the class that a config names makes of stored names, where transformers has such a class.
+    """How the class that a config names reads stored names; None if transformers has no such class.
 
-    Without `renamed` stored names stay as they are: the rules of a row begin with those.
+    Without `renamed`, stored names are kept, because a row's rules start from them.
     """
     model = empty_class(directory, class_named(config))
     read = None if model is None else names_read(model, tensors)
@@ -321,15 +320,15 @@ def _read_by_class(
 
 
 def class_named(config: Mapping[str, Any]) -> str:
-    """The class that a config was saved by, or ""."""
+    """The class that a checkpoint was saved from, according to its config, or ""."""
     return str((config.get("architectures") or [""])[0])
 
 
 def _headers_tell(row: Architecture, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool:
-    """Whether headers alone say which tensors are FFNs that the model runs.
+    """Whether headers alone tell which tensors are FFNs that the model runs.
 
-    They do not where there are candidates below several prefixes, or where files hold towers that the
-    class named in the config may lack: a T5 encoder reads nothing of a decoder.
+    They do not if there are candidates below several prefixes, or if the files hold towers that the class
+    named in the config may lack: a T5 encoder does not read the decoder.
     """
     names = TensorNames(tensors, rules=row.file_names)
     if len(base_prefixes(row, names)) != 1:
@@ -340,7 +339,7 @@ def _headers_tell(row: Architecture, tensors: Mapping[str, TensorInfo], config: 
 
 
 def activation_name(config: Mapping[str, Any], tower: Tower) -> str:
-    """What a tower's part of a config calls its activation function."""
+    """The name of a tower's activation function in its part of a config."""
     field = tower.activation_field
     stated = config_part(config, tower.config).get(field) if field else None
     name = str(stated or tower.default_activation)
@@ -350,7 +349,7 @@ def activation_name(config: Mapping[str, Any], tower: Tower) -> str:
 def _check_config(
     directory: Path, config: dict[str, Any], ffns: Sequence[FFNPlace], *, widths_differ: bool
 ) -> None:
-    """Raise UnsupportedModelError where config.json states other sizes than the tensors have."""
+    """Raise UnsupportedModelError when sizes in config.json contradict the tensors."""
     for tower in dict.fromkeys(ffn.tower for ffn in ffns if ffn.tower.is_list):
         blocks = {ffn.block for ffn in ffns if ffn.tower == tower}
         stated = config_part(config, tower.config).get(tower.layers_field)

@@ -1,7 +1,7 @@
-"""A row for a family that is not in the table, by the structure of its model: linears around an activation.
+"""Guesses the row of a family that is missing from the table: it looks for linears around an activation.
 
-What is found is a guess. It holds only once an exact split of every FFN has given the model's own
-outputs (`ffsplit.runtime.trial`).
+The guess is trusted only after an exact split of every FFN has reproduced the model's own outputs
+(`ffsplit.runtime.trial`).
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ class _Linear(NamedTuple):
 
 
 def architecture_of(model: Any) -> Architecture:
-    """The row of a model's family, or what its structure suggests. Raises UnsupportedModelError."""
+    """The row of a model's family, or a guess from its structure. Raises UnsupportedModelError."""
     row = ARCHITECTURES.get(model.config.model_type)
     return row or row_by_structure(model, config=model.config.to_dict())
 
 
 def detect_architecture(directory: Path, config: Mapping[str, Any]) -> Architecture:
-    """What the structure of a checkpoint's model suggests, without a weight. Raises UnsupportedModelError."""
+    """Guess a row from the structure of a checkpoint's model; reads no weights.
+
+    Raises UnsupportedModelError.
+    """
     import transformers
     from accelerate import init_empty_weights
 
@@ -50,7 +53,7 @@ def detect_architecture(directory: Path, config: Mapping[str, Any]) -> Architect
         )
     with (
         explained(
-            f"{directory}: {model_type} is not in the table, and its structure cannot be looked at",
+            f"{directory}: {model_type} is not in the table, and its structure cannot be inspected",
             kind=UnsupportedModelError,
             advice=attention_advice(config),
         ),
@@ -62,12 +65,12 @@ def detect_architecture(directory: Path, config: Mapping[str, Any]) -> Architect
 
 
 def _without_model_type(config: Mapping[str, Any]) -> str:
-    """What to do about a config that does not name its family: add what its class belongs to."""
+    """The fix for a config without model_type: add the family that its class belongs to."""
     import transformers
 
     classes, family = config.get("architectures"), "its family"
     if isinstance(classes, list) and classes:
-        with suppress(Exception):  # a class that is not there, or needs a library that is not
+        with suppress(Exception):  # the class, or a library that it needs, is missing
             family = f'"model_type": "{getattr(transformers, str(classes[0])).config_class.model_type}"'
     return f"config.json names no model_type; add {family} to it"
 
@@ -105,7 +108,7 @@ def _words(linear: _Linear) -> str:
 
 
 def _ffn_of(block: nn.Module, linears: list[_Linear], config: Mapping[str, Any]) -> FFNPaths | None:
-    """The one group of linears that can be up, down and perhaps gate."""
+    """The first group of linears that can be up, down and possibly gate; None if there is none."""
     for down in linears:
         pair = (down.num_columns, down.num_rows)
         ups = [each for each in linears if (each.num_rows, each.num_columns) == pair and each != down]
@@ -131,7 +134,7 @@ def _ffn_of(block: nn.Module, linears: list[_Linear], config: Mapping[str, Any])
 
 
 def _activation_path(block: nn.Module) -> str | None:
-    """The one module of a block that may be an activation: it has no weights, and says so by its name."""
+    """The block's only module with "act" in its name and no weights; None if there is not exactly one."""
     names = [
         path
         for path, module in block.named_modules()
@@ -146,7 +149,7 @@ def _row(config: Mapping[str, Any], blocks: str, ffn: FFNPaths) -> Architecture:
     if not fields:
         raise UnsupportedModelError(
             f"{model_type} is not in the table of architectures; {blocks}: {ffn.up} and {ffn.down} look like "
-            "an FFN, but the config names no activation that is known"
+            "an FFN, but the config names no known activation"
         )
     classes = config.get("architectures") or [""]
     is_causal = str(classes[0]).endswith(("ForCausalLM", "LMHeadModel")) or bool(config.get("is_decoder"))

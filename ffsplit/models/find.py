@@ -1,4 +1,4 @@
-"""From the names of a checkpoint's or a model's tensors to its FFNs."""
+"""Finds the FFNs of a checkpoint or a model by the names of its tensors."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ffsplit.models.detect import architecture_of
 from ffsplit.models.names import TensorNames
 from ffsplit.models.rows import Architecture, FFNPaths, Tower
 
-# The FFNs that a checkpoint has: which tensors each is made of, and where it sits in the model.
+# The FFNs of a checkpoint: the tensors of each, and its place in the model.
 #
-# An FFN is the unit of everything that follows: statistics, plans and compressed files are numbered as
-# `find_ffns` numbers them, tower by tower, block by block, experts in their order.
+# Everything that follows works per FFN. Statistics, plans and compressed files use the numbers that
+# `find_ffns` assigns: tower by tower, block by block, experts in order.
 
 STACKED = {"up": "gate_up_proj", "gate": "gate_up_proj", "down": "down_proj"}
-"""What transformers calls the experts of a block where they are one tensor, below the experts' module."""
+"""Tensor names, below the experts' module, where transformers stacks all experts of a block."""
 
 
 class MatrixPlace(NamedTuple):
@@ -28,12 +28,12 @@ class MatrixPlace(NamedTuple):
     name: str
     bias: str | None = None
     expert: int | None = None
-    """Which matrix of a stack it is."""
+    """Index of the matrix in a stack."""
     half: int | None = None
-    """Which half of the rows it is, where gate and up are one tensor: 0 or 1."""
+    """Which half of the rows, 0 or 1, if gate and up share one tensor."""
     transposed: bool = False
     alone: str | None = None
-    """What a matrix of a stack is called where each is a tensor of its own."""
+    """The name of a stacked matrix in checkpoints that store each expert separately."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +51,21 @@ class FFNPlace:
     shape: FFNShape
     expert: int | None = None
     unit: int = 0
-    """The index of the first FFN of its experts' module, its own where it is no expert."""
+    """For an expert, the index of the first FFN in its experts' module; otherwise its own index."""
 
     @property
     def split_path(self) -> str:
-        """The module whose place a split FFN takes."""
+        """The module that a split FFN replaces."""
         return join_paths(self.block, self.paths.split_path)
 
     @property
     def split_prefix(self) -> str:
-        """What the tensors of a split FFN begin with, relative to the base model."""
+        """The prefix of a split FFN's tensor names, relative to the base model."""
         return self.split_path if self.expert is None else f"{self.split_path}.{self.expert}"
 
     @property
     def guard(self) -> str:
-        """The module tensor, relative to the base model, that is stored with a shape that cannot match."""
+        """The tensor, relative to the base model, that is stored with a shape that cannot match."""
         return f"{self.split_path}.{self.paths.guard}"
 
     @property
@@ -80,17 +80,17 @@ class FFNPlace:
 
     @property
     def width_key(self) -> tuple[str | None, str | None]:
-        """Which field of which part of config.json states its width."""
+        """The part of config.json, and the field in it, that state its width."""
         return self.tower.config, self.paths.width_field
 
 
 def join_paths(block: str, path: str) -> str:
-    """One path below the other; either may be empty."""
+    """Join two module paths; either may be empty."""
     return f"{block}.{path}" if block and path else block or path
 
 
 class Shaped(Protocol):
-    """A tensor, or what a file's header says of one."""
+    """A tensor, or its entry in a file's header."""
 
     @property
     def shape(self) -> Sequence[int]: ...
@@ -106,13 +106,13 @@ def find_ffns(
 ) -> tuple[str, tuple[FFNPlace, ...]]:
     """The prefix of the base model's tensors, and its FFNs.
 
-    A config says how many blocks there are: a tensor of a later one is no FFN's. Raises
+    If the config states the number of blocks, tensors of later blocks are ignored. Raises
     UnsupportedModelError when there is no FFN, or one lacks a tensor.
     """
     found = base_prefixes(architecture, names)
     if len(found) != 1:
         first = _downs(architecture.towers[0])[0].replace("*", "0")
-        what = f"tensors {names.stored(first)!r} below each of {', '.join(map(repr, found))}"
+        what = f"tensor {names.stored(first)!r} below several prefixes ({', '.join(map(repr, found))})"
         raise UnsupportedModelError(
             f"{where}: {what if found else f'no tensor {names.stored(first)!r}'}, "
             f"where a {architecture.model_type} keeps its first FFN"
@@ -122,14 +122,14 @@ def find_ffns(
 
 
 def ffns_of(model: Any) -> tuple[str, tuple[FFNPlace, ...]]:
-    """The path of a model's base model, ending in a dot where it is not empty, and the FFNs below it."""
+    """The prefix of a model's base model (empty, or ending in a dot), and the FFNs below it."""
     tensors = dict(model.named_parameters(remove_duplicate=False))
     names = TensorNames(tensors, rules=())
     return find_ffns(architecture_of(model), tensors, where=type(model).__name__, names=names)
 
 
 def base_prefixes(architecture: Architecture, names: TensorNames) -> list[str]:
-    """What stands before the module names of FFNs, sorted: one prefix, where all are one model's."""
+    """The prefixes of FFN module names, sorted. The FFNs of one model share one prefix."""
     patterns = dict.fromkeys(each for tower in architecture.towers for each in _downs(tower))
     regexes = [re.compile(rf"((?:.*\.)?){_regex(pattern)}") for pattern in patterns]
     matches = (regex.fullmatch(name) for name in names.modules for regex in regexes)
@@ -137,13 +137,13 @@ def base_prefixes(architecture: Architecture, names: TensorNames) -> list[str]:
 
 
 def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
-    """The part of a config that is about one tower; nothing where the config does not have it."""
+    """A tower's part of a config; empty if the config lacks it."""
     part = config if name is None else config.get(name)
     return part if isinstance(part, Mapping) else {}
 
 
 def towers_in(architecture: Architecture, names: TensorNames) -> list[str]:
-    """The towers of a family that may have an FFN among these tensors."""
+    """The paths of a family's towers that have an FFN among these tensors."""
     found = []
     for tower in architecture.towers:
         regexes = [re.compile(rf"(?:.*\.)?{_regex(pattern)}") for pattern in _downs(tower)]
@@ -153,7 +153,7 @@ def towers_in(architecture: Architecture, names: TensorNames) -> list[str]:
 
 
 class _Finder:
-    """Looks for the FFNs of one checkpoint among the names of its tensors' modules."""
+    """Finds the FFNs of one checkpoint by the module names of its tensors."""
 
     def __init__(
         self,
@@ -181,9 +181,9 @@ class _Finder:
         return found
 
     def _blocks(self, tower: Tower, *, num_stated: int) -> list[str]:
-        """The module paths of a tower's blocks, from the first on; of none where it has no FFN at all.
+        """The module paths of a tower's blocks, in order; empty if it has no FFN.
 
-        As many as the config states, which is how many the model will have.
+        If the config states their number, it counts, because the model will have that many.
         """
         numbers = [_regex(name).replace(r"\d+", r"(\d+)", int(tower.is_list)) for name in _downs(tower)]
         regexes = [re.compile(re.escape(self._prefix) + each) for each in numbers]
@@ -200,7 +200,7 @@ class _Finder:
         return paths.experts and name in self._names.modules
 
     def _stacked(self, tower: Tower, paths: FFNPaths, block: str, *, first: int) -> Iterator[FFNPlace]:
-        """Experts that are one tensor."""
+        """Experts stacked in one tensor."""
         stack = f"{self._prefix}{join_paths(block, paths.module or '')}."
         stored = {role: self._names.stored(stack + name) for role, name in STACKED.items()}
         for expert in range(self._tensors[stored["down"]].shape[0]):
@@ -217,7 +217,7 @@ class _Finder:
             yield self._place(tower, paths, block, up, gate, down, first=first, expert=expert)
 
     def _separate(self, tower: Tower, paths: FFNPaths, block: str, *, first: int) -> Iterator[FFNPlace]:
-        """The FFN that these paths lead to, if any, or as many experts as there are."""
+        """The FFN at these paths, if there is one, or every expert stored separately there."""
         expert = 0
         while True:
             halves = (1, 0) if paths.fused else (None, None)
@@ -251,14 +251,14 @@ class _Finder:
         return MatrixPlace(self._names.stored(name), found, half=half, transposed=paths.transposed)
 
     def _weight(self, tower: Tower, path: str, block: str, expert: int) -> str:
-        """The weight of a module of one block, by its module's name."""
+        """The name of a weight in one block, as its module has it."""
         pattern = join_paths(tower.blocks, path)
         for number in (*_numbers(block), expert):
             pattern = pattern.replace("*", str(number), 1)
         return f"{self._prefix}{pattern}.weight"
 
     def _missing(self, name: str) -> UnsupportedModelError:
-        return UnsupportedModelError(f"{self._where}: {self._names.stored(name)} is missing or is no matrix")
+        return UnsupportedModelError(f"{self._where}: {self._names.stored(name)} is missing or not a matrix")
 
     def _place(
         self,
@@ -277,7 +277,7 @@ class _Finder:
         name = " ".join(part for part in (tower.name, layer, paths.label, number) if part)
         sizes = self._tensors[down.name].shape[-2:]
         if len(sizes) != 2:
-            raise UnsupportedModelError(f"{self._where}: {down.name} is missing or is no matrix")
+            raise UnsupportedModelError(f"{self._where}: {down.name} is missing or not a matrix")
         shape = FFNShape(
             num_neurons=sizes[0] if down.transposed else sizes[1],
             hidden_size=sizes[1] if down.transposed else sizes[0],
@@ -290,7 +290,7 @@ class _Finder:
 
 
 def _downs(tower: Tower) -> list[str]:
-    """The patterns of a tower's down projections, below the base model."""
+    """Name patterns of a tower's down projections, relative to the base model."""
     found = []
     for paths in tower.ffns:
         found.append(f"{join_paths(tower.blocks, paths.down)}.weight")
@@ -304,5 +304,5 @@ def _regex(pattern: str) -> str:
 
 
 def _numbers(block: str) -> tuple[int, ...]:
-    """The indices in a module path: at most one, of its block."""
+    """The numbers in a module path: its block's index, or nothing."""
     return tuple(int(part) for part in block.split(".") if part.isdigit())

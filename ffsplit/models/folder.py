@@ -1,9 +1,9 @@
-"""What a model's folder consists of: the transformer's weights, what comes along, and what is left out.
+"""Sorts the files of a model's folder: the transformer's weights, companions, and files left out.
 
-Everything in a folder belongs to its model, sub-folders included, but for what is known not to: other copies
-of the transformer's weights, pickles, adapters, and what is hidden (caches, version control, settings). The
-same answer decides what an artifact keeps, what is fetched from a store or the hub, what other hosts are
-given, and what is digested for the run key. It needs names alone, and so no download.
+Everything in a folder and its sub-folders belongs to the model, with known exceptions: other copies of the
+transformer's weights, pickles, adapters, and hidden files (caches, version control, settings). One answer
+decides what an artifact keeps, what is fetched from a store or the hub, what other hosts receive, and what
+is digested for the run key. It needs only file names, so nothing is downloaded for it.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 ORIGINAL_CARD = "README.original.md"
-"""What the original's card is called in an artifact, which has one of its own."""
+"""The original's model card in an artifact, whose README.md is its own card."""
 
 COPY = "another copy of the original's weights"
 PICKLE = "a pickle, which can run code when it is loaded"
 ADAPTER = "an adapter, made for the original's weights"
 HIDDEN = "caches, version control and hidden files"
-WEIGHTLESS = "it describes what is left out"
+WEIGHTLESS = "it describes a file that is left out"
 OWN = "the artifact has its own"
-NO_FILE = "not a regular file with a name that every store can hold"
+NO_FILE = "not a regular file, or its name is not valid in every store"
 
 CACHES = frozenset({"__pycache__", "__MACOSX", "Thumbs.db", "desktop.ini"})
 COPY_FOLDERS = re.compile(r"(checkpoint|global_step|epoch)[-_]?\d+|.*\.(mlpackage|mlmodelc)")
-"""Folders that hold a whole copy of the model: of an earlier step, or in another format."""
+"""Folders that hold a whole copy of the model, from an earlier step or in another format."""
 OTHER_FORMATS = re.compile(
     r".*\.(h5|msgpack|ot|gguf|ggml|onnx|onnx[._]data|tflite|pb|mlmodel|nemo|mar|keras|pte|ptl|engine|mnn)"
     r"|.*\.ckpt\.(index|meta|data-.*)|openvino_.*\.(xml|bin)",
     re.IGNORECASE,
 )
 WEIGHT_NAMES = re.compile(r"((pytorch_|tf_|flax_)?model|consolidated)([.-].*)?\.[a-z]+", re.IGNORECASE)
-"""What formats call a transformer's weights: those that are not read are copies."""
+"""Names that formats give a transformer's weights. Those that the model is not read from are copies."""
 INDEXES = re.compile(r".*\.(safetensors|bin|h5|msgpack)\.index(\..*)?\.json", re.IGNORECASE)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".dill")
 ADAPTERS = re.compile(r"adapter_config\.json|(adapter_model|pytorch_adapter)\..*")
 NEEDS_LEFT_OUT = frozenset({"config_setfit.json", "ort_config.json", "openvino_config.json"})
-"""Configs of what never comes along: SetFit's pickled head, ONNX and OpenVINO exports."""
+"""Configs of files that are always left out: SetFit's pickled head, ONNX and OpenVINO exports."""
 ARTIFACT_NAMES = frozenset(
     {MANIFEST_NAME, SIGNATURE_NAME, REPORT_NAME, STATISTICS_PATH, STATISTICS_PATH.partition("/")[0]}
 )
@@ -60,17 +60,17 @@ DOCUMENTS = re.compile(
     r"|[^/]*\.(md|png|jpe?g|gif|svg|webp|pdf|html|mp4))",
     re.IGNORECASE,
 )
-"""What people read, and no model does: it comes along, and changes no result."""
+"""Documents for people. They are kept, but change no result."""
 MOST_NAMES = 10_000
-"""Names that are looked at in a folder that has no config.json, which may be any."""
+"""Upper limit on names listed in a folder without config.json, which may be any folder at all."""
 MOST_SHOWN = 6
 POINTER = b"version https://git-lfs"
 
 
 class Listing(NamedTuple):
-    """The files of a folder, wherever it is: on a disk, in a store or on the hub.
+    """The files of a folder on a disk, in a store or on the hub.
 
-    A name that ends with / is a folder that nobody looked into. `others` are no regular files.
+    A name that ends with / is a folder whose contents were not listed. `others` are not regular files.
     """
 
     where: str
@@ -79,7 +79,7 @@ class Listing(NamedTuple):
     others: tuple[str, ...] = ()
 
     def read_json(self, name: str) -> object:
-        """What a file of the folder says; None where it is missing or not JSON."""
+        """A file's JSON value; None if the file is missing or not JSON."""
         try:
             return json.loads(self.read(name)) if name in self.names else None
         except (ValueError, RecursionError):
@@ -88,7 +88,7 @@ class Listing(NamedTuple):
 
 @dataclass(frozen=True)
 class FolderFiles:
-    """The files of a folder: `anew` is what an artifact has in another form, config and weights."""
+    """The files of a folder, sorted. `anew` are config and weights, which an artifact has in another form."""
 
     anew: tuple[str, ...]
     companions: tuple[str, ...]
@@ -96,12 +96,12 @@ class FolderFiles:
 
     @property
     def wanted(self) -> tuple[str, ...]:
-        """What a host needs to work on the model."""
+        """The files that a host needs to work on the model."""
         return tuple(sorted((*self.anew, *self.companions)))
 
     @property
     def digested(self) -> tuple[str, ...]:
-        """The companions that a result may depend on, tokenizers among them: all but documents."""
+        """The companions that a result may depend on, such as tokenizers: all but documents."""
         return tuple(name for name in self.companions if not DOCUMENTS.fullmatch(name))
 
 
@@ -113,8 +113,8 @@ def sort_files(
 ) -> FolderFiles:
     """Sort the files of a model's folder.
 
-    `weights` are the files that the model is read from, where that is known already; `is_copy` looks into
-    other safetensors files, where they are at hand.
+    `weights` are the files that the model is read from, if already known. `is_copy` inspects other
+    safetensors files, if they are local.
     """
     read = {CONFIG_NAME, INDEX_NAME, *(stated_weights(listing) if weights is None else weights)}
     anew = tuple(name for name in listing.names if name in read)
@@ -132,7 +132,7 @@ def sort_files(
 
 
 def stated_weights(listing: Listing) -> frozenset[str]:
-    """The files that transformers reads a model's weights from, by its config and index."""
+    """The files that transformers reads a model's weights from, according to its config and index."""
     config = listing.read_json(CONFIG_NAME)
     named = config.get("transformers_weights") if isinstance(config, dict) else None
     first = named if isinstance(named, str) else SINGLE_NAME if SINGLE_NAME in listing.names else INDEX_NAME
@@ -143,7 +143,7 @@ def stated_weights(listing: Listing) -> frozenset[str]:
 
 
 def _cut(path: str) -> tuple[str, str] | None:
-    """The hidden part of a path, or the folder in it that is a whole copy, and why it is left out."""
+    """The hidden part of a path, or a folder in it that copies the model, and why it is left out."""
     parts = path.split("/")
     for depth, part in enumerate(parts, start=1):
         is_folder = depth < len(parts)
@@ -157,7 +157,7 @@ def _cut(path: str) -> tuple[str, str] | None:
 def _why_left_out(
     path: str, names: Collection[str], is_copy: Callable[[str], bool]
 ) -> tuple[str, str] | None:
-    """The part of a path that is left out, and why; None for what comes along."""
+    """The part of a path that is left out, and why; None for files that are kept."""
     folder, _, name = path.rpartition("/")
     suffix = os.path.splitext(name)[1].lower()
     if cut := _cut(path):
@@ -181,9 +181,9 @@ def _why_left_out(
 
 
 def _is_weights(name: str, suffix: str, *, at_root: bool) -> bool:
-    """Whether a file that the model is not read from has a name of weights, or of their index.
+    """Whether a file that the model is not read from is named like weights or their index.
 
-    Below the root, safetensors files are another module's.
+    Safetensors files below the root belong to other modules.
     """
     if INDEXES.fullmatch(name):
         return at_root or ".safetensors." not in name
@@ -198,7 +198,7 @@ def _beside(path: str, names: Collection[str], start: str) -> bool:
 
 
 def _weightless(names: Collection[str], reasons: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """Configs that are named like a pickle beside them: `vocoder_config.json` of `vocoder.pt`."""
+    """Configs named after a pickle beside them: `vocoder_config.json` for `vocoder.pt`."""
     stems = [os.path.splitext(name)[0] for name, (_, reason) in reasons.items() if reason == PICKLE]
     parts = [(stem[: stem.rfind("/") + 1], stem.rpartition("/")[2]) for stem in stems]
     configs = {f"{folder}config_{stem}" for folder, stem in parts}
@@ -208,7 +208,7 @@ def _weightless(names: Collection[str], reasons: Mapping[str, tuple[str, str]]) 
 
 
 def _emptied(names: Sequence[str], reasons: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
-    """The files of sub-folders that lose all their weights: no config comes along without its weights."""
+    """The files of sub-folders that lose all their weights: a config is not kept without its weights."""
     kept = [name for name in names if name.endswith(".safetensors") and name not in reasons]
     folders = {
         f"{name.rpartition('/')[0]}/": reason
@@ -227,12 +227,12 @@ def _emptied(names: Sequence[str], reasons: Mapping[str, tuple[str, str]]) -> di
 
 
 def _escaped(path: str) -> str:
-    """A path that can be printed."""
+    """The path, escaped if it cannot be printed."""
     return path if path.isprintable() else path.encode("unicode_escape").decode("ascii")
 
 
 def left_out_in_one_line(left_out: Sequence[LeftOut]) -> str | None:
-    """What is left out of an artifact, and why; None where that is nothing."""
+    """What is left out of an artifact, and why; None if nothing is."""
     parts = []
     for reason in dict.fromkeys(each.reason for each in left_out):
         paths = [each.path for each in left_out if each.reason == reason]
@@ -242,9 +242,9 @@ def left_out_in_one_line(left_out: Sequence[LeftOut]) -> str | None:
 
 
 def local_listing(directory: Path) -> Listing:
-    """The files below a directory, links followed; of one that is no model, so many as tell what it is.
+    """The files below a directory, following links. If it is not a model, enough files to tell what it is.
 
-    Raises ConfigError for a link that leads nowhere or round in a circle, and for what cannot be read.
+    Raises ConfigError for broken or circular links, and for folders that cannot be read.
     """
     names: list[str] = []
     others: list[str] = []
@@ -261,7 +261,7 @@ def local_listing(directory: Path) -> Listing:
             path = os.path.join(folder, child)
             real = os.path.realpath(path)
             if is_model and real in chains[folder]:
-                raise ConfigError(f"{path} links to a folder that it lies in: remove the link")
+                raise ConfigError(f"{path} links to a folder that contains it: remove the link")
             chains[path] = (*chains[folder], real)
         for name in sorted(files):
             path = os.path.join(folder, name)
@@ -279,21 +279,21 @@ def _cannot_read(error: OSError) -> None:
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A local folder of a model, as it was when it was looked at."""
+    """A model's local folder, as it was when it was listed."""
 
     directory: Path
     files: FolderFiles
     stamps: Mapping[str, tuple[int, int]]
-    """Sizes and times of the last change."""
+    """Size and modification time of each file."""
 
     @classmethod
     def look_at(
         cls, directory: Path, *, weights: Collection[str], is_copy: Callable[[str], bool]
     ) -> ModelFolder:
-        """Raises ConfigError for files that not every system can tell apart, or cannot be looked at."""
+        """List a folder. Raises ConfigError when names differ only in case, or a file cannot be read."""
         files = sort_files(local_listing(directory), weights=weights, is_copy=is_copy)
         if twin := colliding((CONFIG_NAME, *_targets(files.companions).values())):
-            raise ConfigError(f"{directory}: two files' names are {twin} but for case: rename one of them")
+            raise ConfigError(f"{directory}: two file names differ only in case, {twin}: rename one of them")
         return cls(directory, files, {name: _stamp(directory / name) for name in files.wanted})
 
     @property
@@ -301,7 +301,7 @@ class ModelFolder:
         return sum(self.stamps[name][0] for name in self.files.companions)
 
     def copy_companions(self, directory: Path) -> None:
-        """Copy what comes along. Raises ArtifactError when a file changed since the run began."""
+        """Copy the companions. Raises ArtifactError when a file changed since the run began."""
         for name, target in _targets(self.files.companions).items():
             (directory / target).parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -311,17 +311,17 @@ class ModelFolder:
         for name, stamp in self.stamps.items():
             if _stamp(self.directory / name) != stamp:
                 raise ArtifactError(
-                    f"{self.directory / name} was changed during the run: run again with the folder at rest"
+                    f"{self.directory / name} changed during the run: run again and leave the folder as it is"
                 )
 
 
 def _targets(companions: Iterable[str]) -> dict[str, str]:
-    """What companions are called in the artifact, by their names."""
+    """The companions' names in the artifact, by their own names."""
     return {name: ORIGINAL_CARD if name.casefold() == CARD_NAME.casefold() else name for name in companions}
 
 
 def _stamp(path: Path) -> tuple[int, int]:
-    """Size and time of the last change; zeros for a file that is gone."""
+    """Size and modification time; zeros for a missing file."""
     try:
         status = path.stat()
     except OSError:
@@ -330,7 +330,7 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def check_no_pointers(directory: Path, names: Iterable[str]) -> None:
-    """Raise ConfigError for a file that Git LFS has not fetched: a few lines stand in its place."""
+    """Raise ConfigError for a Git LFS pointer in place of a file that was not fetched."""
     for name in names:
         path = directory / name
         if DOCUMENTS.fullmatch(name) or not 0 < _stamp(path)[0] < 1024:

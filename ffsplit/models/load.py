@@ -25,24 +25,27 @@ from ffsplit.models.names import below_base
 from ffsplit.models.recognise import check_tokenizer_library
 from ffsplit.models.tensor_files import opened, read_json
 
-# What a text classifier gives: logits of whole rows.
+# Text classifiers: logits for whole rows.
 
 
 def classifies(model: Any) -> bool:
-    """Whether a loaded model gives logits of a whole row."""
+    """Whether a loaded model returns logits for a whole row."""
     return type(model).__name__.endswith(CLASSIFIERS)
 
 
 def may_search(checkpoint: Checkpoint) -> bool:
-    """Whether `allocation: auto` searches: layers matter unevenly, and may have widths that differ."""
+    """Whether `allocation: auto` searches.
+
+    It does if layers matter unevenly (classifiers) and their widths may differ (no experts).
+    """
     return checkpoint.classifies and not checkpoint.has_experts
 
 
 def row_logits(model: Any, arguments: Mapping[str, Tensor]) -> Tensor:
-    """[rows, labels] in float64, less what all labels of a row have in common, which changes no label.
+    """Logits [rows, labels] in float64, minus each row's mean, which changes no label.
 
-    Of one label, which is a score, all of it. Rows of tokens go alone through a model that names no padding
-    token, which may need one to tell where they end.
+    A single label is a score and stays whole. If the model's config names no padding token, rows run one at
+    a time, because the head may need that token to find where a row ends.
     """
     logits = _logits(model, arguments).double()
     return logits if logits.shape[-1] == 1 else logits - logits.mean(-1, keepdim=True)
@@ -60,14 +63,14 @@ def _logits(model: Any, arguments: Mapping[str, Tensor]) -> Tensor:
 
 
 POOLER = "pooler"
-"""What transformers makes up where a checkpoint lacks it; the hidden states do not depend on it."""
+"""transformers initialises it at random if the checkpoint lacks it; hidden states do not depend on it."""
 TRAINED_WITH = "masked_spec_embed"
-"""What speech models put in the place of masked frames, which they only do while they are trained."""
+"""Speech models replace masked frames by it, in training only."""
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars, and only errors logged, while a model that is known to be fine is loaded."""
+    """Hide progress bars and log only errors while a model that was checked is loaded."""
     from transformers.utils import logging
 
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -84,8 +87,8 @@ def quiet_transformers() -> Iterator[None]:
 def load_base_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torch.dtype) -> Any:
     """The model without its task head, in eval mode.
 
-    One that lacks a tower of its family is loaded as the class it was saved from: transformers' base
-    model would make the tower up at random.
+    A model that lacks one of its family's towers is loaded as the class it was saved from, because
+    transformers' base class would initialise the missing tower at random.
     """
     class_name = "" if checkpoint.is_whole else checkpoint.class_name
     model = load_whole_model(checkpoint.directory, class_name, dtype=dtype)
@@ -95,11 +98,11 @@ def load_base_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torc
 
 
 def check_complete(checkpoint: Checkpoint) -> None:
-    """Raise ConfigError when a tensor of the model is missing, or has not the shape that the config states.
+    """Raise ConfigError when a tensor of the model is missing, or its shape contradicts the config.
 
-    transformers would make it up. No weight is read. What counts is the class that the config names, but
-    for the head of an encoder that has none; what pools the states of a base model is never asked for, nor
-    what a family's code makes up without harm. The tensors must be those that the headers promised.
+    transformers would initialise such a tensor at random. No weights are read. The check covers the class
+    that the config names, without the head if the checkpoint has none. A base model's pooler may be missing,
+    and so may tensors that a family's code can initialise without harm. Also checks names (`check_names`).
     """
     where = checkpoint.directory
     chosen = model_class("" if checkpoint.is_headless else checkpoint.class_name, where=where)
@@ -111,7 +114,7 @@ def check_complete(checkpoint: Checkpoint) -> None:
     }
     options |= {"device_map": {"": "meta"}, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _loading(where), quiet_transformers():
-        load_config(where)  # an error of the config is not one of the weights
+        load_config(where)  # so that an invalid config is reported as such
         model, found = chosen.from_pretrained(where, **options)
     is_base = checkpoint.is_headless or checkpoint.class_name.endswith("Model") or not checkpoint.class_name
     absent = sorted(name for name in found["missing_keys"] if not is_made_up(name, of_base=is_base))
@@ -119,20 +122,20 @@ def check_complete(checkpoint: Checkpoint) -> None:
         raise ConfigError(f"{where} holds no tensor for {absent[0]}")
     for name, shape, expected in sorted(found["mismatched_keys"]):
         raise ConfigError(
-            f"{where}: {name} has the shape {tuple(shape)}, config.json makes it {tuple(expected)}"
+            f"{where}: {name} has the shape {tuple(shape)}, config.json implies {tuple(expected)}"
         )
     check_names(checkpoint, model)
 
 
 def is_made_up(name: str, *, of_base: bool) -> bool:
-    """Whether transformers may make a tensor up, since nothing that is computed here depends on it."""
+    """Whether transformers may initialise a tensor at random, because nothing computed here depends on it."""
     return TRAINED_WITH in name or (of_base and POOLER in name)
 
 
 def check_names(checkpoint: Checkpoint, model: Any) -> None:
-    """Raise UnsupportedModelError where a block's tensor has another place than the headers promise.
+    """Raise UnsupportedModelError when transformers loads a block's tensor elsewhere than the headers imply.
 
-    What is compressed would then not be what transformers runs.
+    Otherwise the compressed tensors would not be the ones that transformers runs.
     """
     read = names_read(model, checkpoint.tensors)
     for module, stored in checkpoint.names.modules.items():
@@ -144,15 +147,15 @@ def check_names(checkpoint: Checkpoint, model: Any) -> None:
         if found is None and not is_ffn:
             continue  # such as masks and frequencies that older code stored
         if found is None or (found.is_whole and below_base(model, found.name) != expected):
-            as_what = "ignores" if found is None else f"reads as {found.name} and not as {expected}"
+            as_what = "ignores it" if found is None else f"reads it as {found.name}, not as {expected}"
             raise UnsupportedModelError(
-                f"{checkpoint.directory}: {stored} would be compressed, which transformers {as_what}: "
+                f"{checkpoint.directory}: {stored} would be compressed, but transformers {as_what}: "
                 f"load the model as {type(model).__name__} and save it with save_pretrained"
             )
 
 
 def _see_whole_rows(model: Any) -> None:
-    """No FFN in chunks: the same result, and hooks see whole rows."""
+    """Turn off chunked FFNs: the result is the same, and hooks see whole rows."""
     for module in model.modules():
         if getattr(module, "chunk_size_feed_forward", 0):
             module.chunk_size_feed_forward = 0
@@ -170,32 +173,32 @@ def load_whole_model(directory: Path, class_name: str, **options: Any) -> Any:
 
 @contextmanager
 def _loading(directory: Path) -> Iterator[None]:
-    """At the boundary to transformers: whatever it raises of a model is a ConfigError in one line."""
+    """At the boundary to transformers: turn whatever it raises into a one-line ConfigError."""
     config = read_json(directory / "config.json", f"{directory} is not a model: it has no config.json")
     with explained(f"{directory} does not load", advice=attention_advice(config)):
         yield
 
 
 def decodes(model: Any) -> bool:
-    """Whether a loaded model reads and writes one text, a token after the other."""
+    """Whether a loaded model is a decoder that continues a text, token by token."""
     return type(model).__name__.endswith(GENERATORS) and not model.config.is_encoder_decoder
 
 
 def model_class(class_name: str, *, where: Path) -> Any:
-    """A class of transformers by its name, AutoModel for none; for a model's own code, the Auto class.
+    """The transformers class of this name, AutoModel for ""; for a model's own class, its Auto class.
 
-    Raises ConfigError when there is no such class, or its module does not import.
+    Raises ConfigError when there is no such class, or its module cannot be imported.
     """
     import transformers
 
     check_model_class(class_name, where=where)
     name = _auto_class(class_name, where) or class_name or "AutoModel"
-    with explained(f"{where}: transformers' {name} does not import"):
+    with explained(f"{where}: transformers' {name} cannot be imported"):
         return getattr(transformers, name)
 
 
 def _auto_class(class_name: str, where: Path) -> str | None:
-    """What stands for a class of the model's own code; without a name, for its base or what there is."""
+    """The Auto class for a class of the model's own code; for "" its first one, unless AutoModel will do."""
     classes = {auto: target for auto, target in remote_classes(where).items() if auto.startswith("AutoModel")}
     named = [auto for auto, target in classes.items() if target.rpartition(".")[2] == class_name]
     if class_name or not classes or "AutoModel" in classes:
@@ -204,9 +207,9 @@ def _auto_class(class_name: str, where: Path) -> str | None:
 
 
 def empty_model(checkpoint: Checkpoint, *, class_name: str | None, dtype: torch.dtype) -> Any:
-    """The model without its weights, in eval mode: the base model, or one of a class that is named.
+    """The model without its weights, in eval mode: the base model, or the class that is named.
 
-    Parameters are on the meta device; buffers that no checkpoint holds are what they should be.
+    Parameters are on the meta device. Buffers that checkpoints do not store have their real values.
     """
     from accelerate import init_empty_weights
 
@@ -218,7 +221,7 @@ def empty_model(checkpoint: Checkpoint, *, class_name: str | None, dtype: torch.
         config = load_config(checkpoint.directory)
         model = _make(model_class(class_name or "", where=checkpoint.directory), config, dtype=dtype)
         stored = getattr(config, "quantization_config", None)
-        if stored is not None:  # a split checkpoint: its FFNs take the place of the dense ones
+        if stored is not None:  # a split checkpoint: its FFNs replace the dense ones
             with _default_dtype(dtype):
                 replace_quantized(model, stored)
     _see_whole_rows(model)
@@ -248,7 +251,7 @@ def load_tensors(
 
 
 def check_model_class(class_name: str, *, where: Path) -> None:
-    """Raise ConfigError when neither transformers nor the model's own code has a class; none is imported."""
+    """Raise ConfigError when neither transformers nor the model's own code has a class. Imports nothing."""
     import transformers
 
     if class_name and class_name not in transformers.__all__ and _auto_class(class_name, where) is None:
@@ -264,7 +267,7 @@ def random_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
 
 
 def load_processor(checkpoint: Checkpoint, medium: Literal["image", "sound"]) -> Any:
-    """What turns pictures or sounds into the model's inputs. Raises ConfigError when there is none."""
+    """The processor of pictures or sounds into model inputs. Raises ConfigError when there is none."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor
 
     options: dict[str, Any] = {"backend": "pil"} if medium == "image" else {}
@@ -274,7 +277,7 @@ def load_processor(checkpoint: Checkpoint, medium: Literal["image", "sound"]) ->
 
 
 def _make(chosen: Any, config: Any, **options: Any) -> Any:
-    """A model of a class, or of the one that an Auto class finds."""
+    """Build a model of a class, or of the class that an Auto class finds."""
     options |= attention_options()
     if hasattr(chosen, "_from_config"):
         return chosen._from_config(config, **options)
@@ -282,28 +285,28 @@ def _make(chosen: Any, config: Any, **options: Any) -> Any:
 
 
 def load_config(directory: Path) -> Any:
-    """A model's config, as transformers has it."""
+    """A model's config, as transformers reads it."""
     from transformers import AutoConfig
 
     check_trusted(directory)
-    with explained(f"{directory}/config.json does not hold"):
+    with explained(f"{directory}/config.json is invalid"):
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=trusted())
 
 
 def _config_of_tokenizer(directory: Path) -> Any:
-    """The config to find a tokenizer's class by; None for the model's own.
+    """The config by which to find a tokenizer's class; None for the model's own.
 
-    Where the tokenizer's own file names its class, nothing of the model's is needed but its type, and the
-    family's modules, which take as long to import as all the rest, need not be loaded.
+    If tokenizer_config.json names the class, only the model type is needed. Then the family's modules need
+    not be imported, which would take as long as everything else.
     """
     from transformers import PreTrainedConfig
 
     path = directory / "tokenizer_config.json"
     stated = read_json(path, "") if path.is_file() else {}
     if not stated.get("tokenizer_class") or remote_classes(directory):
-        load_config(directory)  # an error of the config is not one of the tokenizer
+        load_config(directory)  # so that an invalid config is reported as such
         return None
-    with explained(f"{directory}/config.json does not hold"):
+    with explained(f"{directory}/config.json is invalid"):
         return PreTrainedConfig.from_pretrained(directory, local_files_only=True)
 
 
@@ -313,10 +316,10 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def tokenizer_in(directory: Path) -> Any:
-    """The tokenizer in a directory, an artifact's too. Raises ConfigError when it has none that works."""
+    """The tokenizer in a directory, such as an artifact's. Raises ConfigError when it has none that works."""
     from transformers import AutoTokenizer
 
-    if not tokenizer_files(directory):  # transformers would make an empty one up
+    if not tokenizer_files(directory):  # transformers would create an empty one
         raise ConfigError(f"{directory} has no tokenizer: put its tokenizer.json beside the model")
     check_tokenizer_library(directory)
     with quiet_transformers():

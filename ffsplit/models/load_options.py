@@ -25,7 +25,7 @@ def trusted() -> bool:
 
 @contextmanager
 def trusting(yes: bool = True) -> Iterator[None]:
-    """Trust, or not, for a while. What is trusted already stays so."""
+    """Trust models' own code within a `with` block, if `yes`. Trust given outside the block stays."""
     token = _trusts.set(yes or _trusts.get())
     try:
         yield
@@ -34,7 +34,7 @@ def trusting(yes: bool = True) -> Iterator[None]:
 
 
 def remote_classes(directory: Path) -> dict[str, str]:
-    """The classes of a model's own code, by the Auto class that they stand for: `modeling_x.XModel`."""
+    """The classes of a model's own code (`modeling_x.XModel`), by their Auto class."""
     found: dict[str, str] = {}
     for name in ("config.json", "tokenizer_config.json"):
         for auto, target in _auto_map(directory / name).items():
@@ -47,14 +47,14 @@ def remote_classes(directory: Path) -> dict[str, str]:
 def _auto_map(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text("utf-8"))
-    except Exception:  # whoever needs what the file says finds that it does not hold, and says so
+    except Exception:  # readers that need this file report it as invalid
         return {}
     found = fields.get("auto_map") if isinstance(fields, dict) else None
     return found if isinstance(found, dict) else {}
 
 
 def check_trusted(directory: Path) -> None:
-    """Raise ConfigError for a model with code of its own, unless that is trusted."""
+    """Raise ConfigError for a model with its own code, unless that is trusted."""
     classes = remote_classes(directory)
     if classes and not trusted():
         raise ConfigError(
@@ -64,14 +64,14 @@ def check_trusted(directory: Path) -> None:
 
 
 def code_files(directory: Path) -> tuple[str, ...]:
-    """A model's own code, sorted by name; nothing where its config names none."""
+    """The files of a model's own code, sorted by name; empty if its config names none."""
     return tuple(sorted(path.name for path in directory.glob("*.py"))) if remote_classes(directory) else ()
 
 
-# Which attention kernel models run with: what their config names, or what the user does.
+# Which attention kernel models run with: the user's choice, or else the config's.
 #
-# As with trust in a model's own code, it is set once for a process or a part of its work, and every load
-# reads it here. It is written into no config.
+# Like trust, it is set once per process or `with` block; loaders read it from here. It is never written to
+# a config.
 
 ATTENTIONS: tuple[Attention, ...] = ("sdpa", "eager")
 _STATED = ("attn_implementation", "_attn_implementation")
@@ -79,13 +79,13 @@ _chosen: ContextVar[Attention | None] = ContextVar("attention", default=None)
 
 
 def chosen_attention() -> Attention | None:
-    """The kernel that the user chose, None for the config's own."""
+    """The kernel that the user chose; None for the config's own."""
     return _chosen.get()
 
 
 @contextmanager
 def attending(attention: Attention | None) -> Iterator[None]:
-    """Load models with a kernel for a while; None keeps what is chosen already."""
+    """Load models with this kernel within a `with` block; None keeps the current choice."""
     token = _chosen.set(attention or _chosen.get())
     try:
         yield
@@ -94,13 +94,13 @@ def attending(attention: Attention | None) -> Iterator[None]:
 
 
 def attention_options() -> dict[str, Any]:
-    """What from_pretrained and from_config are told."""
+    """The attention arguments for from_pretrained and from_config."""
     chosen = chosen_attention()
     return {} if chosen is None else {"attn_implementation": chosen}
 
 
 def attention_advice(config: Mapping[str, Any]) -> str:
-    """What to do about a model that does not load, where its config names a kernel that may be missing."""
+    """The fix for a model that does not load, if its config names a kernel that may be missing."""
     stated = next((value for value in _stated_in(config) if value not in ATTENTIONS), None)
     if stated is None or chosen_attention() is not None:
         return ""

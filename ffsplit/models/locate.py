@@ -1,4 +1,4 @@
-"""From what a user calls a model (a directory, an artifact, a hub id) to a directory on disk."""
+"""Finds the directory on disk for the model that a user names: a directory, an artifact or a hub id."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from ffsplit.store.manifest import MANIFEST_NAME, Manifest
 from ffsplit.store.scratch import Scratch
 from ffsplit.store.store import open_store, root_uri
 
-# A checkpoint's directory, as whichever host works on it finds it.
+# A checkpoint's directory, as each host finds it.
 
 
 class ModelSource(Record):
-    """Where a checkpoint is: on one host a path; on several a path they all see, or files in a store.
+    """Where a checkpoint is: a path on one host, or for several hosts a shared path or files in a store.
 
-    `files` are what a host must find at the path, where there are several hosts. With `stored` the
-    path is not looked at: every host fetches the files into its own cache.
+    With several hosts, `files` are what each must find at the path. With `stored`, the path is ignored:
+    every host fetches the files into its own cache.
     """
 
     path: str
@@ -51,7 +51,7 @@ class ModelSource(Record):
         )
 
     def is_here(self) -> bool:
-        """Whether this host has the very files at the path, by their digests."""
+        """Whether this host has the same files at the path, by digest."""
         directory = Path(self.path)
         return all(
             _size(directory / entry.path) == entry.size_bytes
@@ -61,7 +61,7 @@ class ModelSource(Record):
 
 
 def described(directory: Path) -> ModelSource:
-    """A local checkpoint with the digests of its files, all of which are read; its own code is among them."""
+    """A local checkpoint with the digests of its files, its own code included. Reads every file."""
     entries = tuple(
         FileEntry(path=name, size_bytes=path.stat().st_size, sha256=sha256_file(path))
         for name in sort_files(local_listing(directory)).wanted
@@ -71,7 +71,7 @@ def described(directory: Path) -> ModelSource:
 
 
 def staged(source: ModelSource, place: Scratch, *, once: bool) -> ModelSource:
-    """A copy in the scratch that every host can have. `once`: what is there already is of this content."""
+    """Copy a checkpoint into the scratch, for all hosts. `once`: files already there have this content."""
     store, prefix = open_store(place.uri), place.prefix
     there = {entry.key: entry.size_bytes for entry in store.list_details(prefix)} if once else {}
     for entry in source.files:
@@ -90,15 +90,15 @@ ALMOST_HUB_ID = re.compile(
     r"(?:hf:(?://)?|https?://(?:www\.)?huggingface\.co/|huggingface\.co/)?"
     r"(?P<id>[\w.\-]+(?:/[\w.\-]+)?)(?:@(?P<at>[\w./\-]+)|/(?:tree|resolve|blob)/(?P<tree>[\w.\-]+).*)?/?"
 )
-"""A hub id with a revision behind it or a scheme before it."""
+"""A hub id with a revision after it or a scheme before it."""
 GENERIC_NAMES = ("model", "checkpoint", "final", "best")
 
 
 class LocatedModel(NamedTuple):
     """A model's directory, the hub revision it was resolved to, and for a model in a store, its files there.
 
-    The directory is one of this machine; other nodes materialize `stored`. `left_out` is what was not
-    fetched, since no artifact would keep it.
+    The directory is on this machine; other nodes materialize `stored`. `left_out` are files that were not
+    fetched because no artifact would keep them.
     """
 
     directory: Path
@@ -108,10 +108,10 @@ class LocatedModel(NamedTuple):
 
 
 def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
-    """Find a local directory, or bring one of s3:// or a snapshot of a hub id into a cache.
+    """Find a local directory, or fetch a model from s3:// or the hub into a cache.
 
-    A place that runs were published to stands for what `ffsplit verify` finds there. Raises ConfigError
-    when there is no such directory and the hub does not have it either.
+    A location where runs were published stands for the artifact that `ffsplit verify` finds there. Raises
+    ConfigError when there is no such directory and the hub does not have the model either.
     """
     if not model.strip():
         raise ConfigError("MODEL is empty: give a directory, s3://bucket/prefix or a hub id")
@@ -135,9 +135,9 @@ def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
 
 
 def _artifact_in(uri: str) -> str | None:
-    """The artifact that a place without a config.json stands for; None where it is no place of runs.
+    """The artifact published at a location without config.json; None if no run was published there.
 
-    Raises ConfigError where it is one, and holds no artifact.
+    Raises ConfigError when there are runs but no artifact.
     """
     try:
         return locate(uri).uri
@@ -157,7 +157,7 @@ def _no_such_directory(model: str) -> str:
 
 
 def _fetch(model: str) -> LocatedModel:
-    """A model of a store, or the artifact that a place in a store stands for."""
+    """A model in a store, or the artifact published at a location in a store."""
     if not open_store(model).exists(CONFIG_NAME):
         model = _artifact_in(model) or model
     store, left_out = open_store(model), list[LeftOut]()
@@ -177,7 +177,7 @@ def _fetch(model: str) -> LocatedModel:
 
 
 def _checked(listing: Listing) -> FolderFiles:
-    """The files of a folder that is not here. Raises ConfigError, before they are fetched, for no model."""
+    """Sort the files of a remote folder. Raises ConfigError, before fetching any, if it is not a model."""
     check_is_model(listing)
     files = sort_files(listing)
     check_modules(listing, files)
@@ -185,7 +185,7 @@ def _checked(listing: Listing) -> FolderFiles:
 
 
 def _download(model: str, revision: str | None) -> LocatedModel:
-    """The snapshot of a hub id, without what no artifact keeps. Without the hub, what is cached of it."""
+    """Download a hub id's snapshot, without files that no artifact keeps. Offline, use the cached one."""
     from huggingface_hub import hf_hub_download, snapshot_download
 
     def read(name: str) -> bytes:
@@ -202,19 +202,21 @@ def _download(model: str, revision: str | None) -> LocatedModel:
         return LocatedModel(Path(path), Path(path).name, left_out=files.left_out)
     except ConfigError:
         raise
-    except Exception as error:  # the hub client raises a score of types, requests' and its own
+    except Exception as error:  # the hub client raises many types, requests' and its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"model {model}: no such directory, and not had from the hub ({reason})") from None
+        raise ConfigError(
+            f"model {model}: no such directory, and not fetched from the hub ({reason})"
+        ) from None
 
 
 def _hub_names(model: str, revision: str | None) -> tuple[str, ...] | None:
-    """The files of a hub repository, as the hub lists them or an earlier download did; None without both."""
+    """The files of a hub repository, as the hub or an earlier download lists them; None if neither does."""
     import huggingface_hub
 
     try:
         found = huggingface_hub.HfApi().model_info(model, revision=revision).siblings or []
         return tuple(each.rfilename for each in found)
-    except Exception:  # offline, or an id that the hub does not know: what is cached may do
+    except Exception:  # offline, or an id that the hub does not know: try the cache
         cached = getattr(huggingface_hub, "get_cached_repo_tree", None)  # since 2.0
         try:
             return None if cached is None else tuple(each.path for each in cached(model, revision=revision))
@@ -223,9 +225,9 @@ def _hub_names(model: str, revision: str | None) -> tuple[str, ...] | None:
 
 
 def model_name(model: str) -> str:
-    """What to call a model in a report: a hub id, or a local directory by its own name.
+    """The name of a model in reports: its hub id, or the name of its local directory.
 
-    Where that is generic, its parent's goes before it. An artifact goes by the name of its original.
+    A generic name is preceded by its parent's. An artifact has its original's name.
     """
     path = user_path(model).resolve()
     if not path.is_dir():

@@ -1,9 +1,9 @@
-"""What a checkpoint's tensors are called: in its files, and in the model that transformers makes of them.
+"""Maps the names of a checkpoint's tensors in its files to their names in the transformers model.
 
 Files may be older than the modelling code, or come from elsewhere, and transformers renames their tensors
-as it loads them. The rules of the families in the table are data, so that headers alone tell where an FFN
-is; whatever they leave open, transformers is asked (`names_read`). Before a run begins the two are held
-against each other (`check_names`).
+as it loads them. The table holds each family's renaming rules as data, so that headers alone tell where an
+FFN is. If they leave a name open, transformers decides (`names_read`). Before a run begins, the two are
+compared (`check_names`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ffsplit.compat.transformers import ReadTensor
 from ffsplit.errors import UnsupportedModelError
 
 Rules = tuple[tuple[str, str], ...]
-"""Parts of names, as a module has them and as files do, in the order in which they are replaced."""
+"""Pairs of name parts, the module's and the files', in the order in which they are replaced."""
 LEGACY: Rules = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 """Names from before PyTorch, which transformers reads in every family and writes in none."""
 
 
 class TensorNames:
-    """The two names of every tensor that belongs to the model, either way.
+    """Maps stored names to module names, and back, for every tensor that belongs to the model.
 
-    `read` is what transformers makes of each stored name, None for one that it ignores; without it the
-    rules alone decide, and nothing is ignored. Where two stored names are one module's, the first in
-    order counts, as it does for transformers.
+    `read` says how transformers reads each stored name, None for one that it ignores. Without it the rules
+    alone decide, and nothing is ignored. If two stored names belong to one module tensor, the first in
+    sorted order wins, as in transformers.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class TensorNames:
 
     @property
     def modules(self) -> Mapping[str, str]:
-        """Stored names by the names that their modules have."""
+        """Stored names by module names."""
         return self._stored
 
     def stored(self, module_name: str) -> str:
-        """What the files call a module's tensor; what they would call it where they do not have it."""
+        """The stored name of a module's tensor, or the name it would have if the files lack it."""
         if module_name in self._stored:
             return self._stored[module_name]
         for of_module, of_file in self._rules:
@@ -60,9 +60,9 @@ class TensorNames:
 
 
 def empty_class(directory: Path, class_name: str) -> Any | None:
-    """A model of transformers' own class without its weights, by the directory's config.
+    """Build a model of a transformers class, without its weights, from the directory's config.
 
-    None where transformers has no such class. Raises UnsupportedModelError where it makes none of the config.
+    None if transformers has no such class. Raises UnsupportedModelError if it cannot build the model.
     """
     import transformers
     from accelerate import init_empty_weights
@@ -78,12 +78,12 @@ def empty_class(directory: Path, class_name: str) -> Any | None:
     except Exception as error:  # whatever a family's code raises on a config that it cannot read
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedModelError(
-            f"{directory}: transformers makes no {class_name or 'model'} of config.json ({reason})"
+            f"{directory}: transformers cannot build {class_name or 'a model'} from config.json ({reason})"
         ) from None
 
 
 def below_base(model: Any, name: str) -> str:
-    """A model tensor's name below the base model."""
+    """A model tensor's name relative to the base model."""
     base = model.base_model_prefix
     inside = base and getattr(model, base, None) is not None
     return re.sub(rf"^{re.escape(base)}\.", "", name) if inside else name

@@ -1,4 +1,4 @@
-"""Folders that are no model that can be compressed: what they are instead, and what to do."""
+"""Recognises folders that cannot be compressed: what they are instead, and how to fix that."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ QUANTIZED_TENSORS = {
     "SCB": "bitsandbytes",
     "absmax": "bitsandbytes",
 }
-"""The last part of names that tensors have where weights are integers or float8, by who writes them."""
+"""Tensor name endings of integer or float8 weights, and the tools that write them."""
 QUANTIZED_CONFIGS = {"compression_config": "compressed-tensors", "quantization": "MLX"}
 
 
 def check_is_model(listing: Listing) -> None:
-    """Raise ConfigError for a folder that holds no model whose weights are safetensors, whole and dense."""
+    """Raise ConfigError unless a folder holds a whole model with safetensors weights."""
     names, where = listing.names, listing.where
     if CONFIG_NAME not in names:
         raise ConfigError(_what_else(listing))
     if ADAPTER_CONFIG in names:
         raise ConfigError(
-            f"{where} holds an adapter beside whole weights, and which of the two models is meant depends on "
-            f"whether peft is installed: {MERGE}, or remove {ADAPTER_CONFIG} and its weights"
+            f"{where} holds an adapter beside whole weights, and which of the two loads depends on whether "
+            f"peft is installed: {MERGE}, or remove {ADAPTER_CONFIG} and its weights"
         )
     at_root = [name for name in names if "/" not in name]
     if any(name.endswith(".safetensors") for name in at_root):
@@ -53,12 +53,12 @@ def check_is_model(listing: Listing) -> None:
         )
     if others:
         raise ConfigError(
-            f"{where} holds its weights as {others[0]} alone: convert them to safetensors (save_pretrained)"
+            f"{where} holds its weights only as {others[0]}: convert them to safetensors (save_pretrained)"
         )
 
 
 def check_modules(listing: Listing, files: FolderFiles) -> None:
-    """Raise ConfigError for a sentence-transformers model that would not be whole, or lies elsewhere."""
+    """Raise ConfigError for a sentence-transformers model that would lose weights, or is in a sub-folder."""
     if MODULES not in listing.names:
         return
     modules, where = listing.read_json(MODULES), listing.where
@@ -79,7 +79,7 @@ def check_modules(listing: Listing, files: FolderFiles) -> None:
 
 def _transformer_elsewhere(where: str, folder: str) -> str:
     return (
-        f"{where} is a sentence-transformers model whose transformer lies in {folder}/: save it again with "
+        f"{where} is a sentence-transformers model whose transformer is in {folder}/: save it again with "
         "SentenceTransformer(...).save_pretrained, which puts it beside modules.json, and give that directory"
     )
 
@@ -114,7 +114,7 @@ def _what_else(listing: Listing) -> str:
 
 
 def _hub_cache(where: str, names: Collection[str]) -> str | None:
-    """What to say of a hub cache, of a repository in one, or of its snapshots."""
+    """The message for a hub cache, a repository in one, or its snapshots; None for other folders."""
     first = {name.split("/")[0] for name in names}
     cached = sorted(_hub_id(match) for match in map(HUB_FOLDER.fullmatch, first) if match)
     if cached:
@@ -136,9 +136,9 @@ def _hub_id(match: re.Match[str]) -> str:
 
 
 def check_tokenizer_library(directory: Path) -> None:
-    """Raise ConfigError for a tokenizer that only sentencepiece reads, where that is not installed.
+    """Raise ConfigError for a tokenizer that only sentencepiece reads, if that is not installed.
 
-    transformers takes the file for another format then, and asks for another library.
+    transformers would take the file for another format, and ask for another library.
     """
     if find_spec("sentencepiece") is not None:
         return
@@ -149,13 +149,13 @@ def check_tokenizer_library(directory: Path) -> None:
             with path.open("rb") as file:
                 if file.read(1) == b"\n":  # a protocol buffer that begins with the pieces
                     raise ConfigError(
-                        f"{path} is read by sentencepiece, which is not installed: pip install "
+                        f"{path} needs sentencepiece, which is not installed: pip install "
                         "sentencepiece, or put the model's tokenizer.json beside it"
                     )
 
 
 def check_not_quantized(where: str, config: Mapping[str, Any], tensors: Collection[str]) -> None:
-    """Raise UnsupportedModelError for weights that were quantized and whose config does not say so by now."""
+    """Raise UnsupportedModelError for quantized weights whose config has no quantization_config."""
     found = {name.rpartition(".")[2]: name for name in tensors}
     evidence = [(method, f"tensor {found[end]}") for end, method in QUANTIZED_TENSORS.items() if end in found]
     evidence += [

@@ -1,4 +1,4 @@
-"""What rows of families that are alike have in common."""
+"""The records that make up a row of the table, and functions that build rows for families that are alike."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ffsplit.config import Record
 
 # The records that say where a model family keeps its feed-forward networks.
 #
-# A row is a family; it has towers (an encoder, a decoder, a text and a vision model: one list of blocks
-# each), and a tower says which FFNs its blocks may have. What a checkpoint really has is found by its
-# tensors: a row may name a decoder, a gate or experts that some models of the family lack.
+# A row is a family. It has towers (an encoder, a decoder, a text and a vision model: one list of blocks
+# each), and a tower lists the FFNs that its blocks may have. The tensors decide which of them a checkpoint
+# has: a row may name a decoder, a gate or experts that some models of the family lack.
 
 ModelKind = Literal["encoder", "causal_lm", "seq2seq", "speech", "image", "image_text", "audio"]
 """What a model reads, and which of its outputs are compared."""
@@ -20,10 +20,10 @@ TEXT_KINDS: tuple[ModelKind, ...] = ("encoder", "causal_lm", "seq2seq")
 
 
 class FFNPaths(Record):
-    """One FFN of a block. Paths are below the block.
+    """One FFN of a block. Paths are relative to the block.
 
-    Where the whole FFN is one module, `module` names it. Where it is spread over a block, `module` is
-    None, and a split FFN takes the place of `up` while `activation` and `down` become identities.
+    If the whole FFN is one module, `module` names it. If it is spread over the block, `module` is None: a
+    split FFN then replaces `up`, and `activation` and `down` become identities.
     """
 
     up: str
@@ -36,16 +36,16 @@ class FFNPaths(Record):
     activation: str | None = None
     output_norm: str | None = Field(default=None, description="the layer norm of x + FFN(x), if there is one")
     width_field: str | None = Field(default="intermediate_size", description="None: no config can state it")
-    label: str = Field(default="", description="told apart from a block's other FFNs by this")
+    label: str = Field(default="", description="distinguishes it from the block's other FFNs")
 
     @property
     def split_path(self) -> str:
-        """The module, below a block, whose place a split FFN takes."""
+        """The module, relative to a block, that a split FFN replaces."""
         return self.module if self.module is not None else self.up
 
     @property
     def guard(self) -> str:
-        """The original tensor, below `split_path`, that a split FFN stores with a shape that cannot match."""
+        """The tensor, relative to `split_path`, that a split FFN stores with a shape that cannot match."""
         if self.experts:
             return "down_proj"
         path = self.down if self.module is not None else self.up
@@ -53,18 +53,18 @@ class FFNPaths(Record):
 
 
 class Tower(Record):
-    """One list of blocks (`blocks` ends in `.*`), or a single block, below the base model."""
+    """One list of blocks (`blocks` ends in `.*`), or a single block, relative to the base model."""
 
     blocks: str
     ffns: tuple[FFNPaths, ...]
     name: str = ""
-    config: str | None = Field(default=None, description="the part of config.json that is about it")
+    config: str | None = Field(default=None, description="its part of config.json")
     layers_field: str = "num_hidden_layers"
     activation_field: str | None = "hidden_act"
     default_activation: str = "gelu"
     norm_eps: float = 1e-12
     mask: str | None = Field(
-        default="attention_mask", description="what tells tokens from padding; None: all"
+        default="attention_mask", description="the mask of tokens without padding; None: all positions"
     )
 
     @property
@@ -84,27 +84,27 @@ class Architecture(Record):
     kind: ModelKind
     towers: tuple[Tower, ...]
     file_names: tuple[tuple[str, str], ...] = Field(
-        default=(), description="what files call parts of a module's path, replaced in this order"
+        default=(), description="parts of a module's path and their names in files, replaced in this order"
     )
     position_offset: int = Field(default=0, description="positions reserved before the first token")
     positions_field: str = "max_position_embeddings"
 
     @property
     def can_heal(self) -> bool:
-        """Whether a model can be trained to give its original's outputs: it must read one row of text."""
+        """Whether it can be trained to reproduce its original's outputs: it must read single rows of text."""
         experts = any(ffn.experts for tower in self.towers for ffn in tower.ffns)
         return self.kind in ("encoder", "causal_lm") and not experts
 
     @property
     def can_stream(self) -> bool:
-        """Whether a model can be held one block at a time: it has one list of blocks, and reads text."""
+        """Whether a model can be loaded one block at a time: it has one list of blocks, and reads text."""
         return len(self.towers) == 1 and all(tower.is_list and tower.mask for tower in self.towers)
 
 
 def row(
     model_type: str, kind: ModelKind, blocks: str, *ffns: FFNPaths, options: Any = (), **tower: Any
 ) -> Architecture:
-    """A family of one tower; `options` are fields of the row, the other ones of its tower."""
+    """A family with one tower. `options` are fields of the row; other keywords are fields of its tower."""
     towers = (Tower(blocks=blocks, ffns=ffns, **tower),)
     return Architecture(model_type=model_type, kind=kind, towers=towers, **dict(options))
 
@@ -157,7 +157,7 @@ def shared_expert() -> FFNPaths:
 
 
 def fc_ffn(width_field: str, *, output_norm: str | None = None) -> FFNPaths:
-    """Two linear layers right in the block."""
+    """Two linear layers directly in the block."""
     return FFNPaths(
         up="fc1", down="fc2", activation="activation_fn", width_field=width_field, output_norm=output_norm
     )

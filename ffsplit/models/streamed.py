@@ -1,9 +1,9 @@
-"""A model of which one block at a time is in memory.
+"""Runs a model with only one block in memory at a time.
 
-The model's own forward runs once for every block and batch. Blocks before the loaded one answer with
-the output that is stored for the batch, and the forward is left as soon as the loaded block has
-answered. So whatever a family does around its blocks (masks, positions, what it hands from block to
-block) is done by its own code, and the bytes are those of the whole model.
+The model's own forward runs once per block and batch. Blocks before the loaded one return the output stored
+for the batch, and the forward stops as soon as the loaded block has returned. So the family's own code does
+everything around the blocks (masks, positions, what passes from block to block), and the result has the
+same bytes as with the whole model.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Inputs = Mapping[str, Tensor]
 
 
 class _Answered(Exception):
-    """The loaded block has answered: the rest of the forward has nothing to run on."""
+    """The loaded block has returned: stop the forward, because the later blocks are not loaded."""
 
 
 class StreamedModel:
-    """Everything but the blocks of a checkpoint's model, and its blocks one at a time.
+    """A checkpoint's model that holds everything but its blocks, and loads these one at a time.
 
-    `start` takes the batches, as arguments of a forward. Each block is then loaded in turn, in order,
-    and each batch is brought through it. After the last block, `finish` gives the model's own output
-    for a batch, or `recall` has it wait for the same call from elsewhere. Block outputs wait in files
-    without a name, which go with the process; only the pages in use are in memory. Raises ConfigError
+    `start` takes the batches, as arguments of a forward. Blocks are then loaded in order, and every batch
+    runs through each of them. After the last block, `finish` returns the model's own output for a batch;
+    `recall` prepares the model for a caller that makes the same call itself. Block outputs are kept in
+    unnamed files, which disappear with the process; only the pages in use are in memory. Raises ConfigError
     when a tensor is missing.
     """
 
@@ -76,14 +76,14 @@ class StreamedModel:
         load_tensors(self.model, self._checkpoint, names, device=self.device, dtype=self._dtype)
 
     def start(self, batches: Sequence[Inputs]) -> None:
-        """Take the batches that are brought through the blocks from now on."""
+        """Set the batches to run through the blocks from now on."""
         self._batches = list(batches)
         self._outputs = [None] * len(self._batches)
         self._loaded = -1
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
-        """Load a block for as long as every batch needs to be brought through it."""
+        """Load a block within a `with` block, to run every batch through it."""
         assert index == self._loaded + 1, "blocks are run in their order"
         block = self.blocks[index]
         base = f"{self._checkpoint.prefix}{self.block_paths[index]}."
@@ -99,22 +99,22 @@ class StreamedModel:
 
     @torch.no_grad()
     def advance(self, batch: int) -> Any:
-        """Bring a batch through the loaded block, and give its output."""
+        """Run a batch through the loaded block, and return its output."""
         self._current = batch
         try:
             self.model(**self._on_device(batch))
         except _Answered:
             return self._outputs[batch]
-        raise AssertionError("the forward did not come to the loaded block")
+        raise AssertionError("the forward did not reach the loaded block")
 
     def recall(self, batch: int) -> None:
-        """From now on `model` itself, called on this batch, gives what it would give if it were whole."""
+        """Prepare `model` so that calling it on this batch returns what the whole model would return."""
         assert self._loaded >= len(self.blocks) - 1, "there are blocks left to run"
         self._loaded, self._current = len(self.blocks), batch
 
     @torch.no_grad()
     def finish(self, batch: int) -> Any:
-        """What the model gives for a batch that has been through every block."""
+        """The model's output for a batch that has run through every block."""
         self.recall(batch)
         return self.model(**self._on_device(batch))
 
@@ -122,7 +122,7 @@ class StreamedModel:
         return {name: value.to(self.device) for name, value in self._batches[batch].items()}
 
     def _stand_in(self, index: int) -> Callable[..., Any]:
-        """What a block's forward is replaced by."""
+        """The forward that replaces a block's own."""
 
         def forward(*arguments: Any, **options: Any) -> Any:
             if index < self._loaded:
@@ -136,7 +136,7 @@ class StreamedModel:
 
 
 def unload(module: nn.Module) -> None:
-    """Let go of every tensor that a checkpoint gives a module; buffers that it does not give stay."""
+    """Free every tensor of a module that checkpoints store; other buffers stay."""
     for path in module.state_dict():
         *parents, name = path.split(".")
         owner = module.get_submodule(".".join(parents))
@@ -149,7 +149,7 @@ def unload(module: nn.Module) -> None:
 
 
 def spilled(tensor: Tensor) -> Tensor:
-    """The same tensor on the CPU, in a file without a name, whose pages the system writes out at need."""
+    """The same tensor on the CPU, in an unnamed file whose pages the system writes out when needed."""
     if tensor.numel() == 0:
         return tensor
     with tempfile.TemporaryFile(prefix="ffsplit-") as file:

@@ -9,7 +9,7 @@ READS: dict[ModelKind, str] = {
     "encoder": "text",
     "causal_lm": "running text",
     "seq2seq": "pairs of texts",
-    "speech": "sound and what is said",
+    "speech": "sound and its transcript",
     "image": "pictures",
     "image_text": "pictures and texts",
     "audio": "sound",
@@ -49,15 +49,15 @@ HEADS: dict[str, tuple[str, ...]] = {
     "siglip": ("ForImageClassification",),
     "wav2vec2": ("ForCTC", "ForSequenceClassification"),
 }
-"""The task heads that tests try with every family, as their classes' names end."""
+"""The task heads that tests try with each family, as class name endings."""
 
 
 def table() -> str:
-    """One line a family, from the rows of the table of architectures, and its heads."""
+    """One line per family, from the rows of the table of architectures, and its heads."""
     lines = [
         "# Models",
         "",
-        "Made by `make docs` from `ffsplit/models/architectures.py`; a test holds the two together, and",
+        "Made by `make docs` from `ffsplit/models/architectures.py`; a test keeps the two in sync, and",
         "`tests/test_families.py` tries every line with every task head it lists, on small models of random",
         "weights.",
         "",

@@ -37,13 +37,13 @@ ITEM_SIZES = {
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-"""Files of a checkpoint that was saved by several processes, a part of each tensor by each."""
+"""Files of a checkpoint that several processes saved, each its part of every tensor."""
 SCALED = re.compile(r"F[48]|[IU]4")
-"""Dtypes that mean nothing without scales, which are tensors of their own."""
+"""Dtypes whose values need scales, which are separate tensors."""
 
 
 class TensorInfo(NamedTuple):
-    """Where a tensor is and what it looks like; `dtype` in the words of safetensors."""
+    """Where a tensor is and what it looks like; `dtype` as safetensors names it."""
 
     file: str
     dtype: str
@@ -62,10 +62,10 @@ class TensorInfo(NamedTuple):
 
 
 def read_json(path: Path, missing: str) -> dict[str, Any]:
-    """A JSON object. Raises ConfigError, with the text `missing` where there is no such file."""
+    """Read a JSON object. Raises ConfigError, with the text `missing` if there is no such file."""
     if not path.is_file():
         raise ConfigError(missing)
-    with explained(f"{path} is not JSON that can be read"):
+    with explained(f"{path} is not JSON"):
         value = json.loads(path.read_text("utf-8"))
     if not isinstance(value, dict):
         raise ConfigError(f"{path} is not a JSON object")
@@ -94,7 +94,7 @@ def read_headers(directory: Path, *, named: object = None) -> dict[str, TensorIn
     for name, info in tensors.items():
         if info.dtype not in ITEM_SIZES:
             raise UnsupportedModelError(
-                f"{directory}: {name} is {info.dtype}, which stands for numbers with scales: start from the "
+                f"{directory}: {name} is {info.dtype}, which needs scales to be read: start from the "
                 "original in float32, float16 or bfloat16"
                 if SCALED.match(info.dtype)
                 else f"{directory}: {name} is {info.dtype}; weights may be {', '.join(ITEM_SIZES)}"
@@ -103,15 +103,15 @@ def read_headers(directory: Path, *, named: object = None) -> dict[str, TensorIn
 
 
 def weights_file(directory: Path, *, named: object = None) -> Path:
-    """The file or the index that transformers reads, chosen as `from_pretrained` does; held by a test.
+    """The file or index that transformers reads, chosen as `from_pretrained` does (a test compares them).
 
-    What the config names goes before all, then one file goes before an index; variants, which have a word
-    before their suffix, are only read by who asks for them. Raises ConfigError where there is none.
+    The file that the config names comes first, then a single file, then an index. Variants, which have a
+    word before their suffix, are read only on request. Raises ConfigError when there is none.
     """
     shards = [path.name for path in sorted(directory.iterdir()) if DISTRIBUTED.fullmatch(path.name)]
     if shards:
         raise ConfigError(
-            f"{directory} holds {shards[0]}, a process's part of a distributed checkpoint: load it with "
+            f"{directory} holds {shards[0]}, one process's part of a distributed checkpoint: load it with "
             "from_pretrained and save it with save_pretrained"
         )
     if named is not None:
@@ -123,7 +123,7 @@ def weights_file(directory: Path, *, named: object = None) -> Path:
                 "or a .safetensors.index.json in the model's directory"
             )
         if not chosen.is_file():
-            raise ConfigError(f"{chosen} is missing, which config.json names as transformers_weights")
+            raise ConfigError(f"{chosen} is missing: config.json names it as transformers_weights")
         return chosen
     for name in (WEIGHTS_NAME, INDEX_NAME):
         if (directory / name).is_file():
@@ -138,14 +138,14 @@ def weights_file(directory: Path, *, named: object = None) -> Path:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The file of every tensor, by an index. Raises ConfigError where the index is invalid."""
+    """The file of every tensor, according to an index. Raises ConfigError when the index is invalid."""
     stated = read_json(index, "")
     weight_map = stated.get("weight_map")
     if not (
         weight_map and isinstance(weight_map, dict) and all(isinstance(v, str) for v in weight_map.values())
     ):
         raise ConfigError(f"{index} has no weight_map")
-    if not isinstance(stated.get("metadata"), dict):  # without which transformers does not load it
+    if not isinstance(stated.get("metadata"), dict):  # transformers does not load it without this field
         raise ConfigError(f'{index} has no metadata: add "metadata": {{}} to it')
     return weight_map
 
@@ -161,7 +161,7 @@ def opened(path: Path, framework: str = "numpy") -> Iterator[Any]:
         yield file
 
 
-# Every byte of a checkpoint, read once: for its digest, and to refuse weights that are NaN or infinite.
+# Read every byte of a checkpoint once: for its digest, and to reject NaN or infinite weights.
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 WEIGHTS = ".safetensors"
@@ -170,7 +170,7 @@ WEIGHTS = ".safetensors"
 def digest_files(directory: Path, names: Sequence[str]) -> str:
     """sha256 over the names, sizes and bytes of files of a directory: 64 hex digits.
 
-    Raises ConfigError when a tensor among them is not finite, or a header is none.
+    Raises ConfigError when a tensor holds NaN or Inf, or a header is invalid.
     """
     digest, buffer = hashlib.sha256(), memoryview(bytearray(CHUNK_BYTES))
     for name in names:
@@ -187,7 +187,7 @@ def digest_files(directory: Path, names: Sequence[str]) -> str:
 def _digest_weights(
     file: BufferedReader, spans: Mapping[str, TensorSpan], digest: hashlib._Hash, buffer: memoryview
 ) -> None:
-    """The header and the tensors of a safetensors file, in which there is no gap between two tensors."""
+    """Digest a safetensors file's header and tensors, between which the format allows no gaps."""
     for name, span in sorted(spans.items(), key=lambda item: item[1].start):
         digest.update(file.read(span.start - file.tell()))
         for block in _blocks(file, buffer, size_bytes=span.size_bytes):
@@ -199,7 +199,7 @@ def _digest_weights(
 def _blocks(
     file: BufferedReader, buffer: memoryview, *, size_bytes: int = sys.maxsize
 ) -> Iterator[memoryview]:
-    """The next bytes of a file, or all that follow, in blocks that each overwrite the one before."""
+    """The next bytes of a file, or all that are left, in blocks that each overwrite the previous one."""
     while size_bytes and (num_read := file.readinto(buffer[:size_bytes])):
         size_bytes -= num_read
         yield buffer[:num_read]
@@ -211,11 +211,11 @@ def _check_finite(name: str, block: memoryview, span: TensorSpan) -> None:
     if not (torch.isfinite(bounds.min) and torch.isfinite(bounds.max)):
         kind = "NaN" if bool(torch.isnan(bounds.min)) else "infinite numbers"
         raise ConfigError(
-            f"{span.path.parent}: tensor {name} holds {kind}: get the checkpoint again, or mend that tensor"
+            f"{span.path.parent}: tensor {name} holds {kind}: get the checkpoint again, or fix that tensor"
         )
 
 
-# Safetensors files written from parts of others, a few megabytes at a time: no tensor is ever held.
+# Write safetensors files from parts of others, a few megabytes at a time: no whole tensor is in memory.
 
 CHUNK_BYTES = 4 << 20
 ALIGNMENT = 8
@@ -224,11 +224,11 @@ DTYPE_ORDER = (
     *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
     *("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
 )
-"""The order in which the safetensors library writes tensors, so that these files are its to the byte."""
+"""The order in which the safetensors library writes tensors, so that files have the same bytes as its own."""
 
 
 class TensorSpan(NamedTuple):
-    """A tensor as bytes of a file, from `start` up to `stop`; `dtype` in the words of safetensors."""
+    """A tensor as bytes of a file, from `start` up to `stop`; `dtype` as safetensors names it."""
 
     path: Path
     dtype: str
@@ -242,7 +242,7 @@ class TensorSpan(NamedTuple):
 
 
 def read_spans(path: Path) -> dict[str, TensorSpan]:
-    """Where every tensor of a file is. Raises ConfigError when the header is no header."""
+    """Where every tensor of a file is. Raises ConfigError when the header is invalid."""
     if not path.exists():
         raise ConfigError(f"{path} is missing")
     with explained(f"{path} is not a whole safetensors file"):

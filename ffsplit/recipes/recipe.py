@@ -22,16 +22,16 @@ from ffsplit.splitting.solver import HeavyRule
 
 
 class MeasurementSettings(Record):
-    """What is timed: forward passes of (rows, tokens a row), original and compressed in turn."""
+    """What is timed: forward passes of (rows, tokens per row), original and compressed in turn."""
 
     latency_shapes: tuple[tuple[PositiveInt, PositiveInt], ...] = Field(
         default=((1, 128), (8, 128)), min_length=1
     )
     latency_pairs: int = Field(default=20, ge=1)
-    peak_memory: bool = Field(default=True, description="load each model once more, in a process of its own")
+    peak_memory: bool = Field(default=True, description="load each model again, in its own process")
 
     def timing(self, shapes: Sequence[tuple[int, int]]) -> MeasurementSettings:
-        """These settings, which time these shapes too."""
+        """These settings, with these shapes timed too."""
         timed = tuple(dict.fromkeys([*self.latency_shapes, *shapes]))
         return self.model_copy(update={"latency_shapes": timed})
 
@@ -39,21 +39,20 @@ class MeasurementSettings(Record):
 class Recipe(Record):
     """Heavy hitters, chosen by `score`, are kept as they are; `steps` shrink the rest, in order.
 
-    Exactly one of the `heavy_` fields says how many there are; a budget without room for them cuts
-    them down.
-    What the steps leave may be fitted again, healed end to end, and then quantized; these need a plain
-    result, without which it is not fitted again.
+    Exactly one of the `heavy_` fields says how many there are; if the budget has no room for them, there are
+    fewer. The result of the steps may be refitted, healed end to end, and then quantized. All three need a
+    plain result; otherwise refits are skipped.
     """
 
     name: str
     description: str
     source: str | None = Field(default=None, description="the paper's address")
-    keep: float = Field(default=0.3535, gt=0, le=1, description="used where --keep is not given")
+    keep: float = Field(default=0.3535, gt=0, le=1, description="used if --keep is not given")
     score: ScoreName = "rms"
     heavy_share: float | None = Field(default=None, ge=0, le=1, description="of the budget")
     heavy_fraction: float | None = Field(default=None, ge=0, le=1, description="of the neurons")
     heavy_energy: float | None = Field(
-        default=None, ge=0, le=1, description="of a layer's output energy, which so few neurons hold"
+        default=None, ge=0, le=1, description="of a layer's output energy, held by the fewest neurons"
     )
     steps: tuple[AnyCompressor, ...] = Field(min_length=1)
     refits: tuple[DistillCompressor, ...] = Field(
@@ -66,8 +65,8 @@ class Recipe(Record):
     )
     allocation: Literal["uniform", "search", "auto"] = Field(
         default="uniform",
-        description="of the budget over the layers; a search compresses what single layers' errors suggest, "
-        "too, and takes it only where it beats uniform end to end; auto searches for classifiers",
+        description="of the budget over the layers; search also tries widths that single layers' errors "
+        "suggest, and takes them only if they beat uniform ones end to end; auto searches for classifiers",
     )
     calibration: CalibrationSettings = CalibrationSettings()
     measurement: MeasurementSettings = MeasurementSettings()
@@ -86,7 +85,7 @@ class Recipe(Record):
         kinds = [step.kind for step in self.steps]
         after = kinds[kinds.index("quantize") :] if "quantize" in kinds else []
         if later := [kind for kind in after if kind != "quantize"]:
-            raise ValueError(f"steps: {later[0]} works on floating point, so quantize goes after it")
+            raise ValueError(f"steps: {later[0]} works on floating point, so quantize must come after it")
         return self
 
     @model_validator(mode="after")
@@ -106,16 +105,16 @@ class Recipe(Record):
         return rules
 
     def timing(self, shapes: Sequence[tuple[int, int]]) -> Recipe:
-        """This recipe, which times these shapes too."""
+        """This recipe, with these shapes timed too."""
         return self.model_copy(update={"measurement": self.measurement.timing(shapes)})
 
     def reading(self, *, samples: int | None, max_length: int | None) -> Recipe:
-        """This recipe, with as many rows and tokens per row of calibration text as are given."""
+        """This recipe, with the given numbers of calibration rows and tokens per row."""
         calibration = self.calibration.reading(samples=samples, max_length=max_length)
         return self.model_copy(update={"calibration": calibration})
 
     def settled(self, kind: ModelKind, *, max_positions: int | None) -> Recipe:
-        """This recipe, as it reads a model of this kind with so many positions, if those are limited."""
+        """This recipe, with calibration defaults for a kind of model; `max_positions` None: no limit."""
         calibration = self.calibration.settled(kind, max_positions=max_positions)
         return self.model_copy(update={"calibration": calibration})
 
@@ -126,7 +125,7 @@ class Recipe(Record):
         return self.model_copy(update={"allocation": "search" if search else "uniform"})
 
     def fitting(self, *, in_bfloat16: bool) -> Recipe:
-        """This recipe, with the precision of its fits decided, for all hosts alike."""
+        """This recipe, with the precision of its fits decided, the same for all hosts."""
         steps = tuple(
             step.settled(in_bfloat16=in_bfloat16) if isinstance(step, DistillCompressor) else step
             for step in self.steps
@@ -158,7 +157,7 @@ def shipped_recipes() -> dict[str, str]:
 def load_recipe(name: str) -> Recipe:
     """A shipped recipe by its name, or one from a YAML file.
 
-    Raises ConfigError in one line, which names the wrong field and suggests the nearest right one.
+    Raises ConfigError in one line that names the invalid field and suggests the closest valid one.
     """
     shipped = shipped_recipes()
     if name in shipped:
@@ -182,7 +181,7 @@ def load_recipe(name: str) -> Recipe:
 def parse_recipe(text: str, *, where: str) -> Recipe:
     try:
         fields = yaml.safe_load(text)
-    except Exception as error:  # the parser's own, and what its values raise: a 30th of February
+    except Exception as error:  # the parser's errors, and those of values: a 30th of February
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or reason_of(error)

@@ -19,7 +19,7 @@ Hardware = dict[str, str | int]
 
 
 class LatencyPoint(Record):
-    """A whole forward pass with every FFN of this width: the median of its times."""
+    """The median time of a whole forward pass with every FFN at this width."""
 
     width: int = Field(ge=1)
     ms: float = Field(gt=0, allow_inf_nan=False)
@@ -28,17 +28,17 @@ class LatencyPoint(Record):
 class LatencyTable(Record):
     """Forward passes of one model at one shape on one machine.
 
-    Points are as measured, from some narrow width to the model's own; `ms` never falls with the width.
+    Points are as measured, from a narrow width to the model's own; `ms()` never decreases with the width.
     """
 
     schema_version: Literal[1] = 1
     model: str
     model_shape: ModelShape
     batch_size: int = Field(ge=1)
-    num_tokens: int = Field(ge=1, description="tokens a row")
+    num_tokens: int = Field(ge=1, description="tokens per row")
     dtype: str
     num_threads: int
-    hardware: Hardware = Field(description="a fingerprint: the table is refused where it differs")
+    hardware: Hardware = Field(description="a fingerprint: the table is rejected if it differs")
     points: tuple[LatencyPoint, ...] = Field(min_length=2)
 
     @model_validator(mode="after")
@@ -53,7 +53,7 @@ class LatencyTable(Record):
 
     @cached_property
     def _monotone(self) -> list[float]:
-        """The times, made to rise with the width: neighbours out of order share their mean.
+        """The times, made monotone in the width: neighbours out of order share their mean.
 
         Source: pool adjacent violators, Ayer et al., 1955; the least-squares monotone fit.
         """
@@ -69,7 +69,7 @@ class LatencyTable(Record):
     def ms(self, width: int) -> float:
         """Milliseconds at a width, by linear interpolation of the monotone fit.
 
-        Below the narrowest that was timed they are its own, which is rather too much than too little.
+        Below the narrowest timed width, that width's time is used: rather too high than too low.
         """
         widths, times = [point.width for point in self.points], self._monotone
         assert width <= widths[-1], "no FFN is wider than the model's own"
@@ -81,10 +81,10 @@ class LatencyTable(Record):
         return min(times[left] + share * (times[right] - times[left]), times[right])
 
     def mean_ms(self, widths: Sequence[int]) -> float:
-        """The mean over layers of what the table gives for their widths.
+        """The mean over layers of the table's time for each layer's width.
 
-        Where all the model's time is a fixed part plus one part a layer, that is its latency. Layers of
-        one width have that width's time exactly, whatever the sum rounds to.
+        It is the model's latency if that is a fixed part plus one part per layer. If all layers have one
+        width, the result is exactly that width's time, whatever the rounding of the sum.
         """
         times = [self.ms(width) for width in widths]
         return min(max(math.fsum(times) / len(times), min(times)), max(times))
@@ -93,7 +93,7 @@ class LatencyTable(Record):
 def read_latency_table(
     path: str, *, model: ModelShape, hardware: Mapping[str, str | int], dtype: str
 ) -> LatencyTable:
-    """A table that holds for this model on this machine in this dtype. Raises ConfigError otherwise."""
+    """Read a table for this model, on this machine, in this dtype. Raises ConfigError for any other."""
     again = "measure one here with ffsplit latency-table"
     try:
         table = LatencyTable.model_validate_json(user_path(path).read_bytes(), extra="allow")

@@ -1,7 +1,7 @@
-"""A way to share one budget out over the blocks, as their single errors suggest it.
+"""Proposes how to divide one budget over the layers, based on the error that each causes alone.
 
-It is a proposal only: errors of single blocks do not add up to the model's, so whoever takes it has to
-judge it end to end against the uniform layers.
+It is only a proposal: the errors of single layers do not add up to the model's. The caller must compare it
+end to end with uniform layers.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from ffsplit.splitting.solver import Solver
 
 UNIFORM, SENSITIVITY = "uniform", "sensitivity"
 HALVING = 0.18
-"""The fraction of an FFN's neurons that halves its error, whatever it has already.
+"""Every additional fraction of this size of an FFN's neurons halves its error.
 
-What each of MiniLM's layers alone did to the logits on SST-2 at .18, .35 and .53 of its neurons: half as
-much at every step (benchmarks/quality-tried.md).
+Measured with MiniLM on SST-2: with one layer compressed to .18, .35 and .53 of its neurons, the error of the
+logits halved at every step (benchmarks/quality-tried.md).
 """
 SMALLEST_WEIGHT = 1 / 16
-"""No FFN is proposed a fraction under this part of the average one's."""
+"""No FFN is given less than this share of the average fraction."""
 
 
 class Candidate(NamedTuple):
-    """One way to share the budget out."""
+    """One way to divide the budget."""
 
     name: str
     layouts: tuple[LayerLayout, ...]
@@ -36,10 +36,10 @@ class Candidate(NamedTuple):
 def propose(
     solver: Solver, budget: Budget, errors: Sequence[float], *, uniform: tuple[LayerLayout, ...]
 ) -> Candidate | None:
-    """Within the budget, what makes the errors' sum least if they are those of the uniform layers.
+    """The layouts within the budget with the smallest predicted sum of errors.
 
-    `errors` are those of the model with one FFN alone compressed, an FFN each. None where nothing but the
-    uniform layers comes of it.
+    `errors` has one number per FFN: the model's error with only that FFN in its uniform layout. None if
+    these layouts are the uniform ones, or do not fit.
     """
     sizes = [shape.num_elements for shape in solver.model.shapes]
     kept = solver.model.elements_of(uniform) / solver.model.ffn_elements
@@ -52,11 +52,11 @@ def propose(
 
 
 def least_error_fractions(errors: Sequence[float], *, sizes: Sequence[int], kept: float) -> list[float]:
-    """The fraction of each FFN to keep, `kept` of all elements in all.
+    """The fraction of each FFN to keep, so that `kept` of all elements are kept.
 
-    Where every HALVING of an FFN halves its error, and costs what it has elements, the sum of the errors
-    is least where HALVING log2(error / size), raised by a constant, is kept of each: reverse
-    water-filling, within SMALLEST_WEIGHT * kept and 1.
+    Assume that every HALVING of an FFN halves its error, at a cost in proportion to its size. Then the sum
+    of errors is smallest if each FFN keeps HALVING log2(error / size) plus a common constant: reverse
+    water-filling, clamped to SMALLEST_WEIGHT * kept and 1.
     """
     least = 1e-9 * max(*errors, 1e-300)
     levels = [

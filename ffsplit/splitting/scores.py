@@ -18,7 +18,7 @@ ScoreName = Literal["mean", "rms", "centred"]
 
 def _checked(stats: NeuronStats) -> int:
     if stats.num_tokens == 0:
-        raise CalibrationError("an FFN saw no token, so its neurons cannot be judged")
+        raise CalibrationError("an FFN saw no token, so its neurons cannot be scored")
     return stats.num_tokens
 
 
@@ -36,7 +36,7 @@ def rms_output_norm(stats: NeuronStats) -> Floats:
 
 
 def centred_output_norm(stats: NeuronStats) -> Floats:
-    """Standard deviation of each neuron's output: [N]. What is left once a bias takes up the mean."""
+    """Standard deviation of each neuron's output: [N]. What is left once a bias holds the mean."""
     num_tokens = _checked(stats)
     variance = stats.sum_squares / num_tokens - (stats.sum / num_tokens) ** 2
     return np.sqrt(np.maximum(variance, 0.0)) * stats.down_norm
@@ -45,7 +45,7 @@ def centred_output_norm(stats: NeuronStats) -> Floats:
 def output_energy(stats: NeuronStats) -> Floats:
     """Mean squared norm of each neuron's output, E a_n^2 * |W_down[:, n]|^2: [N].
 
-    An expert that no token was sent to put nothing out.
+    Zero for an expert that no token was sent to.
     """
     if stats.expert is not None and stats.num_tokens == 0:
         return np.zeros_like(stats.sum_squares)
@@ -53,23 +53,23 @@ def output_energy(stats: NeuronStats) -> Floats:
 
 
 FEWEST_TOKENS = 64
-"""An expert that saw fewer is not judged by them."""
+"""An expert that saw fewer tokens is not scored by their statistics."""
 
 
 def is_starved(stats: NeuronStats) -> bool:
-    """Whether this is an expert that saw too few tokens to be judged by them."""
+    """Whether this is an expert that saw too few tokens to be scored by their statistics."""
     return stats.expert is not None and stats.num_tokens < FEWEST_TOKENS
 
 
 def judged(statistics: Sequence[NeuronStats], group: Sequence[int]) -> list[int]:
-    """Those FFNs of a group that may be judged by what they saw; all of them where none may."""
+    """The FFNs of a group that saw enough tokens to be scored by their statistics; all if none did."""
     return [index for index in group if not is_starved(statistics[index])] or list(group)
 
 
 def scores_of(stats: NeuronStats, *, score: ScoreName) -> Floats:
-    """Each neuron's score: [N]. An expert that saw too few tokens is judged by its weights alone.
+    """Each neuron's score: [N].
 
-    Its neurons then score |W_down[:, n]|, whatever the score asked for.
+    An expert that saw too few tokens is scored by its weights alone, |W_down[:, n]|, whatever `score` is.
     """
     return stats.down_norm if is_starved(stats) else SCORES[score](stats)
 
@@ -96,11 +96,11 @@ def energy_share(stats: NeuronStats, *, fraction: float) -> float:
 
 
 ENERGY_SHARES = (0.5, 0.9, 0.99)
-"""The shares of a layer's output energy at which its concentration is quoted."""
+"""The shares of a layer's output energy for which its concentration is reported."""
 
 
 def neurons_for_energy(stats: NeuronStats, *, share: float) -> int:
-    """How few neurons hold at least `share` of a layer's output energy: at least one, at most all.
+    """The fewest neurons that hold at least `share` of a layer's output energy: at least one.
 
     A layer without any energy needs one. `share` is in [0, 1].
     """
@@ -113,9 +113,9 @@ def neurons_for_energy(stats: NeuronStats, *, share: float) -> int:
 def energy_outside(stats: NeuronStats, neurons: Ints | Sequence[int]) -> float:
     """Share of the layer's output energy that is not in `neurons`, in [0, 1].
 
-    The energy of a layer is the sum over its neurons of E a_n^2 * |W_down[:, n]|^2: as if their
-    outputs were orthogonal. That is exact for no real layer, and says nothing of what a refit or a
-    factorisation of the other neurons makes up for.
+    The energy of a layer is the sum over its neurons of E a_n^2 * |W_down[:, n]|^2, as if their outputs
+    were orthogonal. That is not exact for real layers, and ignores what a refit or a factorisation of the
+    other neurons recovers.
     """
     energy = output_energy(stats)
     total = float(energy.sum())
@@ -124,7 +124,7 @@ def energy_outside(stats: NeuronStats, neurons: Ints | Sequence[int]) -> float:
 
 
 def energy_counts(stats: NeuronStats) -> dict[str, int]:
-    """How few neurons hold 50, 90 and 99 % of a layer's output energy, by percent."""
+    """The fewest neurons that hold 50, 90 and 99 % of a layer's output energy, by percent."""
     return {f"{share * 100:g}": neurons_for_energy(stats, share=share) for share in ENERGY_SHARES}
 
 
@@ -132,14 +132,14 @@ def energy_counts(stats: NeuronStats) -> dict[str, int]:
 
 
 class LayerPlan(Record):
-    """What is to become of one layer's FFN. `heavy_neurons` are ascending indices."""
+    """The plan for one layer's FFN. `heavy_neurons` are ascending indices."""
 
     layer: int
     layout: LayerLayout
     heavy_neurons: tuple[int, ...]
 
     def stored_as(self, layout: LayerLayout) -> LayerPlan:
-        """This plan with the layout that came out of it."""
+        """This plan with the layout that resulted."""
         return self.model_copy(update={"layout": layout})
 
 
@@ -156,9 +156,9 @@ def plan_split(
 
 
 def num_energetic(heavy: HeavyRule, statistics: Sequence[NeuronStats]) -> tuple[int, ...] | None:
-    """How many neurons a rule by energy asks for in each FFN; None under another rule.
+    """How many neurons an energy rule asks for in each FFN; None for other rules.
 
-    The experts of a block all get what the one that asks for most does: they keep one width. Experts
+    The experts of a block share one width, so all of them get the largest number that one asks for. Experts
     that saw too few tokens ask for nothing.
     """
     if heavy.by != "energy":

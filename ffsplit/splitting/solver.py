@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from ffsplit.compressors.base import Compressor
 
 
-# How many of a layer's neurons are to be heavy hitters.
+# How many of a layer's neurons are heavy hitters.
 
 
 class HeavyRule(Record):
-    """Heavy hitters take a share of the layer's budget, or are a fraction of its neurons, or as many
-    as hold a share of its output energy."""
+    """How many heavy hitters: a share of the layer's budget, a fraction of its neurons, or as many as hold a
+    share of its output energy."""
 
     by: Literal["share", "fraction", "energy"]
     value: float = Field(ge=0, le=1)
@@ -39,8 +39,8 @@ class HeavyRule(Record):
     def num_wanted(self, shape: FFNShape, *, budget: int, num_energetic: int) -> int:
         """How many neurons the rule asks for, whether or not the budget has room for them.
 
-        `num_energetic` is how many hold `value` of the energy, by the statistics; only a rule by
-        energy looks at it.
+        `num_energetic` is how many hold `value` of the energy, according to the statistics; only an energy
+        rule uses it.
         """
         if self.value == 0:
             return 0
@@ -65,10 +65,10 @@ def fit_layer(
     steps: Sequence[Compressor],
     num_energetic: int = 1,
 ) -> LayerLayout | None:
-    """The layout of one layer in at most `budget` elements, or None where there is none.
+    """The layout of one layer in at most `budget` elements, or None if none fits.
 
-    Heavy hitters are as many as `heavy` asks for, and fewer where the rest would not fit beside
-    them; they are kept dense, and the steps shrink the rest.
+    There are as many heavy hitters as `heavy` asks for, or fewer if the rest would not fit beside them. They
+    are kept dense; the steps shrink the rest.
     """
     if budget >= shape.num_elements:
         return LayerLayout.dense(shape)
@@ -92,7 +92,7 @@ def fit_layer(
 
 
 def _planned(shape: FFNShape, *, width: int, budget: int, steps: Sequence[Compressor]) -> LayerLayout | None:
-    """The layout with `width` heavy hitters, None where the steps cannot fit the rest."""
+    """The layout with `width` heavy hitters; None if the steps cannot fit the rest."""
     assert width < shape.num_neurons, "a budget below the whole FFN leaves a neuron out"
     layout = LayerLayout(
         heavy=PartLayout.dense(shape, width) if width else None,
@@ -115,10 +115,10 @@ def fit_layers(
     steps: Sequence[Compressor],
     num_energetic: Sequence[int] | None = None,
 ) -> tuple[LayerLayout, ...]:
-    """The same fraction of every layer: one common width where the layers have one shape.
+    """Keep the same fraction of every layer: one common width if all layers have one shape.
 
-    `num_energetic`, a number a layer, is what a rule by energy goes by. Raises BudgetError, which
-    says the smallest `keep` that works, when a layer cannot be made so small.
+    `num_energetic`, one number per layer, is for an energy rule. Raises BudgetError, with the smallest
+    `keep` that works, when a layer cannot be made so small.
     """
     counts = num_energetic or [1] * len(shapes)
     layouts = []
@@ -130,14 +130,14 @@ def fit_layers(
             if smallest >= 1:
                 raise BudgetError(f"--keep {keep:g} cannot be met: the recipe's steps make no FFN smaller")
             raise BudgetError(
-                f"--keep {keep:g} is too small for one neuron an FFN: the smallest is {smallest:.6f}"
+                f"--keep {keep:g} is too small for one neuron per FFN: the smallest is {smallest:.6f}"
             )
         layouts.append(layout)
     return tuple(layouts)
 
 
 def element_budget(shape: FFNShape, keep: float) -> int:
-    """The elements that a fraction of a layer comes to."""
+    """The number of elements in a fraction of a layer."""
     return int(keep * shape.num_elements + 1e-9)
 
 
@@ -157,7 +157,7 @@ def smallest_keep(shape: FFNShape, *, heavy: HeavyRule, steps: Sequence[Compress
 
 
 def last_true(holds: Callable[[int], bool], *, first: int, last: int) -> int:
-    """The largest number below `last` for which `holds`, where it holds at `first` and then no more."""
+    """The largest number below `last` for which `holds` is true; from `first` on, it turns false once."""
     low, high = first, last
     while low + 1 < high:
         middle = (low + high) // 2
@@ -167,17 +167,16 @@ def last_true(holds: Callable[[int], bool], *, first: int, last: int) -> int:
 
 Layouts = tuple[LayerLayout, ...]
 OF_THE_WHOLE_MODEL = ("max_parameters", "max_latency_ms")
-"""Budgets of which the FFNs have what the rest of the model leaves. The others limit FFNs alone."""
+"""Budgets of the whole model, of which FFNs get what the rest leaves. Other budgets limit FFNs alone."""
 
 
 @dataclass(frozen=True)
 class Solver:
-    """Knows a model and a recipe, and finds the largest layouts that a budget allows.
+    """Finds the largest layouts that a budget allows, for one model and recipe.
 
-    `finish` is what a recipe ends with, once the layers are what the steps make of them: it stores the
-    same elements in fewer bytes. `latency` is for budgets in milliseconds; `num_energetic`, a number a
-    layer, for heavy hitters by energy. Without the latter their rule counts as one neuron a layer, the
-    least it can ask for.
+    `finish` is the recipe's last step, after all others: it stores the same elements in fewer bytes.
+    `latency` is for budgets in milliseconds. `num_energetic`, one number per layer, is for an energy rule;
+    without it, that rule counts as one neuron per layer, the least it can ask for.
     """
 
     model: ModelShape
@@ -188,7 +187,7 @@ class Solver:
     num_energetic: tuple[int, ...] | None = None
 
     def cost(self, budget: Budget, layouts: Sequence[LayerLayout]) -> float:
-        """What these layouts take of what the budget limits, in its units."""
+        """The cost of these layouts, in the budget's units."""
         if budget.kind == "max_bytes":
             return self.model.bytes_of(self.stored(layouts))
         if budget.kind == "max_parameters":
@@ -198,23 +197,23 @@ class Solver:
         return self.model.elements_of(layouts) / self.model.ffn_elements
 
     def stored(self, layouts: Sequence[LayerLayout]) -> Layouts:
-        """The layouts in the form that a result has in the end."""
+        """The layouts as the final checkpoint stores them."""
         return stored_layouts(layouts, self.model.shapes, finish=self.finish)
 
     def _latency_ms(self, layouts: Sequence[LayerLayout]) -> float:
         assert self.latency is not None, "a latency budget comes with its table"
         if not all(layout.is_dense for layout in self.stored(layouts)):
             raise BudgetError(
-                "--max-latency-ms is for recipes that make FFNs narrower: this one also stores them in "
-                "other forms, whose times the table does not hold"
+                "--max-latency-ms is for recipes that only make FFNs narrower: this one also stores them in "
+                "other forms, for which the table has no times"
             )
         return self.latency.mean_ms([layout.num_neurons for layout in layouts])
 
     def solve(self, budget: Budget, *, profile: Sequence[float] | None = None) -> Layouts:
         """The largest layouts within a budget.
 
-        The layers keep the same fraction each, or fractions in proportion to `profile`. Raises
-        BudgetError, which says the smallest limit that can be met.
+        Each layer keeps the same fraction, or a fraction in proportion to `profile`. Raises BudgetError,
+        with the smallest limit that can be met.
         """
         if budget.kind == "keep" and profile is None:
             return fit_layers(
@@ -232,7 +231,7 @@ class Solver:
             least = "none" if layouts is None else _rounded_up(budget, self.cost(budget, layouts))
             rest = " and the rest of the model" if budget.kind in OF_THE_WHOLE_MODEL else ""
             rest += self._narrowest(budget)
-            raise BudgetError(f"{budget} is too small for one neuron an FFN{rest}: the smallest is {least}")
+            raise BudgetError(f"{budget} is too small for one neuron per FFN{rest}: the smallest is {least}")
 
         def holds(size: int) -> bool:
             scaled = self._scaled(size, weights)
@@ -243,7 +242,7 @@ class Solver:
         return found
 
     def _narrowest(self, budget: Budget) -> str:
-        """Of a latency's least it depends on the table too, which knows nothing narrower."""
+        """For a latency budget, a note on the table's narrowest width, which limits how small it can be."""
         if budget.kind != "max_latency_ms" or self.latency is None:
             return ""
         width = self.latency.points[0].width
@@ -255,7 +254,7 @@ class Solver:
         return self.cost(budget, layouts) <= budget.limit
 
     def _scaled(self, num_elements: int, weights: Sequence[float]) -> Layouts | None:
-        """Layouts of about `num_elements` in all where every weight is 1; None where one has no room."""
+        """Layouts of about `num_elements` in all, if every weight is 1; None if a layer does not fit."""
         counts = self.num_energetic or (1,) * len(weights)
         share = num_elements / self.model.ffn_elements
         made: dict[tuple[FFNShape, float, int], LayerLayout | None] = {}
@@ -276,7 +275,7 @@ class Solver:
 def stored_layouts(
     layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape], *, finish: Compressor | None
 ) -> Layouts:
-    """What becomes of the layouts that the steps leave, in the checkpoint that a recipe ends with."""
+    """The layouts in the recipe's final checkpoint, from those that the steps leave."""
     if finish is None:
         return tuple(layouts)
     stored = []
@@ -289,6 +288,6 @@ def stored_layouts(
 
 
 def _rounded_up(budget: Budget, least: float) -> str:
-    """A limit in few digits that is met: binary fractions times a power of ten may round below it."""
+    """A limit rounded up to few digits, in decimal: rounding binary fractions could end below the limit."""
     step = {"max_latency_ms": "0.001", "keep": "0.000001"}.get(budget.kind, "1")
     return str(Decimal(least).quantize(Decimal(step), ROUND_CEILING))

@@ -185,5 +185,5 @@ def test_rows_to_judge_on_are_apart_and_change_no_other_choice(
 
 
 def test_too_few_rows_to_judge_on() -> None:
-    with pytest.raises(ConfigError, match="rows to judge on"):
+    with pytest.raises(ConfigError, match="rows to choose by"):
         sample_texts(TEXTS[:2], num_samples=5, num_held_out=1, seed=0, num_judged=1)

@@ -128,7 +128,7 @@ def test_a_team_goes_on_only_from_one_step() -> None:
     student = disturbed("bert", "")
     weights = trainable_weights(student)
     Distillation(student, student, weights, "encoder", Alone(2)).meet(5)
-    with pytest.raises(RuntimeError, match="from step 5 here and from another elsewhere"):
+    with pytest.raises(RuntimeError, match="from step 5 here and from another step elsewhere"):
         Distillation(student, student, weights, "encoder", Behind(2)).meet(5)
 
 

@@ -197,7 +197,7 @@ def test_a_number_of_layers_that_is_none(bert: Path, stated: object) -> None:
 def test_an_ffn_that_is_no_matrix(bert: Path) -> None:
     tensors = load_file(bert / "model.safetensors")
     save_file(tensors | {FFN_DOWN: tensors[FFN_DOWN].flatten()}, bert / "model.safetensors", {"format": "pt"})
-    assert f"{FFN_DOWN} is missing or is no matrix" in refused(bert, UnsupportedModelError)
+    assert f"{FFN_DOWN} is missing or not a matrix" in refused(bert, UnsupportedModelError)
 
 
 def test_tensors_of_integers_are_digested_and_not_looked_at(tmp_path: Path) -> None:

@@ -144,5 +144,7 @@ def test_a_gated_ffn_is_found_only_in_a_module_of_its_own() -> None:
 
 
 def test_an_activation_that_the_config_does_not_name_is_not_guessed() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"mlp\.up and mlp\.down look like an FFN.*no activation"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"mlp\.up and mlp\.down look like an FFN.*no known activation"
+    ):
         row_of(Block(gated=False, parent=True), hidden_act="made-up")

@@ -236,7 +236,7 @@ def test_links_that_lead_nowhere_are_refused(
 def test_names_that_differ_in_case_alone_are_refused(tmp_path: Path) -> None:
     directory = save_checkpoint(tmp_path / "model", "bert")
     (directory / "Tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"two files' names are .okenizer\.json but for case"):
+    with pytest.raises(ConfigError, match=r"two file names differ only in case, .okenizer\.json: rename"):
         open_checkpoint(directory)
 
 

@@ -164,4 +164,4 @@ def test_what_is_no_model_is_told_before_it_is_fetched(
 @pytest.mark.subprocess
 def test_an_id_that_the_hub_does_not_know(hub: Hub, tmp_path: Path) -> None:
     message = locate(hub, tmp_path / "home", model="org/other")["error"]
-    assert message.startswith("model org/other: no such directory, and not had from the hub (")
+    assert message.startswith("model org/other: no such directory, and not fetched from the hub (")

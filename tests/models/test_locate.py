@@ -93,7 +93,7 @@ def test_a_place_of_runs_without_a_model(small_job: SmallJob, tmp_path: Path) ->
 
 def test_a_hub_id_without_the_hub_says_both() -> None:
     message = refused("nobody/no-such-model")
-    assert message.startswith("model nobody/no-such-model: no such directory, and not had from the hub (")
+    assert message.startswith("model nobody/no-such-model: no such directory, and not fetched from the hub (")
 
 
 def test_a_snapshot_in_the_cache_is_found_with_its_revision(

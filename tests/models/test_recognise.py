@@ -69,7 +69,7 @@ def test_a_transformer_in_a_folder_of_its_own(bert: Path, tmp_path: Path) -> Non
             [{"path": "0_Transformer", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}]
         )
     )
-    expected = "whose transformer lies in 0_Transformer/: save it again with SentenceTransformer"
+    expected = "whose transformer is in 0_Transformer/: save it again with SentenceTransformer"
     assert expected in refused(old)
     for name in ("config.json", "model.safetensors"):
         shutil.copyfile(bert / name, old / name)
@@ -162,7 +162,7 @@ def test_no_config(tmp_path: Path, name: str, said: str) -> None:
 @pytest.mark.parametrize("name", ["tf_model.h5", "flax_model.msgpack", "model.onnx"])
 def test_weights_in_another_format_alone(bert: Path, name: str) -> None:
     (bert / "model.safetensors").rename(bert / name)
-    assert f"holds its weights as {name} alone: convert them to safetensors" in refused(bert)
+    assert f"holds its weights only as {name}: convert them to safetensors" in refused(bert)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_vocabulary_that_sentencepiece_alone_reads(bert: Path, name: str) -> N
 
     (bert / "tokenizer.json").unlink()
     (bert / name).write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
-    with pytest.raises(ConfigError, match=rf"{name} is read by sentencepiece, .*pip install sentencepiece"):
+    with pytest.raises(ConfigError, match=rf"{name} needs sentencepiece, .*pip install sentencepiece"):
         load_tokenizer(open_checkpoint(bert))
 
 

@@ -118,7 +118,7 @@ def test_an_unknown_field_like_no_other() -> None:
         (GOOD.replace("  - kind: low_rank", "  []"), "steps"),
         (
             GOOD.replace("  - kind: low_rank", "  - kind: quantize\n  - kind: low_rank"),
-            "steps: low_rank works on floating point, so quantize goes after it",
+            "steps: low_rank works on floating point, so quantize must come after it",
         ),
         (GOOD.replace("low_rank", "quantise"), "quantise"),
         (GOOD.replace("kind: low_rank", "rank: 3"), "kind"),

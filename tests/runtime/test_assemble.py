@@ -128,7 +128,7 @@ def test_a_file_that_changes_during_the_run_is_named(
     for name in ("tokenizer.json", "model.safetensors"):
         data = (source / name).read_bytes()
         (source / name).write_bytes(data + b" ")
-        with pytest.raises(ArtifactError, match=f"{name} was changed during the run"):
+        with pytest.raises(ArtifactError, match=f"{name} changed during the run"):
             assemble(checkpoint, [], layouts, tmp_path / "second")
         (source / name).unlink()
         with pytest.raises(FFSplitError, match=name):
