@@ -86,7 +86,7 @@ def test_the_job_outlives_its_follower_unless_it_is_told_otherwise(
     _, err = follower.communicate(timeout=60)
     assert follower.returncode == 130
     name = submission_of(err)
-    assert f"{name} goes on: the same command follows it again" in err
+    assert f"{name} is still running: the same command follows it again" in err
     done = cluster.run(*command, cwd=tmp_path)
     assert (done.returncode, submission_of(done.stderr)) == (0, name)
     assert verify(str(tmp_path / "out")).ok
