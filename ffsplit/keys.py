@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 ALGORITHM_VERSION = 10
-"""Raised whenever the same configuration would give other statistics or weights; part of every key."""
+"""Incremented whenever the same configuration would give other statistics or weights. Part of every key."""
 
 
 def digest_of(value: Mapping[str, Any]) -> str:

@@ -83,7 +83,7 @@ def test_the_command_prints_tables_or_json(
     capsys.readouterr()
     assert main(command) == 0
     printed = capsys.readouterr().out
-    for words in ("--keep 0.5", "--max-parameters 30000", "layer 2", "predicted error: share of"):
+    for words in ("--keep 0.5", "--max-parameters 30000", "layer 2", "predicted error: fraction of"):
         assert words in printed
     assert main([*command, "--json"]) == 0
     plans = Plans.model_validate_json(capsys.readouterr().out)
@@ -128,7 +128,7 @@ def test_a_manifest_without_shapes_is_refused(small_job: SmallJob, tmp_path: Pat
     fields = json.loads((copy / "manifest.json").read_text())
     del fields["model"]["shape"]
     (copy / "manifest.json").write_text(json.dumps(fields))
-    with pytest.raises(ConfigError, match="without the model's shape"):
+    with pytest.raises(ConfigError, match="has no model shape"):
         plan(str(copy))
 
 

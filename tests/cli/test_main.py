@@ -161,7 +161,7 @@ def test_inspect_shows_every_kind_of_ffn(tmp_path: Path, capsys: Captured) -> No
 
 def test_help_lists_the_exit_codes(capsys: Captured) -> None:
     assert main(["--help"]) == 0
-    assert "3    finished, but refused by a gate" in capsys.readouterr().out
+    assert "3    completed, but a gate failed" in capsys.readouterr().out
 
 
 BAD_FLAGS: dict[str, tuple[list[str], str]] = {
