@@ -138,14 +138,14 @@ def other_version() -> Iterator[str]:
 def test_another_version_of_ray_is_one_line(
     other_version: str, small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert_refused(other_version, "is version 2.49.0, here it is", small_job, tmp_path, capsys)
+    assert_refused(other_version, "is version 2.49.0, but", small_job, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
         ("http://127.0.0.1:1", "Ray at http://127.0.0.1:1 cannot be reached"),
-        ("127.0.0.1:6379", "an address like http://127.0.0.1:8265"),
+        ("127.0.0.1:6379", "address, such as http://127.0.0.1:8265"),
     ],
 )
 def test_an_unreachable_cluster_is_one_line(
