@@ -1,7 +1,7 @@
 """A few rows of inputs times an int8 matrix on CUDA, in one kernel that reads each weight once.
 
-Such a product is limited by reading its weights, so inputs stay in floating point. torch's own kernel for
-this, `_weight_int8pack_mm`, reads 0.1 to 0.2 TB/s on an H100, this one 1.6 to 2.5 (benchmarks/speed-notes.md).
+Such a product is limited by reading its weights, so inputs stay in floating point. torch's own kernel for it,
+`_weight_int8pack_mm`, reads 0.1 to 0.2 TB/s on an H100, this one 1.6 to 2.5 (benchmarks/speed-notes.md).
 """
 
 from __future__ import annotations
