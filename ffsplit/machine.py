@@ -35,7 +35,7 @@ def num_workers_here(requested: int | None, *, threads: int, on_gpu: bool) -> in
     """How many workers with `threads` threads to run at once here: at most one thread per usable core.
 
     More workers would only share the cores, and each would load the model. Workers on GPUs mostly wait for
-    the GPU, so their number is not limited.
+    the GPU, so as many run as are requested.
     """
     cores = max(1, usable_cores() // threads)
     if requested is None:
