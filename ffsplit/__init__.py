@@ -62,7 +62,7 @@ def __getattr__(name: str) -> Any:
 
 @wrapt.when_imported("transformers.quantizers.auto")
 def _register_with_transformers(_: Any) -> None:
-    """Teach transformers to load split checkpoints: at once where it is imported, else when it is."""
+    """Teach transformers to load split checkpoints, at once if it is imported already, else when it is."""
     from importlib import import_module
 
     import_module("ffsplit.runtime.plugin")

@@ -27,8 +27,8 @@ Attention = Literal["sdpa", "eager"]
 class Record(BaseModel):
     """A frozen pydantic model that refuses fields it does not know.
 
-    One that is read from a store may have more fields than its class (`artifacts/schema.py`): they are
-    written back with the rest.
+    A record that is read from a store may have more fields than its class (`store/schema.py`). They are
+    written back with the others.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -60,7 +60,7 @@ def flag_of(field: str) -> str:
 
 
 class Flag(NamedTuple):
-    """How the command line takes a field of JobConfig: as `--name METAVAR`, in which commands."""
+    """How the command line takes a field of JobConfig: its METAVAR, and which commands have it."""
 
     metavar: str = ""
     compress_only: bool = False
@@ -70,13 +70,12 @@ class Flag(NamedTuple):
 class JobConfig(Record):
     """One compression run. A field with a Flag is an option of the command line, by the same name.
 
-    `samples` and `max_length` left at None take the recipe's own value, and so does a job without
-    any budget. With `stats`, the earlier run's calibration, samples, max_length and seed take the
-    place of those that are not given.
+    `samples`, `max_length` and the budget default to the recipe's. With `stats`, the calibration, samples,
+    max_length and seed that are not given are those of the earlier run.
     """
 
     model: str = Field(
-        min_length=1, description="a local directory, s3://bucket/prefix, a place of runs or a hub id"
+        min_length=1, description="a local directory, s3://bucket/prefix, a store of runs or a hub id"
     )
     out: Annotated[str, Flag("URI")] = Field(min_length=1, description="a directory or s3://bucket/prefix")
     recipe: Annotated[str, Flag("NAME|FILE.yaml")] = Field(
@@ -152,7 +151,7 @@ class JobConfig(Record):
     device: Annotated[Device, Flag()] = Field(default="auto", description="default: auto")
     dtype: Annotated[DType, Flag()] = Field(default="auto", description="to compute in; default: auto")
     address: Annotated[str | None, Flag("RAY")] = Field(
-        default=None, description="a Ray cluster; default: RAY_ADDRESS, or one started on the spot"
+        default=None, description="a Ray cluster; default: RAY_ADDRESS, or a new local cluster"
     )
     runner: Annotated[Literal["ray", "serial"], Flag()] = Field(default="ray", description="default: ray")
     revision: Annotated[str | None, Flag("R")] = Field(default=None, description="of a hub id")
@@ -162,10 +161,10 @@ class JobConfig(Record):
         description="hold one block of the model in memory at a time; default: if the model does not fit",
     )
     memory_per_worker: Annotated[int | None, Flag("SIZE", is_size=True)] = Field(
-        default=None, ge=1, description="as in 6GB; default: a worker's share of this machine's memory"
+        default=None, ge=1, description="such as 6GB; default: a worker's share of this machine's memory"
     )
     attn_implementation: Annotated[Attention | None, Flag()] = Field(
-        default=None, description="attention to run the model with; default: the config's own"
+        default=None, description="attention kernel for the model; default: the config's own"
     )
     trust_remote_code: Annotated[bool, Flag()] = Field(
         default=False, description="run code that comes with the model; read it first"
@@ -190,7 +189,7 @@ class JobConfig(Record):
     def inheriting(
         self, *, calibration: tuple[str, ...], seed: int, samples: int | None, max_length: int | None
     ) -> JobConfig:
-        """This job, with these values for the fields that it was not given."""
+        """This job, with these values for fields that were not given."""
         lent = {"calibration": calibration, "seed": seed, "samples": samples, "max_length": max_length}
         return self.model_copy(update={name: each for name, each in lent.items() if not self.has(name)})
 
@@ -200,7 +199,7 @@ class JobConfig(Record):
 
     @property
     def budget(self) -> Budget | None:
-        """The budget given, None where the recipe's `keep` is to be taken."""
+        """The given budget; None means the recipe's `keep`."""
         for kind in BUDGET_KINDS:
             limit = getattr(self, kind)
             if limit is not None:
@@ -209,7 +208,7 @@ class JobConfig(Record):
 
     @classmethod
     def checked(cls, **fields: Any) -> JobConfig:
-        """Build a config, turning pydantic's report into one clear ConfigError."""
+        """Build a config. Turns pydantic's report into one clear ConfigError."""
         try:
             return cls(**fields)
         except ValidationError as error:
@@ -217,7 +216,7 @@ class JobConfig(Record):
 
 
 def describe_validation_error(error: ValidationError, prefix: str = "--") -> str:
-    """The first complaint of pydantic as one line that names the field as the user wrote it."""
+    """pydantic's first error as one line, with the field's name as the user wrote it."""
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     flag = prefix + path.replace("_", "-") if prefix == "--" else prefix + path
@@ -238,7 +237,7 @@ _MAX_SPAN_DAYS = 36500
 
 
 def parse_size(text: str, *, name: str) -> int:
-    """Bytes in a size such as 500MB, 50GB or 1.5T. Raises ConfigError, in which `name` says where it was."""
+    """Bytes in a size such as 500MB, 50GB or 1.5T. Raises ConfigError, which names the flag `name`."""
     match = _SIZE.fullmatch(text)
     if not match:
         raise ConfigError(f"{name} {text}: give a size such as 500MB or 50GB")
@@ -246,7 +245,7 @@ def parse_size(text: str, *, name: str) -> int:
 
 
 def parse_span(text: str, *, name: str) -> timedelta:
-    """A span such as 90s, 30m, 12h or 7d. Raises ConfigError, in which `name` says where it was."""
+    """A time span such as 90s, 30m, 12h or 7d. Raises ConfigError, which names the flag `name`."""
     match = _SPAN.fullmatch(text)
     seconds = float(match[1]) * _SECONDS[match[2].lower()] if match else -1
     if not 0 <= seconds <= _MAX_SPAN_DAYS * 86400:

@@ -21,10 +21,10 @@ from typing import Any, Protocol, TypeVar, cast
 
 from ffsplit.errors import ConfigError, FFSplitError
 
-# The user's home directory, and what to do where there is none, as in a container with a uid of its own.
+# The user's home directory, and what to do if there is none, as in a container with an arbitrary uid.
 
 LENT = "ffsplit-no-home"
-"""The name of the folder that libraries get as HOME. It is removed when the process ends."""
+"""The name of the folder that libraries get as HOME if there is none. It is removed at exit."""
 
 
 def home_directory() -> Path | None:
@@ -67,7 +67,7 @@ def settle_home() -> None:
 
     settle_temporary()
     home, given = home_directory(), Path(os.environ.get("HOME", ""))
-    if _is_writable(home) or (given.name == LENT and given.is_dir()):  # lent by the process above
+    if _is_writable(home) or (given.name == LENT and given.is_dir()):  # set by the parent process
         return
     if home is None or not home.is_dir():
         with suppress(OSError, FFSplitError):  # no temporary directory: reported by whatever needs one
@@ -85,13 +85,13 @@ PREFIX = "ffsplit-work-"
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder for as long as this context lasts."""
+    """A folder that exists as long as this context."""
     with tempfile.TemporaryDirectory(dir=process_folder(), ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 
 def process_folder() -> Path:
-    """The folder of this process, for what is of use until it ends."""
+    """The folder of this process, for files that it needs until it ends."""
     return _folder_of(os.getpid())
 
 
@@ -101,14 +101,14 @@ def temporary_root() -> Path:
     root = Path(tempfile.gettempdir())
     if not os.access(root, os.W_OK | os.X_OK):
         raise ConfigError(
-            f"temporary files cannot be written in {root}, nor anywhere else: set TMPDIR to a directory that "
-            "can be written"
+            f"temporary files cannot be written in {root}, nor anywhere else: set TMPDIR to a writable "
+            "directory"
         )
     return root
 
 
 def settle_temporary() -> None:
-    """Let libraries ask for the directory, as some do on import, where none can be written."""
+    """Make `gettempdir` work if no directory is writable: some libraries call it on import."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
@@ -116,7 +116,7 @@ def settle_temporary() -> None:
 
 
 def remove_abandoned() -> None:
-    """Remove what this user's processes left behind that were killed."""
+    """Remove what killed processes of this user left behind."""
     for folder in temporary_root().glob(f"{PREFIX}*"):
         with suppress(OSError):
             if folder.lstat().st_uid == os.getuid() and (held := _lock(folder)) is not None:
@@ -126,7 +126,7 @@ def remove_abandoned() -> None:
 
 @contextmanager
 def full_disk_explained() -> Iterator[None]:
-    """Turn the errors of whichever library met a full disk into one FFSplitError."""
+    """Turn any library's error about a full disk into one FFSplitError."""
     try:
         yield
     except FFSplitError:
@@ -136,17 +136,17 @@ def full_disk_explained() -> Iterator[None]:
             raise
         raise FFSplitError(
             f"no space left for temporary files in {tempfile.gettempdir()} on host {socket.gethostname()}: "
-            "free some or set TMPDIR; what is finished stays, and the same command goes on from there"
+            "free some space or set TMPDIR; finished work is kept, and the same command resumes from it"
         ) from error
 
 
 @cache
 def _folder_of(pid: int) -> Path:
-    """Made when first asked for: a child that was forked gets one of its own."""
+    """Made on first use. The pid is an argument so that a forked child gets its own."""
     remove_abandoned()
     while True:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temporary_root()))
-        if _lock(folder) is not None:  # else somebody looked between the two, and takes it away
+        if _lock(folder) is not None:  # else another process found it before the lock, and removes it
             atexit.register(_remove, folder, pid)
             return folder
 
@@ -157,7 +157,7 @@ def _remove(folder: Path, pid: int) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the lock on a folder, None when another process does or it is gone."""
+    """A descriptor that holds the lock on a folder; None if another process has it or the folder is gone."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -172,7 +172,7 @@ def _lock(folder: Path) -> int | None:
     return None
 
 
-# Local paths in documents: by name alone, so that nothing of the machine is published with a model.
+# Local paths in documents are reduced to names, so that no path of this machine is published with a model.
 
 _LOCAL = re.compile(r"(?:^|:)(~?/.*)", re.DOTALL)
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
@@ -189,11 +189,11 @@ AnyRecord = TypeVar("AnyRecord", bound=_JsonRecord)
 
 
 def by_name(record: AnyRecord, *, given: Iterable[str | None]) -> AnyRecord:
-    """A pydantic record in which a local path is its last name.
+    """A pydantic record in which each local path is reduced to its last name.
 
-    `given` are paths, and what has them after a colon as in `sts:/data/pairs.csv`. What lies in their
-    folders, the home directory, this one or that of temporary files goes by its path from there. Relative
-    paths and URIs of stores stay.
+    `given` are paths, or have a path after a colon, as in `sts:/data/pairs.csv`. Paths inside their folders,
+    the home directory, the working directory or that of temporary files become relative to it. Relative paths
+    and URIs of stores stay.
     """
     paths = {path for each in given if each for path in _paths(each)}
     folders = {path.rpartition("/")[0] + "/" for path in paths}
@@ -209,7 +209,7 @@ def by_name(record: AnyRecord, *, given: Iterable[str | None]) -> AnyRecord:
 
 
 def _paths(given: str) -> Iterator[str]:
-    """The absolute path in what a flag was given: as it stands there, and where it leads."""
+    """The absolute path in a flag's value: as written, and resolved."""
     given = given.removeprefix("file://")
     match = None if _SCHEME.match(given) else _LOCAL.search(given)
     if match is not None:

@@ -1,6 +1,6 @@
-"""Every error a user can meet, one tree. Each takes one message, so that it pickles through Ray.
+"""Every error a user can meet, in one tree. Each takes one message, so that it pickles through Ray.
 
-What a library raises joins the tree at the boundary to it: `with explained("...")` around the call.
+A library's errors are turned into one of these at the boundary: `with explained("...")` around the call.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from ffsplit.redaction import redacted
 
 LONGEST_REASON = 500
-"""Characters of a library's message that are quoted."""
+"""The most characters of a library's message that are quoted."""
 
 
 class FFSplitError(Exception):
-    """Base of all errors raised on purpose. The message says what, where and how to mend it.
+    """Base of all errors raised on purpose. The message tells what, where and how to fix it.
 
-    A library's words are often part of it, and may quote a credential: those are taken out.
+    It often quotes a library, which may quote a credential: credentials are removed.
     """
 
     def __init__(self, message: object = "") -> None:
@@ -25,15 +25,15 @@ class FFSplitError(Exception):
 
 
 class ConfigError(FFSplitError):
-    """A flag, a recipe or an input file is wrong: the user's to mend."""
+    """A flag, a recipe or an input file is wrong, and the user can fix it."""
 
 
 class RunError(FFSplitError):
-    """What had begun could not be finished: no mistake in the command, and trying again may help."""
+    """A run that had begun could not be finished. The command is right, and a retry may help."""
 
 
 class UnsupportedModelError(ConfigError):
-    """The model is not one whose feed-forward networks can be found and split."""
+    """The model's feed-forward networks cannot be found or split."""
 
 
 class BudgetError(ConfigError):
@@ -41,7 +41,7 @@ class BudgetError(ConfigError):
 
 
 class CalibrationError(FFSplitError):
-    """Statistics could not be collected, or are not fit to judge neurons by."""
+    """Statistics could not be collected, or are not usable."""
 
 
 class StoreError(FFSplitError):
@@ -49,18 +49,18 @@ class StoreError(FFSplitError):
 
 
 class ArtifactError(FFSplitError):
-    """An artifact is not whole: a file is missing, changed or not listed."""
+    """An artifact is invalid: a file is missing, changed or not listed."""
 
 
 class GateError(FFSplitError):
-    """A run finished, but a gate was not met, or noise could decide it: nothing was published."""
+    """A run completed, but a gate failed or is undecided because of noise; nothing was published."""
 
 
 @contextmanager
 def explained(what: str, *, kind: type[FFSplitError] = ConfigError, advice: str = "") -> Iterator[None]:
     """Turn any error of a library into one line: `what` failed, the first line of the error, and `advice`.
 
-    Our own errors pass as they are: they say more. The library's stays the cause, which --debug shows.
+    FFSplit's own errors pass unchanged. The library's error stays the cause, which --debug shows.
     """
     try:
         yield
@@ -74,7 +74,7 @@ def explained(what: str, *, kind: type[FFSplitError] = ConfigError, advice: str 
 
 
 def reason_of(error: BaseException, *, besides: str = "") -> str:
-    """The first line of an error that says something, or its type; not a file that `besides` names."""
+    """The first non-empty line of an error, or its type. Omits a file name that `besides` has already."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         named = str(error.filename or "")
@@ -82,23 +82,23 @@ def reason_of(error: BaseException, *, besides: str = "") -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # "...:" has what is wrong below it
-    if isinstance(error, LookupError | AssertionError):  # "'text'" alone says little
+    line = " ".join(lines[: 2 if lines[0].endswith(":") else 1])  # after "...:" the next line has the problem
+    if isinstance(error, LookupError | AssertionError):  # "'text'" alone tells little
         line = f"{type(error).__name__}: {line}"
     return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."
 
 
 def _is_panic(error: BaseException) -> bool:
-    """Whether a library written in Rust met a bug of its own, which is no Exception in Python."""
+    """Whether a library written in Rust panicked, which is not an Exception in Python."""
     return type(error).__name__ == "PanicException"
 
 
 @contextmanager
 def begun() -> Iterator[None]:
-    """What happens from the first write on: what is raised as a mistake before it is a failure here.
+    """From the first write on, turn ConfigError into RunError.
 
-    Credentials that expire, a bucket that goes, a host that joins and sees nothing: whatever code says
-    ConfigError, nobody's command was wrong, and something has been written.
+    Credentials may expire, a bucket may vanish, a host may join that cannot see the files. Such code raises
+    ConfigError, but the command was right and something has been written.
     """
     try:
         yield

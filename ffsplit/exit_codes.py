@@ -1,4 +1,4 @@
-"""What a command's process ends with, whatever happens in it."""
+"""The exit code of a command, whatever happens in it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ exit codes:
   0    done
   1    a failure while running, or a result that could not be printed
   2    a mistake in the command, a file or a setting; nothing was written
-  3    finished, but refused by a gate: not met, or undecided by noisy timings
+  3    completed, but a gate failed or is undecided (noisy timings); nothing was published
   130  interrupted; nothing was committed
 """
 
 
 @guarded_streams()
 def exit_code_of(run: Callable[[], int]) -> int:
-    """Run a command. An error is one line on stderr, and the exit code that goes with it.
+    """Run a command and return its exit code. An error is printed as one line on stderr.
 
-    Where stderr or stdout cannot be written the command goes on, and ends as it would with them.
+    If stderr or stdout cannot be written, the command continues and ends as usual.
     """
     with streams.guarded():
         try:
@@ -48,14 +48,14 @@ def exit_code_of(run: Callable[[], int]) -> int:
         except KeyboardInterrupt:
             streams.note("ffsplit: interrupted, nothing was committed")
             return INTERRUPTED
-        except Exception as error:  # whatever nobody foresaw
+        except Exception as error:  # a bug, or an error that nobody foresaw
             what = f"{type(error).__name__}: {reason_of(error)}"
-            _report(FFSplitError(f"an unforeseen error, {what} (--debug shows where)"), cause=error)
+            _report(FFSplitError(f"unexpected error, {what} (--debug shows where)"), cause=error)
             return FAILED
 
 
 def show_tracebacks() -> None:
-    """Have this process, and those that it starts, print the traceback of an error before its line."""
+    """Make this process and its children print the traceback of an error before its line."""
     os.environ[DEBUG_VARIABLE] = "1"
 
 
@@ -63,7 +63,7 @@ def _report(error: FFSplitError, *, cause: Exception | None = None) -> None:
     if os.environ.get(DEBUG_VARIABLE):
         shown: BaseException | None = cause or error
         seen: set[int] = set()
-        while shown is not None and id(shown) not in seen:  # what `from None` hides is asked for here
+        while shown is not None and id(shown) not in seen:  # --debug also shows what `from None` hides
             seen.add(id(shown))
             shown.__suppress_context__ = False
             shown = shown.__cause__ or shown.__context__
@@ -72,20 +72,20 @@ def _report(error: FFSplitError, *, cause: Exception | None = None) -> None:
 
 
 def checked_output(code: int, *, is_result: bool) -> int:
-    """The exit code. Raises FFSplitError when all went well, but the result did not reach stdout."""
+    """The exit code. Raises FFSplitError if the command succeeded, but its result did not reach stdout."""
     if (lost := streams.lost_output()) is not None:
         if is_result and code == DONE:
             raise FFSplitError(f"the result could not be written to stdout: {lost}")
-        streams.note(f"ffsplit: what is printed on stdout is incomplete: {lost}")
+        streams.note(f"ffsplit: the output on stdout is incomplete: {lost}")
     return code
 
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does: what it began is cleared away first."""
+    """Let SIGTERM end a command as Ctrl-C does, with its cleanup."""
 
     def interrupt(*_: object) -> NoReturn:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough: clearing away has to come to its end
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second signal must not stop the cleanup
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():

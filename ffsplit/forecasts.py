@@ -1,4 +1,4 @@
-"""What budgets would give, without a run: from a model's headers, or from an earlier run's statistics."""
+"""Forecasts of budgets without a run: from a model's headers, or from an earlier run's statistics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ffsplit.splitting.scores import energy_counts, energy_outside, num_energeti
 from ffsplit.splitting.solver import Solver, fit_layers, stored_layouts
 from ffsplit.store.locate import open_statistics
 
-# What there is to compress in a model, from its config and safetensors headers alone.
+# A model's FFNs, from its config and safetensors headers alone.
 
 BUDGETS = (0.75, 0.5, 0.3535, 0.25, 0.125)
 
@@ -39,7 +39,7 @@ class BudgetPreview(Record):
 
 
 class FFNGroup(Record):
-    """FFNs that are alike: of one tower, one shape and one activation."""
+    """FFNs of the same tower, shape and activation."""
 
     what: str
     num_ffns: int
@@ -65,7 +65,7 @@ class Inspection(Record):
 
 
 def inspect(model: str, *, recipe: str = "fast") -> Inspection:
-    """Look at a model without loading a weight. Raises ConfigError when it is not one to compress."""
+    """Inspect a model without loading weights. Raises ConfigError if it cannot be compressed."""
     checkpoint = open_checkpoint(locate_model(model).directory)
     chosen = load_recipe(recipe).searching(may_search(checkpoint))
     may_be_plain = chosen.after_healing is None and chosen.allocation == "uniform"
@@ -102,7 +102,7 @@ def inspect(model: str, *, recipe: str = "fast") -> Inspection:
 
 
 def _alike(checkpoint: Checkpoint) -> dict[tuple[str, FFNShape, str], list[int]]:
-    """The indices of FFNs that are alike, by what they are."""
+    """The indices of FFNs, grouped by kind, shape and activation."""
     found: dict[tuple[str, FFNShape, str], list[int]] = {}
     for ffn in checkpoint.ffns:
         expert = "expert" if ffn.expert is not None else ""
@@ -130,7 +130,7 @@ DEFAULT_KEEPS = (0.75, 0.5, 0.3535, 0.25, 0.2, 0.125)
 
 
 class LayerForecast(Record):
-    """What one budget makes of one layer."""
+    """The forecast for one layer under one budget."""
 
     layer: int
     layout: LayerLayout
@@ -138,23 +138,23 @@ class LayerForecast(Record):
     size_bytes: int
     heavy_neurons: tuple[int, ...]
     energy_outside: float = Field(
-        description="the predicted error: share of the layer's output energy, as the sum of its neurons' "
-        "own, that is not the heavy hitters'. Where the rest is dropped, it is dropped; where the rest "
-        "is compressed, it is what the compressed part carries. What a refit makes up for is not in it"
+        description="the predicted error: fraction of the layer's output energy (the sum over its neurons) "
+        "outside the heavy hitters. This energy is dropped with the other neurons, or carried by their "
+        "compressed form. What a refit recovers is not counted"
     )
 
 
 class BudgetForecast(Record):
-    """What one budget makes of the model, with uniform layers."""
+    """The forecast for the model under one budget, with uniform layers."""
 
     budget: Budget
-    keep: float = Field(description="FFN elements stored over the original's")
+    keep: float = Field(description="FFN elements stored, as a fraction of the original's")
     plain: bool
     num_parameters: int
     num_parameters_without_embeddings: int
     ffn_elements: int
     ffn_bytes: int
-    latency_ms: float | None = Field(description="by the table, where one is given")
+    latency_ms: float | None = Field(description="from the latency table, if one is given")
     energy_outside: float = Field(description="mean over the layers")
     layers: tuple[LayerForecast, ...]
 
@@ -165,17 +165,19 @@ class Concentration(Record):
     layer: int
     name: str = Field(description="which FFN it is, as in `layer 3 expert 12`")
     num_neurons: int
-    neurons_for_energy: dict[str, int] = Field(description="percent of energy -> how few neurons hold it")
+    neurons_for_energy: dict[str, int] = Field(description="percent of energy -> fewest neurons that hold it")
 
 
 class Plans(Record):
-    """What an earlier run's model would become under many budgets."""
+    """Forecasts for an earlier run's model under several budgets."""
 
     model: str
     statistics: str
     statistics_sha256: str
     recipe: str
-    allocation: str = Field(description="forecasts are uniform; a recipe that searches decides while it runs")
+    allocation: str = Field(
+        description="forecasts are uniform; a recipe that searches chooses widths during a run"
+    )
     num_parameters: int
     num_parameters_without_embeddings: int
     ffn_elements: int
@@ -185,7 +187,7 @@ class Plans(Record):
 
 
 def checked_budget(kind: BudgetKind, limit: float, *, latency_table: str | None = None) -> Budget:
-    """A budget under the rules of a job's. Raises ConfigError in one line."""
+    """A budget, checked like a job's. Raises ConfigError in one line."""
     table = latency_table if kind == "max_latency_ms" else None
     fields = {kind: limit, "latency_table": table}
     budget = JobConfig.checked(model="-", out="-", **fields).budget
@@ -200,7 +202,7 @@ def plan(
     recipe: str | None = None,
     latency_table: str | None = None,
 ) -> Plans:
-    """Forecast every budget; without any, some usual fractions that the recipe can meet.
+    """Forecast every budget; by default some usual fractions that the recipe can meet.
 
     Raises ConfigError when the URI holds no statistics, and BudgetError when one of the budgets cannot be
     met.

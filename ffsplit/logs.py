@@ -1,9 +1,8 @@
-"""Structured logs: one JSON object a line on stderr, where FFSPLIT_LOG=json asks for them.
+"""Structured logs: one JSON object per line on stderr, with FFSPLIT_LOG=json.
 
-Every line has `time` (UTC), `level`, `event`, `host` and `pid`, and the fields that hold where it is
-written: `run` (the key), `stage` and `item`, as in `shard-00003`. Workers write theirs to their own
-stderr, which Ray keeps among the session's logs. Values are names, numbers and counts: no configuration,
-no environment.
+Every line has `time` (UTC), `level`, `event`, `host` and `pid`, and the fields of its context: `run` (the
+key), `stage` and `item`, as in `shard-00003`. Workers write to their own stderr, which Ray keeps in the
+session's logs. Values are names, numbers and counts, never configuration or environment.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class _JsonLines(logging.Formatter):
 
 
 class _Stderr(logging.Handler):
-    """Writes to whatever stderr is at the moment."""
+    """Writes to the current stderr."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,21 +48,21 @@ class _Stderr(logging.Handler):
 
 
 def asked_for() -> LogFormat:
-    """The format that FFSPLIT_LOG asks for. Raises ConfigError for one that there is not."""
+    """The format that FFSPLIT_LOG asks for. Raises ConfigError for an unknown one."""
     wanted = os.environ.get(VARIABLE) or "text"
     if wanted not in ("text", "json"):
-        raise ConfigError(f"{VARIABLE} must be text or json: correct it, or unset it")
+        raise ConfigError(f"{VARIABLE} must be text or json: fix it, or unset it")
     return "json" if wanted == "json" else "text"
 
 
 def ask_for(log_format: LogFormat) -> None:
-    """Have this process, and those that it starts, write lines of a format."""
+    """Make this process and its children write logs in a format."""
     os.environ[VARIABLE] = log_format
     set_up(log_format)
 
 
 def set_up(log_format: LogFormat) -> None:
-    """Write this process's lines, if they are to be JSON. A second call changes nothing."""
+    """Start writing log lines if the format is JSON. A second call changes nothing."""
     if log_format == "json" and not any(isinstance(each, _Stderr) for each in _logger.handlers):
         _logger.addHandler(_Stderr())
         _logger.setLevel(logging.INFO)
@@ -71,18 +70,18 @@ def set_up(log_format: LogFormat) -> None:
 
 
 def log(event: str, *, level: int = logging.INFO, **fields: Field) -> None:
-    """One line, with the fields of the place it is written at."""
+    """Write one line, with the current fields."""
     _logger.log(level, event, extra={"fields": current() | fields})
 
 
 def current() -> dict[str, Field]:
-    """The fields that every line here has."""
+    """The fields that every line in this context has."""
     return dict(_fields.get() or {})
 
 
 @contextmanager
 def fields(**more: Field) -> Iterator[None]:
-    """Give every line written meanwhile these fields too."""
+    """Add these fields to every line written in this context."""
     token = _fields.set(current() | more)
     try:
         yield

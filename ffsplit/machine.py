@@ -1,4 +1,4 @@
-"""What this process may use of its machine: cores, memory, disk; its speed, and what is recorded of it."""
+"""This machine: the cores, memory and disk that this process may use, its speed, and its description."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MATRIX_SIZE = 768
 
 
 def usable_cores() -> int:
-    """The cores that this process may use at once: by its affinity, and its control groups' CPU quotas.
+    """The cores that this process may use, by its affinity and the CPU quotas of its control groups.
 
-    Whole ones, at least one: threads beyond a quota would be stopped for part of every period.
+    Rounded down, at least 1: threads beyond a quota would be throttled in every period.
     """
     try:
         allowed = len(os.sched_getaffinity(0))
@@ -32,10 +32,10 @@ def usable_cores() -> int:
 
 
 def num_workers_here(requested: int | None, *, threads: int, on_gpu: bool) -> int:
-    """How many workers of so many threads to run at once on this machine: one per usable core at most.
+    """How many workers with `threads` threads to run at once here: at most one thread per usable core.
 
-    More would take turns on the cores, each after it has loaded the model. Workers on GPUs wait for
-    those, and are as many as are asked for.
+    More workers would only share the cores, and each would load the model. Workers on GPUs mostly wait for
+    the GPU, so as many run as are requested.
     """
     cores = max(1, usable_cores() // threads)
     if requested is None:
@@ -44,7 +44,7 @@ def num_workers_here(requested: int | None, *, threads: int, on_gpu: bool) -> in
 
 
 def memory_limit_bytes() -> int:
-    """The memory of this machine, or of the container that this process is in, where that is less."""
+    """The memory of this machine, or of this process's container if that is less."""
     import psutil
 
     return min([int(psutil.virtual_memory().total), *_memory_limits()])
@@ -59,7 +59,7 @@ def _memory_limits() -> Iterator[int]:
 
 
 def _cpu_quotas() -> Iterator[float]:
-    """Cores by the quotas: `cpu.max` of cgroup v2, `cpu.cfs_quota_us` and `cpu.cfs_period_us` of v1."""
+    """Quotas in cores: `cpu.max` of cgroup v2, `cpu.cfs_quota_us` and `cpu.cfs_period_us` of v1."""
     for folder in _control_groups("cpu"):
         for text in (
             _read(folder / "cpu.max"),
@@ -71,9 +71,9 @@ def _cpu_quotas() -> Iterator[float]:
 
 
 def _control_groups(controller: str) -> Iterator[Path]:
-    """This process's control group of one kind and those around it, any of which may set a limit.
+    """This process's control group and its parents, any of which may set a limit.
 
-    In a container the path may be the host's, and only the mounted root is there.
+    In a container the path may be the host's, and only the mounted root exists.
     """
     for line in _read(OWN_CGROUPS).splitlines():
         _, controllers, path = line.split(":", 2)
@@ -95,7 +95,7 @@ def _read(path: Path) -> str:
 
 
 def free_bytes(path: Path) -> int:
-    """Free disk where a path is, or would be."""
+    """Free bytes on the disk that a path is on, or would be."""
     return shutil.disk_usage(_existing(path)).free
 
 
@@ -105,13 +105,13 @@ def device_of(path: Path) -> int:
 
 
 def _existing(path: Path) -> Path:
-    """A path, or the nearest folder above it where it is not there yet, or no name that a disk takes."""
-    places = (path.absolute(), *path.absolute().parents)
-    return next(place for place in places if os.path.exists(place))
+    """A path, or its nearest existing parent."""
+    candidates = (path.absolute(), *path.absolute().parents)
+    return next(each for each in candidates if os.path.exists(each))
 
 
 def bytes_below(path: Path) -> int:
-    """The size of all files below a directory; 0 where there is none."""
+    """The size of all files below a directory; 0 if it does not exist."""
     found = 0
     for folder, _, names in os.walk(path):
         for name in names:
@@ -123,18 +123,18 @@ def bytes_below(path: Path) -> int:
 
 
 def check_device(device: str, dtype: str) -> None:
-    """Raise ConfigError where this machine lacks a device, or the device a dtype: --device and --dtype."""
+    """Raise ConfigError if this machine lacks the --device, or the device the --dtype."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU on this machine")
     if not computes_in(device, dtype):
         name = torch.cuda.get_device_name() if device == "cuda" else "this machine's CPU"
-        raise ConfigError(f"--dtype {dtype}: {name} does not compute in it: take --dtype float32")
+        raise ConfigError(f"--dtype {dtype}: {name} does not compute in it: use --dtype float32")
 
 
 def computes_in(device: str, dtype: str) -> bool:
-    """Whether a device multiplies matrices of a dtype, and not only by way of another dtype; by trying it."""
+    """Whether a device multiplies matrices of a dtype natively, found by trying it."""
     import torch
 
     if (device, dtype) == ("cuda", "bfloat16") and not torch.cuda.is_bf16_supported(
@@ -149,7 +149,7 @@ def computes_in(device: str, dtype: str) -> bool:
 
 
 def multiplies_bfloat16(device: str) -> bool:
-    """Whether a device has instructions for products in bfloat16, which take less time than in float32."""
+    """Whether a device has instructions for bfloat16 products, which are faster than float32."""
     import torch
 
     if device == "cuda":
@@ -160,7 +160,7 @@ def multiplies_bfloat16(device: str) -> bool:
 
 @cache
 def operations_per_second(device: str, dtype: str) -> float:
-    """Floating-point operations of a matrix product, a second, with this process's threads; by trying it."""
+    """Floating-point operations per second of a matrix product with this process's threads, measured."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
@@ -174,7 +174,7 @@ def operations_per_second(device: str, dtype: str) -> float:
     return float(2 * MATRIX_SIZE**3 / min(taken))
 
 
-# Which versions and which hardware a run took place on.
+# The versions and hardware of a run.
 
 CPU_INFO = Path("/proc/cpuinfo")
 PACKAGES = ("ffsplit", "torch", "transformers", "ray", "numpy", "pyarrow", "safetensors", "tokenizers")
@@ -190,7 +190,7 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_environment() -> Environment:
-    """Versions, and the processor, the cores, memory in bytes and GPU that this process may use."""
+    """Versions, and the processor, cores, memory in bytes and GPU that this process may use."""
     import torch
 
     hardware: dict[str, str | int] = {
@@ -205,7 +205,7 @@ def describe_environment() -> Environment:
 
 
 def hardware_fingerprint(device: str) -> dict[str, str | int]:
-    """What a latency depends on and a table of them is refused by: `device` is "cpu" or "cuda"."""
+    """What latencies depend on: a table with another fingerprint is refused. `device` is "cpu" or "cuda"."""
     named = device
     if device == "cuda":
         import torch

@@ -1,4 +1,4 @@
-"""The compute profile: what hardware a worker uses and how, as far as it can change a result's bytes."""
+"""The compute profile: those settings of a worker's hardware that can change a result's bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ComputeProfile(Record):
 
     @classmethod
     def resolve(cls, config: JobConfig) -> ComputeProfile:
-        """CUDA where GPUs are asked for, in bfloat16; otherwise the CPU, in float32."""
+        """CUDA in bfloat16 if GPUs are asked for; otherwise the CPU in float32."""
         if config.device == "cpu" and config.gpus_per_worker > 0:
             raise ConfigError("--device cpu and --gpus-per-worker contradict each other")
         device: Literal["cpu", "cuda"] = "cpu"
@@ -40,10 +40,10 @@ class ComputeProfile(Record):
 
     @classmethod
     def fits_in_bfloat16(cls, config: JobConfig) -> bool:
-        """Whether layers are fitted with products in bfloat16, as the driver decides for all workers.
+        """Whether layers are fitted with bfloat16 products. The driver decides this for all workers.
 
-        Where this process's device has instructions for it, unless --dtype float32 is given. GPUs may be
-        those of other hosts: without one here they count as able.
+        True if this process's device has instructions for it, unless --dtype float32 is given. GPUs may be
+        on other hosts only: without one here they count as able.
         """
         import torch
 
@@ -56,12 +56,12 @@ class ComputeProfile(Record):
 
     @property
     def key_inputs(self) -> dict[str, Any]:
-        """What goes into a run key; a model's code is in its digest, and so is its own attention."""
+        """What goes into a run key. The model's digest covers its code and its config's attention."""
         return self.model_dump(mode="json", exclude={"trust_remote_code"}, exclude_none=True)
 
     @contextmanager
     def pinned(self, *, threads: int | None = None) -> Iterator[None]:
-        """This process computes with the profile's CPU threads, or other ones, for a while."""
+        """Compute with the profile's CPU threads, or `threads`, in this context."""
         import torch
 
         before = torch.get_num_threads()
@@ -73,15 +73,15 @@ class ComputeProfile(Record):
 
     @contextmanager
     def loading(self) -> Iterator[None]:
-        """This process loads models as the profile says, for a while."""
+        """Load models as the profile says in this context."""
         with trusting(self.trust_remote_code), attending(self.attn_implementation):
             yield
 
     @contextmanager
     def applied(self, *, threads: int | None = None) -> Iterator[None]:
-        """Hold this process to the profile for a while, with other `threads` where they are given.
+        """Apply the profile to this process in this context, with other `threads` if they are given.
 
-        Raises ConfigError when the process has no such device, or the device lacks the dtype.
+        Raises ConfigError if the process has no such device, or the device lacks the dtype.
         """
         import torch
 

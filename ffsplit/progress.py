@@ -21,7 +21,7 @@ LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Tells whoever runs the job what it is doing. Use as a context manager."""
+    """Shows the user what a job is doing. Use as a context manager."""
 
     def __init__(self, stream: TextIO | Stream | None) -> None:
         self._stream = Stream(stream)
@@ -88,11 +88,13 @@ class Progress:
             stage, done, total = self._stage, self._done, self._total
             logs.log("progress", stage=stage, done=done, total=total, seconds_left=round(left, 1))
             return
-        self.note(f"{self._stage}: {self._done}/{self._total}, {elapsed:.0f} s gone, about {left:.0f} s left")
+        self.note(
+            f"{self._stage}: {self._done}/{self._total}, {elapsed:.0f} s elapsed, about {left:.0f} s left"
+        )
 
 
 class StageLog:
-    """Shows the stages of a run as they go, and remembers them for the manifest."""
+    """Shows the stages of a run, and records them for the manifest."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -116,7 +118,7 @@ class StageLog:
 
     @contextmanager
     def stage(self, name: str, key: str, *, num_items: int) -> Iterator[None]:
-        """A stage that is one piece of work."""
+        """A stage that is one task."""
         started = time.monotonic()
         self._progress.start(name, num_items)
         yield
@@ -131,12 +133,12 @@ class StageLog:
         logs.log("stage done", stage=name, num_items=num_items, num_reused=num_reused, seconds=wall_s)
 
 
-# Progress of a transfer: a bar on a terminal, a plain line now and then in a log. Always on stderr.
+# Progress of a transfer: a bar on a terminal, an occasional plain line in a log. Always on stderr.
 
 
 @contextmanager
 def bytes_to_stderr(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with bytes done and bytes in all."""
+    """A function to call with the bytes done and the total."""
     if not sys.stderr.isatty():
         yield _lines(name)
         return

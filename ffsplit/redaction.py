@@ -1,15 +1,15 @@
-"""The one place that keeps credentials out of whatever is shown or stored.
+"""The one place that keeps credentials out of everything that is shown or stored.
 
-Two things are taken out of a text: the values of this process's credentials, in every form that a library
-may quote them in, and what looks like a credential wherever it came from (passwords and signatures in
-links, `Authorization` headers, header values that an HTTP library quotes because it refuses them).
+Two things are removed from a text: the values of this process's credentials, in every form that a library
+may quote them in, and everything that looks like a credential (passwords and signatures in links,
+`Authorization` headers, header values that an HTTP library quotes when it refuses them).
 
-A credential is an environment variable with a name like one, what a file holds that such a variable (or a
-library's default) names, and the password in any variable that is a link. Values that are too short or
-too ordinary to be one stay: else `1` or `true` would blank out half of every text.
+This process's credentials are: environment variables with a telling name, the contents of files that such a
+variable (or a library's default) names, and passwords in variables that are links. Values that are too short
+or too ordinary are not removed: otherwise `1` or `true` would blank out half of every text.
 
-It is applied where text leaves: to errors as they are made, to standard output and standard error, and to
-the documents that are written.
+It is applied where text leaves the process: to errors as they are made, to standard output and standard
+error, and to written documents.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from urllib.parse import quote, quote_plus, unquote
 
 STARS = "***"
 SHORTEST, SHORTEST_PIECE, LONG = 6, 8, 24
-"""Characters of a value, of a part of one that has blanks in it, and of the beginning that gives it away."""
+"""Fewest characters of a value, of a part of a value with blanks, and of a beginning that gives it away."""
 MAX_FILE_BYTES = 1 << 16
 
 _NAMED_LIKE_ONE = re.compile(
@@ -84,7 +84,7 @@ _SHAPES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 
 
 def redacted(text: str) -> str:
-    """A text without credentials."""
+    """Replace credentials in a text by stars."""
     known = _Known.of(_credentials())
     for form in known.whole:
         text = text.replace(form, STARS)
@@ -106,17 +106,17 @@ AnyRecord = TypeVar("AnyRecord", bound=_JsonRecord)
 
 
 def without_credentials(record: AnyRecord) -> AnyRecord:
-    """A pydantic record with every text in it redacted."""
+    """A pydantic record with all its text redacted."""
     text = record.model_dump_json()
     clean = redacted(text)
     return record if clean == text else cast(AnyRecord, type(record).model_validate_json(clean))
 
 
-# What is known of this process's credentials
+# This process's credentials
 
 
 class _Known:
-    """Every form of some values, ready to be looked for."""
+    """Search patterns for every form of some values."""
 
     def __init__(self, values: frozenset[str]) -> None:
         forms = {form for value in values for form in _forms(value)}
@@ -124,7 +124,7 @@ class _Known:
         short = "|".join(sorted(re.escape(form) for form in forms if len(form) < 2 * SHORTEST))
         begun = "|".join(sorted({re.escape(form[:LONG]) for form in self.whole if len(form) > LONG}))
         self.patterns = []
-        if begun:  # a value that was cut short
+        if begun:  # a truncated value
             self.patterns.append(re.compile(rf"(?:{begun})[^\s\"'<>&,;\\]*"))
         if short:  # not inside a word
             self.patterns.append(re.compile(rf"(?<![\w-])(?:{short})(?![\w-])"))
@@ -136,7 +136,7 @@ class _Known:
 
 
 def _forms(value: str) -> Iterator[str]:
-    """A value as it is, and as libraries quote it; and each long part of one that is not all in one piece."""
+    """A value as it is and as libraries quote it, and each long part of a value with blanks."""
     pieces = [piece for piece in re.split(r"[^\x21-\x7e]+", value) if len(piece) >= SHORTEST_PIECE]
     for part in {value.strip(), unquote(value).strip(), *pieces}:
         encoded = part.encode("utf-8", "surrogatepass")
@@ -160,7 +160,7 @@ def _forms(value: str) -> Iterator[str]:
 
 
 def _credentials() -> frozenset[str]:
-    """The values of all credentials that the environment holds or names."""
+    """The values of all credentials in environment variables, and in the files they name."""
     found = [value for name, value in os.environ.items() for value in _in_variable(name, value)]
     for name, path in _DEFAULT_FILES.items():
         found += _in_file(os.environ.get(name) or path)
@@ -183,7 +183,7 @@ def _in_variable(name: str, value: str) -> Iterator[str]:
 
 
 def _is_telling(value: str) -> bool:
-    """Whether a value may be a credential at all."""
+    """Whether a value is long and unusual enough to be a credential."""
     value = value.strip()
     return len(value) >= LONG or (
         len(value) >= SHORTEST and value.lower() not in _ORDINARY and len(set(value)) > 2
@@ -201,7 +201,7 @@ def _in_file(path: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=32)
 def _read(path: str, written_ns: int, size_bytes: int) -> tuple[str, ...]:
-    """The credentials in a file: of an ini, JSON or netrc file; else all of it, where it is one line."""
+    """The credentials in an ini, JSON or netrc file; of another file, its whole text if it is one word."""
     text = ""
     if size_bytes <= MAX_FILE_BYTES and os.path.isfile(path):
         with suppress(OSError):
@@ -216,9 +216,9 @@ _asked_for: ContextVar[bool] = ContextVar("ffsplit_credential_asked_for", defaul
 
 
 class _Redacting:
-    """A text stream in front of another. What the other's encoding does not have goes as \\uXXXX."""
+    """A redacting text stream in front of another. Characters outside its encoding become \\uXXXX."""
 
-    redacts = True  # told by whatever is in front of it, too
+    redacts = True  # also visible through a stream in front of this one
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -240,7 +240,7 @@ class _Redacting:
 
 
 def _escaped(text: str, *, encoding: str) -> str:
-    """Escapes that JSON has too: what is printed for programs stays JSON."""
+    """Uses JSON's escapes, so that printed JSON stays valid."""
 
     def escape(character: str) -> str:
         try:
@@ -253,7 +253,7 @@ def _escaped(text: str, *, encoding: str) -> str:
 
 
 def guard_streams() -> None:
-    """Let nothing that this process prints from now on hold a credential."""
+    """From now on, redact everything that this process prints."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not getattr(stream, "redacts", False):
@@ -262,7 +262,7 @@ def guard_streams() -> None:
 
 @contextmanager
 def guarded_streams() -> Iterator[None]:
-    """The same for a while."""
+    """Redact everything that is printed in this context."""
     before = sys.stdout, sys.stderr
     guard_streams()
     try:
@@ -272,7 +272,7 @@ def guarded_streams() -> Iterator[None]:
 
 
 def print_credential(text: str) -> None:
-    """Print what was asked for although it is one, as a link that opens what it names."""
+    """Print a credential that the user asked for, such as a share link."""
     token = _asked_for.set(True)
     try:
         print(text)
@@ -285,7 +285,7 @@ Answer = TypeVar("Answer")
 
 
 def guarded(function: Callable[[Item], Answer], item: Item) -> Answer:
-    """Call a function in a process that others read the output and the errors of, such as a worker."""
+    """Call a function with redacted output and errors, in a process that others read, such as a worker."""
     guard_streams()
     try:
         return function(item)
@@ -295,7 +295,7 @@ def guarded(function: Callable[[Item], Answer], item: Item) -> Answer:
 
 
 def clean(error: BaseException | None) -> None:
-    """Take credentials out of an error and of those that led to it, in place."""
+    """Remove credentials from an error and its causes, in place."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:

@@ -1,7 +1,7 @@
-"""Standard streams that may be closed, full or unread. Nothing that is written to them ends a run.
+"""Standard streams that may be closed, full or unread. A failed write to them never ends a run.
 
-stderr takes notes: progress, logs and errors. stdout takes what a command prints; whether all of it
-arrived is asked once, at the end, by `lost_output`.
+stderr takes notes: progress, logs and errors. stdout takes what a command prints. `lost_output` tells at the
+end whether all of it arrived.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STANDARD = (0, 1, 2)
 
 
 class Stream:
-    """A text stream that never raises: what it cannot write it drops, and `lost` keeps the first reason."""
+    """A text stream that never raises. It drops what it cannot write, and `lost` keeps the first error."""
 
     def __init__(self, stream: TextIO | Stream | None) -> None:
         self.lost: Exception | None = None
@@ -48,7 +48,7 @@ class Stream:
             return False
 
     def end(self) -> None:
-        """Flush, and drop what cannot be flushed: the interpreter would fail by it when it exits."""
+        """Flush, and drop what cannot be flushed, on which the interpreter would fail at exit."""
         self.flush()
         try:
             self._stream.flush()
@@ -60,7 +60,9 @@ class Stream:
 
     def _lose(self, error: Exception) -> None:
         self.lost = self.lost or error
-        if getattr(error, "errno", None) == errno.EPIPE:  # nobody will read again; child processes write too
+        if (
+            getattr(error, "errno", None) == errno.EPIPE
+        ):  # nobody will read it again; child processes write to it too
             self._discard()
 
     def _discard(self) -> None:
@@ -73,7 +75,7 @@ class Stream:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Make stdout and stderr streams that never raise, for as long as a command runs."""
+    """Make stdout and stderr streams that never raise, in this context."""
     _open_closed_descriptors()
     before = sys.stdout, sys.stderr
     out, notes = Stream(sys.stdout), Stream(sys.stderr)
@@ -87,20 +89,20 @@ def guarded() -> Iterator[None]:
 
 
 def stderr() -> Stream:
-    """Where notes go, whatever sys.stderr is at the moment."""
+    """The stream for notes, from the current sys.stderr."""
     stream: Any = sys.stderr
     return stream if isinstance(stream, Stream) else Stream(stream)
 
 
 def note(line: str) -> None:
-    """One line on stderr, as far as there is one."""
+    """Write one line on stderr, if it can be written."""
     stream = stderr()
     stream.write(f"{line}\n")
     stream.flush()
 
 
 def lost_output() -> str | None:
-    """Why something that was printed on stdout did not arrive there, None when all of it did."""
+    """Why some output on stdout was lost; None if all of it arrived."""
     stream: Any = sys.stdout
     if not isinstance(stream, Stream):
         return None
@@ -109,7 +111,7 @@ def lost_output() -> str | None:
 
 
 def _open_closed_descriptors() -> None:
-    """Let no file that is opened later become a standard stream, which libraries and children write to."""
+    """Reserve closed standard descriptors, so that no file opened later gets one: children write to them."""
     for descriptor in STANDARD:
         try:
             os.fstat(descriptor)

@@ -1,4 +1,4 @@
-"""`ffsplit benchmark` as the entry point of a Ray job; it takes the same flags and times on the job's node.
+"""`ffsplit benchmark` as the entry point of a Ray job. It takes the same flags, and times on the job's node.
 
 ray job submit --working-dir . -- python jobs/benchmark.py URI_OR_MODEL
 """

@@ -41,7 +41,7 @@ def test_what_nobody_foresaw_is_one_line(error: Exception, capsys: Any) -> None:
     assert exit_code_of(raising(error)) == FAILED
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1
-    assert captured.err.startswith(f"ffsplit: an unforeseen error, {type(error).__name__}: ")
+    assert captured.err.startswith(f"ffsplit: unexpected error, {type(error).__name__}: ")
     assert "--debug" in captured.err
 
 

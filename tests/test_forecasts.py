@@ -82,7 +82,7 @@ def test_the_command_prints_tables_or_json(
     capsys.readouterr()
     assert main(command) == 0
     printed = capsys.readouterr().out
-    for words in ("--keep 0.5", "--max-parameters 30000", "layer 2", "predicted error: share of"):
+    for words in ("--keep 0.5", "--max-parameters 30000", "layer 2", "predicted error: fraction of"):
         assert words in printed
     assert main([*command, "--json"]) == 0
     plans = Plans.model_validate_json(capsys.readouterr().out)

@@ -51,10 +51,10 @@ def test_a_log_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last item has one in any case, the others where it took long since the one before."""
     assert shown_on(io.StringIO()).splitlines() == [
         "a note with [brackets]",
-        "calibrate: 3/3, 0 s gone, about 0 s left",
+        "calibrate: 3/3, 0 s elapsed, about 0 s left",
     ]
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
-    assert "calibrate: 1/3, 0 s gone, about 0 s left" in shown_on(io.StringIO())
+    assert "calibrate: 1/3, 0 s elapsed, about 0 s left" in shown_on(io.StringIO())
 
 
 def test_programs_have_json_even_on_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

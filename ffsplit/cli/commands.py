@@ -1,4 +1,4 @@
-"""What each command does. Heavy imports stand inside, so that a command loads what it needs and no more."""
+"""What each command does. Heavy imports are inside functions, so that a command loads only what it needs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def job_config(parsed: argparse.Namespace) -> JobConfig:
 
 
 def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> int:
-    """Show what a run would need. Raises ConfigError for what cannot be done, after it is shown."""
+    """Print what a run would need, then raise ConfigError if it cannot be done."""
     from ffsplit.run.checks import check_rows
     from ffsplit.run.job import prepare
 
@@ -155,7 +155,7 @@ def verify(parsed: argparse.Namespace) -> int:
     report = verify(parsed.uri)
     for problem in report.problems:
         print(problem)
-    verdict = "verified" if report.ok else f"NOT whole, {len(report.problems)} problems"
+    verdict = "verified" if report.ok else f"INVALID, {len(report.problems)} problems"
     print(f"{report.location}: {report.num_files} files, {report.total_bytes:,} bytes, {verdict}")
     return DONE if report.ok else FAILED
 
@@ -284,7 +284,7 @@ def zoo(parsed: argparse.Namespace) -> int:
     try:
         batch = run_zoo(zoo, address=parsed.address, runner=parsed.runner or "ray", workers=parsed.workers)
     except KeyboardInterrupt:
-        streams.note("ffsplit: interrupted; what was published stands, the next batch skips it")
+        streams.note("ffsplit: interrupted; published models stay, and the next batch skips them")
         return INTERRUPTED
     if parsed.json:
         print(batch.model_dump_json(indent=2))

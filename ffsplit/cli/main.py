@@ -16,19 +16,19 @@ from ffsplit.models.load_options import attending, trusting
 from ffsplit.store.entries import check_absolute
 
 PRINTING = ("benchmark", "inspect", "list", "plan", "share", "verify")
-"""Commands whose result is what they print, and nothing else."""
+"""Commands whose only result is what they print."""
 SUBMITTED = ("compress", "calibrate", "zoo", "benchmark", "pull")
-"""Commands that can run as a job of a cluster."""
+"""Commands that can run as a job on a cluster."""
 LOADING = ("attn_implementation", "trust_remote_code")
-"""Fields of JobConfig that say how models are loaded, for every command that loads one."""
+"""Fields of JobConfig for loading models. Every command that loads one has them."""
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
 Command = Callable[[str, str], argparse.ArgumentParser]
-"""Adds a command by its name and what it is about."""
+"""Adds a command, from its name and description."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports a usage error in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -37,7 +37,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int:
     """Run one command and return its exit code.
 
-    `in_job` refuses a relative output, which would go with the job's working directory.
+    `in_job` refuses a relative output, which would be lost with the job's working directory.
     """
 
     def run() -> int:
@@ -64,10 +64,10 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
 
 
 def _prints_its_result(parsed: argparse.Namespace) -> bool:
-    """Whether a command is for what it prints; else it leaves something, and prints about it."""
+    """Whether a command's result is what it prints, rather than files that it writes."""
     asked = vars(parsed)
     if parsed.title == "pull":
-        return parsed.directory is None  # prints where in the cache it is
+        return parsed.directory is None  # prints the directory in the cache
     if parsed.title == "gc":
         return not parsed.delete
     return parsed.title in PRINTING or bool(asked.get("json") or asked.get("dry_run"))
@@ -105,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_debug_flag(parser: argparse.ArgumentParser) -> None:
-    """Before the command's name or after it."""
+    """The flag works before the command's name and after it."""
     parser.add_argument(
         "--debug",
         action="store_true",
@@ -115,7 +115,7 @@ def _add_debug_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_fields(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Options for fields of JobConfig, as their types, limits and Flags say."""
+    """Options for fields of JobConfig, from their types and Flags."""
     for name in names:
         field = JobConfig.model_fields[name]
         flag = next(each for each in field.metadata if isinstance(each, Flag))
@@ -153,18 +153,18 @@ def _add_job_commands(command: Command) -> None:
         add("model", help=JobConfig.model_fields["model"].description)
         shown = [name for name, flag in flags.items() if parser is compress or not flag.compress_only]
         _add_fields(parser, *shown)
-        add("--dry-run", action="store_true", help="show what the run would need, and stop")
+        add("--dry-run", action="store_true", help="print what the run would need, and stop")
         add("--sign-key", metavar="KEY", help="sign the manifest with this EC private key (PEM)")
-        add("--json", action="store_true", help="print the manifest alone on stdout")
+        add("--json", action="store_true", help="print only the manifest on stdout")
         add("--log-format", choices=("text", "json"), help="of stderr; default: FFSPLIT_LOG, or text")
 
 
 def _add_planning_commands(command: Command) -> None:
-    inspect = command("inspect", "show a model's FFNs and what budgets would give")
+    inspect = command("inspect", "show a model's FFNs and what each budget would give")
     inspect.add_argument("model")
     inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
     _add_fields(inspect, *LOADING)
-    plan = command("plan", "what budgets would give, from an earlier run's statistics alone")
+    plan = command("plan", "forecast budgets from an earlier run's statistics, without a run")
     add = plan.add_argument
     add("uri", help="an artifact, or a run of ffsplit calibrate")
     add("--keep", type=float, nargs="+", default=[], metavar="F")
@@ -190,7 +190,7 @@ def _add_result_commands(command: Command) -> None:
     report = command("report", "write the HTML report of an artifact")
     report.add_argument("uri")
     report.add_argument("--out", required=True, metavar="FILE")
-    benchmark = command("benchmark", "time an artifact and its original, in turn")
+    benchmark = command("benchmark", "time an artifact and its original alternately")
     add = benchmark.add_argument
     add("uri", metavar="URI_OR_MODEL")
     add(
@@ -209,38 +209,40 @@ def _add_result_commands(command: Command) -> None:
     )
     add("--pairs", type=int, default=30, metavar="N", help="passes of each model per shape; default: 30")
     add("--new-tokens", type=int, default=32, metavar="N", help="tokens a causal model decodes; default: 32")
-    add("--threads", type=int, metavar="N", help="default: as torch chooses, one per usable core at most")
+    add("--threads", type=int, metavar="N", help="default: torch's choice, at most one per usable core")
     add("--no-memory", action="store_true", help="skip measuring peak memory (it loads each model again)")
-    add("--no-publish", action="store_true", help="append nothing beside a published artifact")
-    add("--json", action="store_true", help="print the record alone on stdout")
+    add("--no-publish", action="store_true", help="do not append the record to a published artifact")
+    add("--json", action="store_true", help="print only the record on stdout")
     _add_fields(benchmark, "device", "dtype", *LOADING)
     export = command("export", "write an artifact in another format")
     add = export.add_argument
     add("uri", help="an artifact, or a model's directory")
     add("--format", required=True, choices=("onnx",))
-    add("--out", required=True, metavar="DIR", help="a directory that does not exist, or is empty")
+    add("--out", required=True, metavar="DIR", help="a new or empty directory")
     _add_fields(export, *LOADING)
 
 
 def _add_store_commands(command: Command) -> None:
-    pull = command("pull", "bring an artifact to this machine, every byte verified")
+    pull = command("pull", "download an artifact and verify every byte")
     add = pull.add_argument
     add("uri", help="where runs were published, a run, an attempt, or a link of `share`")
-    add("directory", nargs="?", metavar="DIR", help="default: the cache, whose directory is printed")
-    add("--verify-key", metavar="KEY", help="refuse what this public key's owner did not sign")
-    share = command("share", "make a link by which an artifact is pulled without credentials")
+    add("directory", nargs="?", metavar="DIR", help="default: the cache; its directory is printed")
+    add(
+        "--verify-key", metavar="KEY", help="refuse an artifact that is not signed by this public key's owner"
+    )
+    share = command("share", "make a link that pulls an artifact without credentials")
     share.add_argument("uri", help="where runs were published, a run or an attempt, in s3://")
     share.add_argument("--expires", default="1h", metavar="T", help="90s, 30m, 12h or 7d; default: 1h")
-    listing = command("list", "show what is committed in a store")
+    listing = command("list", "list the committed runs of a store")
     listing.add_argument("uri", help="where runs were published")
     listing.add_argument("--json", action="store_true", help="one JSON array on stdout")
-    pin = command("pin", "keep a run from being collected")
-    pin.add_argument("uri", help="a run; where runs were published: the newest model")
-    pin.add_argument("--remove", action="store_true", help="let it go again")
+    pin = command("pin", "protect a run from gc")
+    pin.add_argument("uri", help="a run, or where runs were published: then the newest model")
+    pin.add_argument("--remove", action="store_true", help="unpin it")
     gc = command("gc", "delete old runs and leftovers; dry run unless --delete")
     add = gc.add_argument
     add("uri", help="where runs were published")
-    add("--keep-last", type=int, required=True, metavar="N", help="models, and statistics, to keep")
+    add("--keep-last", type=int, required=True, metavar="N", help="keep the newest N models and N statistics")
     add("--min-age", default="1d", metavar="T", help="spare younger attempts without a commit; default: 1d")
     add("--delete", action="store_true", help="delete; the default is a dry run")
 
@@ -249,17 +251,17 @@ def _add_batch_commands(command: Command) -> None:
     zoo = command("zoo", "compress every model of a zoo file, and publish what passes its gates")
     add = zoo.add_argument
     add("file", metavar="ZOO.yaml", help="models, recipes, budgets, gates and the destination")
-    add("--workers", type=int, metavar="N", help="per model; default: its share of the cluster")
+    add("--workers", type=int, metavar="N", help="per model; default: an equal share of the cluster")
     _add_fields(zoo, "address", "runner")
-    add("--json", action="store_true", help="print the batch's manifest alone on stdout")
-    submit = command("submit", "run a command as a job of a cluster, follow it, end as it ends")
+    add("--json", action="store_true", help="print only the batch's manifest on stdout")
+    submit = command("submit", "run a command as a job on a cluster, follow it, return its exit code")
     add = submit.add_argument
     add(
         "--address",
         metavar="URL",
         help=f"of the job server; default: RAY_API_SERVER_ADDRESS, or {DEFAULT_ADDRESS}",
     )
-    add("--working-dir", metavar="DIR", help="send this directory along: relative paths are in it")
-    add("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job; else it goes on")
+    add("--working-dir", metavar="DIR", help="upload this directory; relative paths are inside it")
+    add("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job; default: it keeps running")
     add("command", choices=SUBMITTED)
-    add("arguments", nargs=argparse.REMAINDER, help="of the command, whose output must be absolute")
+    add("arguments", nargs=argparse.REMAINDER, help="of the command; its output must be an absolute path")

@@ -1,4 +1,4 @@
-"""A command as a job of a cluster: what it is called, and whether to start it or follow one that is there."""
+"""A command as a job on a cluster: its name, and whether to start it or follow one that exists."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ffsplit.keys import digest_of
 from ffsplit.store.entries import check_absolute
 
 UNNAMED = ("json", "workers", "address", "in_job", "sign_key", "file", "title", "debug")
-"""What an argument parser adds, or what does not change what a job is for."""
+"""Fields that the argument parser adds, or that do not change a job's result."""
 
 
 class Job(NamedTuple):
-    """What to submit. `is_done` is whether its result stands, as seen from here."""
+    """What to submit. `is_done` is whether its result is committed, as seen from here."""
 
     name: str
     entrypoint: str
@@ -41,9 +41,9 @@ def submit(
     working_dir: Path | None,
     stop_on_interrupt: bool,
 ) -> int:
-    """Run a command as a job and follow it; returns the job's own exit code.
+    """Run a command as a job and follow it. Returns the job's own exit code.
 
-    A job of the same name that runs is followed, and so is one that is done and whose result stands.
+    A running job of the same name is followed instead, and so is a finished one whose result is committed.
     """
     _check_paths(arguments, working_dir=working_dir)
     job = describe(command, arguments, parsed)
@@ -65,8 +65,8 @@ def submit(
             _note(f"interrupted; {submission_id} is stopped")
         else:
             _note(
-                f"interrupted; {submission_id} goes on: the same command follows it again, "
-                f"`ray job stop --address {address} {submission_id}` ends it"
+                f"interrupted; {submission_id} is still running: the same command follows it again, "
+                f"`ray job stop --address {address} {submission_id}` stops it"
             )
         return INTERRUPTED
 
@@ -74,8 +74,8 @@ def submit(
 def describe(command: str, arguments: Sequence[str], parsed: argparse.Namespace) -> Job:
     """The job of a command. Raises ConfigError for what the job itself would refuse.
 
-    The name has the run key in it where all that it depends on is here to be read; otherwise a hash of
-    the request, and then a job that is done is not taken for a result.
+    The name contains the run key if all its inputs can be read here. Otherwise it contains a hash of the
+    request, and a finished job does not count as a result.
     """
     target: str | None = vars(parsed).get("out", vars(parsed).get("directory"))
     if target is not None:
@@ -98,21 +98,21 @@ def describe(command: str, arguments: Sequence[str], parsed: argparse.Namespace)
 
 
 def _of_run(command: str, config: JobConfig, entrypoint: str) -> Job:
-    """The job of a run whose key can be known: the place of its result is in the name too."""
+    """The job of a run whose key can be computed here. The name also tells where its result goes."""
     from ffsplit.run.checks import check_inputs
     from ffsplit.run.job import prepare
     from ffsplit.store.commits import Kind, read_commit
     from ffsplit.store.store import open_store
 
     kind: Kind = "model" if command == "compress" else "statistics"
-    run = prepare(config, kind=kind)  # whether it fits is for the cluster to say, not for here
+    run = prepare(config, kind=kind)  # only the cluster can tell whether it fits
     key, store, is_done = run.keys.published(kind), open_store(config.out), False
-    with suppress(FFSplitError):  # a store that only the cluster can read: the job will see for itself
+    with suppress(FFSplitError):  # a store that only the cluster can read: the job checks it
         is_done = read_commit(store, key) is not None
     if not is_done:
         check_inputs(run)
-    place = digest_of({"out": store.uri})[:6]
-    return Job(f"ffsplit-{command}-{key}-{place}", entrypoint, is_done)
+    destination = digest_of({"out": store.uri})[:6]
+    return Job(f"ffsplit-{command}-{key}-{destination}", entrypoint, is_done)
 
 
 def _is_here(config: JobConfig) -> bool:
@@ -128,7 +128,7 @@ def _is_here(config: JobConfig) -> bool:
 
 
 def _check_paths(arguments: Sequence[str], *, working_dir: Path | None) -> None:
-    """Raise ConfigError for a relative path that the job would not find: it runs in a copy, or elsewhere."""
+    """Raise ConfigError for a relative path that the job would not find, since it runs elsewhere."""
     if working_dir is not None and working_dir.resolve() == Path.cwd():
         return
     for argument in arguments:

@@ -49,7 +49,7 @@ WIDTH = 100
 def print_manifest(manifest: Manifest, *, out: str, refused_report: str | None = None) -> None:
     """Before and after, the gates, and where the artifact and its report are.
 
-    `refused_report` is the report's key below `out` where the gates refused the artifact.
+    `refused_report` is the report's key below `out` if the gates refused the artifact.
     """
     where = f"{out.rstrip('/')}/{manifest.run_key}/{manifest.attempt}"
     if manifest.measurements is not None:
@@ -109,7 +109,7 @@ def _before_after(manifest: Manifest, measured: Measurements) -> Table:
 
 
 def print_needs(needs: Needs, *, asked: int | None) -> None:
-    """What a run would need: memory and time by stage, disk, and last the line that the run begins with."""
+    """What a run would need: memory and time per stage, disk, and the line that the run begins with."""
     from ffsplit.models.folder import left_out_in_one_line
     from ffsplit.run.needs import in_one_line
 
@@ -137,7 +137,7 @@ def print_needs(needs: Needs, *, asked: int | None) -> None:
 
 
 def print_inspection(found: Inspection) -> None:
-    """The FFNs of a model, and what budgets would give."""
+    """The FFNs of a model, and what each budget would give."""
     share = found.ffn_elements / found.num_parameters
     print(f"{found.architecture} ({found.model_type}): {len(found.shapes)} FFNs")
     print(f"parameters {found.num_parameters:,}, FFNs {found.ffn_elements:,} ({percent(share)})")
@@ -191,7 +191,7 @@ def _print(table: Table) -> None:
 
 
 def print_latency_table(measured: LatencyTable) -> None:
-    """Milliseconds by width."""
+    """Milliseconds per width."""
     where = f"{measured.hardware['processor']}, {measured.num_threads} threads, {measured.dtype}"
     shape = f"{measured.batch_size} x {measured.num_tokens} tokens"
     columns = ("FFN width", "measured", "fitted", "of the original's")
@@ -206,7 +206,7 @@ def print_latency_table(measured: LatencyTable) -> None:
 
 
 def print_plans(plans: Plans) -> None:
-    """Budgets side by side, then each layer, and what the predicted error is."""
+    """Budgets side by side, then each layer, then what the predicted error means."""
     print(f"{plans.model}, recipe {plans.recipe}, the same share of every FFN; from {plans.statistics}")
     table = _table("budgets", "", "keep", "parameters", "FFN bytes", "forward", "plain", "predicted error")
     before = (f"{plans.num_parameters:,}", size(plans.ffn_bytes), "", "", "")
@@ -234,13 +234,13 @@ def print_plans(plans: Plans) -> None:
         table.add_row(ffn(spread.name, layer=spread.layer), f"{counts} of {spread.num_neurons:,}", *cells)
     _print(table)
     print(
-        "predicted error: share of an FFN's output energy (the sum of its neurons' own) that is not the\n"
-        "heavy hitters'; what refits, factorised parts and later layers make up for is not in it"
+        "predicted error: fraction of an FFN's output energy (the sum over its neurons) outside the heavy\n"
+        "hitters; it ignores what refits, low-rank parts and later layers recover"
     )
 
 
 def _forecast(layer: LayerForecast) -> str:
-    """Layout, heavy hitters where they are not all there is, and predicted error, one below the other."""
+    """Layout, number of heavy hitters (unless they are all neurons) and predicted error, one per line."""
     lines = [layout(layer.layout), percent(layer.energy_outside)]
     if len(layer.heavy_neurons) < layer.layout.num_neurons:
         lines.insert(1, f"{len(layer.heavy_neurons):,} heavy")
@@ -253,10 +253,10 @@ COLUMNS = ("run", "committed", "kind", "model", "recipe", "keep", "size", "score
 
 
 def _runs(store: Store) -> list[tuple[RunSummary, list[str]]]:
-    """Every run, newest first, and what names it: `latest`, `pinned`. Raises ConfigError without any."""
+    """Every run, newest first, with its labels `latest` and `pinned`. Raises ConfigError if there is none."""
     runs = list_runs(store)
     if not runs:
-        raise ConfigError(f"{store.uri} holds no committed run: give the place that runs were published to")
+        raise ConfigError(f"{store.uri} holds no committed run: give the --out that runs were published to")
     pinned, latest = pinned_runs(store), latest_commit(store)
     named = []
     for run in reversed(runs):
@@ -276,7 +276,7 @@ def list_to_json(store: Store) -> str:
 
 
 def print_list(store: Store) -> None:
-    """One row a run, newest first: plain columns, whatever the width of the terminal."""
+    """One row per run, newest first: plain columns, whatever the width of the terminal."""
     rows = [COLUMNS, *(_row(run, names) for run, names in _runs(store))]
     _print_columns(rows)
 
@@ -308,11 +308,11 @@ def print_plan(planned: Plan, *, removed: Sequence[Removal] | None) -> None:
     if rows:
         _print_columns(rows)
     if planned.num_leftovers:
-        print(f"{verb} what {planned.num_leftovers} broken uploads left")
+        print(f"{verb} the leftovers of {planned.num_leftovers} broken uploads")
     total = size(sum(each.size_bytes for each in done))
     print(f"{verb} {len(rows)} attempts, {total}; {len(planned.kept)} runs stay")
     if removed is None:
-        print("nothing was touched: --delete does it")
+        print("dry run, nothing was removed: --delete removes it")
 
 
 def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:
@@ -327,8 +327,8 @@ BENCHMARK_WIDTH = 110
 
 
 def print_benchmark(record: BenchmarkRecord) -> None:
-    """Both models at each shape, with what the removed work could give at most beside it."""
-    title = f"{record.device}, {record.dtype}, {record.num_threads} threads, both in turn"
+    """Both models at each shape, beside the largest speed-up that the removed work allows."""
+    title = f"{record.device}, {record.dtype}, {record.num_threads} threads, timed alternately"
     table = Table("", "original", "compressed", "speed-up", "limit", "share", title=title)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -347,7 +347,7 @@ def print_benchmark(record: BenchmarkRecord) -> None:
 
 
 def _tails(record: BenchmarkRecord) -> dict[str, float]:
-    """p95 over p50 of every model at every shape."""
+    """p95 / p50 of every model at every shape."""
     return {
         f"{each.phase} at {shape(each.batch_size, num_tokens=each.num_tokens)}: the {name}'s": (
             figures.p95_ms / figures.p50_ms
@@ -378,7 +378,7 @@ def _add(table: Table, timing: Timing) -> None:
 
 
 def print_batch(batch: Batch, *, destination: str) -> None:
-    """A line a model, a line for every gate that was not met, and where the batch's documents are."""
+    """One line per model and per failed gate, and where the batch's documents are."""
     for model in batch.models:
         print(f"{model.name}: {STATES[model.state]}{_facts(model)}")
         for result in model.result.gates if model.result else ():
@@ -408,6 +408,6 @@ def _facts(model: BatchModel) -> str:
 
 
 def _spread(figures: Figures, speedup: float) -> str:
-    """Of the shape that has this speed-up."""
+    """The spread at the shape that has this speed-up."""
     shape = next(shape for shape, each in figures.speedups.items() if each == speedup)
     return f" ({spread_in_words(figures.spreads[shape])})" if shape in figures.spreads else ""

@@ -7,9 +7,9 @@ from ffsplit.distributed.runner import Runner, SerialRunner
 
 
 def make_runner(config: JobConfig, *, workers_here: int | None = None) -> Runner:
-    """The runner a job asks for; Ray is imported only where it is used.
+    """The runner a job asks for. Ray is imported only if it is used.
 
-    `workers_here` is how many a cluster that is started on the spot has room for, where that is known.
+    `workers_here` is how many workers a new local cluster has room for, if known.
     """
     if config.runner == "serial":
         return SerialRunner()

@@ -1,8 +1,8 @@
-"""Which item goes where, when: the part of a runner that knows nothing of Ray.
+"""Which item runs where, and when: the part of a runner that knows nothing about Ray.
 
-A pool has slots. A slot is opened, says when it is ready, takes one item at a time and may be lost.
-An item is only given to a slot that is ready, so a slot that waits for room in the cluster holds nothing
-up; the item of a slot that is lost goes to another. There are never more items in flight than slots.
+A pool has slots. A slot is opened, reports when it is ready, takes one item at a time and may be lost.
+Items are given only to slots that are ready, so a slot that waits for room in the cluster blocks nothing.
+The item of a lost slot goes to another slot. There are never more items in flight than slots.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ffsplit.errors import FFSplitError
 Slot = TypeVar("Slot")
 
 LOOK_EVERY_S = 2.0
-"""How often a stage looks for workers that have joined."""
+"""How often a stage looks for room for more workers."""
 MAX_LOSSES = 4
-"""An item that has taken this many workers with it is not tried again."""
+"""An item that has lost this many workers is not retried."""
 MAX_FAILED_OPENINGS = 12
-"""Slots that were lost before they were ready, one after another."""
+"""Upper limit on slots in a row that are lost before they are ready."""
 FIRST_PAUSE_S = 0.25
-"""Before a lost item is tried again; doubles with every loss of the same item."""
+"""Pause before a lost item is retried. It doubles with every loss of the same item."""
 WITHOUT_ROOM_S = 600.0
-"""How long a stage waits for room to come back when all its workers have left."""
+"""How long a stage waits for room after all its workers have left."""
 TELL_EVERY_S = 60.0
-"""How often a stage says that it waits for workers to start, which others may leave no room for."""
+"""How often a stage reports that it is waiting for workers to start, if others take up the room."""
 START_WITHIN_S = 12 * 3600.0
-"""How long a stage without any worker waits for one that was asked for."""
+"""How long a stage without workers waits for a requested one."""
 
 
 class Ready(NamedTuple):
@@ -43,14 +43,14 @@ class Ready(NamedTuple):
 
 
 class Done(NamedTuple):
-    """A slot's item is done, and the slot can take another."""
+    """A slot's item is done. The slot can take another."""
 
     slot: Any
     answer: Any
 
 
 class Lost(NamedTuple):
-    """A slot is gone, with the item that it had in hand, if any."""
+    """A slot is lost, with its item if it had one."""
 
     slot: Any
     reason: str
@@ -70,25 +70,25 @@ class Pool(Protocol[Slot]):
     """Where the items of one stage run."""
 
     def room(self) -> int:
-        """How many slots there may be, as things stand."""
+        """How many slots there may be at the moment."""
 
     def open(self) -> Slot:
-        """Begin to open a slot; an event says when it is ready."""
+        """Begin to open a slot. An event reports when it is ready."""
 
     def start(self, slot: Slot, item: Any) -> None:
         """Give a slot that is ready an item."""
 
     def close(self, slot: Slot) -> None:
-        """Give a slot up, and stop what it is doing; nothing happens to one that is closed."""
+        """Close a slot and stop its item. Does nothing if it is closed already."""
 
     def next_event(self, timeout_s: float) -> Event | None:
-        """What happened next, None when nothing does in time."""
+        """The next event; None if there is none in time."""
 
 
 def dispatch(pool: Pool[Any], items: Sequence[Any], *, stage: str) -> Iterator[tuple[int, Any]]:
-    """Yield (index, answer) of every item, as they are done; no slot is left open.
+    """Yield (index, answer) of every item as it is done. No slot is left open.
 
-    Raises what an item raises, and FFSplitError when an item loses one slot after another.
+    Raises what an item raises, and FFSplitError when an item loses too many slots.
     """
     stage_items = _Items(stage, len(items))
     slots = _Slots(pool)
@@ -116,7 +116,7 @@ def dispatch(pool: Pool[Any], items: Sequence[Any], *, stage: str) -> Iterator[t
 
 @dataclass
 class _Items:
-    """The items of a stage that are not done: those that wait, and those to be tried again later."""
+    """The items of a stage that are not done: those that wait, and those to be retried later."""
 
     stage: str
     num_left: int
@@ -136,7 +136,7 @@ class _Items:
         if losses >= MAX_LOSSES:
             raise FFSplitError(
                 f"{self.stage}: item {index} lost {losses} workers, the last because {reason}; "
-                "what is finished stays, and the same command goes on from there"
+                "finished work is kept, and the same command resumes from it"
             )
         heapq.heappush(self._later, (time.monotonic() + FIRST_PAUSE_S * 2 ** (losses - 1), index))
 
@@ -145,7 +145,7 @@ class _Items:
 
 
 class _Slots(Generic[Slot]):
-    """The slots of a stage: those that are opening, idle, or have an item in hand."""
+    """The slots of a stage: opening, idle, or with an item in hand."""
 
     def __init__(self, pool: Pool[Slot]) -> None:
         self._pool = pool
@@ -160,7 +160,7 @@ class _Slots(Generic[Slot]):
         return len(self.idle) + len(self.in_hand) + len(self._opening)
 
     def adapt(self, num_waiting: int, *, stage: str) -> None:
-        """Open as many slots as there is room and work for, and give up those that are too many."""
+        """Open as many slots as there is room and work for, and close those that are too many."""
         now = time.monotonic()
         if now - self._looked_at >= LOOK_EVERY_S:
             self._room, self._looked_at = self._pool.room(), now
@@ -169,30 +169,30 @@ class _Slots(Generic[Slot]):
         elif now - self._had_room_at > WITHOUT_ROOM_S:
             raise FFSplitError(
                 f"{stage}: all workers have left, and there was no room for another in {WITHOUT_ROOM_S:g} s; "
-                "what is finished stays, and the same command goes on from there"
+                "finished work is kept, and the same command resumes from it"
             )
         self._look_at_openings(now, stage=stage)
         wanted = min(self._room, len(self.in_hand) + num_waiting)
         while len(self) < wanted:
             self._opening.add(self._pool.open())
-        while len(self) > wanted and (self._opening or self.idle):  # those that are ready are worth more
+        while len(self) > wanted and (self._opening or self.idle):  # prefer to keep those that are ready
             self._pool.close(self._opening.pop() if self._opening else self.idle.pop())
 
     def _look_at_openings(self, now: float, *, stage: str) -> None:
-        """Say, and in the end raise, that workers were asked for and none starts."""
+        """Report, and in the end raise, that no requested worker starts."""
         if self.idle or self.in_hand or not self._opening:
             self._had_slot_at = self._told_at = now
         waited = now - self._had_slot_at
         if waited > START_WITHIN_S:
             raise FFSplitError(
-                f"{stage}: no worker has started in {START_WITHIN_S:g} s; what is finished stays, and the "
-                "same command goes on from there"
+                f"{stage}: no worker has started in {START_WITHIN_S:g} s; finished work is kept, and the "
+                "same command resumes from it"
             )
         if now - self._told_at > TELL_EVERY_S:
             self._told_at = now
             streams.note(
-                f"{stage}: waiting for room in the cluster: {len(self._opening)} workers asked for, none has "
-                f"started in {waited:.0f} s (`ray status` shows what the room is taken by)"
+                f"{stage}: waiting for room in the cluster: {len(self._opening)} workers requested, none has "
+                f"started in {waited:.0f} s (`ray status` shows what takes up the room)"
             )
 
     def ready(self, slot: Slot) -> None:
@@ -211,7 +211,7 @@ class _Slots(Generic[Slot]):
         return self.in_hand.pop(slot)
 
     def lose(self, slot: Slot, *, reason: str, stage: str) -> int | None:
-        """Close a slot that is gone, since what it ran may live on; the item that it had in hand."""
+        """Close a lost slot, since its item may still run. Returns the index of that item."""
         self._pool.close(slot)
         if slot in self._opening:
             self._opening.remove(slot)
@@ -225,5 +225,5 @@ class _Slots(Generic[Slot]):
 
     def close_all(self) -> None:
         for slot in [*self.idle, *self.in_hand, *self._opening]:
-            with suppress(Exception):  # what ended the stage is what is told
+            with suppress(Exception):  # the error that ended the stage matters more
                 self._pool.close(slot)

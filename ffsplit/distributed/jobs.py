@@ -1,4 +1,4 @@
-"""Jobs on a cluster that is elsewhere, through its job server."""
+"""Jobs on a remote cluster, through its job server."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from ffsplit.exit_codes import DONE, INTERRUPTED
 
 CONNECT_TIMEOUT_S = 10.0
 ANSWER_WITHIN_S = 60.0
-"""How long a job server may take over an answer, an upload's included."""
+"""How long a job server may take to answer a request, including an upload."""
 POLL_EVERY_S = 0.5
 LOOK_EVERY_S = 30.0
-"""How often a job that prints nothing is asked after."""
+"""How often the state of a job that prints nothing is checked."""
 LOST_AFTER_S = 120.0
-"""How long a job server may be silent before its follower gives up; the job itself goes on."""
+"""How long a job server may be silent before its follower gives up. The job itself continues."""
 STOP_WITHIN_S = 120.0
-"""How long a job may take to end once it is told to."""
+"""How long a job may take to end after it is stopped."""
 
 
 class Attempt(NamedTuple):
@@ -47,14 +47,14 @@ class Attempt(NamedTuple):
 
 
 class _Client(JobSubmissionClient):  # type: ignore[misc]
-    """Ray's client, which would wait for an answer for ever, with an end to each wait."""
+    """Ray's client with a timeout: without one it waits for an answer for ever."""
 
     def _do_request(self, *arguments: Any, **options: Any) -> Any:
         return super()._do_request(*arguments, **({"timeout": ANSWER_WITHIN_S} | options))
 
 
 class JobServer:
-    """The job server of a cluster. Raises ConfigError when it cannot be reached or is another version."""
+    """The job server of a cluster. Raises ConfigError if it cannot be reached or has another version."""
 
     def __init__(self, address: str) -> None:
         self.address = address
@@ -65,26 +65,26 @@ class JobServer:
             raise ConfigError(
                 f"Ray at {address} refuses this token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
             ) from None
-        except Exception as error:  # what listens there may answer anything
+        except Exception as error:  # any server may listen there and answer anything
             raise ConfigError(f"Ray at {address} cannot be reached: {_reason(error)}") from error
         logging.getLogger("ray").setLevel(logging.ERROR)
         theirs = server_version(self._client)
         if theirs != ray.__version__:
             raise ConfigError(
-                f"Ray at {address} is version {theirs}, here it is {ray.__version__}: "
+                f"Ray at {address} is version {theirs}, but {ray.__version__} here: "
                 f"pip install 'ray[default]=={theirs}', or submit from a node of the cluster"
             )
 
     def last_attempt(self, name: str) -> Attempt | None:
-        """The newest submission under a name, None when there is none."""
+        """The newest submission under a name; None if there is none."""
         found = [attempt for job in self._ask(self._client.list_jobs) if (attempt := _attempt(job, name))]
         return max(found, key=lambda attempt: attempt.number, default=None)
 
     def start(self, name: str, *, after: Attempt | None, entrypoint: str, working_dir: Path | None) -> str:
-        """Submit the attempt that follows another; returns its id, or that of one who was just as fast.
+        """Submit the attempt that follows another. Returns its id, even if someone else submitted it first.
 
-        The runtime environment holds the working directory and nothing else: it is shown to everybody
-        who may list jobs.
+        The runtime environment holds the working directory and nothing else: everybody who may list jobs can
+        see it.
         """
         submission_id = f"{name}-{after.number + 1 if after else 1}"
         runtime_env: dict[str, Any] = {} if working_dir is None else {"working_dir": str(working_dir)}
@@ -95,17 +95,17 @@ class JobServer:
                 )
             )
         except Exception as error:
-            with suppress(FFSplitError):  # where this cannot be asked either, the first error is what is told
+            with suppress(FFSplitError):  # if this request fails too, report the first error
                 newest = self.last_attempt(name)
                 if newest is not None and newest.id == submission_id:
                     return submission_id
-            said = f"Ray at {self.address} takes no such job: {_reason(error)}"
-            raise (FFSplitError if isinstance(error, OSError) else ConfigError)(said) from error
+            message = f"Ray at {self.address} does not accept this job: {_reason(error)}"
+            raise (FFSplitError if isinstance(error, OSError) else ConfigError)(message) from error
 
     def follow(self, submission_id: str, write: Callable[[str], object]) -> int:
-        """Pass on what a job prints until it is over. Returns the exit code of its process.
+        """Print a job's output until it is over. Returns the exit code of its process.
 
-        A connection that breaks is made anew, and nothing is printed twice.
+        A broken connection is made again, and nothing is printed twice.
         """
         num_shown, lost_since = 0, None
         while True:
@@ -126,15 +126,15 @@ class JobServer:
             time.sleep(POLL_EVERY_S)
 
     async def _tail(self, submission_id: str, write: Callable[[str], object], *, skip: int) -> int:
-        """Pass the log on from a character on; returns how many characters are passed on in all.
+        """Print the log from the character `skip` on. Returns how many characters have been printed in all.
 
-        A job may be silent for hours, and a server that is gone looks the same: then it is asked.
+        A job may be silent for hours, and a lost server looks the same: then the job's state is asked for.
         """
         position = 0
         log = self._client.tail_job_logs(submission_id)
         coming = asyncio.ensure_future(anext(log))
         try:
-            with suppress(Exception):  # the log ends, or breaks however it may: what came before counts
+            with suppress(Exception):  # the log ends or breaks somehow: what came before counts
                 while True:
                     arrived, _ = await asyncio.wait({coming}, timeout=LOOK_EVERY_S)
                     if not arrived:
@@ -155,7 +155,7 @@ class JobServer:
         return skip
 
     def stop(self, submission_id: str) -> None:
-        """End a job, and wait until it has ended. Raises FFSplitError when it takes too long."""
+        """Stop a job, and wait until it has ended. Raises FFSplitError if that takes too long."""
         self._ask(lambda: self._client.stop_job(submission_id))
         told_at = time.monotonic()
         while not self._ask(lambda: self._client.get_job_status(submission_id)).is_terminal():
@@ -187,7 +187,7 @@ def _attempt(job: JobDetails, name: str) -> Attempt | None:
 
 
 def _exit_code(info: JobDetails) -> int:
-    """The exit code of a job's process, which `ray job submit` makes 1 whatever it was."""
+    """The exit code of a job's process. (`ray job submit` always makes it 1.)"""
     if info.status == JobStatus.SUCCEEDED:
         return DONE
     if info.status == JobStatus.STOPPED:
@@ -198,13 +198,13 @@ def _exit_code(info: JobDetails) -> int:
     if code is None:
         raise FFSplitError(f"the job failed: {_first_line(info.message)}")
     names = {each.value: each.name for each in signal.Signals}
-    raise FFSplitError(f"the job's process was ended by {names.get(-code, f'signal {-code}')}")
+    raise FFSplitError(f"the job's process was killed by {names.get(-code, f'signal {-code}')}")
 
 
 def _check_listening(address: str) -> None:
-    """Raise OSError unless something listens there, where Ray itself would wait for minutes.
+    """Raise OSError unless something listens at the address. Ray itself would wait for minutes.
 
-    Raises ConfigError for a token that no request may have, which an HTTP library would quote.
+    Raises ConfigError for a token with invalid characters, which an HTTP library would quote in its error.
     """
     if not re.fullmatch(r"[\x21-\x7e]*", os.environ.get("RAY_AUTH_TOKEN", "")):
         raise ConfigError(
@@ -212,7 +212,7 @@ def _check_listening(address: str) -> None:
         )
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError("its job server is at an address like http://127.0.0.1:8265")
+        raise ValueError("give the job server's address, such as http://127.0.0.1:8265")
     port = parts.port or (443 if parts.scheme == "https" else 80)
     socket.create_connection((parts.hostname, port), timeout=CONNECT_TIMEOUT_S).close()
 
@@ -222,7 +222,7 @@ def _first_line(message: object) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What a request failed of, in one line."""
+    """Why a request failed, in one line."""
     if isinstance(error, requests.Timeout):
         return f"it did not answer within {ANSWER_WITHIN_S:g} s"
     return _first_line(error)

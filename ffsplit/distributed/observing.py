@@ -1,4 +1,4 @@
-"""What a worker tells while it works: log lines, and counters that Prometheus reads from every node."""
+"""What a worker reports while it works: log lines, and counters that Prometheus reads from every node."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ffsplit.redaction import guarded
 from ffsplit.store.scratch import Result
 
 COUNTERS = {
-    "ffsplit_shards_done": "Shards of text, layers and other items of a stage that were computed",
+    "ffsplit_shards_done": "Items of a stage (shards of text, layers and others) that were computed",
     "ffsplit_tokens": "Tokens of text that were read",
     "ffsplit_bytes": "Bytes of results that were stored",
     "ffsplit_failures": "Items that raised an error, and workers that were lost",
@@ -24,7 +24,7 @@ COUNTERS = {
 
 @dataclass(frozen=True)
 class Observed:
-    """Calls a worker, in any process, and tells of it as the driver asked for."""
+    """Calls a worker in any process, with the driver's log settings and fields."""
 
     stage: str
     log_format: logs.LogFormat
@@ -32,7 +32,7 @@ class Observed:
 
     @classmethod
     def here(cls, stage: str) -> Observed:
-        """As this process logs."""
+        """With this process's log settings and fields."""
         return cls(stage, logs.asked_for(), logs.current())
 
     def __call__(self, worker: Worker[Any, Any], item: Any) -> Any:
@@ -53,7 +53,7 @@ class Observed:
             return answer
 
     def lost(self, reason: str) -> None:
-        """A worker is gone, as the driver learnt."""
+        """Log that a worker was lost, in the driver."""
         count("ffsplit_failures", 1, stage=self.stage)
         with logs.fields(**self.fields, stage=self.stage):
             logs.log("lost", level=logging.WARNING, reason=reason)

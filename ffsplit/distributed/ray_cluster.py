@@ -34,18 +34,18 @@ LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
 CONNECT_WITHIN_S = 10.0
 """How long a host may take to accept a connection."""
 ANSWER_WITHIN_S = 30.0
-"""How long a head may take to answer."""
+"""How long a head node may take to answer."""
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
-"""What a gRPC connection begins with, and empty settings, which the other side answers with its own."""
+"""The start of a gRPC connection and empty settings. The other side answers with its own settings."""
 SETTINGS = 4
-NOT_A_HEAD = "what listens there is not a Ray head, whose port is 6379 unless it was given another"
+NOT_A_HEAD = "the server there is not a Ray head (its default port is 6379)"
 LEAVE_WITHIN_S = 3.0
-"""How long the workers of a local cluster that is over may take to end by themselves."""
+"""How long the workers of a stopped local cluster may take to end by themselves."""
 _VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
 
 
 class Host(NamedTuple):
-    """A node of the cluster that is alive, and what it has in all."""
+    """A live node of the cluster, and its total resources."""
 
     id: str
     name: str
@@ -54,7 +54,7 @@ class Host(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker takes up. A GPU is shared by fractions of it; more than one GPU are whole ones."""
+    """What one worker takes up. `gpus` below 1 shares one GPU; above 1 it must be a whole number."""
 
     cpus: int
     gpus: float
@@ -64,7 +64,7 @@ class Share:
             raise ConfigError(f"--gpus-per-worker {self.gpus:g}: give a fraction of one GPU, or whole GPUs")
 
     def fits(self, resources: Mapping[str, float]) -> int:
-        """How many workers the resources of one host have room for."""
+        """How many workers fit in the resources of one host."""
         room = int(resources.get("CPU", 0)) // self.cpus
         if self.gpus == 0:
             return room
@@ -73,9 +73,9 @@ class Share:
 
 
 def connect(address: str | None, *, num_cpus: int) -> None:
-    """Connect this process to the cluster at an address, or start one of `num_cpus` on the spot.
+    """Connect this process to the cluster at an address, or start a local one with `num_cpus` CPUs.
 
-    Raises ConfigError when there is none, or when it runs another version of Ray or Python.
+    Raises ConfigError if there is none, or if it runs another version of Ray or Python.
     """
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address in (None, "local"):
@@ -93,14 +93,14 @@ def connect(address: str | None, *, num_cpus: int) -> None:
         _probe(options["address"])
         with _own_signals():
             ray.init(**options)
-    except Exception as error:  # Ray raises a score of types, plain Exception among them
+    except Exception as error:  # Ray raises about 20 types, plain Exception among them
         raise ConfigError(refusal(options["address"], str(error).strip() or type(error).__name__)) from None
 
 
 def disconnect() -> None:
-    """Leave the cluster. One that was started on the spot has ended, with all its processes, on return."""
+    """Leave the cluster. A local cluster has ended, with all its processes, on return."""
     started_here = _processes_started_here()
-    with suppress(Exception):  # whatever a run ended with is what is told
+    with suppress(Exception):  # the run's own outcome matters more
         ray.shutdown()
     _, late = psutil.wait_procs(started_here, timeout=LEAVE_WITHIN_S)
     for process in late:
@@ -110,7 +110,7 @@ def disconnect() -> None:
 
 
 def _processes_started_here() -> list[psutil.Process]:
-    """Workers and agents below the raylet of a local cluster; those of a cluster elsewhere are not ours."""
+    """Workers and agents below the raylet of a local cluster. Those of other clusters are not included."""
     found = []
     for raylet in raylets_started_here():
         with suppress(psutil.NoSuchProcess):
@@ -125,15 +125,15 @@ def refusal(address: str, reason: str) -> str:
         if len(found) == 2:
             theirs, ours = (f"Ray {version} on Python {python}" for version, python in found)
             return f"the cluster at {address} runs {theirs}, this is {ours}: install the same here"
-    what = "no Ray could be started here" if address == "local" else f"Ray at {address} cannot be reached"
+    what = "Ray could not be started here" if address == "local" else f"Ray at {address} cannot be reached"
     return f"{what}: {reason.splitlines()[0]}"
 
 
 def _probe(address: str) -> None:
-    """Raise OSError unless a Ray head answers at an address, where Ray itself would try without end.
+    """Raise OSError unless a Ray head answers at an address. Ray itself would retry for ever.
 
-    A port may be closed, a host silent, and something else may listen: a web server, another service,
-    or a head that hangs. Ray takes a loopback address for this host's own.
+    The port may be closed, the host silent, or the server not a working head: a web server, another service,
+    or a head that hangs. Ray replaces a loopback address by this host's own.
     """
     if address == "local":
         return
@@ -147,15 +147,15 @@ def _probe(address: str) -> None:
 
 
 def _probe_one(address: str) -> None:
-    scheme, _, place = address.rpartition("://")
-    host, separator, port = place.rpartition(":")
+    scheme, _, host_port = address.rpartition("://")
+    host, separator, port = host_port.rpartition(":")
     if not separator or not port.isdigit():
         return
     with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_WITHIN_S) as connection:
         if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
             _check_speaks_grpc(connection)
     if not scheme:
-        _check_answers(place)
+        _check_answers(host_port)
 
 
 def _check_speaks_grpc(connection: socket.socket) -> None:
@@ -166,13 +166,13 @@ def _check_speaks_grpc(connection: socket.socket) -> None:
         while len(header) < 9 and (received := connection.recv(9 - len(header))):
             header += received
     except TimeoutError:
-        raise OSError(f"it accepts connections and said nothing in {ANSWER_WITHIN_S:g} s") from None
+        raise OSError(f"it accepts connections but sent nothing in {ANSWER_WITHIN_S:g} s") from None
     if header[3:4] != bytes([SETTINGS]):
         raise OSError(NOT_A_HEAD)
 
 
 def _check_answers(address: str) -> None:
-    """Ask a head which cluster it is the head of. A refusal of ours is for ray.init to explain."""
+    """Check that a head answers. If it refuses this process, ray.init explains why."""
     try:
         ask_head(address, within_s=ANSWER_WITHIN_S)
     except NotAHead:
@@ -184,7 +184,7 @@ def _check_answers(address: str) -> None:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keep this process's answer to SIGTERM, which ray.init would replace, where it has one."""
+    """Keep this process's SIGTERM handler, if it has one: ray.init would replace it."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
@@ -195,7 +195,7 @@ def _own_signals() -> Iterator[None]:
 
 
 def hosts(share: Share) -> list[Host]:
-    """The nodes that have room for at least one worker, in a fixed order."""
+    """The nodes that are large enough for at least one worker, in a fixed order."""
     alive = [
         Host(node["NodeID"], f"{node['NodeManagerHostname']}/{node['NodeID'][:6]}", node["Resources"])
         for node in ray.nodes()
@@ -212,7 +212,7 @@ def room(share: Share) -> int:
 
 
 def check_room(share: Share) -> None:
-    """Raise ConfigError when not even one worker has room: it would wait for ever."""
+    """Raise ConfigError if not even one worker fits: it would wait for ever."""
     if room(share):
         return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -223,15 +223,15 @@ def check_room(share: Share) -> None:
         asked = f"a worker of {share.cpus} CPUs"
     raise ConfigError(
         f"{asked}: the cluster has no node with that much; "
-        f"its largest have {largest['CPU']:g} CPUs and {largest['GPU']:g} GPUs"
+        f"its largest nodes have {largest['CPU']:g} CPUs and {largest['GPU']:g} GPUs"
     )
 
 
-# One cluster for several jobs, each of which connects to it from a process of its own.
+# One cluster for several jobs. Each connects to it from its own process.
 
 
 class Cluster(NamedTuple):
-    """Where jobs connect to, None without Ray, and how many CPU cores they share."""
+    """The address that jobs connect to (None without Ray), and how many CPU cores they share."""
 
     address: str | None
     num_cpus: int
@@ -239,9 +239,9 @@ class Cluster(NamedTuple):
 
 @contextmanager
 def share_cluster(address: str | None, *, runner: Literal["ray", "serial"]) -> Iterator[Cluster]:
-    """The cluster at an address, or one started on the spot that ends with this context.
+    """The cluster at an address, or a new local one that ends with this context.
 
-    Raises ConfigError when it cannot be reached.
+    Raises ConfigError if it cannot be reached.
     """
     if runner == "serial":
         yield Cluster(None, usable_cores())

@@ -1,4 +1,4 @@
-"""Slots on Ray: actors that keep a worker, and calls that are tasks of their own."""
+"""Slots on Ray: actors that hold a worker, or single tasks."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class _Host:
 
 
 class _Pool:
-    """What both kinds of slots share: events that Ray's own thread puts into a queue."""
+    """The common part of both pools: a queue of events, filled by Ray's own thread."""
 
     def __init__(self, *, stage: str, room: Callable[[], int], options: Callable[[], Options]) -> None:
         self._stage, self._room, self._options = stage, room, options
@@ -85,7 +85,7 @@ class _Pool:
                 event = _event_of(slot, future, ready=ready)
                 if isinstance(event, Lost):
                     self._observed.lost(event.reason)
-            except BaseException as error:  # in Ray's own thread nobody else would hear of it
+            except BaseException as error:  # Ray's own thread would swallow it
                 event = Failed(slot, error)
             self._events.put(event)
 
@@ -94,7 +94,7 @@ class _Pool:
 
 
 class TaskPool(_Pool):
-    """Each item a task of its own; a slot is no more than the right to have one in flight."""
+    """Runs each item as a task. A slot is only the right to have one in flight."""
 
     def __init__(
         self,
@@ -119,11 +119,11 @@ class TaskPool(_Pool):
     def close(self, slot: int) -> None:
         reference = self._running.pop(slot, None)
         if reference is not None:
-            ray.cancel(reference, force=True)  # a no-op for one that has ended
+            ray.cancel(reference, force=True)  # does nothing if it has ended
 
 
 class ActorPool(_Pool):
-    """Each slot an actor that holds one worker, under the stage's name."""
+    """Each slot is an actor that holds one worker, named after the stage."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class ActorPool(_Pool):
         super().__init__(stage=stage, room=room, options=options)
         self._host, self._factory = ray.remote(_Host), factory
         self._actors: dict[int, Any] = {}
-        self._nonce = secrets.token_hex(3)  # several runs of one process must not share a name
+        self._nonce = secrets.token_hex(3)  # several runs in one process must not share names
 
     def open(self) -> int:
         slot = next(self._names)
@@ -153,7 +153,7 @@ class ActorPool(_Pool):
         self._running.pop(slot, None)
         actor = self._actors.pop(slot, None)
         if actor is not None:
-            ray.kill(actor)  # one whose host could not be reached may work on; nothing happens to a dead one
+            ray.kill(actor)  # an actor on an unreachable host may still run; does nothing to a dead one
 
 
 def run_task(observed: Observed, function: Worker[Any, Any], item: Any) -> Any:
@@ -171,25 +171,25 @@ def _event_of(slot: int, future: Any, *, ready: bool) -> Event:
 
 
 def reason_of_loss(error: BaseException) -> str | None:
-    """Why a worker is gone, None for an error that is no loss of a worker.
+    """Why a worker was lost; None for an error that is not the loss of a worker.
 
-    An actor that Ray's memory monitor ended died like any other, but for what the error says. Ray also
-    names memory among the causes that a death may have; that is no finding.
+    Only the message shows that Ray's memory monitor killed an actor. Ray also lists memory among the possible
+    causes of any death; that does not count.
     """
-    if any(said in str(error) for said in _KILLED_FOR_MEMORY):
+    if any(text in str(error) for text in _KILLED_FOR_MEMORY):
         return OUT_OF_MEMORY
-    return next((reason for kind, reason in LOSSES.items() if isinstance(error, kind)), None)
+    return next((reason for loss, reason in LOSSES.items() if isinstance(error, loss)), None)
 
 
 def error_of(error: RayTaskError) -> FFSplitError:
-    """The error that FFSplit raised in a task; its cause holds the traceback from there."""
+    """The error that FFSplit raised in a task. Its cause has the traceback from there."""
     known = error.cause if isinstance(error.cause, FFSplitError) else _unforeseen(error.cause)
     known.__cause__ = error
     return known
 
 
 def _unforeseen(error: BaseException) -> FFSplitError:
-    """What Ray raises of itself, or of a task's answer that cannot be sent."""
+    """An error of Ray itself, or about a result that cannot be sent."""
     raised = FFSplitError(f"Ray: {type(error).__name__}: {reason_of(error)}")
     raised.__cause__ = error
     return raised

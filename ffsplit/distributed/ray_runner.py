@@ -1,4 +1,4 @@
-"""The runner on Ray: tasks and actors on a cluster, or on one started on the spot."""
+"""The runner on Ray: tasks and actors on a cluster, existing or started locally."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from ffsplit.errors import FFSplitError
 from ffsplit.machine import num_workers_here
 
 PRESENCE, A_LITTLE = f"{EVERY_NODE_HAS}ffsplit", 0.0001
-"""Every node has one of this. A worker takes a little; work that wants a host to itself takes all."""
+"""Every node has 1 of this resource. A worker takes a little; work that needs a host alone takes all."""
 
 
 class RayRunner:
     """Connects on entry, and leaves no actor and no local cluster behind on exit.
 
-    At most `num_workers` items are worked on at once, and no more than the cluster has room for at the
-    moment: a stage that is under way gives work to nodes that join, and goes on without those that leave.
-    None means one for every `threads_per_worker` CPUs. A cluster that is started on the spot has the CPUs
-    of `workers_here`, which is by default as many as this machine has cores for. Raises ConfigError when the
-    cluster cannot be reached, or when not even one worker would ever find room.
+    At most `num_workers` items run at once, and no more than the cluster has room for at the moment: a
+    running stage uses nodes that join, and continues without those that leave. None means one worker for
+    every `threads_per_worker` CPUs. A local cluster has CPUs for `workers_here` workers, by default as many
+    as this machine has cores for. Raises ConfigError if the cluster cannot be reached, or not even one worker
+    fits.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class RayRunner:
             )
             connect(self._address, num_cpus=max(workers * self._share.cpus, self._together))
             if self._address in (None, "local"):
-                self._requested = workers  # where processes together need more CPUs, workers still do not
+                self._requested = workers  # healing together may need more CPUs, but workers do not
             self._connected = True
         try:
             check_room(self._share)
@@ -86,13 +86,13 @@ class RayRunner:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for stream in list(self._streams):  # whoever reads one takes it out of the list
-            with suppress(ValueError):  # the one that is being closed already
+        for stream in list(self._streams):  # a stream's reader removes it from the list
+            with suppress(ValueError):  # one that is being closed already
                 stream.close()
         if self._connected:
             disconnect()
             self._connected = False
-        remove_abandoned()  # of workers that were killed, as those are whose stage is over
+        remove_abandoned()  # folders of killed workers; workers are killed when their stage ends
 
     def map_tasks(
         self, stage: str, function: Worker[Item, Answer], items: Sequence[Item]
@@ -138,7 +138,7 @@ class RayRunner:
             for host in asked
         ]
         late: list[Any] = []
-        if references:  # of a cluster that has yet to grow there may be none
+        if references:  # a cluster that has not grown yet may have no host
             _, late = ray.wait(references, num_returns=len(references), timeout=within_s)
         answers, silent = {}, []
         for host, reference in zip(asked, references, strict=True):
@@ -157,7 +157,7 @@ class RayRunner:
         if there := [host.name for host in silent if _is_there(host)]:
             raise FFSplitError(
                 f"{stage}: {len(there)} of {len(asked)} hosts did not answer in {within_s:g} s ({there[0]}): "
-                "end that node, or see what holds it up, and run it again"
+                "stop that node, or fix what blocks it, and run again"
             )
         return answers
 
@@ -177,7 +177,7 @@ class RayRunner:
         return answer  # type: ignore[no-any-return]
 
     def _dispatch(self, pool: Pool[Any], items: Sequence[Item], *, stage: str) -> Iterator[tuple[int, Any]]:
-        """The stream of a stage's answers, which is closed on exit if nobody reads it to its end."""
+        """The stream of a stage's answers. It is closed on exit if nobody reads it to its end."""
         stream: Any = dispatch(pool, items, stage=stage)
         self._streams.append(stream)
         try:
@@ -194,7 +194,7 @@ class RayRunner:
         }
 
     def _options_alone(self, *, threads: int, reserved: bool) -> dict[str, Any]:
-        """As many CPUs as there are to be threads, as far as some host has them."""
+        """Reserve `threads` CPUs, fewer if no host has that many."""
         largest = max((int(host.resources["CPU"]) for host in hosts(self._share)), default=0)
         cpus = max(self._share.cpus, min(threads, largest))
         presence = 1.0 if reserved else A_LITTLE
@@ -202,5 +202,5 @@ class RayRunner:
 
 
 def _is_there(host: Host) -> bool:
-    """Whether a host is still part of the cluster. One that left meanwhile has no say."""
+    """Whether a host is still part of the cluster. One that left meanwhile need not answer."""
     return any(node["NodeID"] == host.id and node["Alive"] for node in ray.nodes())

@@ -1,7 +1,7 @@
 """Several processes that work on one item together, started by Ray Train.
 
-They find each other through torch.distributed: gloo on CPUs, NCCL on GPUs. Results and resume state go
-through the stores that the function itself uses, so Ray Train has nothing to keep.
+They communicate through torch.distributed: gloo on CPUs, NCCL on GPUs. The function itself stores results and
+resume state, so Ray Train stores nothing.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from ffsplit.errors import ConfigError, FFSplitError, reason_of
 from ffsplit.redaction import guarded
 
 OLDEST = (2, 60)
-"""The oldest Ray that this is known to work with. Older ones may not hand back what a process returns."""
+"""The oldest Ray that this is known to work with. Older ones may not return a process's result."""
 START_TIMEOUT_S = 600
-"""Ray Train's own minute is short for a busy machine, and for nodes that an autoscaler has yet to start."""
+"""Ray Train's default of a minute is short for a busy machine, and for nodes still to be autoscaled."""
 MAX_RETRIES = 3
-"""How often all processes are started again after one of them was lost."""
+"""How often all processes are restarted after one of them was lost."""
 
 
 @dataclass(frozen=True)
 class Together:
-    """A function to be called in `size` processes at once, each with its CPUs and GPUs.
+    """A function to be called in `size` processes at once, each with its own CPUs and GPUs.
 
-    The answer is that of the first process. An error that FFSplit raised in any of them is raised as
-    itself, at once; a process that is lost takes the others with it, and all are started again.
+    The answer is that of the first process. An error that FFSplit raised in any of them is raised again at
+    once. If a process is lost, all are restarted.
     """
 
     function: Worker[Any, Any]
@@ -56,8 +56,8 @@ class Together:
                     if reasons:
                         raise FFSplitError(
                             f"{self.size} processes that work together were lost {1 + MAX_RETRIES} times, "
-                            f"the last because {reasons[0]}; what is finished stays, and the same command "
-                            "goes on from there"
+                            f"the last because {reasons[0]}; finished work is kept, and the same command "
+                            "resumes from it"
                         ) from error
                     first = next(iter(_causes(error)), error)
                     raise FFSplitError(
@@ -66,7 +66,9 @@ class Together:
         raise AssertionError("unreachable")
 
     def _fit(self, item: Any) -> Any:
-        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # paths are those of whoever started the run
+        os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = (
+            "0"  # keep paths relative to the directory the run was started in
+        )
         os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
         from ray.train import RunConfig, ScalingConfig
@@ -87,9 +89,9 @@ class Together:
 
 
 def place(function: Worker[Any, Any], *, size: int, threads: int, use_gpus: bool) -> Together:
-    """As many CPUs a process as it has threads, as far as the cluster has them; a GPU each where asked for.
+    """Reserve `threads` CPUs per process (fewer if the cluster is smaller), and a GPU each if asked.
 
-    Raises ConfigError when the cluster has no room for `size` processes at once, or too old a Ray.
+    Raises ConfigError if the cluster has no room for `size` processes at once, or its Ray is too old.
     """
     if tuple(int(part) for part in ray.__version__.split(".")[:2]) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
@@ -108,11 +110,11 @@ def place(function: Worker[Any, Any], *, size: int, threads: int, use_gpus: bool
 
 
 def run_together(together: Together, item: Any) -> Any:
-    """What a task runs: it starts the processes and waits for them, and they end with it."""
+    """Run as a task: start the processes and wait for them. They end with the task."""
     return together.run(item)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The errors of the processes, out of the wrappers that Ray Train puts around them."""
+    """The errors of the processes, without Ray Train's wrappers."""
     for failure in getattr(error, "worker_failures", {}).values():
         yield from causes_of(failure)

@@ -1,4 +1,4 @@
-"""How stages are run: one small protocol, and its serial twin, which gives the same bytes."""
+"""How stages are run: one small protocol, and a serial runner that gives the same bytes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Answer = TypeVar("Answer")
 Worker = Callable[[Item], Answer]
 
 ANSWER_WITHIN_S = 600.0
-"""How long every host may take to answer a question that needs no transfer."""
+"""How long a host may take to answer a request that needs no transfer."""
 
 
 @contextmanager
 def stage_explained(stage: str, item: object) -> Iterator[None]:
-    """Turn whatever an item of a stage raises into one line, in the process that works on it."""
+    """Turn any error of a stage's item into one line, in the process that works on it."""
     name = getattr(item, "name", None)
     what = f"{stage} of {name} failed" if isinstance(name, str) else f"{stage} failed"
     with explained(what, kind=FFSplitError), full_disk_explained():
@@ -31,7 +31,7 @@ def stage_explained(stage: str, item: object) -> Iterator[None]:
 class Runner(Protocol):
     """Runs a stage's items somewhere. Answers come as they are ready, each with its item's index.
 
-    Items must be fit to be worked on twice: one whose worker is lost is given to another.
+    Items must be safe to run twice: the item of a lost worker is given to another.
     """
 
     def __enter__(self) -> Runner: ...
@@ -42,24 +42,24 @@ class Runner(Protocol):
 
     @property
     def num_workers(self) -> int:
-        """How many items can be worked on at once, as things stand."""
+        """How many items can run at once at the moment."""
         ...
 
     @property
     def is_spread(self) -> bool:
-        """Whether items may run on other hosts than this process's."""
+        """Whether items may run on other hosts than this one."""
         ...
 
     def map_tasks(
         self, stage: str, function: Worker[Item, Answer], items: Sequence[Item]
     ) -> Iterator[tuple[int, Answer]]:
-        """Call a function on every item, each call a task of its own."""
+        """Call a function on every item, each as a separate task."""
         ...
 
     def map_workers(
         self, stage: str, factory: Callable[[], Worker[Item, Answer]], items: Sequence[Item]
     ) -> Iterator[tuple[int, Answer]]:
-        """Share the items out over workers that keep their state, each made once by the factory."""
+        """Distribute the items over workers that keep their state. The factory makes each worker once."""
         ...
 
     def run_alone(
@@ -71,35 +71,35 @@ class Runner(Protocol):
         threads: int = 1,
         reserved: bool = False,
     ) -> Answer:
-        """Call a function on one item while nothing else of this runner's is running.
+        """Call a function on one item while this runner runs nothing else.
 
-        `reserved`: on a host where nobody else's work is running either.
+        `reserved`: on a host where no other work is running either.
         """
         ...
 
     def on_every_host(
         self, stage: str, function: Worker[Item, Answer], item: Item, *, within_s: float = ANSWER_WITHIN_S
     ) -> dict[str, Answer]:
-        """Call a function once on each host that items may run on; the answers by the hosts' names.
+        """Call a function once on each host that items may run on. Returns answers by host name.
 
-        A host that leaves meanwhile has none. Raises FFSplitError for one that does not answer in time,
-        or whose process was ended.
+        A host that leaves meanwhile has no answer. Raises FFSplitError if a host does not answer in time, or
+        its process was killed.
         """
         ...
 
     def run_together(
         self, stage: str, function: Worker[Item, Answer], item: Item, *, size: int, threads: int = 1
     ) -> Answer:
-        """Call a function on one item in `size` processes at once, which torch.distributed connects.
+        """Call a function on one item in `size` processes at once, connected by torch.distributed.
 
-        The answer is the first process's. Where there can be no more than one process, that one is
-        not connected to any, and has to do for all.
+        The answer is the first process's. A runner limited to one process runs the function there alone,
+        unconnected, and it must do the work of all.
         """
         ...
 
 
 class SerialRunner:
-    """Everything in this process, one item after the other."""
+    """Runs everything in this process, one item after the other."""
 
     num_workers = 1
     is_spread = False

@@ -1,4 +1,4 @@
-"""`ffsplit benchmark`: an artifact and its original in turn, appended to a publication."""
+"""`ffsplit benchmark`: time an artifact and its original alternately, and append the record to the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NUM_LOADS = 3
 
 @dataclass(frozen=True)
 class Settings:
-    """What is timed, and how. The device is the GPU where there is one, unless one is named."""
+    """What is timed, and how. By default the device is the GPU if there is one."""
 
     batch_sizes: tuple[int, ...] = (1, 8)
     lengths: tuple[int, ...] = (16, 128)
@@ -65,7 +65,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Pair:
-    """The two directories that are compared, and the publication that one of them is."""
+    """The two directories that are compared, and the artifact's location if it is published."""
 
     original: Path
     compressed: Path
@@ -73,11 +73,11 @@ class Pair:
 
 
 def benchmark(uri: str, *, against: str | None = None, settings: Settings = Settings()) -> BenchmarkRecord:
-    """Time the model at `uri` and another one in this process, in turn.
+    """Time the model at `uri` and another one alternately in this process.
 
     `uri` is an artifact or a dense model. An artifact is compared with `against`, or with the model
-    it was made from; a dense model with `against`, or with itself. Raises ConfigError when either is
-    missing, or the original is not the one the artifact was made from any more.
+    it was made from; a dense model with `against`, or with itself. Raises ConfigError if either is
+    missing, or the original has changed since the artifact was made.
     """
     settings = settings.checked()
     pair = _find(uri, against)
@@ -91,10 +91,10 @@ def benchmark(uri: str, *, against: str | None = None, settings: Settings = Sett
 
 
 def publish(uri: str, record: BenchmarkRecord) -> str | None:
-    """Append a benchmark beside the artifact that it is of; None where that is no committed one."""
+    """Append a benchmark to its artifact. Returns its key, None if the artifact is not committed."""
     if record.run_key is None:
         return None
-    with begun():  # what was timed is lost unless it is appended
+    with begun():  # from here on a failure loses the timings, so it is not the user's mistake
         location = locate(uri)
         return append_benchmark(location, record) if location.commit is not None else None
 
@@ -108,10 +108,10 @@ def _find(uri: str, against: str | None) -> Pair:
     compressed = materialize(uri)
     manifest = read_manifest(location)
     if manifest.kind != "model":
-        raise ConfigError(f"{uri} holds statistics, no model")
+        raise ConfigError(f"{uri} holds statistics, not a model")
     model = manifest.model
     if against is None and model.revision is None and not is_remote(model.id):
-        raise ConfigError(f"{uri} was made from a local model, {model.id}: give its --against DIRECTORY")
+        raise ConfigError(f"{uri} was made from a local model, {model.id}: give its directory with --against")
     original = locate_model(against or model.id, revision=None if against else model.revision).directory
     if against is None and open_checkpoint(original).model_digest() != model.digest:
         raise ConfigError(f"{model.id} has changed since the artifact was made: give --against MODEL")
@@ -158,7 +158,7 @@ def _measure(uri: str, against: str | None, pair: Pair, settings: Settings) -> B
 
 
 def _shapes(settings: Settings, checkpoint: Checkpoint) -> list[tuple[int, int]]:
-    """The grid, no row longer than the model can read with what it decodes."""
+    """The grid. No row is longer than the model can read, with the tokens that it decodes."""
     longest = checkpoint.max_positions or max(settings.lengths)
     if checkpoint.kind == "causal_lm" and checkpoint.max_positions is not None:
         longest -= settings.new_tokens + WARM_UP_RUNS

@@ -18,14 +18,14 @@ from ffsplit.models.streamed import StreamedModel
 from ffsplit.store.manifest import BlockFidelity
 
 LARGEST_LOSS = 700.0
-"""In nats; a perplexity above e^700 is no float, and tells no more."""
+"""In nats. A perplexity above e^700 is not a float, and would tell no more."""
 
 
 def fidelity(
     original: Any, compressed: Any, batches: Iterable[Batch], *, kind: ModelKind
 ) -> dict[str, float]:
-    """Causal LMs: KL, agreement, perplexity. All others: mean cosines of what they make of a row; of
-    classifiers how far their logits are, too."""
+    """Causal LMs: KL, agreement, perplexity. All others: mean cosines of their last states or embeddings;
+    for classifiers also the error of their logits."""
     if kind == "causal_lm":
         return causal_fidelity(original, compressed, batches)
     if kind == "image_text":
@@ -37,20 +37,20 @@ def fidelity(
 
 @torch.no_grad()
 def encoder_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """Means over tokens (`token_cosine`) and over rows (`pooled_cosine`) of last states, in [-1, 1].
+    """Mean cosines of last states over tokens (`token_cosine`) and rows (`pooled_cosine`), in [-1, 1].
 
-    The states are the base model's, of a model with a decoder the decoder's. Positions count where the
-    batch has a mask for them that says so, and where it has none.
+    The states are the base model's; for a model with a decoder, the decoder's. Masked positions do not count.
+    Without a mask all positions count.
     """
     return _mean_cosines([_cosine_sums(original, compressed, batch) for batch in batches])
 
 
 @torch.no_grad()
 def classifier_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """As `encoder_fidelity`, and over rows: the share whose first label is the same (`label_agreement`),
+    """As `encoder_fidelity`, and over rows: the fraction with the same top label (`label_agreement`),
     and the logits' squared error over their square (`logit_error`).
 
-    What all labels of a row have in common counts for neither.
+    An offset common to all labels of a row counts for neither.
     """
     cosines, sums = [], torch.zeros(4, dtype=torch.float64)
     for batch in batches:
@@ -65,7 +65,7 @@ def classifier_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]
 
 
 def _cosine_sums(original: Any, compressed: Any, batch: Batch) -> tuple[float, float, int, int]:
-    """Of one batch: the sums of the tokens' and of the pooled rows' cosines, and how many both are."""
+    """Sums over one batch of the tokens' and the pooled rows' cosines, and the number of each."""
     a_BTD, b_BTD = (hidden_states(model, batch) for model in (original, compressed))
     mask_BT = mask_of(batch, a_BTD)
     mask_BT1 = mask_BT.unsqueeze(-1)
@@ -89,7 +89,7 @@ def mask_of(batch: Batch, states_BTD: Tensor) -> Tensor:
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
-    """The last states, whatever head is on the model: [rows, tokens, D] float32."""
+    """The last states, whatever the model's head: [rows, tokens, D] float32."""
     base = getattr(model, model.base_model_prefix, model)
     if "decoder_input_ids" in batch.arguments:
         states: Tensor = base(**batch.arguments, output_hidden_states=True).decoder_hidden_states[-1]
@@ -100,7 +100,7 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def pair_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """Means over rows of the cosine of picture embeddings and of text embeddings, in [-1, 1]."""
+    """Mean cosines over rows of the picture embeddings and of the text embeddings, in [-1, 1]."""
     sums, num_rows = {"image_cosine": 0.0, "text_cosine": 0.0}, 0
     for batch in batches:
         first, second = (model(**batch.arguments) for model in (original, compressed))
@@ -131,7 +131,7 @@ def causal_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) ->
     means: list[float] = (sums / max(1, num_tokens)).tolist()
     mean_kl, mean_agreement, original_loss, compressed_loss = means
     if not all(map(math.isfinite, means)):
-        raise FFSplitError("logits on held-out text are not finite: compute in a wider --dtype")
+        raise FFSplitError("logits on held-out text are not finite: give a wider --dtype")
     return {
         "kl_divergence": mean_kl,
         "top1_agreement": mean_agreement,
@@ -140,17 +140,17 @@ def causal_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) ->
     }
 
 
-# Fidelity of a model that is too large to hold: both models go through their blocks side by side.
+# Fidelity of a model that does not fit in memory: both models go through their blocks side by side.
 
 
 def streamed_fidelity(
     original: StreamedModel, compressed: StreamedModel, batches: Sequence[Batch], *, kind: ModelKind
 ) -> tuple[dict[str, float], tuple[BlockFidelity, ...]]:
-    """What `fidelity` gives, and how far the hidden states have come apart after each block.
+    """The result of `fidelity`, and how far the hidden states differ after each block.
 
-    One block is in memory at a time, of one model; what lies outside the blocks, of both.
+    In memory at a time: one block of one model, and what lies outside the blocks of both.
     """
-    assert batches, "there is nothing to compare on"
+    assert batches, "no batches to compare on"
     for model in (original, compressed):
         model.start([batch.arguments for batch in batches])
     blocks = []
@@ -180,7 +180,7 @@ def hidden_of(output: Any) -> Tensor:
 def _compare(
     layer: int, original: Sequence[Tensor], compressed: Sequence[Tensor], batches: Sequence[Batch]
 ) -> BlockFidelity:
-    """Over all tokens that are no padding: |h' - h| / |h|, and the mean cosine of h and h'."""
+    """Over all tokens except padding: |h' - h| / |h|, and the mean cosine of h and h'."""
     error = total = cosine = 0.0
     num_tokens = 0
     for a_BTD, b_BTD, batch in zip(original, compressed, batches, strict=True):

@@ -1,13 +1,14 @@
-"""Gates: what a result has to measure before it is published.
+"""Gates: limits on measurements that a result must meet before it is published.
 
-speedup >= 1.3                 at the slowest of the shapes that are timed
+speedup >= 1.3                 at the slowest timed shape
 speedup@8x128 >= 1.3           at 8 rows of 128 tokens, which is then timed
 fidelity >= 0.98               pooled cosine of an encoder, top-1 agreement of a language model
 pooled_cosine >= 0.98          any measure of fidelity by its name
 sts drop <= 0.5                how much worse a task of --eval is, in the task's own unit
 parameters reduction >= 20%    or of blocks (no embeddings, no heads), size, memory
 
-A speed-up is an interval rather than a number: a limit inside it is neither met nor failed, but undecided.
+A speed-up has a confidence interval. A gate whose limit lies inside it is neither met nor failed: it is
+undecided.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LANGUAGE_FIDELITY: dict[str, Sense] = {
     "compressed_perplexity": "<=",
 }
 ENCODER_FIDELITY: dict[str, Sense] = {"pooled_cosine": ">=", "token_cosine": ">="}
-"""What is measured of a model, the headline first, and which way is better."""
+"""What is measured, the headline first, and which direction is better."""
 CLASSIFIER_FIDELITY: dict[str, Sense] = {
     **ENCODER_FIDELITY,
     "label_agreement": ">=",
@@ -45,15 +46,15 @@ CLASSIFIER_FIDELITY: dict[str, Sense] = {
 }
 FIDELITY: dict[str, Sense] = CLASSIFIER_FIDELITY | LANGUAGE_FIDELITY
 QUIETER = (
-    "timing noise could decide this: time it on a quieter machine, or with a larger "
+    "timing noise could decide this: run on a quieter machine, or with a larger "
     "measurement.latency_pairs in a copy of the recipe"
 )
-"""What to do about a speed gate whose limit lies within the noise."""
+"""Advice for a speed gate whose limit lies within the noise."""
 HEADLINES = (next(iter(ENCODER_FIDELITY)), next(iter(LANGUAGE_FIDELITY)))
-"""What `fidelity` stands for: whichever of them was measured."""
+"""`fidelity` stands for whichever of these was measured."""
 REDUCTIONS = ("parameters", "blocks", "size", "memory")
 SHARES = ("top1_agreement", "label_agreement", "fidelity", *(f"{name} reduction" for name in REDUCTIONS))
-"""What may be given in percent."""
+"""Metrics that may be given in percent."""
 FORMS = (
     "speedup >= F, speedup@8x128 >= F, fidelity >= F, pooled_cosine >= F, kl_divergence <= F, TASK drop <= F "
     "(TASK is sts, classification, perplexity, a file's name or a task of lm-eval, with :METRIC where it has "
@@ -77,7 +78,7 @@ class Gate(Record):
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """The rows and tokens a row that a speed-up is asked of, None for any other gate."""
+        """The rows, and tokens per row, of a speed-up gate's shape; None for any other gate."""
         match = _SPEEDUP.fullmatch(self.metric)
         return (int(match[1]), int(match[2])) if match and match[1] else None
 
@@ -87,7 +88,7 @@ class Gate(Record):
 
     @property
     def task(self) -> tuple[str, str] | None:
-        """The task and the metric (or none) whose drop is limited, None for any other gate."""
+        """The task and the metric ("" for any) whose drop is limited; None for any other gate."""
         if not self.metric.endswith(" drop"):
             return None
         task, _, metric = self.metric.removesuffix(" drop").partition(":")
@@ -95,14 +96,16 @@ class Gate(Record):
 
 
 def parse_gate(spec: str) -> Gate:
-    """The gate of a SPEC. Raises ConfigError that says what is wrong with it, in one line."""
+    """The gate of a SPEC. Raises ConfigError with the problem in one line."""
     match = _SPEC.fullmatch(spec.strip())
     if match is None:
         raise _error(spec, f"the forms are {FORMS}")
     metric, sense = _canonical(spec, " ".join(match[1].split())), _SENSES[match[2]]
     better = _better(metric)
     if sense != better:
-        raise _error(spec, f"write {metric} {better} {match[3]}{match[4]}: the other way keeps nothing out")
+        raise _error(
+            spec, f"write {metric} {better} {match[3]}{match[4]}: the other direction lets bad results pass"
+        )
     try:
         limit = float(match[3])
     except ValueError:
@@ -117,7 +120,7 @@ def parse_gate(spec: str) -> Gate:
 
 
 def parse_gates(specs: Sequence[str], *, require_speedup: float | None = None) -> tuple[Gate, ...]:
-    """Every gate once, in a fixed order: how they were written does not matter."""
+    """The gates without duplicates, in a fixed order: how they were written does not matter."""
     gates = {parse_gate(spec) for spec in specs}
     if require_speedup is not None:
         gates.add(Gate(metric="speedup", sense=">=", limit=require_speedup))
@@ -125,7 +128,7 @@ def parse_gates(specs: Sequence[str], *, require_speedup: float | None = None) -
 
 
 def gated_key(work_key: str, gates: Sequence[Gate]) -> str:
-    """The run key of what is computed and must pass these gates."""
+    """The run key of a computation whose result must pass these gates."""
     if not gates:
         return work_key
     return stage_key("gated", {"work": work_key, "gates": [str(gate) for gate in gates]})
@@ -138,7 +141,7 @@ def check_gates(
     recipe: Recipe,
     config: JobConfig,
 ) -> None:
-    """Raise ConfigError for a gate on what the run is not going to measure."""
+    """Raise ConfigError for a gate on something that the run will not measure."""
     longest_row = checkpoint.max_positions
     kind, measured = _measured_of(checkpoint)
     for gate in gates:
@@ -147,18 +150,18 @@ def check_gates(
         if needs_whole and config.block_by_block:
             raise _error(str(gate), "with --block-by-block only fidelity and size are measured")
         if metric in FIDELITY and metric not in measured:
-            raise _error(str(gate), f"of {kind} {', '.join(measured)} are measured")
+            raise _error(str(gate), f"for {kind}, {', '.join(measured)} are measured")
         if metric == "memory reduction" and not recipe.measurement.peak_memory:
             raise _error(str(gate), "the recipe does not measure it (peak_memory: false)")
         if gate.shape and longest_row is not None and gate.shape[1] > longest_row:
-            raise _error(str(gate), f"the model reads {longest_row} tokens a row at most")
+            raise _error(str(gate), f"the model reads at most {longest_row} tokens per row")
         if gate.task and not any(_names_spec(gate.task[0], spec) for spec in config.eval):
-            known = f": it is given {', '.join(config.eval)}" if config.eval else ": it is not given"
+            known = f": --eval has {', '.join(config.eval)}" if config.eval else ": --eval is not given"
             raise _error(str(gate), f"no --eval scores {gate.task[0]!r}{known}")
 
 
 def _measured_of(checkpoint: Checkpoint) -> tuple[str, dict[str, Sense]]:
-    """What a model is, in words, and what is measured of it."""
+    """What a model is, in words, and which fidelity measures it has."""
     if checkpoint.compared_as == "causal_lm":
         return "a language model", LANGUAGE_FIDELITY
     if checkpoint.classifies:
@@ -167,12 +170,12 @@ def _measured_of(checkpoint: Checkpoint) -> tuple[str, dict[str, Sense]]:
 
 
 def speed_limits(gates: Sequence[Gate]) -> tuple[tuple[tuple[int, int] | None, float], ...]:
-    """What gates ask of the speed-up: at one shape of (rows, tokens a row), or at all where that is None."""
+    """The speed-ups that gates require: at one shape (rows, tokens per row), or None for every shape."""
     return tuple((gate.shape, gate.limit) for gate in gates if gate.limits_speed)
 
 
 def judge(gates: Sequence[Gate], measured: Measurements) -> tuple[GateResult, ...]:
-    """Each gate with the figure it is judged by. What was not measured does not pass."""
+    """The result of each gate, with its figure. A gate on something not measured fails."""
     return tuple(
         _speed_result(gate, measured.latency) if gate.limits_speed else _result(gate, measured)
         for gate in gates
@@ -181,14 +184,14 @@ def judge(gates: Sequence[Gate], measured: Measurements) -> tuple[GateResult, ..
 
 def _result(gate: Gate, measured: Measurements) -> GateResult:
     figure = _figure(gate, measured)
-    if figure is not None:  # 86.7 - 86.3 is 0.4 here, not a little more
+    if figure is not None:  # 86.7 - 86.3 counts as 0.4, without the float error
         figure = float(f"{figure:.12g}") if math.isfinite(figure) else None
     met = figure is not None and (figure >= gate.limit if gate.sense == ">=" else figure <= gate.limit)
     return GateResult(gate=str(gate), figure=figure, met=met)
 
 
 def _speed_result(gate: Gate, latency: Sequence[Latency]) -> GateResult:
-    """The least speed-up of all shapes that the gate is about, and what the noise leaves of it."""
+    """The smallest speed-up over the gate's shapes, and its confidence interval."""
     timed = [each for each in latency if gate.shape in (None, (each.batch_size, each.num_tokens))]
     if not timed:
         return GateResult(gate=str(gate), figure=None, met=False)
@@ -209,7 +212,7 @@ def _speed_result(gate: Gate, latency: Sequence[Latency]) -> GateResult:
 
 
 def verdict(result: GateResult) -> str:
-    """In a word."""
+    """The result in a word or two."""
     if result.undecided:
         return "UNDECIDED"
     return "met" if result.met else "NOT met"
@@ -224,7 +227,7 @@ def describe_result(result: GateResult) -> str:
 
 
 def refusal(results: Sequence[GateResult]) -> str | None:
-    """What to say of a result that may not be published, None where every gate is met."""
+    """Why a result may not be published, in one line; None if every gate is met."""
     failed = [each for each in results if not each.met and not each.undecided]
     undecided = [each for each in results if each.undecided]
     counts = [
@@ -268,9 +271,9 @@ def _better(metric: str) -> Sense:
 
 def _names_spec(task: str, spec: str) -> bool:
     """Whether an --eval SPEC may give the scores that a gate calls `task`."""
-    kind, _, rest = spec.partition(":")
+    scheme, _, rest = spec.partition(":")
     file_name = rest.partition("#")[0].rstrip("/").rpartition("/")[2]
-    return task in (kind, spec, file_name) or (kind == "lm-eval" and task in rest.split(","))
+    return task in (scheme, spec, file_name) or (scheme == "lm-eval" and task in rest.split(","))
 
 
 def _names_score(task: str, score: TaskScore) -> bool:
@@ -292,7 +295,7 @@ def _figure(gate: Gate, measured: Measurements) -> float | None:
 
 
 def _drop(score: TaskScore) -> float:
-    """How much worse, in the score's unit; where neither way is known to be better, any change counts."""
+    """How much worse, in the score's unit. If the better direction is unknown, any change counts."""
     lost = score.original - score.compressed
     if score.higher_is_better is None:
         return abs(lost)

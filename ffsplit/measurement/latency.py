@@ -1,4 +1,4 @@
-"""Latency of two models, timed in turn in one process so that drift hits both alike."""
+"""Latency of two models, timed alternately in one process so that drift affects both alike."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from ffsplit.runtime.modules import DenseMap, LowRankMap
 from ffsplit.store.benchmarks import Figures, Timing
 from ffsplit.store.manifest import Latency, LoadAverage, Spread
 
-# How much a model's linear layers multiply and read: what a speed-up can come to at most.
+# How much a model's linear layers multiply and read: this limits the speed-up.
 
 FEW_TOKENS = 8
-"""Below this many tokens a product waits for its weights, not for its multiplications."""
+"""With fewer tokens, a product is limited by reading its weights, not by its multiplications."""
 
 
 class Work(NamedTuple):
-    """Multiplications a token, and bytes of weights, of all linear layers."""
+    """Multiplications per token, and bytes of weights, of all linear layers."""
 
     multiplications: int
     weight_bytes: int
@@ -57,17 +57,17 @@ def _of_module(module: nn.Module) -> Work:
     return Work(count, sum(matrix.numel() * matrix.element_size() for matrix in matrices))
 
 
-# Random inputs of any model, to time it with: what its forward takes says what it reads.
+# Random inputs for timing any model, chosen by the arguments of its forward.
 
 
 def example_inputs(
     model: Any, *, num_rows: int, num_tokens: int, vocab_size: int | None = None
 ) -> dict[str, Tensor]:
-    """Arguments of a forward pass: token ids of `num_tokens` a row, and pictures or sounds.
+    """Arguments of a forward pass: `num_tokens` token ids per row, and pictures or sounds.
 
-    Pictures have the size the model is made for; a sound has as many samples as come to `num_tokens`
-    frames, or what an encoder of fixed length takes. Where pictures stand among the tokens there are
-    none. The same arguments give the same inputs.
+    Pictures have the size the model is made for. A sound has as many samples as give `num_tokens` frames, or
+    as an encoder of fixed length takes. Models that place pictures among the tokens get no pictures. The same
+    arguments give the same inputs.
     """
     names = _argument_names(model)
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ def example_inputs(
 
 
 def _argument_names(model: Any) -> set[str]:
-    """What a model's forward takes. One that hands all its arguments on takes what its family reads first."""
+    """The arguments of a model's forward. One that takes **kwargs also takes its family's main input."""
     parameters = inspect.signature(model.forward).parameters
     names = set(parameters)
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -110,13 +110,13 @@ def _argument_names(model: Any) -> set[str]:
 
 
 def vocab_size_of(model: Any) -> int:
-    """How many tokens a model's text side knows; 0 where it has none."""
+    """The vocabulary size of a model's text side; 0 if it has none."""
     text = getattr(model.config, "text_config", model.config)
     return int(getattr(text, "vocab_size", 0) or 0)
 
 
 def _num_samples(config: Any, *, num_frames: int) -> int:
-    """Samples that the convolutions turn into `num_frames` frames, or a few more."""
+    """Audio samples that the convolutions turn into `num_frames` frames, or a few more."""
     hop = math.prod(map(int, config.conv_stride))
     return hop * (num_frames + sum(map(int, config.conv_kernel)))
 
@@ -125,7 +125,7 @@ WARM_UP_RUNS = 3
 FEWEST_PAIRS = 6
 """Fewer have no 99 % confidence interval."""
 MOST_ROUNDS = 4
-"""Where noise could decide a gate, this many times the usual pairs are timed at most."""
+"""If noise could decide a gate, at most this many times the usual pairs are timed."""
 CONFIDENCE = 0.99
 NUM_RESAMPLES = 4000
 
@@ -141,10 +141,10 @@ def paired_latency(
     num_pairs: int,
     limits: Sequence[tuple[Shape | None, float]] = (),
 ) -> tuple[Latency, ...]:
-    """p50 and p95 of forward passes of random inputs at each (rows, tokens a row).
+    """p50 and p95 of forward passes of random inputs at each (rows, tokens per row).
 
-    `num_pairs` of them; more where the speed-up is so near to one of its `limits` (each for one shape,
-    or all) that noise could decide on which side it is.
+    Times `num_pairs` pairs; more if the speed-up is so close to one of its `limits` (each for one shape, or
+    all) that noise could decide the gate.
     """
     with batches_allowed(original, compressed):
         return tuple(
@@ -161,7 +161,7 @@ def paired_latency(
 
 @contextmanager
 def batches_allowed(*models: Any) -> Iterator[None]:
-    """Let classifiers on causal models, which look for padding, run batches that have none meanwhile."""
+    """Let causal classifiers without a padding token run batches without padding, in this context."""
     without = [model for model in models if getattr(model.config, "pad_token_id", None) is None]
     for model in without:
         model.config.pad_token_id = vocab_size_of(model)
@@ -210,10 +210,10 @@ def _at_shape(
 
 
 def spread_of(times: NDArray[np.float64]) -> Spread:
-    """How far the ratio of the medians of [pairs, 2] times can be trusted; the same for the same times.
+    """Confidence interval of the ratio of the medians of [pairs, 2] times. Deterministic.
 
-    The interval is a bootstrap's: pairs are drawn again and again, so what slows both calls of a pair
-    does not count. Source: Efron, Bootstrap methods: another look at the jackknife, 1979.
+    It is a bootstrap over pairs, so that what slows both calls of a pair does not count. Source: Efron,
+    Bootstrap methods: another look at the jackknife, 1979.
     """
     p10, p90 = (float(each) for each in np.percentile(times[:, 0] / times[:, 1], [10, 90]))
     if len(times) < FEWEST_PAIRS:
@@ -226,7 +226,7 @@ def spread_of(times: NDArray[np.float64]) -> Spread:
 
 
 def load_average() -> float | None:
-    """Of the last minute, None where the system tells none."""
+    """The system's load average over the last minute; None if it has none."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
@@ -244,7 +244,7 @@ def load_since(before: float | None) -> LoadAverage | None:
 def paired_times(
     first: Callable[[], Any], second: Callable[[], Any], *, num_pairs: int, on_cuda: bool
 ) -> NDArray[np.float64]:
-    """Milliseconds of two calls, made in turn after a warm-up: [num_pairs, 2]."""
+    """Milliseconds of two calls, made alternately after a warm-up: [num_pairs, 2]."""
     for _ in range(WARM_UP_RUNS):
         run_ms(first, on_cuda=on_cuda)
         run_ms(second, on_cuda=on_cuda)
@@ -256,7 +256,7 @@ def paired_times(
 
 
 def run_ms(call: Callable[[], Any], *, on_cuda: bool) -> float:
-    """How long a call takes, with what it leaves to the GPU: milliseconds."""
+    """Milliseconds that a call takes, including its work on the GPU."""
     start = time.perf_counter()
     call()
     if on_cuda:
@@ -264,7 +264,7 @@ def run_ms(call: Callable[[], Any], *, on_cuda: bool) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-# Two models over a grid of batch sizes and lengths, in turn; a causal model's prefill and decode apart.
+# Two models, timed alternately over a grid of batch sizes and lengths; causal models by prefill and decode.
 
 Phase = Literal["forward", "prefill", "decode"]
 
@@ -273,7 +273,7 @@ Phase = Literal["forward", "prefill", "decode"]
 def time_models(
     original: Any, compressed: Any, *, shapes: Sequence[tuple[int, int]], num_pairs: int, new_tokens: int
 ) -> tuple[Timing, ...]:
-    """Timings at each (rows, tokens a row); causal language models also decode `new_tokens` tokens."""
+    """Timings at each (rows, tokens per row); causal language models also decode `new_tokens` tokens."""
     with batches_allowed(original, compressed):
         return tuple(_timings((original, compressed), shapes, num_pairs=num_pairs, new_tokens=new_tokens))
 
@@ -302,7 +302,7 @@ def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> Callable[[], 
 
 
 def _decoder(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
-    """Each call reads one more token, after what the cache holds; which token is all the same here."""
+    """Each call decodes one more token after those in the cache. Which token does not matter here."""
     cache = model(input_ids=ids, use_cache=True).past_key_values
     token = ids[:, -1:]
     return lambda: model(input_ids=token, past_key_values=cache, use_cache=True)

@@ -1,4 +1,4 @@
-"""Measuring a latency table: one model of random weights, its FFNs made narrower and timed."""
+"""Measuring a latency table: one model with random weights, timed with ever narrower FFNs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ffsplit.profile import ComputeProfile
 from ffsplit.splitting.latency import LatencyPoint, LatencyTable
 
 FRACTIONS = [Fraction(n, 24) for n in (1, 2, 3, 4, 6, 8, 10, 12, 15, 18, 21, 24)]
-"""Of the original width. Of the usual widths all are multiples of 64 or 32, which kernels like."""
+"""Of the original width. For the usual widths, all are multiples of 32 or 64, which kernels prefer."""
 NUM_ROUNDS = 3
 RUNS_A_ROUND = 4
 
@@ -37,16 +37,16 @@ def measure_latency_table(
     revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LatencyTable:
-    """Time a model's forward pass at a dozen FFN widths, at (rows, tokens a row), on this machine.
+    """Time a model's forward pass at a dozen FFN widths, at (rows, tokens per row), on this machine.
 
-    Every width is timed once a round, so that drift hits all alike; a point is the median of all its
-    times. Only the model's config is read. Raises ConfigError when it is not one to compress, or
-    reads fewer tokens than a row is to have.
+    Every round times every width, so that drift affects all alike; a point is the median of all its
+    times. Only the model's config is read. Raises ConfigError if the model cannot be compressed, or
+    reads fewer tokens than the shape has per row.
     """
     checkpoint = open_checkpoint(locate_model(model, revision=revision).directory)
     longest = checkpoint.max_positions
     if longest is not None and shape[1] > longest:
-        raise ConfigError(f"--num-tokens {shape[1]} is more than the model reads, {longest}")
+        raise ConfigError(f"--num-tokens {shape[1]} is more than the model's {longest} positions")
     dense = model_shape(checkpoint)
     widths = table_widths({each.num_neurons for each in dense.shapes})
     with profile.applied():
@@ -68,9 +68,9 @@ def measure_latency_table(
 
 
 def table_widths(originals: set[int]) -> list[int]:
-    """The widths to time, ascending, the original last. Raises ConfigError where layers differ."""
+    """The widths to time, ascending, the original last. Raises ConfigError if layers differ in width."""
     if len(originals) != 1:
-        raise ConfigError("a latency table is for models whose FFNs all have one width")
+        raise ConfigError("a latency table needs a model whose FFNs all have the same width")
     (original,) = originals
     return sorted({max(1, round(original * fraction)) for fraction in FRACTIONS})
 
@@ -129,14 +129,14 @@ def _ffns(model: Any, checkpoint: Checkpoint) -> Iterator[_FFN]:
         block, paths = base.get_submodule(ffn.block), ffn.paths
         if paths.transposed or paths.fused or paths.experts:
             raise ConfigError(
-                f"a latency table is for FFNs of separate linear layers, which {ffn.name} is not made of"
+                f"a latency table needs FFNs of separate linear layers, unlike those of {ffn.name}"
             )
         names = [name for name in (paths.up, paths.gate) if name is not None]
         yield _FFN([block.get_submodule(name) for name in names], block.get_submodule(paths.down))
 
 
 def check_target(out: str) -> None:
-    """Raise ConfigError, before anything is measured, where a file plainly cannot be written."""
+    """Raise ConfigError, before anything is measured, if the file clearly cannot be written."""
     path = user_path(out)
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"--out {out} cannot be written: give a file in a directory that exists")

@@ -1,7 +1,7 @@
-"""Peak memory of loading and running a model, in a fresh process of its own.
+"""Peak memory of loading and running a model, measured in a new process.
 
 `python -m ffsplit.measurement.memory DIRECTORY CLASS ROWS TOKENS DEVICE DTYPE OPTIONS` prints the bytes;
-OPTIONS is a JSON object that from_pretrained is given.
+OPTIONS is a JSON object of arguments for from_pretrained.
 """
 
 from __future__ import annotations
@@ -25,8 +25,11 @@ WITHIN_S = 7200.0
 def peak_memory_bytes(
     directory: Path, class_name: str, *, shape: tuple[int, int], device: str, dtype: str
 ) -> int:
-    """Peak resident memory on the CPU, over that of a process with its libraries loaded and no model;
-    on CUDA the peak that the allocator handed out. For one load and one forward at `shape`."""
+    """Peak memory of one load and one forward pass at `shape`.
+
+    On the CPU: peak resident memory above that of the process with its libraries loaded but no model. On
+    CUDA: the allocator's peak.
+    """
     options = {"trust_remote_code": trusted(), **attention_options()}
     arguments = [str(directory), class_name, *map(str, shape), device, dtype, json.dumps(options)]
     command = [sys.executable, "-m", "ffsplit.measurement.memory", *arguments]
@@ -34,7 +37,7 @@ def peak_memory_bytes(
         done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S)
     except subprocess.TimeoutExpired:
         raise FFSplitError(
-            f"measuring the memory of {directory} took longer than {WITHIN_S:g} s: leave peak memory out "
+            f"measuring the memory of {directory} took longer than {WITHIN_S:g} s: skip it "
             "(`peak_memory: false` under `measurement` in the recipe, or `ffsplit benchmark --no-memory`)"
         ) from None
     if done.returncode != 0:
@@ -58,7 +61,9 @@ def _measure(
     from ffsplit.models.load import load_whole_model, model_class
 
     where = Path(directory)
-    model_class(class_name, where=where)  # imports the modelling code, which is no model's memory
+    model_class(
+        class_name, where=where
+    )  # imports the modelling code, which does not count as the model's memory
     before = _resident_peak_bytes()
     model = load_whole_model(where, class_name, dtype=getattr(torch, dtype), **json.loads(options)).to(device)
     inputs = example_inputs(model, num_rows=int(rows), num_tokens=int(tokens))
@@ -68,7 +73,7 @@ def _measure(
 
 
 def _resident_peak_bytes() -> int:
-    """The process's own high-water mark; on Linux getrusage's would begin at the parent's."""
+    """The process's peak memory. Not from getrusage, whose value starts at the parent's on Linux."""
     status = Path("/proc/self/status")
     if status.is_file():
         for line in status.read_text().splitlines():
@@ -81,7 +86,7 @@ def _resident_peak_bytes() -> int:
 
 
 def _die_with_parent() -> None:
-    """A worker that is killed leaves no measurement behind, where the system can see to it."""
+    """End this process when its parent is killed, if the system supports that."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 

@@ -1,4 +1,4 @@
-"""Numbers as people read them: three significant digits, a unit, and a space that does not break."""
+"""Numbers formatted for people: three significant digits, a unit, and a non-breaking space."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COUNTS: Final = ("", "k", "M", "B", "T")
 
 
 def number(value: float) -> str:
-    """Three significant digits and never an exponent; just below 1, four decimals, rounded down.
+    """Three significant digits and never an exponent. From 0.99 to 1: four decimals, rounded down.
 
     A cosine of 0.99996 must not read as 1.00.
     """
@@ -47,17 +47,17 @@ def size(num_bytes: float) -> str:
 
 
 def count(value: float) -> str:
-    """Things counted: 812, 22.7 M."""
+    """A count: 812, 22.7 M."""
     return _scaled(value, units=_COUNTS)
 
 
 def percent(share: float) -> str:
-    """A share of 1 as a percentage."""
+    """A fraction of 1 as a percentage."""
     return number(share * 100) + SPACE + "%"
 
 
 def change(before: float, *, after: float) -> str:
-    """How far `after` is from `before`, signed, in percent of `before`."""
+    """The signed change from `before` to `after`, in percent of `before`."""
     if before == 0 or after == before:
         return "unchanged" if after == before else "from nothing"
     share = (after - before) / before
@@ -65,7 +65,7 @@ def change(before: float, *, after: float) -> str:
 
 
 def times(ratio: float) -> str:
-    """A speed-up: 1.71x, with the proper sign."""
+    """A speed-up: 1.71x, with a multiplication sign."""
     return number(ratio) + TIMES
 
 
@@ -74,13 +74,13 @@ def milliseconds(value: float) -> str:
 
 
 def score(value: float) -> str:
-    """A task's score: two decimals from 10 on, as papers print percentages; four below."""
+    """A task's score: two decimals from 10 on, as papers print percentages; four decimals below."""
     text = f"{abs(value):,.{2 if abs(value) >= 10 else 4}f}"
     return MINUS + text if value < 0 else text
 
 
 def score_change(before: float, *, after: float) -> str:
-    """How far a score is from the original's, signed, in its own unit: the difference of what is shown."""
+    """The signed change of a score, in its own unit: the difference of the rounded values."""
     decimals = 2 if max(abs(before), abs(after)) >= 10 else 4
     text = f"{abs(round(after, decimals) - round(before, decimals)):,.{decimals}f}"
     return text if not text.strip("0.,") else ("+" if after > before else MINUS) + text
@@ -99,22 +99,22 @@ def duration(seconds: float) -> str:
 
 
 def shape(batch_size: int, *, num_tokens: int) -> str:
-    """Rows and tokens a row of one forward pass: 8 x 128, with the proper sign."""
+    """Rows, and tokens per row, of one forward pass: 8 x 128, with a multiplication sign."""
     return f"{batch_size}{SPACE}{TIMES}{SPACE}{num_tokens}"
 
 
 def ffn(name: str, *, layer: int) -> str:
-    """Which FFN it is; older manifests have its number alone."""
+    """The name of an FFN. Older manifests have only its number."""
     return name or f"layer {layer}"
 
 
 def unit(ffns: Iterable[tuple[str, int]]) -> str:
-    """What to call FFNs of these names and numbers: layers where every one is the only FFN of its layer."""
+    """ "layer" if each of these FFNs is the only one of its layer, else "FFN"."""
     return "layer" if all(name in ("", f"layer {number}") for name, number in ffns) else "FFN"
 
 
 def layout(layer: LayerLayout) -> str:
-    """One layer's layout in words: its width, the rank of what is factored, the bits of integers."""
+    """One layer's layout in words: its width, the rank of factors, the bits of integers."""
     if layer.is_dense:
         return f"width {layer.num_neurons:,}"
     return " + ".join(_part(part) for part in layer.parts) or "nothing kept"
@@ -135,19 +135,19 @@ def _format(format: LowRank | Integer) -> str:
     return f"int{format.num_bits}{groups}"
 
 
-# How far timings can be trusted, in words.
+# The noise of timings, in words.
 
 NOISY_TAIL: Final = 1.5
-"""p95 over p50 beyond which timings are called noisy."""
+"""The p95 / p50 above which timings are called noisy."""
 
 
 def spread_in_words(of: Spread | None) -> str:
-    """The 10th to the 90th percentile of single pairs, empty where it was not recorded."""
+    """The 10th to the 90th percentile of single pairs; empty if it was not recorded."""
     return "" if of is None else f"{number(of.p10)} to {times(of.p90)}"
 
 
 def noise(latency: Sequence[Latency], load: LoadAverage | None) -> str | None:
-    """What disturbed the timings, in one line; None where nothing shows that anything did."""
+    """What disturbed the timings, in one line; None if nothing shows that."""
     tails = {
         f"at {shape(each.batch_size, num_tokens=each.num_tokens)} tokens the {name}'s": p95 / p50
         for each in latency
@@ -160,9 +160,9 @@ def noise(latency: Sequence[Latency], load: LoadAverage | None) -> str | None:
 
 
 def described(tails: dict[str, float], load: LoadAverage | None) -> str | None:
-    """The longest tail (p95 / p50 by whose it is), and a load that the CPUs could not carry."""
-    said = list(_disturbances(tails, load))
-    return f"timings are noisy: {'; '.join(said)}" if said else None
+    """The longest tail (p95 / p50, by model and shape), and a load above the number of CPUs."""
+    found = list(_disturbances(tails, load))
+    return f"timings are noisy: {'; '.join(found)}" if found else None
 
 
 def _disturbances(tails: dict[str, float], load: LoadAverage | None) -> Iterator[str]:
@@ -170,7 +170,7 @@ def _disturbances(tails: dict[str, float], load: LoadAverage | None) -> Iterator
     if longest > NOISY_TAIL:
         yield f"{whose} p95 is {number(longest)} times its p50"
     if load is not None and max(load.before, load.after) > load.num_cpus:
-        yield f"more ran than the CPUs could carry, {load_in_words(load)}"
+        yield f"the CPUs were overloaded, {load_in_words(load)}"
 
 
 def load_in_words(load: LoadAverage) -> str:

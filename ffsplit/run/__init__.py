@@ -1,1 +1,1 @@
-"""One run: examined, prepared, placed, computed, described and published."""
+"""One run, from its configuration to the published artifact."""

@@ -42,12 +42,12 @@ from ffsplit.store.signing import sign_manifest
 from ffsplit.store.store import Store
 
 MOST_NAMED = 16
-"""Experts named in a line; the manifest has all."""
+"""Experts that one line names at most; the manifest has all."""
 
 
 @contextmanager
 def connected(run: Run) -> Iterator[Runner]:
-    """The run's runner. Raises ConfigError, before anything is written, for one that cannot be used."""
+    """The run's runner. Raises ConfigError, before anything is written, if it cannot be used."""
     workers = run.needs.machine.num_workers
     with (
         logs.fields(run=run.keys.published(run.kind)),
@@ -68,8 +68,8 @@ def make_attempt(
 ) -> tuple[Manifest, str]:
     """Compute the run, and publish it unless its gates refuse it. Returns its manifest and its report's key.
 
-    Raises ConfigError for hosts that do not fit together. Then nothing is left behind; what goes wrong
-    later is no mistake in the configuration, whoever raises it.
+    Raises ConfigError if the hosts of the cluster are incompatible; nothing is left behind then. Later
+    failures are never reported as mistakes in the configuration.
     """
     log = StageLog(shown)
     with full_disk_explained(), temporary_folder() as folder:
@@ -93,7 +93,7 @@ def make_attempt(
 
 
 def _announce(run: Run, shown: Progress) -> None:
-    """Say what the run needs, what it is, and what of the model it leaves out."""
+    """Report what the run needs, its key and budget, and which of the model's files it leaves out."""
     config = run.config
     shown.note(in_one_line(run.needs, asked=config.workers if config.runner == "ray" else None))
     key = run.keys.published(run.kind)
@@ -104,11 +104,11 @@ def _announce(run: Run, shown: Progress) -> None:
         family = run.checkpoint.architecture.model_type
         shown.note(f"warning: {family} is not in docs/models.md: its FFNs are guessed (experimental)")
     if unread := run.checkpoint.unread_blocks:
-        shown.note(f"warning: config.json states fewer blocks: {', '.join(unread)} stay as they are, unread")
+        shown.note(f"warning: config.json states fewer blocks: {', '.join(unread)} are copied unchanged")
 
 
 def _publish(run: Run, outcome: Outcome, staging: Path, *, store: Store, sign_key: Path | None) -> Manifest:
-    """Upload the attempt in `staging`, which is named like it, and commit it. The manifest that stands."""
+    """Upload and commit the attempt in `staging`, a folder of its name. Returns the committed manifest."""
     key, attempt = run.keys.published(run.kind), staging.name
     logs.log("publishing", attempt=attempt)
     with Upload(store, run_key=key, attempt=attempt) as upload:
@@ -117,13 +117,13 @@ def _publish(run: Run, outcome: Outcome, staging: Path, *, store: Store, sign_ke
             data = (staging / MANIFEST_NAME).read_bytes()
             (staging / SIGNATURE_NAME).write_bytes(sign_manifest(data, key=sign_key))
         standing = upload.commit(staging, kind=run.kind, move_latest=run.kind == "model")
-    if standing.attempt != attempt:  # another of the same key was first
+    if standing.attempt != attempt:  # another run of the same key committed first
         return read_manifest(locate(f"{store.uri}/{key}"))
     return manifest
 
 
 def compute_statistics(execution: Execution, staging: Path) -> Outcome:
-    """Neuron statistics, which end up in `staging`."""
+    """Compute neuron statistics into `staging`."""
     shards = calibrate(execution)
     statistics = reduce_statistics(execution, shards, staging / STATISTICS_PATH)
     _report_experts(execution, statistics)
@@ -131,7 +131,7 @@ def compute_statistics(execution: Execution, staging: Path) -> Outcome:
 
 
 def compute_model(execution: Execution, staging: Path) -> Outcome:
-    """A compressed checkpoint, which ends up in `staging`, and how it measures."""
+    """Compute a compressed checkpoint into `staging`, and measure it."""
     run = execution.run
     shards = calibrate(execution)
     statistics = reduce_statistics(execution, shards, staging / STATISTICS_PATH)
@@ -189,7 +189,7 @@ def _finish(
 
 
 def _quantization_plans(checkpoint: Checkpoint, recipe: Recipe) -> tuple[LayerPlan, ...]:
-    """Every neuron of every layer, in the format that the recipe ends with."""
+    """Plans that keep every neuron, in the integer format that the recipe ends with."""
     assert recipe.after_healing is not None
     plans = []
     for layer, shape in enumerate(checkpoint.shapes):
@@ -202,14 +202,14 @@ def _quantization_plans(checkpoint: Checkpoint, recipe: Recipe) -> tuple[LayerPl
 
 
 def _report_experts(execution: Execution, statistics: Sequence[NeuronStats]) -> None:
-    """Report how many tokens the experts saw, and which of them saw too few to be judged by."""
+    """Report how many tokens the experts saw, and which of them saw too few."""
     line = tokens_of_experts(statistics, [ffn.name for ffn in execution.run.checkpoint.ffns])
     if line is not None:
         execution.log.note(line)
 
 
 def tokens_of_experts(statistics: Sequence[NeuronStats], names: Sequence[str]) -> str | None:
-    """How many tokens the experts of a model saw, in one line that names the starved, fewest tokens first."""
+    """One line on how many tokens the experts saw. It names those with too few, fewest tokens first."""
     experts = sorted(
         (stats.num_tokens, index) for index, stats in enumerate(statistics) if stats.expert is not None
     )
@@ -223,7 +223,7 @@ def tokens_of_experts(statistics: Sequence[NeuronStats], names: Sequence[str]) -
     more = f" and {len(starved) - MOST_NAMED} more, in the manifest" if len(starved) > MOST_NAMED else ""
     return (
         f"warning: {line}; {len(starved)} saw fewer than {FEWEST_TOKENS} and keep their neurons by weight "
-        f"norm: {shown}{more}; more --samples would let them be judged"
+        f"norm: {shown}{more}; give more --samples to score them by their outputs"
     )
 
 

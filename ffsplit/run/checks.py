@@ -1,4 +1,4 @@
-"""What cannot be done, refused before anything is computed."""
+"""Checks that refuse an impossible job before anything is computed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 def check_inputs(run: Run) -> None:
-    """What must hold before a run begins and takes more than config and headers to see.
+    """Check before a run what config and headers cannot show.
 
-    Raises ConfigError where the model does not load whole or cannot read its rows, UnsupportedModelError
-    where FFNs were guessed wrongly.
+    Raises ConfigError if the model does not load completely or cannot read its rows, and
+    UnsupportedModelError if its FFNs were guessed wrongly.
     """
     assert run.text is not None  # reading it is the check
     with explained("the job cannot be checked"), run.profile.loading():
@@ -37,9 +37,10 @@ def check_inputs(run: Run) -> None:
 
 
 def check_rows(run: Run) -> None:
-    """The part of it that a dry run has time for. Loads the tokenizer, and no modelling code.
+    """The quick part of `check_inputs`, for a dry run. Loads the tokenizer, but no modelling code.
 
-    But attention that the config names may not be installed, which only loading the model shows.
+    One exception: if the config names an attention kernel, only loading the model shows whether it is
+    installed.
     """
     assert run.text is not None
     if attention_advice(run.checkpoint.config):
@@ -48,11 +49,11 @@ def check_rows(run: Run) -> None:
 
 
 def check_calibrates(config: JobConfig) -> None:
-    """Raise ConfigError for what is for compressed models alone."""
+    """Raise ConfigError for options that only compress takes."""
     if config.stats is not None:
-        raise ConfigError("--stats is for compress: calibrate collects statistics of its own")
+        raise ConfigError("--stats is for compress: calibrate collects its own statistics")
     if config.gate or config.require_speedup is not None:
-        raise ConfigError("gates are for compress: statistics have nothing to judge")
+        raise ConfigError("gates are for compress: calibrate has no model to measure")
 
 
 def check_row_length(max_length: int, *, checkpoint: Checkpoint) -> None:
@@ -63,32 +64,34 @@ def check_row_length(max_length: int, *, checkpoint: Checkpoint) -> None:
 
 
 def check_capabilities(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError for what is asked for and cannot be had with this family."""
+    """Raise ConfigError for options that this model family does not support."""
     family = checkpoint.architecture.model_type
     if (
         recipe.healing is not None or recipe.after_healing is not None
     ) and not checkpoint.architecture.can_heal:
         raise ConfigError(
             f"recipe {recipe.name}: healing and after_healing do not work for {family} yet: "
-            "take a recipe without, such as fast"
+            "use a recipe without them, such as fast"
         )
     if config.block_by_block and not checkpoint.architecture.can_stream:
-        raise ConfigError(f"--block-by-block is for models with one list of blocks; {family} is none")
+        raise ConfigError(
+            f"--block-by-block needs a model with a single stack of blocks; {family} has several"
+        )
 
 
 def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
-    """Raise ConfigError when a recipe would heal, or quantize afterwards, more than a narrower model."""
+    """Raise ConfigError if a recipe heals or quantizes a result that is more than narrower FFNs."""
     if not keeps_names(checkpoint, layouts):
         raise ConfigError(
             f"recipe {recipe.name}: healing and after_healing need steps that leave one dense FFN "
-            "a layer, without a bias that the architecture lacks: prune or distill"
+            "per layer, without a bias that the architecture lacks: use prune or distill"
         )
 
 
 def can_refit(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
-    """Whether the compressed FFNs are read as the original's are, and see the same tokens.
+    """Whether the compressed FFNs keep the original's tensor names and see the same tokens.
 
-    Experts do not: which tokens are sent to them can change.
+    Experts do not: the router may send them other tokens.
     """
     return keeps_names(checkpoint, layouts) and not checkpoint.has_experts
 
@@ -98,25 +101,25 @@ def check_stays_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *,
     if recipe.allocation == "search":
         reason = "its search may give FFNs different widths"
     elif recipe.heavy.by == "energy":
-        reason = "its rule by energy may give FFNs different widths"
+        reason = "its energy rule may give FFNs different widths"
     elif recipe.after_healing is not None:
         reason = "it ends with integer weights"
     elif not is_plain(checkpoint, layouts):
-        reason = "it leaves more than one dense FFN of one width a layer, or a bias that the family lacks"
+        reason = "its layers are not single dense FFNs of one width, or have a bias that the family lacks"
     else:
         return
-    raise ConfigError(f"--plain: recipe {recipe.name} does not stay plain, {reason}: take fast or norm-prune")
+    raise ConfigError(f"--plain: recipe {recipe.name} does not stay plain, {reason}: use fast or norm-prune")
 
 
 CHECKED_ROWS = 256
-"""Rows that are tokenized at once, until one holds a token to learn from."""
+"""Rows that are tokenized at a time, until one has a usable token."""
 
 
 def readable(text: TextSample, *, settings: CalibrationSettings, checkpoint: Checkpoint) -> TextSample:
-    """The part of a sample that a run reads: the first rows, as far as the settings' tokens allow.
+    """The part of a sample that a run reads: its first rows, up to the settings' token limits.
 
-    Raises ConfigError when transformers does not know the model's class, there is no tokenizer that
-    belongs to it, or no row has a token to learn from.
+    Raises ConfigError if transformers does not know the model's class, its tokenizer is missing or does
+    not match, or no row has a usable token.
     """
     check_model_class(checkpoint.class_name, where=checkpoint.directory)
     length = settings.row_length
@@ -131,7 +134,7 @@ def readable(text: TextSample, *, settings: CalibrationSettings, checkpoint: Che
 
 
 def _within_tokens(text: TextSample, *, settings: CalibrationSettings, tokenizer: Any) -> TextSample:
-    """The sample with no more rows than the settings' `max_tokens` and `held_out_tokens` have room for."""
+    """The first rows of the sample, as many as `max_tokens` and `held_out_tokens` allow."""
 
     def count(rows: Sequence[str], most: int | None) -> int:
         if most is None or len(rows) * settings.row_length <= most:
@@ -152,7 +155,7 @@ def _check_media(rows: Sequence[str], *, reader: Reader) -> None:
 
 
 def _check_text(rows: Sequence[str], *, tokenizer: Any, max_length: int) -> None:
-    """Raise ConfigError when no row has a token to learn from."""
+    """Raise ConfigError when no row has a usable token."""
     num_special = tokenizer.num_special_tokens_to_add()
     if max_length <= num_special:
         raise ConfigError(
@@ -169,9 +172,9 @@ def _check_text(rows: Sequence[str], *, tokenizer: Any, max_length: int) -> None
 
 
 def check_vocabulary(tokenizer: Any, checkpoint: Checkpoint) -> None:
-    """Raise ConfigError when the tokenizer gives tokens that the model has no embedding for, or none.
+    """Raise ConfigError if the tokenizer is missing, or has tokens without an embedding in the model.
 
-    transformers makes one up of special tokens alone where the vocabulary's file is missing.
+    If the vocabulary's file is missing, transformers makes up a tokenizer of special tokens alone.
     """
     stated, vocabulary = checkpoint.text_config.get("vocab_size"), tokenizer.get_vocab()
     if len(vocabulary.keys() - set(tokenizer.all_special_tokens)) <= 1:
@@ -182,6 +185,6 @@ def check_vocabulary(tokenizer: Any, checkpoint: Checkpoint) -> None:
     token, index = max(vocabulary.items(), key=lambda pair: pair[1], default=("", -1))
     if isinstance(stated, int) and index >= stated:
         raise ConfigError(
-            f"{checkpoint.directory}: the tokenizer does not belong to the model: it has token {token!r} as "
-            f"number {index}, and the model reads numbers below {stated}"
+            f"{checkpoint.directory}: the tokenizer does not belong to the model: its token {token!r} has id "
+            f"{index}, and the model takes ids below {stated}"
         )

@@ -1,8 +1,7 @@
-"""How many bytes a run has in each place at most: temporary files, the store, and caches of inputs.
+"""Upper estimates of a run's disk use in bytes: temporary files, the store, and caches of inputs.
 
-Temporary files are those of the driver's host with all its workers, at the fullest moment of the run; the
-store holds everything that a run leaves in its scratch, and the artifact beside it. Rather too much than too
-little.
+Temporary files are those of the driver's host with all its workers, at the run's peak. The store holds the
+run's scratch and, beside it, the artifact. The estimates err on the high side.
 """
 
 from __future__ import annotations
@@ -15,22 +14,22 @@ from ffsplit.run.workload import Workload
 from ffsplit.runtime.assemble import MAX_SHARD_BYTES
 
 STATISTICS_ROW_BYTES = 72
-"""Of one neuron in a Parquet file: seven numbers of eight bytes, its place, and what pages add."""
+"""One neuron in a Parquet file: seven 8-byte numbers, its index, and page overhead."""
 DOCUMENT_BYTES = 400_000
-"""The manifest, the card and the report, with what each FFN adds to them."""
+"""The manifest, the card and the report. Each FFN adds `DOCUMENT_BYTES_AN_FFN`."""
 DOCUMENT_BYTES_AN_FFN = 6_000
 FILE_BYTES = 4096
-"""What a file takes beyond what is in it: its record, its header, and the rest of its last block."""
+"""Overhead per file: its record, its header, and the unused rest of its last block."""
 SPARE_FILES = 16
 SINGLE, LONG = 4, 8
 
 
 @dataclass(frozen=True)
 class Disk:
-    """A run's files. `num_refits` is 0 where the layers are not fitted again.
+    """A run's files. `num_refits` is 0 if the layers are not refitted.
 
-    `is_remote`: the store is no file system, so what a stage reads from it is downloaded first.
-    `is_spread`: other hosts work too, and find what the driver assembles in the store.
+    `is_remote`: the store is not a file system, so stages download what they read.
+    `is_spread`: other hosts work too, and fetch what the driver assembles from the store.
     """
 
     work: Workload
@@ -65,7 +64,7 @@ class Disk:
 
     @property
     def checkpoint(self) -> int:
-        """Put together, with the tokenizer and whatever else lies in the model's folder."""
+        """The assembled checkpoint, with the tokenizer and the other files of the model's folder."""
         return self.work.compressed_bytes + self.work.companion_bytes + self._headers
 
     @property
@@ -81,7 +80,7 @@ class Disk:
         return 256 * len(self.work.checkpoint.tensors)
 
     def store_bytes(self) -> int:
-        """The scratch of a whole run, and the artifact while both are there."""
+        """The scratch of a whole run and the artifact: for a while both exist."""
         return self.scratch_of_statistics() + sum(self._scratch_of_model()) + self.artifact
 
     def store_bytes_of_statistics(self) -> int:
@@ -108,18 +107,18 @@ class Disk:
 
     @property
     def _states_kept(self) -> int:
-        """Of healing: one stays until the next is there. There may be twice as many steps as foreseen."""
+        """Healing states: one stays until the next is written. Healing may take twice the estimated steps."""
         settings = self.work.recipe.healing
         assert settings is not None
         return min(2, 2 * self.work.healing_steps // settings.checkpoint_steps)
 
     @property
     def _healing_state(self) -> int:
-        """What is trained, the best of it so far, and two moments, in float32."""
+        """The trained weights, the best so far, and the optimizer's two moments, in float32."""
         return 4 * SINGLE * self.work.trainable_elements
 
     def _handed_over(self) -> Iterator[int]:
-        """What other hosts fetch: the model where they do not see it, and every checkpoint on the way."""
+        """What other hosts fetch: the model if they do not see it, and every intermediate checkpoint."""
         yield self._model
         yield (self.num_candidates + self.num_refits) * self.checkpoint
         yield self.checkpoint
@@ -127,7 +126,7 @@ class Disk:
             yield self.artifact
 
     def cache_bytes(self, *, has_stored_model: bool) -> int:
-        """Of one host: a model in a store, and on other hosts what they fetch from the scratch."""
+        """Per host: a model from a store or, on a cluster, everything that hosts fetch from the scratch."""
         if self.is_spread:
             return sum(self._handed_over())
         return self._model if has_stored_model else 0
@@ -141,7 +140,7 @@ class Disk:
         return max(self._calibrating, self.documents + self.statistics)
 
     def temporary_bytes(self) -> int:
-        """At the fullest moment; what was downloaded for the driver stays until it ends."""
+        """At the run's peak. What the driver downloads stays until it ends."""
         return max(self._calibrating, *self._moments())
 
     @property

@@ -168,7 +168,7 @@ def _calibration(run: Run, outcome: Outcome) -> CalibrationRecord:
 
 
 def _kept(run: Run, outcome: Outcome) -> float:
-    """The elements of all FFNs over the original's."""
+    """The FFNs' elements as a fraction of the original's."""
     return (
         run.solver.model.elements_of([plan.layout for plan in outcome.plans]) / run.solver.model.ffn_elements
     )
@@ -241,13 +241,13 @@ def model_card(manifest: Manifest) -> str:
     if any(entry.path == ORIGINAL_CARD for entry in manifest.files):
         body += ["", f"The original's card: [{ORIGINAL_CARD}]({ORIGINAL_CARD})."]
     if model.left_out:
-        body += ["", "Of the original's folder, these files are not here:", ""]
+        body += ["", "These files of the original are not included:", ""]
         body += [f"- `{each.path}`: {each.reason}" for each in model.left_out]
     return "\n".join([*front, "---", "", *body, ""])
 
 
 def _card_latency(each: Latency) -> str:
-    """One row: both medians, their ratio, and how far single pairs differ."""
+    """One row: both medians, their ratio, and how much single pairs vary."""
     before, after = (number(ms) for ms in (each.original_p50_ms, each.compressed_p50_ms))
     ratio = times(each.speedup) + (f" ({spread_in_words(each.spread)})" if each.spread else "")
     return f"| forward {each.batch_size} x {each.num_tokens}, p50 ms | {before} | {after} | {ratio} |"

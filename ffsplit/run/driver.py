@@ -1,4 +1,4 @@
-"""One run, top to bottom: prepared, found committed already or attempted, and what becomes of it."""
+"""One run, top to bottom: prepare it, skip it if it is committed already, else attempt and publish it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ State = Literal["published", "committed already", "refused"]
 
 
 class Finished(NamedTuple):
-    """How a run ended. If gates refused it nothing was published, and `manifest` says how it measured.
+    """How a run ended. If gates refused it, nothing was published; `manifest` has the measurements.
 
     `report` is the key of its report in the store.
     """
@@ -42,9 +42,9 @@ def compress(
 
     A run whose key is committed already is not run again. Raises ConfigError for a user's mistake,
     before anything is written, GateError for a result that does not pass its gates, and other
-    FFSplitErrors for failures while running; what was finished by then stays in the scratch, where the
-    next call that computes the same finds it. `sign_key` is a private key to sign the manifest with; it
-    is not recorded anywhere.
+    FFSplitErrors for failures while running. Finished work then stays in the scratch, and the next call
+    for the same result resumes from it. `sign_key` is a private key to sign the manifest with; it is not
+    recorded anywhere.
     """
     finished = compress_judged(config, progress=progress, sign_key=sign_key)
     if finished.state == "refused":
@@ -55,7 +55,7 @@ def compress(
 def compress_judged(
     config: JobConfig, *, progress: Progress | None = None, sign_key: Path | None = None
 ) -> Finished:
-    """As `compress`, but a result that does not pass its gates comes back with its measurements."""
+    """As `compress`, but a result that does not pass its gates is returned with its measurements."""
     return _run(config, kind="model", progress=progress, sign_key=sign_key)
 
 
@@ -86,14 +86,14 @@ def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: 
         if finished.state != "refused":
             try:
                 latest_commit(store)
-            except FFSplitError as error:  # the artifact stands
-                shown.note(f"warning: {LATEST_NAME} may be behind until it is read: {error}")
+            except FFSplitError as error:  # the artifact is committed all the same
+                shown.note(f"warning: {LATEST_NAME} may be out of date until it is next read: {error}")
         return finished
 
 
 def _compute(run: Run, store: Store, shown: Progress, *, sign_key: Path | None) -> Finished:
-    """Attempt the run, unless another one of the same key is committed first; remove what only it needed."""
-    from ffsplit.run.attempt import connected, make_attempt  # the stages: a committed run needs none of them
+    """Attempt the run and remove its scratch. If another run commits the same key first, return that one."""
+    from ffsplit.run.attempt import connected, make_attempt  # stages that a committed run does not need
 
     key, scratch = run.keys.published(run.kind), Scratch.of(store.uri, run.keys.scratch(run.kind))
     guarantees = store.check_writable()
@@ -123,7 +123,7 @@ def _standing(store: Store, key: str) -> Finished:
 
 
 def _is_committed(store: Store, key: str) -> bool:
-    """Whether a run has a commit. A directory that cannot be read is a mistake; an outage is not."""
+    """Whether a run is committed. An unreadable directory is the user's mistake; an outage is not."""
     try:
         return read_commit(store, key) is not None
     except (ConfigError, StoreError) as error:
@@ -133,9 +133,9 @@ def _is_committed(store: Store, key: str) -> bool:
 
 
 def _was_committed_meanwhile(store: Store, key: str) -> bool:
-    """Whether another run of this key made a failure of this one immaterial.
+    """Whether another run committed this key, so that this one's failure does not matter.
 
-    A store that fails once more adds nothing: the attempt's own failure is the one to report.
+    If the store fails here again, the attempt's own failure is still the one to report.
     """
     with suppress(FFSplitError):
         return read_commit(store, key) is not None

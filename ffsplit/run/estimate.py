@@ -1,4 +1,4 @@
-"""What a run will need on a machine: memory, disk and time, told before it begins."""
+"""Estimates of the memory, disk and time that a run will need, before it begins."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from ffsplit.store.store import open_store
 if TYPE_CHECKING:
     from ffsplit.run.job import Run
 
-# About how many bytes of memory each stage takes. Rough, and rather too much than too little.
+# Rough memory use of each stage in bytes. The estimates err on the high side.
 
 PROCESS_BYTES = 600_000_000
-"""A worker with its libraries loaded and nothing to do."""
+"""An idle worker with its libraries loaded."""
 LOGIT_COPIES = 6
-"""Of both models' logits: as they come, as log-probabilities, and what is made of them."""
+"""Copies of both models' logits: raw, as log-probabilities, and intermediate results."""
 
 
 def process_bytes(work: Workload) -> int:
-    """One that runs every stage keeps a third more: libraries of the others, and what the allocator holds."""
+    """A process that runs every stage needs a third more: more libraries, and memory the allocator keeps."""
     return PROCESS_BYTES * 4 // 3 if work.is_one_process else PROCESS_BYTES
 
 
@@ -46,7 +46,7 @@ def calibration_bytes(work: Workload, *, block_by_block: bool) -> int:
 
 
 def _batch_bytes(work: Workload) -> int:
-    """What a batch takes on its way through a block that is watched."""
+    """One batch in a block whose FFN is observed."""
     hidden, neurons = work.shape.hidden_size, work.shape.num_neurons
     of_token = hidden * (10 * work.itemsize + 2 * FLOAT32_BYTES) + neurons * (
         3 * work.itemsize + 2 * FLOAT32_BYTES + 1
@@ -55,10 +55,10 @@ def _batch_bytes(work: Workload) -> int:
 
 
 def compression_bytes(work: Workload) -> int:
-    """One layer's FFN in float32, as it was, split and compressed, and the inputs it is fitted to."""
+    """One layer's FFN in float32 (original, split and compressed), and the inputs it is fitted to."""
     shape, tokens = work.shape, work.sampled_tokens
     weights = int(shape.num_elements * FLOAT32_BYTES * (2 + 2 * work.kept))
-    num_copies = 4 if work.recipe.refits else 2  # inputs and outputs; those of the compressed model too
+    num_copies = 4 if work.recipe.refits else 2  # inputs and outputs; refits need the compressed model's too
     inputs = tokens * shape.hidden_size * FLOAT32_BYTES * num_copies
     chunk = min(tokens, CHUNK_TOKENS) * (4 * shape.num_neurons + 4 * shape.hidden_size) * FLOAT32_BYTES
     steps = (*work.recipe.steps, *work.recipe.refits)
@@ -67,7 +67,7 @@ def compression_bytes(work: Workload) -> int:
 
 
 def measurement_bytes(work: Workload, *, block_by_block: bool) -> int:
-    """Both models whole, or what lies outside the blocks of both and one block."""
+    """Both models whole, or one block and what lies outside the blocks of both."""
     if block_by_block:
         held = 2 * work.outside_elements + work.block_elements
     else:
@@ -91,16 +91,16 @@ def healing_bytes(work: Workload) -> int:
     )
 
 
-# About how long each stage takes, by the floating-point operations in it and the bytes it reads.
+# Rough duration of each stage, from its floating-point operations and the bytes it reads.
 
 READ_BYTES_PER_S = 1e9
 WRITE_BYTES_PER_S = 5e8
 BACKWARD = 2
-"""A backward pass over a forward one."""
+"""Cost of a backward pass, in forward passes."""
 
 
 def digest_seconds(work: Workload) -> float:
-    """Every byte of the model is read once, for its digest."""
+    """Every byte of the model is read once."""
     return work.file_bytes / READ_BYTES_PER_S
 
 
@@ -117,14 +117,14 @@ def compression_seconds(work: Workload, *, workers: int, speed: float) -> float:
 
 
 def search_seconds(work: Workload, *, workers: int, single: float, speed: float) -> float:
-    """Layers are compressed once more than they are anyway; each block and both results are judged."""
+    """Every layer is compressed one extra time; each block and both candidates are evaluated."""
     tokens = work.tokens_of(work.text.judged)
-    judged = 2 * 2 * work.num_elements * tokens * (work.num_blocks + 2) / speed
-    return compression_seconds(work, workers=workers, speed=single) + judged
+    evaluation = 2 * 2 * work.num_elements * tokens * (work.num_blocks + 2) / speed
+    return compression_seconds(work, workers=workers, speed=single) + evaluation
 
 
 def refit_seconds(work: Workload, *, workers: int, speed: float, block_by_block: bool) -> float:
-    """Each is a pass of the text through the compressed model, and a fit of every layer."""
+    """Each refit is a pass of the text through the compressed model, and a fit of every layer."""
     passes = calibration_seconds(work, workers=workers, speed=speed, block_by_block=block_by_block)
     fits = work.num_ffns * sum(step.operations(work.of_layer) for step in work.recipe.refits)
     return passes * len(work.recipe.refits) + fits / (speed * min(workers, work.num_ffns))
@@ -132,7 +132,7 @@ def refit_seconds(work: Workload, *, workers: int, speed: float, block_by_block:
 
 def healing_seconds(work: Workload, *, speed: float) -> float:
     settings = work.recipe.healing
-    assert settings is not None, "asked of recipes that heal"
+    assert settings is not None, "only for recipes that heal"
     student = work.compressed_bytes / work.file_bytes
     passes = 1 + (1 + BACKWARD) * student
     tokens = max(work.calibration_tokens * settings.epochs, settings.min_steps * settings.batch_tokens)
@@ -149,7 +149,7 @@ def measurement_seconds(work: Workload, *, speed: float, block_by_block: bool) -
 
 
 def loading_seconds(work: Workload) -> float:
-    """Of both models."""
+    """Loading both models."""
     return (work.file_bytes + work.compressed_bytes) / READ_BYTES_PER_S
 
 
@@ -160,7 +160,7 @@ def assembly_seconds(work: Workload) -> float:
 
 @explained("the job cannot be checked")
 def estimate(run: Run) -> Needs:
-    """What a run needs, and whether it goes block by block."""
+    """Estimate what a run needs, and decide whether it goes block by block."""
     config, profile, statistics_only = run.config, run.profile, run.kind == "statistics"
     work = Workload(
         checkpoint=run.checkpoint,
@@ -229,7 +229,7 @@ def estimate(run: Run) -> Needs:
 
 
 def _disk(place: str, needed_bytes: int, *, there: int = 0, is_here: bool = True) -> DiskNeeds:
-    """What is free in a directory, and what is `there` of it already, as an earlier run's scratch may be."""
+    """What a directory needs, and has free. Bytes `there` already, as an earlier scratch, count as free."""
     if is_remote(place) or not is_here:
         return DiskNeeds(place=place, needed_bytes=needed_bytes, free_bytes=None)
     free = free_bytes(Path(place)) + there

@@ -1,8 +1,8 @@
 """A run on its runner, with a scratch and a model that every host sees.
 
-A path means something on one host. On a cluster of several, a local --out has to be one directory for all
-of them; a local model that some host does not see is put into the run's scratch, from where each host
-fetches it, verified, into its own cache. Hosts that join later are held to the same.
+A path is valid on one host. On a cluster of several, a local --out must be a directory that all hosts share.
+A local model that some host does not see is copied into the run's scratch. Each host fetches it from there
+into its own cache and verifies it. The same holds for hosts that join later.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SLOWEST_BYTES_PER_S = 1 << 20
 
 @dataclass(frozen=True)
 class Execution:
-    """What every stage hands its jobs out with. The stages' results are kept below `scratch`."""
+    """What every stage needs to hand out its jobs. Their results are kept below `scratch`."""
 
     run: Run
     runner: Runner
@@ -37,7 +37,7 @@ class Execution:
     model: ModelSource
 
     def hand_over(self, directory: Path) -> ModelSource:
-        """A checkpoint that this process has put together, for a worker on any host."""
+        """A checkpoint that this process assembled, readable by workers on any host."""
         if not self.runner.is_spread:
             return ModelSource(path=str(directory))
         return staged(described(directory), self.scratch.place(f"checkpoints/{directory.name}"), once=False)
@@ -46,7 +46,7 @@ class Execution:
 def start(run: Run, runner: Runner, log: StageLog, scratch: Scratch) -> Execution:
     """The run's execution, once every host has what it needs.
 
-    Raises ConfigError, with nothing left behind, if hosts differ or some host does not see the scratch.
+    Raises ConfigError, with nothing left behind, if hosts are incompatible or do not see the scratch.
     """
     execution = Execution(run, runner, log, scratch, ModelSource(path=str(run.checkpoint.directory)))
     if not runner.is_spread:
@@ -58,15 +58,15 @@ def start(run: Run, runner: Runner, log: StageLog, scratch: Scratch) -> Executio
 
 
 def _check_hosts_fit_alike(execution: Execution) -> None:
-    """Raise ConfigError if a host lacks this one's bfloat16 products. GPU workers check for themselves."""
+    """Raise ConfigError if this host fits in bfloat16 and another cannot. GPU workers check themselves."""
     recipe, on_cpus = execution.run.recipe, execution.run.profile.device == "cpu"
     if on_cpus and recipe.fits_in_bfloat16:
         able = execution.runner.on_every_host("inputs", multiplies_bfloat16, "cpu")
         unable = sorted(host for host, is_able in able.items() if not is_able)
         if unable:
             raise ConfigError(
-                f"this host fits layers with bfloat16 products, and {len(unable)} of {len(able)} hosts have "
-                f"no instructions for them ({unable[0]}): give --dtype float32, or use hosts of one kind"
+                f"this host fits layers in bfloat16, and {len(unable)} of {len(able)} hosts have no bfloat16 "
+                f"instructions ({unable[0]} is one): give --dtype float32, or use hosts of the same kind"
             )
 
 
@@ -82,7 +82,7 @@ def _seen_by_all(execution: Execution) -> Scratch:
     seen = execution.runner.on_every_host("inputs", _is_visible, scratch)
     blind = sorted(host for host, sees in seen.items() if not sees)
     if blind:
-        with suppress(FFSplitError):  # the error below matters more than what stays behind
+        with suppress(FFSplitError):  # the error below matters more than a leftover file
             store.delete(key)
         raise ConfigError(
             f"--out {scratch.uri}: {len(blind)} of {len(seen)} hosts do not see this directory "
@@ -104,7 +104,7 @@ def _model_for_all(execution: Execution) -> ModelSource:
         blind = sorted(host for host, sees in seen.items() if not sees)
         execution.log.note(
             f"{path}: {len(blind)} of {len(seen)} hosts do not see this model ({blind[0]} is one): "
-            f"it is put into {execution.scratch.uri}/{execution.scratch.prefix} for all"
+            f"copying it to {execution.scratch.uri}/{execution.scratch.prefix} for all"
         )
         source = staged(source, execution.scratch.place("model"), once=True)
     execution.runner.on_every_host("inputs", _fetch, source, within_s=_longest_s(source))

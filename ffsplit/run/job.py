@@ -1,4 +1,4 @@
-"""From a JobConfig to a Run: settings, model, text, budget, needs and keys. Loads no weight."""
+"""From a JobConfig to a Run: settings, model, text, budget, needs and keys. Loads no weights."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ from ffsplit.store.locate import PublishedStatistics, open_statistics
 from ffsplit.store.store import open_store
 
 CHARACTERS_PER_TOKEN = 6
-"""More than English text has, so that the tokenizer cuts a causal model's rows: none is too short."""
+"""More than English text has: a causal model's rows are then long enough, and the tokenizer cuts them."""
 
 
 @dataclass(frozen=True)
 class Keys:
     """The names of a run's results, and the digests that they are made from.
 
-    `work` names what is computed, and so its scratch. `run` names what is published: the same, or with
-    gates the hash of it and them. `statistics` names the statistics of either.
+    `work` names what is computed, and so its scratch. `run` names what is published: it is `work`, or with
+    gates a hash of `work` and the gates. `statistics` names the neuron statistics.
     """
 
     digests: dict[str, str]
@@ -72,18 +72,18 @@ class Keys:
         return self.run if kind == "model" else self.statistics
 
     def scratch(self, kind: Kind) -> str:
-        """The key that its unfinished results are kept under."""
+        """The key that a run of this kind keeps its unfinished results under."""
         return self.work if kind == "model" else self.statistics
 
 
 @dataclass(frozen=True)
 class Run:
-    """A job whose settings go together, and all that it starts from.
+    """A checked job, and everything it starts from.
 
-    `config` has the earlier run's text and seed where --stats lends them. `recipe` has every default of
-    this model filled in. `layouts` is the solved budget; if it depends on statistics, it is the minimum
-    until they exist. `sample` is the text that was drawn. What costs more than reading config and headers
-    is found when it is first asked for: `needs`, `keys`, `text`, `evaluations`.
+    With --stats, `config` has the earlier run's text and seed unless it gave its own. `recipe` has this
+    model's defaults filled in. `layouts` is the solved budget. If it depends on statistics, it is the
+    minimum until they exist. `sample` is the text that was drawn. `needs`, `keys`, `text` and `evaluations`
+    cost more than reading config and headers, so they are computed on first use.
     """
 
     config: JobConfig
@@ -102,7 +102,7 @@ class Run:
 
     @cached_property
     def needs(self) -> Needs:
-        """Memory, disk and time. Measures how fast this machine multiplies."""
+        """Memory, disk and time. Measures this machine's speed."""
         return estimate(self)
 
     @cached_property
@@ -113,9 +113,9 @@ class Run:
 
     @cached_property
     def text(self) -> TextSample:
-        """The rows of the sample that are read, as many as the recipe's tokens allow.
+        """The rows of the sample that the run reads, up to the recipe's token limits.
 
-        Loads the tokenizer, and so transformers. Raises ConfigError where the model cannot read the rows.
+        Loads the tokenizer, and so transformers. Raises ConfigError if the model cannot read the rows.
         """
         with explained("the job cannot be checked"), self.profile.loading():
             return readable(self.sample, settings=self.recipe.calibration, checkpoint=self.checkpoint)
@@ -127,31 +127,31 @@ class Run:
 
     @property
     def left_out(self) -> tuple[LeftOut, ...]:
-        """What of the model's folder does not come along, by path."""
+        """Files of the model's folder that the artifact leaves out, by path."""
         found = {each.path: each for each in (*self.located.left_out, *self.checkpoint.folder.files.left_out)}
         return tuple(found[path] for path in sorted(found))
 
     @property
     def lineage(self) -> dict[str, str]:
-        """What the statistics are made from: no time, no host, no number of workers."""
+        """What the statistics are made from. No time, host or number of workers: bytes are reproducible."""
         return self.keys.digests | {"text": self.text.digest, "calibration": self.keys.statistics}
 
     @property
     def measurement(self) -> MeasurementSettings:
-        """The recipe's, with the shapes that gates are about."""
+        """The recipe's settings, with the shapes that gates name."""
         return self.recipe.measurement.timing([gate.shape for gate in self.gates if gate.shape])
 
     @property
     def healing_threads(self) -> int:
-        """The threads of each worker that heals. They can change the result's last bits.
+        """CPU threads per healing worker. They can change the result's last bits.
 
-        By default the cores that the driver may use, shared out: with more threads than a quota has
-        cores, every step would wait for those that are stopped.
+        Default: the driver's usable cores, divided among the workers. With more threads than the CPU quota
+        has cores, every step would wait for throttled threads.
         """
         return self.config.healing_threads or max(1, usable_cores() // self.config.healing_workers)
 
     def settled(self, statistics: Sequence[NeuronStats]) -> tuple[Solver, tuple[LayerLayout, ...]]:
-        """The solver and the layouts, solved again now that there are statistics."""
+        """Solve the layouts again, now with statistics. Returns the solver too."""
         solver = replace(self.solver, num_energetic=num_energetic(self.recipe.heavy, statistics))
         return solver, self.layouts if solver.num_energetic is None else solver.solve(self.budget)
 
@@ -160,8 +160,8 @@ class Run:
 def prepare(config: JobConfig, *, kind: Kind = "model") -> Run:
     """Resolve and check a job. Raises ConfigError for whatever the user can fix; writes nothing.
 
-    What the machine cannot hold is in the run's `needs`; what takes more than config and headers to see
-    is for `checks.check_inputs`.
+    Whether the machine is large enough is checked by `needs.check`, and what config and headers cannot show
+    by `checks.check_inputs`.
     """
     check_outside_attempts(open_store(config.out).uri, flag="--out")
     with trusting(config.trust_remote_code), attending(config.attn_implementation):
@@ -178,7 +178,7 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
         config = inherit(config, origin)
     recipe = _recipe_of(config)
     profile = ComputeProfile.resolve(config)
-    if profile.device == "cpu" or config.runner == "serial":  # GPUs may be those of other hosts
+    if profile.device == "cpu" or config.runner == "serial":  # else the GPUs may be on other hosts
         check_device(profile.device, profile.dtype)
     located = locate_model(config.model, revision=config.revision)
     checkpoint = open_checkpoint(located.directory)
@@ -262,8 +262,8 @@ def _sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint
 def _keys(run: Run) -> Keys:
     """Name a run's results by every byte that it starts from.
 
-    How much of the sample is read follows from it, the tokenizer and the settings, which are all in the
-    keys: no row has to be tokenized to know them.
+    No row has to be tokenized: how many rows are read follows from the sample, the tokenizer and the
+    settings, which are all in the keys.
     """
     config, recipe, checkpoint = run.config, run.recipe, run.checkpoint
     digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}
@@ -293,7 +293,7 @@ def _keys(run: Run) -> Keys:
 
 
 def _healing_inputs(run: Run) -> dict[str, int]:
-    """What of the job, beside the recipe, can change the last bits of a healed model."""
+    """Settings outside the recipe that can change the last bits of a healed model."""
     workers = run.config.healing_workers
     return {"threads": run.healing_threads} | ({"workers": workers} if workers > 1 else {})
 
@@ -301,7 +301,7 @@ def _healing_inputs(run: Run) -> dict[str, int]:
 def _split_inputs(
     recipe: Recipe, budget: Budget, solver: Solver, *, layouts: Sequence[LayerLayout]
 ) -> dict[str, Any]:
-    """The key's part on recipe and budget: what the budget resolves to, or all that decides it."""
+    """The key's part for recipe and budget: the resolved budget, or everything that decides it."""
     inputs: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
     if solver.heavy.by == "energy" or recipe.allocation == "search":
         table = None if solver.latency is None else digest_of(solver.latency.model_dump(mode="json"))

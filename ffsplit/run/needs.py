@@ -1,4 +1,4 @@
-"""What a run needs, as records: every stage, the disks, and what cannot be done."""
+"""What a run needs, as records: every stage, the disks, and the problems."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from ffsplit.run.workload import Workload
 from ffsplit.store.entries import LeftOut
 
 SHARE_OF_MEMORY = 0.9
-"""Of the machine's; the rest is the system's."""
+"""The part of the machine's memory that a run may use; the rest is for the system."""
 
 
 class Machine(Record):
     """How many workers run at once, and the memory that each of them, or one alone, may use.
 
-    None where another machine decides, or a GPU.
+    None if another machine or a GPU decides that.
     """
 
     num_workers: int
     worker_bytes: int | None
     alone_bytes: int | None
-    is_elsewhere: bool = Field(default=False, description="a cluster, where hosts hand files to each other")
+    is_elsewhere: bool = Field(default=False, description="a cluster, whose hosts hand files to each other")
     is_one_process: bool = Field(default=False, description="every stage runs in this process")
 
     @classmethod
     def of(cls, config: JobConfig, profile: ComputeProfile, *, fits: Callable[[int], bool]) -> Machine:
-        """This machine's, or what --memory-per-worker says.
+        """This machine's limits, or what --memory-per-worker gives.
 
-        `fits` says whether so many bytes are enough for a worker: unless --workers says how many there are
-        to be, they are the most that this machine has cores and memory for.
+        `fits` tells whether a number of bytes is enough for one worker. Without --workers, there are as many
+        workers as this machine has cores and memory for.
         """
         given = config.memory_per_worker
         elsewhere = config.runner == "ray" and bool(config.address or os.environ.get("RAY_ADDRESS"))
@@ -65,13 +65,13 @@ class Machine(Record):
 
 
 class StageNeeds(Record):
-    """What one stage takes, about."""
+    """What one stage takes, estimated."""
 
     name: str
     num_workers: int
     memory_bytes: int = Field(description="of one worker")
-    available_bytes: int | None = Field(description="for one worker; None where that is not known here")
-    seconds: float | None = Field(description="by this machine's speed; None where that is not known here")
+    available_bytes: int | None = Field(description="for one worker; None if not known here")
+    seconds: float | None = Field(description="by this machine's speed; None if not known here")
 
     @property
     def fits(self) -> bool:
@@ -79,15 +79,15 @@ class StageNeeds(Record):
 
 
 class DiskNeeds(Record):
-    """What is written to one place at most, and what is free there; None where it is no directory.
+    """The most that is written to one place, and what is free there: None if it is not a directory.
 
-    Places on one `device` share what is free.
+    Places on the same `device` share the free space.
     """
 
     place: str
     needed_bytes: int
     free_bytes: int | None
-    device: int | None = Field(default=None, description="by the system's number")
+    device: int | None = Field(default=None, description="the system's device number")
 
     @property
     def fits(self) -> bool:
@@ -95,15 +95,15 @@ class DiskNeeds(Record):
 
 
 class Totals(Record):
-    """Of a whole run: what its fullest stage takes with all workers, every place, and all its stages."""
+    """A whole run: memory of its largest stage with all workers, disk of all places, time of all stages."""
 
     memory_bytes: int
     disk_bytes: int
-    seconds: float | None = Field(description="None where the speed of another machine decides")
+    seconds: float | None = Field(description="None if it depends on another machine's speed")
 
 
 class Needs(Record):
-    """What a run will need, and how it will go about it."""
+    """What a run will need, and whether it goes block by block."""
 
     model_bytes: int
     machine: Machine
@@ -111,26 +111,26 @@ class Needs(Record):
     measured_block_by_block: bool
     stages: tuple[StageNeeds, ...]
     temporary: DiskNeeds
-    store: DiskNeeds = Field(description="the scratch and the artifact, while both are there")
-    cache: DiskNeeds = Field(description="on each host: a model in a store, what others put together")
+    store: DiskNeeds = Field(description="the scratch and the artifact, while both exist")
+    cache: DiskNeeds = Field(description="on each host: a model from a store, what other hosts assembled")
     artifact_bytes: int
     left_out: tuple[LeftOut, ...] = Field(
-        default=(), description="what of the model's folder does not come along"
+        default=(), description="files of the model's folder that the artifact leaves out"
     )
-    problems: tuple[str, ...] = Field(default=(), description="what cannot be done, and what would mend it")
+    problems: tuple[str, ...] = Field(default=(), description="what cannot be done, and how to fix it")
 
     def with_problems(self, problems: Iterable[str]) -> Needs:
-        """These needs, and what cannot be done about them."""
+        """These needs, with their problems."""
         return self.model_copy(update={"problems": tuple(problems)})
 
     def check(self) -> None:
-        """Raise ConfigError for the first thing that cannot be done."""
+        """Raise ConfigError for the first problem."""
         if self.problems:
             raise ConfigError(self.problems[0])
 
     @property
     def disks(self) -> dict[str, DiskNeeds]:
-        """Every place that something is written to, by what it is."""
+        """Every place that the run writes to, by its purpose."""
         disks = {"temporary files": self.temporary, "the run's files": self.store}
         return disks | ({"cached inputs": self.cache} if self.cache.needed_bytes else {})
 
@@ -145,15 +145,15 @@ class Needs(Record):
         )
 
 
-# A pre-flight as a line in a log.
+# The estimate as one line of a log.
 
 
 def in_one_line(needs: Needs, *, asked: int | None = None) -> str:
-    """Memory, disk and time, whether the model is held whole, and that more workers were asked for."""
+    """Memory, disk and time, whether it goes block by block, and whether more workers were asked for."""
     hungriest = max(needs.stages, key=lambda stage: stage.memory_bytes)
     workers = needs.machine.num_workers
     there = "" if hungriest.available_bytes is None else f" of {size(hungriest.available_bytes)}"
-    of_those = f" ({asked} asked for, one a core)" if asked is not None and asked > workers else ""
+    of_those = f" ({asked} asked for, one per core)" if asked is not None and asked > workers else ""
     totals = needs.totals
     parts = [
         f"{workers} worker{'s' if workers > 1 else ''}{of_those}",
@@ -170,13 +170,13 @@ def in_one_line(needs: Needs, *, asked: int | None = None) -> str:
     return f"pre-flight: {', '.join(parts)}".replace("\u00a0", " ")
 
 
-# What cannot be done, each in one line that names the setting that would make it fit.
+# Problems, each in one line that names the setting to change.
 
 GB = 1e9
 PEAK_MEMORY = "peak memory"
-"""The stage that loads each model once more, in a process beside the one that waits."""
+"""The stage that loads each model once more, in another process."""
 UNIFORM = "set allocation: uniform in a copy of the recipe"
-KNOWN_BETTER = "where that is not so, say what one may use with --memory-per-worker"
+KNOWN_BETTER = "if a worker may use more, give --memory-per-worker"
 
 
 def find_problems(needs: Needs, *, work: Workload, num_evaluations: int) -> Iterator[str]:
@@ -198,44 +198,45 @@ def find_problems(needs: Needs, *, work: Workload, num_evaluations: int) -> Iter
 
 def _too_little_disk(needs: Needs) -> Iterator[str]:
     """Each place by itself, then those that share a disk."""
-    places = (
+    disks = (
         (needs.temporary, "temporary files in", "set TMPDIR to a directory on a larger disk"),
-        (needs.store, "--out", "free some, or give a place on a larger disk"),
+        (needs.store, "--out", "free some space, or give a directory on a larger disk"),
         (needs.cache, "cached inputs in", "set FFSPLIT_CACHE to a directory on a larger disk"),
     )
-    for disk, name, mend in places:
+    for disk, name, fix in disks:
         if not disk.fits:
             free = _size(disk.free_bytes or 0)
-            yield f"{name} {disk.place} need about {_size(disk.needed_bytes)}, and {free} are free: {mend}"
-    for device in {disk.device for disk, _, _ in places if disk.device is not None}:
-        sharing = [(disk, name) for disk, name, _ in places if disk.device == device and disk.needed_bytes]
+            yield f"{name} {disk.place} need about {_size(disk.needed_bytes)}, and {free} are free: {fix}"
+    for device in {disk.device for disk, _, _ in disks if disk.device is not None}:
+        sharing = [(disk, name) for disk, name, _ in disks if disk.device == device and disk.needed_bytes]
         needed = sum(disk.needed_bytes for disk, _ in sharing)
         free_bytes = min((disk.free_bytes or 0 for disk, _ in sharing), default=0)
         if needed > free_bytes and all(disk.fits for disk, _ in sharing):
             named = " and ".join(f"{name} {disk.place}" for disk, name in sharing)
             yield (
-                f"{named} share a disk and need about {_size(needed)} of it together, and "
-                f"{_size(free_bytes)} are free: free some, or set TMPDIR to a directory on another disk"
+                f"{named} share a disk and need about {_size(needed)} together, and {_size(free_bytes)} are "
+                "free: free some space, or set TMPDIR to a directory on another disk"
             )
 
 
 def _search_needs(work: Workload) -> str:
-    return f"recipe {work.recipe.name} searches, which needs both models whole"
+    return f"recipe {work.recipe.name} searches for widths, which needs both models whole"
 
 
 def _too_little_memory(stage: StageNeeds, needs: Needs, work: Workload) -> str:
     available = stage.available_bytes or 0
-    said = f"{stage.name} needs about {_size(stage.memory_bytes)} a worker, and {_size(available)} are there"
+    needed = f"{stage.name} needs about {_size(stage.memory_bytes)} per worker"
+    problem = f"{needed}, and {_size(available)} are available"
     if stage.name == PEAK_MEMORY:
-        return f"{said}: set measurement.peak_memory: false in a copy of the recipe, or {KNOWN_BETTER}"
+        return f"{problem}: set measurement.peak_memory: false in a copy of the recipe, or {KNOWN_BETTER}"
     if stage.name == "allocate":
-        return f"{said}: {_search_needs(work)}: {UNIFORM}, or {KNOWN_BETTER}"
+        return f"{problem}: {_search_needs(work)}: {UNIFORM}, or {KNOWN_BETTER}"
     if stage.name == "heal":
-        return f"{said}: take a recipe without healing, as fast, or {KNOWN_BETTER}"
+        return f"{problem}: use a recipe without healing, such as fast, or {KNOWN_BETTER}"
     alone = needs.machine.alone_bytes or 0
     fitting = alone // stage.memory_bytes
     if 1 <= fitting < stage.num_workers:
-        return f"{said}: give --workers {fitting}, or {KNOWN_BETTER}"
+        return f"{problem}: give --workers {fitting}, or {KNOWN_BETTER}"
     settings = work.recipe.calibration
     if stage.name == "compress":
         smaller = f"a smaller sampled_tokens (now {settings.sampled_tokens})"
@@ -243,8 +244,8 @@ def _too_little_memory(stage: StageNeeds, needs: Needs, work: Workload) -> str:
         dtype = "" if work.itemsize == 2 else "--dtype bfloat16, or "
         smaller = f"{dtype}a smaller batch_tokens (now {settings.batch_tokens})"
     else:
-        return f"{said}: take a machine with more, or {KNOWN_BETTER}"
-    return f"{said}: give {smaller} in a copy of the recipe, or {KNOWN_BETTER}"
+        return f"{problem}: use a machine with more memory, or {KNOWN_BETTER}"
+    return f"{problem}: give {smaller} in a copy of the recipe, or {KNOWN_BETTER}"
 
 
 def _size(num_bytes: float) -> str:

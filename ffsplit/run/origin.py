@@ -1,4 +1,4 @@
-"""An earlier run whose neuron statistics serve again: what it must share with this one, what it lends it.
+"""Reusing an earlier run's neuron statistics: what must match, and which settings this run inherits.
 
 Raw activations are never published, so the FFN inputs that refits learn from are sampled again.
 """
@@ -19,7 +19,7 @@ from ffsplit.store.manifest import CalibrationRecord, Compute, StatisticsOrigin
 
 
 def inherit(config: JobConfig, origin: PublishedStatistics) -> JobConfig:
-    """The job with the earlier run's text and seed wherever it was given none of its own."""
+    """The job, with the earlier run's text and seed unless it was given its own."""
     manifest = origin.manifest
     settings = manifest.recipe.get("calibration", {})
     sources = manifest.calibration.sources
@@ -32,7 +32,7 @@ def inherit(config: JobConfig, origin: PublishedStatistics) -> JobConfig:
 
 
 def _found(source: str, origin: PublishedStatistics) -> str:
-    """A text of the earlier run. A local file is recorded by its name: it is here, or beside that store."""
+    """A text of the earlier run. Local files are recorded by name: look here, then beside its store."""
     match = re.fullmatch(r"((?:[A-Za-z][\w+.-]+:)?)(.*?)(#.*)?", source, re.DOTALL)
     assert match is not None
     scheme, path, column = match[1], match[2], match[3] or ""
@@ -42,7 +42,7 @@ def _found(source: str, origin: PublishedStatistics) -> str:
         if (folder / path).exists():
             return f"{scheme}{folder / path}{column}"
     raise ConfigError(
-        f"--stats {origin.uri} was collected on {path}, which is neither here nor beside it: "
+        f"--stats {origin.uri} was collected on {path}, which is neither here nor beside that run: "
         "give it, or another text, as --calibration"
     )
 
@@ -54,20 +54,20 @@ def check_origin(
     revision: str | None,
     profile: ComputeProfile,
 ) -> None:
-    """Raise ConfigError unless the statistics are of this model and tokenizer, computed as this run is."""
+    """Raise ConfigError unless the statistics are of this model, tokenizer and compute profile."""
     model, where = origin.manifest.model, f"--stats {origin.uri}"
-    mend = "give a run of this one, or leave --stats out"
+    fix = "give a run of this model, or leave --stats out"
     if model.digest != digests["model"]:
         theirs, ours = _name(model.id, model.revision), f"revision {revision}" if revision else "this one"
-        raise ConfigError(f"{where} is of another model or revision, {theirs}, not {ours}: {mend}")
+        raise ConfigError(f"{where} is of another model or revision, {theirs}, not {ours}: {fix}")
     if model.tokenizer_digest != digests["tokenizer"]:
         raise ConfigError(
-            f"{where} was collected with another tokenizer or other files beside the weights: {mend}"
+            f"{where} was collected with another tokenizer or other files beside the weights: {fix}"
         )
     theirs, ours = (_describe(each) for each in (origin.manifest.compute, profile))
     if theirs != ours:
         raise ConfigError(
-            f"{where} was computed on {theirs}, this run is on {ours}: give the same --device, --dtype, "
+            f"{where} was computed on {theirs}, but this run is on {ours}: give the same --device, --dtype, "
             "--threads-per-worker and --attn-implementation, or leave --stats out"
         )
 

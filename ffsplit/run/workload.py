@@ -15,17 +15,18 @@ from ffsplit.recipes.recipe import Recipe
 from ffsplit.splitting.solver import stored_layouts
 
 CHARACTERS_PER_TOKEN = 4
-"""Of English text, for a guess; a row is never longer than the recipe's row_length."""
+"""A guess, for English text. A row is never longer than the recipe's row_length."""
 EXPERTS_A_TOKEN = 8
-"""Where a config does not say."""
+"""If the config does not state it."""
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Elements are parameters; `itemsize` is the bytes of one in the dtype that is computed in.
+    """What the estimates are made from. Elements are parameters.
 
-    `text` is the sample; of rows of text as many are read as the recipe's tokens allow, by a guess here.
+    `itemsize` is bytes per element in the compute dtype. `text` is the sample. How many of its rows the
+    recipe's token limits allow is a guess here.
     """
 
     checkpoint: Checkpoint
@@ -53,17 +54,17 @@ class Workload:
 
     @property
     def block_elements(self) -> int:
-        """Of the largest block."""
+        """Elements of the largest block."""
         return max(self.elements_by_block)
 
     @property
     def outside_elements(self) -> int:
-        """Of embeddings, heads and whatever else is in no block."""
+        """Elements of embeddings, heads and everything else outside the blocks."""
         return self.num_elements - sum(self.elements_by_block)
 
     @property
     def num_logits(self) -> int:
-        """A token, where fidelity compares logits."""
+        """Logits per token if fidelity compares logits, else 0."""
         return self.checkpoint.vocab_size if self.checkpoint.compared_as == "causal_lm" else 0
 
     @property
@@ -76,12 +77,12 @@ class Workload:
 
     @cached_property
     def shape(self) -> FFNShape:
-        """Of the largest FFN."""
+        """The shape of the largest FFN."""
         return max(self.checkpoint.shapes, key=lambda shape: shape.num_elements)
 
     @cached_property
     def kept(self) -> float:
-        """The share of the FFNs' elements that stays."""
+        """The fraction of the FFNs' elements that is kept."""
         shapes = self.checkpoint.shapes
         elements = sum(layout.num_elements(shape) for layout, shape in zip(self.layouts, shapes, strict=True))
         return elements / sum(shape.num_elements for shape in shapes)
@@ -92,17 +93,17 @@ class Workload:
 
     @property
     def of_layer(self) -> LayerWork:
-        """What the largest FFN asks of a compressor."""
+        """The largest FFN, as work for a compressor."""
         return LayerWork(self.shape, self.kept_neurons, self.kept, self.sampled_tokens)
 
     @cached_property
     def compressed_bytes(self) -> int:
-        """Of the compressed checkpoint's weights, before the recipe ends with fewer bits."""
+        """Bytes of the compressed checkpoint's weights, before the recipe's final quantization."""
         return self._bytes_with(self.layouts)
 
     @cached_property
     def artifact_bytes(self) -> int:
-        """Of the weights that are published. Attention's, which may get fewer bits too, count in full."""
+        """Bytes of the published weights. Attention counts in full, although it may be quantized too."""
         finish = self.recipe.after_healing
         return self._bytes_with(stored_layouts(self.layouts, self.checkpoint.shapes, finish=finish))
 
@@ -113,7 +114,7 @@ class Workload:
 
     @property
     def layer_bytes(self) -> int:
-        """Of the compressed layers alone."""
+        """Bytes of the compressed layers alone."""
         return self.compressed_bytes - (self.file_bytes - self.ffn_elements * self.checkpoint.itemsize)
 
     @cached_property
@@ -122,12 +123,12 @@ class Workload:
 
     @property
     def other_block_elements(self) -> int:
-        """Of the blocks without their FFNs: attention and norms."""
+        """Elements of the blocks without their FFNs: attention and norms."""
         return max(0, sum(self.elements_by_block) - self.ffn_elements)
 
     @property
     def trainable_elements(self) -> int:
-        """What healing trains: all of the compressed model but its embeddings, here the largest table."""
+        """What healing trains: the compressed model without its embeddings (here: the largest table)."""
         outside = self.checkpoint.names_in_blocks
         tables = [
             info.num_elements
@@ -139,17 +140,17 @@ class Workload:
 
     @cached_property
     def companion_bytes(self) -> int:
-        """Of what lies beside the weights and goes with them: tokenizers, code, other modules."""
+        """Bytes of the files that are copied along with the weights: tokenizers, code, other modules."""
         return self.checkpoint.folder.companion_bytes
 
     @cached_property
     def folder_bytes(self) -> int:
-        """Of every file in the model's folder."""
+        """Bytes of every file in the model's folder."""
         return bytes_below(self.checkpoint.directory)
 
     @cached_property
     def num_units(self) -> int:
-        """Modules whose inputs are sampled: an FFN each, or all experts of a block."""
+        """Modules whose inputs are sampled: each FFN, or all experts of a block together."""
         return len({ffn.unit for ffn in self.checkpoint.ffns})
 
     @property
@@ -160,9 +161,9 @@ class Workload:
 
     @cached_property
     def healing_steps(self) -> int:
-        """About how many there are, where nothing stops healing early."""
+        """About how many steps there are if healing does not stop early."""
         settings = self.recipe.healing
-        assert settings is not None, "asked of recipes that heal"
+        assert settings is not None, "only for recipes that heal"
         length = max(1, self.calibration_tokens // self.num_rows)
         rows = max(1, min(settings.batch_rows, settings.batch_tokens // length))
         an_epoch = -(-self.num_rows // rows)
@@ -184,7 +185,7 @@ class Workload:
 
     @cached_property
     def num_rows(self) -> int:
-        """Rows that are calibrated on."""
+        """Rows used for calibration."""
         rows = self.text.calibration
         return max(1, len(rows) * self.calibration_tokens // self.tokens_of(rows))
 
@@ -202,13 +203,13 @@ class Workload:
         return min(self.calibration_tokens, self.recipe.calibration.sampled_tokens)
 
     def _at_most(self, limit: int | None, rows: Sequence[str]) -> int:
-        """About how many tokens of some rows are read."""
+        """About how many tokens of the rows are read."""
         num_tokens = self.tokens_of(rows)
         if limit is None or self.checkpoint.kind not in ("encoder", "causal_lm"):
             return num_tokens
         return min(num_tokens, limit)
 
     def tokens_of(self, rows: Sequence[str]) -> int:
-        """About how many tokens some rows have."""
+        """About how many tokens the rows have."""
         longest = self.recipe.calibration.row_length
         return sum(min(longest, len(row) // CHARACTERS_PER_TOKEN + 2) for row in rows)

@@ -17,12 +17,12 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def is_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
-    """Whether stock modelling code can load it: one width for all layers, dense, no added bias."""
+    """Whether stock modelling code can load the result: one width for all layers, dense, no added bias."""
     return is_stock_form(layouts, checkpoint.shapes, groups=checkpoint.width_groups)
 
 
 def keeps_names(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
-    """Whether its tensors have the original's names: a plain one, or one narrowed to widths that differ."""
+    """Whether the result has the original's tensor names: it is plain, or its layers are only narrowed."""
     narrowed = not checkpoint.has_experts and is_narrowed_form(layouts, checkpoint.shapes)
     return narrowed or is_plain(checkpoint, layouts)
 
@@ -36,12 +36,12 @@ def assemble(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     linears: dict[str, Any] | None = None,
 ) -> None:
-    """Write the checkpoint: every tensor that is no FFN's as it was, the compressed layers beside them.
+    """Write the checkpoint: the compressed layers, and all tensors outside the FFNs unchanged.
 
-    Tensors of `layer_files` go before the original's of the same name; `linears` is what the config says
-    of those that are attention's.
+    Tensors of `layer_files` replace the original's of the same name. `linears` is the config's entry for
+    quantized attention.
 
-    Bytes are copied from file to file in small pieces, so neither model nor shard is ever in memory.
+    Bytes are copied from file to file in small pieces, so no whole model or shard is ever in memory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     spans: dict[str, TensorSpan] = {}
@@ -61,7 +61,7 @@ def replace_weights(directory: Path, replacements: Path) -> None:
     new = read_spans(replacements)
     for path in sorted(directory.glob("*.safetensors")):
         spans = read_spans(path)
-        if new.keys().isdisjoint(spans):  # a file that came along with the original
+        if new.keys().isdisjoint(spans):  # a companion file of the original
             continue
         rewritten = path.with_suffix(".rewritten")
         write_spans(rewritten, {name: new.get(name, span) for name, span in spans.items()})

@@ -1,4 +1,4 @@
-"""`ffsplit export`: an artifact in another format, with all that belongs to its model beside it."""
+"""`ffsplit export`: an artifact in another format, with the model's other files beside it."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ffsplit.store.pull import materialize
 ExportFormat = Literal["onnx"]
 
 ONNX_FOLDER = "onnx"
-"""Where sentence-transformers looks for graphs, in the folders of its models."""
+"""The subfolder of a model in which sentence-transformers looks for graphs."""
 SENTENCE_MODULES = "modules.json"
 
 
 def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
-    """Write the artifact, or the dense model, at `uri` into the new directory `out`; returns its main file.
+    """Write the artifact, or the dense model, at `uri` into the new directory `out`. Returns its main file.
 
-    Beside it go the config, the tokenizer and the modules of sentence-transformers, which read the new
-    directory as they read the old. Raises ConfigError where `out` has something in it, the extra is
-    missing, or the format cannot hold the model; then nothing is written.
+    The config, the tokenizer and the modules of sentence-transformers are copied beside it, so that the new
+    directory is read like the old. Raises ConfigError, with nothing written, if `out` is not empty, the extra
+    is missing, or the format cannot hold the model.
     """
     from ffsplit.runtime.onnx import FILE_NAME, export_onnx
 
@@ -46,12 +46,12 @@ def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
         (whole / graph).parent.mkdir(parents=True)
         export_onnx(directory, whole / graph)
         _copy_companions(directory, whole)
-        whole.rename(out)  # in the place of an empty directory, too
+        whole.rename(out)  # also replaces an empty directory
     return out / graph
 
 
 def _copy_companions(source: Path, target: Path) -> None:
-    """Copy the config and whatever is no weight of the transformer, no graph of it and no record of a run."""
+    """Copy the config and every other file except weights, graphs and records of a run."""
     for name in (CONFIG_NAME, *sort_files(local_listing(source)).companions):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)

@@ -1,4 +1,4 @@
-"""An FFN between a checkpoint's tensors and weights that can be run, both ways."""
+"""Conversion of an FFN between a checkpoint's tensors and weights that can be run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ffsplit.runtime.checkpoint_format import guarded
 
 
 def load_ffn(checkpoint: Checkpoint, index: int, *, activation: Any, device: torch.device) -> FFNWeights:
-    """One dense FFN in float32, read from its tensors alone."""
+    """One dense FFN in float32. Only its own tensors are read."""
     ffn = checkpoint.ffns[index]
 
     def linear(place: MatrixPlace) -> LinearMap:
@@ -42,7 +42,7 @@ def load_ffn(checkpoint: Checkpoint, index: int, *, activation: Any, device: tor
 
 
 def read_matrix(checkpoint: Checkpoint, place: MatrixPlace, *, device: torch.device) -> Tensor:
-    """One matrix [out, in] of an FFN in float32; of a stack of experts, nothing but its own is read."""
+    """One matrix [out, in] of an FFN in float32. From a stack of experts, only its own slice is read."""
     weight = _read_float(checkpoint, place.name, device=device, expert=place.expert)
     return _half(weight.T.contiguous() if place.transposed else weight, place)
 
@@ -52,9 +52,9 @@ def _half(rows: Tensor, place: MatrixPlace) -> Tensor:
 
 
 def load_output_norm(checkpoint: Checkpoint, index: int, *, device: torch.device) -> OutputNorm | None:
-    """The layer norm of x + FFN(x), in float32, where the family has one.
+    """The layer norm of x + FFN(x) in float32; None if the family has none.
 
-    Raises UnsupportedModelError when the checkpoint lacks a tensor of it.
+    Raises UnsupportedModelError if the checkpoint lacks one of its tensors.
     """
     ffn = checkpoint.ffns[index]
     if ffn.paths.output_norm is None:
@@ -72,7 +72,7 @@ def _read_float(
 ) -> Tensor:
     info = checkpoint.tensors.get(name)
     if info is None:
-        raise UnsupportedModelError(f"{checkpoint.directory} holds no tensor {name}")
+        raise UnsupportedModelError(f"{checkpoint.directory} has no tensor {name}")
     with opened(checkpoint.directory / info.file, "pt") as file:
         tensor: Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
         return tensor.to(device=device, dtype=torch.float32)
@@ -81,9 +81,9 @@ def _read_float(
 def layer_tensors(
     checkpoint: Checkpoint, index: int, weights: FFNWeights, *, plain: bool
 ) -> dict[str, Tensor]:
-    """A compressed FFN's tensors under the names that the artifact gives them.
+    """A compressed FFN's tensors under their names in the artifact.
 
-    Each has the dtype of the original's tensor that it stands for: they may differ within an FFN.
+    Each has the dtype of the original tensor that it replaces; dtypes may differ within an FFN.
     """
     ffn = checkpoint.ffns[index]
     weights = weights.folded()
@@ -108,7 +108,7 @@ def _dtype(checkpoint: Checkpoint, stored: str) -> torch.dtype:
 
 
 def _split_dtype(checkpoint: Checkpoint, ffn: FFNPlace, name: str) -> torch.dtype:
-    """The dtype of a split FFN's tensor, `heavy.up.weight` for one: that of the matrix it is made from."""
+    """The dtype of a split FFN's tensor, such as `heavy.up.weight`: that of the matrix it is made from."""
     role = name.removesuffix("_bias").split(".")[-2 if "." in name else 0]
     places = {"up": [ffn.up], "gate": [ffn.gate or ffn.up], "down": [ffn.down]}
     found = [place for part in role.split("_") for place in places[part]]
@@ -118,9 +118,9 @@ def _split_dtype(checkpoint: Checkpoint, ffn: FFNPlace, name: str) -> torch.dtyp
 
 
 def _plain_tensors(ffn: FFNPlace, weights: FFNWeights) -> Iterator[tuple[str, str, Tensor]]:
-    """The tensors of an ordinary FFN as the original has them: name, the original's name, values.
+    """The tensors of an ordinary FFN in the original's form: name, the original's name, values.
 
-    The two names differ where experts are a stack: each gets a name of its own.
+    The two names differ if the original stacks experts: here each expert has its own tensor.
     """
     (part,) = weights.parts
     up, down = part.up, replace(part.down, bias=weights.down_bias)

@@ -1,9 +1,9 @@
 """Linear maps with integer weights, run by the machine's own kernels.
 
-8 bits: inputs become integers too, while the model runs (one scale per token), and the product is of
-integers. On a GPU they do so in a compiled model alone, and not for a few rows. 4 bits: weights alone,
-inputs stay as they are. Whatever no kernel takes, gradients included, goes through the matrix in floating
-point.
+8 bits: inputs are quantized too while the model runs, with one scale per token, and the product is of
+integers. On a GPU this happens only in a compiled model, and not for a few rows. 4 bits: only weights are
+quantized, inputs stay in floating point. Whatever no kernel takes, including gradients, is computed with the
+dequantized matrix.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from ffsplit.runtime.kernels import int8 as int8_kernels
 Packed = int8_kernels.Packed | int8_kernels.PackedRows | int4_kernels.Packed
 
 INITIALIZED = True
-"""What transformers asks a module before it initializes it, which a model's own code cannot do for these."""
+"""Value of the flag that stops transformers from initializing a module: it could not initialize these."""
 
 
 class IntegerMap(nn.Module):
     """y = (integers * scales) x + bias.
 
-    `weight` is the matrix as `joined` puts it together. On the CPU the matrix is packed for its kernel when
-    it is first used; the packed form then takes the place of the stored one, which comes back whenever the
-    module is saved, moved or copied. Any number of threads may call it: whoever exchanges one form for the
-    other holds the lock of its `inputs`, and a packed form that a thread has in hand stays whole.
+    `weight` is the stored form of the matrix, as made by `joined`. On the CPU the matrix is packed for its
+    kernel on first use. The packed form then replaces the stored one, which is restored whenever the module
+    is saved, moved or copied. Any number of threads may call the map: a thread that exchanges the forms holds
+    the lock of its `inputs`, and a packed form that another thread is using stays valid.
     """
 
     _is_hf_initialized = INITIALIZED
@@ -47,7 +47,7 @@ class IntegerMap(nn.Module):
         size = self.size_bytes
         self.register_buffer("weight", torch.empty(size + size % 2, dtype=torch.uint8))
         self.bias = nn.Parameter(torch.empty(num_rows)) if bias else None
-        self.activation: nn.Module | None = None  # of the products, where the kernel can do it on the way
+        self.activation: nn.Module | None = None  # applied to the products, by the kernel if it can
         self.inputs = int8_kernels.SharedInputs()
 
     @property
@@ -65,7 +65,7 @@ class IntegerMap(nn.Module):
 
     @property
     def size_bytes(self) -> int:
-        """What integers and scales take."""
+        """Bytes of the integers and scales."""
         return self.format.size_bytes(self.num_rows, self.num_columns, itemsize=1)
 
     @property
@@ -83,8 +83,8 @@ class IntegerMap(nn.Module):
         )
 
     def _stored(self) -> Tensor:
-        """`weight`, back in its place where the matrix was packed."""
-        if torch.compiler.is_compiling():  # what is being compiled is not packed, and a lock has no graph
+        """`weight`, restored if the matrix was packed."""
+        if torch.compiler.is_compiling():  # nothing is packed while compiling, and a lock cannot be traced
             assert self.weight is not None
             return self.weight
         with self.inputs.lock:
@@ -93,7 +93,7 @@ class IntegerMap(nn.Module):
             return self.weight
 
     def hold(self, tensors: dict[str, Tensor]) -> None:
-        """Take the integers and scales of a matrix, as `tensors` gives them."""
+        """Set the integers and scales of the matrix, in the form that `tensors` returns."""
         with self.inputs.lock:
             self.weight, self._packed = joined(tensors), None
 
@@ -131,10 +131,10 @@ class IntegerMap(nn.Module):
         )
 
     def _plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The same map by operations that torch.compile and other devices know.
+        """The same map by operations that torch.compile and other devices support.
 
-        Integer products take a dozen operations besides the GEMM, so on a GPU they pay only where those
-        are fused; elsewhere its weights become floating-point numbers.
+        An integer product takes a dozen operations besides the GEMM. On a GPU it pays only if they are fused;
+        otherwise the weights are dequantized.
         """
         if self._has_one_scale:
             weight, scale = self.tensors().values()
@@ -152,7 +152,7 @@ class IntegerMap(nn.Module):
         return self.num_bits == 8 and self.num_groups == 1
 
     def _pack(self, x: Tensor) -> Packed | None:
-        """Exchange the stored integers for what a kernel takes, where there is one for them, once."""
+        """Pack the stored integers once for their kernel. None if there is no kernel."""
         if not self._has_kernel(x):
             return None
         with self.inputs.lock:
@@ -161,7 +161,7 @@ class IntegerMap(nn.Module):
                 if self.num_bits == 8:
                     packed: Packed = int8_kernels.pack(weight, scale, inputs=self.inputs)
                 else:
-                    assert self._kernel_group_size is not None, "asked about by _has_kernel"
+                    assert self._kernel_group_size is not None, "checked by _has_kernel"
                     packed = int4_kernels.pack(weight, scale, group_size=self._kernel_group_size, like=x)
                 self.weight, self._packed = None, packed
             return self._packed
@@ -176,7 +176,7 @@ class IntegerMap(nn.Module):
         return int4_kernels.kernel_group_size(self.num_columns, self.group_size)
 
     def _join(self, x: Tensor, packed: Packed) -> None:
-        """Share a matrix with the maps that were given the same inputs just before in this thread."""
+        """Merge matrices with the maps that this thread called with the same inputs just before."""
         given = self.inputs.of(x).maps
         given.append(self)
         if not isinstance(packed, int8_kernels.Packed):
@@ -189,13 +189,13 @@ class IntegerMap(nn.Module):
                     each._packed = its_rows
 
     def _together(self) -> Sequence[IntegerMap]:
-        """Those of the maps that it shares a matrix with, itself included, which are packed."""
+        """The packed maps that it shares a matrix with, including itself."""
         if isinstance(self._packed, int8_kernels.PackedRows):
             return [each for each in self._packed.product.maps if each.is_packed]
         return [self] if isinstance(self._packed, int8_kernels.Packed) else []
 
     def unpack(self) -> None:
-        """Put the stored integers back where they were packed."""
+        """Restore the stored integers if they were packed."""
         with self.inputs.lock:
             if self._packed is not None:
                 self.hold(self._packed.tensors())
@@ -220,14 +220,14 @@ class IntegerMap(nn.Module):
 
 
 def unpack(model: nn.Module) -> None:
-    """Put every packed weight of a model back into its stored form, as before torch.compile."""
+    """Restore the stored form of every packed weight of a model, as torch.compile needs it."""
     for module in model.modules():
         if isinstance(module, IntegerMap):
             module.unpack()
 
 
 def share_inputs(maps: Iterable[nn.Module]) -> None:
-    """Let the integer maps among these make what they are given integers once, if it is the same tensor."""
+    """Let the integer maps among these quantize their inputs once if they get the same tensor."""
     inputs = int8_kernels.SharedInputs()
     for each in maps:
         if isinstance(each, IntegerMap):

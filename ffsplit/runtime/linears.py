@@ -1,4 +1,4 @@
-"""The other linear layers of the blocks, those of attention, with int8 weights."""
+"""The linear layers of attention, with int8 weights."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 def attention_linears(checkpoint: Checkpoint) -> tuple[str, ...]:
     """The linear layers of attention in every block, as module paths below the base model.
 
-    Raises UnsupportedModelError where there are none, or where they are stored transposed.
+    Raises UnsupportedModelError if there are none, or if they are stored transposed.
     """
     if any(ffn.paths.transposed for ffn in checkpoint.ffns):
         raise UnsupportedModelError(
             f"{checkpoint.directory}: a {checkpoint.architecture.model_type} stores its linear layers "
-            "transposed: take a recipe without `linears`"
+            "transposed: use a recipe without `linears`"
         )
     widths = {ffn.block: ffn.shape.hidden_size for ffn in checkpoint.ffns}
     found = tuple(path for block, width in widths.items() for path in _matrices(checkpoint, block, width))
     if not found:
         raise UnsupportedModelError(
             f"{checkpoint.directory}: no linear layers of attention are known in a "
-            f"{checkpoint.architecture.model_type}: take a recipe without `linears`"
+            f"{checkpoint.architecture.model_type}: use a recipe without `linears`"
         )
     return found
 
@@ -59,9 +59,9 @@ def _matrices(checkpoint: Checkpoint, block: str, width: int) -> list[str]:
 def quantize_linears(
     checkpoint: Checkpoint, folder: Path, *, original: Checkpoint
 ) -> tuple[list[Path], LinearsRecord]:
-    """Safetensors files with attention's weights as integers, one per block, and what they come to.
+    """Safetensors files with attention's weights as integers, one per block, and a record of their sizes.
 
-    The sizes before are those of `original`.
+    The sizes before are those in `original`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     modules = attention_linears(checkpoint)
@@ -88,12 +88,12 @@ def quantize_linears(
 
 
 def linears_config(modules: tuple[str, ...]) -> dict[str, Any]:
-    """What `config.json` says of them."""
+    """The entry for them in `config.json`."""
     return {"format": FORMAT.model_dump(mode="json"), "modules": list(modules)}
 
 
 def install_linears(base: nn.Module, config: dict[str, Any]) -> None:
-    """Put empty integer maps in the place of a base model's linear layers, on the device it is on."""
+    """Replace linear layers of a base model by empty integer maps, on the model's device."""
     format = Integer.model_validate(config["format"])
     children: dict[str, list[str]] = {}
     for path in config["modules"]:
@@ -109,9 +109,9 @@ def _replace(parent: nn.Module, path: str, names: list[str], format: Integer) ->
     for name in names:
         old = getattr(parent, name, None)
         if not isinstance(old, nn.Linear):
-            raise ArtifactError(f"config.json names {path}.{name}, which is no linear layer in this model")
+            raise ArtifactError(f"config.json names {path}.{name}, which is not a linear layer in this model")
         new = IntegerMap(format, old.out_features, old.in_features, bias=False)
         new.bias = old.bias
         setattr(parent, name, new)
         maps.append(new)
-    share_inputs(maps)  # queries, keys and values
+    share_inputs(maps)  # queries, keys and values have the same inputs

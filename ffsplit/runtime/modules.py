@@ -12,11 +12,11 @@ from ffsplit.ffn.shapes import FFNShape, Format, Integer, LayerLayout, LowRank, 
 from ffsplit.models.rows import FFNPaths
 from ffsplit.runtime.integer_map import INITIALIZED, IntegerMap, share_inputs
 
-# An FFN of a transformers model made narrower: the same modules, with fewer neurons.
+# Narrowing an FFN of a transformers model: the same modules, with fewer neurons.
 
 
 def narrow_ffn(block: nn.Module, paths: FFNPaths, width: int) -> None:
-    """Give a block's FFN `width` neurons. Its weights are empty afterwards: they are about to be read."""
+    """Give a block's FFN `width` neurons. Its weights are uninitialized afterwards, and to be loaded."""
     for path in dict.fromkeys(each for each in (paths.up, paths.gate) if each is not None):
         rows = 2 * width if paths.fused else width
         _resize(block.get_submodule(path), rows=rows, transposed=paths.transposed)
@@ -26,7 +26,7 @@ def narrow_ffn(block: nn.Module, paths: FFNPaths, width: int) -> None:
 def _resize(
     linear: Any, *, rows: int | None = None, columns: int | None = None, transposed: bool = False
 ) -> None:
-    """Another number of outputs or inputs for an nn.Linear, or for transformers' Conv1D (`transposed`)."""
+    """Change the outputs or inputs of an nn.Linear, or of transformers' Conv1D (`transposed`)."""
     weight = linear.weight
     shape = tuple(weight.shape)[::-1] if transposed else tuple(weight.shape)
     shape = (rows or shape[0], columns or shape[1])
@@ -72,7 +72,7 @@ class LowRankMap(nn.Module):
 
 
 def linear(x: Tensor, weight: Tensor, plus: Tensor | None) -> Tensor:
-    """x W^T + plus in one product, in W's dtype; `plus` is a bias, or a tensor of the output's shape."""
+    """x W^T + plus in one product, in W's dtype. `plus` is a bias or a tensor of the output's shape."""
     x, plus = x.to(weight.dtype), None if plus is None else plus.to(weight.dtype)
     if plus is None or plus.dim() == 1:
         return functional.linear(x, weight, plus)
@@ -106,7 +106,7 @@ class FFNPartModule(nn.Module):
                 self.gate = build_map(layout.gate, n, d, bias=shape.up_bias)
         self.down = build_map(layout.down, d, n, bias=False)
         first = self.up if self.gate is None else self.gate
-        self.activation: nn.Module | None = None  # the first map's own, where that applies it to its products
+        self.activation: nn.Module | None = None  # None if the first map applies it itself
         if isinstance(first, IntegerMap):
             first.activation = activation
         else:
@@ -141,10 +141,10 @@ class FFNPartModule(nn.Module):
 
 
 class SplitFFN(nn.Module):
-    """FFN(x) = heavy(x) + light(x) + bias; the sum is taken by the products themselves.
+    """FFN(x) = heavy(x) + light(x) + bias. The products themselves accumulate the sum.
 
-    It may hold a guard: a tensor under the original name of one of the FFN's weights, of a shape
-    that cannot match, so that a load without ffsplit fails instead of starting from random weights.
+    It may hold a guard: a tensor with the original name of one of the FFN's weights and a shape that
+    cannot match. Then a load without ffsplit fails instead of starting from random weights.
     """
 
     _is_hf_initialized = INITIALIZED
@@ -185,7 +185,7 @@ class SplitFFN(nn.Module):
 
 
 def install_split_ffn(block: nn.Module, paths: FFNPaths, split_ffn: nn.Module) -> None:
-    """Put a split FFN where a block has its own; whatever ran around it becomes an identity."""
+    """Replace a block's FFN by a split one. Modules around it that it includes become identities."""
     block.set_submodule(paths.split_path, split_ffn)
     if paths.module is None:
         block.set_submodule(paths.down, nn.Identity())
@@ -197,9 +197,9 @@ def install_split_ffn(block: nn.Module, paths: FFNPaths, split_ffn: nn.Module) -
 
 
 class SplitExperts(nn.Module):
-    """A block's experts, each a split FFN of its own; it takes the place of the experts' module.
+    """A block's experts, each a split FFN. It replaces the experts' module.
 
-    `guard`, where it has one, is the original's stacked tensor, stored with a shape that cannot match.
+    `guard`, if given, is the name of the original's stacked tensor, stored with a shape that cannot match.
     """
 
     def __init__(self, *, guard: str | None) -> None:
@@ -213,7 +213,7 @@ class SplitExperts(nn.Module):
         self._num_experts += 1
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The sum of each token's experts, weighted as the router says: [T, D], from [T, D] and [T, k]."""
+        """The sum of each token's experts with the router's weights: [T, D], from [T, D] and [T, k]."""
         output_TD = torch.zeros_like(hidden_states)
         for expert in range(self._num_experts):
             tokens, slots = torch.where(top_k_index == expert)

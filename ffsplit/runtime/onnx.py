@@ -33,7 +33,7 @@ Cache = list[tuple[Tensor, Tensor]]
 
 @torch.library.custom_op("ffsplit::int8_product", mutates_args=())
 def int8_product(x: Tensor, weight_KN: Tensor, scale: Tensor) -> Tensor:
-    """x times a matrix of int8 with a scale a column: a marker that becomes ONNX's own operators."""
+    """x times an int8 matrix with one scale per column: a marker that becomes ONNX's own operators."""
     return x @ (weight_KN.to(x.dtype) * scale)
 
 
@@ -43,7 +43,7 @@ def _(x: Tensor, weight_KN: Tensor, scale: Tensor) -> Tensor:
 
 
 class _Int8Product(nn.Module):
-    """What an IntegerMap is while it is exported."""
+    """Stands in for an IntegerMap during export."""
 
     def __init__(self, linear: IntegerMap) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class _Int8Product(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """A model as a function of its inputs by name, with the outputs that are named."""
+    """A model as a function of its inputs by name, with the named outputs."""
 
     def __init__(self, model: Any, outputs: Sequence[str]) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _Encoder(nn.Module):
 
 
 class _Decoder(nn.Module):
-    """A causal model as a function of new tokens, and of the keys and values of those before."""
+    """A causal model as a function of new tokens, and of the keys and values of past tokens."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class _Decoder(nn.Module):
         self.takes_positions = "position_ids" in _parameters(model)
 
     def forward(self, inputs: Inputs, past: Cache) -> tuple[Tensor, Cache]:
-        """The mask is as long as past and new tokens together; padding on the left is no position."""
+        """The mask covers past and new tokens. Padding on the left does not count as positions."""
         options = dict(inputs)
         if self.takes_positions and "position_ids" not in options:
             positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
@@ -90,14 +90,14 @@ class _Decoder(nn.Module):
 
 
 def export_onnx(directory: Path, target: Path) -> Path:
-    """Write a checkpoint's model to `target`, in float32 but for its integers, and return that file.
+    """Write a checkpoint's model to `target`, in float32 except for its integers. Returns that file.
 
-    Inputs are what the tokenizer gives and the model takes, [batch, tokens] each: `input_ids`,
-    `attention_mask`, and `token_type_ids` where pairs of texts are told apart by them. Outputs have the
+    Inputs are those outputs of the tokenizer that the model takes, [batch, tokens] each: `input_ids`,
+    `attention_mask`, and `token_type_ids` if the model uses them for pairs of texts. Outputs have the
     model's own names: `logits`, `start_logits` and `end_logits`, or `last_hidden_state` of a model without
     a head. Causal models with a head also take `past_key_values.N.key` and `.value` [batch, heads, past
-    tokens, size], of no tokens to begin with, and give `present.N.key` and `.value`. Raises ConfigError
-    where the extra is missing or the model has what the file could not hold.
+    tokens, size], with zero past tokens at first, and return `present.N.key` and `.value`. Raises
+    ConfigError if the extra is missing or the format cannot hold the model.
     """
     translations = _translations()
     config = json.loads((directory / "config.json").read_text("utf-8"))
@@ -118,7 +118,7 @@ def export_onnx(directory: Path, target: Path) -> Path:
             assert program is not None
             _drop_source_paths(program.model)
             program.save(str(target))
-    except Exception as error:  # the exporter's own says which of its steps failed, and its cause why
+    except Exception as error:  # the exporter's error names the failed step, its cause the reason
         why = reason_of(error.__cause__ or error)
         raise ConfigError(f"{type(model).__name__} could not be exported to ONNX: {why}") from error
     return target
@@ -126,7 +126,7 @@ def export_onnx(directory: Path, target: Path) -> Path:
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """No warnings of what the exporter does without, or of names that it gives to axes."""
+    """Silence the exporter's warnings about optional packages and axis names."""
     logger = logging.getLogger("torch.onnx")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -139,7 +139,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _drop_source_paths(model: Any) -> None:
-    """Remove the source file and line that each node was traced at: they are local paths."""
+    """Remove the source file and line of each node: they are local paths."""
     for graph in (model.graph, *model.functions.values()):
         for node in graph.all_nodes():
             for name in [name for name in node.metadata_props if "stack_trace" in name]:
@@ -147,10 +147,10 @@ def _drop_source_paths(model: Any) -> None:
 
 
 def example_inputs(model: Any, directory: Path) -> Inputs:
-    """An example of whatever the tokenizer gives of two texts and the model takes, by name.
+    """Example inputs by name: what the tokenizer returns for two texts and the model takes.
 
-    Where there is no tokenizer, of token ids and their mask. Raises ConfigError for a model that reads no
-    text, or something beside it.
+    Without a tokenizer: token ids and their mask. Raises ConfigError for a model that reads no text, or not
+    only text.
     """
     takes = _parameters(model)
     if tokenizer_files(directory):
@@ -161,7 +161,7 @@ def example_inputs(model: Any, directory: Path) -> Inputs:
         given = {name: torch.zeros(1, 2, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     needed = getattr(model, "main_input_name", "input_ids")
     if needed not in given:
-        raise ConfigError(f"--format onnx is for models that read text alone; this one reads {needed}")
+        raise ConfigError(f"--format onnx is for models that read only text; this one reads {needed}")
     num_tokens = given["input_ids"].shape[1]
     inputs = {}
     for name in takes:
@@ -176,14 +176,14 @@ def example_inputs(model: Any, directory: Path) -> Inputs:
 
 
 def _parameters(model: Any) -> list[str]:
-    """The names of what a model's forward takes."""
+    """The names of the arguments of a model's forward."""
     return list(inspect.signature(model.forward).parameters)
 
 
 def _encoder_options(model: Any, inputs: Inputs) -> dict[str, Any]:
     result = model(**inputs, return_dict=True)
     outputs = [name for name, value in result.items() if isinstance(value, Tensor)]
-    if outputs[0] == STATES:  # what pools them may be made up, and is nobody's output
+    if outputs[0] == STATES:  # a pooler may be newly initialized, so its output is left out
         outputs = [STATES]
     return {
         "model": _Encoder(model, outputs).eval(),
@@ -214,7 +214,7 @@ def _decoder_options(model: Any, inputs: Inputs) -> dict[str, Any]:
 
 
 def _axes(inputs: Inputs, *, batch: Any, tokens: Any) -> dict[str, dict[int, Any]]:
-    """The axes of each input whose size may be any: its rows, and its tokens where it has them."""
+    """The dynamic axes of each input: its rows, and its tokens if it has them."""
     length = inputs["input_ids"].shape[1]
     return {
         name: {0: batch} | ({1: tokens} if value.dim() > 1 and value.shape[1] == length else {})
@@ -233,13 +233,13 @@ def _replace_integer_maps(model: nn.Module) -> None:
         if module.num_bits != 8 or module.group_size is not None:
             raise ConfigError(
                 f"--format onnx: {name} has {module.num_bits}-bit weights in groups; the export keeps int8 "
-                "weights with one scale a row, or floating-point ones"
+                "weights with one scale per row, or floating-point weights"
             )
         model.set_submodule(name, _Int8Product(module))
 
 
 def _translations() -> dict[Any, Any]:
-    """How the marker is written in ONNX. Raises ConfigError where onnxscript is missing."""
+    """How the marker is written in ONNX. Raises ConfigError if onnxscript is missing."""
     try:
         import onnx  # noqa: F401
         from onnxscript import opset18

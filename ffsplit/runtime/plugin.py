@@ -1,8 +1,8 @@
-"""How transformers learns to load a split checkpoint: a quantization method called "ffsplit".
+"""How transformers loads a split checkpoint: by a quantization method called "ffsplit".
 
-`config.json` of a split checkpoint carries the layout of every layer; before the weights are read,
-each FFN of the empty model is replaced by a SplitFFN of that layout. Imported by `import ffsplit` as
-soon as transformers itself is, and never before.
+`config.json` of a split checkpoint has the layout of every layer. Before the weights are read, each FFN of
+the empty model is replaced by a SplitFFN of that layout. `import ffsplit` imports this module as soon as
+transformers itself is imported, and never before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ METHOD = "ffsplit"
 class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a split checkpoint.
 
-    `form` is NARROWED, or None where FFNs are split.
+    `form` is NARROWED, or None if FFNs are split.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ArtifactError(f"config.json, quantization_config: {where}: {first['msg']}") from None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SplitConfig:
-        """Itself: nobody changes it, and a config is copied several times while a model is loaded."""
+        """Return itself: it is never changed, and loading a model copies its config several times."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 @register_quantizer(METHOD)
 class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps the FFNs of a model that is about to be loaded; the weights are read as they are."""
+    """Replaces the FFNs of a model before its weights are loaded. The weights are read unchanged."""
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
@@ -92,15 +92,15 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
-        """Nothing: no tensor is stored under a name of its own, which is what this would look for."""
+        """Do nothing: this would look for renamed tensors, and there are none."""
 
 
 def install_split_ffns(
     model: Any, runs: Sequence[FFNRun], *, linears: dict[str, Any] | None = None
 ) -> nn.Module:
-    """Replace every FFN of a model by an empty SplitFFN, on whatever device the model is.
+    """Replace every FFN of a model by an empty SplitFFN on the model's device.
 
-    The linear layers that `linears` names become integer maps.
+    The linear layers named in `linears` become integer maps.
     """
     prefix, places, ffns = _paired(model, runs)
     config = model.config.to_dict()
@@ -125,14 +125,14 @@ def install_split_ffns(
 
 
 def _keep_wide(model: Any, downs: Sequence[str]) -> None:
-    """Load down projections in float32 where the family does so whatever the model's dtype: T5 in float16."""
+    """Load down projections in float32 if the family always does so, such as T5 in float16."""
     patterns = set(model._keep_in_fp32_modules or ())
     if any(re.search(pattern, name) for pattern in patterns for name in downs):
         model._keep_in_fp32_modules = patterns | {r"\.(?:heavy|light)\.down\."}
 
 
 def narrow_ffns(model: Any, runs: Sequence[FFNRun]) -> nn.Module:
-    """Give every FFN of an empty model the width that its layout says."""
+    """Give every FFN of an empty model the width of its layout."""
     prefix, places, ffns = _paired(model, runs)
     for place, ffn in zip(places, ffns, strict=True):
         narrow_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, ffn.layout.num_neurons)
@@ -140,7 +140,7 @@ def narrow_ffns(model: Any, runs: Sequence[FFNRun]) -> nn.Module:
 
 
 def _paired(model: Any, runs: Sequence[FFNRun]) -> tuple[str, Sequence[FFNPlace], list[FFNRun]]:
-    """The prefix of the base model, its FFNs, and what config.json says of each."""
+    """The prefix of the base model, its FFNs, and the config.json entry of each."""
     prefix, places = ffns_of(model)
     ffns = [run for run in runs for _ in range(run.count)]
     if len(places) != len(ffns):
@@ -148,15 +148,15 @@ def _paired(model: Any, runs: Sequence[FFNRun]) -> tuple[str, Sequence[FFNPlace]
     return prefix, places, ffns
 
 
-# Loading a published artifact as the model it was made from.
+# Loading a published artifact as a model of the original's class.
 
 
 def load(uri: str, **options: Any) -> Any:
     """The compressed model, of the original's class, in eval mode.
 
-    `uri` is an output URI (its newest run), a run or an attempt, local or s3://; `options` go to
-    `from_pretrained`, as `dtype` and `device_map`. Raises ConfigError when there is no artifact and
-    ArtifactError when it is not whole.
+    `uri` is an output URI (its newest run), a run or an attempt, local or s3://. `options` go to
+    `from_pretrained`, such as `dtype` and `device_map`. Raises ConfigError if there is no artifact and
+    ArtifactError if it is invalid.
     """
     from ffsplit.models.load import load_whole_model
 

@@ -1,4 +1,4 @@
-"""Whether a row that was guessed by structure is true: an exact split of every FFN must change nothing."""
+"""Checks FFNs that were guessed from a model's structure: an exact split of them must change nothing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ffsplit.runtime.ffn_tensors import load_ffn
 from ffsplit.runtime.modules import install_split_ffn
 
 TOLERANCE = 1e-4
-"""Largest difference of an output, as a part of the largest output."""
+"""Largest difference of an output, as a fraction of the largest output."""
 CPU = torch.device("cpu")
 
 
 class _Halves(nn.Module):
-    """An FFN as the sum of two parts of its neurons."""
+    """An FFN as the sum of two halves of its neurons."""
 
     def __init__(self, weights: FFNWeights) -> None:
         super().__init__()
@@ -35,15 +35,15 @@ class _Halves(nn.Module):
 
 
 def check_by_trial(checkpoint: Checkpoint, *, block_by_block: bool) -> None:
-    """Split every FFN exactly and run the model on random tokens, whole or with a block of it in memory.
+    """Split every FFN exactly and run the model on random tokens, whole or block by block.
 
-    Raises UnsupportedModelError when its outputs, or a block's, are not the dense ones: the guess was wrong.
+    Raises UnsupportedModelError if its outputs, or a block's, differ from the dense ones: the guess is wrong.
     """
     ids = torch.randint(checkpoint.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with explained(
         f"{checkpoint.architecture.model_type} is not in the table of architectures, and a trial of the FFNs "
-        "that its structure shows failed",
+        "guessed from its structure failed",
         kind=UnsupportedModelError,
     ):
         difference = (_difference_of_blocks if block_by_block else _difference)(checkpoint, inputs)
@@ -66,7 +66,7 @@ def _difference(checkpoint: Checkpoint, inputs: dict[str, Tensor]) -> float:
 
 
 def _difference_of_blocks(checkpoint: Checkpoint, inputs: dict[str, Tensor]) -> float:
-    """The largest after any block: the same rows go through the dense blocks, and through the split ones."""
+    """The largest difference after any block. The same rows go through the dense and the split blocks."""
     model = StreamedModel(checkpoint, device=CPU, dtype=torch.float32)
     model.start([inputs, inputs])
     differences = []
@@ -87,7 +87,7 @@ def _split_exactly(block: nn.Module, checkpoint: Checkpoint, ffn: FFNPlace) -> N
 
 
 def _states(output: Any) -> Tensor:
-    """A block's hidden states, which some blocks give alone and some first."""
+    """A block's hidden states: its output, or the first item of it."""
     states: Tensor = output if isinstance(output, Tensor) else output[0]
     return states
 

@@ -1,1 +1,1 @@
-"""Many models in one batch: each compressed, judged and published on its own."""
+"""Many models in one batch. Each is compressed, measured and published separately."""

@@ -1,4 +1,4 @@
-"""What became of a batch, as records, and where they lie: <destination>/batches/<id>.json."""
+"""The results of a batch, as records, stored as <destination>/batches/<id>.json."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ffsplit.store.store import MissingKey, Store, read_at_most
 BATCHES_PREFIX, INDEX_NAME = "batches", "index.html"
 MAX_BATCH_BYTES = 256 << 20
 NUM_PAST_BATCHES = 20
-"""How many batches the index looks back on."""
+"""How many earlier batches the index shows."""
 
 State = Literal["published", "committed already", "refused", "failed", "interrupted"]
-"""What became of a model. `interrupted`: the batch stopped before this model finished, or started."""
+"""The outcome of a model. `interrupted`: the batch stopped before this model finished, or started."""
 STATES: dict[State, str] = {
     "published": "published",
     "committed already": "published before",
@@ -35,7 +35,7 @@ STATES: dict[State, str] = {
 
 
 class Figures(Record):
-    """What was measured of one model, original and compressed. Task scores are in the task's own unit."""
+    """One model's measurements, original and compressed. Task scores are in the task's own unit."""
 
     parameters: tuple[int, int]
     size_bytes: tuple[int, int] = Field(description="all safetensors files")
@@ -66,7 +66,7 @@ def _shape(each: Latency) -> str:
 
 
 class Judged(Record):
-    """What one model's process says when it ends: the result, published or refused."""
+    """The result that one model's process writes at its end: published or refused."""
 
     state: Literal["published", "committed already", "refused"]
     run_key: str
@@ -97,7 +97,7 @@ class Judged(Record):
 
 
 class BatchModel(Record):
-    """One model of a batch. What failed has an error and no result."""
+    """One model of a batch. A failed model has an error and no result."""
 
     name: str
     model: str
@@ -127,8 +127,8 @@ class Batch(Versioned):
 
     @property
     def exit_code(self) -> int:
-        """130 for a batch that was interrupted, else 1 where something failed, 3 where gates refused
-        something, 0 where everything is published."""
+        """130 if the batch was interrupted, else 1 if a model failed, 3 if gates refused one, 0 if all are
+        published."""
         if self.count("interrupted"):
             return INTERRUPTED
         if self.count("failed"):
@@ -149,7 +149,7 @@ def save_batch(store: Store, batch: Batch) -> None:
 
 
 def past_batches(store: Store, *, before: str) -> list[Batch]:
-    """The newest batches that began before one, oldest first; what cannot be read is left out."""
+    """The newest batches that began before one, oldest first. Unreadable ones are left out."""
     keys = [key for key in store.list(BATCHES_PREFIX) if key.endswith(".json") and key < batch_key(before)]
     batches = []
     for key in sorted(keys)[-NUM_PAST_BATCHES:]:
@@ -159,10 +159,10 @@ def past_batches(store: Store, *, before: str) -> list[Batch]:
 
 
 def headline(figures: Figures) -> float | None:
-    """The fidelity to quote first, as in the report of a run."""
+    """The main fidelity figure, as in a run's report."""
     return next((figures.fidelity[name] for name in HEADLINES if name in figures.fidelity), None)
 
 
 def slowest(figures: Figures) -> float | None:
-    """The least speed-up of all shapes."""
+    """The smallest speed-up over all shapes."""
     return min(figures.speedups.values(), default=None)

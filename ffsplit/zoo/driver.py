@@ -1,6 +1,6 @@
-"""One model of a batch, in a process of its own: whatever becomes of it, the batch goes on.
+"""One model of a batch, in its own process: whatever happens to it, the batch continues.
 
-The request is one line on stdin, which stays open: its end is the end of the batch, and so of this.
+The request is one line on stdin, which stays open. When stdin closes, the batch has ended, and this ends too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ffsplit.exit_codes import DONE, REFUSED, exit_code_of
 
 
 class Request(Record):
-    """What to run, and the file that the result is written to."""
+    """The job to run, and the file to write its result to."""
 
     job: JobConfig
     result_file: str
@@ -30,9 +30,9 @@ def main() -> int:
 
 
 def _follow_the_batch() -> None:
-    """Interrupt this process as Ctrl-C would, once the batch is gone."""
-    with suppress(OSError):  # an input that cannot be read has ended as well
-        while os.read(0, 4096):  # not sys.stdin, whose lock this thread would hold when the process ends
+    """Interrupt this process, as Ctrl-C would, when the batch has ended."""
+    with suppress(OSError):  # an unreadable stdin has ended as well
+        while os.read(0, 4096):  # not sys.stdin: this thread would hold its lock at exit
             pass
     os.kill(os.getpid(), signal.SIGINT)
 

@@ -1,4 +1,4 @@
-"""The page over a zoo's batches: every model of the newest, and how each went over the earlier ones."""
+"""The page for a zoo's batches: every model of the newest batch, and its trend over earlier ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SPARK_WIDTH, SPARK_HEIGHT, SPARK_MARGIN = 120, 26, 3
 
 @dataclass(frozen=True)
 class Trend:
-    """One model over the batches; None where a batch says nothing of it."""
+    """One model over the batches; None for a batch without it."""
 
     name: str
     states: tuple[State | None, ...]
@@ -32,7 +32,7 @@ class Trend:
 
 
 def render_index(batches: Sequence[Batch]) -> str:
-    """The page as HTML: the newest batch, which comes last, and the trend over all of them."""
+    """The page as HTML: the newest batch, which is the last one, and the trend over all batches."""
     newest = batches[-1]
     template = page_template(
         TEMPLATE_NAME,
@@ -59,7 +59,7 @@ def render_index(batches: Sequence[Batch]) -> str:
 
 
 def sparkline(values: Sequence[float | None]) -> Markup:
-    """A line over the batches, scaled to its own range, with a dot at its last value; text says the ends."""
+    """A line over the batches, scaled to its own range, with a dot at its last value and a text label."""
     known = [(index, value) for index, value in enumerate(values) if value is not None]
     if not known:
         return Markup("&ndash;")
@@ -67,11 +67,11 @@ def sparkline(values: Sequence[float | None]) -> Markup:
     step = (SPARK_WIDTH - 2 * SPARK_MARGIN) / max(1, len(values) - 1)
     rise = (SPARK_HEIGHT - 2 * SPARK_MARGIN) / (high - low) if high > low else 0.0
 
-    def place(index: int, value: float) -> tuple[float, float]:
+    def point(index: int, value: float) -> tuple[float, float]:
         y = SPARK_HEIGHT - SPARK_MARGIN - rise * (value - low) if rise else SPARK_HEIGHT / 2
         return round(SPARK_MARGIN + step * index, 1), round(y, 1)
 
-    points = [place(index, value) for index, value in known]
+    points = [point(index, value) for index, value in known]
     line = " ".join(f"{x},{y}" for x, y in points)
     x, y = points[-1]
     label = f"{humanize.number(known[0][1])} to {humanize.number(known[-1][1])} over {len(values)} batches"
@@ -101,12 +101,12 @@ def _tiles(batch: Batch) -> list[Tile]:
         Tile("Failed", str(failed), "errors below" if failed else "none", is_warning=failed > 0),
     ]
     if interrupted := batch.count("interrupted"):
-        tiles.append(Tile("Interrupted", str(interrupted), "had not ended when the batch was", True))
+        tiles.append(Tile("Interrupted", str(interrupted), "stopped before they finished", True))
     if standing:
         sizes = [figures.size_bytes for figures in standing]
         before_bytes, after_bytes = (sum(pair[index] for pair in sizes) for index in (0, 1))
         smaller = f"from {humanize.size(before_bytes)}, {humanize.change(before_bytes, after=after_bytes)}"
-        tiles.append(Tile("Size of what stands", humanize.size(after_bytes), smaller))
+        tiles.append(Tile("Published size", humanize.size(after_bytes), smaller))
         speedups = [speedup for figures in standing if (speedup := slowest(figures)) is not None]
         if speedups:
             note = f"median model; {humanize.times(min(speedups))} to {humanize.times(max(speedups))}"
@@ -115,7 +115,7 @@ def _tiles(batch: Batch) -> list[Tile]:
 
 
 def _trends(batches: Sequence[Batch]) -> list[Trend]:
-    """One for each model of the newest batch, in its order."""
+    """One trend per model of the newest batch, in its order."""
     by_name = [{model.name: model for model in batch.models} for batch in batches]
     trends = []
     for model in batches[-1].models:
@@ -134,7 +134,7 @@ def _trends(batches: Sequence[Batch]) -> list[Trend]:
 
 
 def _report_link(model: BatchModel) -> str | None:
-    """Where the report of a model lies, seen from the page."""
+    """The link from the page to a model's report."""
     return None if model.result is None else quote(f"{model.name}/{model.result.report}")
 
 

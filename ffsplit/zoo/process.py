@@ -1,4 +1,4 @@
-"""A model's process, as the batch sees it: what it says, how it ends, and its end when the batch ends."""
+"""A model's process, as the batch sees it: its output, its exit, and its interruption with the batch."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ffsplit.zoo.batch import Judged
 from ffsplit.zoo.driver import Request
 
 STOP_WITHIN_S = 10.0
-"""How long an interrupted process may take to leave nothing behind, before it is killed."""
+"""How long an interrupted process may take to clean up before it is killed."""
 LAST_WORDS_WITHIN_S = 5.0
-"""How long the output of a process that has ended may stay open: what it started may hold it, without end."""
+"""How long to read the output after a process has ended: its children may keep it open for ever."""
 LOOK_EVERY_S = 0.1
 LONGEST_LINE = 1 << 20
 
@@ -32,7 +32,7 @@ Say = Callable[[str], None]
 
 
 class Ended(NamedTuple):
-    """How a process ended: its exit code, minus a signal's number, its last words, and its result."""
+    """How a process ended: its exit code (or minus a signal's number), last line of output, and result."""
 
     exit_code: int
     last_words: str
@@ -40,10 +40,10 @@ class Ended(NamedTuple):
 
 
 async def run_process(job: JobConfig, say: Say, *, within_s: float) -> Ended:
-    """Run one job in a process of its own; `say` gets every line that it prints.
+    """Run one job in its own process. `say` gets every line that it prints.
 
-    When the caller is cancelled, or dies, the process is interrupted as by Ctrl-C, and so it is when it
-    takes longer than `within_s`.
+    The process is interrupted, as by Ctrl-C, if the caller is cancelled or dies, or if it takes longer than
+    `within_s`.
     """
     async with _heard(say) as (heard, output):
         try:
@@ -52,7 +52,7 @@ async def run_process(job: JobConfig, say: Say, *, within_s: float) -> Ended:
                 stdin=PIPE,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # a terminal's Ctrl-C comes through the batch alone, and once
+                start_new_session=True,  # a terminal's Ctrl-C reaches it only through the batch, and once
             )
         finally:
             os.close(output)
@@ -60,13 +60,13 @@ async def run_process(job: JobConfig, say: Say, *, within_s: float) -> Ended:
 
 
 async def _see_through(process: Process, job: JobConfig, heard: _Heard, *, within_s: float) -> Ended:
-    """Tell a process what to do, and wait for it."""
+    """Send a process its request, and wait for it."""
     with temporary_folder() as folder:
         result_file = folder / "result.json"
         try:
             assert process.stdin is not None
             request = Request(job=job, result_file=str(result_file))
-            with suppress(ConnectionError):  # it died before it read: its exit code says so
+            with suppress(ConnectionError):  # it died before it read the request: its exit code tells
                 process.stdin.write(request.model_dump_json().encode() + b"\n")
                 await process.stdin.drain()
             exit_code = await _wait(process, within_s=within_s)
@@ -74,17 +74,17 @@ async def _see_through(process: Process, job: JobConfig, heard: _Heard, *, withi
         finally:
             await _end(process)
         if exit_code is None:
-            why = f"not done after {within_s / 3600:g} h, the zoo file's attempt_hours: interrupted"
+            why = f"interrupted: not done after {within_s / 3600:g} h (attempt_hours of the zoo file)"
             return Ended(FAILED, why, None)
         result = _read(result_file)
         if exit_code in (DONE, REFUSED) and result is None:
-            last_words = f"its process ended with exit code {exit_code} and left no result"
+            last_words = f"its process ended with exit code {exit_code}, but wrote no result"
         return Ended(exit_code, _explain(exit_code, last_words), result)
 
 
 @asynccontextmanager
 async def _heard(say: Say) -> AsyncIterator[tuple[_Heard, int]]:
-    """What a process says, and the descriptor to say it into, which others may hold when it has ended."""
+    """A process's output, and the descriptor for it, which its children may still hold when it has ended."""
     reading, writing = os.pipe()
     stream = asyncio.StreamReader(limit=LONGEST_LINE)
     protocol = asyncio.StreamReaderProtocol(stream)
@@ -97,7 +97,7 @@ async def _heard(say: Say) -> AsyncIterator[tuple[_Heard, int]]:
 
 
 class _Heard:
-    """What a process prints: every line is passed on, and the last is kept."""
+    """A process's output: every line is passed on, and the last is kept."""
 
     def __init__(self, stream: asyncio.StreamReader, say: Say) -> None:
         self._stream, self._say = stream, say
@@ -105,7 +105,7 @@ class _Heard:
         self._task = asyncio.create_task(self._listen())
 
     async def until_quiet(self) -> str:
-        """The last of FFSplit's own lines, or the last of all, once the process has ended."""
+        """The last of FFSplit's own lines, or else the last line, after the process has ended."""
         await asyncio.wait({self._task}, timeout=LAST_WORDS_WITHIN_S)
         self._task.cancel()
         return self._own or self._last
@@ -114,7 +114,7 @@ class _Heard:
         while True:
             try:
                 data = await self._stream.readline()
-            except ValueError:  # a line too long to be meant for anybody
+            except ValueError:  # skip a line that is too long
                 continue
             if not data:
                 return
@@ -126,9 +126,9 @@ class _Heard:
 
 
 async def _wait(process: Process, *, within_s: float) -> int | None:
-    """A process's exit code, None when it takes too long.
+    """A process's exit code; None if it takes too long.
 
-    Not by process.wait(), which newer Pythons have wait for the pipes too.
+    Polls, because process.wait() also waits for the pipes in newer versions of Python.
     """
     ends_at = time.monotonic() + within_s
     while process.returncode is None:
@@ -139,7 +139,7 @@ async def _wait(process: Process, *, within_s: float) -> int | None:
 
 
 async def _end(process: Process) -> None:
-    """Leave no process behind."""
+    """Interrupt a process that still runs, then kill it."""
     assert process.stdin is not None
     process.stdin.close()
     if process.returncode is not None:
@@ -152,10 +152,10 @@ async def _end(process: Process) -> None:
 
 def _explain(exit_code: int, last_words: str) -> str:
     if exit_code >= 0:
-        return last_words or f"its process ended with exit code {exit_code} and said nothing"
+        return last_words or f"its process ended with exit code {exit_code} and printed nothing"
     with suppress(ValueError):
-        return f"its process was ended by {signal.Signals(-exit_code).name}; last it said: {last_words}"
-    return f"its process was ended by signal {-exit_code}; last it said: {last_words}"
+        return f"its process was killed by {signal.Signals(-exit_code).name}; last output: {last_words}"
+    return f"its process was killed by signal {-exit_code}; last output: {last_words}"
 
 
 def _read(file: Path) -> Judged | None:

@@ -1,4 +1,4 @@
-"""A batch: every model in a process of its own, a bounded number of them at once, on one cluster."""
+"""A batch: every model in its own process, a bounded number of them at once, on one cluster."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class _Pass:
     say: Say
     started: datetime
     ended: dict[int, BatchModel] = field(default_factory=dict)
-    """By the model's place in the file."""
+    """By the model's index in the file."""
 
     def __post_init__(self) -> None:
         self._id = new_batch_id(self.started)
 
     def record(self) -> Batch:
-        """Write the batch's manifest, which names what is local without its path, and the page over all."""
+        """Write the batch's manifest, with local paths reduced to names, and the page for all batches."""
         batch = without_credentials(self._as_it_stands())
         given = [text for model in self.zoo.models for text in (model.job.model, model.job.recipe)]
         stored = by_name(batch, given=(batch.destination, *given))
@@ -76,9 +76,9 @@ def run_zoo(
 ) -> Batch:
     """Compress every model of a zoo, and publish what passes its gates. Returns the batch as recorded.
 
-    A model that fails is tried again, and never stops the others. A batch that is interrupted, by SIGINT
-    or by SIGTERM, is recorded at once: what has ended as it ended, the rest as interrupted. Raises
-    ConfigError for a cluster or a destination that cannot be used, before anything is run.
+    A model that fails is retried, and never stops the others. A batch that is interrupted, by SIGINT or
+    SIGTERM, is recorded at once: models that have ended with their outcome, the others as interrupted. Raises
+    ConfigError, before anything is run, if the cluster or the destination cannot be used.
     """
     store = open_store(zoo.destination)
     store.check_writable()
@@ -92,22 +92,22 @@ def run_zoo(
             for model in zoo.models
         ]
         with begun():
-            with suppress(KeyboardInterrupt):  # recorded meanwhile, and ended
+            with suppress(KeyboardInterrupt):  # _run_all has recorded the batch and ended its processes
                 asyncio.run(_run_all(this, jobs))
             return this.record()
 
 
 async def _run_all(this: _Pass, jobs: list[JobConfig]) -> None:
-    """Every model, those of the beginning of the file first."""
-    places = asyncio.Semaphore(this.zoo.max_models_in_flight)
-    tasks = [asyncio.create_task(_run_model(this, index, job, places)) for index, job in enumerate(jobs)]
+    """Run every model, in the order of the file."""
+    running = asyncio.Semaphore(this.zoo.max_models_in_flight)
+    tasks = [asyncio.create_task(_run_model(this, index, job, running)) for index, job in enumerate(jobs)]
     try:
         await asyncio.gather(*tasks)
     except asyncio.CancelledError:
         for task in tasks:
             task.cancel()
-        with suppress(FFSplitError):  # it is tried again, and told then
-            await asyncio.to_thread(this.record)  # at once: whoever stops a job may not wait for long
+        with suppress(FFSplitError):  # the final record retries it, and reports a failure
+            await asyncio.to_thread(this.record)  # at once: whatever stops a job may not wait for long
         raise
     finally:  # every process is ended before this returns
         for task in tasks:
@@ -115,15 +115,15 @@ async def _run_all(this: _Pass, jobs: list[JobConfig]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _run_model(this: _Pass, index: int, job: JobConfig, places: asyncio.Semaphore) -> None:
-    """One model, tried again while it fails for reasons that are not the user's to mend.
+async def _run_model(this: _Pass, index: int, job: JobConfig, running: asyncio.Semaphore) -> None:
+    """Run one model, with retries unless the failure is the user's mistake.
 
-    Who waits for another attempt holds no place.
+    A model that waits for its next attempt does not count as running.
     """
     model, wall_s, num_attempts = this.zoo.models[index], 0.0, 0
     while True:
         num_attempts += 1
-        async with places:
+        async with running:
             started = time.monotonic()
             try:
                 ended = await run_process(
@@ -131,15 +131,13 @@ async def _run_model(this: _Pass, index: int, job: JobConfig, places: asyncio.Se
                     lambda line: this.say(f"{model.name} | {line}"),
                     within_s=3600 * this.zoo.attempt_hours,
                 )
-            except (
-                OSError
-            ) as error:  # no process, no descriptor, no room for its result: others may have some
+            except OSError as error:  # out of processes, descriptors or disk: other models may still run
                 ended = Ended(FAILED, f"its process could not be run: {error}", None)
             wall_s += time.monotonic() - started
         if ended.exit_code in (DONE, REFUSED, MISTAKE) or num_attempts > this.zoo.retries:
             break
         wait_s = this.zoo.backoff_s * 2 ** (num_attempts - 1)
-        this.say(f"{model.name} | failed, again in {wait_s:g} s: {ended.last_words}")
+        this.say(f"{model.name} | failed, retry in {wait_s:g} s: {ended.last_words}")
         await asyncio.sleep(wait_s)
     recorded = _describe(model, ended, num_attempts=num_attempts, wall_s=round(wall_s, 3))
     this.ended[index] = recorded
@@ -167,7 +165,7 @@ def _interrupted(model: ZooModel) -> BatchModel:
         recipe=model.job.recipe,
         state="interrupted",
         result=None,
-        error="the batch was interrupted before this model had ended; the next batch goes on with it",
+        error="the batch was interrupted before this model finished; the next batch resumes it",
         num_attempts=0,
         wall_s=0.0,
     )

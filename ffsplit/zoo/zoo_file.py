@@ -1,4 +1,4 @@
-"""The zoo file: which models to compress, how, and what each has to reach. YAML."""
+"""The zoo file (YAML): which models to compress, how, and the gates they must meet."""
 
 from __future__ import annotations
 
@@ -18,31 +18,33 @@ from ffsplit.keys import digest_of
 from ffsplit.measurement.gates import parse_gates
 
 PLACES = ("out", "address", "runner", "fresh")
-"""Fields of a job that the batch decides, not the file."""
+"""Fields of a job that the batch sets, not the file."""
 JOB_FIELDS = tuple(name for name in JobConfig.model_fields if name not in PLACES)
 LISTS = ("calibration", "eval", "gate")
 """Fields that take one value or a list of them."""
 RESERVED_NAMES = ("batches", "index.html")
-"""What a batch itself writes into the destination."""
+"""Names that a batch itself writes to the destination."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 class ZooModel(Record):
-    """One model of a zoo: its name, and the job, which publishes to <destination>/<name>."""
+    """One model of a zoo: its name and its job, which publishes to <destination>/<name>."""
 
     name: str
     job: JobConfig
 
 
 class ZooFile(Record):
-    """A zoo file's own fields; those of `defaults` and of a model are the flags of `ffsplit compress`."""
+    """A zoo file's own fields. The fields of `defaults` and of each model are flags of `ffsplit compress`."""
 
     destination: str = Field(min_length=1, description="a directory or s3://bucket/prefix")
     max_models_in_flight: int = Field(default=2, ge=1, le=1000)
-    retries: int = Field(default=2, ge=0, le=20, description="of a model that failed while running")
-    backoff_s: float = Field(default=30.0, ge=0, le=3600, description="before the first; doubled each time")
-    attempt_hours: float = Field(default=168.0, gt=0, description="after which an attempt is given up")
+    retries: int = Field(default=2, ge=0, le=20, description="of a model that fails while running")
+    backoff_s: float = Field(
+        default=30.0, ge=0, le=3600, description="before the first retry; doubled each time"
+    )
+    attempt_hours: float = Field(default=168.0, gt=0, description="limit per attempt")
     defaults: dict[str, Any] = Field(default={}, description="fields of every model")
     models: list[dict[str, Any]] = Field(min_length=1)
 
@@ -60,12 +62,12 @@ class Zoo(Record):
 
     @property
     def digest(self) -> str:
-        """sha256 of what is asked for, however the file is written."""
+        """sha256 of the file's content, independent of its formatting."""
         return digest_of(self.model_dump(mode="json", exclude={"name"}))
 
 
 def load_zoo(path: str) -> Zoo:
-    """Read a zoo file. Raises ConfigError in one line: what is wrong, where, and the nearest right name."""
+    """Read a zoo file. Raises ConfigError in one line: problem, place, and the closest valid name."""
     file = user_path(path)
     try:
         text = file.read_text("utf-8")
@@ -77,7 +79,7 @@ def load_zoo(path: str) -> Zoo:
 
 
 def parse_zoo(text: str, *, where: str, name: str) -> Zoo:
-    """The zoo of a YAML text; `where` begins every complaint."""
+    """The zoo of a YAML text. Every error message begins with `where`."""
     fields = _read_yaml(text, where=where)
     _check_names(fields, known=tuple(ZooFile.model_fields), where=where)
     try:
@@ -99,7 +101,7 @@ def parse_zoo(text: str, *, where: str, name: str) -> Zoo:
 
 
 def _check_apart(models: Sequence[ZooModel], *, where: str) -> None:
-    """Raise ConfigError where two models would publish to one place; not every store tells cases apart."""
+    """Raise ConfigError if two models would publish to the same path. Some stores ignore case."""
     seen: dict[str, int] = {}
     for index, model in enumerate(models):
         first = seen.setdefault(model.name.lower(), index)
@@ -109,41 +111,41 @@ def _check_apart(models: Sequence[ZooModel], *, where: str) -> None:
         same = "are both named" if other == model.name else f"are named {other!r} and"
         raise ConfigError(
             f"{where}: models[{first}] ({models[first].job.model}) and models[{index}] ({model.job.model}) "
-            f"{same} {model.name!r}, one place to publish to: give one another `name`"
+            f"{same} {model.name!r}, and would publish to the same path: give one another `name`"
         )
 
 
 def _model(file: ZooFile, index: int, *, where: str) -> ZooModel:
-    """One entry with the defaults below it."""
+    """One entry, with the defaults for fields it does not set."""
     entry = dict(file.models[index])
-    place = f"{where}: models[{index}]"
-    _check_names(entry, known=("name", *JOB_FIELDS), where=place)
+    entry_name = f"{where}: models[{index}]"
+    _check_names(entry, known=("name", *JOB_FIELDS), where=entry_name)
     name = entry.pop("name", None)
     fields = _without_other_budgets(file.defaults, entry) | entry
     if name is None:
         name = Path(str(fields.get("model", ""))).name
     if not isinstance(name, str) or not _NAME.fullmatch(name) or name.lower() in RESERVED_NAMES:
         raise ConfigError(
-            f"{place}: {name!r} is no name for a model: letters, digits, '.', '_' and '-', and not "
+            f"{entry_name}: {name!r} is not a valid name: use letters, digits, '.', '_' and '-', but not "
             f"{' or '.join(RESERVED_NAMES)}"
         )
-    place = f"{place} ({name})"
+    entry_name = f"{entry_name} ({name})"
     for field in LISTS:
         if isinstance(fields.get(field), str):
             fields[field] = [fields[field]]
     try:
         job = JobConfig(out=f"{file.destination.rstrip('/')}/{name}", **fields)
     except ValidationError as error:
-        raise ConfigError(f"{place}: {describe_validation_error(error, prefix='')}") from None
+        raise ConfigError(f"{entry_name}: {describe_validation_error(error, prefix='')}") from None
     try:
         parse_gates(job.gate, require_speedup=job.require_speedup)
     except ConfigError as error:
-        raise ConfigError(f"{place}: {str(error).removeprefix('--')}") from None
+        raise ConfigError(f"{entry_name}: {str(error).removeprefix('--')}") from None
     return ZooModel(name=name, job=job)
 
 
 def _without_other_budgets(defaults: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    """The defaults, without their budget where the entry has one of its own."""
+    """The defaults, without their budget if the entry has its own."""
     budget_fields = (*BUDGET_KINDS, "latency_table")
     own = any(entry.get(name) is not None for name in BUDGET_KINDS)
     return {name: value for name, value in defaults.items() if not (own and name in budget_fields)}
@@ -154,7 +156,7 @@ def _check_names(fields: Mapping[Any, Any], *, known: Collection[str], where: st
         if name in known:
             continue
         if name in PLACES:
-            raise ConfigError(f"{where}: {name} is not for a zoo file: give `destination`, or a flag")
+            raise ConfigError(f"{where}: {name} cannot be set in a zoo file: give `destination`, or a flag")
         near = difflib.get_close_matches(str(name), known, n=1)
         hint = f", did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
         raise ConfigError(f"{where}: unknown field {name}{hint}")
@@ -163,18 +165,18 @@ def _check_names(fields: Mapping[Any, Any], *, known: Collection[str], where: st
 def _read_yaml(text: str, *, where: str) -> dict[Any, Any]:
     try:
         fields = yaml.load(text, Loader=_Loader)
-    except Exception as error:  # the parser's own, and what its values raise: a 30th of February
+    except Exception as error:  # the parser's errors, and those of values, such as a 30th of February
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or reason_of(error)
-        raise ConfigError(f"{where}{line} is not YAML that can be meant: {problem}") from error
+        raise ConfigError(f"{where}{line} is not valid YAML: {problem}") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{where} must be a YAML mapping with the fields {', '.join(ZooFile.model_fields)}")
     return fields
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice, where YAML's own loader takes the last in silence."""
+    """Refuses a mapping that has a key twice. YAML's own loader silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

@@ -46,4 +46,4 @@ def test_a_batch_that_is_interrupted_before_it_begins(
     assert main(["zoo", zoo_file(tmp_path, tmp_path / "out"), "--runner", "serial"]) == 130
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == ("ffsplit: interrupted; what was published stands, the next batch skips it\n")
+    assert captured.err == ("ffsplit: interrupted; published models stay, and the next batch skips them\n")

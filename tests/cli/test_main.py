@@ -163,7 +163,7 @@ def test_inspect_shows_every_kind_of_ffn(tmp_path: Path, capsys: Captured) -> No
 
 def test_help_lists_the_exit_codes(capsys: Captured) -> None:
     assert main(["--help"]) == 0
-    assert "3    finished, but refused by a gate" in capsys.readouterr().out
+    assert "3    completed, but a gate failed" in capsys.readouterr().out
 
 
 BAD_FLAGS: dict[str, tuple[list[str], str]] = {
@@ -196,10 +196,10 @@ BAD_FLAGS: dict[str, tuple[list[str], str]] = {
     "a gate on nothing known": (["--gate", "poled_cosine >= 0.9"], "did you mean 'pooled_cosine'"),
     "a gate the wrong way": (["--gate", "fidelity <= 0.9"], "write fidelity >= 0.9"),
     "a gate that is no number": (["--gate", "fidelity >= high"], "'high' is not a number"),
-    "a gate on another kind": (["--gate", "top1_agreement >= 0.9"], "of an encoder pooled_cosine"),
+    "a gate on another kind": (["--gate", "top1_agreement >= 0.9"], "for an encoder, pooled_cosine"),
     "a gate on no task": (["--gate", "sts drop <= 1"], "no --eval scores 'sts'"),
     "a gate on what is not measured": (["--gate", "memory reduction >= 5%"], "peak_memory"),
-    "a gate on too long rows": (["--gate", "speedup@1x999 >= 1"], "160 tokens a row at most"),
+    "a gate on too long rows": (["--gate", "speedup@1x999 >= 1"], "at most 160 tokens per row"),
     "a gate on what a block does not tell": (
         ["--block-by-block", "--require-speedup", "1"],
         "with --block-by-block only fidelity and size are measured",

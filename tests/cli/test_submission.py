@@ -140,9 +140,9 @@ def test_who_interrupts_says_whether_the_job_goes_on(
     name = server.submitted[0]["submission_id"]
     assert server.stopped == ([name] if stops else [])
     said = capsys.readouterr().err.splitlines()[-1]
-    ends = f"`ray job stop --address {server.url} {name}` ends it"
+    ends = f"`ray job stop --address {server.url} {name}` stops it"
     assert said == f"ffsplit: interrupted; {name} " + (
-        "is stopped" if stops else f"goes on: the same command follows it again, {ends}"
+        "is stopped" if stops else f"is still running: the same command follows it again, {ends}"
     )
 
 

@@ -198,8 +198,8 @@ def test_a_wait_for_workers_that_do_not_start_is_told_and_has_an_end(
     monkeypatch.setattr(module, "START_WITHIN_S", 0.05)
     pool = Pool([2], starts=lambda slot: None)
     with pytest.raises(
-        FFSplitError, match=r"compress: no worker has started in 0.05 s; what is finished stays"
+        FFSplitError, match=r"compress: no worker has started in 0.05 s; finished work is kept"
     ):
         list(dispatch(pool, range(3), stage="compress"))
-    assert "compress: waiting for room in the cluster: 2 workers asked for" in capsys.readouterr().err
+    assert "compress: waiting for room in the cluster: 2 workers requested" in capsys.readouterr().err
     assert pool.open_now == set()

@@ -70,7 +70,7 @@ def test_a_question_that_is_not_answered(server: tuple[Server, JobServer]) -> No
 
 def test_a_submission_that_is_not_answered_may_have_arrived(server: tuple[Server, JobServer]) -> None:
     """So it is a failure, and what it failed of is told, not what the next question failed of."""
-    with pytest.raises(FFSplitError, match="takes no such job: it did not answer") as caught:
+    with pytest.raises(FFSplitError, match="does not accept this job: it did not answer") as caught:
         server[1].start("name", after=None, entrypoint="true", working_dir=None)
     assert type(caught.value) is FFSplitError
 
@@ -98,7 +98,7 @@ def test_who_submits_just_as_fast_shares_the_attempt(server: tuple[Server, JobSe
     server[0].answers["/api/jobs"] = [JOB, JOB | {"submission_id": "name-3"}]
     second = Attempt("name-2", 2, "failed", True, False)
     assert server[1].start("name", after=second, entrypoint="true", working_dir=None) == "name-3"
-    with pytest.raises(ConfigError, match="takes no such job"):
+    with pytest.raises(ConfigError, match="does not accept this job"):
         server[1].start("name", after=None, entrypoint="true", working_dir=None)
 
 
@@ -133,8 +133,8 @@ def test_a_log_that_breaks_is_taken_up_where_it_broke(
         ({"status": "SUCCEEDED", "driver_exit_code": 0}, 0),
         ({"status": "STOPPED"}, 130),
         ({"status": "FAILED", "driver_exit_code": 2}, 2),
-        ({"status": "FAILED", "driver_exit_code": -9}, "the job's process was ended by SIGKILL"),
-        ({"status": "FAILED", "driver_exit_code": -99}, "the job's process was ended by signal 99"),
+        ({"status": "FAILED", "driver_exit_code": -9}, "the job's process was killed by SIGKILL"),
+        ({"status": "FAILED", "driver_exit_code": -99}, "the job's process was killed by signal 99"),
         ({"status": "FAILED", "message": "its node died\nTrace"}, "the job failed: its node died$"),
     ],
 )

@@ -42,10 +42,10 @@ def closed_port() -> int:
 @pytest.mark.parametrize(
     ("listener", "told"),
     [
-        (silent, "it accepts connections and said nothing in 0.5 s"),
-        (web_server, "what listens there is not a Ray head"),
+        (silent, "it accepts connections but sent nothing in 0.5 s"),
+        (web_server, "the server there is not a Ray head"),
         (hanging_grpc, "its head did not answer in 0.5 s"),
-        (other_grpc, "what listens there is not a Ray head"),
+        (other_grpc, "the server there is not a Ray head"),
     ],
 )
 def test_what_is_not_ray_is_given_up(listener: Listener, told: str, scheme: str) -> None:

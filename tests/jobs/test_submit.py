@@ -88,7 +88,7 @@ def test_the_job_outlives_its_follower_unless_it_is_told_otherwise(
     _, err = follower.communicate(timeout=60)
     assert follower.returncode == 130
     name = submission_of(err)
-    assert f"{name} goes on: the same command follows it again" in err
+    assert f"{name} is still running: the same command follows it again" in err
     done = cluster.run(*command, cwd=tmp_path)
     assert (done.returncode, submission_of(done.stderr)) == (0, name)
     assert verify(str(tmp_path / "out")).ok
@@ -140,14 +140,14 @@ def other_version() -> Iterator[str]:
 def test_another_version_of_ray_is_one_line(
     other_version: str, small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert_refused(other_version, "is version 2.49.0, here it is", small_job, tmp_path, capsys)
+    assert_refused(other_version, "is version 2.49.0, but", small_job, tmp_path, capsys)
 
 
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
         ("http://127.0.0.1:1", "Ray at http://127.0.0.1:1 cannot be reached"),
-        ("127.0.0.1:6379", "an address like http://127.0.0.1:8265"),
+        ("127.0.0.1:6379", "address, such as http://127.0.0.1:8265"),
     ],
 )
 def test_an_unreachable_cluster_is_one_line(

@@ -60,7 +60,7 @@ def test_the_store_lives_with_benchmarks(small_job: SmallJob, tmp_path: Path, ca
     first = ffsplit.compress(small_job.config(out))
     assert main(["benchmark", str(out), *QUICK]) == 2
     said = capsys.readouterr().err
-    assert f"was made from a local model, {small_job.model.name}: give its --against DIRECTORY" in said
+    assert f"was made from a local model, {small_job.model.name}: give its directory with --against" in said
     assert main(["benchmark", str(out), *QUICK, "--against", str(small_job.model)]) == 0
     printed = capsys.readouterr().out
     assert "appended:" in printed and "tokens/s" in printed and "by multiplications" in printed
@@ -89,7 +89,7 @@ def test_decoding_leaves_room_for_a_prompt(checkpoint_of: CheckpointFactory, cap
 
 def test_statistics_are_no_model_to_time(small_job: SmallJob, tmp_path: Path) -> None:
     manifest = calibrate(small_job.config(tmp_path / "out"))
-    with pytest.raises(ConfigError, match="holds statistics, no model"):
+    with pytest.raises(ConfigError, match="holds statistics, not a model"):
         benchmark(f"{tmp_path}/out/{manifest.run_key}")
 
 

@@ -166,7 +166,7 @@ def test_an_undecided_gate_refuses_in_its_own_words() -> None:
     assert describe_result(results[0]) == "gate speedup >= 1.4: 1.4 (99 % interval 1.3 to 1.52), UNDECIDED"
     assert refusal(results[:1]) == (
         "1 of 1 gates undecided, nothing was published: speedup >= 1.4: 1.4 (99 % interval 1.3 to 1.52), "
-        "UNDECIDED: timing noise could decide this: time it on a quieter machine, or with a larger "
+        "UNDECIDED: timing noise could decide this: run on a quieter machine, or with a larger "
         "measurement.latency_pairs in a copy of the recipe"
     )
     both = refusal(results)

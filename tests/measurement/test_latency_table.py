@@ -50,7 +50,7 @@ def test_what_reads_more_than_tokens_is_timed_too(family: str, tmp_path: Path) -
 
 @pytest.mark.parametrize("family", ["gpt2", "phi3", "mixtral"])
 def test_ffns_of_other_matrices_have_no_table(family: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="FFNs of separate linear layers, which layer 0"):
+    with pytest.raises(ConfigError, match="FFNs of separate linear layers, unlike those of layer 0"):
         measure_latency_table(str(save_checkpoint(tmp_path, family)), shape=(1, 8), profile=CPU)
 
 

@@ -45,7 +45,7 @@ def test_the_longest_tail_is_named() -> None:
 def test_a_load_beyond_the_cpus_is_named(before: float, after: float) -> None:
     load = LoadAverage(before=before, after=after, num_cpus=2)
     assert said(CALM, load=load) == (
-        "timings are noisy: more ran than the CPUs could carry, "
+        "timings are noisy: the CPUs were overloaded, "
         f"load average {before:.2f} before and {after:.2f} after, on 2 CPUs"
     )
 

@@ -89,9 +89,13 @@ def test_a_run_goes_as_the_pre_flight_says(
     [
         ({"memory_per_worker": 1 * GB}, {}, "calibrate needs about .* give a smaller batch_tokens"),
         ({"memory_per_worker": 1 * GB, "dtype": "float32"}, {}, "give --dtype bfloat16, or a smaller batch"),
-        ({"memory_per_worker": 1 * 10**8}, {}, "digests needs about 0.6 GB a worker, and 0.1 GB are there"),
+        (
+            {"memory_per_worker": 1 * 10**8},
+            {},
+            "digests needs about 0.6 GB per worker, and 0.1 GB are available",
+        ),
         ({"memory_per_worker": 40 * GB}, {"more": "healing: {epochs: 1}"}, "heal needs .* without healing"),
-        ({"memory_per_worker": 40 * GB}, {"allocation": "search"}, "searches, which needs both .* uniform"),
+        ({"memory_per_worker": 40 * GB}, {"allocation": "search"}, "which needs both .* uniform"),
         (
             {"memory_per_worker": 40 * GB, "eval": ("perplexity:{text}",)},
             {},
@@ -173,7 +177,7 @@ def test_fewer_workers_where_that_is_enough(
     crowded = needs_of(small_job.config("out", workers=8, **settings))
     assert any("give --workers" in problem for problem in crowded.problems)
     assert needs_of(small_job.config("out", workers=9, **settings)).machine == crowded.machine
-    assert in_one_line(crowded, asked=9).startswith("pre-flight: 8 workers (9 asked for, one a core), ")
+    assert in_one_line(crowded, asked=9).startswith("pre-flight: 8 workers (9 asked for, one per core), ")
     assert in_one_line(crowded, asked=8).startswith("pre-flight: 8 workers, ")
     elsewhere = needs_of(small_job.config("out", workers=8, address="10.0.0.1:6379", **settings))
     assert all(stage.available_bytes is None for stage in elsewhere.stages)

@@ -108,7 +108,7 @@ def test_a_run_stands_whose_hint_cannot_be_looked_after(
     proxy.faults = [listing]
     capsys.readouterr()
     assert main(arguments) == 0
-    assert "warning: latest.json may be behind until it is read: " in capsys.readouterr().err
+    assert "warning: latest.json may be out of date until it is next read: " in capsys.readouterr().err
     assert listing.struck
 
 

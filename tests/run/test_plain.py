@@ -11,11 +11,11 @@ from ffsplit.cli import main
 from tests.small_jobs import SmallJob
 
 NOT_PLAIN = {
-    "paper": "it leaves more than one dense FFN",
-    "svd": "it leaves more than one dense FFN",
+    "paper": "its layers are not single dense FFNs",
+    "svd": "its layers are not single dense FFNs",
     "int8": "it ends with integer weights",
     "search": "its search may give FFNs different widths",
-    "energy": "its rule by energy may give FFNs different widths",
+    "energy": "its energy rule may give FFNs different widths",
 }
 
 

@@ -421,7 +421,7 @@ def test_statistics_have_no_gates(small_job: SmallJob, tmp_path: Path) -> None:
     [
         ("t5", {"more": "healing: {epochs: 1}"}, "healing and after_healing do not work for t5"),
         ("mixtral", {"more": "after_healing: {kind: quantize}"}, "do not work for mixtral"),
-        ("t5", {"block_by_block": True}, "--block-by-block is for .* t5"),
+        ("t5", {"block_by_block": True}, "--block-by-block needs .* t5"),
     ],
 )
 def test_what_a_family_cannot_is_said_first(

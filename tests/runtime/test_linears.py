@@ -151,5 +151,5 @@ def test_a_config_that_names_no_linear_layer_is_refused(name: str, checkpoint_of
     base = load_whole_model(checkpoint_of("bert"), "BertModel")
     place = "encoder.layer.0.attention.self"
     config = linears_config((f"{place}.query", f"{place}.{name}"))
-    with pytest.raises(ArtifactError, match=f"names {place}.{name}, which is no linear layer"):
+    with pytest.raises(ArtifactError, match=f"names {place}.{name}, which is not a linear layer"):
         install_linears(base, config)

@@ -194,7 +194,7 @@ def test_models_that_read_more_than_text_are_refused(tmp_path: Path, capsys: Any
     capsys.readouterr()
     assert main(["export", str(tmp_path / "model"), "--format", "onnx", "--out", str(tmp_path / "o")]) == 2
     error = capsys.readouterr().err
-    assert "for models that read text alone; this one reads pixel_values" in error and error.count("\n") == 1
+    assert "for models that read only text; this one reads pixel_values" in error and error.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -122,7 +122,7 @@ def test_what_killed_writes_left_goes(tmp_path: Path, capsys: pytest.CaptureFixt
     planned = plan(store, keep_last=1)
     assert planned.num_leftovers == 1 and leftover.exists()
     assert main(["gc", store.uri, "--keep-last", "1"]) == 0
-    assert "would remove what 1 broken uploads left" in capsys.readouterr().out and leftover.exists()
+    assert "would remove the leftovers of 1 broken uploads" in capsys.readouterr().out and leftover.exists()
     collect(store, planned)
     assert not leftover.exists()
 
@@ -142,7 +142,7 @@ def test_the_commands(filled: Store, capsys: pytest.CaptureFixture[str]) -> None
     before = contents(filled)
     assert main(["gc", filled.uri, "--keep-last", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "would remove" in printed and RUNS[0] in printed and "--delete does it" in printed
+    assert "would remove" in printed and RUNS[0] in printed and "--delete removes it" in printed
     assert contents(filled) == before
     assert main(["pin", f"{filled.uri}/{RUNS[0]}"]) == 0
     assert main(["gc", filled.uri, "--keep-last", "2", "--delete"]) == 0

@@ -87,7 +87,7 @@ def test_a_benchmark_asks_for_a_local_original(
     ffsplit.compress(small_job.config(tmp_path / "out"))
     assert main(["benchmark", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
-    assert f"was made from a local model, {small_job.model.name}: give its --against DIRECTORY" in line
+    assert f"was made from a local model, {small_job.model.name}: give its directory with --against" in line
 
 
 def test_a_text_that_was_lent_is_found_beside_the_store_or_asked_for(

@@ -144,7 +144,7 @@ def test_the_exit_code_says_the_worst() -> None:
 def test_what_was_interrupted_is_counted_apart() -> None:
     page = render_index([batch(1, *ALL), batch(2, *ALL, model("cut", "interrupted"))])
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
-    assert "Interrupted 1 had not ended when the batch was" in text
+    assert "Interrupted 1 stopped before they finished" in text
     assert "2 of 5" in text and "Interrupted" not in render_index([batch(1, *ALL)]).split("Batches")[0]
 
 

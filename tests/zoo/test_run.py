@@ -58,7 +58,7 @@ def test_a_killed_model_is_tried_again_and_a_bad_one_stops_nobody(small_job: Sma
     batch = run_zoo(asked, runner="serial", say=kill_once)
     killed, missing = batch.models
     assert (killed.state, killed.num_attempts) == ("published", 2)
-    assert any("killed | failed, again in 0.1 s: its process was ended by SIGKILL" in line for line in lines)
+    assert any("killed | failed, retry in 0.1 s: its process was killed by SIGKILL" in line for line in lines)
     assert (missing.state, missing.num_attempts) == ("failed", 1)
     assert missing.error is not None and "none does not exist" in missing.error
     assert batch.exit_code == 1
@@ -152,7 +152,7 @@ def test_an_attempt_that_takes_too_long_is_interrupted(small_job: SmallJob) -> N
     asked = zoo(small_job, {"name": "slow"}, retries=0, attempt_hours=1e-7)
     (slow,) = run_zoo(asked, runner="serial", say=lambda line: None).models
     assert slow.state == "failed"
-    assert slow.error == "not done after 1e-07 h, the zoo file's attempt_hours: interrupted"
+    assert slow.error == "interrupted: not done after 1e-07 h (attempt_hours of the zoo file)"
 
 
 def test_a_process_that_ended_is_not_waited_for_by_what_it_started(
@@ -181,15 +181,15 @@ def as_driver(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 LONG = process.LONGEST_LINE + 9
 ENDINGS: dict[str, tuple[str, tuple[int, str], list[str]]] = {
-    "done without a result": ("", (0, "its process ended with exit code 0 and left no result"), []),
+    "done without a result": ("", (0, "its process ended with exit code 0, but wrote no result"), []),
     "a signal with a name": (
         "import os; print('a', flush=True); os.kill(os.getpid(), 15)",
-        (-15, "its process was ended by SIGTERM; last it said: a"),
+        (-15, "its process was killed by SIGTERM; last output: a"),
         ["a"],
     ),
     "a signal without one": (
         f"import os; print('a', flush=True); os.kill(os.getpid(), {signal.SIGRTMIN + 1})",
-        (-signal.SIGRTMIN - 1, f"its process was ended by signal {signal.SIGRTMIN + 1}; last it said: a"),
+        (-signal.SIGRTMIN - 1, f"its process was killed by signal {signal.SIGRTMIN + 1}; last output: a"),
         ["a"],
     ),
     "an empty line": ("print('a\\n\\n  \\nb'); raise SystemExit(1)", (1, "b"), ["a", "b"]),
@@ -198,7 +198,7 @@ ENDINGS: dict[str, tuple[str, tuple[int, str], list[str]]] = {
         (1, "b"),
         ["a", "b"],
     ),
-    "silence": ("raise SystemExit(5)", (5, "its process ended with exit code 5 and said nothing"), []),
+    "silence": ("raise SystemExit(5)", (5, "its process ended with exit code 5 and printed nothing"), []),
 }
 
 

@@ -1,4 +1,4 @@
-"""Task scores, what users of a model judge it by: one file a task, and one name in the union."""
+"""Task scores, by which users judge a model. Each task is one file and one name in the union."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""What tasks share: the files they are read from, batches that keep their order, and the score."""
+"""What tasks share: their files, batches that keep track of order, and the score."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, explained
 from ffsplit.models.checkpoint import Checkpoint
 
-# What all tasks have in common when they are scored: batches that keep their order, and the score.
+# Scoring: batches that keep track of order, and the score.
 
 BATCH_TOKENS = 4096
 NO_LIMIT = 1 << 20
@@ -30,7 +30,7 @@ class Score(NamedTuple):
 
 
 def longest_row(checkpoint: Checkpoint) -> int:
-    """The most tokens that the model reads at once; a million where its config sets no limit."""
+    """The most tokens that the model reads at once; a million if its config sets no limit."""
     return checkpoint.max_positions or NO_LIMIT
 
 
@@ -39,8 +39,8 @@ def ordered_batches(
 ) -> Iterator[tuple[list[int], Batch]]:
     """Padded batches on the model's device, each with the indices of its texts. Every text is in one.
 
-    A text without a token stands as one padding token, so that it has an answer too. Rows go alone
-    through a model that names no padding token, which may need one to tell where rows end.
+    A text without tokens becomes one padding token, so that it gets a result too. If the model names no
+    padding token, each batch is a single row: the model could not tell where padded rows end.
     """
     longest = min(max_length, tokenizer.model_max_length)
     pad_id = getattr(model.config, "pad_token_id", None)
@@ -62,7 +62,7 @@ _HEADER_CELL = re.compile(r"[A-Za-z_][\w.-]*")  # one word; sentences have sever
 
 
 class TaskFile(NamedTuple):
-    """A file as `--eval` names it. `columns` are names or 0-based indices; none stands for the usual ones."""
+    """A file as `--eval` names it. `columns` are names or 0-based indices; empty means the default ones."""
 
     spec: str
     path: Path
@@ -71,7 +71,7 @@ class TaskFile(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The chosen cells of one row, stripped, and where it is: file and line."""
+    """The chosen cells of one row, stripped, and its file and line."""
 
     where: str
     cells: tuple[str, ...]
@@ -82,7 +82,7 @@ def task_error(spec: str, why: str) -> ConfigError:
 
 
 def task_file(spec: str, *, suffixes: Sequence[str]) -> TaskFile:
-    """Take `task:file.suffix#columns` apart. Raises ConfigError when there is no such file."""
+    """Parse `task:file.suffix#columns`. Raises ConfigError if there is no such file."""
     rest = spec.partition(":")[2]
     match = _FILE.fullmatch(rest)
     suffix = match["suffix"].lower() if match else Path(rest).suffix
@@ -103,11 +103,11 @@ def read_decoded(file: TaskFile) -> str:
 
 
 def read_rows(file: TaskFile, *, names: Sequence[str], is_value: Callable[[str], bool]) -> list[Row]:
-    """As many cells of every row as there are `names`, the file's own columns or the ones it names.
+    """The chosen columns of every row, as many as there are `names`.
 
-    Without named columns JSON Lines has the fields `names`, and a table has just these columns in this
-    order. A table's first row is its header where a column is chosen by name, or where its cells are
-    single words and the last of them is no value. Raises ConfigError for any row that does not fit.
+    If the file chooses no columns, JSON Lines needs the fields `names`, and a table exactly these columns in
+    this order. A table's first row is its header if a column is chosen by name, or if its cells are single
+    words and the last is not a value. Raises ConfigError for any row that does not fit.
     """
     if file.columns and len(file.columns) != len(names):
         raise task_error(file.spec, f"name {len(names)} columns after #: {','.join(names)}")
@@ -128,11 +128,11 @@ def read_rows(file: TaskFile, *, names: Sequence[str], is_value: Callable[[str],
     if rows and may_have_header and _is_header(rows[0].cells, is_value):
         del rows[0]
     if not rows:
-        raise task_error(file.spec, "the file has no rows; name a file with some")
+        raise task_error(file.spec, "the file has no rows; give another file")
     for row in rows:
         for name, cell in zip(names[:-1], row.cells[:-1], strict=True):
             if not cell:
-                raise task_error(row.where, f"the {name} is empty; mend or remove the row")
+                raise task_error(row.where, f"the {name} is empty; fix or remove the row")
     return rows
 
 

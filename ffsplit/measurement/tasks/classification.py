@@ -27,7 +27,7 @@ HEAD = "ForSequenceClassification"
 
 
 class Classification(Record):
-    """Texts with the id of their label each; texts are cut to `max_length` tokens."""
+    """Texts, each with the id of its label. Texts are cut to `max_length` tokens."""
 
     kind: Literal["classification"] = "classification"
     name: str
@@ -52,8 +52,8 @@ class Classification(Record):
 def read_classification(spec: str, *, checkpoint: Checkpoint) -> Classification:
     """`classification:file.tsv[#text,label]`, for a model with a classification head.
 
-    Labels are the names in the config's `id2label`, or ids. Raises ConfigError when the model or the
-    file does not fit.
+    Labels are names of the config's `id2label`, or ids. Raises ConfigError if the model or the file does
+    not fit.
     """
     names = _label_names(spec, checkpoint)
     file = task_file(spec, suffixes=TABLES)
@@ -78,7 +78,7 @@ def predict_labels(model: Any, tokenizer: Any, texts: Sequence[str], *, max_leng
 
 
 def f1_score(truth: np.ndarray, predicted: np.ndarray, *, num_labels: int) -> float:
-    """F1 of label 1 where there are two; else the mean of the labels' F1 that occur in either. In [0, 1]."""
+    """F1 of label 1 if there are two labels; else the mean F1 of all labels that occur. In [0, 1]."""
     labels = [1] if num_labels == 2 else sorted({*truth.tolist(), *predicted.tolist()})
     scores = []
     for label in labels:
@@ -89,22 +89,22 @@ def f1_score(truth: np.ndarray, predicted: np.ndarray, *, num_labels: int) -> fl
 
 
 def _label_names(spec: str, checkpoint: Checkpoint) -> list[str]:
-    """The labels' names by id. Raises ConfigError when the model has no head that tells labels apart."""
+    """The labels' names by id. Raises ConfigError if the model has no classification head."""
     if not checkpoint.class_name.endswith(HEAD):
         what = checkpoint.class_name or "a model without a head"
         raise task_error(spec, f"classification needs a model with a head (...{HEAD}), not {what}")
     problem = checkpoint.config.get("problem_type") or "single_label_classification"
     if problem != "single_label_classification":
-        raise task_error(spec, f"the model's head is for {problem}, not for one label a text")
+        raise task_error(spec, f"the model's head is for {problem}, not for one label per text")
     named = checkpoint.config.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # transformers' default
     names = [str(named.get(str(index), f"LABEL_{index}")) for index in range(len(named))]
     if len(names) < 2:
-        raise task_error(spec, "the model's head has one output, a regression: it tells no labels apart")
+        raise task_error(spec, "the model's head has one output (a regression), so it has no labels")
     return names
 
 
 def _label_ids(rows: Sequence[Row], names: Sequence[str]) -> list[int]:
-    """Names where every label is one, else ids."""
+    """The labels as ids. They are read as names if every label is one."""
     by_name = {name: index for index, name in enumerate(names)}
     if all(row.cells[1] in by_name for row in rows):
         return [by_name[row.cells[1]] for row in rows]

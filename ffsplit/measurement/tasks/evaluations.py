@@ -19,7 +19,7 @@ from ffsplit.measurement.tasks.sts import read_sts
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.store.manifest import TaskScore
 
-# How much of the evaluation text a model has been calibrated on.
+# How much of the evaluation text is in the calibration set.
 
 _BREAK = re.compile(r"[\r\n]+|(?<=[.!?])\s+")
 SHORTEST_SENTENCE = 4
@@ -62,7 +62,7 @@ FORMS = (
 
 
 class Evaluation(Record):
-    """A task that is read and checked, and how many of its texts the calibration has seen."""
+    """A task that is read and checked, and how many of its texts are in the calibration set."""
 
     spec: str
     task: AnyTask
@@ -70,21 +70,21 @@ class Evaluation(Record):
 
 
 def read_tasks(specs: Sequence[str], *, checkpoint: Checkpoint, max_length: int | None) -> dict[str, AnyTask]:
-    """Read and check every task, by its SPEC; one given twice counts once.
+    """Read and check every task, by its SPEC. One given twice counts once.
 
-    `max_length` is the window of perplexity. Raises ConfigError when a task is unknown, does not fit
-    the model, or its file is not what it should be.
+    `max_length` is the window of perplexity. Raises ConfigError if a task is unknown or does not fit the
+    model, or its file is invalid.
     """
     return {spec: _read(spec, checkpoint, max_length) for spec in dict.fromkeys(specs)}
 
 
 def key_inputs(task: AnyTask) -> dict[str, Any]:
-    """What a task's scores depend on, but for the model: no path."""
+    """What a task's scores depend on besides the model. No path is part of it."""
     return {"kind": task.kind, "digest": task.digest, "max_length": task.max_length}
 
 
 def evaluations_of(tasks: Mapping[str, AnyTask], *, calibration: Sequence[str]) -> tuple[Evaluation, ...]:
-    """The tasks, and how much of each stands in the calibration's rows."""
+    """The tasks, and how much of each is in the calibration rows."""
     return tuple(
         Evaluation(
             spec=spec,
@@ -100,7 +100,7 @@ def evaluations_of(tasks: Mapping[str, AnyTask], *, calibration: Sequence[str]) 
 def score_evaluations(
     evaluations: Sequence[Evaluation], original: Any, compressed: Any, tokenizer: Any
 ) -> tuple[TaskScore, ...]:
-    """Both models on every task, each of them once. Raises FFSplitError for a score that is no number."""
+    """Score both models on every task. Raises FFSplitError for a score that is not finite."""
     scores = []
     for evaluation in evaluations:
         before, after = (_finite(evaluation, model, tokenizer) for model in (original, compressed))

@@ -1,7 +1,7 @@
 """Tasks of the lm-evaluation-harness, for causal language models, through the extra `eval`.
 
-Source: https://github.com/EleutherAI/lm-evaluation-harness. Task data come from the Hugging Face hub;
-they are fetched before the run starts, so that a task that cannot be had costs nothing.
+Source: https://github.com/EleutherAI/lm-evaluation-harness. Task data come from the Hugging Face hub. They
+are fetched before the run starts, so that an unavailable task costs nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ffsplit.models.checkpoint import Checkpoint
 
 
 class HarnessTasks(Record):
-    """Some tasks of the harness, by the names and the version it knows them by."""
+    """Tasks of the harness, by name, and the harness's version."""
 
     kind: Literal["lm-eval"] = "lm-eval"
     tasks: tuple[str, ...]
@@ -28,7 +28,7 @@ class HarnessTasks(Record):
 
     @property
     def digest(self) -> str:
-        """Of names and version alone: the data is the harness's own."""
+        """A digest of names and version only: the data is the harness's own."""
         return digest_of({"tasks": self.tasks, "version": self.version})
 
     @property
@@ -70,7 +70,9 @@ def read_harness(spec: str, *, checkpoint: Checkpoint) -> HarnessTasks:
         manager.load(list(tasks))
     except Exception as error:  # the hub, the network and every data set have errors of their own
         why = f"{type(error).__name__}: {reason_of(error)}"
-        raise task_error(spec, f"its data cannot be had ({why}); check the network and HF_TOKEN") from error
+        raise task_error(
+            spec, f"its data cannot be fetched ({why}); check the network and HF_TOKEN"
+        ) from error
     return HarnessTasks(tasks=tasks, version=lm_eval.__version__, max_length=longest_row(checkpoint))
 
 

@@ -21,7 +21,7 @@ from ffsplit.models.load import load_tokenizer, quiet_transformers
 
 HEAD = "ForCausalLM"
 LONGEST_WINDOW = 2048
-"""Tokens, where the model reads more and no length is asked for: the length that papers use."""
+"""Tokens, if the model reads more and no length is given: the length that papers use."""
 LOGITS_AT_ONCE = 1 << 26
 
 
@@ -49,7 +49,7 @@ class Perplexity(Record):
 
 
 def read_perplexity(spec: str, *, checkpoint: Checkpoint, max_length: int | None) -> Perplexity:
-    """`perplexity:file.txt`, for a causal language model. Raises ConfigError when either does not fit."""
+    """`perplexity:file.txt`, for a causal language model. Raises ConfigError if either does not fit."""
     if not checkpoint.class_name.endswith(HEAD):
         what = checkpoint.class_name or "a model without a head"
         raise task_error(spec, f"perplexity needs a causal language model (...{HEAD}), not {what}")
@@ -58,7 +58,7 @@ def read_perplexity(spec: str, *, checkpoint: Checkpoint, max_length: int | None
         raise task_error(spec, f"a .txt file has no columns; write perplexity:{file.path}")
     window = min(max_length or LONGEST_WINDOW, longest_row(checkpoint))
     if window < 2:
-        raise task_error(spec, f"windows of {window} token predict nothing; give --max-length 2 at least")
+        raise task_error(spec, f"windows of {window} token predict nothing; give --max-length 2 or more")
     text = "".join(lines(read_decoded(file)))
     if len(tokenize_text(load_tokenizer(checkpoint), text.strip()[:4096])) < 2:
         raise task_error(spec, "the text is a single token, which predicts nothing; give more text")
@@ -67,14 +67,14 @@ def read_perplexity(spec: str, *, checkpoint: Checkpoint, max_length: int | None
 
 def tokenize_text(tokenizer: Any, text: str) -> list[int]:
     """The tokens of all the text, with the special tokens that the tokenizer puts around it."""
-    with quiet_transformers():  # which would warn that no model reads so much at once
+    with quiet_transformers():  # it would warn that the text is longer than the model reads
         ids: list[int] = tokenizer(text)["input_ids"]
     return ids
 
 
 @torch.no_grad()
 def windows_perplexity(model: Any, windows: Sequence[Sequence[int]]) -> tuple[float, int]:
-    """exp of the mean loss in nats, and how many tokens were predicted: all but the first of each window."""
+    """exp of the mean loss in nats, and the number of predicted tokens: all but the first of each window."""
     longest = max(map(len, windows))
     batch_tokens = max(longest, LOGITS_AT_ONCE // vocab_size_of(model))
     long_enough = [ids for ids in windows if len(ids) > 1]
@@ -91,4 +91,4 @@ def windows_perplexity(model: Any, windows: Sequence[Sequence[int]]) -> tuple[fl
     try:
         return math.exp(loss), num_tokens
     except OverflowError:
-        raise FFSplitError(f"the perplexity overflows: a mean loss of {loss:.4g} nats a token") from None
+        raise FFSplitError(f"the perplexity overflows: a mean loss of {loss:.4g} nats per token") from None

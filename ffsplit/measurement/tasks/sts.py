@@ -35,7 +35,7 @@ COLUMNS = ("sentence1", "sentence2", "score")
 
 
 class SentencePair(NamedTuple):
-    """Two sentences and how alike people found them."""
+    """Two sentences and their similarity as rated by people."""
 
     first: str
     second: str
@@ -43,7 +43,7 @@ class SentencePair(NamedTuple):
 
 
 class SentenceSimilarity(Record):
-    """Pairs of sentences with a score each; sentences are cut to `max_length` tokens."""
+    """Pairs of sentences, each with a score. Sentences are cut to `max_length` tokens."""
 
     kind: Literal["sts"] = "sts"
     name: str
@@ -64,7 +64,7 @@ class SentenceSimilarity(Record):
 
 
 def read_sts(spec: str, *, checkpoint: Checkpoint) -> SentenceSimilarity:
-    """`sts:file.csv[#first,second,score]`, for an encoder. Raises ConfigError when either does not fit."""
+    """`sts:file.csv[#first,second,score]`, for an encoder. Raises ConfigError if either does not fit."""
     if checkpoint.kind != "encoder":
         what = checkpoint.class_name or checkpoint.architecture.model_type
         raise task_error(spec, f"sts needs a sentence encoder, and the model is a causal {what}")
@@ -76,7 +76,7 @@ def read_sts(spec: str, *, checkpoint: Checkpoint) -> SentenceSimilarity:
 
 
 def read_sentence_pairs(file: TaskFile) -> tuple[SentencePair, ...]:
-    """The pairs of a file. Raises ConfigError for a score that is no number, or no two that differ."""
+    """The pairs of a file. Raises ConfigError if a score is not a number, or all scores are equal."""
     rows = read_rows(file, names=COLUMNS, is_value=_is_number)
     for row in rows:
         if not _is_number(row.cells[2]):
@@ -119,7 +119,7 @@ def _is_number(text: str) -> bool:
 
 
 def _sentence_length(checkpoint: Checkpoint) -> int:
-    """Tokens a sentence is cut to: what the model's sentence-transformers file says, or all it can read."""
+    """Tokens that sentences are cut to: from the model's sentence-transformers file, or all it can read."""
     path = checkpoint.directory / "sentence_bert_config.json"
     try:
         longest: Any = read_json(path, "").get("max_seq_length")

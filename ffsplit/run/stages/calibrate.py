@@ -41,7 +41,7 @@ class Shard:
 
 
 class CalibrationJob(Record):
-    """Everything that a calibration worker needs to know, but for its shards."""
+    """Everything that a calibration worker needs except its shards."""
 
     model: ModelSource
     settings: CalibrationSettings
@@ -51,19 +51,19 @@ class CalibrationJob(Record):
     profile: ComputeProfile
     scratch: Scratch
     inputs_only: bool = False
-    """Sample FFN inputs alone: the statistics are there already."""
+    """Sample FFN inputs only: the statistics exist already."""
     block_by_block: bool = False
-    """Hold one block of the model at a time; the results are the same to the byte."""
+    """Hold one block of the model at a time. The results are the same bytes."""
 
     def num_sampled(self, shard: int) -> int:
-        """How many tokens of a shard have their FFN inputs kept."""
+        """How many tokens of a shard have their FFN inputs sampled."""
         step = max(1, -(-self.num_shards // MAX_SAMPLED_SHARDS))
         num_sampled_shards = -(-self.num_shards // step)
         return -(-self.settings.sampled_tokens // num_sampled_shards) if shard % step == 0 else 0
 
 
 class CalibrationWorker:
-    """Holds the model, which is loaded when the first shard that is not finished yet arrives."""
+    """Holds the model, which is loaded for the first shard that is not finished yet."""
 
     def __init__(self, job: CalibrationJob) -> None:
         self._job = job
@@ -107,7 +107,7 @@ class CalibrationWorker:
         return self._save(shard, observed, num_tokens=sum(num_tokens.values()), num_rows=len(rows))
 
     def _sampled(self, shard: Shard, num_tokens: int) -> torch.Tensor:
-        """The ascending positions of the tokens of a shard whose FFN inputs are kept."""
+        """The ascending positions of the tokens of a shard whose FFN inputs are sampled."""
         count = min(num_tokens, self._job.num_sampled(shard.index))
         generator = torch.Generator().manual_seed(self._job.seed * 1_000_003 + shard.index)
         return torch.randperm(num_tokens, generator=generator)[:count].sort().values
@@ -127,14 +127,14 @@ class CalibrationWorker:
                 lineage = {**self._job.lineage, "shard": str(shard.index)}
                 write_statistics(path, tuple(each for each in statistics if each), lineage=lineage)
                 files = {path.name: path} | files
-            if not num_tokens:  # no mask tells tokens from padding: every position is one
+            if not num_tokens:  # without a mask, every position is a token
                 num_tokens = max((each.num_tokens for each in statistics if each), default=0)
             facts = {"index": shard.index, "num_tokens": num_tokens, "num_rows": num_rows}
             return self._job.scratch.save(shard.name, files, facts=facts)
 
 
 def calibrate(execution: Execution) -> list[Result]:
-    """Statistics and sampled FFN inputs of every shard; the inputs alone if there are statistics already."""
+    """Statistics and sampled FFN inputs of every shard; only the inputs if statistics are reused."""
     run = execution.run
     if run.origin is not None:
         return sample_inputs(execution, execution.model, place="calibrate", key=run.keys.statistics)
@@ -144,7 +144,7 @@ def calibrate(execution: Execution) -> list[Result]:
 
 
 def sample_inputs(execution: Execution, model: ModelSource, *, place: str, key: str) -> list[Result]:
-    """The FFN inputs of the sampled tokens alone, of the original or of a compressed model."""
+    """Only the FFN inputs of the sampled tokens, of the original or of a compressed model."""
     job, shards = _calibration(execution, model, place=place, inputs_only=True)
     shards = [each for each in shards if job.num_sampled(each.index)]
     answers = execution.runner.map_workers("sample", partial(CalibrationWorker, job), shards)

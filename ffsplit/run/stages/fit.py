@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 class Layers(NamedTuple):
-    """The compressed layers of a model: for each its file, how it is stored, and its error."""
+    """The compressed layers of a model: the file, the layout and the error of each."""
 
     files: tuple[Path, ...]
     layouts: tuple[LayerLayout, ...]
@@ -60,7 +60,7 @@ class LayerJob(Record):
 
 
 class RefitJob(Record):
-    """A layer of a compressed model, and where the inputs of both models' layers are, of the same tokens."""
+    """A layer of a compressed model, and where both models' inputs to it are, for the same tokens."""
 
     original: ModelSource
     compressed: ModelSource
@@ -83,7 +83,7 @@ def compress_layer_job(job: LayerJob) -> Result:
 
 
 def refit_layer_job(job: RefitJob) -> Result:
-    """Fit one layer of a compressed model again, into a file as `compress_layer_job` gives it."""
+    """Refit one layer of a compressed model, into a file like that of `compress_layer_job`."""
     with job.profile.applied():
         return job.scratch.load_or_compute(job.name, lambda: _refit(job))
 
@@ -93,16 +93,16 @@ def _layer_name(layer: int) -> str:
 
 
 def _sampled(job: LayerJob | RefitJob, entry: FileEntry) -> dict[str, Tensor]:
-    """What a shard has of this layer's inputs."""
+    """This layer's inputs in one shard."""
     with job.scratch.reading(entry) as path:
         tensors: dict[str, Tensor] = load_file(path, device=job.profile.device)
     return tensors
 
 
 def _inputs(shards: Sequence[Mapping[str, Tensor]], expert: int | None) -> list[Tensor]:
-    """The sampled inputs [T, D] of an FFN in float32; of an expert those of the tokens it was sent.
+    """The sampled inputs [T, D] of an FFN in float32; for an expert, those of the tokens routed to it.
 
-    Where those are too few, all of its block's serve: they are what it might be sent.
+    If those are too few, all inputs of its block are used: any of them might be routed to it.
     """
     inputs = [shard["input"].float() for shard in shards]
     if expert is None:
@@ -190,7 +190,7 @@ def layer_jobs(
     *,
     place: str,
 ) -> list[LayerJob]:
-    """A job for each plan, whose results go to a place of the scratch."""
+    """One job per plan; the results go to `place` in the scratch."""
     run = execution.run
     plain = keeps_names(checkpoint, [plan.layout for plan in plans])
     ours = checkpoint.directory == run.checkpoint.directory
@@ -210,11 +210,11 @@ def layer_jobs(
 
 
 def refit_layers(execution: Execution, layers: Layers, shards: Sequence[Result], staging: Path) -> Layers:
-    """Fit all layers again, as often as the recipe says, to what the compressed model gives them.
+    """Refit all layers to the compressed model's own inputs, as often as the recipe says.
 
-    Each was fitted to the original's inputs before, which `shards` hold. Each time the compressed model is
-    put together beside `staging` and gives the inputs of the same tokens; the layers are then independent
-    again. A result that is no ordinary model stays as it is.
+    So far each was fitted to the original's inputs, which `shards` hold. For each refit, the compressed model
+    is assembled beside `staging`, and its inputs for the same tokens are sampled. The layers are then
+    independent again. A result that is not an ordinary model is not refitted.
     """
     run = execution.run
     if not can_refit(run.checkpoint, layers.layouts):
@@ -252,7 +252,7 @@ def _refit_once(
 
 
 def _layers(execution: Execution, results: Sequence[Result]) -> Layers:
-    """What the tasks of a stage have left in the scratch."""
+    """What a stage's tasks left in the scratch."""
     return Layers(
         files=tuple(execution.scratch.path(result.files[0]) for result in results),
         layouts=tuple(LayerLayout.model_validate(result.facts["layout"]) for result in results),

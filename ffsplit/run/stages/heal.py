@@ -1,4 +1,4 @@
-"""Healing: one worker or several that share every step; it resumes from its own checkpoints."""
+"""Healing, by one worker or by several that share every step. It resumes from its own checkpoints."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ RESULT, PROGRESS = "healed", "progress"
 
 
 class HealJob(Record):
-    """What to heal, on which text. The compressed checkpoint has its original's names."""
+    """What to heal, on which text. The compressed checkpoint has the original's tensor names."""
 
     original: ModelSource
     compressed: ModelSource
@@ -61,7 +61,7 @@ class HealJob(Record):
 def heal_job(job: HealJob) -> Result | None:
     """Heal the compressed model; its new weights are one safetensors file in the scratch.
 
-    Of several workers that are called at once, only the first one writes and answers.
+    Of several workers, only the first writes and returns a result.
     """
     team = find_team(job.workers)
     with job.profile.applied(threads=job.threads):
@@ -73,7 +73,7 @@ def heal_job(job: HealJob) -> Result | None:
 
 
 def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState, list[nn.Module]]:
-    """The healed student, the checkpoint it came from, how it went, and its layers that are on a grid."""
+    """The healed student, its checkpoint, the final state, and its linear layers on an integer grid."""
     original = open_checkpoint(job.original.directory())
     compressed = open_checkpoint(job.compressed.directory(), uneven=True)
     device = torch.device(job.profile.device)
@@ -105,7 +105,7 @@ def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState, list
 
 
 def _round(student: Any, checkpoint: Checkpoint, job: HealJob) -> list[nn.Module]:
-    """Let the student compute with the integers that it ends with; the linear layers that have them."""
+    """Let the student compute with the integers that it will be stored with. Returns those linear layers."""
     if job.quantization is None:
         return []
     base = getattr(student, student.base_model_prefix, student)
@@ -141,7 +141,7 @@ def _checkpoint(scratch: Scratch, state: HealingState, weights: dict[str, Tensor
 
 
 def _keep_nothing(state: HealingState, weights: dict[str, Tensor], optimizer: Any) -> None:
-    """Another worker has the same state, and writes it."""
+    """Do nothing: another worker has the same state and writes it."""
 
 
 def _save(
@@ -151,10 +151,10 @@ def _save(
     state: HealingState,
     rounded: Sequence[nn.Module] = (),
 ) -> Result:
-    """The student's tensors, under the checkpoint's names and in its dtypes.
+    """Save the student's tensors, under the checkpoint's names and in its dtypes.
 
-    Matrices that are about to become integers stay float32: in 16 bits they would be off the grid that
-    healing has judged them on, and might round to other integers.
+    Matrices that will be quantized stay float32: in 16 bits they would leave the grid that they were healed
+    on, and might round to other integers.
     """
     on_grid = {id(linear.weight) for linear in rounded}
     wide = frozenset(name for name, parameter in student.named_parameters() if id(parameter) in on_grid)
@@ -172,9 +172,9 @@ def _save(
 
 
 def stored_tensors(student: Any, checkpoint: Checkpoint, *, wide: Collection[str] = ()) -> dict[str, Tensor]:
-    """A model's floating-point tensors under the names and in the dtypes that the checkpoint's files have.
+    """A model's floating-point tensors, under the names and in the dtypes of the checkpoint's files.
 
-    Those that the model calls one of `wide` are float32.
+    Parameters of the model named in `wide` are float32.
     """
     values: dict[str, Tensor] = student.state_dict()
     return {
@@ -186,7 +186,7 @@ def stored_tensors(student: Any, checkpoint: Checkpoint, *, wide: Collection[str
 
 
 def _stored_names(student: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Each stored tensor of floating-point numbers that the model has as it is stored, and its name there."""
+    """Stored floating-point tensors that the model holds in the same form: stored name to model's name."""
     read = names_read(student, checkpoint.tensors)
     return {
         stored: found.name
@@ -196,9 +196,9 @@ def _stored_names(student: Any, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def check_written(student: Any, checkpoint: Checkpoint, batch: Batch, *, kind: ModelKind) -> None:
-    """Raise UnsupportedModelError where something would be trained that the files have no tensor for.
+    """Raise UnsupportedModelError if healing would train a parameter that the files have no tensor for.
 
-    What the outputs of a batch do not depend on, such as a pooler that was made up, is not trained.
+    A parameter that a batch's outputs do not depend on, such as a newly initialized pooler, is not trained.
     """
     parameters = dict(student.named_parameters(remove_duplicate=False))
     names = _stored_names(student, checkpoint).values()
@@ -217,7 +217,7 @@ def check_written(student: Any, checkpoint: Checkpoint, batch: Batch, *, kind: M
 
 
 def heal_checkpoint(execution: Execution, settings: HealingSettings, compressed: Path) -> Path:
-    """Heal the checkpoint in a directory; a file with its new weights."""
+    """Heal the checkpoint in a directory. Returns a file with its new weights."""
     run, calibration, threads = execution.run, execution.run.recipe.calibration, execution.run.healing_threads
     job = HealJob(
         original=execution.model,
@@ -237,5 +237,5 @@ def heal_checkpoint(execution: Execution, settings: HealingSettings, compressed:
     )
     with execution.log.stage("heal", stage_key("heal", {"run": run.keys.run}), num_items=1):
         healed = execution.runner.run_together("heal", heal_job, job, size=job.workers, threads=threads)
-    assert healed is not None, "the first worker answers with the result"
+    assert healed is not None, "the first worker returns the result"
     return execution.scratch.path(healed.files[0])

@@ -45,7 +45,7 @@ class MeasureJob(Record):
     batch_tokens: int
     settings: MeasurementSettings
     speed_limits: tuple[tuple[tuple[int, int] | None, float], ...] = ()
-    """What gates ask of the speed-up, at one shape or at all."""
+    """The speed-ups that gates require, at one shape or at all."""
     profile: ComputeProfile
     block_by_block: bool = False
 
@@ -79,7 +79,7 @@ def _measure(job: MeasureJob) -> Measurements:
 
 
 def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
-    """Everything there is to measure, with both models in memory."""
+    """All measurements, with both models in memory."""
     directories = (checkpoint.directory, directory)
     dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
     original, compressed = (
@@ -113,7 +113,7 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
 
 
 def _block_by_block(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
-    """Fidelity alone, with a block of one model in memory at a time."""
+    """Only fidelity, with one block of one model in memory at a time."""
     dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
     batches = _batches(job, checkpoint)
     measured: dict[str, Any] = {"skipped": (NOT_HELD,)}

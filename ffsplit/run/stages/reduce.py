@@ -1,8 +1,8 @@
-"""The reduction: statistics of many shards merged along one fixed tree, a bounded number of files a task.
+"""The reduction: statistics of many shards merged along one fixed tree, a bounded number of files per task.
 
-A task takes FAN_IN neighbours, a power of two, so that its result is a node of the binary tree over all
-shards: the bytes are those of a reduction in one go, whoever works on which part. No task, and not the
-driver either, ever holds more than log2 of the shards' statistics, or reads more than FAN_IN files.
+A task takes FAN_IN neighbours. FAN_IN is a power of two, so each result is a node of the binary tree over all
+shards, and the bytes do not depend on which task computes which part. No task, nor the driver, ever holds the
+statistics of more than log2(shards) shards, or reads more than FAN_IN files.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def reduced(
     scratch: Scratch,
     run_tasks: Callable[[Sequence[ReduceJob]], Sequence[Result]],
 ) -> tuple[NeuronStats, ...]:
-    """The statistics of all parts: by tasks as long as there are more than FAN_IN, then here."""
+    """The statistics of all parts, merged by tasks while there are more than FAN_IN, then in this process."""
     level = 0
     while len(parts) > FAN_IN:
         level += 1
@@ -88,7 +88,7 @@ def reduce_statistics(
 ) -> tuple[NeuronStats, ...]:
     """Merge the shards' statistics in their order into one Parquet file.
 
-    Statistics of an earlier run are copied as they are, to the byte.
+    Statistics of an earlier run are copied unchanged.
     """
     run = execution.run
     if run.origin is not None:

@@ -1,4 +1,4 @@
-"""The search for widths: two candidates, compressed like any run and judged end to end."""
+"""The search for widths: two candidates, compressed like any run and compared end to end."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 
 Fidelity = dict[str, float]
 NUM_FOLDS = 4
-"""Parts of the judge's rows. What beats the uniform layers has to on each of them."""
+"""Parts of the rows that candidates are compared on. The winner must beat the uniform layers on each."""
 LEAST_GAIN = 0.1
-"""The part of the uniform layers' distance that a candidate has to take away.
+"""The fraction by which a candidate must reduce the uniform layers' distance from the original.
 
 One common width is worth that much: it makes an ordinary checkpoint.
 """
 MOST_ROWS = 256
-"""Rows on which blocks are compared one by one."""
+"""Upper limit on the rows on which single blocks are compared."""
 
 
 class JudgeJob(Record):
-    """Compressed checkpoints, and the text to judge them on."""
+    """Compressed checkpoints, and the text to compare them with the original on."""
 
     original: ModelSource
     candidates: tuple[ModelSource, ...]
@@ -56,7 +56,7 @@ class JudgeJob(Record):
     profile: ComputeProfile
 
     def of(self, *candidates: ModelSource) -> JudgeJob:
-        """This job with candidates."""
+        """This job, with these candidates."""
         return self.model_copy(update={"candidates": candidates})
 
 
@@ -68,7 +68,7 @@ class Allocation(NamedTuple):
 
 
 class _Bench:
-    """The original and its batches, a fold at a time, for a job's time."""
+    """The original model and its batches, by fold. Made once per job."""
 
     def __init__(self, job: JudgeJob, *, rows: Sequence[str], num_folds: int) -> None:
         self._checkpoint = open_checkpoint(job.original.directory())
@@ -87,20 +87,20 @@ class _Bench:
         return load_whole_model(directory, self._checkpoint.class_name, dtype=self._dtype).to(self._device)
 
     def judge(self, model: Any) -> tuple[Fidelity, ...]:
-        """The fidelity of a model to the original, a fold at a time."""
+        """The fidelity of a model to the original on each fold."""
         kind = self._checkpoint.compared_as
         return tuple(fidelity(self.original, model, batches, kind=kind) for batches in self._folds)
 
 
 def judge_job(job: JudgeJob) -> tuple[tuple[Fidelity, ...], ...]:
-    """The fidelity of each candidate to the original, a fold at a time; the original is loaded once."""
+    """The fidelity of each candidate to the original on each fold. The original is loaded once."""
     with job.profile.applied():
         bench = _Bench(job, rows=job.rows, num_folds=NUM_FOLDS)
         return tuple(bench.judge(bench.load(source.directory())) for source in job.candidates)
 
 
 def single_errors_job(job: JudgeJob) -> tuple[float, ...]:
-    """Minus the score of the original with one block from the only candidate, for the block of each FFN."""
+    """The error of each FFN's block: minus the score of the original with that block of the one candidate."""
     with job.profile.applied():
         bench = _Bench(job, rows=job.rows[:MOST_ROWS], num_folds=1)
         (source,) = job.candidates
@@ -120,14 +120,14 @@ def _block(model: Any, path: str) -> nn.Module:
 
 
 def _exchanged(model: Any, path: str, other: nn.Module) -> nn.Module:
-    """The block that was there before this one was put in its place."""
+    """Replace a block of a model. Returns the block that was there before."""
     own = _block(model, path)
     getattr(model, model.base_model_prefix, model).set_submodule(path, other)
     return own
 
 
 def score_of(fidelity: Fidelity) -> float:
-    """One number to choose by, at most 0, higher is better: minus the distance from the original."""
+    """One number to choose by: minus the distance from the original. At most 0; higher is better."""
     if "kl_divergence" in fidelity:
         return -fidelity["kl_divergence"]
     if "logit_error" in fidelity:
@@ -136,7 +136,7 @@ def score_of(fidelity: Fidelity) -> float:
 
 
 def record_of(candidate: Candidate, folds: Sequence[Fidelity], *, model: ModelShape) -> CandidateRecord:
-    """What the manifest says of a candidate."""
+    """The manifest's record of a candidate."""
     pairs = zip(candidate.layouts, model.shapes, strict=True)
     scores = tuple(score_of(fold) for fold in folds)
     return CandidateRecord(
@@ -149,23 +149,26 @@ def record_of(candidate: Candidate, folds: Sequence[Fidelity], *, model: ModelSh
 
 
 def wins(record: CandidateRecord, uniform: CandidateRecord) -> bool:
-    """Whether a candidate is so much closer to the original on every fold that it is worth its widths."""
+    """Whether a candidate's distance from the original is smaller by LEAST_GAIN or more on every fold."""
     pairs = zip(record.fold_scores, uniform.fold_scores, strict=True)
     return all(ours > (1 - LEAST_GAIN) * theirs for ours, theirs in pairs)
 
 
 def in_one_line(record: AllocationRecord) -> str:
-    """What a search found, for whoever waits for the run."""
+    """What a search found, as one line of the log."""
     uniform, *others = record.candidates
     if not others:
-        return "search: the errors of single layers suggest no other shares than one for all"
+        return "search: kept uniform widths; the errors of single layers suggest no others"
     found = others[0]
-    distances = f"{-found.score:.3g} from the original, and with one share for all {-uniform.score:.3g}"
+    ours, theirs = f"{-found.score:.3g}", f"{-uniform.score:.3g}"
     if record.chosen == uniform.name:
-        return f"search: the layers keep one share; with shares of their own they are {distances}"
+        return f"search: kept uniform widths (error {theirs}); per-layer widths gave {ours}"
     largest = max(found.num_elements)
     shares = ", ".join(f"{100 * each / largest:.0f}" for each in found.num_elements)
-    return f"search: the layers get shares of their own ({shares} % of the largest): {distances}"
+    return (
+        f"search: chose per-layer widths ({shares} % of the largest; error {ours}); "
+        f"uniform widths gave {theirs}"
+    )
 
 
 def search(
@@ -177,10 +180,10 @@ def search(
     *,
     folder: Path,
 ) -> Allocation:
-    """Look for a better way than uniform to share the budget out over the layers.
+    """Look for a better split of the budget over the layers than the uniform one.
 
-    The uniform layers and what their single errors suggest are compressed like any run and put together in
-    `folder`, which is removed again; the latter is taken if it wins.
+    Two candidates are compressed like any run and assembled in `folder`, which is removed afterwards: the
+    uniform layers, and the widths that their single errors suggest. The latter are chosen if they win.
     """
     run, runner, uniform = execution.run, execution.runner, Candidate(UNIFORM, layouts)
     settings = run.recipe.calibration
@@ -211,26 +214,26 @@ def search(
         if proposed is not None:
             sources.append(built(proposed))
             candidates.append(proposed)
-        judged = runner.run_alone("allocate", judge_job, job.of(*sources))
+        scores = runner.run_alone("allocate", judge_job, job.of(*sources))
         shutil.rmtree(folder)
-        found = _chosen(candidates, judged, errors, model=run.solver.model, num_rows=len(job.rows))
+        found = _chosen(candidates, scores, errors, model=run.solver.model, num_rows=len(job.rows))
     execution.log.note(in_one_line(found.record))
     return found
 
 
 def _chosen(
     candidates: Sequence[Candidate],
-    judged: Sequence[Sequence[Fidelity]],
+    scores: Sequence[Sequence[Fidelity]],
     errors: tuple[float, ...],
     *,
     model: ModelShape,
     num_rows: int,
 ) -> Allocation:
-    """The last candidate if it wins against the first, which is uniform; otherwise that one."""
-    if not all(judged):
-        raise ConfigError("the rows to judge candidates on are nothing but padding: give other text")
+    """The last candidate if it beats the first, which is uniform; otherwise the first."""
+    if not all(scores):
+        raise ConfigError("the rows to compare candidates on are nothing but padding: give other text")
     records = tuple(
-        record_of(candidate, folds, model=model) for candidate, folds in zip(candidates, judged, strict=True)
+        record_of(candidate, folds, model=model) for candidate, folds in zip(candidates, scores, strict=True)
     )
     chosen = candidates[-1] if len(candidates) > 1 and wins(records[-1], records[0]) else candidates[0]
     record = AllocationRecord(chosen=chosen.name, num_rows=num_rows, errors=errors, candidates=records)

@@ -1,8 +1,8 @@
-"""Products of floating-point inputs with 4-bit weights, one scale a group of input columns.
+"""Products of floating-point inputs with 4-bit weights, with one scale per group of input columns.
 
-torch's kernels take nibbles from 0 to 15, which stand for -8 to 7, in their own order, and compute in
-bfloat16; inputs of other types are rounded to it. The CPU's kernel takes its time for each row of inputs,
-so many rows are multiplied by the matrix in floating point instead, which is made anew for every product.
+torch's kernels take nibbles from 0 to 15, which stand for -8 to 7, in their own order. They compute in
+bfloat16, and inputs of other types are rounded to it. The CPU kernel is slow per row of inputs, so many rows
+are multiplied by a bfloat16 matrix instead, which is unpacked again for every product.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from ffsplit.ffn.quantization import pack_nibbles, unpack_nibbles
 
 GROUP_SIZES = (256, 128, 64, 32)
 CUDA_COLUMNS = 128
-"""CUDA's kernel takes columns by so many; where there are fewer, zeros make them up."""
+"""The CUDA kernel needs a multiple of this many columns; shorter matrices are zero-padded."""
 UNPACKED_COLUMNS = 256
-"""Columns that are read back from a packed matrix at a time."""
+"""Columns of a packed matrix that are read back at a time."""
 MANY_ROWS = 64
-"""From this many rows of inputs on, a matrix in bfloat16 is worth making on the CPU."""
+"""From this many rows of inputs on, unpacking the matrix to bfloat16 is worth it on the CPU."""
 BLOCKS_AT_ONCE = 16
 BLOCK = 64
-"""Rows of a matrix that the CPU's kernel keeps side by side where there is AVX-512."""
+"""Rows of a matrix that the CPU kernel interleaves if there is AVX-512."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix as the kernel keeps it, and its scales as the kernel wants them and as they were stored."""
+    """A matrix in the kernel's form, and its scales in the kernel's form and as stored."""
 
     weight: Tensor
     scales: Tensor  # [groups, rows, (scale, zero)], bfloat16
@@ -55,7 +55,7 @@ class Packed:
         return int4_product(rows, self.weight, scales, group_size=self.group_size)
 
     def _by_matrix(self, rows: Tensor) -> Tensor:
-        """The product with the matrix in bfloat16, made piece by piece, so that a piece fits into a cache."""
+        """The product with the matrix in bfloat16, unpacked in pieces that fit into the cache."""
         weights = torch.split(self.weight, BLOCKS_AT_ONCE * BLOCK)
         scales = torch.split(self.scales[:, :, 0], BLOCKS_AT_ONCE * BLOCK, dim=1)
         return torch.cat(
@@ -70,11 +70,11 @@ class Packed:
         return matrix_KN
 
     def takes(self, x: Tensor, *, compiling: bool) -> bool:
-        """CUDA's kernel is for models in bfloat16; on the CPU inputs may be of any type."""
+        """The CUDA kernel is for models in bfloat16. On the CPU, inputs may have any type."""
         return x.device == self.weight.device and (not x.is_cuda or x.dtype == torch.bfloat16)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The matrix [rows, columns / 2] and its scales as they were stored, by way of the kernel itself."""
+        """The matrix [rows, columns / 2] and its scales as stored, read back through the kernel itself."""
         ones = torch.zeros_like(self.scales)
         ones[:, :, 0] = 1
         parts = []
@@ -89,7 +89,8 @@ class Packed:
 def unpacked_blocks(weight: Tensor, num_columns: int) -> Tensor:
     """The int8 matrix [columns, rows] of a packed one.
 
-    It is in blocks of rows, of whose bytes [columns, BLOCK / 2] the low halves are the first rows.
+    The packed matrix has blocks of BLOCK rows: bytes [columns, BLOCK / 2], whose low nibbles are the first
+    half of the rows.
     """
     packed = weight.view(-1, num_columns, BLOCK // 2).transpose(0, 1)
     integers = torch.empty(num_columns, packed.shape[1], BLOCK, dtype=torch.uint8)
@@ -100,21 +101,21 @@ def unpacked_blocks(weight: Tensor, num_columns: int) -> Tensor:
 
 @cache
 def packs_by_blocks() -> bool:
-    """Whether `unpacked_blocks` undoes what the CPU's kernel packs here, which depends on the processor."""
+    """Whether `unpacked_blocks` inverts the CPU kernel's packing, which depends on the processor."""
     values = torch.arange(BLOCK * 32, dtype=torch.int32).mul(7).remainder(16).view(BLOCK, 32)
     packed = int4_pack(values)
     return torch.equal(unpacked_blocks(packed, 32), values.t() - 8)
 
 
 def kernel_group_size(num_columns: int, group_size: int | None) -> int | None:
-    """The largest group that the kernels know and that the stored groups are made of; None for none."""
+    """The largest group size that the kernels support and that divides the stored groups, or None."""
     whole = num_columns if group_size is None or group_size > num_columns else group_size
     fits = (size for size in GROUP_SIZES if whole % size == 0 and num_columns % size == 0)
     return next(fits, None)
 
 
 def packs(num_rows: int, group_size: int | None, *, like: Tensor) -> bool:
-    """Whether there is a kernel for as many rows in groups of columns, and inputs like `like`."""
+    """Whether there is a kernel for this number of rows, this group size, and inputs like `like`."""
     if group_size is None:
         return False
     if like.is_cuda:
@@ -123,11 +124,11 @@ def packs(num_rows: int, group_size: int | None, *, like: Tensor) -> bool:
 
 
 def pack(weight: Tensor, weight_scale: Tensor, *, group_size: int, like: Tensor) -> Packed:
-    """Pack nibbles [rows, columns / 2] for inputs like `like`, which `packs` has been asked about."""
+    """Pack nibbles [rows, columns / 2] for inputs like `like`. `packs` must be true for them."""
     num_columns = 2 * weight.shape[1]
     missing = -num_columns % CUDA_COLUMNS if like.is_cuda else 0
     values = functional.pad(unpack_nibbles(weight, num_columns).to(torch.int32), (0, missing)) + 8
-    if like.is_cuda:  # the even column in the high half
+    if like.is_cuda:  # the even column in the high nibble
         pairs = (values[:, 0::2] << 4 | values[:, 1::2]).to(torch.uint8)
         packed = int4_pack_cuda(pairs)
     else:

@@ -1,9 +1,8 @@
-"""Products with int8 weights, one scale per output row, and inputs that become integers on the way.
+"""Products with int8 weights, one scale per output row, and inputs that are quantized at run time.
 
-Each token has a scale of its own, so what a token gives does not depend on its neighbours in a batch. On
-the CPU oneDNN multiplies unsigned inputs, whose zero is 128, by signed weights (VNNI where the processor
-has it); what surrounds the products goes over a few tokens at a time, which stay in the processor's cache
-for all the steps.
+Each token has its own scale, so its result does not depend on its neighbours in a batch. On the CPU oneDNN
+multiplies unsigned inputs (zero is 128) by signed weights (with VNNI if the processor has it). The steps
+around the product work on a few tokens at a time, which stay in the processor's cache for all the steps.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ SMALLEST_CUDA_ROWS = 17
 """cuBLAS multiplies int8 matrices of more than 16 rows."""
 
 MANY = 16384
-"""Values from which on two conversions that are vectorized take less time than one that is not."""
+"""From this many values on, two vectorized conversions are faster than one that is not vectorized."""
 INPUT_BLOCK, OUTPUT_BLOCK = 1 << 17, 1 << 20
-"""Numbers per thread that become integers, or come out of a product, at a time."""
+"""Numbers per thread that are quantized, or come out of a product, at a time."""
 ZERO, LARGEST = 128, 127
 SMALLEST_STEP = torch.finfo(torch.float32).smallest_normal
 T = TypeVar("T")
@@ -39,11 +38,11 @@ POST_OPS = {
     "GELUTanh": ("gelu", "tanh"),
     "ReLU": ("relu", "none"),
 }
-"""Activation modules that oneDNN applies to the products of one token on their way out."""
+"""Activation modules that oneDNN applies to the products of one token itself."""
 
 
 def _gelu_tanh_(y: Tensor) -> Tensor:
-    """GELU by tanh in place, as y * sigmoid: torch's own has no vector instructions in some versions."""
+    """Tanh GELU in place, as y * sigmoid: torch's own is not vectorized in some versions."""
     inner = (y * y).mul_(0.0713548162726).add_(1.5957691216057).mul_(y)
     return y.mul_(inner.sigmoid_())
 
@@ -65,11 +64,11 @@ class Inputs(NamedTuple):
     integers: Tensor
     step: Any
     maps: list[Any]
-    """Whoever was given them, of those that may share a matrix."""
+    """The maps called with these inputs, of those that may share a matrix."""
 
 
 class LastOf(Generic[T]):
-    """What this thread made of a tensor last, for as long as that lives and is not changed."""
+    """What this thread last computed from a tensor, as long as the tensor exists unchanged."""
 
     def __init__(self) -> None:
         self._mine = threading.local()
@@ -81,7 +80,7 @@ class LastOf(Generic[T]):
     def keep(self, x: Tensor, made: T) -> T:
         mine = self._mine.__dict__
 
-        def forget(gone: Any) -> None:  # in whichever thread the tensor ends
+        def forget(gone: Any) -> None:  # may run in any thread
             if mine.get("held", (None,))[0] is gone:
                 mine.pop("held", None)
 
@@ -94,9 +93,9 @@ def _version(x: Tensor) -> int:
 
 
 class SharedInputs:
-    """Makes inputs integers once for several maps that are given the same tensor one after the other.
+    """Quantizes inputs once for several maps that are called with the same tensor one after the other.
 
-    Their matrices are exchanged under its lock: `threading` knows of no copies, so a copy has its own.
+    Their matrices are packed and unpacked under its lock. A lock cannot be copied, so a copy has its own.
     """
 
     def __init__(self) -> None:
@@ -117,7 +116,7 @@ class SharedInputs:
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix as oneDNN keeps it, and its scales. Calls take and give any floating-point dtype."""
+    """A matrix in oneDNN's form, and its scales. Inputs and outputs have any floating-point dtype."""
 
     weight: Tensor
     scale: Tensor
@@ -140,7 +139,7 @@ class Packed:
     def _products(
         self, inputs: Inputs, bias: Tensor | None, activation: Callable[[Tensor], Tensor] | None
     ) -> Tensor:
-        """Those of many tokens, each times its step."""
+        """The products of many tokens, each times its step."""
         (num_tokens, _), num_rows = inputs.integers.shape, len(self.scale)
         size = min(num_tokens, _block(OUTPUT_BLOCK, num_rows))
         y = self.scale.new_empty(num_tokens, num_rows) if size < num_tokens else None
@@ -164,11 +163,11 @@ class Packed:
         )
 
     def takes(self, x: Tensor, *, compiling: bool) -> bool:
-        """oneDNN's own layout cannot be traced."""
+        """Not while compiling: oneDNN's own layout cannot be traced."""
         return x.is_cpu and not compiling
 
     def tensors(self) -> dict[str, Tensor]:
-        """The matrix [rows, columns] and its scales [rows, 1] as they were stored."""
+        """The matrix [rows, columns] and its scales [rows, 1] as stored."""
         return {
             "weight": self.weight.to_dense().t().contiguous(),
             "weight_scale": self.scale.to(SCALE_DTYPE)[:, None],
@@ -176,14 +175,14 @@ class Packed:
 
 
 class SharedProduct:
-    """The product of one tensor with a matrix that several maps have their rows in."""
+    """The product of one tensor with a matrix that holds the rows of several maps."""
 
     def __init__(self, packed: Packed, maps: Sequence[Any]) -> None:
         self.packed, self.maps = packed, maps
         self._last: LastOf[tuple[Tensor, set[int]]] = LastOf()
 
     def columns(self, x: Tensor, start: int, stop: int) -> Tensor:
-        """Some columns of the product. Each are given out once, as they may be changed in place."""
+        """Some columns of the product. Each column is given out once, as it may be changed in place."""
         y, given = self._last.get(x) or (None, set())
         if y is None or start in given:
             y, given = self._last.keep(x, (self.packed(x, None), set()))
@@ -193,7 +192,7 @@ class SharedProduct:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """One map's rows of a matrix that is packed as a whole."""
+    """One map's rows of a matrix that is packed for several maps."""
 
     product: SharedProduct
     start: int
@@ -215,7 +214,7 @@ class PackedRows:
 def together(
     packed: Sequence[Packed | PackedRows], maps: Sequence[Any], *, inputs: SharedInputs
 ) -> list[PackedRows]:
-    """Matrices of maps that are given the same inputs, packed as one."""
+    """Pack the matrices of maps with the same inputs as one."""
     stored = [each.tensors() for each in packed]
     weight, scale = (torch.cat([each[name] for each in stored]) for name in ("weight", "weight_scale"))
     stops = list(accumulate(len(each["weight"]) for each in stored))
@@ -224,12 +223,12 @@ def together(
 
 
 def _block(num_elements: int, width: int) -> int:
-    """How many rows of this width are worked on at a time."""
+    """How many rows of this width to work on at a time."""
     return max(1, torch.get_num_threads() * num_elements // width)
 
 
 def _as_bytes(rows: Tensor) -> Inputs:
-    """A matrix [T, columns] as bytes, a step per token; adding a half and cutting off rounds."""
+    """A matrix [T, columns] as bytes, with one step per token. Rounds by adding a half and truncating."""
     num_tokens, num_columns = rows.shape
     if num_tokens == 1:
         return _token_as_bytes(rows)
@@ -243,14 +242,14 @@ def _as_bytes(rows: Tensor) -> Inputs:
         torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_(), out=step)
         inverse = step.div_(LARGEST).clamp_(min=SMALLEST_STEP).reciprocal()
         values = torch.addcmul(half, x, inverse, out=scratch[: len(x)])
-        if values.numel() >= MANY:  # torch has vector instructions for 16 bits
+        if values.numel() >= MANY:  # torch vectorizes conversions to and from 16 bits
             values = narrow[: len(x)].copy_(values)
         target.copy_(values)
     return Inputs(integers, step_T1, [])
 
 
 def _token_as_bytes(row: Tensor) -> Inputs:
-    """The same for one token [1, columns], with numbers in the place of tensors, which takes less time."""
+    """The same for one token [1, columns], with numbers instead of tensors, which is faster."""
     low, high = row.aminmax()
     step = max(max(high.item(), -low.item()) / LARGEST, SMALLEST_STEP)
     if not math.isfinite(step):
@@ -259,7 +258,7 @@ def _token_as_bytes(row: Tensor) -> Inputs:
 
 
 def packs(x: Tensor) -> bool:
-    """Whether there is a kernel for inputs like these: on the CPU, where torch has it."""
+    """Whether there is a kernel for inputs like these: on the CPU, if torch has it."""
     return x.is_cpu and _has_onednn()
 
 
@@ -276,7 +275,7 @@ def pack(weight: Tensor, weight_scale: Tensor, *, inputs: SharedInputs) -> Packe
 
 
 def multiplies(x: Tensor, weight: Tensor) -> bool:
-    """Whether `matmul` takes these: on the CPU anything, on CUDA sizes that cuBLAS knows, compiled."""
+    """Whether `matmul` takes these: always on the CPU; on CUDA if compiled and of a size cuBLAS takes."""
     if x.device.type == "cuda":
         return torch.compiler.is_compiling() and weight.shape[0] % 8 == 0 and weight.shape[1] % 8 == 0
     return x.device.type == "cpu"
@@ -285,7 +284,7 @@ def multiplies(x: Tensor, weight: Tensor) -> bool:
 def matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The product by plain operations, which torch.compile fuses around one integer GEMM.
 
-    Rows of zeros make up the number that cuBLAS asks for.
+    Rows of zeros are added up to the number that cuBLAS needs.
     """
     rows = x.reshape(-1, x.shape[-1]).float()
     num_tokens = rows.shape[0]

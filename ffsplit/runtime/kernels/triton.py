@@ -10,9 +10,9 @@ import triton.language as tl
 def row_products(  # type: ignore[no-untyped-def]
     x, weight, scale, bias, y, num_rows, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """y[token, row] = scale[row] * sum(weight[row] * x[token]) + bias[row]: a program for each of them.
+    """y[token, row] = scale[row] * sum(weight[row] * x[token]) + bias[row]: one program per element.
 
-    Compiled for the number of columns, so that the loop is unrolled and a row is asked for at once.
+    Compiled for the number of columns, so that the loop is unrolled and a whole row is loaded at once.
     """
     row, token = tl.program_id(0), tl.program_id(1)
     weight += row.to(tl.int64) * COLUMNS

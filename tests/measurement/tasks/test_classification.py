@@ -123,7 +123,7 @@ def test_names_and_ids_are_not_mixed(named: Checkpoint, tmp_path: Path) -> None:
         ({"architectures": None}, "not a model without a head"),
         ({"problem_type": "regression"}, "the model's head is for regression"),
         ({"problem_type": "multi_label_classification"}, "for multi_label_classification"),
-        ({"id2label": {"0": "LABEL_0"}}, "one output, a regression"),
+        ({"id2label": {"0": "LABEL_0"}}, r"one output \(a regression\)"),
     ],
 )
 def test_a_model_that_does_not_classify(

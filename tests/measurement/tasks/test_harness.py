@@ -94,7 +94,10 @@ def test_the_arguments_and_the_answer(harness: dict[str, Any]) -> None:
         ("arc_esay", "lm-eval has no task 'arc_esay', did you mean 'arc_easy'"),
         ("arc_easy,", "name its tasks"),
         ("", "name its tasks"),
-        ("no_data", r"its data cannot be had \(ConnectionError: no route to the hub\); check the network"),
+        (
+            "no_data",
+            r"its data cannot be fetched \(ConnectionError: no route to the hub\); check the network",
+        ),
     ],
 )
 def test_tasks_that_cannot_be_had(causal: Checkpoint, tasks: str, message: str) -> None:

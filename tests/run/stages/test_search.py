@@ -131,7 +131,7 @@ def test_uniform_stays_unless_it_is_beaten(
     manifest = searched(small_job, tmp_path / "out")
     plain = ffsplit.compress(small_job.config(tmp_path / "plain", keep=0.3))
     assert manifest.allocation is not None and manifest.allocation.chosen == "uniform"
-    assert "search: the layers keep one share" in capsys.readouterr().err
+    assert "search: kept uniform widths" in capsys.readouterr().err
     assert [layer.layout for layer in manifest.layers] == [layer.layout for layer in plain.layers]
     assert manifest.plain
 
@@ -146,12 +146,12 @@ def test_layers_that_matter_alike_are_not_searched_further(
     record = searched(small_job, tmp_path / "out").allocation
     assert record is not None and record.chosen == "uniform"
     assert [each.name for each in record.candidates] == ["uniform"]
-    assert "search: the errors of single layers suggest no other shares" in capsys.readouterr().err
+    assert "search: kept uniform widths; the errors of single layers" in capsys.readouterr().err
 
 
 def test_a_search_needs_tokens_to_judge_by(small_job: SmallJob, tmp_path: Path) -> None:
     with_blank_rows(small_job, first=46, last=54)
-    with pytest.raises(FFSplitError, match="the rows to judge candidates on are nothing but padding"):
+    with pytest.raises(FFSplitError, match="the rows to compare candidates on are nothing but padding"):
         searched(small_job, tmp_path / "out")
 
 
@@ -168,7 +168,7 @@ def test_layers_of_different_widths_load_through_ffsplit_alone(
     small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = searched(small_job, tmp_path / "out")
-    assert "search: the layers get shares of their own (100, " in capsys.readouterr().err
+    assert "search: chose per-layer widths (100, " in capsys.readouterr().err
     assert manifest.allocation is not None and manifest.allocation.chosen == "sensitivity"
     widths = [layer.layout.num_neurons for layer in manifest.layers]
     assert widths[0] > widths[1] > widths[2]
