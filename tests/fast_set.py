@@ -78,12 +78,9 @@ def kept(cases: Sequence[pytest.Function]) -> list[pytest.Function]:
 
 
 def _places(case: pytest.Function) -> list[tuple[str, Any]]:
-    """A case's arguments with their values, or which of the values it is where that has no hash."""
-    params, indices = case.callspec.params, case.callspec.indices
-    return [
-        (name, params[name] if isinstance(params[name], Hashable) else indices[name])
-        for name in sorted(params)
-    ]
+    """A case's arguments with their values, or how those are written that have no hash."""
+    values = sorted(case.callspec.params.items())
+    return [(name, value if isinstance(value, Hashable) else repr(value)) for name, value in values]
 
 
 def covering(covers: Sequence[frozenset[Any]]) -> list[int]:

@@ -141,6 +141,7 @@ def test_the_hub_gives_what_a_local_folder_would(hub: Hub, tmp_path: Path) -> No
     assert locate(hub, tmp_path / "home", offline=True) == expected
 
 
+@pytest.mark.matrix(said=("org/name is an adapter",))
 @pytest.mark.subprocess
 @pytest.mark.parametrize(
     ("change", "said"),

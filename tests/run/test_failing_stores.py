@@ -48,6 +48,7 @@ def refused_with(reply: bytes, *, times: int = EVER) -> Fault:
 OUTAGE = Fault("refused", 0).reply
 
 
+@pytest.mark.matrix(replies=((OUTAGE, EXPIRED), (EXPIRED, EXPIRED)))
 @pytest.mark.parametrize(
     ("pattern", "replies", "told"),
     [
@@ -112,6 +113,7 @@ def test_a_run_stands_whose_hint_cannot_be_looked_after(
     assert listing.struck
 
 
+@pytest.mark.slow
 def test_a_batch_tries_such_a_run_again(small_job: SmallJob, s3_uri: str, proxy: FaultProxy) -> None:
     """Whichever way the store failed."""
     struck = refused_with(EXPIRED, times=1)
