@@ -90,8 +90,8 @@ examples: venv ## Run the examples that need nothing but the demo's wheel, into 
 
 # The bounds in pyproject.toml, tried: `make test-lowest TORCH=2.13.0` where no older torch can be had.
 TORCH ?= 2.11.0
-TRANSFORMERS ?= 5.6.0
-RAY ?= 2.50.0
+TRANSFORMERS ?= 5.16.0
+RAY ?= 2.59.0
 BOUNDS_TESTS ?= tests/test_config.py tests/models tests/runtime tests/healing tests/distributed tests/run/test_run.py
 
 .PHONY: test-lowest
