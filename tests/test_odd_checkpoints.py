@@ -353,7 +353,7 @@ def test_what_the_class_of_the_config_would_make_up_is_asked_for(
         ),
         (
             saved("clip", "", architectures=["CLIPTextModel"]),
-            "transformers reads as encoder.layers.0.layer_norm1.bias and not as text_model.encoder.layers.0",
+            "transformers reads it as encoder.layers.0.layer_norm1.bias, not as text_model.encoder.layers.0",
         ),
         (
             saved("llama", "ForCausalLM", renamed(("model.layers", "module.model.layers"))),

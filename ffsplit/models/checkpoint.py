@@ -83,7 +83,7 @@ class Checkpoint:
 
     @property
     def class_name(self) -> str:
-        """The transformers class it was saved from, or "" when the config does not say."""
+        """The transformers class it was saved from, or "" if the config does not state it."""
         return class_named(self.config)
 
     @property
@@ -356,7 +356,7 @@ def _check_config(
         if stated is not None and (not isinstance(stated, int) or stated < len(blocks)):
             raise UnsupportedModelError(
                 f"{directory}: config.json says {tower.layers_field} {stated!r}, "
-                f"the tensors say {len(blocks)}"
+                f"the tensors have {len(blocks)}"
             )
     for ffn in () if widths_differ else ffns:
         part, field = ffn.width_key

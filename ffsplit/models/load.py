@@ -267,7 +267,7 @@ def random_model(checkpoint: Checkpoint, *, dtype: torch.dtype) -> Any:
 
 
 def load_processor(checkpoint: Checkpoint, medium: Literal["image", "sound"]) -> Any:
-    """The processor of pictures or sounds into model inputs. Raises ConfigError when there is none."""
+    """The processor that turns pictures or sounds into inputs. Raises ConfigError when there is none."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor
 
     options: dict[str, Any] = {"backend": "pil"} if medium == "image" else {}

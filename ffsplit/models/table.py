@@ -81,7 +81,7 @@ def _line(row: Architecture) -> str:
         READS[row.kind],
         _ffns(row),
         COMPARED[row.kind],
-        "where plain" if plain else "no",
+        "if plain" if plain else "no",
         "yes" if row.can_heal else "no",
         "yes" if row.can_stream else "no",
     )

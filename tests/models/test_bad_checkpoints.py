@@ -191,7 +191,7 @@ def test_an_index_without_metadata(checkpoint_of: CheckpointFactory, tmp_path: P
 def test_a_number_of_layers_that_is_none(bert: Path, stated: object) -> None:
     configure(bert, num_hidden_layers=stated)
     said = refused(bert, UnsupportedModelError)
-    assert f"config.json says num_hidden_layers {stated!r}, the tensors say 3" in said
+    assert f"config.json says num_hidden_layers {stated!r}, the tensors have 3" in said
 
 
 def test_an_ffn_that_is_no_matrix(bert: Path) -> None:

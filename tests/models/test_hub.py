@@ -147,7 +147,7 @@ def test_the_hub_gives_what_a_local_folder_would(hub: Hub, tmp_path: Path) -> No
     ("change", "said"),
     [
         ({"model.safetensors": "pytorch_model.bin"}, "org/name holds only pickled weights"),
-        ({"model.safetensors": "model.gguf"}, "org/name holds its weights as model.gguf alone"),
+        ({"model.safetensors": "model.gguf"}, "org/name holds its weights only as model.gguf"),
         ({"config.json": "adapter_config.json"}, "org/name is an adapter"),
         ({"config.json": "0_Transformer/config.json"}, "these folders below it do: org/name/0_Transformer"),
     ],
