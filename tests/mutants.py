@@ -67,7 +67,7 @@ MUTANTS = (
     ),
     Mutant(
         "run/stages/heal.py",
-        "validation=run.text.judged or run.text.held_out,",
+        "validation=run.text.validation or run.text.held_out,",
         "validation=run.text.held_out,",
         "tests/run/stages/test_heal.py::test_healing_sees_no_held_out_row",
     ),

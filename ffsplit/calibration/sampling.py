@@ -99,33 +99,33 @@ class TextSample:
     """False only when there was a single distinct text, which then serves for both."""
     digest: str
     """sha256 over all lists, 64 hex digits."""
-    judged: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
     """Rows to choose between candidates, neither calibrated on nor held out; empty unless requested."""
 
     def mapped(self, change: Callable[[str], str]) -> TextSample:
         """The same sample with every row changed, and a new digest."""
-        calibration, held_out, judged = (
-            tuple(map(change, rows)) for rows in (self.calibration, self.held_out, self.judged)
+        calibration, held_out, validation = (
+            tuple(map(change, rows)) for rows in (self.calibration, self.held_out, self.validation)
         )
-        digest = _digest(calibration, held_out, judged)
-        return TextSample(calibration, held_out, self.held_out_is_disjoint, digest, judged)
+        digest = _digest(calibration, held_out, validation)
+        return TextSample(calibration, held_out, self.held_out_is_disjoint, digest, validation)
 
-    def first(self, num_rows: int, *, held_out: int, judged: int) -> TextSample:
+    def first(self, num_rows: int, *, held_out: int, validation: int) -> TextSample:
         """The sample with only the first rows of each part, up to these numbers."""
-        parts = self.calibration[:num_rows], self.held_out[:held_out], self.judged[:judged]
+        parts = self.calibration[:num_rows], self.held_out[:held_out], self.validation[:validation]
         digest = _digest(*(parts if parts[2] else parts[:2]))
         return TextSample(parts[0], parts[1], self.held_out_is_disjoint, digest, parts[2])
 
 
 def sample_texts(
-    texts: Sequence[str], *, num_samples: int, num_held_out: int, seed: int, num_judged: int = 0
+    texts: Sequence[str], *, num_samples: int, num_held_out: int, seed: int, num_validation: int = 0
 ) -> TextSample:
     """Split the distinct texts into at most `num_samples` for calibration and a held-out part.
 
     `num_held_out` texts are held out, or a tenth of all texts (at least one) if that is fewer. The choice
     does not depend on `num_samples`, and a larger sample begins with the smaller one. The same arguments
-    give the same bytes on every platform. The `num_judged` texts after the calibration set are for choosing
-    between candidates; if too few are left, calibration gives up at most a tenth. Raises ConfigError when
+    give the same bytes on every platform. The `num_validation` texts after the calibration set are for
+    choosing between candidates; if too few are left, calibration gives up at most a tenth. Raises ConfigError when
     there is no text, or too little to choose by.
     """
     assert num_samples >= 1 and num_held_out >= 1, "both parts need at least one text"
@@ -138,17 +138,17 @@ def sample_texts(
     is_disjoint = len(distinct) > 1
     held_out = shuffled[:size]
     calibration = shuffled[size : size + num_samples] if is_disjoint else shuffled
-    if not num_judged:
+    if not num_validation:
         return TextSample(calibration, held_out, is_disjoint, _digest(calibration, held_out))
     rest = shuffled[size:]
     if len(rest) < 2:
         raise ConfigError(
             "a search over the layers, or healing, needs rows to choose by: give at least three distinct ones"
         )
-    spare = min(num_judged, max(len(rest) - num_samples, len(rest) // 10, 1))
+    spare = min(num_validation, max(len(rest) - num_samples, len(rest) // 10, 1))
     calibration = rest[: min(num_samples, len(rest) - spare)]
-    judged = rest[len(calibration) : len(calibration) + spare]
-    return TextSample(calibration, held_out, True, _digest(calibration, held_out, judged), judged)
+    validation = rest[len(calibration) : len(calibration) + spare]
+    return TextSample(calibration, held_out, True, _digest(calibration, held_out, validation), validation)
 
 
 def passages(texts: Sequence[str], *, max_characters: int) -> list[str]:

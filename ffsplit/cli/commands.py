@@ -26,9 +26,9 @@ def compress(parsed: argparse.Namespace) -> int:
         return _dry_run(parsed, config, kind="model")
 
     from ffsplit.measurement.gates import refusal
-    from ffsplit.run.driver import compress_judged
+    from ffsplit.run.driver import run_to_end
 
-    finished = compress_judged(config, sign_key=_sign_key(parsed))
+    finished = run_to_end(config, sign_key=_sign_key(parsed))
     refused = finished.state == "refused"
     _show(parsed, finished.manifest, refused_report=finished.report if refused else None)
     if not refused:

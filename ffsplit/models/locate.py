@@ -70,9 +70,9 @@ def described(directory: Path) -> ModelSource:
     return ModelSource(path=str(directory), files=entries)
 
 
-def staged(source: ModelSource, place: Scratch, *, once: bool) -> ModelSource:
+def staged(source: ModelSource, scratch: Scratch, *, once: bool) -> ModelSource:
     """Copy a checkpoint into the scratch, for all hosts. `once`: files already there have this content."""
-    store, prefix = open_store(place.uri), place.prefix
+    store, prefix = open_store(scratch.uri), scratch.prefix
     there = {entry.key: entry.size_bytes for entry in store.list_details(prefix)} if once else {}
     for entry in source.files:
         if there.get(f"{prefix}/{entry.path}") != entry.size_bytes:

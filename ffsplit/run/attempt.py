@@ -28,7 +28,7 @@ from ffsplit.run.stages.fit import Layers, fit_layers, refit_layers
 from ffsplit.run.stages.heal import heal_checkpoint
 from ffsplit.run.stages.measure import measure
 from ffsplit.run.stages.reduce import reduce_statistics
-from ffsplit.run.stages.search import place_of, search
+from ffsplit.run.stages.search import part_of, search
 from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.runtime.linears import linears_config, quantize_linears
 from ffsplit.splitting.scores import FEWEST_TOKENS, LayerPlan, is_starved, plan_split
@@ -137,13 +137,13 @@ def compute_model(execution: Execution, staging: Path) -> Outcome:
     statistics = reduce_statistics(execution, shards, staging / STATISTICS_PATH)
     _report_experts(execution, statistics)
     solver, layouts = run.settled(statistics)
-    place, allocation = "compress", None
+    part, allocation = "compress", None
     if run.recipe.allocation == "search":
         folder = staging.with_name("candidates")
         found = search(execution, solver, layouts, statistics, shards, folder=folder)
-        layouts, allocation, place = found.chosen.layouts, found.record, place_of(found.chosen)
+        layouts, allocation, part = found.chosen.layouts, found.record, part_of(found.chosen)
     plans = plan_split(statistics, layouts, score=run.recipe.score)
-    layers = fit_layers(execution, "compress", run.checkpoint, run.recipe.steps, plans, shards, place=place)
+    layers = fit_layers(execution, "compress", run.checkpoint, run.recipe.steps, plans, shards, part=part)
     layers = refit_layers(execution, layers, shards, staging)
     layers, linears = _finish(execution, layers, shards, staging)
     measured = measure(execution, staging, layers.layouts)
@@ -177,7 +177,7 @@ def _finish(
     checkpoint = open_checkpoint(whole, uneven=True)
     plans = _quantization_plans(checkpoint, recipe)
     quantized = fit_layers(
-        execution, "quantize", checkpoint, (recipe.after_healing,), plans, shards, place="quantize"
+        execution, "quantize", checkpoint, (recipe.after_healing,), plans, shards, part="quantize"
     )
     files, record = list(quantized.files), None
     if recipe.linears == "int8":

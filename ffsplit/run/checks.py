@@ -144,7 +144,7 @@ def _within_tokens(text: TextSample, *, settings: CalibrationSettings, tokenizer
     return text.first(
         count(text.calibration, settings.max_tokens),
         held_out=count(text.held_out, settings.held_out_tokens),
-        judged=count(text.judged, settings.held_out_tokens),
+        validation=count(text.validation, settings.held_out_tokens),
     )
 
 

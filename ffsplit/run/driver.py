@@ -46,27 +46,27 @@ def compress(
     for the same result resumes from it. `sign_key` is a private key to sign the manifest with; it is not
     recorded anywhere.
     """
-    finished = compress_judged(config, progress=progress, sign_key=sign_key)
+    finished = run_to_end(config, progress=progress, sign_key=sign_key)
     if finished.state == "refused":
         raise GateError(refusal(finished.manifest.gates) or "refused")
     return finished.manifest
-
-
-def compress_judged(
-    config: JobConfig, *, progress: Progress | None = None, sign_key: Path | None = None
-) -> Finished:
-    """As `compress`, but a result that does not pass its gates is returned with its measurements."""
-    return _run(config, kind="model", progress=progress, sign_key=sign_key)
 
 
 def calibrate(
     config: JobConfig, *, progress: Progress | None = None, sign_key: Path | None = None
 ) -> Manifest:
     """Collect and publish neuron statistics alone; `latest` never moves to them."""
-    return _run(config, kind="statistics", progress=progress, sign_key=sign_key).manifest
+    return run_to_end(config, kind="statistics", progress=progress, sign_key=sign_key).manifest
 
 
-def _run(config: JobConfig, *, kind: Kind, progress: Progress | None, sign_key: Path | None) -> Finished:
+def run_to_end(
+    config: JobConfig,
+    *,
+    kind: Kind = "model",
+    progress: Progress | None = None,
+    sign_key: Path | None = None,
+) -> Finished:
+    """As `compress` and `calibrate`, but a result that its gates refuse is returned with its measurements."""
     with (
         trusting(config.trust_remote_code),
         attending(config.attn_implementation),

@@ -118,7 +118,7 @@ def compression_seconds(work: Workload, *, workers: int, speed: float) -> float:
 
 def search_seconds(work: Workload, *, workers: int, single: float, speed: float) -> float:
     """Every layer is compressed one extra time; each block and both candidates are evaluated."""
-    tokens = work.tokens_of(work.text.judged)
+    tokens = work.tokens_of(work.text.validation)
     evaluation = 2 * 2 * work.num_elements * tokens * (work.num_blocks + 2) / speed
     return compression_seconds(work, workers=workers, speed=single) + evaluation
 

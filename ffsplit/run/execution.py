@@ -40,7 +40,7 @@ class Execution:
         """A checkpoint that this process assembled, readable by workers on any host."""
         if not self.runner.is_spread:
             return ModelSource(path=str(directory))
-        return staged(described(directory), self.scratch.place(f"checkpoints/{directory.name}"), once=False)
+        return staged(described(directory), self.scratch.part(f"checkpoints/{directory.name}"), once=False)
 
 
 def start(run: Run, runner: Runner, log: StageLog, scratch: Scratch) -> Execution:
@@ -106,7 +106,7 @@ def _model_for_all(execution: Execution) -> ModelSource:
             f"{path}: {len(blind)} of {len(seen)} hosts do not see this model ({blind[0]} is one): "
             f"copying it to {execution.scratch.uri}/{execution.scratch.prefix} for all"
         )
-        source = staged(source, execution.scratch.place("model"), once=True)
+        source = staged(source, execution.scratch.part("model"), once=True)
     execution.runner.on_every_host("inputs", _fetch, source, within_s=_longest_s(source))
     return source
 

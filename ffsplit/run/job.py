@@ -254,7 +254,7 @@ def _sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint
         num_samples=settings.samples,
         num_held_out=settings.held_out,
         seed=seed,
-        num_judged=settings.held_out if recipe.allocation == "search" or recipe.healing else 0,
+        num_validation=settings.held_out if recipe.allocation == "search" or recipe.healing else 0,
     )
     return sample if kind in TEXT_KINDS else sample.mapped(embedded)
 

@@ -61,7 +61,7 @@ def is_starved(stats: NeuronStats) -> bool:
     return stats.expert is not None and stats.num_tokens < FEWEST_TOKENS
 
 
-def judged(statistics: Sequence[NeuronStats], group: Sequence[int]) -> list[int]:
+def well_sampled(statistics: Sequence[NeuronStats], group: Sequence[int]) -> list[int]:
     """The FFNs of a group that saw enough tokens to be scored by their statistics; all if none did."""
     return [index for index in group if not is_starved(statistics[index])] or list(group)
 
@@ -165,7 +165,7 @@ def num_energetic(heavy: HeavyRule, statistics: Sequence[NeuronStats]) -> tuple[
         return None
     counts = [neurons_for_energy(stats, share=heavy.value) for stats in statistics]
     for group in experts_together(statistics):
-        most = max(counts[index] for index in judged(statistics, group))
+        most = max(counts[index] for index in well_sampled(statistics, group))
         for index in group:
             counts[index] = most
     return tuple(counts)

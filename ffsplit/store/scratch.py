@@ -68,7 +68,7 @@ class Scratch(Record):
         """This scratch, for hosts that must all find `key` in its store."""
         return self.model_copy(update={"witness": key})
 
-    def place(self, name: str) -> Scratch:
+    def part(self, name: str) -> Scratch:
         """The part of it that belongs to a stage."""
         return self.model_copy(update={"prefix": self.key(name)})
 

@@ -65,7 +65,7 @@ def _shape(each: Latency) -> str:
     return f"{each.batch_size}x{each.num_tokens}"
 
 
-class Judged(Record):
+class ModelResult(Record):
     """The result that one model's process writes at its end: published or refused."""
 
     state: Literal["published", "committed already", "refused"]
@@ -83,7 +83,7 @@ class Judged(Record):
         *,
         state: Literal["published", "committed already", "refused"],
         report: str,
-    ) -> Judged:
+    ) -> ModelResult:
         measured = manifest.measurements
         return cls(
             state=state,
@@ -103,7 +103,7 @@ class BatchModel(Record):
     model: str
     recipe: str
     state: State
-    result: Judged | None
+    result: ModelResult | None
     error: str | None
     num_attempts: int
     wall_s: float = Field(description="of all attempts, without the waits between them")

@@ -38,12 +38,12 @@ def _follow_the_batch() -> None:
 
 
 def _run(request: Request) -> int:
-    from ffsplit.run.driver import compress_judged
-    from ffsplit.zoo.batch import Judged
+    from ffsplit.run.driver import run_to_end
+    from ffsplit.zoo.batch import ModelResult
 
-    finished = compress_judged(request.job)
-    judged = Judged.of(finished.manifest, state=finished.state, report=finished.report)
-    Path(request.result_file).write_text(judged.model_dump_json(), "utf-8")
+    finished = run_to_end(request.job)
+    result = ModelResult.of(finished.manifest, state=finished.state, report=finished.report)
+    Path(request.result_file).write_text(result.model_dump_json(), "utf-8")
     return REFUSED if finished.state == "refused" else DONE
 
 

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from ffsplit.config import JobConfig
 from ffsplit.directories import temporary_folder
 from ffsplit.exit_codes import DONE, FAILED, REFUSED
-from ffsplit.zoo.batch import Judged
+from ffsplit.zoo.batch import ModelResult
 from ffsplit.zoo.driver import Request
 
 STOP_WITHIN_S = 10.0
@@ -36,7 +36,7 @@ class Ended(NamedTuple):
 
     exit_code: int
     last_words: str
-    result: Judged | None
+    result: ModelResult | None
 
 
 async def run_process(job: JobConfig, say: Say, *, within_s: float) -> Ended:
@@ -158,8 +158,8 @@ def _explain(exit_code: int, last_words: str) -> str:
     return f"its process was killed by signal {-exit_code}; last output: {last_words}"
 
 
-def _read(file: Path) -> Judged | None:
+def _read(file: Path) -> ModelResult | None:
     try:
-        return Judged.model_validate_json(file.read_text("utf-8"))
+        return ModelResult.model_validate_json(file.read_text("utf-8"))
     except (OSError, ValidationError):
         return None

@@ -125,20 +125,20 @@ def test_the_digest_covers_both_lists_with_their_lengths() -> None:
     assert sample.digest == digest_of_groups(list(sample.calibration), list(sample.held_out))
 
 
-@pytest.mark.parametrize("num_judged", [0, 5])
-def test_the_first_rows_of_a_sample_are_the_smaller_sample(num_judged: int) -> None:
+@pytest.mark.parametrize("num_validation", [0, 5])
+def test_the_first_rows_of_a_sample_are_the_smaller_sample(num_validation: int) -> None:
     large, small = (
-        sample_texts(TEXTS, num_samples=count, num_held_out=5, seed=3, num_judged=num_judged)
+        sample_texts(TEXTS, num_samples=count, num_held_out=5, seed=3, num_validation=num_validation)
         for count in (20, 8)
     )
-    first = large.first(8, held_out=5, judged=5)
+    first = large.first(8, held_out=5, validation=5)
     assert first.calibration == small.calibration
-    assert (first.held_out, first.judged) == (large.held_out, large.judged)
+    assert (first.held_out, first.validation) == (large.held_out, large.validation)
     assert first.digest not in (
         large.digest,
         sample_texts(TEXTS, num_samples=8, num_held_out=4, seed=3).digest,
     )
-    if not num_judged:
+    if not num_validation:
         assert first == small
 
 
@@ -165,25 +165,25 @@ def test_shards_are_full_but_the_last_and_keep_every_row_in_order(rows: list[str
     count=st.integers(3, 100),
     samples=st.integers(1, 60),
     held_out=st.integers(1, 30),
-    judged=st.integers(1, 30),
+    validation=st.integers(1, 30),
     seed=st.integers(0, 3),
 )
 def test_rows_to_judge_on_are_apart_and_change_no_other_choice(
-    count: int, samples: int, held_out: int, judged: int, seed: int
+    count: int, samples: int, held_out: int, validation: int, seed: int
 ) -> None:
     plain = sample_texts(TEXTS[:count], num_samples=samples, num_held_out=held_out, seed=seed)
     sample = sample_texts(
-        TEXTS[:count], num_samples=samples, num_held_out=held_out, seed=seed, num_judged=judged
+        TEXTS[:count], num_samples=samples, num_held_out=held_out, seed=seed, num_validation=validation
     )
-    groups = (sample.calibration, sample.held_out, sample.judged)
+    groups = (sample.calibration, sample.held_out, sample.validation)
     assert all(groups) and len(set().union(*groups)) == sum(map(len, groups))
     assert sample.held_out == plain.held_out
     assert sample.calibration == plain.calibration[: len(sample.calibration)]
     assert len(sample.calibration) >= 0.9 * len(plain.calibration) - 1
-    assert len(sample.judged) <= judged
+    assert len(sample.validation) <= validation
     assert sample.digest != plain.digest
 
 
 def test_too_few_rows_to_judge_on() -> None:
     with pytest.raises(ConfigError, match="rows to choose by"):
-        sample_texts(TEXTS[:2], num_samples=5, num_held_out=1, seed=0, num_judged=1)
+        sample_texts(TEXTS[:2], num_samples=5, num_held_out=1, seed=0, num_validation=1)

@@ -17,13 +17,13 @@ from ffsplit.splitting.scores import (
     energy_outside,
     energy_share,
     expected_output_norm,
-    judged,
     neurons_for_energy,
     num_energetic,
     output_energy,
     rms_output_norm,
     scores_of,
     top_neurons,
+    well_sampled,
 )
 from ffsplit.splitting.solver import HeavyRule
 
@@ -95,8 +95,8 @@ def test_an_expert_that_saw_no_token_put_out_no_energy() -> None:
 
 def test_starved_experts_have_no_say_in_what_their_block_keeps() -> None:
     fed, starved = (replace(STATS, num_tokens=n, expert=i) for i, n in enumerate((FEWEST_TOKENS, 3)))
-    assert judged([fed, starved], [0, 1]) == [0]
-    assert judged([starved, starved], [0, 1]) == [0, 1]
+    assert well_sampled([fed, starved], [0, 1]) == [0]
+    assert well_sampled([starved, starved], [0, 1]) == [0, 1]
     flat = replace(starved, sum_squares=1 / STATS.down_norm**2)  # asks for nearly every neuron
     rule = HeavyRule(by="energy", value=0.9)
     alone = neurons_for_energy(fed, share=0.9)

@@ -14,7 +14,7 @@ from ffsplit.zoo.batch import (
     Batch,
     BatchModel,
     Figures,
-    Judged,
+    ModelResult,
     State,
     batch_key,
     past_batches,
@@ -38,7 +38,7 @@ def model(name: str, state: State, *, fidelity: float = 0.97) -> BatchModel:
     gates = (GATE,) if state == "refused" else ()
     result = None
     if state not in ("failed", "interrupted"):
-        result = Judged(
+        result = ModelResult(
             state=state,
             run_key="k",
             attempt="a",

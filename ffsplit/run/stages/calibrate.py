@@ -137,22 +137,22 @@ def calibrate(execution: Execution) -> list[Result]:
     """Statistics and sampled FFN inputs of every shard; only the inputs if statistics are reused."""
     run = execution.run
     if run.origin is not None:
-        return sample_inputs(execution, execution.model, place="calibrate", key=run.keys.statistics)
-    job, shards = _calibration(execution, execution.model, place="calibrate")
+        return sample_inputs(execution, execution.model, part="calibrate", key=run.keys.statistics)
+    job, shards = _calibration(execution, execution.model, part="calibrate")
     answers = execution.runner.map_workers("calibrate", partial(CalibrationWorker, job), shards)
     return execution.log.collect("calibrate", run.keys.statistics, len(shards), answers)
 
 
-def sample_inputs(execution: Execution, model: ModelSource, *, place: str, key: str) -> list[Result]:
+def sample_inputs(execution: Execution, model: ModelSource, *, part: str, key: str) -> list[Result]:
     """Only the FFN inputs of the sampled tokens, of the original or of a compressed model."""
-    job, shards = _calibration(execution, model, place=place, inputs_only=True)
+    job, shards = _calibration(execution, model, part=part, inputs_only=True)
     shards = [each for each in shards if job.num_sampled(each.index)]
     answers = execution.runner.map_workers("sample", partial(CalibrationWorker, job), shards)
     return execution.log.collect("sample", key, len(shards), answers)
 
 
 def _calibration(
-    execution: Execution, model: ModelSource, *, place: str, inputs_only: bool = False
+    execution: Execution, model: ModelSource, *, part: str, inputs_only: bool = False
 ) -> tuple[CalibrationJob, list[Shard]]:
     run, settings = execution.run, execution.run.recipe.calibration
     groups = shard(run.text.calibration, shard_size=settings.rows_per_shard)
@@ -163,7 +163,7 @@ def _calibration(
         seed=run.config.seed,
         lineage=run.lineage,
         profile=run.profile,
-        scratch=execution.scratch.place(place),
+        scratch=execution.scratch.part(part),
         inputs_only=inputs_only,
         block_by_block=run.needs.block_by_block,
     )

@@ -171,10 +171,10 @@ def fit_layers(
     plans: tuple[LayerPlan, ...],
     shards: Sequence[Result],
     *,
-    place: str,
+    part: str,
 ) -> Layers:
     """Compress every layer of a checkpoint, one task each. `shards` hold the sampled inputs."""
-    jobs = layer_jobs(execution, checkpoint, steps, plans, shards, place=place)
+    jobs = layer_jobs(execution, checkpoint, steps, plans, shards, part=part)
     planned = [plan.model_dump(mode="json") for plan in plans]
     key = stage_key(stage, {"run": execution.run.keys.run, "plans": planned})
     answers = execution.runner.map_tasks(stage, compress_layer_job, jobs)
@@ -188,9 +188,9 @@ def layer_jobs(
     plans: tuple[LayerPlan, ...],
     shards: Sequence[Result],
     *,
-    place: str,
+    part: str,
 ) -> list[LayerJob]:
-    """One job per plan; the results go to `place` in the scratch."""
+    """One job per plan; the results go to `part` of the scratch."""
     run = execution.run
     plain = keeps_names(checkpoint, [plan.layout for plan in plans])
     ours = checkpoint.directory == run.checkpoint.directory
@@ -202,7 +202,7 @@ def layer_jobs(
             steps=steps,
             plain=plain,
             inputs=tuple(input_files(shards, checkpoint.ffns[plan.layer].unit)),
-            scratch=execution.scratch.place(place),
+            scratch=execution.scratch.part(part),
             profile=run.profile,
         )
         for plan in plans
@@ -230,10 +230,10 @@ def refit_layers(execution: Execution, layers: Layers, shards: Sequence[Result],
 def _refit_once(
     execution: Execution, number: int, step: DistillCompressor, compressed: Path, shards: Sequence[Result]
 ) -> Layers:
-    run, place = execution.run, f"refit-{number}"
+    run, part = execution.run, f"refit-{number}"
     key = stage_key("refit", {"run": run.keys.run, "number": number})
     model = execution.hand_over(compressed)
-    own = sample_inputs(execution, model, place=f"{place}/sample", key=key)
+    own = sample_inputs(execution, model, part=f"{part}/sample", key=key)
     jobs = [
         RefitJob(
             original=execution.model,
@@ -242,7 +242,7 @@ def _refit_once(
             step=step,
             inputs=tuple(input_files(shards, ffn.unit)),
             own_inputs=tuple(input_files(own, ffn.unit)),
-            scratch=execution.scratch.place(place),
+            scratch=execution.scratch.part(part),
             profile=run.profile,
         )
         for layer, ffn in enumerate(run.checkpoint.ffns)

@@ -99,7 +99,7 @@ def reduce_statistics(
         answers = execution.runner.map_tasks("reduce", reduce_job, jobs)
         return execution.log.collect("reduce", run.keys.statistics, len(jobs), answers)
 
-    parts, scratch = [statistics_file(result) for result in shards], execution.scratch.place("reduce")
+    parts, scratch = [statistics_file(result) for result in shards], execution.scratch.part("reduce")
     statistics = reduced(parts, lineage=run.lineage, scratch=scratch, run_tasks=run_tasks)
     write_statistics(target, statistics, lineage=run.lineage | {"num_shards": str(len(shards))})
     return statistics

@@ -190,7 +190,7 @@ def search(
     job = JudgeJob(
         original=execution.model,
         candidates=(),
-        rows=run.text.judged,
+        rows=run.text.validation,
         max_length=settings.row_length,
         batch_tokens=settings.batch_tokens,
         profile=run.profile,
@@ -199,9 +199,7 @@ def search(
     def built(candidate: Candidate) -> ModelSource:
         directory = folder / candidate.name
         plans = plan_split(statistics, candidate.layouts, score=run.recipe.score)
-        jobs = layer_jobs(
-            execution, run.checkpoint, run.recipe.steps, plans, shards, place=place_of(candidate)
-        )
+        jobs = layer_jobs(execution, run.checkpoint, run.recipe.steps, plans, shards, part=part_of(candidate))
         answers = dict(runner.map_tasks("allocate", compress_layer_job, jobs))
         files = [execution.scratch.path(answers[index].files[0]) for index in range(len(jobs))]
         assemble(run.checkpoint, files, candidate.layouts, directory)
@@ -240,6 +238,6 @@ def _chosen(
     return Allocation(chosen, record)
 
 
-def place_of(candidate: Candidate) -> str:
+def part_of(candidate: Candidate) -> str:
     """Where the layers of a candidate are, below the scratch."""
     return f"allocate/{candidate.name}"

@@ -240,7 +240,7 @@ def test_auto_searches_for_classifiers_that_need_not_stay_plain(
     assert run.recipe.allocation == ("search" if searches else "uniform")
     uniform = prepare(small_job.config(tmp_path, model=model, **fields))
     assert (run.keys.run == uniform.keys.run) == (not searches)
-    assert len(run.text.judged) == (8 if searches else 0)
+    assert len(run.text.validation) == (8 if searches else 0)
 
 
 def test_inspect_promises_no_plain_result_where_there_will_be_a_search(checkpoint_of: Any) -> None:
@@ -255,10 +255,10 @@ def test_inspect_promises_no_plain_result_where_there_will_be_a_search(checkpoin
 def test_the_judge_has_rows_of_its_own(small_job: SmallJob, tmp_path: Path) -> None:
     run = prepare(small_job.config(tmp_path, recipe=small_job.recipe(allocation="search")))
     text = run.text
-    groups = [set(text.calibration), set(text.held_out), set(text.judged)]
+    groups = [set(text.calibration), set(text.held_out), set(text.validation)]
     assert all(groups) and len(set.union(*groups)) == sum(map(len, groups))
     plain = prepare(small_job.config(tmp_path)).text
-    assert plain.held_out == text.held_out and plain.judged == ()
+    assert plain.held_out == text.held_out and plain.validation == ()
     assert plain.calibration[: len(text.calibration)] == text.calibration
 
 
