@@ -125,8 +125,8 @@ def sample_texts(
     `num_held_out` texts are held out, or a tenth of all texts (at least one) if that is fewer. The choice
     does not depend on `num_samples`, and a larger sample begins with the smaller one. The same arguments
     give the same bytes on every platform. The `num_validation` texts after the calibration set are for
-    choosing between candidates; if too few are left, calibration gives up at most a tenth. Raises ConfigError when
-    there is no text, or too little to choose by.
+    choosing between candidates; if too few are left, calibration gives up at most a tenth. Raises
+    ConfigError when there is no text, or too little to choose by.
     """
     assert num_samples >= 1 and num_held_out >= 1, "both parts need at least one text"
     distinct = list(dict.fromkeys(texts))
