@@ -97,7 +97,7 @@ def _announce(run: Run, shown: Progress) -> None:
     config = run.config
     shown.note(in_one_line(run.needs, asked=config.workers if config.runner == "ray" else None))
     key = run.keys.published(run.kind)
-    shown.note(f"run {key}: {config.model} with recipe {run.recipe.name}, {run.budget}")
+    shown.note(f"run {key}: {run.model} with recipe {run.recipe.name}, {run.budget}")
     if run.kind == "model" and (left_out := left_out_in_one_line(run.left_out)):
         shown.note(left_out)
     if run.checkpoint.is_guessed:

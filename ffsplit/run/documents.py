@@ -111,7 +111,7 @@ def _draft(run: Run, outcome: Outcome, *, attempt: str) -> Manifest:
         budget=run.budget if is_model else None,
         nonce=keys.nonce,
         model=SourceModel(
-            id=model_name(run.config.model),
+            id=model_name(run.model),
             revision=run.located.revision,
             digest=keys.digests["model"],
             tokenizer_digest=keys.digests["tokenizer"],
@@ -133,7 +133,7 @@ def _draft(run: Run, outcome: Outcome, *, attempt: str) -> Manifest:
         files=(),
     )
     config = run.config
-    given = (config.model, config.out, config.recipe, config.latency_table, config.stats)
+    given = (run.model, config.model, config.out, config.recipe, config.latency_table, config.stats)
     named = by_name(manifest, given=(*given, *config.calibration, *config.eval))
     return without_credentials(named)
 

@@ -126,6 +126,12 @@ class Run:
         return evaluations_of(self.tasks, calibration=self.text.calibration)
 
     @property
+    def model(self) -> str:
+        """The model as it was found: a local directory, or the hub id or URI that was given."""
+        is_local = self.located.revision is None and self.located.stored is None
+        return str(self.located.directory) if is_local else self.config.model
+
+    @property
     def left_out(self) -> tuple[LeftOut, ...]:
         """Files of the model's folder that the artifact leaves out, by path."""
         found = {each.path: each for each in (*self.located.left_out, *self.checkpoint.folder.files.left_out)}
