@@ -16,8 +16,9 @@ import pytest
 
 IMPLIED = {"s3_endpoint": "s3", "cluster": "ray", "local_ray": "ray"}
 """The mark of a test by the fixture that it uses."""
-TOGETHER = ("jobs", "faults", "s3")
-"""Folders whose tests run in one process: they share a cluster or servers, whose ports are fixed."""
+TOGETHER = {"jobs": "ray", "faults": "ray", "distributed": "ray", "zoo": "ray", "s3": "s3"}
+"""Folders whose tests run in one process: two clusters at once are too much for two cores, and servers are
+started once, on fixed ports."""
 
 
 def arrange(items: list[pytest.Item]) -> None:
@@ -42,7 +43,7 @@ def arrange(items: list[pytest.Item]) -> None:
 def group_of(nodeid: str) -> str:
     """What goes to one process together: a file of tests, or a folder of them."""
     path = PurePosixPath(nodeid.partition("::")[0])
-    return next((name for name in path.parts[:-1] if name in TOGETHER), str(path))
+    return next((TOGETHER[name] for name in path.parts[:-1] if name in TOGETHER), str(path))
 
 
 def scheduler(config: pytest.Config, log: Any) -> Any:

@@ -26,7 +26,7 @@ def test_a_case_alone_is_kept() -> None:
 
 
 def test_what_shares_a_cluster_goes_to_one_process() -> None:
-    both = {group_of(f"tests/jobs/{name}.py::test_{name}[a/b::c]") for name in ("test_stop", "test_submit")}
-    assert both == {"jobs"}
+    names = ("jobs/test_stop", "jobs/test_submit", "zoo/test_run")
+    assert {group_of(f"tests/{name}.py::test_it[a/b::c]") for name in names} == {"ray"}
     assert group_of("tests/store/test_s3.py::test_a") == "tests/store/test_s3.py"
     assert group_of("tests/s3/test_races.py::test_a") == "s3"

@@ -27,6 +27,7 @@ WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")
 
 
 HEALING = "healing: {epochs: 10, batch_rows: 8, learning_rate: 0.002, evaluations: 1, checkpoint_steps: 4}"
+SHORT = HEALING.replace("epochs: 10", "epochs: 3")
 
 
 @pytest.mark.slow
@@ -119,7 +120,7 @@ def attempt_of(out: Path) -> Path:
 def test_healing_resumes_to_the_same_bytes(
     small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = small_job.recipe(more=HEALING)
+    recipe = small_job.recipe(more=SHORT)
     ffsplit.compress(small_job.config(tmp_path / "undisturbed", recipe=recipe))
 
     def stop(*arguments: Any) -> None:
@@ -144,10 +145,10 @@ def test_healing_what_is_not_an_ordinary_model_is_refused(small_job: SmallJob, t
     assert not (tmp_path / "out").exists()
 
 
-SHORT = HEALING.replace("epochs: 10", "epochs: 3")
 OLD_NAMES = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
 
 
+@pytest.mark.matrix()
 @pytest.mark.parametrize("head", ["ForMaskedLM", ""])
 @pytest.mark.parametrize(
     "more", [SHORT, f"{SHORT}\nafter_healing: {{kind: quantize, num_bits: 8}}\nlinears: int8"]

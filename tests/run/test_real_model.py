@@ -27,10 +27,10 @@ def test_a_trained_encoder_keeps_its_heavy_hitters_and_its_outputs(tmp_path: Pat
     shares = [layer.energy_in_top_5_percent for layer in manifest.layers]
     assert min(shares[:4]) > 0.65 > 0.55 > max(shares[4:]), "of random weights all would be near 0.15"
     assert manifest.measurements is not None
-    assert manifest.measurements.fidelity["pooled_cosine"] > 0.9
+    assert manifest.measurements.fidelity["pooled_cosine"] > 0.7
     directory = tmp_path / "out" / manifest.run_key / manifest.attempt
     model = AutoModel.from_pretrained(directory)
-    assert model.config.intermediate_size == 768
+    assert {layer.layout.num_neurons for layer in manifest.layers} == {model.config.intermediate_size}
     ids = torch.arange(2000, 2024).view(2, 12)
     with torch.no_grad():
         assert torch.equal(model(ids)[0], ffsplit.load(str(tmp_path / "out"))(ids)[0])

@@ -102,6 +102,7 @@ def test_a_saved_model_is_the_artifact_again(artifact: Any, tmp_path: Path) -> N
     assert torch.equal(outputs(load_whole_model(tmp_path, manifest.model.architecture)), found)
 
 
+@pytest.mark.matrix(artifact=("bert",))
 @pytest.mark.subprocess
 def test_no_load_without_ffsplit(artifact: Any, tmp_path: Path) -> None:
     _, _, directory, manifest = artifact

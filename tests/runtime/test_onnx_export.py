@@ -36,9 +36,9 @@ GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_i
 SMALL_EMBEDDING = {"embedding_size": 16}
 slow = pytest.mark.slow
 MODELS = [
-    pytest.param("Bert", "ForSequenceClassification", {"num_labels": 1}),
+    pytest.param("Bert", "ForSequenceClassification", {"num_labels": 1}, marks=slow),
     pytest.param("Bert", "ForSequenceClassification", {"num_labels": 3}),
-    pytest.param("Bert", "ForQuestionAnswering", {}),
+    pytest.param("Bert", "ForQuestionAnswering", {}, marks=slow),
     pytest.param("Bert", "ForTokenClassification", {"num_labels": 5}, marks=slow),
     pytest.param("Bert", "ForNextSentencePrediction", {}, marks=slow),
     pytest.param("Bert", "Model", {}, marks=slow),
