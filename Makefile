@@ -17,21 +17,21 @@ help: ## List the targets
 venv: .venv/installed ## Create .venv and install everything, pinned
 
 .PHONY: demo
-demo: venv ## Compress all-MiniLM-L6-v2 into out/demo, on a Ray started on the spot
+demo: venv ## Compress all-MiniLM-L6-v2 into out/demo, on a local Ray that it starts
 	@HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
 
 PYTEST := $(BIN)/python -m pytest -n $(or $(PROCESSES),2) --dist loadfile --no-loadscope-reorder
 
 .PHONY: test
-test: venv ## Run the fast tests, minutes on 2 cores: a real Ray job, an S3 server and a real model among them
+test: venv ## Run the fast tests, minutes on 2 cores, including a real Ray job, an S3 server and a real model
 	$(PYTEST) -m "not slow"
 
 .PHONY: test-slow
-test-slow: venv ## Run the other tests: slow ones, and every case of the matrices that `make test` thins out
+test-slow: venv ## Run the other tests: slow ones, and the matrix cases that `make test` skips
 	$(PYTEST) -m slow
 
 .PHONY: test-all
-test-all: venv ## Run every test, but those that need real S3 servers (PROCESSES=n, 2 by default)
+test-all: venv ## Run every test except those that need real S3 servers (PROCESSES=n, 2 by default)
 	$(PYTEST)
 
 .PHONY: mutants
@@ -43,7 +43,7 @@ test-s3: venv ## Run the store's tests against OpenStack Swift and Ceph, started
 	FFSPLIT_TEST_SERVERS=1 $(BIN)/python -m pytest tests/s3
 
 .PHONY: apt
-apt: ## Refresh the package lists that `make test-s3` downloads Ceph by (Debian, as root; elsewhere nothing)
+apt: ## Refresh the package lists from which `make test-s3` downloads Ceph (Debian, as root; no-op elsewhere)
 	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update --quiet; \
 	else echo "no apt-get, or not root: the package lists stay as they are"; fi
 
@@ -58,7 +58,7 @@ lint: venv ## Check style and types
 	$(BIN)/mypy
 
 .PHONY: format
-format: venv ## Mend what the linter can mend
+format: venv ## Fix what the linter can fix, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -70,13 +70,13 @@ docs: venv ## Generate docs/manifest.schema.json and docs/models.md, and build t
 	@echo out/docs/index.html
 
 .PHONY: bench-speed
-bench-speed: venv ## Time compressed models beside other tools' into benchmarks/speed_<hardware>.md
+bench-speed: venv ## Time compressed models against other tools, into benchmarks/speed_<hardware>.md
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .bench torchao==0.18.0 \
 		compressed-tensors==0.19.0 loguru
 	PYTHONPATH=.:.bench $(BIN)/python benchmarks/speed.py
 
 .PHONY: bench-scaling
-bench-scaling: venv ## How the work spreads over workers, into benchmarks/scaling.md (two idle cores)
+bench-scaling: venv ## Measure scaling over workers, into benchmarks/scaling.md (needs two idle cores)
 	$(BIN)/python -m benchmarks.scaling
 
 .PHONY: bench-quality
@@ -84,7 +84,7 @@ bench-quality: venv ## Score every recipe (DATA=folder with stsb/ and others) in
 	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))
 
 .PHONY: examples
-examples: venv ## Run the examples that need nothing but the demo's wheel, into out/examples
+examples: venv ## Run the examples that need only the demo's wheel, into out/examples
 	@for each in encoder classifier own_recipe zoo; do \
 		echo "== examples/$$each.py"; HF_HUB_OFFLINE=1 PYTHONPATH=. $(BIN)/python examples/$$each.py || exit 1; done
 
@@ -110,7 +110,7 @@ define test_bounds
 endef
 
 .PHONY: dist
-dist: venv ## Build the wheel and the source archive into dist/, check them, try the wheel in an empty venv
+dist: venv ## Build the wheel and the source archive into dist/, check both, try the wheel in an empty venv
 	rm -rf dist out/wheel
 	$(BIN)/python -m build --quiet
 	$(BIN)/python -m twine check --strict dist/*

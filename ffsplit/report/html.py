@@ -1,4 +1,4 @@
-"""The report: one HTML page that needs nothing but itself."""
+"""The report: one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ffsplit.report.humanize import load_in_words, noise, spread_in_words
 from ffsplit.report.plots import EnergyCurve, change_rows, energy_figure, error_columns, error_rows
 from ffsplit.store.manifest import LayerRecord, Manifest, Measurements, TaskScore
 
-# Templates of pages that need nothing but themselves: one look, and everything that users wrote escaped.
+# Templates of self-contained pages. They share one style and escape all text that users wrote.
 
 
 def page_template(name: str, **filters: Callable[..., object]) -> Template:
-    """A template of this package by its file's name; numbers in it can be written as people read them."""
+    """A template of this package by file name, with filters that format numbers for people."""
     environment = Environment(
         loader=PackageLoader("ffsplit", "report"),
         autoescape=True,
@@ -50,7 +50,7 @@ _METRIC_NAMES: Final = {
     "pooled_cosine": "cosine of mean-pooled states",
     "label_agreement": "label agreement",
     "logit_error": "relative squared error of logits",
-    "kl_divergence": "KL divergence, nats a token",
+    "kl_divergence": "KL divergence, nats per token",
     "top1_agreement": "top-1 agreement",
     "original_perplexity": "perplexity, original",
     "compressed_perplexity": "perplexity, compressed",
@@ -61,7 +61,7 @@ _METRIC_NAMES: Final = {
 
 @dataclass(frozen=True)
 class Tile:
-    """One number of the headline: what it is, the number, and what to read it against."""
+    """One number of the headline: its label, its value, and a note to compare it with."""
 
     label: str
     value: str
@@ -72,8 +72,8 @@ class Tile:
 def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
     """The report of one run as HTML: the same bytes for the same manifest and curves.
 
-    Sections whose numbers are absent (no measurements, no curves, no layers) are left out. Whatever the
-    user wrote is escaped, and the page loads nothing from anywhere.
+    Sections without numbers (no measurements, no curves, no layers) are left out. All text that users
+    wrote is escaped, and the page loads nothing.
     """
     template = page_template(TEMPLATE_NAME, metric=_metric_name, verdict=verdict)
     measured = manifest.measurements
@@ -198,7 +198,7 @@ def _unit(layers: Sequence[LayerRecord]) -> str:
 
 
 def _layouts(layers: Sequence[LayerRecord]) -> str:
-    """The layouts in one phrase where they are few: `width 512 in every layer`."""
+    """The layouts in one phrase, if there are few: `width 512 in every layer`."""
     unit = _unit(layers)
     counted = Counter(humanize.layout(layer.layout) for layer in layers)
     if len(counted) == 1:

@@ -1,6 +1,6 @@
-"""The report's figures: what they show, as numbers and text. `figures.html` draws them.
+"""The report's figures as numbers and text. `figures.html` draws them.
 
-Lengths and positions are percentages of the figure, from its left and its bottom.
+Lengths and positions are percentages of the figure, from its left and bottom edges.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ffsplit.report import humanize
 from ffsplit.store.manifest import LayerRecord, Measurements
 
 HEAVY_SHARE: Final = 0.05
-"""The share of neurons at which concentration is quoted."""
+"""The share of neurons at which the energy is reported."""
 
 _MOST_LABELS: Final = 14
 _MOST_ROWS: Final = 24
@@ -30,11 +30,11 @@ _DEPTH: Final = (
     (214, 90, 72),
     (190, 117, 24),
 )
-"""First to last layer. All of one middling lightness, so that each stands out from white and from black."""
+"""First to last layer. All have medium lightness, so that each stands out on white and on black."""
 
 
 def depth_colors(num_layers: int) -> list[str]:
-    """One colour a layer, evenly along the ramp."""
+    """One colour per layer, evenly spaced along the ramp."""
     last = len(_DEPTH) - 1
     colors = []
     for layer in range(num_layers):
@@ -48,7 +48,7 @@ def depth_colors(num_layers: int) -> list[str]:
 
 @dataclass(frozen=True)
 class EnergyCurve:
-    """How one layer's FFN output energy piles up over its neurons, those of most energy first.
+    """The cumulative output energy of one layer's FFN over its neurons, the most energetic first.
 
     `fractions` (share of neurons) and `energy` (cumulative share of energy) both rise from 0 to 1.
     """
@@ -72,13 +72,13 @@ def energy_curve(
 ) -> EnergyCurve:
     """The curve of one layer from its neurons' energies [N], at most `num_points` points.
 
-    Points lie at 0 and at geometrically spaced counts of neurons, so that the first few heavy hitters
-    show as well as the tail. A layer without any energy lies flat at 0. Raises CalibrationError when there
-    are no energies, or some are negative or not finite.
+    Points lie at 0 and at geometrically spaced counts of neurons, so that both the first heavy hitters
+    and the tail are visible. A layer without energy is flat at 0. Raises CalibrationError if there are no
+    energies, or some are negative or not finite.
     """
     energy_N = np.asarray(energy_per_neuron, dtype=np.float64)
     if energy_N.ndim != 1 or energy_N.size == 0:
-        raise CalibrationError(f"layer {layer}: energies must be one number a neuron, not {energy_N.shape}")
+        raise CalibrationError(f"layer {layer}: energies must be one number per neuron, not {energy_N.shape}")
     if not np.isfinite(energy_N).all() or energy_N.min() < 0:
         raise CalibrationError(f"layer {layer}: energies must be finite and not negative: collect them again")
     assert num_points >= 2
@@ -91,7 +91,7 @@ def energy_curve(
 
 
 class Tick(NamedTuple):
-    """A place on an axis and its label. A narrow page has no room for the `detail` ones."""
+    """A position on an axis and its label. Narrow pages hide the `detail` ones."""
 
     at: float
     text: str
@@ -99,7 +99,7 @@ class Tick(NamedTuple):
 
 
 class Line(NamedTuple):
-    """One FFN's curve: its points, its height at the quoted share of neurons, its entry in the legend."""
+    """One FFN's curve: its points, its height at `HEAVY_SHARE`, its entry in the legend."""
 
     points: tuple[tuple[float, float], ...]
     height: float
@@ -109,7 +109,7 @@ class Line(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """Lines in depth order, and the ones that the legend lists."""
+    """Lines in depth order, and those that the legend lists."""
 
     title: str
     lines: tuple[Line, ...]
@@ -124,7 +124,7 @@ class Lines(NamedTuple):
 
 
 class Bar(NamedTuple):
-    """One bar: its length, the text at its end, its colour."""
+    """One bar: length, text at its end, colour."""
 
     length: float
     text: str
@@ -140,7 +140,7 @@ class BarRow(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """One column per FFN in depth order. `scale` has the heights that are labelled, `ticks` the FFNs."""
+    """One column per FFN in depth order. `scale` has the labelled heights, `ticks` the labelled FFNs."""
 
     title: str
     bars: tuple[Bar, ...]
@@ -190,7 +190,7 @@ def energy_figure(curves: Sequence[EnergyCurve]) -> Lines:
 
 
 def _listed(lines: Sequence[Line]) -> tuple[Line, ...]:
-    """The lines in the legend: few, in the order of their heights; many, thinned, in depth order."""
+    """The lines in the legend: all by height if they are few, otherwise a selection in depth order."""
     if len(lines) <= _MOST_LABELS:
         return tuple(sorted(lines, key=lambda line: -line.height))
     picks = np.unique(np.rint(np.linspace(0, len(lines) - 1, _MOST_LABELS - 4)).astype(int))
@@ -198,7 +198,7 @@ def _listed(lines: Sequence[Line]) -> tuple[Line, ...]:
 
 
 def error_rows(layers: Sequence[LayerRecord]) -> list[BarRow]:
-    """Each FFN's relative error with its layout. None where `error_columns` has them."""
+    """Each FFN's relative error with its layout; empty if there are so many that `error_columns` has them."""
     errors = _errors(layers)
     if len(errors) > _MOST_ROWS:
         return []
@@ -214,7 +214,7 @@ def error_rows(layers: Sequence[LayerRecord]) -> list[BarRow]:
 
 
 def error_columns(layers: Sequence[LayerRecord]) -> list[Columns]:
-    """Each FFN's relative error, and the elements that it stores. None where each FFN has a row."""
+    """Each FFN's relative error and stored elements; empty if `error_rows` has them."""
     errors = _errors(layers)
     if len(errors) <= _MOST_ROWS:
         return []
@@ -249,7 +249,7 @@ def _columns(layers: Sequence[LayerRecord], heights: Sequence[float], title: str
 
 
 def change_rows(measurements: Measurements) -> list[BarRow]:
-    """Before and after, each quantity against its own original."""
+    """Each quantity before and after, on its own scale."""
     before, after = measurements.original_size, measurements.compressed_size
     rows = [
         _pair("Parameters", before.num_parameters, after.num_parameters, humanize.count),

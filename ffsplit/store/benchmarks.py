@@ -1,6 +1,6 @@
 """Timings of a published model, appended beside its attempt: `<run key>/benchmarks/<hardware>-<id>.json`.
 
-Nothing in the attempt changes; each benchmark is a file of its own, so any number of machines may add
+The attempt itself does not change. Each benchmark is a separate file, so any number of machines can add
 theirs at once.
 """
 
@@ -23,7 +23,7 @@ BENCHMARKS_FOLDER = "benchmarks"
 
 
 class Figures(Record):
-    """One model's times of one kind."""
+    """Latency percentiles and throughput of one model."""
 
     p50_ms: float
     p95_ms: float
@@ -32,26 +32,28 @@ class Figures(Record):
 
 
 class Timing(Record):
-    """Both models at one shape, in turn. `decode` is one token more for each row, after `num_tokens`."""
+    """Both models at one shape, in turn. `decode` generates one more token per row, after `num_tokens`."""
 
     phase: Literal["forward", "prefill", "decode"]
     batch_size: int
-    num_tokens: int = Field(description="tokens a row")
+    num_tokens: int = Field(description="tokens per row")
     original: Figures
     compressed: Figures
     speedup: float = Field(description="original.p50_ms / compressed.p50_ms")
     spread: Spread | None = Field(default=None, description="of the speed-up")
     limit: float = Field(
-        description="what the removed products could give at most: the ratio of the multiplications of all "
-        "linear layers, or of their weights' bytes where each is used for few tokens"
+        description="upper limit on the speed-up: the ratio of the multiplications of all linear layers, "
+        "or of the bytes of their weights when each weight is used for few tokens"
     )
     limited_by: Literal["multiplications", "bytes"]
-    share_of_limit: float = Field(description="speedup / limit; integer products may pass the first limit")
+    share_of_limit: float = Field(
+        description="speedup / limit; integer products can exceed the limit by multiplications"
+    )
     num_pairs: int
 
 
 class Cost(Record):
-    """What a model takes before and while it runs."""
+    """Load time and peak memory of one model."""
 
     load_s: float = Field(description="from_pretrained with the files in the page cache, median of three")
     peak_memory_bytes: int | None
@@ -72,7 +74,7 @@ class BenchmarkRecord(Versioned):
     original: Cost
     compressed: Cost
     timings: tuple[Timing, ...]
-    load: LoadAverage | None = Field(default=None, description="None where the system tells none")
+    load: LoadAverage | None = Field(default=None, description="None if the system does not report it")
 
 
 def append_benchmark(location: Location, record: BenchmarkRecord) -> str:

@@ -1,14 +1,14 @@
-"""The local cache of artifacts, shared by the processes of a machine and kept below a size.
+"""The local cache of artifacts, shared by the processes of a machine and limited in size.
 
-<root>/artifacts/<digest>/      a whole artifact, verified before its directory appeared
-<root>/artifacts/.<digest>/     one that is arriving, or whose arrival broke off: it is taken up again
-<root>/locks/<digest>           exists while a process brings or removes that artifact
-<root>/readers/<digest>         locked by every process that was given that artifact, until the process ends
+<root>/artifacts/<digest>/      a complete artifact, verified before its directory appeared
+<root>/artifacts/.<digest>/     a download in progress, or an interrupted one, which the next download resumes
+<root>/locks/<digest>           exists while a process downloads or removes that artifact
+<root>/readers/<digest>         locked by every process that uses that artifact, until the process ends
 
-The root is $FFSPLIT_CACHE, else ~/.cache/ffsplit; the size is $FFSPLIT_CACHE_LIMIT, as in 50GB, the
-default. What was used longest ago goes first, but nothing that a process reads, whatever the limit, and
-nothing that was used in the last ten minutes. An artifact larger than the limit is brought and read like any
-other, and goes when nobody reads it any more.
+The root is $FFSPLIT_CACHE, else ~/.cache/ffsplit; the size limit is $FFSPLIT_CACHE_LIMIT, 50GB by default.
+The least recently used artifacts are removed first. An artifact that a process reads, or that was used in
+the last ten minutes, is never removed, whatever the limit. An artifact larger than the limit is downloaded
+and read like any other, and removed once nobody reads it.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ GRACE_S = 600.0
 
 @dataclass(frozen=True)
 class Cache:
-    """Directories by the digest of what is in them."""
+    """Directories, named by the digest of their contents."""
 
     root: Path
     limit_bytes: int
 
     @classmethod
     def open(cls, root: Path | None = None) -> Cache:
-        """The cache of this user, or one elsewhere. Raises ConfigError for a limit that is no size."""
+        """The cache of this user, or the one in `root`. Raises ConfigError if the limit is not a size."""
         given, home = os.environ.get("FFSPLIT_CACHE"), home_directory()
         if root is None and not given and home is None:
-            chosen = Path("no-home")  # holds nothing, and is not made: most commands need no cache
+            chosen = Path("no-home")  # empty, and never created: most commands need no cache
         else:
             chosen = (root or user_path(given or "~/.cache/ffsplit")).absolute()
         limit = os.environ.get("FFSPLIT_CACHE_LIMIT") or DEFAULT_LIMIT
         return cls(chosen, parse_size(limit, name="FFSPLIT_CACHE_LIMIT"))
 
     def find(self, digest: str, *, is_whole: Callable[[Path], bool]) -> Path | None:
-        """The directory of a digest, None when it is not there or not whole. Counts as a use of it.
+        """The directory of a digest, None when it is missing or incomplete. Counts as a use of it.
 
-        It stays for as long as this process lives.
+        The directory is kept until this process ends.
         """
         directory = self.root / "artifacts" / digest
         if not is_whole(directory):
             return None
         try:
             _read(self._readers(digest))
-        except OSError:  # a cache that may not be written is not shrunk by this user either
+        except OSError:  # a user who cannot write to the cache cannot shrink it either
             return directory
-        if not is_whole(directory):  # it went just before
+        if not is_whole(directory):  # it was removed just before
             return None
         with suppress(OSError):
             os.utime(directory)
@@ -70,9 +70,9 @@ class Cache:
     def get(
         self, digest: str, *, is_whole: Callable[[Path], bool], bring: Callable[[Path, Path], None]
     ) -> Path:
-        """The directory of a digest, brought by `bring(target, staging)` when it is not there.
+        """The directory of a digest, downloaded by `bring(target, staging)` if it is missing.
 
-        Of several processes that want the same one, one brings it and the others wait.
+        If several processes want the same one, one downloads it and the others wait.
         """
         if found := self.find(digest, is_whole=is_whole):
             return found
@@ -93,7 +93,7 @@ class Cache:
         return target
 
     def shrink(self) -> None:
-        """Remove what was used longest ago, and nobody reads, until the rest is within the limit."""
+        """Remove the least recently used artifacts that nobody reads until the rest is within the limit."""
         entries = []
         with suppress(OSError):
             for path in (self.root / "artifacts").iterdir():
@@ -117,12 +117,12 @@ class Cache:
 
 
 _reading: dict[tuple[int, Path], int] = {}
-"""The descriptors that hold this process's locks as a reader; a child that was forked takes its own."""
+"""The descriptors that hold this process's reader locks; a forked child takes its own."""
 _guard = threading.Lock()
 
 
 def _read(path: Path) -> None:
-    """Lock an artifact as one of its readers, once a process, until the process ends. Raises OSError."""
+    """Lock an artifact as a reader, once per process, until the process ends. Raises OSError."""
     with _guard:
         held = _reading.get((os.getpid(), path))
         if held is not None and _is_at(held, path):
@@ -133,12 +133,12 @@ def _read(path: Path) -> None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the file of a descriptor is still the one at a path: somebody may have cleared the cache."""
+    """Whether the path still is the descriptor's file: somebody may have cleared the cache."""
     with suppress(OSError):
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     return False
 
 
 def _size_bytes(directory: Path) -> int:
-    """Bytes on the disk: a file that is still arriving is sparse."""
+    """Bytes used on disk: a file that is still being downloaded is sparse."""
     return sum(path.lstat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())

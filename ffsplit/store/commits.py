@@ -1,4 +1,4 @@
-"""The records of what is published: commits, which are the truth, and copies of them for fast reading."""
+"""The records of what is published: commits, the source of truth, and copies of them for fast reading."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ffsplit.store.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
 from ffsplit.store.schema import NewerSchema, UtcTime, Versioned, read_record
 from ffsplit.store.store import MissingKey, Store, read_at_most
 
-# The records that make an attempt the result of its run: commits, which are the truth, and their reading.
+# The records that make an attempt the result of its run, and how to read them.
 
 COMMIT_NAME = "commit.json"
 MAX_RECORD_BYTES = 1 << 20
@@ -42,14 +42,14 @@ class Named(Versioned):
 
 
 class Commit(Named):
-    """What makes one attempt the result of its run."""
+    """The record that makes one attempt the result of its run."""
 
     manifest_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     kind: Kind
 
 
 def read_commit(store: Store, run_key: str) -> Commit | None:
-    """The commit of a run, None when it has none. Raises ArtifactError when it cannot be understood."""
+    """The commit of a run, None if it has none. Raises ArtifactError if the commit is invalid."""
     key = f"{run_key}/{COMMIT_NAME}"
     try:
         data = read_at_most(store, key, MAX_RECORD_BYTES)
@@ -66,12 +66,12 @@ def read_commit(store: Store, run_key: str) -> Commit | None:
 
 
 def run_keys(store: Store) -> list[str]:
-    """The runs of a store, committed or not, sorted. Costs one listing."""
+    """The keys of all runs of a store, committed or not, sorted. Costs one listing."""
     return [name for name in store.list_directories("") if RUN_KEY.fullmatch(name)]
 
 
 def read_commits(store: Store, keys: Iterable[str]) -> list[Commit]:
-    """The commits of some runs, oldest first, without those that have none. Costs one read a run."""
+    """The commits of the given runs, oldest first; runs without one are skipped. Costs one read per run."""
     with ThreadPoolExecutor(NUM_READERS) as pool:
         found = list(pool.map(lambda key: read_commit(store, key), keys))
     return sorted((commit for commit in found if commit), key=lambda commit: commit.order)
@@ -93,13 +93,13 @@ MAX_INDEX_BYTES = 256 << 20
 
 
 class Latest(Named):
-    """The hint at the root of a store. The generation counts how often it was moved."""
+    """The hint at the root of a store. `generation` counts its updates."""
 
     generation: int = Field(default=0, ge=0)
 
 
 class RunSummary(Record):
-    """One committed run as `ffsplit list` shows it. None is what its manifest does not tell."""
+    """One committed run as `ffsplit list` shows it. A field is None if the manifest lacks it."""
 
     commit: Commit
     model: str
@@ -111,7 +111,7 @@ class RunSummary(Record):
 
 
 class Index(Versioned):
-    """Every commit that its writer knew of, oldest first."""
+    """Every commit that the index's writer knew of, oldest first."""
 
     runs: tuple[RunSummary, ...] = ()
 
@@ -121,7 +121,7 @@ _NEWER = Index()
 
 
 def summarize(commit: Commit, manifest: Manifest) -> RunSummary:
-    """What the list shows of a manifest."""
+    """The summary of a manifest that the list shows."""
     measured = manifest.measurements
     return RunSummary(
         commit=commit,
@@ -135,7 +135,7 @@ def summarize(commit: Commit, manifest: Manifest) -> RunSummary:
 
 
 def read_index(store: Store) -> Index:
-    """The index as it was last written; an empty one when it is missing or cannot be understood."""
+    """The index as it was last written; an empty one if it is missing or invalid."""
     try:
         return read_record(Index, read_at_most(store, INDEX_NAME, MAX_INDEX_BYTES), name=INDEX_NAME)
     except NewerSchema:
@@ -145,7 +145,10 @@ def read_index(store: Store) -> Index:
 
 
 def list_runs(store: Store) -> list[RunSummary]:
-    """Every committed run, oldest first. Costs a listing, one read, and two more a run not in the index."""
+    """Every committed run, oldest first.
+
+    Costs a listing and one read, and two more reads per run that the index lacks.
+    """
     index, present = _index_and_runs(store)
     known = [run for run in index.runs if run.commit.run_key in present]
     missing = present - {run.commit.run_key for run in known}
@@ -158,7 +161,7 @@ def list_runs(store: Store) -> list[RunSummary]:
 
 
 def add_to_index(store: Store, commit: Commit, manifest: Manifest) -> None:
-    """Put a new commit into the index. Two writers at once lose one of both, which readers correct.
+    """Add a new commit to the index. Of two concurrent writers one may lose its entry; readers restore it.
 
     Raises StoreError when the store fails.
     """
@@ -168,7 +171,7 @@ def add_to_index(store: Store, commit: Commit, manifest: Manifest) -> None:
 
 
 def latest_commit(store: Store) -> Commit | None:
-    """The newest committed model, None when there is none. Mends latest.json where it may be written."""
+    """The newest committed model, None if there is none. Corrects latest.json if it can write to it."""
     with ThreadPoolExecutor(1) as pool:
         hinted = pool.submit(read_hint, store)
         index, present = _index_and_runs(store)
@@ -192,9 +195,9 @@ def move_hint(store: Store, commit: Commit) -> None:
 
 
 def read_hint(store: Store) -> Latest | None:
-    """What latest.json names, None when it is missing or cannot be understood.
+    """The content of latest.json, None if it is missing or invalid.
 
-    Raises NewerSchema for a hint that is not ours to replace.
+    Raises NewerSchema for a hint of a newer schema, which this version must not replace.
     """
     try:
         return read_record(Latest, read_at_most(store, LATEST_NAME, MAX_RECORD_BYTES), name=LATEST_NAME)
@@ -205,7 +208,7 @@ def read_hint(store: Store) -> Latest | None:
 
 
 def _index_and_runs(store: Store) -> tuple[Index, set[str]]:
-    """The index, and the keys of the runs that are there."""
+    """The index, and the keys of the runs that exist."""
     with ThreadPoolExecutor(1) as pool:
         index = pool.submit(read_index, store)
         present = set(run_keys(store))
@@ -223,7 +226,7 @@ def _read_summaries(store: Store, commits: list[Commit]) -> list[RunSummary]:
 
 
 def _read_summary(store: Store, commit: Commit) -> RunSummary:
-    """The summary of a commit, a bare one when its manifest is not the one committed."""
+    """The summary of a commit; without figures if its manifest is missing or not the committed one."""
     key = f"{commit.run_key}/{commit.attempt}/{MANIFEST_NAME}"
     with suppress(MissingKey, ArtifactError):
         data = read_at_most(store, key, MAX_MANIFEST_BYTES)
@@ -233,7 +236,7 @@ def _read_summary(store: Store, commit: Commit) -> RunSummary:
 
 
 def _write_index(store: Store, runs: list[RunSummary], *, index: Index) -> None:
-    """Write the index, without the runs whose manifest could not be read: perhaps the next reader can."""
+    """Write the index without the runs whose manifest could not be read: the next reader may succeed."""
     if index is _NEWER:
         return
     known = sorted((run for run in runs if run.model != "?"), key=lambda run: run.commit.order)
@@ -243,7 +246,7 @@ def _write_index(store: Store, runs: list[RunSummary], *, index: Index) -> None:
 
 @contextmanager
 def _logged(name: str) -> Iterator[None]:
-    """A reader may not be allowed to write, and needs nothing that it would."""
+    """Log a failed correction and go on: a reader may lack write permission, and does not need the result."""
     try:
         yield
     except FFSplitError as error:

@@ -15,7 +15,7 @@ from ffsplit.store.manifest import UNLISTED
 
 CHUNK_BYTES = 1 << 20
 HASHED_AT_ONCE = 4 << 20
-"""Among threads that transfer, whoever hashes waits for the interpreter's lock after every piece."""
+"""Large pieces: a hashing thread waits for the interpreter lock after each, while others transfer."""
 
 
 def read_chunks(path: Path, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
@@ -37,7 +37,7 @@ def sha256_file(path: Path) -> str:
 
 
 def hash_range(file: FileIO, digest: hashlib._Hash, *, start: int, size_bytes: int | None) -> None:
-    """Add a range of an unbuffered file to a digest, as far as there are bytes. Raises OSError."""
+    """Add a range of an unbuffered file to a digest, up to the end of the file. Raises OSError."""
     left = sys.maxsize if size_bytes is None else size_bytes
     piece = memoryview(bytearray(min(left, HASHED_AT_ONCE)))
     file.seek(start)
@@ -47,17 +47,17 @@ def hash_range(file: FileIO, digest: hashlib._Hash, *, start: int, size_bytes: i
 
 
 def file_entries(directory: Path) -> tuple[FileEntry, ...]:
-    """Every file below a directory but its manifest and signature, sorted, with size and digest.
+    """Every file below a directory except its manifest and signature, sorted, with size and digest.
 
-    Raises ArtifactError for anything that no artifact may hold: a symbolic link, a socket, a pipe,
-    or a name that is not safe in every store; and when the directory cannot be read.
+    Raises ArtifactError for anything that an artifact must not contain (a symbolic link, a socket, a
+    pipe, a name that is not safe in every store), and if the directory cannot be read.
     """
     files = list_files(directory)
     return tuple(file_entry(path, name) for name, path in files.items() if name not in UNLISTED)
 
 
 def file_entry(path: Path, name: str) -> FileEntry:
-    """Size and digest of one file, under a name of its own. Raises ArtifactError."""
+    """Size and digest of one file, listed as `name`. Raises ArtifactError."""
     try:
         return FileEntry(path=name, size_bytes=path.stat().st_size, sha256=sha256_file(path))
     except OSError as error:
@@ -82,7 +82,7 @@ def _collect(directory: Path, prefix: str, found: dict[str, Path]) -> None:
         for child in children:
             name = prefix + child.name
             if not is_safe_path(name):
-                raise ArtifactError(f"{name!r} in {directory} is not a name an artifact's file may have")
+                raise ArtifactError(f"{name!r} in {directory} is not a valid file name for an artifact")
             if child.is_symlink():
                 raise ArtifactError(f"{child.path} is a symbolic link: put the file itself into the artifact")
             if child.is_dir():

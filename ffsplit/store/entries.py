@@ -18,14 +18,14 @@ ATTEMPT_ID = re.compile(r"[0-9a-f]{12}")
 MAX_NAME_BYTES = 255
 
 _REFUSED_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Control characters, invisible ones, lone surrogates, line separators: they deceive or break something."""
+"""Control and invisible characters, lone surrogates, line separators: they mislead readers or break tools."""
 
 
 def is_safe_path(path: str) -> bool:
     """Whether a path stays inside the directory it is relative to, on any system and in any store.
 
-    Safe is: forward slashes only, no leading or trailing one, no empty, `.` or `..` component, no
-    backslash, no control or invisible character, and no component over 255 bytes.
+    A safe path has forward slashes only, none of them leading or trailing; no empty, `.` or `..`
+    component; no backslash; no control or invisible character; and no component over 255 bytes.
     """
     if "\\" in path or any(unicodedata.category(character) in _REFUSED_CATEGORIES for character in path):
         return False
@@ -35,7 +35,7 @@ def is_safe_path(path: str) -> bool:
 
 
 def colliding(paths: Iterable[str]) -> str | None:
-    """A path that some file system takes for another one: the same but for case or Unicode form."""
+    """A path that differs from another only in case or Unicode form: some file systems confuse the two."""
     seen: set[str] = set()
     for path in paths:
         folded = unicodedata.normalize("NFC", path).casefold()
@@ -46,18 +46,18 @@ def colliding(paths: Iterable[str]) -> str | None:
 
 
 def check_outside_attempts(path: str, *, flag: str) -> None:
-    """Raise ConfigError when a path or URI lies in a published attempt, into which nothing is written."""
+    """Raise ConfigError if a path or URI lies in a published attempt: those are never written to."""
     if re.search(rf"(^|/){RUN_KEY.pattern}/{ATTEMPT_ID.pattern}(/|$)", path):
         raise ConfigError(f"{flag} {path} lies in a published attempt: choose another place")
 
 
 def check_absolute(target: str) -> None:
-    """Raise ConfigError for an output that would go with a job's working directory, which is a copy."""
+    """Raise ConfigError for a relative output: it would be lost with the job's copy of the directory."""
     if "://" not in target and not target.startswith(("/", "~")):
         raise ConfigError(f"{target} must be absolute in a job, whose working directory is a copy")
 
 
-# Records that stores and manifests share: files with digests or left out, and what a store guarantees.
+# Records that stores and manifests share: listed files, omitted files, and what a store guarantees.
 
 
 class FileEntry(Record):
@@ -77,18 +77,18 @@ class FileEntry(Record):
 
 
 class LeftOut(Record):
-    """What a model's folder holds and its artifact does not."""
+    """A file of the model's folder that was not copied into the artifact."""
 
-    path: str = Field(description="relative to the folder; ends with / for all that is below it")
+    path: str = Field(description="relative to the folder; ends with / for a whole folder")
     reason: str
 
 
 class StoreGuarantees(Record):
-    """What the store promised when the run began, found out by trying it."""
+    """What the store guarantees, as probed when the run began."""
 
     conditional_put: Literal["atomic", "not atomic"] = Field(
-        description="whether of several writers that create one key at once exactly one was told yes"
+        description="atomic: of several writers that created one key at once, at most one succeeded"
     )
     checksums: tuple[str, ...] = Field(
-        description="the kinds of checksum that an upload may carry and that a wrong value of was refused"
+        description="checksum types the server verifies: it rejected a wrong value"
     )

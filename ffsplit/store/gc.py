@@ -1,7 +1,7 @@
-"""What of a store may go: old runs, attempts that nobody committed, and what broken runs left behind.
+"""Garbage collection: old runs, attempts that were never committed, and leftovers of broken runs.
 
-Never removed: the newest model, which `latest` names; what a pin names; a scratch that a run holds; what is
-not committed but was written to more recently than `min_age`, for somebody may be at work there.
+Never removed: the newest model, which `latest` names; pinned runs; a scratch in use; and uncommitted files
+written to within `min_age`, since a run may still be working on them.
 
     pins/<run key>.json      keeps that run
 """
@@ -36,7 +36,7 @@ DEFAULT_MIN_AGE = timedelta(days=1)
 
 
 class Removal(Record):
-    """One prefix that may go, and why. `commit` is what has to go first so that no reader finds it."""
+    """One prefix to remove, and why. `commit` is removed first, so that no reader finds half a run."""
 
     prefix: str
     reason: str
@@ -46,7 +46,7 @@ class Removal(Record):
 
 
 class Plan(Record):
-    """What a collection would remove, and what it would keep."""
+    """What a collection would remove and keep."""
 
     kept: tuple[str, ...]
     removals: tuple[Removal, ...]
@@ -55,7 +55,10 @@ class Plan(Record):
 
 
 def pin(location: Location) -> str:
-    """Keep a committed run, whatever is collected. Returns its run key. Raises ConfigError if it is none."""
+    """Protect a committed run from collection; returns its run key.
+
+    Raises ConfigError if the run is not committed.
+    """
     if location.commit is None:
         raise ConfigError(f"{location.uri} is not committed: only a committed run can be pinned")
     named = location.commit
@@ -65,7 +68,7 @@ def pin(location: Location) -> str:
 
 
 def unpin(location: Location) -> str:
-    """Let a run go again. Returns its run key. Raises ConfigError when it is not pinned."""
+    """Remove a run's pin; returns its run key. Raises ConfigError if it is not pinned."""
     run_key = location.run_key or ""
     if not run_key or not location.store.exists(_pin_key(run_key)):
         raise ConfigError(f"{location.uri} is not pinned")
@@ -80,7 +83,7 @@ def pinned_runs(store: Store) -> set[str]:
 
 
 def plan(store: Store, *, keep_last: int, min_age: timedelta = DEFAULT_MIN_AGE) -> Plan:
-    """What may go when the `keep_last` newest models, and as many newest statistics, are to stay.
+    """What to remove, keeping the `keep_last` newest models and as many of the newest statistics.
 
     Raises ConfigError for a negative number.
     """
@@ -121,8 +124,8 @@ def plan(store: Store, *, keep_last: int, min_age: timedelta = DEFAULT_MIN_AGE) 
 def collect(store: Store, planned: Plan) -> list[Removal]:
     """Remove what was planned, and return what was removed.
 
-    A run that was pinned, became the newest or was committed meanwhile stays, and so does a scratch that
-    a run holds by now.
+    Kept after all: a run that was pinned, committed or became the newest since the plan was made, and a
+    scratch that a run uses now.
     """
     with begun():
         return _collect(store, planned)
@@ -156,7 +159,7 @@ def _collect(store: Store, planned: Plan) -> list[Removal]:
 
 
 def _by_prefix(entries: Iterable[Stored]) -> dict[str, list[Stored]]:
-    """The files of each attempt and of each run's scratch. Whatever else is there is not ours."""
+    """The files of each attempt, of each run's scratch and of each share. Other files are not ours."""
     found: dict[str, list[Stored]] = {}
     for entry in entries:
         first, _, rest = entry.key.partition("/")
@@ -168,7 +171,7 @@ def _by_prefix(entries: Iterable[Stored]) -> dict[str, list[Stored]]:
 
 
 def _is_held(prefix: str, entries: Iterable[Stored]) -> bool:
-    """Whether this is the scratch of a run at work, however old its files are."""
+    """Whether this is a scratch in use, however old its files are."""
     return prefix.startswith(f"{SCRATCH_PREFIX}/") and bool(holders(entries, now=datetime.now(timezone.utc)))
 
 

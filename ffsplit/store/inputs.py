@@ -1,13 +1,13 @@
-"""What a run starts from when it lies in a store: a model's directory or a file of text.
+"""Inputs of a run that lie in a store: a model's directory or a text file.
 
-The files are described by their digests. The description is small, so a driver can hand it to workers
-on other nodes, each of which has the very same files in a cache of its own, fetched when first used:
+The files are described by their digests. The description is small, so a driver can send it to workers
+on other nodes. Each node fetches the same files into its own cache on first use:
 
     inputs = stored_files("s3://bucket/model", choose=lambda names: names)            # the driver
     directory = inputs.materialize()                                                  # any worker
 
-What a store listed for a description (keys, sizes, times of writing) names it in the cache, so a file
-that was replaced is read and described again.
+In the cache a description is named by the store's listing (keys, sizes, modification times), so a file
+that was replaced is fetched and described again.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class StoredFiles(Record):
 
     @property
     def digest(self) -> str:
-        """Of all paths and contents, wherever they are stored."""
+        """sha256 of all paths and contents; it does not depend on where they are stored."""
         lines = [f"{entry.path}\0{entry.size_bytes}\0{entry.sha256}" for entry in self.files]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def materialize(self) -> Path:
-        """A directory of this machine with these files: in place, or verified in the cache.
+        """A local directory with these files: in place, or verified in the cache.
 
-        Of several processes that want them one fetches them and the others wait. Raises ArtifactError
-        when a file is missing or was changed since, StoreError when the store fails, ConfigError when
-        the cache cannot be written.
+        If several processes want them, one fetches them and the others wait. Raises ArtifactError if a
+        file is missing or has changed, StoreError if the store fails, ConfigError if the cache cannot
+        be written.
         """
         store = open_store(self.uri)
         if isinstance(store, LocalStore):
@@ -67,17 +67,17 @@ class StoredFiles(Record):
         return cache.get(self.digest, is_whole=self.are_in, bring=bring)
 
     def are_in(self, directory: Path) -> bool:
-        """Whether a directory has these files, by their sizes."""
+        """Whether a directory has these files with these sizes; digests are not checked."""
         return first_problem(directory, self.files) is None
 
 
 def is_remote(uri: str) -> bool:
-    """Whether an input is in a store and has to be fetched."""
+    """Whether an input is in a store and must be fetched."""
     return uri.lower().startswith("s3://")
 
 
 def stored_files(uri: str, *, choose: Callable[[tuple[str, ...]], Collection[str]]) -> StoredFiles:
-    """The files below a directory that `choose` takes of all, in the cache from now on."""
+    """The files below a directory that `choose` selects. They are in the cache from now on."""
     store = open_store(uri)
     entries = [entry for entry in store.list_details("") if not entry.key.endswith("/")]  # a folder's marker
     chosen = choose(tuple(entry.key for entry in entries))
@@ -97,7 +97,7 @@ def fetch_file(uri: str) -> Path:
 
 
 def _described(store: Store, entries: Sequence[Stored]) -> StoredFiles:
-    """The files of a listing, fetched to be digested unless this very listing was described before."""
+    """The files of a listing with their digests; fetched unless the same listing was described before."""
     cache = Cache.open()
     stamps = [f"{each.key}\0{each.size_bytes}\0{each.modified_at.isoformat()}" for each in entries]
     digest = hashlib.sha256("\n".join([store.uri, *stamps]).encode()).hexdigest()
@@ -130,7 +130,7 @@ def _described(store: Store, entries: Sequence[Stored]) -> StoredFiles:
 
 
 def _read_record(directory: Path) -> StoredFiles | None:
-    """The description in a directory of the cache, None when there is none."""
+    """The description in a directory of the cache, None if it is missing or invalid."""
     try:
         return StoredFiles.model_validate_json((directory / _RECORD_NAME).read_bytes())
     except (OSError, ValidationError):

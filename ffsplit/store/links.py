@@ -1,6 +1,6 @@
-"""Sharing an artifact with those who have no credentials: one link that names a link to every file.
+"""Share an artifact with users who have no credentials: one link leads to the links of all files.
 
-.shares/<expiry>-<random>/share.json     the links, itself reached by a link until it expires
+.shares/<expiry>-<random>/share.json     the links to all files; itself read through a link until it expires
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ SHARES_PREFIX = ".shares"
 SHARE_NAME = "share.json"
 MAX_SHARE_BYTES = 64 << 20
 MAX_EXPIRY = timedelta(days=7)
-"""What S3 allows a signature to last."""
+"""The longest that S3 lets a signature last."""
 
 
 class Share(Versioned):
-    """Links to the files of one artifact, by their paths, and until when they work."""
+    """Links to the files of one artifact, by path, and when they expire."""
 
     run_key: str
     attempt: str
@@ -44,7 +44,7 @@ class Share(Versioned):
     def _are_links(cls, files: dict[str, str]) -> dict[str, str]:
         for path, url in files.items():
             if not is_safe_path(path) or not is_link(url):
-                raise ValueError(f"{path!r} is no path, or its link is none")
+                raise ValueError(f"{path!r} is not a safe path, or its link is not an http(s) URL")
         return files
 
 
@@ -53,13 +53,13 @@ def is_link(uri: str) -> bool:
 
 
 def share(uri: str, *, expires: timedelta) -> str:
-    """A link that `ffsplit pull` takes without any credentials, until it expires.
+    """A link that `ffsplit pull` accepts without credentials, until it expires.
 
-    The links are signed with this user's credentials and end with them. Raises ConfigError for a
-    store that has no links, and for a time over seven days.
+    The links are signed with this user's credentials and stop working when those expire. Raises
+    ConfigError for a store without links, and for an expiry above seven days.
     """
     if not timedelta(seconds=1) <= expires <= MAX_EXPIRY:
-        raise ConfigError("--expires: give at least 1s and at most 7d, the longest that S3 allows")
+        raise ConfigError("--expires: give at least 1s and at most 7d, the most that S3 allows")
     location = locate(uri)
     manifest = read_manifest(location)
     ends_at = datetime.now(timezone.utc) + expires
@@ -80,12 +80,12 @@ def share(uri: str, *, expires: timedelta) -> str:
 def _presign(location: Location, key: str, expires: timedelta) -> str:
     url = location.store.presign(key, expires_s=int(expires.total_seconds()))
     if url is None:
-        raise ConfigError(f"{location.uri} cannot be shared by links: only what is in s3:// can")
+        raise ConfigError(f"{location.uri} cannot be shared by link: only artifacts in s3:// can")
     return url
 
 
 def has_expired(share_directory: str, now: datetime) -> bool:
-    """Whether the links of a directory below .shares/ work no more."""
+    """Whether the links of a directory below .shares/ have expired."""
     stamp = share_directory.partition("-")[0]
     try:
         return datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc) < now
@@ -94,7 +94,7 @@ def has_expired(share_directory: str, now: datetime) -> bool:
 
 
 class LinkedFiles:
-    """The files of a share, read by plain HTTP. What errors show of a link is never its signature."""
+    """The files of a share, read over plain HTTP. Errors never show a link's signature."""
 
     def __init__(self, link: str) -> None:
         retries = urllib3.Retry(
@@ -111,16 +111,16 @@ class LinkedFiles:
         except NewerSchema:
             raise
         except (ArtifactError, ValueError):
-            raise ConfigError(f"{self.uri} is no share of an artifact: `ffsplit share` makes one") from None
+            raise ConfigError(f"{self.uri} is not a share link: create one with `ffsplit share`") from None
 
     def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
-        """A file of the artifact, or a range of it. Raises MissingKey when the share does not name it."""
+        """A file of the artifact, or a range of it. Raises MissingKey if the share does not list it."""
         if key not in self.share.files:
-            raise MissingKey(f"{self.uri} names no {key}")
+            raise MissingKey(f"{self.uri} does not list {key}")
         yield from self._stream(self.share.files[key], start=start, size_bytes=size_bytes)
 
     def _stream(self, link: str, *, start: int, size_bytes: int | None) -> Iterator[bytes]:
-        """The bytes behind a link; a connection that breaks is taken up where it broke."""
+        """The bytes behind a link; a broken connection is resumed where it stopped."""
         offset, end, failures = start, None if size_bytes is None else start + size_bytes, 0
         while end is None or offset < end:
             try:
@@ -130,7 +130,7 @@ class LinkedFiles:
                     if offset and reply.status != 206:
                         raise StoreError(f"{_without_signature(link)} cannot be read in parts")
                     if "Content-Length" not in reply.headers and "Transfer-Encoding" not in reply.headers:
-                        raise urllib3.exceptions.ProtocolError("the headers of the reply broke off")
+                        raise urllib3.exceptions.ProtocolError("the headers of the reply are incomplete")
                     for chunk in reply.stream(CHUNK_BYTES):
                         offset, failures = offset + len(chunk), 0
                         yield chunk
@@ -138,7 +138,8 @@ class LinkedFiles:
             except (urllib3.exceptions.ProtocolError, urllib3.exceptions.ReadTimeoutError) as error:
                 failures += 1
                 if failures == MAX_ATTEMPTS:
-                    raise StoreError(f"cannot read {_without_signature(link)}: it breaks off") from error
+                    shown = _without_signature(link)
+                    raise StoreError(f"cannot read {shown}: the connection keeps breaking") from error
                 time.sleep(backoff_s(failures))
 
     @contextmanager
@@ -152,7 +153,7 @@ class LinkedFiles:
             raise StoreError(f"cannot read {shown}: {why}: check the network") from None
         try:
             if reply.status in (400, 401, 403):
-                raise ConfigError(f"{shown} is not open (any more): ask for a new link")
+                raise ConfigError(f"{shown} is not accessible or has expired: ask for a new link")
             if reply.status in (404, 410):
                 raise MissingKey(f"{shown} does not exist")
             if reply.status not in (200, 206, 416):

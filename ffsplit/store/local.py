@@ -24,10 +24,10 @@ _MKDIR_ATTEMPTS = 20
 
 
 class LocalStore:
-    """Keys are files below a root directory, which is made when the first of them is written.
+    """Keys are files below a root directory, which is created by the first write.
 
-    Writes go to a temporary file beside the target, are synced and then renamed or hard-linked: a
-    reader sees the old value or the new one. Symbolic links are listed but never read.
+    A write goes to a temporary file beside the target, which is synced and then renamed or hard-linked:
+    a reader sees the old value or the new one. Symbolic links are listed but never read.
     """
 
     def __init__(self, root: Path) -> None:
@@ -51,7 +51,7 @@ class LocalStore:
             staged = _stage(target, chunks)
             try:
                 if staged.stat().st_size != size_bytes:
-                    raise StoreError(f"{target}: its source changed while it was copied")
+                    raise StoreError(f"{target}: the source file changed while it was copied: try again")
                 os.replace(staged, target)
             except BaseException:
                 staged.unlink(missing_ok=True)
@@ -65,7 +65,7 @@ class LocalStore:
             try:
                 os.link(staged, target)
             except FileExistsError:
-                return staged.stat().st_nlink > 1  # a network file system may lose its reply to our own link
+                return staged.stat().st_nlink > 1  # a network file system may lose the reply to our own link
             finally:
                 staged.unlink(missing_ok=True)
             _sync_directory(target.parent)
@@ -108,7 +108,7 @@ class LocalStore:
         return len(old)
 
     def _walk(self, prefix: str, *, wanted: Callable[[str], bool]) -> Iterator[Stored]:
-        """Every wanted file below a prefix, but none that vanishes meanwhile."""
+        """Every wanted file below a prefix, except those that vanish during the walk."""
         top = self._directory(prefix)
         with _os_errors(f"list {top}"):
             for directory, children, names in os.walk(top, onerror=_raise_unless_missing):
@@ -168,13 +168,13 @@ class LocalStore:
             except (FileNotFoundError, NotADirectoryError):
                 raise MissingKey(f"{path} does not exist") from None
         if stat.S_ISLNK(mode):
-            raise StoreError(f"{path} is a symbolic link, which no store may hold")
+            raise StoreError(f"{path} is a symbolic link, which a store must not contain: put the file there")
         if not stat.S_ISREG(mode):
             raise MissingKey(f"{path} does not exist")
         return path
 
     def _prune(self, directory: Path) -> None:
-        """Remove directories that became empty, up to the root, which stays."""
+        """Remove empty directories upwards; the root stays."""
         with suppress(OSError):
             while directory != self._root:
                 directory.rmdir()
@@ -198,19 +198,19 @@ def _stage(target: Path, chunks: Iterable[bytes]) -> Path:
 
 
 def _create(path: Path) -> int:
-    """Open a new file, making its directory again when another's clean-up has just removed it."""
+    """Open a new file. Creates its directory again if another process has just removed it as empty."""
     for attempt in range(_MKDIR_ATTEMPTS):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        except (FileNotFoundError, FileExistsError):  # mkdir says "exists" of one that is gone a moment later
+        except (FileNotFoundError, FileExistsError):  # mkdir may report a directory that is then removed
             if attempt + 1 == _MKDIR_ATTEMPTS:
                 raise
     raise AssertionError("unreachable")
 
 
 def _sync_directory(directory: Path) -> None:
-    """Make a rename durable, where the file system can."""
+    """Make a rename durable, if the file system supports it."""
     with suppress(OSError):
         descriptor = os.open(directory, os.O_RDONLY)
         try:
@@ -221,7 +221,7 @@ def _sync_directory(directory: Path) -> None:
 
 @contextmanager
 def _os_errors(action: str) -> Iterator[None]:
-    """Turn an OSError into a StoreError that says what failed."""
+    """Turn an OSError into a StoreError that names the failed action."""
     try:
         yield
     except OSError as error:
@@ -234,11 +234,11 @@ def _raise_unless_missing(error: OSError) -> None:
 
 
 def _reason(error: OSError) -> str:
-    """What went wrong and how to mend it, in one line."""
+    """The problem and how to fix it, in one line."""
     if isinstance(error, NotADirectoryError | FileExistsError):
         return "a part of the path is a file, not a directory: choose another"
     if isinstance(error, PermissionError) and error.errno == errno.EACCES:
-        return "permission denied: mend the directory's permissions or choose another"
+        return "permission denied: fix the directory's permissions or choose another"
     if error.errno == errno.EROFS:
         return "the file system is read-only: choose another directory"
     if error.errno == errno.ENOSPC:

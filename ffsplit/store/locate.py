@@ -1,4 +1,4 @@
-"""From a URI to an artifact: which attempt it names, and its manifest, checked against the commit."""
+"""From a URI to an artifact: the attempt that it names, and its manifest, checked against the commit."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _RUN_URI = re.compile(
 class Location:
     """One artifact: the directory `prefix` of a store ("" is the root).
 
-    `commit` is what names it, None for an attempt addressed by its own directory that no commit
-    names, such as a copy; run key and attempt are None where the URI does not tell them.
+    `commit` is the commit that names it. It is None if the URI is an attempt's directory that no commit
+    names, such as a copy. Run key and attempt are None if the URI does not contain them.
     """
 
     store: Store
@@ -46,9 +46,9 @@ class Location:
 def locate(uri: str) -> Location:
     """The artifact that a URI names.
 
-    It may be where runs were published (then: the newest model), URI/<run key> (its committed
-    attempt), or the directory of one attempt. Raises ConfigError, in one line, when it is none of
-    these or the run is not committed; ArtifactError when a commit cannot be understood.
+    The URI may be where runs were published (gives the newest model), URI/<run key> (gives its committed
+    attempt), or the directory of one attempt. Raises ConfigError, in one line, if it is none of these or
+    the run is not committed; ArtifactError if a commit is invalid.
     """
     root = root_uri(uri)
     match = _RUN_URI.fullmatch(root)
@@ -68,7 +68,7 @@ def locate(uri: str) -> Location:
 def _locate_run(match: re.Match[str]) -> Location | None:
     base, run_key, attempt = match["base"], match["run_key"], match["attempt"]
     if base == "s3:/":
-        return None  # it is the bucket that looks like a run
+        return None  # the bucket's name looks like a run key
     store = open_store(base or "/")
     commit = read_commit(store, run_key)
     if attempt is None:
@@ -91,10 +91,10 @@ def _why_not(store: Store, uri: str) -> str:
     if _RUN_URI.fullmatch(store.uri) and any(ATTEMPT_ID.fullmatch(name) for name in directories):
         return f"{uri} holds no artifact: the run is not committed; run it again to finish it"
     if list_commits(store):
-        return f"{uri} holds no artifact: only statistics are committed; name one by its /<run key>"
+        return f"{uri} holds no artifact: only statistics are committed; add the /<run key> of one"
     if any(RUN_KEY.fullmatch(name) for name in directories):
         return f"{uri} holds no artifact: its runs are not committed; run them again to finish them"
-    expected = "give the place that runs were published to, its /<run key>, or an attempt's directory"
+    expected = "give the URI that runs were published to, its /<run key>, or an attempt's directory"
     return f"{uri} holds no artifact: {expected}"
 
 
@@ -107,7 +107,7 @@ def read_manifest(location: Location) -> Manifest:
 
 
 def read_manifest_bytes(location: Location) -> bytes:
-    """The manifest's bytes, whose sha256 is the commit's. Raises ArtifactError."""
+    """The manifest's bytes, checked against the commit's sha256. Raises ArtifactError."""
     try:
         data = read_at_most(location.store, location.key(MANIFEST_NAME), MAX_MANIFEST_BYTES)
     except MissingKey:
@@ -118,7 +118,7 @@ def read_manifest_bytes(location: Location) -> bytes:
 
 
 def parse_manifest(location: Location, data: bytes) -> Manifest:
-    """The manifest in these bytes. Raises ArtifactError when it is none, or another attempt's."""
+    """The manifest in these bytes. Raises ArtifactError if it is invalid, or another attempt's."""
     try:
         manifest = Manifest.from_json(data)
     except ArtifactError as error:
@@ -129,14 +129,14 @@ def parse_manifest(location: Location, data: bytes) -> Manifest:
     return manifest
 
 
-# The neuron statistics that a published run holds, for a later run to start from.
+# The neuron statistics of a published run, which a later run can reuse.
 
 STATISTICS_PATH = "stats/neurons.parquet"
 
 
 @dataclass(frozen=True)
 class PublishedStatistics:
-    """An earlier run's statistics: its manifest, and a local file whose digest is the manifest's."""
+    """An earlier run's statistics: its manifest, and a local file that matches the manifest's digest."""
 
     uri: str
     manifest: Manifest
@@ -147,8 +147,8 @@ class PublishedStatistics:
 def open_statistics(uri: str) -> PublishedStatistics:
     """The statistics of the run that a URI names: an artifact's, or those of `ffsplit calibrate`.
 
-    Where runs were published, the newest model's are taken, and the newest of all where there is no
-    model. Raises ConfigError when there are none, ArtifactError when they are not whole.
+    If the URI is where runs were published, the newest model's statistics are used, or without a model
+    the newest. Raises ConfigError if there are none, ArtifactError if they are incomplete.
     """
     location = _locate(uri)
     manifest = read_manifest(location)
@@ -180,5 +180,5 @@ def _fetch(location: Location, entry: FileEntry) -> Path:
     except MissingKey:
         raise ArtifactError(f"{location.uri}: {entry.path} is missing") from None
     if hashlib.sha256(path.read_bytes()).hexdigest() != entry.sha256:
-        raise ArtifactError(f"{location.uri}: {entry.path} is not what its manifest says")
+        raise ArtifactError(f"{location.uri}: {entry.path} does not match its manifest's sha256")
     return path

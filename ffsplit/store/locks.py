@@ -1,7 +1,7 @@
-"""Locks between the processes of one machine: for one at a time, or for many that read.
+"""Locks between the processes of one machine: exclusive, or shared by readers.
 
-A lock for one is a file that exists while it is held. A lock that readers share stays where it is: only who
-has it alone may remove it.
+The file of an exclusive lock exists while it is held. The file of a shared lock stays: only a process that
+holds it exclusively may remove it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ffsplit.errors import StoreError
 LOOK_EVERY_S = 0.1
 TELL_AFTER_S = 5.0
 GIVE_UP_AFTER_S = 6 * 3600.0
-"""Longer than any transfer takes. A lock goes with its process, so whoever holds one that long hangs."""
+"""Longer than any transfer takes. A lock ends with its process, so a process that holds one longer hangs."""
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock, waiting for whoever has it.
+    """Hold an exclusive lock, waiting until it is free.
 
-    Raises OSError when the file cannot be made, StoreError when the wait is too long.
+    Raises OSError if the file cannot be created, StoreError if the wait is too long.
     """
     descriptor = _wait_for(path, fcntl.LOCK_EX)
     try:
@@ -37,7 +37,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def try_locked(path: Path) -> Iterator[bool]:
-    """Hold a lock unless somebody else does; gives whether it is held."""
+    """Hold an exclusive lock if it is free; yields whether it is held."""
     descriptor = _try(path, fcntl.LOCK_EX)
     try:
         yield descriptor is not None
@@ -47,10 +47,10 @@ def try_locked(path: Path) -> Iterator[bool]:
 
 
 def share(path: Path) -> int:
-    """A descriptor that holds a lock along with other readers, until it is closed or the process ends.
+    """A descriptor that holds a shared lock until it is closed or the process ends.
 
-    Waits for whoever has the lock alone. Raises OSError when the file cannot be made, StoreError when the
-    wait is too long.
+    Waits while another process holds the lock exclusively. Raises OSError if the file cannot be created,
+    StoreError if the wait is too long.
     """
     return _wait_for(path, fcntl.LOCK_SH)
 
@@ -71,9 +71,9 @@ def _wait_for(path: Path, operation: int) -> int:
 
 
 def _try(path: Path, operation: int) -> int | None:
-    """A locked descriptor of the file that is at the path now, not of one its last holder removed.
+    """A locked descriptor of the file now at the path, not of one that its last holder removed.
 
-    None where somebody else holds the lock.
+    None if another process holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:

@@ -13,33 +13,33 @@ from ffsplit.ffn.shapes import LayerLayout, ModelShape
 from ffsplit.store.entries import FileEntry, LeftOut, StoreGuarantees
 from ffsplit.store.schema import Versioned, read_record
 
-# What a search over the layers' shares found, as the manifest records it.
+# The result of a search over the layers' shares of the budget, as the manifest records it.
 
 
 class CandidateRecord(Record):
-    """One way to share the budget out, judged end to end. `num_elements` are the layers'."""
+    """One distribution of the budget over layers, measured end to end. `num_elements` is per layer."""
 
     name: str
     num_elements: tuple[int, ...]
     score: float = Field(
         description="higher is better: minus the KL divergence, minus a classifier's logit error, or the "
-        "mean of the cosines less 1"
+        "mean of the cosines minus 1"
     )
-    fold_scores: tuple[float, ...] = Field(description="of parts of the rows; `score` is their mean")
+    fold_scores: tuple[float, ...] = Field(description="one per fold of the rows; `score` is their mean")
     fidelity: dict[str, float] = Field(description="mean over the folds")
 
 
 class AllocationRecord(Record):
-    """A search over the layers' shares, judged on rows apart from calibration and held-out ones.
+    """A search over the layers' shares, measured on rows that are neither calibration nor held-out rows.
 
-    The candidate was chosen where its distance from the original was clearly below the uniform layers' on
-    every fold of the rows, and the uniform layers elsewhere.
+    The candidate was chosen if its distance from the original was clearly below the uniform layers' on
+    every fold of the rows, otherwise the uniform layers.
     """
 
     chosen: str
     num_rows: int
     errors: tuple[float, ...] = Field(
-        default=(), description="minus the score of the original with this FFN's block alone compressed"
+        default=(), description="per FFN: minus the score with only this FFN's block compressed"
     )
     candidates: tuple[CandidateRecord, ...]
 
@@ -49,7 +49,7 @@ REPORT_NAME = "report.html"
 MAX_MANIFEST_BYTES = 64 << 20
 SIGNATURE_NAME = "manifest.json.sig"
 UNLISTED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
-"""What lies beside the files that a manifest lists."""
+"""Files beside those that a manifest lists."""
 
 
 class SourceModel(Record):
@@ -58,13 +58,13 @@ class SourceModel(Record):
     id: str
     revision: str | None
     digest: str
-    tokenizer_digest: str = Field(description="of every file beside the weights, documents apart")
+    tokenizer_digest: str = Field(description="of every file except weights and documents")
     model_type: str
     architecture: str
     license: str | None
-    shape: ModelShape = Field(description="what `ffsplit plan` sizes budgets by")
+    shape: ModelShape = Field(description="from which `ffsplit plan` computes budgets")
     left_out: tuple[LeftOut, ...] = Field(
-        default=(), description="what its folder holds that did not come along, and why"
+        default=(), description="files of its folder that were not copied, and why"
     )
 
 
@@ -78,10 +78,12 @@ class CalibrationRecord(Record):
     max_length: int
     num_shards: int
     held_out_rows: int
-    held_out_is_disjoint: bool = Field(description="False where the text was too short to keep rows apart")
+    held_out_is_disjoint: bool = Field(
+        description="False if the text was too short to separate held-out rows from calibration rows"
+    )
     statistics_from: StatisticsOrigin | None = Field(
         default=None,
-        description="set where an earlier run lent its statistics; the text named above is then its",
+        description="set if an earlier run's statistics were reused; the text named above is then that run's",
     )
 
 
@@ -93,8 +95,8 @@ class StatisticsOrigin(Record):
     attempt: str
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of its stats/neurons.parquet")
     sampled_text_digest: str = Field(
-        description="of this run's rows; where it is not the statistics' text_digest, the rows that "
-        "fidelity is measured on may be among those that the statistics saw"
+        description="of this run's rows; if it differs from the statistics' text_digest, rows that "
+        "fidelity is measured on may be among those that the statistics were collected on"
     )
 
 
@@ -102,7 +104,7 @@ class LayerRecord(Record):
     """One compressed FFN: of a layer, or of one of its experts.
 
     `relative_error` is |z' - z| / |z| over the sampled FFN inputs, where z is what the next layer sees:
-    the FFN's output y, or norm(x + y) in families that normalise there.
+    the FFN's output y, or norm(x + y) in families that normalise after the FFN.
     """
 
     layer: int
@@ -114,14 +116,16 @@ class LayerRecord(Record):
     relative_error: float | None
     energy_in_top_5_percent: float | None
     neurons_for_energy: dict[str, int] | None = Field(
-        default=None, description="percent of the output energy -> how few neurons hold it"
+        default=None, description="percent of the output energy -> the fewest neurons that hold it"
     )
-    num_tokens: int = Field(description="seen by its statistics")
-    by_weight_norm: bool = Field(default=False, description="an expert whose tokens are too few to judge it")
+    num_tokens: int = Field(description="that its statistics were collected on")
+    by_weight_norm: bool = Field(
+        default=False, description="scored by weight norms: an expert with too few tokens for statistics"
+    )
 
 
 class LinearsRecord(Record):
-    """The linear layers of attention, where they have integer weights too."""
+    """The linear layers of attention, if they have integer weights too."""
 
     modules: tuple[str, ...] = Field(description="paths below the base model")
     num_bits: Literal[8]
@@ -131,17 +135,17 @@ class LinearsRecord(Record):
 
 
 class Spread(Record):
-    """How far a measured speed-up can be trusted. Ratios are original / compressed."""
+    """The uncertainty of a measured speed-up. Ratios are original / compressed."""
 
     p10: float = Field(description="of the ratios of single pairs")
     p90: float
     low: float | None = Field(
-        description="99 % confidence interval of the speed-up; None where pairs are too few for one"
+        description="99 % confidence interval of the speed-up; None if there are too few pairs"
     )
     high: float | None
 
     def decides(self, limit: float) -> bool:
-        """Whether the whole interval lies on one side of a limit; the limit itself is met."""
+        """Whether the whole interval lies on one side of a limit. A speed-up equal to the limit meets it."""
         return self.low is not None and self.high is not None and (limit <= self.low or limit > self.high)
 
 
@@ -157,7 +161,7 @@ class Latency(Record):
     """Forward passes at one shape, original and compressed in turn in one process."""
 
     batch_size: int
-    num_tokens: int = Field(description="tokens a row")
+    num_tokens: int = Field(description="tokens per row")
     original_p50_ms: float
     original_p95_ms: float
     compressed_p50_ms: float
@@ -196,7 +200,7 @@ class TaskScore(Record):
 
 
 class BlockFidelity(Record):
-    """How far the hidden states have come apart after a block, over the tokens of the held-out text."""
+    """How far the hidden states of both models differ after a block, over the tokens of the held-out text."""
 
     layer: int
     relative_error: float = Field(description="|h' - h| / |h|, Frobenius norms")
@@ -210,10 +214,10 @@ class Measurements(Record):
     compressed_size: Size
     fidelity: dict[str, float]
     latency: tuple[Latency, ...]
-    load: LoadAverage | None = Field(default=None, description="None where nothing was timed")
+    load: LoadAverage | None = Field(default=None, description="None if nothing was timed")
     tasks: tuple[TaskScore, ...] = ()
     blocks: tuple[BlockFidelity, ...] = Field(
-        default=(), description="only where the models went through one block at a time"
+        default=(), description="only if the models were run one block at a time"
     )
     skipped: tuple[str, ...] = Field(default=(), description="what was not measured, and why")
     original_peak_memory_bytes: int | None
@@ -224,10 +228,10 @@ class Measurements(Record):
 
 
 class GateResult(Record):
-    """One gate of the run, and the figure that it was judged by."""
+    """One gate of the run, and the figure that decided it."""
 
     gate: str = Field(description="as in `pooled_cosine >= 0.98`")
-    figure: float | None = Field(description="None where it was not measured: such a gate is not met")
+    figure: float | None = Field(description="None if it was not measured: the gate then fails")
     met: bool
     undecided: bool = Field(default=False, description="the limit lies within the noise of the timings")
     low: float | None = Field(default=None, description="of a speed-up: its 99 % confidence interval")
@@ -235,7 +239,7 @@ class GateResult(Record):
 
 
 class Stage(Record):
-    """One stage of the run: its key, how many results it had, how many of them were already there."""
+    """One stage of the run: its key, how many results it had, and how many of them were reused."""
 
     name: str
     key: str
@@ -252,21 +256,21 @@ class Environment(Record):
 
 
 class Compute(Record):
-    """What each worker computed with, as far as it can change the result's bytes."""
+    """The compute settings of each worker that can change the result's bytes."""
 
     device: Literal["cpu", "cuda"]
     dtype: Literal["float32", "bfloat16", "float16"]
     threads: int
-    healing_threads: int | None = Field(default=None, description="None where nothing was healed")
+    healing_threads: int | None = Field(default=None, description="None if nothing was healed")
     healing_workers: int | None = None
     attn_implementation: Literal["sdpa", "eager"] | None = Field(
-        default=None, description="None where the model's config decided"
+        default=None, description="None if the model's config decided"
     )
     trust_remote_code: bool = Field(default=False, description="ran code that came with the model")
 
 
 class Manifest(Versioned):
-    """Everything a consumer may ask of an artifact. Digests and sizes of every other file included."""
+    """Everything a consumer may want to know of an artifact, with size and digest of every other file."""
 
     kind: Literal["model", "statistics"]
     run_key: str
@@ -277,23 +281,23 @@ class Manifest(Versioned):
     seed: int
     compute: Compute
     recipe: dict[str, Any] = Field(description="the recipe as resolved")
-    keep: float | None = Field(description="the elements of all FFNs over the original's")
+    keep: float | None = Field(description="elements of all FFNs, as a fraction of the original's")
     budget: Budget | None = Field(default=None, description="as given, or the recipe's keep")
     nonce: str | None = Field(default=None, description="set by --fresh, part of the run key")
     model: SourceModel
     calibration: CalibrationRecord
     layers: tuple[LayerRecord, ...]
-    allocation: AllocationRecord | None = Field(default=None, description="None where layers are uniform")
-    linears: LinearsRecord | None = Field(default=None, description="None where attention is as it was")
+    allocation: AllocationRecord | None = Field(default=None, description="None if nothing was searched")
+    linears: LinearsRecord | None = Field(default=None, description="None if attention is unchanged")
     measurements: Measurements | None
-    gates: tuple[GateResult, ...] = Field(default=(), description="all met, or it had not been published")
+    gates: tuple[GateResult, ...] = Field(default=(), description="all met: otherwise nothing is published")
     stages: tuple[Stage, ...]
     environment: Environment
     store: StoreGuarantees | None = Field(default=None, description="where it was published first")
     files: tuple[FileEntry, ...]
 
     def listing(self, files: Iterable[FileEntry]) -> Manifest:
-        """This manifest with these files, by path; of two of one path the later."""
+        """This manifest with these files, sorted by path; of two with one path, the later."""
         listed = {entry.path: entry for entry in files}
         return self.model_copy(update={"files": tuple(listed[path] for path in sorted(listed))})
 
@@ -302,12 +306,12 @@ class Manifest(Versioned):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
-        """Parse a manifest, of a later minor schema too. Raises ArtifactError when it is none."""
+        """Parse a manifest, also of a later minor schema. Raises ArtifactError if it is invalid."""
         return read_record(cls, text, name=MANIFEST_NAME)
 
 
 def manifest_schema() -> dict[str, Any]:
-    """The manifest's JSON Schema, which allows other fields: a later minor version has some."""
+    """The manifest's JSON Schema. It allows unknown fields, since a later minor version may add some."""
     schema = Manifest.model_json_schema()
     for record in (schema, *schema["$defs"].values()):
         record.pop("additionalProperties", None) if record.get("properties") else None

@@ -1,9 +1,9 @@
-"""The commit protocol: how an artifact appears in a store whole, once, whoever else is publishing.
+"""The commit protocol: an artifact appears in a store completely and once, even with concurrent publishers.
 
     <run key>/<attempt>/...       one attempt's files, manifest.json last
     <run key>/commit.json         created only if absent: names the attempt that won
     latest.json                   a hint to the newest committed model; the commits are the truth
-    index.json                    a summary of every commit, rebuilt from them when behind
+    index.json                    a summary of every commit, rebuilt from the commits when out of date
 
 An attempt without a commit is invisible to readers.
 """
@@ -49,15 +49,15 @@ def new_attempt_id() -> str:
 
 
 class Upload:
-    """An attempt on its way into a store: files are hashed while they are sent.
+    """The upload of an attempt. Files are hashed while they are sent.
 
         with Upload(store, run_key=run_key, attempt=attempt) as upload:
-            files = upload.add(directory)                  # known once they are hashed; still being sent
+            files = upload.add(directory)                  # returns when all are hashed; still sending
             ...                                            # write the manifest that lists them
             upload.commit(directory, kind="model", move_latest=True)
 
-    Nothing of the attempt stays when the block is left without a commit, by KeyboardInterrupt too. Where
-    the run was committed before, nothing is sent. `progress` is called with bytes done and bytes in all.
+    If the block ends without a commit, even by KeyboardInterrupt, all files of the attempt are deleted. If
+    the run is already committed, nothing is sent. `progress` is called with bytes done and total bytes.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Upload:
             _delete_attempt(self._store, run_key=self._run_key, attempt=self._attempt)
 
     def add(self, directory: Path) -> tuple[FileEntry, ...]:
-        """Begin to send every file of a directory that was not added before, and hash them meanwhile.
+        """Start sending every file of a directory that was not added before, and hash them meanwhile.
 
-        Returns what has been added so far, sorted by path. Raises ArtifactError as `file_entries` does.
+        Returns all files added so far, sorted by path. Raises ArtifactError as `file_entries` does.
         """
         new = {
             name: path
@@ -100,10 +100,10 @@ class Upload:
         return tuple(entry for _, entry in sorted(self._entries.items()))
 
     def commit(self, directory: Path, *, kind: Kind, move_latest: bool) -> Commit:
-        """Publish the directory, manifest last, and return the commit that stands in the end.
+        """Publish the directory, manifest last, and return the run's final commit.
 
-        That is another attempt's when one was first; then nothing of this attempt stays. Raises
-        ArtifactError when the directory is not what its manifest says, StoreError when the store fails.
+        If another attempt was first, the commit is that attempt's and this attempt is deleted. Raises
+        ArtifactError if the directory does not match its manifest, StoreError if the store fails.
         """
         manifest, manifest_sha256 = self._check(directory, kind=kind)
         commit = self._standing
@@ -121,13 +121,13 @@ class Upload:
             for name in sorted(last, key=lambda name: name == MANIFEST_NAME):
                 self._send({name: last[name]})
                 self._sent[name].result()
-            self._is_open = False  # from here on what a commit may name stays
+            self._is_open = False  # from here on a commit may name these files, so they stay
             self._standing = commit = _commit(self._store, commit)
         self._announce(commit, manifest, move_latest=move_latest)
         return commit
 
     def _announce(self, commit: Commit, manifest: Manifest, *, move_latest: bool) -> None:
-        """Write the index and the hint, which readers correct: what goes wrong there is no failure."""
+        """Write the index and the hint. A failure is only a warning, since readers correct both."""
         written: dict[str, Future[None]] = {}
         with ThreadPoolExecutor(2) as pool:
             if commit.attempt == self._attempt:
@@ -137,7 +137,7 @@ class Upload:
         for name, future in written.items():
             if (error := future.exception()) is not None:
                 what = f"{error}" if isinstance(error, FFSplitError) else f"{type(error).__name__}: {error}"
-                text = f"warning: {self._store.uri}/{name} is behind this commit until it is read: {what}"
+                text = f"warning: {self._store.uri}/{name} is out of date until its next reader: {what}"
                 logs.log(text, level=logging.WARNING)
 
     def _send(self, files: dict[str, Path]) -> None:
@@ -154,7 +154,7 @@ class Upload:
                 self._progress(self._done, self._total)
 
     def _check(self, directory: Path, *, kind: Kind) -> tuple[Manifest, str]:
-        """The manifest of the directory, and its sha256. Whatever it lists has been added by then."""
+        """The manifest of the directory, and its sha256. Adds every file that was not added before."""
         try:
             data = (directory / MANIFEST_NAME).read_bytes()
         except FileNotFoundError:
@@ -169,24 +169,24 @@ class Upload:
             )
         if differing := set(manifest.files) ^ set(self.add(directory)):
             names = ", ".join(sorted({entry.path for entry in differing}))
-            raise ArtifactError(f"{directory} is not what its manifest lists: {names}")
+            raise ArtifactError(f"{directory} does not match its manifest: {names}")
         return manifest, hashlib.sha256(data).hexdigest()
 
 
 def _commit(store: Store, commit: Commit) -> Commit:
-    """Create commit.json if absent; what is read back decides who won.
+    """Create commit.json if absent, then read it back: its content decides which attempt won.
 
-    Not every S3 server makes If-None-Match atomic: of two writers that were both told yes, reading
-    back lets the last be the winner for both.
+    Not every S3 server makes If-None-Match atomic. If one accepts two writers, reading back makes the
+    last commit written the winner for both.
     """
     key = f"{commit.run_key}/{COMMIT_NAME}"
     try:
         store.put_if_absent(key, record_bytes(commit))
         winner = read_commit(store, commit.run_key)
         if winner is None:
-            raise StoreError(f"{store.uri}/{key} was written but is not there: publish again")
+            raise StoreError(f"{store.uri}/{key} was written but is missing: publish again")
     except BaseException:
-        with suppress(FFSplitError):  # where the outcome cannot be learnt, files stay: a commit may name them
+        with suppress(FFSplitError):  # if the outcome is unknown, files stay: a commit may name them
             standing = read_commit(store, commit.run_key)
             if standing is None or standing.attempt != commit.attempt:
                 _delete_attempt(store, run_key=commit.run_key, attempt=commit.attempt)
@@ -197,7 +197,7 @@ def _commit(store: Store, commit: Commit) -> Commit:
 
 
 def _delete_attempt(store: Store, *, run_key: str, attempt: str) -> None:
-    """Delete an attempt that did not win. A failure leaves an invisible orphan and hides no other error."""
+    """Delete an attempt that did not win. If that fails, warn: the orphan is invisible to readers."""
     try:
         store.delete_prefix(f"{run_key}/{attempt}")
     except FFSplitError as error:

@@ -1,4 +1,4 @@
-"""Bring an artifact to this machine, and check it byte by byte against its manifest."""
+"""Download an artifact to this machine, and verify every byte against its manifest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ffsplit.store.transfer import Progress, Transfer, first_problem
 
 @dataclass(frozen=True)
 class _Origin:
-    """An artifact as it is brought from somewhere: its manifest's bytes are the committed ones."""
+    """An artifact to download, and where from. `data` holds the committed bytes of its manifest."""
 
     source: Source
     prefix: str
@@ -50,14 +50,13 @@ def pull(
     verify_key: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """Bring an artifact into a directory, or into the cache, and return where it is.
+    """Download an artifact into a directory, or into the cache, and return its path.
 
-    `uri` is what `locate` takes, or a link that `ffsplit share` made. Every sha256 is checked before
-    the directory appears. A directory that holds this very artifact already is checked in full and
-    kept. With `verify_key`, a public key, nothing unsigned is brought. Raises ConfigError as `locate`
-    does and when the directory cannot be made or has other content, ArtifactError when the artifact
-    is not whole or not signed, StoreError when the store fails: the next pull then takes up what has
-    arrived.
+    `uri` is what `locate` takes, or a link from `ffsplit share`. Every sha256 is checked before the
+    directory appears. A directory that already holds this artifact is verified in full and kept. With
+    `verify_key`, a public key, an artifact without a valid signature is refused. Raises ConfigError as
+    `locate` does, and if the directory cannot be created or has other content; ArtifactError if the
+    artifact is incomplete or not signed; StoreError if the store fails: the next pull then resumes.
     """
     if verify_key is not None:
         check_key_kind(verify_key, private=False)
@@ -73,11 +72,11 @@ def pull(
 
 
 def materialize(uri: str, *, cache: Path | None = None) -> Path:
-    """A local directory with the artifact's files: in place, or a download that is kept in the cache.
+    """A local directory with the artifact's files: in place, or downloaded into the cache.
 
-    A download is verified, file by file, before its directory appears; a directory already there is
-    checked for missing files and wrong sizes only. Raises ConfigError as `locate` does, ArtifactError
-    when the artifact is not whole.
+    A download is verified, file by file, before its directory appears; an existing directory is checked
+    only for missing files and wrong sizes. Raises ConfigError as `locate` does, ArtifactError if the
+    artifact is incomplete.
     """
     return _cached(_located(locate(uri)), cache=Cache.open(cache), progress=None)
 
@@ -112,7 +111,7 @@ def _linked(link: str) -> _Origin:
 
 
 def _signature(source: Source, key: str) -> bytes | None:
-    """The signature of a manifest, None where it is not signed."""
+    """The signature of a manifest, None if it is not signed."""
     with suppress(MissingKey):
         return read_at_most(source, key, MAX_SIGNATURE_BYTES)
     return None
@@ -121,7 +120,7 @@ def _signature(source: Source, key: str) -> bytes | None:
 def _cached(origin: _Origin, *, cache: Cache, progress: Progress | None) -> Path:
     if origin.directory is not None:
         if problem := first_problem(origin.directory, origin.manifest.files):
-            raise ArtifactError(f"{origin.label}: {problem}: publish it again or take another copy")
+            raise ArtifactError(f"{origin.label}: {problem}: publish it again or use another copy")
         return origin.directory
 
     def bring(target: Path, staging: Path) -> None:
@@ -143,7 +142,7 @@ def _download(origin: _Origin, *, directory: Path, progress: Progress | None) ->
 
 
 def _is_there(directory: Path, manifest: Manifest, data: bytes) -> bool:
-    """Whether this artifact is in the directory, whole. Raises ConfigError when something else is."""
+    """Whether the directory holds this complete artifact. Raises ConfigError if it holds anything else."""
     if not directory.is_dir() and not directory.is_file() and not directory.is_symlink():
         return False
     if directory.is_dir() and not any(directory.iterdir()):
@@ -156,12 +155,12 @@ def _is_there(directory: Path, manifest: Manifest, data: bytes) -> bool:
         if not problem and sha256_file(directory / entry.path) != entry.sha256:
             problem = f"{entry.path} differs"
     if problem:
-        raise ConfigError(f"{directory} holds this artifact damaged ({problem}): remove it and pull again")
+        raise ConfigError(f"{directory} holds a damaged copy ({problem}): remove it and pull again")
     return True
 
 
 def _from_cache(origin: _Origin) -> _Origin:
-    """The same artifact in the cache, where it is there, else where it was found."""
+    """The same artifact, read from the cache if it is there."""
     if origin.directory is None:
         with suppress(ConfigError):
             whole = partial(_is_whole, manifest=origin.manifest)
@@ -171,10 +170,10 @@ def _from_cache(origin: _Origin) -> _Origin:
 
 
 def _transfer(origin: _Origin, *, target: Path, staging: Path, progress: Progress | None) -> None:
-    """Fetch every file and let the directory appear. Whatever is not as listed leaves nothing behind."""
+    """Fetch and verify every file, then make the directory appear. A mismatch leaves nothing behind."""
     manifest = origin.manifest
     if path := colliding((*UNLISTED, *(entry.path for entry in manifest.files))):
-        raise ArtifactError(f"{origin.label}: {path} is listed twice, or only case tells it from another")
+        raise ArtifactError(f"{origin.label}: {path} is listed twice, or differs from another only in case")
     beside = {MANIFEST_NAME: origin.data}
     if origin.signature is not None:
         beside[SIGNATURE_NAME] = origin.signature
@@ -190,11 +189,11 @@ def _is_whole(directory: Path, *, manifest: Manifest) -> bool:
 # Check an artifact against its manifest, byte by byte, and the manifest against its commit.
 
 FROM_THE_HUB = re.compile(r"\.gitattributes$|\.cache/huggingface/")
-"""What the hub, and a download from it, put beside an artifact's files."""
+"""Files that the Hugging Face Hub, or a download from it, adds beside an artifact's files."""
 
 
 class VerifyReport(Record):
-    """What was checked, and everything that is wrong with it, one line each."""
+    """What was checked, and every problem, one line each."""
 
     location: str
     num_files: int
@@ -211,10 +210,9 @@ class VerifyReport(Record):
 def verify(uri: str) -> VerifyReport:
     """Read every file of an artifact and compare size and sha256 with its manifest.
 
-    Reported as problems, with the file's name: one that differs, is missing, is not listed, is listed
-    twice or is a symbolic link; a manifest that lists an unsafe path, cannot be read, or is not the
-    one committed. Raises ConfigError when the URI names no artifact, StoreError when the store
-    cannot be listed.
+    Reported as problems, by name: a file that differs, is missing, is not listed, is listed twice or is
+    a symbolic link; a manifest that lists an unsafe path, cannot be read, or is not the committed one.
+    Raises ConfigError if the URI names no artifact, StoreError if the store cannot be listed.
     """
     location = locate(uri)
     manifest, problems = _check_manifest(location)
@@ -235,7 +233,7 @@ def verify(uri: str) -> VerifyReport:
 
 
 def _check_manifest(location: Location) -> tuple[Manifest | None, list[str]]:
-    """The manifest, None when it cannot be used, and what is wrong with it."""
+    """The manifest, None if it cannot be used, and its problems."""
     try:
         data = location.store.get_bytes(location.key(MANIFEST_NAME))
     except MissingKey:
@@ -252,7 +250,7 @@ def _check_manifest(location: Location) -> tuple[Manifest | None, list[str]]:
 
 
 def _check_file(location: Location, entry: FileEntry) -> tuple[int, str | None]:
-    """The bytes read of a file, and what is wrong with it."""
+    """The number of bytes read of a file, and its problem if there is one."""
     digest, num_bytes = hashlib.sha256(), 0
     try:
         for chunk in location.store.open_stream(location.key(entry.path)):
@@ -270,7 +268,7 @@ def _check_file(location: Location, entry: FileEntry) -> tuple[int, str | None]:
 
 
 def _check_names(location: Location, manifest: Manifest) -> list[str]:
-    """Files that are not listed, and files listed more than once or that never can be."""
+    """Problems of names: files that are not listed, are listed twice, or must not be listed."""
     times = Counter(entry.path for entry in manifest.files)
     present = {key.removeprefix(location.key("")) for key in location.store.list(location.prefix)}
     problems = [f"{path}: is listed {count} times" for path, count in sorted(times.items()) if count > 1]

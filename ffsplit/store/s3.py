@@ -1,4 +1,4 @@
-"""A store in an S3 bucket, or in any server that speaks S3 and honours If-None-Match."""
+"""A store in an S3 bucket, on Amazon or any S3-compatible server that honours If-None-Match."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _TRANSFER = TransferConfig(
 
 
 class S3Store:
-    """Keys are objects below a prefix of one bucket. Big files travel in parts, several at a time."""
+    """Keys are objects below a prefix of one bucket. Large files are sent in parts, several at a time."""
 
     def __init__(self, bucket: str, *, prefix: str) -> None:
         self._bucket = bucket
@@ -90,7 +90,7 @@ class S3Store:
             )
             stored = self._client.head_object(Bucket=self._bucket, Key=name)["ContentLength"]
         if stored != size_bytes:
-            raise StoreError(f"{self._show(key)} has {stored} of the {size_bytes} bytes in {path}: try again")
+            raise StoreError(f"{self._show(key)} has {stored} of the {size_bytes} bytes of {path}: try again")
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         for attempt in range(MAX_ATTEMPTS):
@@ -106,13 +106,13 @@ class S3Store:
                 elif status != "409" or attempt + 1 == MAX_ATTEMPTS:
                     raise
             time.sleep(backoff_s(attempt))
-        raise StoreError(f"cannot write {self._show(key)}: it kept appearing and vanishing; try again")
+        raise StoreError(f"cannot write {self._show(key)}: it kept appearing and disappearing: try again")
 
     def get_bytes(self, key: str) -> bytes:
         return b"".join(self.open_stream(key))
 
     def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
-        """The object, or a range, in chunks; a connection that breaks is taken up where it broke."""
+        """The object, or a range, in chunks; a broken connection is resumed where it stopped."""
         if size_bytes == 0:
             return
         action = f"read {self._show(key)}"
@@ -152,14 +152,14 @@ class S3Store:
                     os.replace(partial, target)
                 finally:
                     partial.unlink(missing_ok=True)
-        except StoreError as error:  # it begins with a HEAD, whose 404 has no body to say what is missing
+        except StoreError as error:  # boto3 starts with a HEAD, whose 404 has no body to tell what is missing
             if _status_of(error) == "404" and not self.exists(key):
                 raise MissingKey(f"{self._show(key)} does not exist") from error
             raise
         return target
 
     def exists(self, key: str) -> bool:
-        """Asked by reading a byte: a refused HEAD has no body, and so no reason."""
+        """Reads one byte, because a refused HEAD has no body and so gives no reason."""
         try:
             with s3_errors(f"read {self._show(key)}"):
                 where: dict[str, Any] = {"Bucket": self._bucket, "Key": self._name(key)}
@@ -208,7 +208,7 @@ class S3Store:
             return self._client.generate_presigned_url("get_object", Params=where, ExpiresIn=expires_s)
 
     def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
-        """Unfinished uploads in parts, which cost storage but are listed nowhere else."""
+        """Abort unfinished multipart uploads, which cost storage but appear in no listing of keys."""
         old: list[Any] = []
         with s3_errors(f"list unfinished uploads to {self.uri}"):
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
@@ -224,7 +224,7 @@ class S3Store:
         return len(old)
 
     def check_writable(self) -> StoreGuarantees:
-        """Probe the server, or read what an earlier run found here and check that writing still works."""
+        """Probe the server, or read the result of an earlier probe and check that writing still works."""
         try:
             with s3_errors(f"write to {self.uri}"):
                 record, is_ours = self._read_store_record()
@@ -240,7 +240,7 @@ class S3Store:
             raise ConfigError(str(error)) from error
 
     def _read_store_record(self) -> tuple[StoreRecord | None, bool]:
-        """A record that still counts, and whether it may be replaced: one of a newer schema may not."""
+        """A record that is still valid, and whether it may be replaced (not if its schema is newer)."""
         try:
             data = read_at_most(self, STORE_RECORD, MAX_STORE_RECORD_BYTES)
             record = read_record(StoreRecord, data, name=f"{self.uri}/{STORE_RECORD}")
@@ -253,10 +253,10 @@ class S3Store:
         return (record if record.counts(endpoint=self._endpoint) else None), True
 
     def _still_holds(self, record: StoreRecord) -> bool:
-        """Ask to create the record, which exists: one write that changes nothing.
+        """Try to create the record, which exists: one write that changes nothing.
 
-        A store that cannot be written to fails here, before any work. A server that takes it ignores
-        If-None-Match by now, as some do in a bucket with versions; or the record has just been deleted.
+        A store that cannot be written to fails here, before any work. If the server accepts the write, it
+        now ignores If-None-Match, as some do in a versioned bucket, or the record has just been deleted.
         """
         data = record.model_dump_json().encode()
         name = self._name(STORE_RECORD)
@@ -271,7 +271,7 @@ class S3Store:
         self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **self._options(name), **condition)
 
     def _options(self, name: str) -> dict[str, Any]:
-        """What an object is stored with: the type of a page, and the key to encrypt with."""
+        """Options of an upload: content type and encryption key."""
         content_type = _CONTENT_TYPES.get(Path(name).suffix)
         return self._extra | ({"ContentType": content_type} if content_type else {})
 
@@ -301,17 +301,17 @@ class S3Store:
 
 
 def _status_of(error: StoreError) -> str:
-    """The HTTP status of the reply that an error explains, "" where there was none."""
+    """The HTTP status of the reply behind an error, "" if there was no reply."""
     return http_status(error.__cause__) if isinstance(error.__cause__, ClientError) else ""
 
 
 def _is_outage(cause: BaseException | None) -> bool:
-    """Whether a server said that it cannot answer now, which is nobody's mistake."""
+    """Whether the server is temporarily unavailable (5xx or 429): not the user's mistake."""
     return isinstance(cause, ClientError) and (http_status(cause)[:1] == "5" or http_status(cause) == "429")
 
 
-# What an S3 server really guarantees, found out by trying it. Few servers keep all that S3 promises. The
-# answer is kept in the store, so that only the first run there has to try.
+# What an S3 server really guarantees is probed, since few servers keep all of S3's promises. The result is
+# kept in the store, so that only the first run there has to probe.
 
 STORE_RECORD = ".ffsplit/store.json"
 MAX_STORE_RECORD_BYTES = 1 << 16
@@ -328,15 +328,15 @@ NUM_ROUNDS = 3
 
 
 class StoreRecord(Versioned):
-    """What a probe of this store found, for later runs."""
+    """The result of a probe of this store, for later runs."""
 
     probed_at: UtcTime
     ffsplit_version: str = Field(description="the version that probed")
-    endpoint: str = Field(description="the server that was probed: a copied bucket does not bring it along")
+    endpoint: str = Field(description="the probed server: a copy of the bucket may be on another one")
     guarantees: StoreGuarantees
 
     def counts(self, *, endpoint: str) -> bool:
-        """Whether it is of this server and recent. A wrong clock may have put it into the future."""
+        """Whether it is from this server and recent. A wrong clock may have dated it in the future."""
         age = datetime.now(timezone.utc) - datetime.fromisoformat(self.probed_at)
         return self.endpoint == endpoint and abs(age) <= PROBE_AGAIN_AFTER
 
@@ -352,10 +352,10 @@ def _record_bytes(guarantees: StoreGuarantees, *, endpoint: str) -> bytes:
 
 
 def probe(client: S3Client, *, bucket: str, prefix: str, extra: dict[str, Any]) -> StoreGuarantees:
-    """Write a few bytes under names of their own, and leave nothing behind.
+    """Probe the server with a few bytes under random names, and delete them.
 
-    Raises ConfigError when If-None-Match is ignored, for then a commit could be overwritten, and
-    whatever boto3 raises when nothing can be written at all.
+    Raises ConfigError if the server ignores If-None-Match, since a commit could then be overwritten;
+    passes on boto3's errors if nothing can be written at all.
     """
     names = [f"{prefix}ffsplit-probe-{secrets.token_hex(8)}" for _ in range(1 + NUM_ROUNDS)]
 
@@ -379,7 +379,7 @@ def probe(client: S3Client, *, bucket: str, prefix: str, extra: dict[str, Any]) 
 
 
 def _took(client: S3Client, bucket: str, name: str, body: bytes, **options: Any) -> bool:
-    """Whether the server took an upload that it was to refuse."""
+    """Whether the server accepted an upload that it should have refused."""
     try:
         client.put_object(Bucket=bucket, Key=name, Body=body, **options)
     except ClientError as error:
@@ -390,7 +390,7 @@ def _took(client: S3Client, bucket: str, name: str, body: bytes, **options: Any)
 
 
 def _num_winners(put: Any, name: str) -> int:
-    """How many of several writers at once are told that they created a key."""
+    """How many of several concurrent writers the server tells that they created the key."""
     start = threading.Barrier(NUM_WRITERS)
 
     def create(_: int) -> bool:

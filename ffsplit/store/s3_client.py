@@ -1,4 +1,4 @@
-"""The boto3 client: its settings, checked before use, and botocore's errors as one line each."""
+"""The boto3 client: its settings, checked before use, and botocore's errors in one line each."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 
-# What botocore's errors mean to a user, as one line each.
+# What botocore's errors mean to a user, in one line each.
 
 _NO_CREDENTIALS = (
     boto.NoCredentialsError,
@@ -59,16 +59,16 @@ BROKEN_STREAM = (
     boto.ResponseStreamingError,
     boto.ConnectionClosedError,
 )
-"""How a body that was arriving can break off."""
+"""Errors of a body that breaks while it is being read."""
 
 
 class PastTheEnd(StoreError):
-    """A range begins where the object has no bytes."""
+    """A range begins at or after the end of the object."""
 
 
 @contextmanager
 def s3_errors(action: str) -> Iterator[None]:
-    """Turn an error of boto3 or of the local disk into a StoreError, MissingKey or ConfigError.
+    """Turn an error of boto3 or the local disk into a StoreError, MissingKey or ConfigError.
 
     `action` completes "cannot ..." and names the URI.
     """
@@ -79,23 +79,23 @@ def s3_errors(action: str) -> Iterator[None]:
 
 
 def explain(error: Exception, *, action: str) -> FFSplitError:
-    """The error of this package that says the same in one line, with how to mend it."""
+    """This package's error for it, in one line, with how to fix it."""
     error = _unwrap(error)
     if isinstance(error, ClientError):
         return _explain_reply(error, action=action)
     if isinstance(error, _NO_CREDENTIALS):
         mend = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or use an instance role"
         return ConfigError(f"cannot {action}: {_line(error)}: {mend}")
-    if "header value" in str(error):  # of a credential that is fetched anew: others are looked at before
-        mend = "check the credentials, and AWS_SESSION_TOKEN: one has a character that no request may have"
+    if "header value" in str(error):  # only refreshed credentials get here: others are checked beforehand
+        mend = "check the credentials and AWS_SESSION_TOKEN: one has a character not allowed in HTTP headers"
         return ConfigError(f"cannot {action}: {mend}")
     if isinstance(error, _UNREACHABLE):
         mend = "check the network, AWS_ENDPOINT_URL_S3 and AWS_REGION"
         return StoreError(f"cannot {action}: {_line(error)}: {mend}")
-    if isinstance(error, RecursionError):  # botocore goes on asking where a bucket is that is elsewhere
-        mend = "set AWS_REGION to the bucket's region, or mend AWS_ENDPOINT_URL_S3"
+    if isinstance(error, RecursionError):  # botocore follows redirects for ever if the bucket is elsewhere
+        mend = "set AWS_REGION to the bucket's region, or correct AWS_ENDPOINT_URL_S3"
         return ConfigError(
-            f"cannot {action}: the server redirects without saying where (PermanentRedirect): {mend}"
+            f"cannot {action}: the server redirects without a target (PermanentRedirect): {mend}"
         )
     if isinstance(error, OSError):
         return StoreError(f"cannot {action}: {error.filename or ''} {error.strerror or error}")
@@ -106,12 +106,12 @@ def _explain_reply(error: ClientError, *, action: str) -> FFSplitError:
     details = error.response.get("Error", {})
     code, message = details.get("Code") or "unknown", " ".join((details.get("Message") or "").split())
     said = f"cannot {action}: {message or 'refused'} ({code})"
-    if code == "NoSuchKey":  # a bare 404 may be a gateway's, or of a bucket that is gone
+    if code == "NoSuchKey":  # a bare 404 may come from a gateway, or mean a deleted bucket
         return MissingKey(said)
     if code in ("InvalidRange", "416"):
         return PastTheEnd(said)
     if code == "NoSuchBucket":
-        return ConfigError(f"{said}: create the bucket or mend the URI")
+        return ConfigError(f"{said}: create the bucket or correct the URI")
     if code in _BAD_CREDENTIALS:
         mend = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_PROFILE and the clock"
         return ConfigError(f"{said}: {mend}")
@@ -129,7 +129,7 @@ def http_status(error: ClientError) -> str:
 
 
 def _unwrap(error: Exception) -> Exception:
-    """The cause inside the errors that the transfer manager wraps others in."""
+    """The cause inside an error of the transfer manager."""
     inner = getattr(error, "last_exception", None) or error.__cause__ or error.__context__
     return inner if isinstance(error, Boto3Error) and isinstance(inner, Exception) else error
 
@@ -145,7 +145,7 @@ ALWAYS_READ = frozenset(
         "AWS_METADATA_SERVICE_NUM_ATTEMPTS",
     }
 )
-"""What botocore reads although it is empty."""
+"""Variables that botocore reads even if they are empty."""
 
 
 class _Setting(NamedTuple):
@@ -208,7 +208,7 @@ _SETTINGS = (
 
 
 def checked_session() -> botocore.session.Session:
-    """A session of botocore whose settings and credentials can be used. Raises ConfigError."""
+    """A botocore session with valid settings and credentials. Raises ConfigError."""
     for setting in _SETTINGS:
         for name in setting.variables:
             value = os.environ.get(name)
@@ -221,19 +221,19 @@ def checked_session() -> botocore.session.Session:
     except ProfileNotFound:
         name = next(name for name in ("AWS_DEFAULT_PROFILE", "AWS_PROFILE") if os.environ.get(name))
         known = ", ".join(session.available_profiles[:10]) or "none"
-        raise ConfigError(f"{name} names a profile that does not exist; there are: {known}") from None
+        raise ConfigError(f"{name} names a profile that does not exist; known profiles: {known}") from None
     except ConfigParseError as error:
         path = error.kwargs["path"]
         raise ConfigError(
-            f"{path} does not parse: correct it, or set AWS_CONFIG_FILE or AWS_SHARED_CREDENTIALS_FILE"
+            f"{path} is not valid: correct it, or set AWS_CONFIG_FILE or AWS_SHARED_CREDENTIALS_FILE"
         ) from None
     return session
 
 
 def _check_credentials(session: botocore.session.Session) -> None:
-    """Raise ConfigError where one has characters that no request may have; an HTTP library would quote it."""
+    """Raise ConfigError for characters not allowed in HTTP headers: the library would print the value."""
     found = session.get_credentials()
-    if type(found) is not Credentials:  # none, or fetched anew now and then
+    if type(found) is not Credentials:  # none, or refreshed from time to time
         return
     for attribute, name in (
         ("access_key", "AWS_ACCESS_KEY_ID"),
@@ -245,17 +245,17 @@ def _check_credentials(session: botocore.session.Session) -> None:
             profile = session.profile or "default"
             where = name if found.method == "env" else f"{name.lower()} of the profile {profile}"
             raise ConfigError(
-                f"{where} is not a credential: it has a blank, a line break or a character that is not "
-                "ASCII, or is too long: copy it again"
+                f"{where} is not a valid credential: it has a space, a line break or a non-ASCII "
+                "character, or is too long: copy it again"
             )
 
 
-# The boto3 client: where its settings come from, and replies that broke off taken for what they are.
+# The boto3 client: where its settings come from, and how incomplete replies are detected.
 #
 # boto3 finds credentials, region and endpoint by itself (AWS_ACCESS_KEY_ID, AWS_PROFILE, AWS_REGION,
 # AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_MAX_ATTEMPTS, ...). Three settings are this package's own:
 #
-# FFSPLIT_S3_PATH_STYLE=1         put the bucket into the path, not into the host name
+# FFSPLIT_S3_PATH_STYLE=1         put the bucket in the path, not in the host name
 # FFSPLIT_S3_SSE_KMS_KEY_ID=...   encrypt every object with this KMS key
 # FFSPLIT_S3_CHECKSUM=...         when_supported (boto3's default) or when_required, for older servers
 
@@ -270,12 +270,12 @@ _IN_EVERY_REPLY = {
 
 
 def make_client(uri: str) -> S3Client:
-    """A client with bounded retries and time-outs. Raises ConfigError for settings that cannot be meant."""
+    """A client with bounded retries and timeouts. Raises ConfigError for invalid settings."""
     try:
         with s3_errors(f"open {uri}"):
             session = checked_session()
             session.register_component("data_loader", _loader())
-            region = os.environ.get("AWS_REGION") or None  # botocore knows AWS_DEFAULT_REGION alone
+            region = os.environ.get("AWS_REGION") or None  # botocore reads only AWS_DEFAULT_REGION
             client = Session(botocore_session=session).client("s3", region_name=region, config=_config())
             retry: Any = _retry_broken_reply
             client.meta.events.register_last("needs-retry.s3", retry)
@@ -298,40 +298,41 @@ def _config() -> Config:
 
 @cache
 def _loader() -> botocore.loaders.Loader:
-    """The descriptions of the service, which take a tenth of a second to read."""
+    """The service descriptions, cached: reading them takes 0.1 s."""
     return botocore.loaders.create_loader()
 
 
 def _retry_broken_reply(response: Any, operation: Any, attempts: int, **_: Any) -> float | None:
-    """Ask again when a reply broke off in its headers, which http.client takes for a whole, empty one.
+    """Retry if a reply broke off in its headers, which http.client takes for a complete, empty reply.
 
-    So too where a 404 broke off: only a body says whether the key is missing, or a bucket or a gateway.
+    Retry too if the body of a 404 is missing: only the body tells whether the key is missing, the bucket
+    is, or a gateway answered.
 
-    Without this an unlucky listing would be an empty store. Raises when it goes on happening.
+    Without this a broken listing would look like an empty store. Raises after the last attempt.
     """
     if response is None:
         return None
     http, parsed = response
     if operation.name == "GetObject" and parsed.get("Error", {}).get("Code") == "404":
-        return backoff_s(attempts) if attempts < MAX_ATTEMPTS else None  # what is missing was not said
+        return backoff_s(attempts) if attempts < MAX_ATTEMPTS else None  # no body to tell what is missing
     expected = _IN_EVERY_REPLY.get(operation.name)
     if expected is None:
         return None
     if http.status_code >= 300 or expected in parsed:
         return None
     if attempts >= MAX_ATTEMPTS:
-        raise ResponseStreamingError(error=f"the reply to {operation.name} broke off")
+        raise ResponseStreamingError(error=f"the reply to {operation.name} is incomplete")
     return backoff_s(attempts)
 
 
 def end_of_range(reply: Any, *, start: int) -> int:
-    """Where the bytes that a reply brings end, by both headers that tell it.
+    """The offset at which the bytes of a reply end, from Content-Length and Content-Range.
 
-    Raises ResponseStreamingError when they contradict each other: one of them broke off.
+    Raises ResponseStreamingError if the two contradict each other: then one is incomplete.
     """
     end = start + int(reply["ContentLength"])
     if reply["ResponseMetadata"]["HTTPStatusCode"] == 206 or start:
         match = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", reply.get("ContentRange", ""))
         if not match or (int(match[1]), int(match[2]) + 1) != (start, end):
-            raise ResponseStreamingError(error="the headers of the reply broke off")
+            raise ResponseStreamingError(error="the headers of the reply are incomplete")
     return end

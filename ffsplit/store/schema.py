@@ -1,7 +1,7 @@
-"""Records that other versions of FFSplit read: what their version means, and what a reader does with it.
+"""Records that other versions of FFSplit read: their schema version, and how readers treat it.
 
-`schema_version` is MAJOR.MINOR. A higher minor only adds fields: a reader keeps those that it does not know,
-ignores them, and writes them back. A higher major changes what fields mean: it is refused.
+`schema_version` is MAJOR.MINOR. A higher minor only adds fields: a reader ignores those that it does not
+know, and writes them back. A higher major changes the meaning of fields: it is refused.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ UtcTime = Annotated[str, AfterValidator(_in_utc), Field(description="UTC, ISO 86
 
 
 class NewerSchema(ArtifactError):
-    """A record is of a schema that this version does not read."""
+    """A record has a schema that this version does not read."""
 
 
 class Versioned(Record):
-    """A record that says by which schema it was written."""
+    """A record with the version of its schema."""
 
     schema_version: str = Field(
         default=SCHEMA_VERSION, pattern=r"^[1-9][0-9]*\.[0-9]+$", description="MAJOR.MINOR"
@@ -42,9 +42,9 @@ class Versioned(Record):
 
 
 def read_record(kind: type[AnyRecord], data: str | bytes, *, name: str) -> AnyRecord:
-    """Parse a stored record, with whatever fields it has besides.
+    """Parse a stored record; unknown fields are kept.
 
-    Raises NewerSchema for one of a newer major version, ArtifactError for what is no such record.
+    Raises NewerSchema for a newer major version, ArtifactError if the record is invalid.
     """
     try:
         record = kind.model_validate_json(data, extra="allow")
@@ -78,9 +78,7 @@ def _refuse_newer(fields: dict[str, Any], *, name: str) -> None:
     needed = str(fields.get("ffsplit_version", ""))
     known = re.fullmatch(r"\d+(\.\d+){0,3}", needed, re.ASCII)
     fix = f"pip install 'ffsplit>={needed}'" if known else "upgrade ffsplit"
-    raise NewerSchema(
-        f"{name} has schema {int(match[0])}, newer than {ours}, which this version reads: {fix}"
-    )
+    raise NewerSchema(f"{name} has schema {int(match[0])}; this version reads schema {ours}: {fix}")
 
 
 def _line(text: str) -> str:

@@ -1,9 +1,9 @@
-"""Results of a run that is not committed yet, so that a crash costs at most the work in hand.
+"""Resume state: results of an uncommitted run, so that a crash costs at most the work in progress.
 
-The scratch of a run is `<out>/.scratch/<work key>/`; each finished piece of work is one record,
-`<stage>/<name>.json`, written after its files and with their digests and its own. A record whose files do not
-match their digests counts as work not done, and so does one that the store does not have; a store that cannot
-be asked is an error. Who may remove a scratch, and when, is in `leases.py`.
+The scratch of a run is `<out>/.scratch/<work key>/`. Each finished piece of work is one record,
+`<stage>/<name>.json`, written after its files, with their digests and its own. If the record is missing or a
+file does not match its digest, the work is done again. A store that cannot be read is an error. The class
+`Lease` decides who may remove a scratch, and when.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Computed = TypeVar("Computed", bound="Result | None")
 
 
 class Result(Record):
-    """A finished piece of work. File paths are keys of the store; facts are small JSON values."""
+    """A finished piece of work. File paths are store keys; facts are small JSON values."""
 
     name: str
     files: tuple[FileEntry, ...]
@@ -49,12 +49,12 @@ class Result(Record):
 
 
 class Scratch(Record):
-    """Where the results of one stage go. Small and picklable: workers open the store themselves."""
+    """Where the results of a run or one stage go. Small and picklable: workers open the store themselves."""
 
     uri: str
     prefix: str
     witness: str | None = None
-    """A key that whoever sees this very store must find; None where there is one host."""
+    """A key that every host must find if it sees the same store; None if there is one host."""
 
     @classmethod
     def of(cls, uri: str, key: str) -> Scratch:
@@ -65,7 +65,7 @@ class Scratch(Record):
         return f"{self.prefix}/{name}"
 
     def witnessed_by(self, key: str) -> Scratch:
-        """This scratch, for hosts that must all find `key` in its store."""
+        """This scratch, for use on several hosts, each of which must find `key` in its store."""
         return self.model_copy(update={"witness": key})
 
     def part(self, name: str) -> Scratch:
@@ -73,7 +73,7 @@ class Scratch(Record):
         return self.model_copy(update={"prefix": self.key(name)})
 
     def save(self, name: str, files: Mapping[str, Path], *, facts: Mapping[str, JsonValue]) -> Result:
-        """Store files (by their names) and then the record that makes them count."""
+        """Store files (by name), then the record that makes them valid."""
         store = _store(self.uri)
         entries = []
         for file_name, path in files.items():
@@ -86,9 +86,9 @@ class Scratch(Record):
         return result
 
     def load(self, name: str) -> Result | None:
-        """An earlier result, or None when there is none or its files are not what the record says.
+        """An earlier result, or None if it is missing or its files do not match the record.
 
-        Raises StoreError when the store cannot say.
+        Raises StoreError if the store cannot be read.
         """
         try:
             record, _, digest = _store(self.uri).get_bytes(self.key(f"{name}.json")).partition(b"\n")
@@ -102,9 +102,9 @@ class Scratch(Record):
         return result.model_copy(update={"reused": True})
 
     def save_next(self, series: str, number: int, path: Path) -> Result:
-        """Store a file as the `number`-th of a series, and then remove those before it.
+        """Store a file as the `number`-th of a series, then remove the earlier ones.
 
-        Each has a name and a record of its own, so that at any moment the newest record's file is whole.
+        Each has its own name and record, so the newest record's file is complete at any moment.
         """
         name = f"{series}-{number:08d}"
         saved = self.save(name, {f"{name}{path.suffix}": path}, facts={"number": number})
@@ -118,9 +118,9 @@ class Scratch(Record):
         return saved
 
     def load_newest(self, series: str) -> Result | None:
-        """The last of a series that is whole, None when there is none. Raises StoreError as `load` does."""
+        """The newest complete result of a series, None if there is none. Raises StoreError as `load` does."""
         before: set[str] = set()
-        while (names := self._names(series)) != before:  # a later one takes the place of one that is read
+        while (names := self._names(series)) != before:  # a newer one may replace the one being read
             for name in sorted(names, reverse=True):
                 if (found := self.load(name)) is not None:
                     return found
@@ -137,9 +137,9 @@ class Scratch(Record):
         }
 
     def load_or_compute(self, name: str, compute: Callable[[], Computed]) -> Result | Computed:
-        """An earlier result, or a new one, which may be another process's to save and is then None.
+        """An earlier result, or a new one; None if another process saves the new one.
 
-        Both are logged, with the run and the stage they belong to.
+        Both cases are logged, with run and stage.
         """
         with logs.fields(stage=self.prefix.split("/", 2)[-1], item=name):
             self._check_visible()
@@ -161,7 +161,7 @@ class Scratch(Record):
 
     @contextmanager
     def reading(self, entry: FileEntry) -> Iterator[Path]:
-        """A local file with a result's bytes for a while: what was downloaded for it is removed again."""
+        """A local file with a result's bytes; a downloaded copy is removed at the end of the block."""
         path = self.path(entry)
         try:
             yield path
@@ -172,7 +172,7 @@ class Scratch(Record):
     def _check_visible(self) -> None:
         if self.witness is not None and not _store(self.uri).exists(self.witness):
             raise ConfigError(
-                f"--out {self.uri}: host {socket.gethostname()} has joined and does not see it: "
+                f"--out {self.uri}: host {socket.gethostname()} has joined and cannot see it: "
                 "give s3://bucket/prefix or a directory that all hosts share"
             )
 
@@ -196,7 +196,7 @@ def _log_finished(result: Result, *, seconds: float) -> None:
 
 
 def _numbered(file_name: str, series: str) -> int | None:
-    """Which of a series a file belongs to, None for any other file."""
+    """The number of a file in a series, None for any other file."""
     match = re.fullmatch(rf"{re.escape(series)}-(\d+)\.\w+", file_name)
     return int(match[1]) if match else None
 
@@ -210,18 +210,18 @@ def _store(uri: str) -> Store:
     return open_store(uri)
 
 
-# Who uses a run's scratch, so that nobody removes what another run still needs.
+# Leases: which runs use a scratch, so that none removes what another still needs.
 #
-# <out>/.scratch/<work key>/owners/<run key>-<id>.json   a run at work; written again every minute
+# <out>/.scratch/<work key>/owners/<run key>-<id>.json   an active run; rewritten every minute
 # <out>/.scratch/<work key>/owners/closing-<id>.json     a run that is removing this scratch
 #
-# Runs that differ in their gates alone share a scratch. A run that has committed removes it unless another
-# run key holds it. Whatever else becomes of a run, its scratch stays for the next one; in the end
-# `ffsplit gc` collects it. An owner that was not written for LEASE is gone: killed, or cut off
-# from its store. Times are the store's own, so the clocks of hosts do not matter.
+# Runs that differ only in their gates share a scratch. A committed run removes it unless another run key
+# holds it. If a run ends in any other way, its scratch stays for the next run, and `ffsplit gc` finally
+# collects it. An owner record older than LEASE is void: its run was killed, or lost its store. Times are the
+# store's own, so the clocks of hosts do not matter.
 #
-# Whoever removes a scratch announces it, and looks for owners then; whoever begins registers, and looks for
-# announcements then. So of two at once at least one sees the other, and gives way.
+# A run that removes a scratch first announces it, then looks for owners; a run that starts first registers,
+# then looks for announcements. So of two concurrent runs at least one sees the other, and gives way.
 
 OWNERS, CLOSING = "owners", "closing-"
 LEASE = timedelta(minutes=10)
@@ -230,7 +230,7 @@ LOOK_EVERY_S = 1.0
 
 
 class Lease:
-    """A run's hold on its scratch while the context lasts. `note` gets a line on whatever goes wrong."""
+    """A run's hold on its scratch, for the duration of the `with` block. Problems are reported to `note`."""
 
     def __init__(
         self, store: Store, scratch: Scratch, *, run_key: str, note: Callable[[str], object]
@@ -247,7 +247,7 @@ class Lease:
         try:
             self._begin()
         except BaseException:
-            with suppress(FFSplitError):  # what is raised says more
+            with suppress(FFSplitError):  # the original error says more
                 self._store.delete(self._key)
             raise
         self._thread.start()
@@ -264,29 +264,29 @@ class Lease:
             self._note(f"warning: {self._where} counts as in use for {minutes} minutes: {failure}")
 
     def remove_scratch(self) -> None:
-        """Remove the scratch, since its run is committed, unless another run holds it."""
+        """Remove the scratch of a committed run, unless another run holds it."""
         self._stop_renewing()
         try:
             self._write(self._closing)
-            self._store.delete(self._key)  # of two that end at once, the later one sees no other
+            self._store.delete(self._key)  # of two runs that end at once, the later one sees no other owner
             others = holders(self._owners(), now=self._time_of(self._closing)) - {self._run_key, ""}
             if others:
                 self._note(f"{self._where} stays: run {min(others)} uses it")
             else:
                 self._remove_all()
             self._store.delete(self._closing)
-        except FFSplitError as error:  # the artifact stands
-            self._note(f"warning: {self._where} was not removed: {error}: ffsplit gc removes it")
+        except FFSplitError as error:  # the artifact is committed all the same
+            self._note(f"warning: {self._where} was not removed: {error}: ffsplit gc will remove it")
 
     def _begin(self) -> None:
-        """Register, and wait for those that are removing this scratch."""
+        """Register, then wait until no other run is removing this scratch."""
         told = False
         while True:
             self._write(self._key)
             now = self._time_of(self._key)
             closing = [each for each in self._owners() if _name(each).startswith(CLOSING)]
             for each in closing:
-                if now - each.modified_at > LEASE:  # it was killed while it was at it
+                if now - each.modified_at > LEASE:  # it was killed while removing
                     self._store.delete(each.key)
             if not [each for each in closing if now - each.modified_at <= LEASE]:
                 return
@@ -296,7 +296,7 @@ class Lease:
             time.sleep(LOOK_EVERY_S)
 
     def _remove_all(self) -> None:
-        """Everything but the announcement: until that is gone nobody begins here."""
+        """Remove everything except the announcement, which keeps other runs from starting here."""
         for name in self._store.list_directories(self._prefix):
             if name != OWNERS:
                 self._store.delete_prefix(f"{self._prefix}/{name}")
@@ -305,7 +305,7 @@ class Lease:
                 self._store.delete(key)
 
     def _keep(self) -> None:
-        """Write the owner's record again and again; a store that fails may come back."""
+        """Rewrite the owner's record periodically, even after a failure: the store may recover."""
         is_failing = False
         while not self._over.wait(RENEW_EVERY_S):
             try:
@@ -322,7 +322,7 @@ class Lease:
             self._thread.join()
 
     def _write(self, key: str) -> None:
-        """What is in it is for people: the key and the time of writing say all that counts."""
+        """Write a record. Its content is for people: only its key and modification time are used."""
         record = {"run_key": self._run_key, "host": socket.gethostname(), "pid": os.getpid()}
         self._store.put_bytes(key, (json.dumps(record) + "\n").encode())
 
@@ -330,13 +330,13 @@ class Lease:
         return list(self._store.list_details(f"{self._prefix}/{OWNERS}"))
 
     def _time_of(self, key: str) -> datetime:
-        """When the store saw this run's own record written, which is its present."""
+        """When the store wrote this run's own record: the present by the store's clock."""
         found = {each.key: each.modified_at for each in self._owners()}
         return found.get(key) or datetime.now(timezone.utc)  # a listing may lag behind
 
 
 def holders(entries: Iterable[Stored], *, now: datetime) -> set[str]:
-    """The run keys that hold a scratch, by the files in it; "" where a run is removing it."""
+    """The run keys that hold a scratch, from its files; "" stands for a run that is removing it."""
     return {
         "" if _name(each).startswith(CLOSING) else _name(each).partition("-")[0]
         for each in entries

@@ -1,8 +1,7 @@
-"""Signatures of manifests, and by their digests of every file, in the format of OpenSSF Model Signing.
+"""Signatures of manifests in the format of OpenSSF Model Signing. The manifest's digests cover every file.
 
-`manifest.json.sig` lies beside the manifest and is no part of what the manifest lists. Its tools check
-it too: `model_signing verify key DIR --signature DIR/manifest.json.sig --public_key KEY
---ignore_unsigned_files`.
+`manifest.json.sig` lies beside the manifest, which does not list it. OpenSSF's tools verify it too:
+`model_signing verify key DIR --signature DIR/manifest.json.sig --public_key KEY --ignore_unsigned_files`.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ _WANTED = {
 
 
 def sign_manifest(data: bytes, *, key: Path) -> bytes:
-    """The signature of a manifest's bytes with an elliptic-curve private key in PEM form.
+    """The signature of a manifest's bytes by an elliptic-curve private key in PEM form.
 
-    Raises ConfigError when the key cannot be used or model-signing is not installed.
+    Raises ConfigError if the key cannot be used or model-signing is not installed.
     """
     signing = _package("signing")
     check_key_kind(key, private=True)
@@ -44,9 +43,9 @@ def sign_manifest(data: bytes, *, key: Path) -> bytes:
 
 
 def verify_manifest(data: bytes, signature: bytes, *, key: Path, label: str) -> None:
-    """Raise ArtifactError unless the signature of these bytes is of the private key to this public one.
+    """Raise ArtifactError unless these bytes were signed with the private key of this public key.
 
-    Raises ConfigError when the key cannot be read or model-signing is not installed.
+    Raises ConfigError if the key cannot be read or model-signing is not installed.
     """
     verifying = _package("verifying")
     check_key_kind(key, private=False)
@@ -60,11 +59,11 @@ def verify_manifest(data: bytes, signature: bytes, *, key: Path, label: str) -> 
         try:
             checker.verify(model, path)
         except Exception as error:
-            raise ArtifactError(f"{label}: its signature is not of {key}: do not use it") from error
+            raise ArtifactError(f"{label}: its signature does not match {key}: do not use it") from error
 
 
 def check_key_kind(key: Path, *, private: bool) -> None:
-    """Raise ConfigError, which says what the file is instead, unless it holds a key of the kind wanted."""
+    """Raise ConfigError, naming what the file holds, unless it holds a key of the wanted kind."""
     _package("signing" if private else "verifying")
     found = _kind_of(_read(key))
     if found != _kind(private):
@@ -77,12 +76,12 @@ def _kind(private: bool) -> str:
 
 def _read(key: Path) -> bytes:
     if key.exists() and not key.is_file():
-        raise ConfigError(f"{key} is no key: it is not a file")
+        raise ConfigError(f"{key} is not a key: it is not a file")
     try:
         with key.open("rb") as file:
             return file.read(MAX_SIGNATURE_BYTES)
     except FileNotFoundError:
-        raise ConfigError(f"{key} is no key: the file does not exist") from None
+        raise ConfigError(f"{key} is not a key: the file does not exist") from None
     except OSError as error:
         raise ConfigError(f"{key} cannot be read: {error.strerror or error}") from None
 
@@ -109,7 +108,7 @@ def _kind_of(data: bytes) -> str:
         except Exception:  # cryptography raises many kinds
             continue
         return _named(name, loaded)
-    return "no key in PEM form, or a damaged one"
+    return "not a key in PEM form, or a damaged one"
 
 
 def _named(name: str, loaded: object) -> str:
@@ -130,7 +129,7 @@ def _lay_out(folder: Path, data: bytes) -> tuple[Path, Path]:
 
 
 def _package(name: str) -> ModuleType:
-    """A module of model-signing. Raises ConfigError when it is not there."""
+    """A module of model-signing. Raises ConfigError if it is not installed."""
     try:
         from importlib import import_module
 

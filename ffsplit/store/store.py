@@ -1,4 +1,4 @@
-"""Where artifacts live: one small protocol over string keys, and the URIs that name a store."""
+"""The protocol of a store of artifacts, a small one over string keys, and the URIs that name a store."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ffsplit.errors import ConfigError, StoreError
 from ffsplit.store.entries import StoreGuarantees, is_safe_path
 
 Names = list[str]
-"""Spelled out here because `list` inside a store is its method."""
+"""Defined here because `list` inside a store class is its method."""
 
-NOT_ATOMIC = "lets two writers create one key at once: of two runs with one key the last commit stands"
-"""What is said of a store whose conditional writes are not atomic."""
+NOT_ATOMIC = "lets two writers create one key at once: of two runs with the same key the last commit wins"
+"""The warning for a store whose conditional writes are not atomic."""
 
 MAX_ATTEMPTS = 5
-"""How often a store is asked for one thing."""
+"""Attempts per request, the first included."""
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://(.*)", re.DOTALL)
 _BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 
@@ -39,12 +39,12 @@ class Stored(NamedTuple):
 
 
 class Source(Protocol):
-    """What files can be read from: a store, or the links to them."""
+    """Anything that files can be read from: a store, or links to the files."""
 
     def open_stream(self, key: str, *, start: int = 0, size_bytes: int | None = None) -> Iterator[bytes]:
         """A value of any size, or a range of it, in chunks of about 1 MiB. Raises MissingKey.
 
-        A range that reaches beyond the value's end gives what there is.
+        A range that reaches beyond the value's end is cut there.
         """
 
 
@@ -52,9 +52,8 @@ class Store(Source, Protocol):
     """Bytes under keys. Keys are relative to the store's root and separated by '/'.
 
     A prefix is a directory's name, with or without a trailing slash; "" is the root. A key appears
-    whole or not at all. Every method raises StoreError when the store fails, and ValueError for a
-    key that leaves the root. A store is safe to use from several threads; other processes open
-    their own from the `uri`.
+    completely or not at all. Every method raises StoreError if the store fails, and ValueError for a
+    key that leaves the root. A store is thread-safe; other processes open their own by `uri`.
     """
 
     @property
@@ -62,16 +61,16 @@ class Store(Source, Protocol):
         """The root: an absolute path or s3://bucket/prefix, without a trailing slash."""
 
     def put_bytes(self, key: str, data: bytes) -> None:
-        """Write a small value, replacing any other."""
+        """Write a small value, replacing any existing one."""
 
     def put_file(self, key: str, path: Path) -> None:
-        """Copy a file of any size, replacing any value; the stored size is checked."""
+        """Copy a file of any size, replacing any existing value; the stored size is checked."""
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write a small value unless the key exists, atomically; False when it does.
+        """Write a small value unless the key exists, atomically; False if it exists.
 
-        S3 cannot tell a lost reply from another's write, so there a key that already holds these
-        very bytes gives True: make them unique to the writer.
+        S3 cannot tell a lost reply from another writer's success, so there the result is True if the key
+        already holds the same bytes: make them unique to the writer.
         """
 
     def get_bytes(self, key: str) -> bytes:
@@ -87,32 +86,32 @@ class Store(Source, Protocol):
         """All keys below a prefix, sorted; none when it does not exist."""
 
     def list_details(self, prefix: str) -> Iterator[Stored]:
-        """What `list` gives, with sizes and the times of the last write, by the store's clock."""
+        """Like `list`, with sizes and the times of the last write by the store's clock."""
 
     def list_directories(self, prefix: str) -> Names:
         """The names of the directories right below a prefix, sorted."""
 
     def delete(self, key: str) -> None:
-        """Remove a value; nothing happens when there is none."""
+        """Remove a value; does nothing if it is missing."""
 
     def delete_prefix(self, prefix: str) -> None:
-        """Remove everything below a prefix, which may not be the root."""
+        """Remove everything below a prefix, which must not be the root."""
 
     def presign(self, key: str, *, expires_s: int) -> str | None:
-        """A link that anybody can read a value by for some time, None where there are no links."""
+        """A link by which anybody can read a value for some time, None if the store has no links."""
 
     def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
-        """Remove what writes that were killed before a moment left unseen; returns how many there were."""
+        """Remove invisible leftovers of killed writes older than `before`; returns how many there were."""
 
     def check_writable(self) -> StoreGuarantees:
-        """Try writing, and say what the store guarantees; leave nothing behind but a record of that.
+        """Try writing, and return what the store guarantees; leaves behind nothing but a record of that.
 
-        Raises ConfigError, with what to mend, when values cannot be written or commits could not work.
+        Raises ConfigError, with how to fix it, if values cannot be written or commits could not work.
         """
 
 
 def read_at_most(source: Source, key: str, max_bytes: int) -> bytes:
-    """A small value that a stranger may have written. Raises MissingKey, and StoreError when it is larger."""
+    """A small value from an untrusted source. Raises MissingKey, and StoreError if it is larger."""
     data = b"".join(source.open_stream(key, size_bytes=max_bytes + 1))
     if len(data) > max_bytes:
         raise StoreError(f"{key} is larger than {max_bytes:,} bytes")
@@ -122,7 +121,7 @@ def read_at_most(source: Source, key: str, max_bytes: int) -> bytes:
 def check_key(key: str) -> str:
     """The key itself. Raises ValueError when it could leave the store's root."""
     if not is_safe_path(key):
-        raise ValueError(f"{key!r} is not a key")
+        raise ValueError(f"{key!r} is not a valid key")
     return key
 
 
@@ -135,7 +134,7 @@ def check_prefix(prefix: str) -> str:
 def root_uri(uri: str) -> str:
     """The `uri` of the store that s3://bucket/prefix, a path or file:///path names, without opening it.
 
-    Raises ConfigError for a URI that cannot be meant.
+    Raises ConfigError for an invalid URI.
     """
     match = _SCHEME.fullmatch(uri)
     scheme, rest = (match[1].lower(), match[2]) if match else ("", uri)
@@ -147,9 +146,9 @@ def root_uri(uri: str) -> str:
 
 
 def open_store(uri: str) -> Store:
-    """The store that a URI names, which need not exist. Nothing is read or written yet.
+    """The store that a URI names. It need not exist; nothing is read or written yet.
 
-    Raises ConfigError for a URI that cannot be meant, and for S3 settings that cannot.
+    Raises ConfigError for an invalid URI or invalid S3 settings.
     """
     root = root_uri(uri)
     if root.startswith("s3://"):

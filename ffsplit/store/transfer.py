@@ -1,7 +1,7 @@
-"""Copy listed files from a store to a directory: in parallel, by ranges, taking up where a broken copy was.
+"""Copy listed files from a store to a directory: in parallel, by ranges, resuming a broken copy.
 
-Each file arrives in parts, several at a time. Whoever finishes a part hashes all that has arrived in
-order, so that the digest is known soon after the last byte. A journal names the parts that arrived.
+Each file is fetched in parts, several at a time. The thread that finishes a part hashes all parts that are
+complete in order, so the digest is known soon after the last byte. A journal lists the finished parts.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ NUM_CONNECTIONS = 8
 JOURNAL_NAME = "journal"
 FILES_NAME = "artifact"
 FREE_BYTES = 64 << 20
-"""Left free on the disk by a download."""
+"""Disk space that a download leaves free."""
 
 Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in all."""
+"""Called with bytes done and total bytes."""
 
 
 @dataclass
 class _Incoming:
-    """One file on its way: which parts are there, and the digest of those that are there in order."""
+    """One file in transfer: its finished parts, and the digest of the leading ones without a gap."""
 
     number: int
     key: str
@@ -53,10 +53,10 @@ class _Incoming:
         return min(PART_BYTES, self.entry.size_bytes - part * PART_BYTES)
 
     def hash_arrived(self) -> None:
-        """Hash the parts that follow the last hashed one, unless another thread is at it."""
+        """Hash the parts that follow the last hashed one, unless another thread is doing so."""
         while self.num_hashed in self.parts and self.hashing.acquire(blocking=False):
             try:
-                with self.path.open("rb", buffering=0) as file:  # a buffer would hold bytes yet to come
+                with self.path.open("rb", buffering=0) as file:  # a buffer would read into missing parts
                     while (part := self.num_hashed) in self.parts:
                         size_bytes = self.size_of(part)
                         hash_range(file, self.digest, start=part * PART_BYTES, size_bytes=size_bytes)
@@ -74,12 +74,11 @@ class _Incoming:
 
 
 class Transfer:
-    """The copy of one artifact's files into `staging/artifact`, where an earlier one may have left parts.
+    """The copy of one artifact's files into `staging/artifact`, where an earlier copy may have left parts.
 
-    `prefix` is put before each file's path to give its key. A transfer raises ConfigError when there is
-    no room, before the first byte; ArtifactError, naming the file, when one is missing or is not what its
-    entry says; StoreError when the source fails: a later transfer into the same staging directory then
-    takes up what has arrived.
+    A file's key is `prefix` plus its path. A transfer raises ConfigError, before the first byte, if there
+    is not enough disk space; ArtifactError, naming the file, if one is missing or does not match its entry;
+    StoreError if the source fails: a later transfer into the same staging directory then resumes.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class Transfer:
     def into(
         self, target: Path, *, beside: Mapping[str, bytes] | None = None, progress: Progress | None = None
     ) -> None:
-        """Let a directory appear that holds the files, and some small ones beside them, all at once."""
+        """Fetch the files, add the small ones in `beside`, and rename the directory to `target`."""
         self._staging.mkdir(parents=True, exist_ok=True)
         self._check_space()
         try:
@@ -128,9 +127,7 @@ class Transfer:
         self._fetch(again, progress)
         for file in self._files:
             if not file.is_right:
-                raise ArtifactError(
-                    f"{self._label}: {file.entry.path} has another sha256 than it should have"
-                )
+                raise ArtifactError(f"{self._label}: {file.entry.path} does not match its sha256")
         return self._staging / FILES_NAME
 
     def _fetch(self, files: Sequence[_Incoming], progress: Progress | None) -> None:
@@ -166,7 +163,7 @@ class Transfer:
         self._stop.clear()
 
     def _fetch_part(self, file: _Incoming, part: int) -> bool:
-        """Write one part in its place; False when told to stop. Raises ArtifactError for too few bytes."""
+        """Write one part at its offset; False if stopped. Raises ArtifactError if bytes are missing."""
         start, size_bytes = part * PART_BYTES, file.size_of(part)
         offset = start
         descriptor = os.open(file.path, os.O_WRONLY | os.O_CLOEXEC)
@@ -175,7 +172,7 @@ class Transfer:
                 if self._stop.is_set():
                     return False
                 if offset + len(chunk) > start + size_bytes:
-                    raise StoreError(f"{self._label}: {file.entry.path}: more bytes came than were asked for")
+                    raise StoreError(f"{self._label}: {file.entry.path}: got more bytes than requested")
                 written = 0
                 while written < len(chunk):
                     written += os.pwrite(descriptor, memoryview(chunk)[written:], offset + written)
@@ -190,16 +187,16 @@ class Transfer:
         return True
 
     def _check_space(self) -> None:
-        """Raise ConfigError when the files cannot fit."""
+        """Raise ConfigError if the disk has too little space."""
         arrived = sum(path.lstat().st_blocks * 512 for path in self._staging.rglob("*") if path.is_file())
         free = shutil.disk_usage(self._staging).free - FREE_BYTES
         if (needed := self._total - arrived) > free:
             shutil.rmtree(self._staging, ignore_errors=True)
-            what = f"the files need {needed:,} bytes more and {max(free, 0):,} are free"
+            what = f"the files need {needed:,} more bytes and {max(free, 0):,} are free"
             raise ConfigError(f"{self._staging.parent}: {what}: choose another directory")
 
     def _read_journal(self) -> None:
-        """What an earlier attempt brought, where its file is still there with its size."""
+        """Read which parts an earlier attempt finished, for files that still exist at full size."""
         try:
             lines = (self._staging / JOURNAL_NAME).read_text("utf-8", "replace").splitlines()
         except FileNotFoundError:
@@ -216,7 +213,7 @@ class Transfer:
 
 
 def _make_room(file: _Incoming) -> None:
-    """The file at its full size, so that parts can be written in any order."""
+    """Create the file at its full size, so that parts can be written in any order."""
     file.path.parent.mkdir(parents=True, exist_ok=True)
     if not file.resumed:
         file.path.unlink(missing_ok=True)
@@ -225,7 +222,7 @@ def _make_room(file: _Incoming) -> None:
 
 
 def first_problem(directory: Path, entries: Iterable[FileEntry]) -> str | None:
-    """A listed file that is missing, a link, or of another size in a directory."""
+    """The first listed file that is missing, a link, or of the wrong size in a directory, in words."""
     for entry in entries:
         path = directory / entry.path
         if path.is_symlink() or not path.is_file():

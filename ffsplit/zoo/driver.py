@@ -9,11 +9,15 @@ import os
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from ffsplit.config import JobConfig, Record
-from ffsplit.exit_codes import DONE, REFUSED, exit_code_of
+from ffsplit.exit_codes import DONE, INTERRUPTED, REFUSED, exit_code_of
+
+LEAVE_WITHIN_S = 60.0
+"""How long an interrupted model may take to end by itself."""
 
 
 class Request(Record):
@@ -35,6 +39,8 @@ def _follow_the_batch() -> None:
         while os.read(0, 4096):  # not sys.stdin: this thread would hold its lock at exit
             pass
     os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(LEAVE_WITHIN_S)
+    os._exit(INTERRUPTED)  # a pool that was interrupted as it took work can wait for itself without end
 
 
 def _run(request: Request) -> int:

@@ -169,7 +169,7 @@ def test_a_language_model_is_judged_by_its_agreement(make_manifest):
     }
     text = read(render_report(make_manifest(measurements=measurements | {"fidelity": values}), curves=[]))
     assert "Fidelity 0.9999 top-1 agreement, held\u2011out text" in text
-    assert "KL divergence, nats a token 0.0521" in text and "my score 0.500" in text
+    assert "KL divergence, nats per token 0.0521" in text and "my score 0.500" in text
 
 
 def task_fields(**changes):
@@ -222,7 +222,7 @@ def test_experts_are_named_and_the_starved_are_marked(make_manifest, make_curves
     curves = [replace(curve, name=layer.name) for curve, layer in zip(make_curves(6), layers, strict=True)]
     html = render_report(make_manifest(layers=layers), curves=curves)
     text = read(html)
-    assert "2 of the experts saw too few tokens to be judged by them" in text
+    assert "2 of the experts saw too few tokens for statistics" in text
     assert "layer 0 expert 0 (0), layer 0 expert 1 (50)" in text and "50, too few" in text
     assert html.count(">layer 0 expert 5<") >= 3, "in the legend, beside its error, in the table"
     assert ">layer 5<" not in html

@@ -126,7 +126,7 @@ def test_statistics_that_do_not_hold_are_refused(
         stats, expected = small_job.folder / "nothing", "holds no artifact"
         stats.mkdir()
     else:
-        code, expected = 1, "not what its manifest says"
+        code, expected = 1, "does not match its manifest's sha256"
         path = stats / statistics.run_key / statistics.attempt / "stats/neurons.parquet"
         path.write_bytes(path.read_bytes()[:-1] + b"?")
     arguments = small_job.arguments(tmp_path / "out", "--runner", "serial", "--stats", str(stats), *flags)

@@ -178,7 +178,7 @@ def test_a_store_that_cannot_remove_is_said(filled: Store, monkeypatch: pytest.M
     with lease(filled, ONE, notes.append) as held:
         monkeypatch.setattr(filled, "delete_prefix", refuse)
         held.remove_scratch()
-    assert notes == [f"warning: {filled.uri}/{PREFIX} was not removed: denied: ffsplit gc removes it"]
+    assert notes == [f"warning: {filled.uri}/{PREFIX} was not removed: denied: ffsplit gc will remove it"]
 
 
 def test_gc_takes_the_scratch_of_nobody_and_no_other(filled: Store) -> None:

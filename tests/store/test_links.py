@@ -45,7 +45,7 @@ def test_what_is_behind_a_link_is_verified(s3_uri: str, tmp_path: Path) -> None:
     publish(store, tmp_path / "attempt")
     link = share(s3_uri, expires=HOUR)
     store.put_bytes(f"{RUN_KEY}/{ATTEMPT}/model.safetensors", b"Weights" * 1000)
-    with pytest.raises(ArtifactError, match=r"model\.safetensors has another sha256") as caught:
+    with pytest.raises(ArtifactError, match=r"model\.safetensors does not match its sha256") as caught:
         pull(link, tmp_path / "copy")
     assert "Signature" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir() if "copy" in path.name] == []
@@ -56,7 +56,7 @@ def test_links_that_are_none(s3_uri: str, s3_endpoint: str, tmp_path: Path) -> N
     publish(store, tmp_path / "attempt")
     no_share = store.presign("latest.json", expires_s=60)
     for link, error, said in (
-        (no_share, ConfigError, "is no share"),
+        (no_share, ConfigError, "is not a share link"),
         (f"{s3_endpoint}/runs/nothing/here", StoreError, "does not exist"),
         ("http://127.0.0.1:9/share.json?secret", StoreError, "check the network"),
     ):
@@ -76,7 +76,7 @@ def test_a_share_that_reaches_elsewhere_is_refused(
     record = json.loads(store.get_bytes(key))
     record["files"] |= change
     store.put_bytes(key, json.dumps(record).encode())
-    with pytest.raises(ConfigError, match="is no share"):
+    with pytest.raises(ConfigError, match="is not a share link"):
         pull(str(store.presign(key, expires_s=60)), tmp_path / "copy")
 
 
@@ -95,7 +95,7 @@ def test_expired_shares_are_collected(s3_uri: str, tmp_path: Path) -> None:
 def test_what_cannot_be_shared(s3_uri: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     publish(open_store(str(tmp_path / "store")), tmp_path / "attempt")
     assert main(["share", str(tmp_path / "store")]) == 2
-    assert "only what is in s3://" in capsys.readouterr().err
+    assert "only artifacts in s3://" in capsys.readouterr().err
     publish(open_store(s3_uri), tmp_path / "attempt")
     for wrong in ("8d", "0s", "soon"):
         assert main(["share", s3_uri, "--expires", wrong]) == 2
@@ -116,7 +116,7 @@ def test_a_share_that_cannot_be_read_here(
     error, said = NewerSchema, "upgrade ffsplit"
     if version == "1.0":
         monkeypatch.setattr(links, "MAX_SHARE_BYTES", len(data) - 1)
-        error, said = ConfigError, "is no share"  # type: ignore[assignment]
+        error, said = ConfigError, "is not a share link"  # type: ignore[assignment]
     with pytest.raises(error, match=said):
         pull(str(store.presign(key, expires_s=60)), tmp_path / "copy")
 
@@ -156,7 +156,7 @@ def test_ranges_of_a_linked_file_end_with_it(proxied: tuple[LinkedFiles, FaultPr
     assert read(files, start=3, size_bytes=5) == WEIGHTS[3:8]
     assert read(files, start=6998, size_bytes=50) == WEIGHTS[-2:]
     assert read(files, start=7000, size_bytes=5) == read(files, start=3, size_bytes=0) == b""
-    with pytest.raises(MissingKey, match=r"names no model\.bin"):
+    with pytest.raises(MissingKey, match=r"does not list model\.bin"):
         list(files.open_stream("model.bin"))
 
 
@@ -187,7 +187,7 @@ def test_a_linked_file_that_breaks_off_again_and_again_is_an_error(
 
 
 REPLIES: dict[str, tuple[type[Exception], str]] = {
-    "403 Forbidden": (ConfigError, r"is not open \(any more\): ask for a new link"),
+    "403 Forbidden": (ConfigError, r"is not accessible or has expired: ask for a new link"),
     "410 Gone": (MissingKey, "does not exist"),
     "409 Conflict": (StoreError, "HTTP status 409"),
     "200 OK": (StoreError, "cannot be read in parts"),

@@ -176,7 +176,7 @@ class TestFromS3:
     ) -> None:
         publish(store, tmp_path / "attempt")
         store.put_bytes(f"{RUN_KEY}/{ATTEMPT}/nested/deep/notes.txt", b"Notes\n")
-        with pytest.raises(ArtifactError, match=r"nested/deep/notes\.txt has another sha256"):
+        with pytest.raises(ArtifactError, match=r"nested/deep/notes\.txt does not match its sha256"):
             materialize(store_uri)
         assert list((cache / "artifacts").iterdir()) == []
 
@@ -192,7 +192,7 @@ class TestFromS3:
 def test_a_download_that_differs_never_appears(store: Store, store_uri: str, tmp_path: Path) -> None:
     publish(store, tmp_path / "attempt")
     store.put_bytes(f"{RUN_KEY}/{ATTEMPT}/config.json", b"[]")
-    with pytest.raises(ArtifactError, match=r"config\.json has another sha256"):
+    with pytest.raises(ArtifactError, match=r"config\.json does not match its sha256"):
         download(locate(store_uri), directory=tmp_path / "here" / "copy")
     assert list((tmp_path / "here").iterdir()) == []
 
@@ -205,7 +205,7 @@ def test_download_into_a_directory_of_ones_own(store: Store, store_uri: str, tmp
     assert not list(tmp_path.glob(".here*"))
     assert download(locate(store_uri), directory=tmp_path / "here") == manifest
     (tmp_path / "here" / "config.json").write_bytes(b"[]")
-    with pytest.raises(ConfigError, match=r"damaged \(config\.json differs\): remove it"):
+    with pytest.raises(ConfigError, match=r"damaged copy \(config\.json differs\): remove it"):
         download(locate(store_uri), directory=tmp_path / "here")
     (tmp_path / "here" / "manifest.json").unlink()
     with pytest.raises(ConfigError, match="exists and is not empty"):

@@ -121,7 +121,7 @@ def test_an_upload_that_is_given_up_leaves_nothing(
 def test_a_digest_that_is_not_the_files_is_named(store: Store, tmp_path: Path) -> None:
     directory = write_attempt(tmp_path / "attempt")
     (directory / "model.safetensors").write_bytes(b"heights" * 1000)
-    with pytest.raises(ArtifactError, match=r"not what its manifest lists: model\.safetensors$"):
+    with pytest.raises(ArtifactError, match=r"does not match its manifest: model\.safetensors$"):
         publish_directory(store, directory)
     assert contents(store) == {} and store.list_directories("") == []
 
@@ -212,7 +212,7 @@ def test_a_commit_that_is_not_there_after_it_was_written_is_no_success(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "put_if_absent", lambda key, data: True)
-    with pytest.raises(StoreError, match=r"commit\.json was written but is not there: publish again"):
+    with pytest.raises(StoreError, match=r"commit\.json was written but is missing: publish again"):
         publish(store, tmp_path / "attempt")
     assert contents(store) == {}
 
@@ -253,7 +253,7 @@ def test_what_goes_wrong_with_the_index_and_the_hint_is_said_and_is_no_failure(
     said = sorted(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert len(said) == 2
     for name, line in zip(("index.json", "latest.json"), said, strict=True):
-        assert line.startswith(f"warning: {store.uri}/{name} is behind this commit until it is read: ")
+        assert line.startswith(f"warning: {store.uri}/{name} is out of date until its next reader: ")
         assert str(error) in line
     assert not store.exists("latest.json")
     assert latest_commit(store) == commit
@@ -282,7 +282,7 @@ def test_a_commit_of_a_later_version_is_read_and_kept(store: Store, tmp_path: Pa
     assert json.loads(record_bytes(read)) == json.loads(later)
     assert latest_commit(store) == read
     store.put_bytes(f"{RUN_KEY}/commit.json", later.replace(b'"1.4"', b'"2.0"'))
-    with pytest.raises(ArtifactError, match=f"{RUN_KEY}/commit.json has schema 2, newer .* upgrade ffsplit$"):
+    with pytest.raises(ArtifactError, match=f"{RUN_KEY}/commit.json has schema 2; .* upgrade ffsplit$"):
         read_commit(store, RUN_KEY)
 
 
@@ -376,7 +376,7 @@ def test_a_directory_unlike_its_manifest_is_not_published(tmp_path: Path) -> Non
     (tmp_path / "a" / "config.json").unlink()
     (tmp_path / "a" / "model.safetensors").write_bytes(b"short")
     (tmp_path / "a" / "more").write_bytes(b"")
-    with pytest.raises(ArtifactError, match=r"lists: config\.json, model\.safetensors, more$"):
+    with pytest.raises(ArtifactError, match=r"its manifest: config\.json, model\.safetensors, more$"):
         attempt(tmp_path / "a")
     (tmp_path / "a" / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match=r"has no manifest\.json"):

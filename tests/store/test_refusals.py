@@ -40,7 +40,7 @@ REFUSALS = {
         "AWS_REGION",
     ),
     "AccessDenied": (403, "Access Denied", "the bucket's policy must allow s3:GetObject"),
-    "NoSuchBucket": (404, "The specified bucket does not exist", "create the bucket or mend the URI"),
+    "NoSuchBucket": (404, "The specified bucket does not exist", "create the bucket or correct the URI"),
 }
 
 

@@ -93,7 +93,7 @@ def test_a_key_that_comes_and_goes_is_an_error(store: S3Store, monkeypatch: pyte
         raise refusal("PreconditionFailed", 412)
 
     calls = before_put(store, monkeypatch, exists)
-    with pytest.raises(StoreError, match=r"commit\.json: it kept appearing and vanishing; try again"):
+    with pytest.raises(StoreError, match=r"commit\.json: it kept appearing and disappearing: try again"):
         store.put_if_absent("commit.json", b"mine")
     assert len(calls) == 5
 
@@ -211,7 +211,7 @@ def test_headers_that_contradict_each_other_are_not_believed(
     if end is not None:
         assert end_of_range(reply, start=start) == end
         return
-    with pytest.raises(ResponseStreamingError, match="the headers of the reply broke off"):
+    with pytest.raises(ResponseStreamingError, match="the headers of the reply are incomplete"):
         end_of_range(reply, start=start)
 
 
@@ -242,7 +242,7 @@ def test_a_listing_whose_reply_broke_off_is_no_empty_store(
     if times == 2:
         assert list(store.list("")) == ["key"]
         return
-    with pytest.raises(StoreError, match="the reply to ListObjectsV2 broke off"):
+    with pytest.raises(StoreError, match="the reply to ListObjectsV2 is incomplete"):
         list(store.list(""))
     assert proxy.faults[0].struck == s3_client.MAX_ATTEMPTS
 
@@ -374,7 +374,7 @@ def test_refusals_are_one_line_with_the_mend(
         (
             HTTPClientError(error=ValueError("Invalid header value b'hunter2\\n'")),
             ConfigError,
-            "check the credentials, and AWS_SESSION_TOKEN: one has a character that no request may have",
+            "check the credentials and AWS_SESSION_TOKEN: one has a character not allowed in HTTP headers",
         ),
         (
             FileNotFoundError(2, "No such file or directory", "/a/b"),

@@ -77,7 +77,7 @@ def test_a_credential_that_no_request_may_have_is_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     line = refusal(name, value, s3_uri, monkeypatch, capsys)
-    assert line.startswith(f"ffsplit: {name} is not a credential: ") and value.strip() not in line
+    assert line.startswith(f"ffsplit: {name} is not a valid credential: ") and value.strip() not in line
 
 
 def test_a_profile_is_named(
@@ -92,12 +92,12 @@ def test_a_profile_is_named(
     monkeypatch.setenv("AWS_PROFILE", "play")
     assert main(["list", s3_uri]) == 2
     assert capsys.readouterr().err == (
-        "ffsplit: AWS_PROFILE names a profile that does not exist; there are: work\n"
+        "ffsplit: AWS_PROFILE names a profile that does not exist; known profiles: work\n"
     )
     monkeypatch.setenv("AWS_PROFILE", "work")
     assert main(["list", s3_uri]) == 2
     printed = capsys.readouterr().err
-    assert "aws_access_key_id of the profile work is not a credential" in printed
+    assert "aws_access_key_id of the profile work is not a valid credential" in printed
     assert "two words" not in printed
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/dev/null")
@@ -105,7 +105,7 @@ def test_a_profile_is_named(
         monkeypatch.setenv(name, str(broken))
         assert main(["list", s3_uri]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"ffsplit: {broken} does not parse") and name in line
+        assert line.startswith(f"ffsplit: {broken} is not valid") and name in line
         monkeypatch.setenv(name, "/dev/null")
 
 

@@ -105,7 +105,7 @@ def test_what_another_process_saves_is_not_reported_as_finished(
 
 def test_a_host_that_sees_another_directory_is_refused(place: Scratch, store: Store) -> None:
     place = place.model_copy(update={"witness": f"{place.prefix}/seen-by-all-00"})
-    with pytest.raises(ConfigError, match=f"--out {store.uri}: host .* has joined and does not see it"):
+    with pytest.raises(ConfigError, match=f"--out {store.uri}: host .* has joined and cannot see it"):
         place.load_or_compute("one", lambda: pytest.fail("computed"))
     store.put_bytes(str(place.witness), b"")
     assert place.load_or_compute("one", lambda: place.save("one", {}, facts={})).name == "one"

@@ -55,7 +55,7 @@ def test_a_signature_holds_for_these_bytes_and_this_key_alone(
         (b"{}", signature[:-9], public),
         (b"{}", sign_manifest(b"{ }", key=private), public),
     ):
-        with pytest.raises(ArtifactError, match="x: its signature is not of"):
+        with pytest.raises(ArtifactError, match="x: its signature does not match"):
             verify_manifest(data, given, key=key, label="x")
 
 
@@ -95,9 +95,9 @@ KINDS = {
     "a certificate": "certificate",
     "a DER key": "der",
     "an OpenSSH key": "openssh",
-    "no key in PEM form, or a damaged one": "garbage",
-    "no key: it is not a file": "folder",
-    "no key: the file does not exist": "nowhere",
+    "not a key in PEM form, or a damaged one": "garbage",
+    "not a key: it is not a file": "folder",
+    "not a key: the file does not exist": "nowhere",
 }
 
 
@@ -158,7 +158,7 @@ def test_a_key_of_the_wrong_kind_is_called_what_it_is(
         assert main(command) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"ffsplit: {key} is {kind}")
-        assert kind.startswith("no key: ") or f"give a {wanted} key of the curve P-256" in line
+        assert kind.startswith("not a key: ") or f"give a {wanted} key of the curve P-256" in line
         assert not out.exists()
 
 
@@ -190,7 +190,7 @@ def test_a_signed_run_is_pulled_and_an_unsigned_is_not(
     tampered = tmp_path / "copy of copy" / "manifest.json"
     tampered.write_text(tampered.read_text().replace('"seed": 0', '"seed": 1'))
     assert main(["pull", str(tampered.parent), str(tmp_path / "third"), *check]) == 1
-    assert "its signature is not of" in capsys.readouterr().err
+    assert "its signature does not match" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
 
 
@@ -199,7 +199,7 @@ def test_a_key_that_cannot_sign_is_said_before_the_work(
 ) -> None:
     flags = ["--runner", "serial", "--sign-key", str(tmp_path / "nowhere.pem")]
     assert main(["compress", *small_job.arguments(tmp_path / "out", *flags)]) == 2
-    assert "nowhere.pem is no key" in capsys.readouterr().err
+    assert "nowhere.pem is not a key" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -107,7 +107,7 @@ def test_symbolic_links_are_named_and_never_read(tmp_path: Path) -> None:
     (directory / "manifest.json").symlink_to(tmp_path / "outside.json")
     (problem,) = verify(str(directory)).problems
     assert problem.startswith("manifest.json: ") and problem.endswith(
-        "symbolic link, which no store may hold"
+        "symbolic link, which a store must not contain: put the file there"
     )
 
 
