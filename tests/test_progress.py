@@ -44,7 +44,7 @@ def test_a_terminal_has_bars(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown_on(Terminal())
     assert "calibrate" in text and "3/3" in text and "\x1b[" in text
     assert "a note with [brackets]" in text
-    assert "s gone" not in text
+    assert "s elapsed" not in text
 
 
 def test_a_log_has_lines(monkeypatch: pytest.MonkeyPatch) -> None:

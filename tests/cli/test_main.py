@@ -343,7 +343,7 @@ def test_blocks_that_the_config_does_not_state_are_named(
         json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 1})
     )
     assert main(["compress", *small_job.arguments(tmp_path / "out", "--runner", "serial")]) == 0
-    assert "fewer blocks: encoder.layer.1, encoder.layer.2 stay as they are" in capsys.readouterr().err
+    assert "fewer blocks: encoder.layer.1, encoder.layer.2 are copied unchanged" in capsys.readouterr().err
 
 
 CONFIG_CHANGES: dict[str, dict[str, Any]] = {

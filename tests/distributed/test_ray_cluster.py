@@ -72,7 +72,7 @@ def test_a_head_that_refuses_is_left_to_ray() -> None:
 
 def test_an_encrypted_connection_begins_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     with silent() as port:
-        with pytest.raises(OSError, match="said nothing"):
+        with pytest.raises(OSError, match="sent nothing"):
             ray_cluster._probe(f"ray://127.0.0.1:{port}")
         monkeypatch.setenv("RAY_USE_TLS", "1")
         ray_cluster._probe(f"ray://127.0.0.1:{port}")
@@ -166,7 +166,7 @@ def test_a_command_ends_before_anything_is_written(
     with silent() as port:
         assert main([command, *given, "--address", f"127.0.0.1:{port}"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("ffsplit: Ray at 127.0.0.1") and "said nothing" in last
+    assert last.startswith("ffsplit: Ray at 127.0.0.1") and "sent nothing" in last
     assert not (tmp_path / "out").exists()
 
 

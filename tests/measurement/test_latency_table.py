@@ -61,7 +61,7 @@ def test_a_table_that_cannot_be_written(small_job: SmallJob, tmp_path: Path) -> 
 
 
 def test_layers_of_different_widths_have_no_table() -> None:
-    with pytest.raises(ConfigError, match="one width"):
+    with pytest.raises(ConfigError, match="the same width"):
         table_widths({96, 64})
     assert table_widths({1536})[:4] == [64, 128, 192, 256]
     assert len(table_widths({3})) == 3

@@ -135,7 +135,7 @@ def test_a_perplexity_that_is_no_float(loaded: LoadedFactory) -> None:
     _, model, _ = loaded("llama", head="ForCausalLM", seed=2)
     with torch.no_grad():
         model.lm_head.weight *= 1e6
-    with pytest.raises(FFSplitError, match=r"the perplexity overflows: a mean loss of .* nats a token"):
+    with pytest.raises(FFSplitError, match=r"the perplexity overflows: a mean loss of .* nats per token"):
         windows_perplexity(model, random_rows(3))
 
 
