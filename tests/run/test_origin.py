@@ -120,7 +120,7 @@ def test_statistics_that_do_not_hold_are_refused(
     elif case == "dtype":
         flags, expected = (
             ["--dtype", "bfloat16"],
-            "cpu in float32 with 1 threads, this run is",
+            "cpu in float32 with 1 threads, but this run is on",
         )
     elif case == "none":
         stats, expected = small_job.folder / "nothing", "holds no artifact"
