@@ -65,7 +65,7 @@ format: venv ## Fix what the linter can fix, and format
 .PHONY: docs
 docs: venv ## Generate docs/manifest.schema.json and docs/models.md, and build the site into out/docs
 	$(BIN)/python -m ffsplit.store.manifest > docs/manifest.schema.json
-	$(BIN)/python -m ffsplit.models.table > docs/models.md
+	$(BIN)/python -m ffsplit.models.support_page > docs/models.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
 	@echo out/docs/index.html
 

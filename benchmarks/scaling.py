@@ -33,13 +33,13 @@ from ffsplit.calibration.hooks import NOTHING, FFNObserver, Sampling
 from ffsplit.calibration.readers import padded_batches, tokenize_rows
 from ffsplit.calibration.sampling import CalibrationSettings
 from ffsplit.calibration.sources import read_all
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.distributed.ray_cluster import connect, disconnect
 from ffsplit.distributed.ray_runner import RayRunner
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_base_model, load_tokenizer
-from ffsplit.models.locate import ModelSource
-from ffsplit.profile import ComputeProfile
 from ffsplit.recipes.recipe import load_recipe
 from ffsplit.run.stages.calibrate import CalibrationJob, CalibrationWorker, Shard
 from ffsplit.run.stages.fit import LayerJob, compress_layer_job

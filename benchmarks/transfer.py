@@ -27,9 +27,9 @@ import boto3
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
+from ffsplit.store.artifact import locate
 from ffsplit.store.commits import Commit, list_runs
 from ffsplit.store.digests import file_entry, sha256_file
-from ffsplit.store.locate import locate
 from ffsplit.store.publish import Upload
 from ffsplit.store.pull import download, materialize
 from ffsplit.store.store import open_store

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 
 from ffsplit.exit_codes import DONE, checked_output, exit_code_of
-from ffsplit.store.locate import locate, read_manifest
+from ffsplit.store.artifact import locate, read_manifest
 from ffsplit.store.manifest import Stage
 
 

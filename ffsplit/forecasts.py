@@ -14,14 +14,14 @@ from ffsplit.ffn.shapes import FFNShape, LayerLayout, is_stock_form
 from ffsplit.machine import hardware_fingerprint
 from ffsplit.measurement.size import compressed_size, original_size
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.fetch import locate_model
 from ffsplit.models.load import may_search
-from ffsplit.models.locate import locate_model
 from ffsplit.recipes.recipe import Recipe, load_recipe, recipe_of
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.scores import energy_counts, energy_outside, num_energetic, plan_split
 from ffsplit.splitting.solver import Solver, fit_layers, stored_layouts
-from ffsplit.store.locate import open_statistics
+from ffsplit.store.artifact import open_statistics
 
 # A model's FFNs, from its config and safetensors headers alone.
 

@@ -104,7 +104,7 @@ MUTANTS = (
     ),
     # models
     Mutant(
-        "models/find.py",
+        "models/ffns.py",
         "half=half, transposed=paths.transposed)",
         "half=None, transposed=paths.transposed)",
         "tests/models/test_checkpoint.py::test_the_ffns_are_found_with_their_shapes",

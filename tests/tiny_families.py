@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 from ffsplit.measurement.latency import example_inputs
-from ffsplit.models.table import HEADS
+from ffsplit.models.support_page import HEADS
 from tests.tiny_models import VOCAB_SIZE, randomize, save_tokenizer
 
 NUM_LAYERS = 2

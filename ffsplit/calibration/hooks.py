@@ -14,7 +14,7 @@ from torch.nn import functional
 from ffsplit.calibration.readers import Batch
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
-from ffsplit.models.find import FFNPlace
+from ffsplit.models.ffns import FFNPlace
 from ffsplit.models.streamed import StreamedModel
 
 # Running sums of one FFN's neuron activations, at a small fraction of the cost of the forward pass.

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ffsplit.calibration.sources import parquet_column, read_column, reading_texts, source_error
 from ffsplit.errors import ConfigError, explained
-from ffsplit.models.rows import ModelKind
+from ffsplit.models.family import ModelKind
 
 
 def decode_sound(data: bytes, *, rate: int) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError
-from ffsplit.models.rows import ModelKind
+from ffsplit.models.family import ModelKind
 
 # How a model's calibration text is read.
 

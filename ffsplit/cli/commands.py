@@ -117,8 +117,8 @@ def latency_table(parsed: argparse.Namespace) -> int:
         if vars(parsed)[name] < 1:
             raise ConfigError(f"{flag_of(name)} must be 1 or more, not {vars(parsed)[name]}")
     from ffsplit.cli.tables import print_latency_table
+    from ffsplit.compute_profile import ComputeProfile
     from ffsplit.measurement.latency_table import check_target, measure_latency_table, write_latency_table
-    from ffsplit.profile import ComputeProfile
     from ffsplit.progress import Progress
 
     config = JobConfig.checked(
@@ -230,8 +230,8 @@ def list_runs(parsed: argparse.Namespace) -> int:
 
 
 def pin(parsed: argparse.Namespace) -> int:
+    from ffsplit.store.artifact import locate
     from ffsplit.store.gc import pin, unpin
-    from ffsplit.store.locate import locate
 
     location = locate(parsed.uri)
     done = f"{unpin(location)} is no longer pinned" if parsed.remove else f"{pin(location)} is pinned"

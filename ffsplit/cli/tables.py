@@ -30,7 +30,7 @@ from ffsplit.report.humanize import (
     times,
     unit,
 )
-from ffsplit.store.benchmarks import BenchmarkRecord, Timing
+from ffsplit.store.benchmark_records import BenchmarkRecord, Timing
 from ffsplit.store.commits import RunSummary, latest_commit, list_runs
 from ffsplit.store.gc import Plan, Removal, pinned_runs
 from ffsplit.store.manifest import REPORT_NAME, Latency, Manifest, Measurements

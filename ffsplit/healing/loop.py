@@ -21,8 +21,8 @@ from ffsplit.ffn.quantization import fake_quantize
 from ffsplit.healing.losses import distance, outputs, quotient, total_distance, weight
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.team import Alone, Team
+from ffsplit.models.family import ModelKind
 from ffsplit.models.load import classifies
-from ffsplit.models.rows import ModelKind
 
 # The state of a healing run as one safetensors file, so that it can resume where it was stopped.
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ffsplit.calibration.readers import Batch
+from ffsplit.models.family import ModelKind
 from ffsplit.models.load import classifies, row_logits
-from ffsplit.models.rows import ModelKind
 
 
 def outputs(model: Any, batch: Batch, *, kind: ModelKind) -> Tensor:

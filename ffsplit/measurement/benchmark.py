@@ -19,11 +19,11 @@ from ffsplit.machine import check_device, describe_environment, usable_cores
 from ffsplit.measurement.latency import WARM_UP_RUNS, load_average, load_since, time_models
 from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.fetch import locate_model
 from ffsplit.models.load import load_whole_model
-from ffsplit.models.locate import locate_model
-from ffsplit.store.benchmarks import BenchmarkRecord, Cost, append_benchmark
+from ffsplit.store.artifact import Location, locate, read_manifest
+from ffsplit.store.benchmark_records import BenchmarkRecord, Cost, append_benchmark
 from ffsplit.store.inputs import is_remote
-from ffsplit.store.locate import Location, locate, read_manifest
 from ffsplit.store.pull import materialize
 
 NUM_LOADS = 3

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from ffsplit.calibration.readers import Batch
 from ffsplit.errors import FFSplitError
+from ffsplit.models.family import ModelKind
 from ffsplit.models.load import classifies, row_logits
-from ffsplit.models.rows import ModelKind
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.store.manifest import BlockFidelity
 

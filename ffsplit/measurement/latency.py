@@ -19,7 +19,7 @@ from ffsplit.machine import usable_cores
 from ffsplit.models.load import decodes
 from ffsplit.runtime.integer_map import IntegerMap
 from ffsplit.runtime.modules import DenseMap, LowRankMap
-from ffsplit.store.benchmarks import Figures, Timing
+from ffsplit.store.benchmark_records import Figures, Timing
 from ffsplit.store.manifest import Latency, LoadAverage, Spread
 
 # How much a model's linear layers multiply and read: this limits the speed-up.

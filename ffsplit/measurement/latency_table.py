@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError
 from ffsplit.machine import hardware_fingerprint
 from ffsplit.measurement.latency import batches_allowed, example_inputs, run_ms
 from ffsplit.measurement.size import model_shape
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.fetch import locate_model, model_name
 from ffsplit.models.load import random_model
-from ffsplit.models.locate import locate_model, model_name
-from ffsplit.profile import ComputeProfile
 from ffsplit.splitting.latency import LatencyPoint, LatencyTable
 
 FRACTIONS = [Fraction(n, 24) for n in (1, 2, 3, 4, 6, 8, 10, 12, 15, 18, 21, 24)]

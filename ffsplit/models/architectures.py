@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ffsplit.models.rows import (
+from ffsplit.models.family import (
     NEOX_MLP,
     Architecture,
     FFNPaths,

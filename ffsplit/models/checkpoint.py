@@ -16,13 +16,13 @@ from ffsplit.errors import ConfigError, UnsupportedModelError
 from ffsplit.ffn.activations import OTHER_NAMES
 from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.architectures import ARCHITECTURES
-from ffsplit.models.detect import detect_architecture
-from ffsplit.models.find import FFNPlace, base_prefixes, config_part, find_ffns, towers_in
+from ffsplit.models.family import Architecture, ModelKind, Tower
+from ffsplit.models.ffns import FFNPlace, base_prefixes, config_part, find_ffns, towers_in
 from ffsplit.models.folder import CONFIG_NAME, ModelFolder, check_no_pointers, local_listing, sort_files
+from ffsplit.models.guess import detect_architecture
 from ffsplit.models.load_options import check_trusted, code_files
 from ffsplit.models.names import TensorNames, empty_class
-from ffsplit.models.recognise import check_is_model, check_modules, check_not_quantized
-from ffsplit.models.rows import Architecture, ModelKind, Tower
+from ffsplit.models.not_a_model import check_is_model, check_modules, check_not_quantized
 from ffsplit.models.tensor_files import (
     ITEM_SIZES,
     TensorInfo,

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from ffsplit.errors import ArtifactError, ConfigError
 from ffsplit.models.tensor_files import INDEX_NAME
+from ffsplit.store.artifact import STATISTICS_PATH
 from ffsplit.store.entries import LeftOut, colliding, is_safe_path
-from ffsplit.store.locate import STATISTICS_PATH
 from ffsplit.store.manifest import MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAME
 
 CONFIG_NAME = "config.json"

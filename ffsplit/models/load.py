@@ -22,7 +22,7 @@ from ffsplit.models.load_options import (
     trusting,
 )
 from ffsplit.models.names import below_base
-from ffsplit.models.recognise import check_tokenizer_library
+from ffsplit.models.not_a_model import check_tokenizer_library
 from ffsplit.models.tensor_files import opened, read_json
 
 # Text classifiers: logits for whole rows.

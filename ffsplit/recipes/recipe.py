@@ -16,7 +16,7 @@ from ffsplit.config import Record, describe_validation_error
 from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, explained, reason_of
 from ffsplit.healing.settings import HealingSettings
-from ffsplit.models.rows import ModelKind
+from ffsplit.models.family import ModelKind
 from ffsplit.splitting.scores import ScoreName
 from ffsplit.splitting.solver import HeavyRule
 

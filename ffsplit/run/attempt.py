@@ -32,9 +32,9 @@ from ffsplit.run.stages.search import part_of, search
 from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.runtime.linears import linears_config, quantize_linears
 from ffsplit.splitting.scores import FEWEST_TOKENS, LayerPlan, is_starved, plan_split
+from ffsplit.store.artifact import STATISTICS_PATH, locate, read_manifest
 from ffsplit.store.digests import file_entries
 from ffsplit.store.entries import StoreGuarantees
-from ffsplit.store.locate import STATISTICS_PATH, locate, read_manifest
 from ffsplit.store.manifest import MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAME, LinearsRecord, Manifest
 from ffsplit.store.publish import Upload, new_attempt_id
 from ffsplit.store.scratch import Result, Scratch

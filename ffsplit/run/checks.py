@@ -11,9 +11,9 @@ from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, explained
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.family import TEXT_KINDS
 from ffsplit.models.load import check_complete, check_model_class
 from ffsplit.models.load_options import attention_advice
-from ffsplit.models.rows import TEXT_KINDS
 from ffsplit.recipes.recipe import Recipe
 from ffsplit.runtime.assemble import is_plain, keeps_names
 

@@ -15,8 +15,8 @@ from ffsplit.errors import ConfigError
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.machine import describe_environment
 from ffsplit.measurement.gates import describe_result
+from ffsplit.models.fetch import model_name
 from ffsplit.models.folder import CARD_NAME, ORIGINAL_CARD
-from ffsplit.models.locate import model_name
 from ffsplit.redaction import redacted, without_credentials
 from ffsplit.report.html import render_report
 from ffsplit.report.humanize import load_in_words, noise, number, spread_in_words, times
@@ -25,9 +25,9 @@ from ffsplit.run.job import Run
 from ffsplit.run.origin import calibration_record
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.scores import LayerPlan, energy_counts, energy_share, is_starved, output_energy
+from ffsplit.store.artifact import STATISTICS_PATH, locate, read_manifest
 from ffsplit.store.digests import file_entry
 from ffsplit.store.entries import FileEntry, StoreGuarantees, check_outside_attempts
-from ffsplit.store.locate import STATISTICS_PATH, locate, read_manifest
 from ffsplit.store.manifest import (
     MANIFEST_NAME,
     REPORT_NAME,

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ffsplit.compressors.base import CHUNK_TOKENS, FLOAT32_BYTES
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.directories import temporary_root
 from ffsplit.errors import explained
 from ffsplit.machine import bytes_below, device_of, free_bytes, operations_per_second
-from ffsplit.profile import ComputeProfile
 from ffsplit.run.checks import can_refit
 from ffsplit.run.disk import Disk
 from ffsplit.run.needs import PEAK_MEMORY, DiskNeeds, Machine, Needs, StageNeeds, find_problems

@@ -15,7 +15,7 @@ from pathlib import Path
 from ffsplit.distributed.runner import ANSWER_WITHIN_S, Runner
 from ffsplit.errors import ConfigError, FFSplitError, begun
 from ffsplit.machine import multiplies_bfloat16
-from ffsplit.models.locate import ModelSource, described, staged
+from ffsplit.models.fetch import ModelSource, described, staged
 from ffsplit.progress import StageLog
 from ffsplit.run.job import Run
 from ffsplit.store.inputs import is_remote

@@ -12,6 +12,7 @@ from ffsplit.calibration.media import embedded, read_media, read_pairs
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
 from ffsplit.calibration.sources import read_all
 from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Budget, JobConfig
 from ffsplit.errors import explained
 from ffsplit.ffn.activations import activation_named
@@ -23,11 +24,10 @@ from ffsplit.measurement.size import model_shape
 from ffsplit.measurement.tasks import AnyTask
 from ffsplit.measurement.tasks.evaluations import Evaluation, evaluations_of, key_inputs, read_tasks
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.family import TEXT_KINDS
+from ffsplit.models.fetch import LocatedModel, locate_model
 from ffsplit.models.load import may_search
 from ffsplit.models.load_options import attending, trusting
-from ffsplit.models.locate import LocatedModel, locate_model
-from ffsplit.models.rows import TEXT_KINDS
-from ffsplit.profile import ComputeProfile
 from ffsplit.recipes.recipe import MeasurementSettings, Recipe, load_recipe
 from ffsplit.run.checks import (
     check_calibrates,
@@ -44,9 +44,9 @@ from ffsplit.runtime.linears import attention_linears
 from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.scores import num_energetic
 from ffsplit.splitting.solver import Solver
+from ffsplit.store.artifact import PublishedStatistics, open_statistics
 from ffsplit.store.commits import Kind
 from ffsplit.store.entries import LeftOut, check_outside_attempts
-from ffsplit.store.locate import PublishedStatistics, open_statistics
 from ffsplit.store.store import open_store
 
 CHARACTERS_PER_TOKEN = 6

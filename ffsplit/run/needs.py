@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 from pydantic import Field, computed_field
 
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import JobConfig, Record
 from ffsplit.errors import ConfigError
 from ffsplit.machine import memory_limit_bytes, num_workers_here
-from ffsplit.profile import ComputeProfile
 from ffsplit.report.humanize import duration, size
 from ffsplit.run.workload import Workload
 from ffsplit.store.entries import LeftOut

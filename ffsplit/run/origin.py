@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ffsplit.calibration.sampling import TextSample
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError
-from ffsplit.profile import ComputeProfile
+from ffsplit.store.artifact import PublishedStatistics
 from ffsplit.store.inputs import is_remote
-from ffsplit.store.locate import PublishedStatistics
 from ffsplit.store.manifest import CalibrationRecord, Compute, StatisticsOrigin
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ffsplit.ffn.shapes import LayerLayout, is_narrowed_form, is_stock_form
 from ffsplit.models.checkpoint import NARROWED, Checkpoint
-from ffsplit.models.find import FFNPlace
+from ffsplit.models.ffns import FFNPlace
 from ffsplit.models.tensor_files import INDEX_NAME, TensorSpan, read_spans, write_spans
 from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, runs_of
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ffsplit.config import Record
 from ffsplit.ffn.shapes import FFNShape, LayerLayout
-from ffsplit.models.find import FFNPlace
+from ffsplit.models.ffns import FFNPlace
 
 FORMAT_VERSION = 1
 """`version` in `quantization_config`. docs/formats/checkpoint.md says what may change under one number."""

@@ -16,7 +16,7 @@ from ffsplit.ffn.quantization import joined
 from ffsplit.ffn.shapes import Integer
 from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap, stacked
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.find import FFNPlace, MatrixPlace
+from ffsplit.models.ffns import FFNPlace, MatrixPlace
 from ffsplit.models.tensor_files import FLOATS, opened
 from ffsplit.runtime.checkpoint_format import guarded
 

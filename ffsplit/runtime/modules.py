@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ffsplit.ffn.shapes import FFNShape, Format, Integer, LayerLayout, LowRank, PartLayout
-from ffsplit.models.rows import FFNPaths
+from ffsplit.models.family import FFNPaths
 from ffsplit.runtime.integer_map import INITIALIZED, IntegerMap, share_inputs
 
 # Narrowing an FFN of a transformers model: the same modules, with fewer neurons.

@@ -11,7 +11,7 @@ from ffsplit.errors import UnsupportedModelError, explained
 from ffsplit.ffn.activations import activation_named
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.find import FFNPlace
+from ffsplit.models.ffns import FFNPlace
 from ffsplit.models.load import load_base_model
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.runtime.ffn_tensors import load_ffn

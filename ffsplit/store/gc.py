@@ -15,7 +15,8 @@ from datetime import datetime, timedelta, timezone
 from ffsplit import logs
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError, FFSplitError, begun
-from ffsplit.store.benchmarks import BENCHMARKS_FOLDER
+from ffsplit.store.artifact import Location
+from ffsplit.store.benchmark_records import BENCHMARKS_FOLDER
 from ffsplit.store.commits import (
     COMMIT_NAME,
     Commit,
@@ -27,7 +28,6 @@ from ffsplit.store.commits import (
 )
 from ffsplit.store.entries import ATTEMPT_ID, RUN_KEY
 from ffsplit.store.links import SHARES_PREFIX, has_expired
-from ffsplit.store.locate import Location
 from ffsplit.store.scratch import SCRATCH_PREFIX, holders
 from ffsplit.store.store import Store, Stored
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from ffsplit.config import Record
 from ffsplit.errors import ArtifactError, ConfigError, StoreError
+from ffsplit.store.artifact import Location, locate, parse_manifest, read_manifest_bytes
 from ffsplit.store.cache import Cache
 from ffsplit.store.digests import sha256_file
 from ffsplit.store.entries import FileEntry, colliding
 from ffsplit.store.links import LinkedFiles, is_link
 from ffsplit.store.local import LocalStore
-from ffsplit.store.locate import Location, locate, parse_manifest, read_manifest_bytes
 from ffsplit.store.locks import locked
 from ffsplit.store.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME, UNLISTED, Manifest
 from ffsplit.store.signing import MAX_SIGNATURE_BYTES, check_key_kind, verify_manifest

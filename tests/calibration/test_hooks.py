@@ -17,7 +17,7 @@ from ffsplit.calibration.readers import padded_batches
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.models.find import ffns_of
+from ffsplit.models.ffns import ffns_of
 from ffsplit.models.load import load_base_model
 from tests.tiny_families import make_model as make_family
 from tests.tiny_models import FAMILIES, NUM_LAYERS, make_model, random_rows, save_checkpoint

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ffsplit.cli.tables import print_benchmark
-from ffsplit.store.benchmarks import BenchmarkRecord, Cost, Figures, Timing
+from ffsplit.store.benchmark_records import BenchmarkRecord, Cost, Figures, Timing
 from ffsplit.store.manifest import Environment, LoadAverage
 
 

@@ -15,13 +15,13 @@ from ray.exceptions import RayTaskError, WorkerCrashedError
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from torch import distributed
 
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.distributed.ray_runner import RayRunner
 from ffsplit.distributed.ray_train import MAX_RETRIES, Together, place, run_together
 from ffsplit.distributed.runner import Runner, SerialRunner
 from ffsplit.errors import CalibrationError, ConfigError, FFSplitError
 from ffsplit.healing.settings import HealingSettings
-from ffsplit.models.locate import ModelSource
-from ffsplit.profile import ComputeProfile
+from ffsplit.models.fetch import ModelSource
 from ffsplit.run.stages.heal import HealJob, heal_job
 from ffsplit.store.scratch import Result, Scratch
 from tests.conftest import CheckpointFactory

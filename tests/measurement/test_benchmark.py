@@ -20,9 +20,9 @@ from ffsplit.models.load import load_whole_model
 from ffsplit.run.driver import calibrate
 from ffsplit.runtime.integer_map import IntegerMap
 from ffsplit.runtime.modules import DenseMap, LowRankMap
-from ffsplit.store.benchmarks import BenchmarkRecord
+from ffsplit.store.artifact import locate
+from ffsplit.store.benchmark_records import BenchmarkRecord
 from ffsplit.store.gc import collect, plan
-from ffsplit.store.locate import locate
 from ffsplit.store.pull import verify
 from ffsplit.store.schema import read_record
 from ffsplit.store.store import open_store

@@ -10,10 +10,10 @@ import pytest
 
 import ffsplit
 from ffsplit.cli import main
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.errors import ConfigError
 from ffsplit.forecasts import checked_budget, plan
 from ffsplit.measurement.latency_table import measure_latency_table, table_widths, write_latency_table
-from ffsplit.profile import ComputeProfile
 from ffsplit.report.humanize import milliseconds
 from ffsplit.splitting.latency import LatencyTable
 from tests.small_jobs import LOW_RANK, SmallJob

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ffsplit.models.architectures import ARCHITECTURES
-from ffsplit.models.find import ffns_of
+from ffsplit.models.ffns import ffns_of
 from tests.tiny_families import FAMILIES, make_model
 
 

@@ -28,7 +28,7 @@ import json, sys
 from pathlib import Path
 from ffsplit.errors import FFSplitError
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.models.locate import locate_model
+from ffsplit.models.fetch import locate_model
 try:
     found = locate_model(sys.argv[1])
     names = [path.relative_to(found.directory).as_posix() for path in found.directory.rglob("*")

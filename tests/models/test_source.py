@@ -11,8 +11,8 @@ import pytest
 
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.fetch import described, staged
 from ffsplit.models.load import load_tokenizer
-from ffsplit.models.locate import described, staged
 from ffsplit.store.scratch import Scratch
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import save_checkpoint

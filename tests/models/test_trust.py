@@ -14,9 +14,9 @@ import ffsplit
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.fetch import described, staged
 from ffsplit.models.load import load_base_model
 from ffsplit.models.load_options import remote_classes, trusted, trusting
-from ffsplit.models.locate import described, staged
 from ffsplit.store.scratch import Scratch
 from tests.conftest import CheckpointFactory
 from tests.small_jobs import SmallJob

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import ffsplit
-from ffsplit import profile
+from ffsplit import compute_profile as profile
 from ffsplit.distributed.runner import SerialRunner
 from ffsplit.errors import ConfigError
 from ffsplit.run import attempt, execution

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ffsplit import profile
+from ffsplit import compute_profile as profile
 from ffsplit.run.job import Run, prepare
 from tests.small_jobs import LOW_RANK, PRUNE, SmallJob
 

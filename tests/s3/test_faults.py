@@ -19,7 +19,7 @@ from ffsplit.store.pull import pull, verify
 from ffsplit.store.store import open_store
 from tests.s3.fault_proxy import Fault, FaultProxy
 from tests.store.attempts import ATTEMPT, RUN_KEY, publish, publish_directory, write_attempt
-from tests.store.test_locate import cache
+from tests.store.test_artifact import cache
 
 __all__ = ["cache"]
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]

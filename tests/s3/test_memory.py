@@ -16,7 +16,7 @@ LIMIT_BYTES = 300 << 20
 SCRIPT = """\
 import json, re, sys
 from pathlib import Path
-from ffsplit.store.locate import locate
+from ffsplit.store.artifact import locate
 from ffsplit.store.publish import Upload
 from ffsplit.store.pull import download
 from ffsplit.store.store import open_store

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from ffsplit.errors import ConfigError
+from ffsplit.store.artifact import locate
 from ffsplit.store.commits import Commit, list_runs, read_commit
-from ffsplit.store.locate import locate
 from ffsplit.store.publish import new_attempt_id
 from ffsplit.store.pull import download, verify
 from ffsplit.store.store import open_store
 from tests.s3.loopback import S3Server
 from tests.store.attempts import RUN_KEY, publish, publish_directory, write_attempt
-from tests.store.test_locate import cache, is_whole
+from tests.store.test_artifact import cache, is_whole
 
 __all__ = ["cache"]
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]

@@ -16,15 +16,15 @@ from botocore.exceptions import ClientError
 
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, FFSplitError
+from ffsplit.store.artifact import locate
 from ffsplit.store.gc import collect, plan
 from ffsplit.store.links import share
-from ffsplit.store.locate import locate
 from ffsplit.store.pull import pull, verify
 from ffsplit.store.s3 import STORE_RECORD
 from ffsplit.store.store import MissingKey, open_store
 from tests.s3.loopback import S3Server
 from tests.store.attempts import ATTEMPT, RUN_KEY, publish
-from tests.store.test_locate import cache, is_whole
+from tests.store.test_artifact import cache, is_whole
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client

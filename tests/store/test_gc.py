@@ -9,9 +9,9 @@ import pytest
 
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, StoreError
+from ffsplit.store.artifact import locate
 from ffsplit.store.commits import latest_commit, list_runs
 from ffsplit.store.gc import collect, pin, pinned_runs, plan
-from ffsplit.store.locate import locate
 from ffsplit.store.store import Store, open_store
 
 from .attempts import ATTEMPT, RUN_KEY, contents, publish, write_attempt

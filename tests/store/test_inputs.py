@@ -10,7 +10,7 @@ import ffsplit
 from ffsplit.cli import main
 from ffsplit.errors import ArtifactError, ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.models.locate import locate_model
+from ffsplit.models.fetch import locate_model
 from ffsplit.store.digests import file_entries
 from ffsplit.store.inputs import StoredFiles, fetch_file, stored_files
 from ffsplit.store.pull import verify

@@ -15,9 +15,9 @@ import pytest
 from ffsplit.cli import main
 from ffsplit.errors import ArtifactError, ConfigError, RunError, StoreError
 from ffsplit.store import transfer
+from ffsplit.store.artifact import locate
 from ffsplit.store.entries import FileEntry
 from ffsplit.store.local import LocalStore
-from ffsplit.store.locate import locate
 from ffsplit.store.pull import download, materialize, pull, verify
 from ffsplit.store.store import Store
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ffsplit.errors import ArtifactError, ConfigError
-from ffsplit.store.locate import STATISTICS_PATH, open_statistics
+from ffsplit.store.artifact import STATISTICS_PATH, open_statistics
 from ffsplit.store.store import Store
 
 from .attempts import ATTEMPT, RUN_KEY, publish, publish_directory, write_attempt

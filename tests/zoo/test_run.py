@@ -39,7 +39,7 @@ def zoo(small_job: SmallJob, *models: dict[str, Any], **fields: Any) -> Zoo:
 
 
 def drivers(process: psutil.Process) -> list[psutil.Process]:
-    return [child for child in process.children() if "ffsplit.zoo.driver" in child.cmdline()]
+    return [child for child in process.children() if "ffsplit.zoo.process" in child.cmdline()]
 
 
 @pytest.mark.slow

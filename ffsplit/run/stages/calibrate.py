@@ -14,13 +14,13 @@ from ffsplit.calibration.hooks import Observed, Sampling, observe
 from ffsplit.calibration.parquet import write_statistics
 from ffsplit.calibration.readers import Reader, make_reader
 from ffsplit.calibration.sampling import MAX_SAMPLED_SHARDS, CalibrationSettings, shard
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_base_model
-from ffsplit.models.locate import ModelSource
 from ffsplit.models.streamed import StreamedModel
-from ffsplit.profile import ComputeProfile
 from ffsplit.store.entries import FileEntry
 from ffsplit.store.scratch import Result, Scratch
 

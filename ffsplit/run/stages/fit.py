@@ -15,14 +15,14 @@ from torch import Tensor
 from ffsplit.compressors import AnyCompressor, DistillCompressor
 from ffsplit.compressors.base import LayerContext
 from ffsplit.compressors.layer import CompressedLayer, compress_layer, refit_layer
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
 from ffsplit.ffn.activations import activation_named
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.keys import stage_key
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.models.locate import ModelSource
-from ffsplit.profile import ComputeProfile
+from ffsplit.models.fetch import ModelSource
 from ffsplit.run.checks import can_refit
 from ffsplit.run.stages.calibrate import input_files, sample_inputs
 from ffsplit.runtime.assemble import assemble, keeps_names

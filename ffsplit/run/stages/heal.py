@@ -16,6 +16,7 @@ from ffsplit import logs
 from ffsplit.calibration.readers import Batch, pad_id_of, padded_batches, tokenize_rows
 from ffsplit.compat.transformers import names_read
 from ffsplit.compressors.quantize import QuantizeCompressor
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
 from ffsplit.errors import UnsupportedModelError
@@ -25,11 +26,10 @@ from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.team import Team, find_team
 from ffsplit.keys import stage_key
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.family import ModelKind
+from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_tokenizer, load_whole_model
-from ffsplit.models.locate import ModelSource
-from ffsplit.models.rows import ModelKind
 from ffsplit.models.tensor_files import FLOATS
-from ffsplit.profile import ComputeProfile
 from ffsplit.runtime.linears import attention_linears
 from ffsplit.store.scratch import Result, Scratch
 

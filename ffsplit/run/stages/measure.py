@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ffsplit.calibration.readers import Batch, make_reader
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.keys import stage_key
@@ -19,11 +20,10 @@ from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.measurement.size import compressed_size, original_size
 from ffsplit.measurement.tasks.evaluations import Evaluation, score_evaluations
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_tokenizer, load_whole_model
-from ffsplit.models.locate import ModelSource
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.models.tensor_files import read_headers
-from ffsplit.profile import ComputeProfile
 from ffsplit.recipes.recipe import MeasurementSettings
 from ffsplit.store.manifest import Measurements, TaskScore
 

@@ -13,15 +13,15 @@ from torch import nn
 
 from ffsplit.calibration.readers import make_reader
 from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError
 from ffsplit.ffn.shapes import LayerLayout, ModelShape
 from ffsplit.keys import stage_key
 from ffsplit.measurement.fidelity import fidelity
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_whole_model
-from ffsplit.models.locate import ModelSource
-from ffsplit.profile import ComputeProfile
 from ffsplit.run.stages.fit import compress_layer_job, layer_jobs
 from ffsplit.runtime.assemble import assemble
 from ffsplit.splitting.proposal import UNIFORM, Candidate, propose

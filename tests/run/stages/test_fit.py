@@ -15,11 +15,11 @@ from ffsplit.compressors.base import LayerContext, OutputNorm, relative_error
 from ffsplit.compressors.distill import DistillCompressor
 from ffsplit.compressors.layer import compress_layer
 from ffsplit.compressors.prune import PruneCompressor
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.ffn.activations import activation_named
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.models.locate import ModelSource
-from ffsplit.profile import ComputeProfile
+from ffsplit.models.fetch import ModelSource
 from ffsplit.run.stages.fit import LayerJob, RefitJob, compress_layer_job, refit_layer_job
 from ffsplit.runtime.ffn_tensors import load_ffn
 from ffsplit.splitting.scores import LayerPlan

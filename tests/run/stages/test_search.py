@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import ffsplit
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.errors import FFSplitError
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.forecasts import inspect
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.models.locate import ModelSource
-from ffsplit.profile import ComputeProfile
+from ffsplit.models.fetch import ModelSource
 from ffsplit.run.job import prepare
 from ffsplit.run.stages import search as allocate
 from ffsplit.run.stages.search import JudgeJob, judge_job, score_of, single_errors_job, wins

@@ -1,9 +1,9 @@
-"""What works with which family, as a page: `python -m ffsplit.models.table > docs/models.md`."""
+"""What works with which family, as a page: `python -m ffsplit.models.support_page > docs/models.md`."""
 
 from __future__ import annotations
 
 from ffsplit.models.architectures import ARCHITECTURES
-from ffsplit.models.rows import Architecture, ModelKind
+from ffsplit.models.family import Architecture, ModelKind
 
 READS: dict[ModelKind, str] = {
     "encoder": "text",

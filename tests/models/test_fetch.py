@@ -8,8 +8,8 @@ import pytest
 
 import ffsplit
 from ffsplit.errors import ConfigError
+from ffsplit.models.fetch import LocatedModel, locate_model
 from ffsplit.models.folder import OWN
-from ffsplit.models.locate import LocatedModel, locate_model
 from ffsplit.run.driver import calibrate
 from ffsplit.store.pull import verify
 from tests.small_jobs import LOW_RANK, SmallJob

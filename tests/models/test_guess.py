@@ -13,9 +13,9 @@ import ffsplit
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.models.detect import row_by_structure
+from ffsplit.models.family import Architecture
+from ffsplit.models.guess import row_by_structure
 from ffsplit.models.load import load_whole_model
-from ffsplit.models.rows import Architecture
 from ffsplit.runtime.trial import check_by_trial
 from tests.small_jobs import LOW_RANK, SmallJob
 from tests.tiny_families import outputs

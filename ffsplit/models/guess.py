@@ -16,8 +16,8 @@ from torch import nn
 from ffsplit.errors import UnsupportedModelError, explained
 from ffsplit.ffn.activations import ACTIVATIONS
 from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.family import Architecture, FFNPaths, Tower
 from ffsplit.models.load_options import attention_advice, attention_options
-from ffsplit.models.rows import Architecture, FFNPaths, Tower
 
 ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation", "act_fn")
 WIDTH_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "hidden_dim")

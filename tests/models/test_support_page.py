@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ffsplit.models.table import table
+from ffsplit.models.support_page import table
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -19,6 +19,6 @@ def test_the_page_is_up_to_date() -> None:
 def test_the_command_prints_the_page(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delitem(sys.modules, "ffsplit.models.table")
-    runpy.run_module("ffsplit.models.table", run_name="__main__")
+    monkeypatch.delitem(sys.modules, "ffsplit.models.support_page")
+    runpy.run_module("ffsplit.models.support_page", run_name="__main__")
     assert capsys.readouterr().out == table()

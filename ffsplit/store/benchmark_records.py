@@ -14,8 +14,8 @@ from pydantic import Field
 
 from ffsplit.config import Record
 from ffsplit.redaction import without_credentials
+from ffsplit.store.artifact import Location
 from ffsplit.store.commits import record_bytes
-from ffsplit.store.locate import Location
 from ffsplit.store.manifest import Environment, LoadAverage, Spread
 from ffsplit.store.schema import Versioned
 

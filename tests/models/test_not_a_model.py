@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, UnsupportedModelError
-from ffsplit.models import recognise
+from ffsplit.models import not_a_model as recognise
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.models.locate import locate_model
-from ffsplit.models.recognise import check_tokenizer_library
+from ffsplit.models.fetch import locate_model
+from ffsplit.models.not_a_model import check_tokenizer_library
 from ffsplit.run.checks import check_vocabulary
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import save_checkpoint

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ffsplit.errors import ArtifactError, ConfigError, FFSplitError
-from ffsplit.store.locate import locate, read_manifest
+from ffsplit.store.artifact import locate, read_manifest
 from ffsplit.store.pull import download, materialize
 from ffsplit.store.s3_client import make_client
 from ffsplit.store.store import Store, open_store
