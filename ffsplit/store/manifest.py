@@ -293,7 +293,7 @@ class Manifest(Versioned):
     gates: tuple[GateResult, ...] = Field(default=(), description="all met: otherwise nothing is published")
     stages: tuple[Stage, ...]
     environment: Environment
-    store: StoreGuarantees | None = Field(default=None, description="where it was published first")
+    store: StoreGuarantees | None = Field(default=None, description="of the store it was first published to")
     files: tuple[FileEntry, ...]
 
     def listing(self, files: Iterable[FileEntry]) -> Manifest:

@@ -128,7 +128,7 @@ class S3Store:
                 end = end_of_range(reply, start=offset)
                 for chunk in reply["Body"].iter_chunks(CHUNK_BYTES):
                     offset += len(chunk)
-                    failures = 0  # of those in a row that brought nothing
+                    failures = 0  # counts consecutive failures without progress
                     yield chunk
                 return
             except PastTheEnd:

@@ -63,8 +63,6 @@ def _run(request: Request) -> int:
     return REFUSED if finished.state == "refused" else DONE
 
 
-
-
 STOP_WITHIN_S = 10.0
 """How long an interrupted process may take to clean up before it is killed."""
 LAST_WORDS_WITHIN_S = 5.0

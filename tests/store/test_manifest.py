@@ -90,9 +90,8 @@ def test_a_record_that_is_made_here_has_no_unknown_field() -> None:
 def test_a_higher_major_version_is_refused_though_it_looks_alike(version: object) -> None:
     fields = json.loads(make_manifest(run_key=RUN_KEY, attempt=ATTEMPT).to_json())
     fields |= {"schema_version": version, "ffsplit_version": "7.0"}
-    with pytest.raises(
-        NewerSchema, match=r"manifest\.json has schema \d+; this version reads schema 1.*ffsplit>=7\.0"
-    ):
+    said = r"manifest\.json has schema \d+; this version reads schema 1.*ffsplit>=7\.0"
+    with pytest.raises(NewerSchema, match=said):
         Manifest.from_json(json.dumps(fields))
 
 
