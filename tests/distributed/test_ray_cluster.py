@@ -83,7 +83,7 @@ def test_an_address_without_a_port_is_left_to_ray() -> None:
 
 
 def test_the_cluster_of_this_machine_is_probed_where_ray_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "maybe_enable_token_auth_if_token_available", lambda **_: None)
+    monkeypatch.setattr(ray_cluster, "find_token", lambda: None)
     with silent() as port:
         monkeypatch.setattr(ray_cluster, "whole_address", {"auto": f"127.0.0.1:{port}"}.__getitem__)
         with pytest.raises(ConfigError, match="Ray at auto cannot be reached: it accepts connections"):

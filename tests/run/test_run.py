@@ -449,7 +449,7 @@ def test_gpus_may_be_those_of_other_hosts(small_job: SmallJob, tmp_path: Path) -
     run = prepare(small_job.config(tmp_path / "out", runner="ray", **fields))
     assert (run.profile.device, run.profile.dtype) == ("cuda", "bfloat16")
     assert run.recipe.fits_in_bfloat16
-    assert run.flight.totals.seconds is None
+    assert run.needs.totals.seconds is None
     with pytest.raises(ConfigError, match="--device cuda: torch finds no GPU"):
         prepare(small_job.config(tmp_path / "out", **fields))
 
