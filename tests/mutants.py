@@ -199,8 +199,8 @@ MUTANTS = (
     ),
     # cli
     Mutant(
-        "cli/main.py",
-        "return 0 if report.ok else 1",
+        "cli/commands.py",
+        "return DONE if report.ok else FAILED",
         "return 0",
         "tests/cli/test_main.py::test_verify_names_what_is_wrong",
     ),

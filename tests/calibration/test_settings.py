@@ -45,7 +45,7 @@ def test_a_causal_model_reads_windows_as_long_as_its_positions(
     default, short = (prepare(small_job.config(tmp_path / "out", max_length=length)) for length in (None, 16))
     assert default.recipe.calibration.max_length == MAX_POSITIONS
     assert short.recipe.calibration.max_length == 16
-    assert default.run_key != short.run_key
+    assert default.keys.run != short.keys.run
     rows = tokenize_rows(
         load_tokenizer(default.checkpoint), default.text.calibration, max_length=MAX_POSITIONS
     )

@@ -47,7 +47,7 @@ def allowed(name: str) -> set[str]:
 def boto3_calls() -> set[str]:
     """Every method of an S3 client that the store calls, paginators by what they page through."""
     found = set()
-    for path in (ROOT / "ffsplit" / "artifacts").glob("*.py"):
+    for path in (ROOT / "ffsplit" / "store").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                 continue

@@ -159,7 +159,7 @@ def test_lost_processes_are_started_again(monkeypatch: pytest.MonkeyPatch) -> No
     [
         (
             of_workers(RuntimeError("a peer is gone"), WorkerCrashedError()),
-            "2 processes that work together were lost 4 times, the last because its process died; .*goes on",
+            "2 processes that work together were lost 4 times, the last because its process died; .*resumes",
         ),
         (of_workers(RuntimeError("no backend")), "2 processes together: RuntimeError: no backend"),
         (ControllerError(RuntimeError("no room")), "2 processes together: ControllerError: .*no room"),

@@ -119,7 +119,7 @@ def test_a_layer_without_a_tensor_of_the_norm_after_its_ffn(bert: Path, name: st
     tensors = load_file(path)
     del tensors[missing]
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(UnsupportedModelError, match=f"{bert} holds no tensor {missing}"):
+    with pytest.raises(UnsupportedModelError, match=f"{bert} has no tensor {missing}"):
         load_output_norm(open_checkpoint(bert), 1, device=torch.device("cpu"))
 
 

@@ -106,7 +106,7 @@ def test_hosts_that_fit_otherwise_are_refused(
         assert ffsplit.compress(config).plain
         assert "multiplies_bfloat16" not in runner.asked
         return
-    with pytest.raises(ConfigError, match=r"1 of 2 hosts .* \(host-b\): give --dtype float32"):
+    with pytest.raises(ConfigError, match=r"1 of 2 hosts .* \(host-b is one\): give --dtype float32"):
         ffsplit.compress(config)
     assert runner.asked == ["multiplies_bfloat16"]
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

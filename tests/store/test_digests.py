@@ -34,7 +34,7 @@ def test_symbolic_links_are_refused(tmp_path: Path, target: str) -> None:
 
 def test_what_no_store_can_hold_is_refused(tmp_path: Path) -> None:
     (tmp_path / "back\\slash").write_text("x")
-    with pytest.raises(ArtifactError, match="is not a name"):
+    with pytest.raises(ArtifactError, match="is not a valid file name"):
         file_entries(tmp_path)
     (tmp_path / "back\\slash").unlink()
     os.mkfifo(tmp_path / "pipe")
