@@ -308,7 +308,8 @@ def _split_inputs(
     recipe: Recipe, budget: Budget, solver: Solver, *, layouts: Sequence[LayerLayout]
 ) -> dict[str, Any]:
     """The key's part for recipe and budget: the resolved budget, or everything that decides it."""
-    inputs: dict[str, Any] = {"recipe": recipe.model_dump(mode="json")}
+    told = {"description", "source"}  # they change no result
+    inputs: dict[str, Any] = {"recipe": recipe.model_dump(mode="json", exclude=told)}
     if solver.heavy.by == "energy" or recipe.allocation == "search":
         table = None if solver.latency is None else digest_of(solver.latency.model_dump(mode="json"))
         return inputs | {"budget": budget.model_dump(mode="json"), "latency_table": table}

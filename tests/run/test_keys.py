@@ -33,6 +33,15 @@ def test_the_run_key_names_what_is_computed(small_job: SmallJob, tmp_path: Path)
     assert len({base, *keys, key()}) == len(changes) + 2
 
 
+def test_what_a_recipe_says_of_itself_is_no_part_of_the_run(small_job: SmallJob, tmp_path: Path) -> None:
+    text, other = Path(small_job.recipe()).read_text("utf-8"), tmp_path / "other.yaml"
+    for old, new, is_same in (("What tests run", "Anything", True), ("name: small", "name: other", False)):
+        other.write_text(text.replace(old, new), "utf-8")
+        recipes = (small_job.recipe(), str(other))
+        one, two = (prepare(small_job.config(tmp_path, recipe=each)).keys.run for each in recipes)
+        assert (one == two) == is_same
+
+
 def test_evaluation_data_is_part_of_the_run_and_not_of_the_statistics(
     small_job: SmallJob, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from ffsplit.store.pull import verify
 from ffsplit.store.store import open_store
 from tests.small_jobs import SmallJob, digests
 
-from .test_locate import cache
+from .test_artifact import cache
 
 __all__ = ["cache"]
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]

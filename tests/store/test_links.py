@@ -19,7 +19,7 @@ from ffsplit.store.store import MissingKey, open_store
 from tests.s3.fault_proxy import Fault, FaultProxy
 
 from .attempts import ATTEMPT, FILES, RUN_KEY, publish, write_attempt
-from .test_locate import cache, is_whole
+from .test_artifact import cache, is_whole
 
 __all__ = ["cache"]
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache")]

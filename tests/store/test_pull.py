@@ -22,7 +22,7 @@ from ffsplit.store.pull import download, materialize, pull, verify
 from ffsplit.store.store import Store
 
 from .attempts import ATTEMPT, FILES, RUN_KEY, make_manifest, publish, write_attempt
-from .test_locate import cache, is_whole
+from .test_artifact import cache, is_whole
 
 __all__ = ["cache"]
 pytestmark = pytest.mark.usefixtures("cache")

@@ -16,7 +16,7 @@ import pytest
 from ffsplit.cli import main
 from tests.small_jobs import SmallJob
 
-from .test_locate import cache
+from .test_artifact import cache
 
 __all__ = ["cache"]
 pytestmark = [pytest.mark.s3, pytest.mark.usefixtures("cache", "s3_uri")]
