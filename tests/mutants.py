@@ -202,7 +202,7 @@ MUTANTS = (
         "cli/commands.py",
         "return DONE if report.ok else FAILED",
         "return 0",
-        "tests/cli/test_main.py::test_verify_names_what_is_wrong",
+        "tests/cli/test_entry.py::test_verify_names_what_is_wrong",
     ),
 )
 

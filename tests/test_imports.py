@@ -88,7 +88,7 @@ def in_room(*rooms: str) -> list[str]:
 def test_the_scan_sees_every_module() -> None:
     assert {
         "ffsplit",
-        "ffsplit.cli.main",
+        "ffsplit.cli.entry",
         "ffsplit.distributed.ray_runner",
         "ffsplit.runtime.plugin",
     } <= set(MODULES)
@@ -212,7 +212,7 @@ def test_the_public_names() -> None:
 def test_help_loads_no_heavy_library() -> None:
     """Importing takes most of the time that a command line needs to answer."""
     code = "import atexit, sys; atexit.register(lambda: print(*sys.modules)); "
-    code += "from ffsplit.cli.main import main; sys.exit(main(['--help']))"
+    code += "from ffsplit.cli.entry import main; sys.exit(main(['--help']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *shown, modules = done.stdout.splitlines()
     assert "compress" in "\n".join(shown)

@@ -1,3 +1,3 @@
 """The command line: flags, what each command does, and what it prints."""
 
-from ffsplit.cli.main import main as main
+from ffsplit.cli.entry import main as main

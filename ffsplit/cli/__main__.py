@@ -1,6 +1,6 @@
 """`python -m ffsplit.cli` is `ffsplit`."""
 
-from ffsplit.cli.main import main
+from ffsplit.cli.entry import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -255,7 +255,7 @@ def submit(parsed: argparse.Namespace) -> int:
     working_dir = None if parsed.working_dir is None else user_path(parsed.working_dir)
     if working_dir is not None and not working_dir.is_dir():
         raise ConfigError(f"--working-dir {parsed.working_dir} is not a directory")
-    from ffsplit.cli.main import DEFAULT_ADDRESS, build_parser
+    from ffsplit.cli.entry import DEFAULT_ADDRESS, build_parser
     from ffsplit.cli.submission import submit
 
     checked = build_parser().parse_args([parsed.command, *parsed.arguments])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ffsplit.cli import main
-from ffsplit.cli.main import build_parser
+from ffsplit.cli.entry import build_parser
 from tests.small_jobs import SmallJob
 
 VARIABLES = (

@@ -16,7 +16,7 @@ import ray
 
 import ffsplit
 from ffsplit.cli import main
-from ffsplit.cli.main import build_parser
+from ffsplit.cli.entry import build_parser
 from ffsplit.cli.submission import Job, describe
 from ffsplit.distributed.jobs import JobServer
 from ffsplit.errors import ConfigError

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from ffsplit.cli.main import build_parser
+from ffsplit.cli.entry import build_parser
 from ffsplit.errors import ConfigError
 from tests.cluster.files import ROOT, constraint
 

@@ -45,7 +45,7 @@ def test_a_model_of_70_billion_is_told_of_by_few_libraries(
     """From the command line: its headers are read, and nothing is imported that only a run needs."""
     more = ["--out", str(tmp_path / "out"), *DRY_RUN] if command == "compress" else []
     arguments = [command, str(llama_70b), *more]
-    code = f"import sys; from ffsplit.cli.main import main; main({arguments}); print(*sys.modules)"
+    code = f"import sys; from ffsplit.cli.entry import main; main({arguments}); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     *shown, modules = done.stdout.splitlines()
     assert ("calibrate, block by block" if command == "compress" else "70,5") in "\n".join(shown)
