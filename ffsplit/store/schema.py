@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import from_json
 
 from ffsplit.config import Record
 from ffsplit.errors import ArtifactError
@@ -46,6 +47,10 @@ def read_record(kind: type[AnyRecord], data: str | bytes, *, name: str) -> AnyRe
 
     Raises NewerSchema for a newer major version, ArtifactError if the record is invalid.
     """
+    try:
+        from_json(data, allow_inf_nan=False)  # Infinity and NaN are not JSON, and would be written as null
+    except ValueError:
+        raise ArtifactError(f"{name} is not a JSON object") from None
     try:
         record = kind.model_validate_json(data, extra="allow")
     except ValidationError as error:
