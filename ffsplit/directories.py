@@ -64,7 +64,6 @@ def settle_home() -> None:
     Ray and others store files there. An existing home is left as it is. The directory of
     temporary files is checked likewise.
     """
-
     settle_temporary()
     home, given = home_directory(), Path(os.environ.get("HOME", ""))
     if _is_writable(home) or (given.name == LENT and given.is_dir()):  # set by the parent process

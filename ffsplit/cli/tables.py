@@ -15,7 +15,6 @@ from ffsplit.report.humanize import (
     change,
     described,
     duration,
-    ffn,
     layout,
     load_in_words,
     milliseconds,
@@ -231,7 +230,7 @@ def print_plans(plans: Plans) -> None:
     for spread in plans.concentration:
         counts = " / ".join(f"{count:,}" for count in spread.neurons_for_energy.values())
         cells = [_forecast(each.layers[spread.layer]) for each in plans.budgets]
-        table.add_row(ffn(spread.name, layer=spread.layer), f"{counts} of {spread.num_neurons:,}", *cells)
+        table.add_row(spread.name, f"{counts} of {spread.num_neurons:,}", *cells)
     _print(table)
     print(
         "predicted error: fraction of an FFN's output energy (the sum over its neurons) outside the heavy\n"

@@ -99,7 +99,6 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
         recipe_json=_pretty(manifest.recipe),
         compute_json=_pretty({"seed": manifest.seed} | manifest.compute.model_dump(mode="json")),
         shape=humanize.shape,
-        ffn=humanize.ffn,
         score_change=humanize.score_change,
     )
 

@@ -103,14 +103,9 @@ def shape(batch_size: int, *, num_tokens: int) -> str:
     return f"{batch_size}{SPACE}{TIMES}{SPACE}{num_tokens}"
 
 
-def ffn(name: str, *, layer: int) -> str:
-    """The name of an FFN. Older manifests have only its number."""
-    return name or f"layer {layer}"
-
-
 def unit(ffns: Iterable[tuple[str, int]]) -> str:
     """ "layer" if each of these FFNs is the only one of its layer, else "FFN"."""
-    return "layer" if all(name in ("", f"layer {number}") for name, number in ffns) else "FFN"
+    return "layer" if all(name == f"layer {number}" for name, number in ffns) else "FFN"
 
 
 def layout(layer: LayerLayout) -> str:

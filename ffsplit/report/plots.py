@@ -56,11 +56,7 @@ class EnergyCurve:
     layer: int
     fractions: tuple[float, ...]
     energy: tuple[float, ...]
-    name: str = ""
-
-    @property
-    def label(self) -> str:
-        return humanize.ffn(self.name, layer=self.layer)
+    name: str
 
     def at(self, fraction: float) -> float:
         """Share of energy in the top `fraction` of neurons."""
@@ -68,7 +64,7 @@ class EnergyCurve:
 
 
 def energy_curve(
-    layer: int, energy_per_neuron: npt.NDArray[Any], *, num_points: int = 101, name: str = ""
+    layer: int, energy_per_neuron: npt.NDArray[Any], *, name: str, num_points: int = 101
 ) -> EnergyCurve:
     """The curve of one layer from its neurons' energies [N], at most `num_points` points.
 
@@ -166,7 +162,7 @@ def energy_figure(curves: Sequence[EnergyCurve]) -> Lines:
             ),
             height=100 * curve.at(HEAVY_SHARE),
             color=color,
-            label=curve.label,
+            label=curve.name,
             value=humanize.percent(curve.at(HEAVY_SHARE)),
         )
         for curve, color in zip(ordered, depth_colors(len(ordered)), strict=True)
@@ -205,7 +201,7 @@ def error_rows(layers: Sequence[LayerRecord]) -> list[BarRow]:
     largest = max((error for _, error in errors), default=0) or 1
     return [
         BarRow(
-            humanize.ffn(layer.name, layer=layer.layer),
+            layer.name,
             humanize.layout(layer.layout),
             (Bar(100 * error / largest, humanize.percent(error), color),),
         )
@@ -237,7 +233,7 @@ def _columns(layers: Sequence[LayerRecord], heights: Sequence[float], title: str
     return Columns(
         title,
         tuple(
-            Bar(100 * height / largest, f"{humanize.ffn(layer.name, layer=layer.layer)}: {height:.3g}", color)
+            Bar(100 * height / largest, f"{layer.name}: {height:.3g}", color)
             for layer, height, color in zip(layers, heights, depth_colors(len(layers)), strict=True)
         ),
         tuple(Tick(100 * step * n / largest, f"{step * n:g}") for n in range(int(largest / step) + 1)),

@@ -31,9 +31,12 @@ def energies(top_5_percent: float, *, num_neurons: int = NUM_NEURONS) -> np.ndar
 
 def curves_of(num_layers: int) -> list[EnergyCurve]:
     if num_layers == len(TOP_5_PERCENT):
-        return [energy_curve(layer, energies(share)) for layer, share in enumerate(TOP_5_PERCENT)]
+        return [
+            energy_curve(layer, energies(share), name=f"layer {layer}")
+            for layer, share in enumerate(TOP_5_PERCENT)
+        ]
     shares = np.linspace(0.98, 0.25, num_layers)
-    return [energy_curve(layer, energies(share)) for layer, share in enumerate(shares)]
+    return [energy_curve(layer, energies(share), name=f"layer {layer}") for layer, share in enumerate(shares)]
 
 
 def layer_fields(layer: int, num_layers: int) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ffsplit.report.plots import (
 
 def test_a_curve_rises_from_nothing_to_everything():
     energy_N = np.random.default_rng(0).gamma(0.3, size=1000)
-    curve = energy_curve(3, energy_N)
+    curve = energy_curve(3, energy_N, name="layer 3")
     assert curve.layer == 3 and len(curve.fractions) == len(curve.energy) <= 101
     assert curve.fractions[0] == curve.energy[0] == 0 and curve.fractions[-1] == curve.energy[-1] == 1
     assert all(np.diff(curve.fractions) > 0) and all(np.diff(curve.energy) >= 0)
@@ -25,7 +25,7 @@ def test_a_curve_rises_from_nothing_to_everything():
 
 def test_a_curve_holds_the_exact_share_at_its_points():
     energy_N = np.random.default_rng(1).gamma(0.3, size=500)
-    curve = energy_curve(0, energy_N, num_points=30)
+    curve = energy_curve(0, energy_N, name="layer 0", num_points=30)
     largest_first_N = np.sort(energy_N)[::-1]
     for fraction, energy in zip(curve.fractions, curve.energy, strict=True):
         expected = largest_first_N[: round(fraction * 500)].sum() / energy_N.sum()
@@ -33,23 +33,23 @@ def test_a_curve_holds_the_exact_share_at_its_points():
 
 
 def test_equal_neurons_give_the_diagonal_and_order_does_not_matter():
-    flat = energy_curve(0, np.full(64, 2.0))
+    flat = energy_curve(0, np.full(64, 2.0), name="layer 0")
     assert flat.energy == pytest.approx(flat.fractions)
     assert flat.at(0.05) == pytest.approx(0.05)
     energy_N = np.arange(64.0)
-    assert energy_curve(0, energy_N) == energy_curve(0, energy_N[::-1])
+    assert energy_curve(0, energy_N, name="layer 0") == energy_curve(0, energy_N[::-1], name="layer 0")
 
 
 @pytest.mark.parametrize("num_neurons", [1, 2, 5])
 def test_few_neurons(num_neurons):
-    curve = energy_curve(0, np.ones(num_neurons))
+    curve = energy_curve(0, np.ones(num_neurons), name="layer 0")
     assert curve.fractions[-1] == curve.energy[-1] == 1
     assert len(curve.fractions) == num_neurons + 1
     energy_figure([curve])
 
 
 def test_a_dead_layer_lies_flat_and_can_be_drawn():
-    curve = energy_curve(0, np.zeros(16))
+    curve = energy_curve(0, np.zeros(16), name="layer 0")
     assert set(curve.energy) == {0.0}
     (line,) = energy_figure([curve]).lines
     assert line.value == "0\u00a0%" and {y for _, y in line.points} == {0.0}
@@ -58,7 +58,7 @@ def test_a_dead_layer_lies_flat_and_can_be_drawn():
 @pytest.mark.parametrize("energies", [[], [[1.0]], [1.0, -1.0], [1.0, float("nan")], [float("inf")]])
 def test_energies_that_cannot_be_are_refused(energies):
     with pytest.raises(CalibrationError, match="layer 7"):
-        energy_curve(7, np.array(energies))
+        energy_curve(7, np.array(energies), name="layer 7")
 
 
 @pytest.mark.parametrize("num_layers", [1, 6, 24, 25, 80])
