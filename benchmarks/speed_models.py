@@ -10,7 +10,7 @@ import transformers
 from ffsplit.ffn.quantization import quantize_rows, scales_of
 from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout, PartLayout
 from ffsplit.recipes.recipe import load_recipe
-from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, FFNRun
+from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, FFNRun
 from ffsplit.runtime.integer_map import IntegerMap
 from ffsplit.runtime.linears import linears_config
 from ffsplit.runtime.plugin import install_split_ffns

@@ -100,7 +100,7 @@ def onnx_forward(dense: Any) -> Forward:
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    from ffsplit.runtime.onnx import export_onnx
+    from ffsplit.runtime.export import export_onnx
 
     with tempfile.TemporaryDirectory() as folder:
         dense.save_pretrained(folder)

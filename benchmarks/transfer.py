@@ -29,7 +29,7 @@ from botocore.config import Config
 
 from ffsplit.store.artifact import locate
 from ffsplit.store.commits import Commit, list_runs
-from ffsplit.store.digests import file_entry, sha256_file
+from ffsplit.store.entries import file_entry, sha256_file
 from ffsplit.store.publish import Upload
 from ffsplit.store.pull import download, materialize
 from ffsplit.store.store import open_store

@@ -259,7 +259,7 @@ def _read_hub(spec: str, rest: str) -> list[str]:
 
 
 def _read_s3(spec: str, rest: str) -> list[str]:
-    from ffsplit.store.inputs import fetch_file
+    from ffsplit.store.cache import fetch_file
 
     uri, hash_mark, column = spec.partition("#")
     path = str(fetch_file(uri))

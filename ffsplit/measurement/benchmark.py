@@ -23,7 +23,7 @@ from ffsplit.models.fetch import locate_model
 from ffsplit.models.load import load_whole_model
 from ffsplit.store.artifact import Location, locate, read_manifest
 from ffsplit.store.benchmark_records import BenchmarkRecord, Cost, append_benchmark
-from ffsplit.store.inputs import is_remote
+from ffsplit.store.cache import is_remote
 from ffsplit.store.pull import materialize
 
 NUM_LOADS = 3

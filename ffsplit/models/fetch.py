@@ -17,10 +17,9 @@ from ffsplit.errors import ArtifactError, ConfigError
 from ffsplit.models.folder import CONFIG_NAME, MOST_NAMES, FolderFiles, Listing, local_listing, sort_files
 from ffsplit.models.not_a_model import check_is_model, check_modules
 from ffsplit.store.artifact import locate
-from ffsplit.store.digests import sha256_file
-from ffsplit.store.entries import RUN_KEY, FileEntry, LeftOut
-from ffsplit.store.inputs import StoredFiles, is_remote, stored_files
-from ffsplit.store.manifest import MANIFEST_NAME, Manifest
+from ffsplit.store.cache import StoredFiles, is_remote, stored_files
+from ffsplit.store.entries import MANIFEST_NAME, RUN_KEY, FileEntry, LeftOut, sha256_file
+from ffsplit.store.manifest import Manifest
 from ffsplit.store.scratch import Scratch
 from ffsplit.store.store import open_store, root_uri
 

@@ -20,8 +20,8 @@ from typing import NamedTuple
 from ffsplit.errors import ArtifactError, ConfigError
 from ffsplit.models.tensor_files import INDEX_NAME
 from ffsplit.store.artifact import STATISTICS_PATH
-from ffsplit.store.entries import LeftOut, colliding, is_safe_path
-from ffsplit.store.manifest import MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAME
+from ffsplit.store.entries import MANIFEST_NAME, SIGNATURE_NAME, LeftOut, colliding, is_safe_path
+from ffsplit.store.manifest import REPORT_NAME
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"

@@ -33,9 +33,8 @@ from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.runtime.linears import linears_config, quantize_linears
 from ffsplit.splitting.scores import FEWEST_TOKENS, LayerPlan, is_starved, plan_split
 from ffsplit.store.artifact import STATISTICS_PATH, locate, read_manifest
-from ffsplit.store.digests import file_entries
-from ffsplit.store.entries import StoreGuarantees
-from ffsplit.store.manifest import MANIFEST_NAME, REPORT_NAME, SIGNATURE_NAME, LinearsRecord, Manifest
+from ffsplit.store.entries import MANIFEST_NAME, SIGNATURE_NAME, StoreGuarantees, file_entries
+from ffsplit.store.manifest import REPORT_NAME, LinearsRecord, Manifest
 from ffsplit.store.publish import Upload, new_attempt_id
 from ffsplit.store.scratch import Result, Scratch
 from ffsplit.store.signing import sign_manifest

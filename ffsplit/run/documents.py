@@ -8,8 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ffsplit import __version__
-from ffsplit.calibration.parquet import read_statistics
-from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.calibration.statistics import NeuronStats, read_statistics
 from ffsplit.directories import by_name, user_path
 from ffsplit.errors import ConfigError
 from ffsplit.ffn.shapes import LayerLayout
@@ -26,10 +25,14 @@ from ffsplit.run.origin import calibration_record
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.scores import LayerPlan, energy_counts, energy_share, is_starved, output_energy
 from ffsplit.store.artifact import STATISTICS_PATH, locate, read_manifest
-from ffsplit.store.digests import file_entry
-from ffsplit.store.entries import FileEntry, StoreGuarantees, check_outside_attempts
-from ffsplit.store.manifest import (
+from ffsplit.store.entries import (
     MANIFEST_NAME,
+    FileEntry,
+    StoreGuarantees,
+    check_outside_attempts,
+    file_entry,
+)
+from ffsplit.store.manifest import (
     REPORT_NAME,
     AllocationRecord,
     CalibrationRecord,

@@ -14,8 +14,8 @@ from ffsplit.progress import Progress
 from ffsplit.run.checks import check_inputs
 from ffsplit.run.job import Run, prepare
 from ffsplit.store.artifact import locate, read_manifest
+from ffsplit.store.cache import is_remote
 from ffsplit.store.commits import LATEST_NAME, Kind, latest_commit, read_commit
-from ffsplit.store.inputs import is_remote
 from ffsplit.store.manifest import REPORT_NAME, Manifest
 from ffsplit.store.scratch import Lease, Scratch
 from ffsplit.store.signing import sign_manifest

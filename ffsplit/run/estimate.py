@@ -16,8 +16,7 @@ from ffsplit.run.checks import can_refit
 from ffsplit.run.disk import Disk
 from ffsplit.run.needs import PEAK_MEMORY, DiskNeeds, Machine, Needs, StageNeeds, find_problems
 from ffsplit.run.workload import ITEM_SIZES, Workload
-from ffsplit.store.cache import Cache
-from ffsplit.store.inputs import is_remote
+from ffsplit.store.cache import Cache, is_remote
 from ffsplit.store.scratch import SCRATCH_PREFIX
 from ffsplit.store.store import open_store
 

@@ -18,7 +18,7 @@ from ffsplit.machine import multiplies_bfloat16
 from ffsplit.models.fetch import ModelSource, described, staged
 from ffsplit.progress import StageLog
 from ffsplit.run.job import Run
-from ffsplit.store.inputs import is_remote
+from ffsplit.store.cache import is_remote
 from ffsplit.store.scratch import Scratch
 from ffsplit.store.store import open_store
 

@@ -14,7 +14,7 @@ from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError
 from ffsplit.store.artifact import PublishedStatistics
-from ffsplit.store.inputs import is_remote
+from ffsplit.store.cache import is_remote
 from ffsplit.store.manifest import CalibrationRecord, Compute, StatisticsOrigin
 
 

@@ -11,7 +11,7 @@ from ffsplit.ffn.shapes import LayerLayout, is_narrowed_form, is_stock_form
 from ffsplit.models.checkpoint import NARROWED, Checkpoint
 from ffsplit.models.ffns import FFNPlace
 from ffsplit.models.tensor_files import INDEX_NAME, TensorSpan, read_spans, write_spans
-from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, runs_of
+from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, runs_of
 
 MAX_SHARD_BYTES = 5 * 10**9
 

@@ -1,24 +1,53 @@
-"""Conversion of an FFN between a checkpoint's tensors and weights that can be run."""
+"""FFNs in a checkpoint: what its config says of them, and their tensors as weights that can be run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import reduce
+from itertools import groupby
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from ffsplit.compressors.base import OutputNorm
+from ffsplit.config import Record
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn.quantization import joined
-from ffsplit.ffn.shapes import Integer
+from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout
 from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap, stacked
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.ffns import FFNPlace, MatrixPlace
 from ffsplit.models.tensor_files import FLOATS, opened
-from ffsplit.runtime.checkpoint_format import guarded
+
+FORMAT_VERSION = 1
+"""`version` in `quantization_config`. docs/formats/checkpoint.md says what may change under one number."""
+
+
+class FFNRun(Record):
+    """FFNs one after the other that are alike: how many, what each was, and how each is stored."""
+
+    count: int = Field(ge=1)
+    shape: FFNShape
+    layout: LayerLayout
+
+
+def runs_of(layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape]) -> list[FFNRun]:
+    """The FFNs of a model, those that are alike said once: a config is copied and printed at loading."""
+    alike = groupby(zip(layouts, shapes, strict=True))
+    return [FFNRun(count=len(list(ffns)), shape=shape, layout=layout) for (layout, shape), ffns in alike]
+
+
+def guarded(places: Sequence[FFNPlace]) -> frozenset[int]:
+    """The indices of the FFNs that have a guard: the first of each tower, which may be loaded alone.
+
+    A guard is a tensor under the name of one of the original's weights, with a shape that cannot match. It
+    makes a load without ffsplit fail, which would otherwise begin with random weights.
+    """
+    first = {place.tower.path: place.index for place in reversed(places)}
+    return frozenset(first.values())
 
 
 def load_ffn(checkpoint: Checkpoint, index: int, *, activation: Any, device: torch.device) -> FFNWeights:

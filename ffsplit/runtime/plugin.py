@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ffsplit.errors import ArtifactError
 from ffsplit.models.checkpoint import NARROWED, activation_name
 from ffsplit.models.ffns import FFNPlace, ffns_of
-from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, FFNRun, guarded
+from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, FFNRun, guarded
 from ffsplit.runtime.linears import install_linears
 from ffsplit.runtime.modules import SplitExperts, SplitFFN, install_split_ffn, narrow_ffn
 from ffsplit.store.pull import materialize

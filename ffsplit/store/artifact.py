@@ -11,8 +11,8 @@ from pathlib import Path
 from ffsplit.directories import process_folder
 from ffsplit.errors import ArtifactError, ConfigError
 from ffsplit.store.commits import Commit, latest_commit, list_commits, read_commit
-from ffsplit.store.entries import ATTEMPT_ID, RUN_KEY, FileEntry
-from ffsplit.store.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from ffsplit.store.entries import ATTEMPT_ID, MANIFEST_NAME, RUN_KEY, FileEntry
+from ffsplit.store.manifest import MAX_MANIFEST_BYTES, Manifest
 from ffsplit.store.store import MissingKey, Store, open_store, read_at_most, root_uri
 
 _RUN_URI = re.compile(

@@ -14,8 +14,8 @@ from pydantic import Field
 from ffsplit import logs
 from ffsplit.config import Record
 from ffsplit.errors import ArtifactError, FFSplitError
-from ffsplit.store.entries import ATTEMPT_ID, RUN_KEY
-from ffsplit.store.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest
+from ffsplit.store.entries import ATTEMPT_ID, MANIFEST_NAME, RUN_KEY
+from ffsplit.store.manifest import MAX_MANIFEST_BYTES, Manifest
 from ffsplit.store.schema import NewerSchema, UtcTime, Versioned, read_record
 from ffsplit.store.store import MissingKey, Store, read_at_most
 

@@ -18,9 +18,7 @@ from pydantic import Field, field_validator
 
 from ffsplit.errors import ArtifactError, ConfigError, StoreError
 from ffsplit.store.artifact import Location, locate, read_manifest
-from ffsplit.store.digests import CHUNK_BYTES
-from ffsplit.store.entries import is_safe_path
-from ffsplit.store.manifest import MANIFEST_NAME, SIGNATURE_NAME
+from ffsplit.store.entries import CHUNK_BYTES, MANIFEST_NAME, SIGNATURE_NAME, is_safe_path
 from ffsplit.store.schema import NewerSchema, Versioned, read_record
 from ffsplit.store.store import MAX_ATTEMPTS, MissingKey, backoff_s
 

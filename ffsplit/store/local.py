@@ -14,8 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ffsplit.errors import ConfigError, StoreError
-from ffsplit.store.digests import read_chunks
-from ffsplit.store.entries import StoreGuarantees
+from ffsplit.store.entries import StoreGuarantees, read_chunks
 from ffsplit.store.store import MissingKey, Names, Stored, check_key, check_prefix
 
 _TEMPORARY = re.compile(r"\.ffsplit-[0-9a-f]{16}\.tmp")

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from ffsplit.config import Budget, Record
 from ffsplit.ffn.shapes import LayerLayout, ModelShape
-from ffsplit.store.entries import FileEntry, LeftOut, StoreGuarantees
+from ffsplit.store.entries import MANIFEST_NAME, FileEntry, LeftOut, StoreGuarantees
 from ffsplit.store.schema import Versioned, read_record
 
 # The result of a search over the layers' shares of the budget, as the manifest records it.
@@ -44,12 +44,8 @@ class AllocationRecord(Record):
     candidates: tuple[CandidateRecord, ...]
 
 
-MANIFEST_NAME = "manifest.json"
 REPORT_NAME = "report.html"
 MAX_MANIFEST_BYTES = 64 << 20
-SIGNATURE_NAME = "manifest.json.sig"
-UNLISTED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
-"""Files beside those that a manifest lists."""
 
 
 class SourceModel(Record):

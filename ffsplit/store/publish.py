@@ -34,9 +34,8 @@ from ffsplit.store.commits import (
     read_commit,
     record_bytes,
 )
-from ffsplit.store.digests import file_entry, list_files
-from ffsplit.store.entries import FileEntry
-from ffsplit.store.manifest import MANIFEST_NAME, UNLISTED, Manifest
+from ffsplit.store.entries import MANIFEST_NAME, UNLISTED, FileEntry, file_entry, list_files
+from ffsplit.store.manifest import Manifest
 from ffsplit.store.store import Store
 
 NUM_FILES_AT_ONCE = 4

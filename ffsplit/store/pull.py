@@ -15,12 +15,11 @@ from ffsplit.config import Record
 from ffsplit.errors import ArtifactError, ConfigError, StoreError
 from ffsplit.store.artifact import Location, locate, parse_manifest, read_manifest_bytes
 from ffsplit.store.cache import Cache
-from ffsplit.store.digests import sha256_file
-from ffsplit.store.entries import FileEntry, colliding
+from ffsplit.store.entries import MANIFEST_NAME, SIGNATURE_NAME, UNLISTED, FileEntry, colliding, sha256_file
 from ffsplit.store.links import LinkedFiles, is_link
 from ffsplit.store.local import LocalStore
 from ffsplit.store.locks import locked
-from ffsplit.store.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, SIGNATURE_NAME, UNLISTED, Manifest
+from ffsplit.store.manifest import MAX_MANIFEST_BYTES, Manifest
 from ffsplit.store.signing import MAX_SIGNATURE_BYTES, check_key_kind, verify_manifest
 from ffsplit.store.store import MissingKey, Source, read_at_most
 from ffsplit.store.transfer import Progress, Transfer, first_problem

@@ -20,8 +20,7 @@ from pydantic import Field
 from ffsplit import __version__
 from ffsplit.errors import ArtifactError, ConfigError, StoreError
 from ffsplit.redaction import redacted
-from ffsplit.store.digests import CHUNK_BYTES
-from ffsplit.store.entries import StoreGuarantees
+from ffsplit.store.entries import CHUNK_BYTES, StoreGuarantees
 from ffsplit.store.s3_client import (
     BROKEN_STREAM,
     PastTheEnd,

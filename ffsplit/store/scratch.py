@@ -30,8 +30,7 @@ from ffsplit import logs
 from ffsplit.config import Record
 from ffsplit.directories import full_disk_explained, process_folder
 from ffsplit.errors import ArtifactError, ConfigError, FFSplitError, StoreError
-from ffsplit.store.digests import sha256_file
-from ffsplit.store.entries import FileEntry
+from ffsplit.store.entries import FileEntry, sha256_file
 from ffsplit.store.schema import read_record
 from ffsplit.store.store import MissingKey, Store, Stored, open_store
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ffsplit.directories import temporary_folder
 from ffsplit.errors import ArtifactError, ConfigError
-from ffsplit.store.manifest import MANIFEST_NAME
+from ffsplit.store.entries import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from types import ModuleType

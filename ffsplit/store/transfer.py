@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ffsplit.errors import ArtifactError, ConfigError, RunError, StoreError, begun
-from ffsplit.store.digests import hash_range
-from ffsplit.store.entries import FileEntry
+from ffsplit.store.entries import FileEntry, hash_range
 from ffsplit.store.store import MissingKey, Source
 
 PART_BYTES = 8 << 20

@@ -16,7 +16,7 @@ from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
 from ffsplit.models.tensor_files import INDEX_NAME
 from ffsplit.runtime.assemble import assemble, replace_weights
-from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, FFNRun, runs_of
+from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, FFNRun, runs_of
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import compress, head_of, outputs, reference
 from tests.runtime.conftest import CompressedFactory

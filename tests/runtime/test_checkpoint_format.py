@@ -9,7 +9,7 @@ import pytest
 from ffsplit.errors import ArtifactError
 from ffsplit.ffn.shapes import FFNShape, LayerLayout
 from ffsplit.models.ffns import ffns_of
-from ffsplit.runtime.checkpoint_format import FORMAT_VERSION, guarded, runs_of
+from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, guarded, runs_of
 from ffsplit.runtime.plugin import SplitConfig
 from tests.tiny_families import make_model
 

@@ -21,7 +21,7 @@ from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
 from ffsplit.recipes.recipe import load_recipe, parse_recipe
 from ffsplit.run.job import prepare
-from ffsplit.runtime.checkpoint_format import FORMAT_VERSION
+from ffsplit.runtime.ffn_tensors import FORMAT_VERSION
 from ffsplit.runtime.integer_map import IntegerMap
 from ffsplit.runtime.linears import attention_linears, install_linears, linears_config
 from tests.conftest import CheckpointFactory

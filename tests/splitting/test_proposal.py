@@ -9,8 +9,15 @@ import pytest
 from ffsplit.compressors import PruneCompressor
 from ffsplit.config import Budget
 from ffsplit.ffn.shapes import FFNShape, ModelShape
-from ffsplit.splitting.proposal import HALVING, SENSITIVITY, SMALLEST_WEIGHT, least_error_fractions, propose
-from ffsplit.splitting.solver import HeavyRule, Solver
+from ffsplit.splitting.solver import (
+    HALVING,
+    SENSITIVITY,
+    SMALLEST_WEIGHT,
+    HeavyRule,
+    Solver,
+    least_error_fractions,
+    propose,
+)
 
 SHAPE = FFNShape(num_neurons=400, hidden_size=32, gated=False, up_bias=True, down_bias=True)
 MODEL = ModelShape(

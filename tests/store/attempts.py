@@ -8,8 +8,7 @@ from typing import Any
 from ffsplit.config import Record
 from ffsplit.ffn.shapes import FFNShape, ModelShape
 from ffsplit.store.commits import Commit, Kind
-from ffsplit.store.digests import file_entries
-from ffsplit.store.entries import FileEntry
+from ffsplit.store.entries import FileEntry, file_entries
 from ffsplit.store.manifest import CalibrationRecord, Compute, Environment, Manifest, SourceModel
 from ffsplit.store.publish import Upload
 from ffsplit.store.store import Store

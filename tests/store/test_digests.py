@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from ffsplit.errors import ArtifactError
-from ffsplit.store.digests import file_entries, file_entry, sha256_file
+from ffsplit.store.entries import file_entries, file_entry, sha256_file
 
 
 def test_entries_are_sorted_complete_and_true(tmp_path: Path) -> None:

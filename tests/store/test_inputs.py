@@ -11,8 +11,8 @@ from ffsplit.cli import main
 from ffsplit.errors import ArtifactError, ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.fetch import locate_model
-from ffsplit.store.digests import file_entries
-from ffsplit.store.inputs import StoredFiles, fetch_file, stored_files
+from ffsplit.store.cache import StoredFiles, fetch_file, stored_files
+from ffsplit.store.entries import file_entries
 from ffsplit.store.pull import verify
 from ffsplit.store.store import open_store
 from tests.small_jobs import SmallJob, digests

@@ -11,8 +11,7 @@ import pytest
 
 from ffsplit.errors import ArtifactError, StoreError
 from ffsplit.store.commits import Commit, Kind, latest_commit, list_commits, read_commit, record_bytes
-from ffsplit.store.digests import file_entries
-from ffsplit.store.entries import ATTEMPT_ID
+from ffsplit.store.entries import ATTEMPT_ID, file_entries
 from ffsplit.store.publish import Upload, new_attempt_id
 from ffsplit.store.store import Store, open_store
 

@@ -5,8 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from ffsplit.measurement.tasks.classification import Classification
-from ffsplit.measurement.tasks.harness import HarnessTasks
-from ffsplit.measurement.tasks.perplexity import Perplexity
+from ffsplit.measurement.tasks.language_model import HarnessTasks, Perplexity
 from ffsplit.measurement.tasks.sts import SentenceSimilarity
 
 AnyTask = Annotated[

@@ -13,8 +13,7 @@ from ffsplit.errors import FFSplitError, explained
 from ffsplit.measurement.tasks import AnyTask
 from ffsplit.measurement.tasks.base import Score, task_error
 from ffsplit.measurement.tasks.classification import read_classification
-from ffsplit.measurement.tasks.harness import read_harness
-from ffsplit.measurement.tasks.perplexity import read_perplexity
+from ffsplit.measurement.tasks.language_model import read_harness, read_perplexity
 from ffsplit.measurement.tasks.sts import read_sts
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.store.manifest import TaskScore

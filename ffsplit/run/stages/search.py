@@ -24,9 +24,8 @@ from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_whole_model
 from ffsplit.run.stages.fit import compress_layer_job, layer_jobs
 from ffsplit.runtime.assemble import assemble
-from ffsplit.splitting.proposal import UNIFORM, Candidate, propose
 from ffsplit.splitting.scores import plan_split
-from ffsplit.splitting.solver import Solver
+from ffsplit.splitting.solver import UNIFORM, Candidate, Solver, propose
 from ffsplit.store.manifest import AllocationRecord, CandidateRecord
 from ffsplit.store.scratch import Result
 

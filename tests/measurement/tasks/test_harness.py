@@ -10,7 +10,7 @@ import pytest
 
 from ffsplit.errors import ConfigError
 from ffsplit.measurement.tasks.base import Score
-from ffsplit.measurement.tasks.harness import HarnessTasks, read_harness
+from ffsplit.measurement.tasks.language_model import HarnessTasks, read_harness
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import make_model

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ffsplit.errors import ConfigError, FFSplitError
-from ffsplit.measurement.tasks.perplexity import (
+from ffsplit.measurement.tasks.language_model import (
     LONGEST_WINDOW,
     read_perplexity,
     tokenize_text,
