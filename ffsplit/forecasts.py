@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from ffsplit.calibration.statistics import NeuronStats, read_statistics
+from ffsplit.calibration.parquet import read_statistics
+from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.config import Budget, BudgetKind, JobConfig, Record
 from ffsplit.errors import BudgetError
 from ffsplit.ffn.shapes import FFNShape, LayerLayout, is_stock_form

@@ -60,6 +60,7 @@ def one_line(done: subprocess.CompletedProcess[str]) -> str:
     return line
 
 
+@pytest.mark.matrix(where=(None,))
 @pytest.mark.subprocess
 @pytest.mark.parametrize("where", [None, "/nonexistent", "/"])
 def test_a_user_without_a_home_or_a_name(where: str | None, small_job: SmallJob, tmp_path: Path) -> None:
@@ -128,6 +129,7 @@ def test_a_home_that_cannot_be_written_stays_the_home(
 
 @pytest.mark.subprocess
 @pytest.mark.parametrize("has_temporary_files", [False, True])
+@pytest.mark.slow
 def test_a_root_file_system_that_is_read_only(
     has_temporary_files: bool, small_job: SmallJob, s3_uri: str, tmp_path: Path
 ) -> None:
@@ -169,6 +171,7 @@ def test_without_temporary_files_what_needs_none_works(
 
 
 @pytest.mark.subprocess
+@pytest.mark.slow
 def test_ascii_output_and_names_that_are_not(small_job: SmallJob, tmp_path: Path) -> None:
     model = tmp_path / "mod\u00e8le-\U0001f511"
     shutil.copytree(small_job.model, model)

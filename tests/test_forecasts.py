@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import ffsplit
-from ffsplit.calibration.statistics import read_statistics
+from ffsplit.calibration.parquet import read_statistics
 from ffsplit.cli import main
 from ffsplit.config import Budget
 from ffsplit.errors import BudgetError

@@ -76,6 +76,7 @@ def test_a_listing_that_is_cut_short_is_not_0(published: Path) -> None:
     assert done.stderr == "ffsplit: the result could not be written to stdout: Broken pipe\n"
 
 
+@pytest.mark.matrix(redirection=(">&- 2>&-",))
 @pytest.mark.subprocess
 @pytest.mark.parametrize("redirection", ["2>&1 | head -1", ">&- 2>&-", ">/dev/full 2>/dev/full"])
 def test_a_run_goes_on_and_is_committed(small_job: SmallJob, tmp_path: Path, redirection: str) -> None:
@@ -85,6 +86,7 @@ def test_a_run_goes_on_and_is_committed(small_job: SmallJob, tmp_path: Path, red
 
 
 @pytest.mark.subprocess
+@pytest.mark.slow
 def test_a_manifest_that_was_asked_for_is_a_result(small_job: SmallJob, tmp_path: Path) -> None:
     """Also of a run that is committed, and of one that was refused, which says so in any case."""
     arguments = small_job.arguments(tmp_path / "out", "--runner", "serial", "--json")
@@ -98,6 +100,7 @@ def test_a_manifest_that_was_asked_for_is_a_result(small_job: SmallJob, tmp_path
 
 
 @pytest.mark.subprocess
+@pytest.mark.slow
 def test_a_batch_goes_on(small_job: SmallJob) -> None:
     fields = {"recipe": small_job.recipe(), "calibration": str(small_job.text), "samples": 40}
     models = [{"model": str(small_job.model), "name": name, **fields} for name in ("one", "two")]

@@ -8,7 +8,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ffsplit import __version__
-from ffsplit.calibration.statistics import NeuronStats, read_statistics
+from ffsplit.calibration.parquet import read_statistics
+from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.directories import by_name, user_path
 from ffsplit.errors import ConfigError
 from ffsplit.ffn.shapes import LayerLayout

@@ -129,6 +129,7 @@ def test_report_writes_a_page(small_job: SmallJob, tmp_path: Path) -> None:
     assert "<html" in page.read_text()
 
 
+@pytest.mark.slow
 def test_benchmark_times_an_artifact_against_its_original(
     small_job: SmallJob, tmp_path: Path, capsys: Captured
 ) -> None:

@@ -103,7 +103,7 @@ def test_workers_keep_their_state_and_overlap_in_time(local_ray: None) -> None:
     assert max(answer[4] for answer in answers.values()) >= 3
 
 
-@pytest.mark.matrix(num_workers=(2,))
+@pytest.mark.matrix(num_workers=(2,), family=("bert",))
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("num_workers", [1, 2, 4])
 def test_any_number_of_workers_gives_the_serial_bytes(
@@ -117,6 +117,7 @@ def test_any_number_of_workers_gives_the_serial_bytes(
     assert digests(tmp_path / "ray", *WEIGHTS) == digests(tmp_path / "serial", *WEIGHTS)
 
 
+@pytest.mark.slow
 def test_no_more_workers_than_there_is_room_for(local_ray: None) -> None:
     """An actor without a place would wait for ever, and its item with it."""
     with RayRunner(address=None, num_workers=64) as runner:
@@ -210,6 +211,7 @@ def test_a_host_that_does_not_answer_is_named_in_time(local_ray: None) -> None:
         assert list(runner.on_every_host("inputs", sleep_if_told, 0.0).values()) == [0.0]
 
 
+@pytest.mark.slow
 def test_a_host_whose_process_was_ended_did_not_leave(local_ray: None) -> None:
     with (
         RayRunner(address=None, num_workers=2) as runner,
@@ -218,6 +220,7 @@ def test_a_host_whose_process_was_ended_did_not_leave(local_ray: None) -> None:
         runner.on_every_host("inputs", die, 1)
 
 
+@pytest.mark.matrix(kind=("tasks",))
 @pytest.mark.parametrize("kind", ["tasks", "workers"])
 def test_a_process_that_was_killed_was_not_out_of_memory(local_ray: None, kind: str) -> None:
     """Ray's own words name memory among the causes that a death may have."""
@@ -263,6 +266,7 @@ def test_a_worker_that_dies_costs_the_item_in_hand(local_ray: None, tmp_path: Pa
 
 
 @pytest.mark.subprocess
+@pytest.mark.slow
 def test_an_unreachable_cluster_is_one_line(small_job: SmallJob, tmp_path: Path) -> None:
     """In a process of its own: this one is connected to a cluster already."""
     code = "import sys; from ffsplit.cli import main; sys.exit(main(sys.argv[1:]))"

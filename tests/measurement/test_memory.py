@@ -17,6 +17,7 @@ def peak(directory: Path, class_name: str) -> int:
     return peak_memory_bytes(directory, class_name, shape=(1, 8), device="cpu", dtype="float32")
 
 
+@pytest.mark.slow
 def test_a_model_takes_at_least_its_weights(tmp_path: Path) -> None:
     directory = save_checkpoint(tmp_path / "wide", "bert", intermediate_size=50_000)
     weights = sum(info.size_bytes for info in open_checkpoint(directory).tensors.values())

@@ -63,6 +63,7 @@ def test_the_model_runs_with_what_is_given(
         torch.testing.assert_close(model(ids).logits, dense(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_refuses_it_or_takes_the_flag(flash: Path, tmp_path: Path, capsys: Any) -> None:
     job, out = SmallJob(tmp_path, flash), tmp_path / "out"
     flags = ["--runner", "serial"]

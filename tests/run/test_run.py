@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import ffsplit
-from ffsplit.calibration.statistics import read_statistics
+from ffsplit.calibration.parquet import read_statistics
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, FFSplitError, GateError
 from ffsplit.run import attempt

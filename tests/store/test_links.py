@@ -51,6 +51,7 @@ def test_what_is_behind_a_link_is_verified(s3_uri: str, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir() if "copy" in path.name] == []
 
 
+@pytest.mark.slow
 def test_links_that_are_none(s3_uri: str, s3_endpoint: str, tmp_path: Path) -> None:
     store = open_store(s3_uri)
     publish(store, tmp_path / "attempt")

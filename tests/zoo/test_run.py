@@ -148,6 +148,7 @@ def test_every_model_has_its_own_row(small_job: SmallJob) -> None:
     assert (batch.count("published"), batch.exit_code) == (1, 1)
 
 
+@pytest.mark.slow
 def test_an_attempt_that_takes_too_long_is_interrupted(small_job: SmallJob) -> None:
     asked = zoo(small_job, {"name": "slow"}, retries=0, attempt_hours=1e-7)
     (slow,) = run_zoo(asked, runner="serial", say=lambda line: None).models

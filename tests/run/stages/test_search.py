@@ -164,6 +164,7 @@ def uneven(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.subprocess
 @pytest.mark.usefixtures("uneven")
+@pytest.mark.slow
 def test_layers_of_different_widths_load_through_ffsplit_alone(
     small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
