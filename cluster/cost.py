@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--head-price", type=price, required=True, metavar="H", help="price of a head per hour")
     add("--worker-price", type=price, required=True, metavar="W", help="price of a worker per hour")
     add("--workers", type=count, required=True, metavar="N", help="number of workers")
-    add("--start-s", type=price, default=0.0, metavar="S", help="seconds of the cluster's start; default: 0")
+    add("--start-s", type=price, default=0.0, metavar="S", help="seconds to start the cluster; default: 0")
     parsed = parser.parse_args(arguments)
     return exit_code_of(lambda: show(parsed))
 
