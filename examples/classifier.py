@@ -3,8 +3,8 @@
     pip install '.[demo]'
     python examples/classifier.py
 
-A few minutes on two cores. The classifier is made here: all-MiniLM-L6-v2 with a linear head that tells
-sentences about Python's statements from those about its types. Writes into out/examples/classifier.
+A few minutes on two cores. The script trains the classifier: all-MiniLM-L6-v2 with a linear head that
+separates sentences about Python's statements from those about its types. Writes into out/examples/classifier.
 """
 
 from __future__ import annotations

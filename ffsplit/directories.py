@@ -69,7 +69,7 @@ def settle_home() -> None:
     if _is_writable(home) or (given.name == LENT and given.is_dir()):  # set by the parent process
         return
     if home is None or not home.is_dir():
-        with suppress(OSError, FFSplitError):  # no temporary directory: reported by whatever needs one
+        with suppress(OSError, FFSplitError):  # no temporary directory: reported later, where one is needed
             lent = process_folder() / LENT
             lent.mkdir(exist_ok=True)
             os.environ["HOME"] = str(lent)
@@ -84,7 +84,7 @@ PREFIX = "ffsplit-work-"
 
 @contextmanager
 def temporary_folder() -> Iterator[Path]:
-    """A folder that exists as long as this context."""
+    """A temporary folder, removed when this context ends."""
     with tempfile.TemporaryDirectory(dir=process_folder(), ignore_cleanup_errors=True) as name:
         yield Path(name)
 
@@ -190,9 +190,9 @@ AnyRecord = TypeVar("AnyRecord", bound=_JsonRecord)
 def by_name(record: AnyRecord, *, given: Iterable[str | None]) -> AnyRecord:
     """A pydantic record in which each local path is reduced to its last name.
 
-    `given` are paths, or have a path after a colon, as in `sts:/data/pairs.csv`. Paths inside their folders,
-    the home directory, the working directory or that of temporary files become relative to it. Relative paths
-    and URIs of stores stay.
+    `given` holds paths, or values with a path after a colon, such as `sts:/data/pairs.csv`. Paths inside the
+    folder of such a path, or inside the home, working or temporary directory, become relative to that folder.
+    Relative paths and URIs of stores are kept.
     """
     paths = {path for each in given if each for path in _paths(each)}
     folders = {path.rpartition("/")[0] + "/" for path in paths}

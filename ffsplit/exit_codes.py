@@ -48,7 +48,7 @@ def exit_code_of(run: Callable[[], int]) -> int:
         except KeyboardInterrupt:
             streams.note("ffsplit: interrupted, nothing was committed")
             return INTERRUPTED
-        except Exception as error:  # a bug, or an error that nobody foresaw
+        except Exception as error:  # a bug, or an unforeseen error
             what = f"{type(error).__name__}: {reason_of(error)}"
             _report(FFSplitError(f"unexpected error, {what} (--debug shows where)"), cause=error)
             return FAILED

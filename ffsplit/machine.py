@@ -123,14 +123,14 @@ def bytes_below(path: Path) -> int:
 
 
 def check_device(device: str, dtype: str) -> None:
-    """Raise ConfigError if this machine lacks the --device, or the device the --dtype."""
+    """Raise ConfigError if this machine has no such --device, or the device does not support the --dtype."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU on this machine")
     if not computes_in(device, dtype):
         name = torch.cuda.get_device_name() if device == "cuda" else "this machine's CPU"
-        raise ConfigError(f"--dtype {dtype}: {name} does not compute in it: use --dtype float32")
+        raise ConfigError(f"--dtype {dtype}: {name} does not support it: use --dtype float32")
 
 
 def computes_in(device: str, dtype: str) -> bool:

@@ -4,9 +4,9 @@ Two things are removed from a text: the values of this process's credentials, in
 may quote them in, and everything that looks like a credential (passwords and signatures in links,
 `Authorization` headers, header values that an HTTP library quotes when it refuses them).
 
-This process's credentials are: environment variables with a telling name, the contents of files that such a
-variable (or a library's default) names, and passwords in variables that are links. Values that are too short
-or too ordinary are not removed: otherwise `1` or `true` would blank out half of every text.
+This process's credentials are: environment variables whose names suggest one, the contents of files that
+such a variable (or a library's default) names, and passwords in variables that are links. Values that are
+too short or too common are kept: otherwise every `1` or `true` in a text would be removed.
 
 It is applied where text leaves the process: to errors as they are made, to standard output and standard
 error, and to written documents.
@@ -29,7 +29,7 @@ from urllib.parse import quote, quote_plus, unquote
 
 STARS = "***"
 SHORTEST, SHORTEST_PIECE, LONG = 6, 8, 24
-"""Fewest characters of a value, of a part of a value with blanks, and of a beginning that gives it away."""
+"""Minimum length of a value, of one word of a value with blanks, and of a prefix that identifies a value."""
 MAX_FILE_BYTES = 1 << 16
 
 _NAMED_LIKE_ONE = re.compile(
@@ -136,7 +136,7 @@ class _Known:
 
 
 def _forms(value: str) -> Iterator[str]:
-    """A value as it is and as libraries quote it, and each long part of a value with blanks."""
+    """A value as it is and as libraries quote it, and each long word of a value with blanks."""
     pieces = [piece for piece in re.split(r"[^\x21-\x7e]+", value) if len(piece) >= SHORTEST_PIECE]
     for part in {value.strip(), unquote(value).strip(), *pieces}:
         encoded = part.encode("utf-8", "surrogatepass")
@@ -201,7 +201,7 @@ def _in_file(path: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=32)
 def _read(path: str, written_ns: int, size_bytes: int) -> tuple[str, ...]:
-    """The credentials in an ini, JSON or netrc file; of another file, its whole text if it is one word."""
+    """The credentials in an ini, JSON or netrc file. For any other file, its whole text if it is one word."""
     text = ""
     if size_bytes <= MAX_FILE_BYTES and os.path.isfile(path):
         with suppress(OSError):
@@ -210,7 +210,7 @@ def _read(path: str, written_ns: int, size_bytes: int) -> tuple[str, ...]:
     return tuple(found) if found or len(text.split()) != 1 else (text.strip(),)
 
 
-# Where text leaves
+# Redaction where text leaves the process
 
 _asked_for: ContextVar[bool] = ContextVar("ffsplit_credential_asked_for", default=False)
 
@@ -285,7 +285,7 @@ Answer = TypeVar("Answer")
 
 
 def guarded(function: Callable[[Item], Answer], item: Item) -> Answer:
-    """Call a function with redacted output and errors, in a process that others read, such as a worker."""
+    """Call a function with redacted output and errors, in a process whose output others read: a worker."""
     guard_streams()
     try:
         return function(item)

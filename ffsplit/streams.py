@@ -1,7 +1,7 @@
 """Standard streams that may be closed, full or unread. A failed write to them never ends a run.
 
-stderr takes notes: progress, logs and errors. stdout takes what a command prints. `lost_output` tells at the
-end whether all of it arrived.
+Notes (progress, logs and errors) go to stderr, and a command's output goes to stdout. At the end,
+`lost_output` reports whether all of the output arrived.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Stream:
             return False
 
     def end(self) -> None:
-        """Flush, and drop what cannot be flushed, on which the interpreter would fail at exit."""
+        """Flush, and drop what cannot be flushed: otherwise the interpreter would fail at exit."""
         self.flush()
         try:
             self._stream.flush()
@@ -60,9 +60,8 @@ class Stream:
 
     def _lose(self, error: Exception) -> None:
         self.lost = self.lost or error
-        if (
-            getattr(error, "errno", None) == errno.EPIPE
-        ):  # nobody will read it again; child processes write to it too
+        # Nobody will read the pipe again. Child processes write to the same descriptor.
+        if getattr(error, "errno", None) == errno.EPIPE:
             self._discard()
 
     def _discard(self) -> None:
@@ -111,10 +110,10 @@ def lost_output() -> str | None:
 
 
 def _open_closed_descriptors() -> None:
-    """Reserve closed standard descriptors, so that no file opened later gets one: children write to them."""
+    """Open closed standard descriptors on /dev/null: children would write into a file that got one."""
     for descriptor in STANDARD:
         try:
             os.fstat(descriptor)
         except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: this one
+            opened = os.open(os.devnull, os.O_RDWR)  # gets the lowest free number: this descriptor
             os.set_inheritable(opened, True)

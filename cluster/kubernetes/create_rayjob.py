@@ -1,11 +1,11 @@
 """Create the RayJob of a file and wait until it is done: what the CronJob's pod runs.
 
-It talks to the Kubernetes API with nothing but the standard library and YAML. JOB_NAME and JOB_UID are
-those of the Kubernetes Job: the RayJob gets the name, so that a pod which takes the place of a lost one
-finds it and waits on, and the Job as its owner, so that it goes with the Job.
+It needs only the standard library and YAML. JOB_NAME and JOB_UID are those of the Kubernetes Job. The RayJob
+gets the Job's name, so that a pod that replaces a lost one finds it. It gets the Job as its owner, so that it
+is removed with the Job.
 
-Exit codes: 0 the batch is done, 1 it failed or went, 2 the API refused it, 3 the API has been away for
-GIVE_UP_S seconds: the Job's next pod waits on. What cannot be printed is left out, and changes none of them.
+Exit codes: 0 the batch is done, 1 it failed or was deleted, 2 the API refused it, 3 the API has not answered
+for GIVE_UP_S seconds: the Job's next pod then waits. Output that cannot be printed is dropped.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def main(path: str) -> int:
 
 
 def say(line: str, *, to: int = STDOUT) -> None:
-    """Print a line. A full or unread stream ends nothing: Python's own would, by its buffer."""
+    """Print a line. Written without a buffer: a full or closed stream then never ends the script."""
     with suppress(OSError):
         os.write(to, f"{line}\n".encode())
 
@@ -76,8 +76,8 @@ def create(manifest: dict[str, Any]) -> None:
     """Create the RayJob, unless a pod before this one has done so."""
     name = manifest["metadata"]["name"]
     try:
-        # Strict: a field that this cluster's KubeRay does not know, authOptions above all, is refused
-        # and not dropped without a word.
+        # Strict validation refuses fields that this cluster's KubeRay does not know, such as authOptions.
+        # By default they would be dropped silently.
         call("POST", "?fieldValidation=Strict", manifest)
         say(f"rayjob {name}: created")
     except Refused as refusal:
@@ -87,7 +87,7 @@ def create(manifest: dict[str, Any]) -> None:
 
 
 def wait(name: str) -> int:
-    """Follow the RayJob's status until it is final, as its activeDeadlineSeconds makes it."""
+    """Follow the RayJob's status until it is final. Its activeDeadlineSeconds bounds the wait."""
     shown = None
     while True:
         status = call("GET", f"/{name}").get("status", {})
@@ -104,7 +104,7 @@ def wait(name: str) -> int:
 
 
 def call(method: str, rest: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """One request about RayJobs. An API that is away or overloaded is asked again, for GIVE_UP_S seconds."""
+    """One request about RayJobs. Retries for GIVE_UP_S seconds if the API is unavailable or overloaded."""
     host = f"{os.environ['KUBERNETES_SERVICE_HOST']}:{os.environ['KUBERNETES_SERVICE_PORT']}"
     namespace = (ACCOUNT / "namespace").read_text("utf-8").strip()
     request = urllib.request.Request(
@@ -130,8 +130,8 @@ def call(method: str, rest: str, body: dict[str, Any] | None = None) -> dict[str
         except OSError as error:
             said = f"the API cannot be reached ({error})"
         if time.monotonic() - asked_since > GIVE_UP_S:
-            raise Away(f"{said}, for {GIVE_UP_S:g} s in all")
-        say(f"{said}; asking again", to=STDERR)
+            raise Away(f"{said}, for {GIVE_UP_S:g} s in total")
+        say(f"{said}; retrying", to=STDERR)
         time.sleep(POLL_S)
 
 
@@ -143,7 +143,6 @@ def _message(text: str) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # the first process of a container gets no default
+    # The first process of a container has no default handler.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     raise SystemExit(main(*sys.argv[1:]))

@@ -110,7 +110,7 @@ def _add_debug_flag(parser: argparse.ArgumentParser) -> None:
         "--debug",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="print the traceback of whatever fails",
+        help="print the traceback of an error",
     )
 
 
@@ -156,7 +156,7 @@ def _add_job_commands(command: Command) -> None:
         add("--dry-run", action="store_true", help="print what the run would need, and stop")
         add("--sign-key", metavar="KEY", help="sign the manifest with this EC private key (PEM)")
         add("--json", action="store_true", help="print only the manifest on stdout")
-        add("--log-format", choices=("text", "json"), help="of stderr; default: FFSPLIT_LOG, or text")
+        add("--log-format", choices=("text", "json"), help="format of stderr; default: FFSPLIT_LOG, or text")
 
 
 def _add_planning_commands(command: Command) -> None:
@@ -168,19 +168,19 @@ def _add_planning_commands(command: Command) -> None:
     add = plan.add_argument
     add("uri", help="an artifact, or a run of ffsplit calibrate")
     add("--keep", type=float, nargs="+", default=[], metavar="F")
-    add("--max-bytes", type=int, nargs="+", default=[], metavar="N", help="of all FFNs")
-    add("--max-parameters", type=int, nargs="+", default=[], metavar="N", help="of the whole model")
+    add("--max-bytes", type=int, nargs="+", default=[], metavar="N", help="maximum for all FFNs")
+    add("--max-parameters", type=int, nargs="+", default=[], metavar="N", help="maximum for the whole model")
     add("--max-latency-ms", type=float, nargs="+", default=[], metavar="F")
     add("--latency-table", metavar="FILE", help="for --max-latency-ms")
     add("--recipe", metavar="NAME|FILE.yaml", help="default: the earlier run's own")
-    add("--json", action="store_true", help="print the plans alone, heavy hitters by index")
+    add("--json", action="store_true", help="print only the plans, with the indices of heavy hitters")
     table = command("latency-table", "time a model at a dozen FFN widths here (experimental)")
     add = table.add_argument
     add("model", help="a local directory or a hub id")
     add("--out", required=True, metavar="FILE.json")
     add("--batch-size", type=int, default=8, metavar="N", help="rows per forward pass; default: 8")
     add("--num-tokens", type=int, default=128, metavar="N", help="tokens per row; default: 128")
-    add("--threads", type=int, default=1, metavar="N", help="default: 1, as runs measure")
+    add("--threads", type=int, default=1, metavar="N", help="default: 1, as in runs")
     _add_fields(table, "device", "dtype", "revision", *LOADING)
 
 
@@ -243,7 +243,7 @@ def _add_store_commands(command: Command) -> None:
     add = gc.add_argument
     add("uri", help="where runs were published")
     add("--keep-last", type=int, required=True, metavar="N", help="keep the newest N models and N statistics")
-    add("--min-age", default="1d", metavar="T", help="spare younger attempts without a commit; default: 1d")
+    add("--min-age", default="1d", metavar="T", help="keep younger uncommitted attempts; default: 1d")
     add("--delete", action="store_true", help="delete; the default is a dry run")
 
 
@@ -259,9 +259,9 @@ def _add_batch_commands(command: Command) -> None:
     add(
         "--address",
         metavar="URL",
-        help=f"of the job server; default: RAY_API_SERVER_ADDRESS, or {DEFAULT_ADDRESS}",
+        help=f"the job server's address; default: RAY_API_SERVER_ADDRESS, or {DEFAULT_ADDRESS}",
     )
     add("--working-dir", metavar="DIR", help="upload this directory; relative paths are inside it")
     add("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job; default: it keeps running")
     add("command", choices=SUBMITTED)
-    add("arguments", nargs=argparse.REMAINDER, help="of the command; its output must be an absolute path")
+    add("arguments", nargs=argparse.REMAINDER, help="its arguments; an output must be an absolute path")

@@ -98,7 +98,7 @@ def describe(command: str, arguments: Sequence[str], parsed: argparse.Namespace)
 
 
 def _of_run(command: str, config: JobConfig, entrypoint: str) -> Job:
-    """The job of a run whose key can be computed here. The name also tells where its result goes."""
+    """The job of a run whose key can be computed here. Its name also identifies where the result goes."""
     from ffsplit.run.checks import check_inputs
     from ffsplit.run.job import prepare
     from ffsplit.store.commits import Kind, read_commit

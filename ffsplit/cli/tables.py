@@ -309,7 +309,7 @@ def print_plan(planned: Plan, *, removed: Sequence[Removal] | None) -> None:
     if planned.num_leftovers:
         print(f"{verb} the leftovers of {planned.num_leftovers} broken uploads")
     total = size(sum(each.size_bytes for each in done))
-    print(f"{verb} {len(rows)} attempts, {total}; {len(planned.kept)} runs stay")
+    print(f"{verb} {len(rows)} attempts, {total}; {len(planned.kept)} runs are kept")
     if removed is None:
         print("dry run, nothing was removed: --delete removes it")
 

@@ -25,13 +25,13 @@ LOOK_EVERY_S = 2.0
 MAX_LOSSES = 4
 """An item that has lost this many workers is not retried."""
 MAX_FAILED_OPENINGS = 12
-"""Upper limit on slots in a row that are lost before they are ready."""
+"""Upper limit on consecutive slots that are lost before they are ready."""
 FIRST_PAUSE_S = 0.25
 """Pause before a lost item is retried. It doubles with every loss of the same item."""
 WITHOUT_ROOM_S = 600.0
 """How long a stage waits for room after all its workers have left."""
 TELL_EVERY_S = 60.0
-"""How often a stage reports that it is waiting for workers to start, if others take up the room."""
+"""How often a stage reports that it waits for workers to start, while others use the resources."""
 START_WITHIN_S = 12 * 3600.0
 """How long a stage without workers waits for a requested one."""
 
@@ -82,7 +82,7 @@ class Pool(Protocol[Slot]):
         """Close a slot and stop its item. Does nothing if it is closed already."""
 
     def next_event(self, timeout_s: float) -> Event | None:
-        """The next event; None if there is none in time."""
+        """The next event; None if none arrives in time."""
 
 
 def dispatch(pool: Pool[Any], items: Sequence[Any], *, stage: str) -> Iterator[tuple[int, Any]]:
@@ -160,7 +160,7 @@ class _Slots(Generic[Slot]):
         return len(self.idle) + len(self.in_hand) + len(self._opening)
 
     def adapt(self, num_waiting: int, *, stage: str) -> None:
-        """Open as many slots as there is room and work for, and close those that are too many."""
+        """Open as many slots as there is room and work for, and close surplus ones."""
         now = time.monotonic()
         if now - self._looked_at >= LOOK_EVERY_S:
             self._room, self._looked_at = self._pool.room(), now
@@ -179,7 +179,7 @@ class _Slots(Generic[Slot]):
             self._pool.close(self._opening.pop() if self._opening else self.idle.pop())
 
     def _look_at_openings(self, now: float, *, stage: str) -> None:
-        """Report, and in the end raise, that no requested worker starts."""
+        """Report that no requested worker starts. Raises FFSplitError after START_WITHIN_S."""
         if self.idle or self.in_hand or not self._opening:
             self._had_slot_at = self._told_at = now
         waited = now - self._had_slot_at

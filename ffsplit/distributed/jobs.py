@@ -105,7 +105,7 @@ class JobServer:
     def follow(self, submission_id: str, write: Callable[[str], object]) -> int:
         """Print a job's output until it is over. Returns the exit code of its process.
 
-        A broken connection is made again, and nothing is printed twice.
+        A broken connection is reopened, and nothing is printed twice.
         """
         num_shown, lost_since = 0, None
         while True:
@@ -126,15 +126,15 @@ class JobServer:
             time.sleep(POLL_EVERY_S)
 
     async def _tail(self, submission_id: str, write: Callable[[str], object], *, skip: int) -> int:
-        """Print the log from the character `skip` on. Returns how many characters have been printed in all.
+        """Print the log from the character `skip` on. Returns the number of characters printed in total.
 
-        A job may be silent for hours, and a lost server looks the same: then the job's state is asked for.
+        A job may be silent for hours, but so may a lost server. During silence the job's state is checked.
         """
         position = 0
         log = self._client.tail_job_logs(submission_id)
         coming = asyncio.ensure_future(anext(log))
         try:
-            with suppress(Exception):  # the log ends or breaks somehow: what came before counts
+            with suppress(Exception):  # the log has ended or broken off: the printed part stays
                 while True:
                     arrived, _ = await asyncio.wait({coming}, timeout=LOOK_EVERY_S)
                     if not arrived:

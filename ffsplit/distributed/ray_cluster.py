@@ -54,7 +54,7 @@ class Host(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker takes up. `gpus` below 1 shares one GPU; above 1 it must be a whole number."""
+    """The resources of one worker. `gpus` below 1 shares one GPU; above 1 it must be a whole number."""
 
     cpus: int
     gpus: float

@@ -94,7 +94,7 @@ class _Pool:
 
 
 class TaskPool(_Pool):
-    """Runs each item as a task. A slot is only the right to have one in flight."""
+    """Runs each item as a task. A slot permits one task in flight."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from ffsplit.models.streamed import StreamedModel
 from ffsplit.store.manifest import BlockFidelity
 
 LARGEST_LOSS = 700.0
-"""In nats. A perplexity above e^700 is not a float, and would tell no more."""
+"""In nats. A perplexity above e^700 may overflow a float, and carries no more information."""
 
 
 def fidelity(
@@ -50,7 +50,7 @@ def classifier_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]
     """As `encoder_fidelity`, and over rows: the fraction with the same top label (`label_agreement`),
     and the logits' squared error over their square (`logit_error`).
 
-    An offset common to all labels of a row counts for neither.
+    An offset common to all labels of a row affects neither.
     """
     cosines, sums = [], torch.zeros(4, dtype=torch.float64)
     for batch in batches:

@@ -212,8 +212,8 @@ def _at_shape(
 def spread_of(times: NDArray[np.float64]) -> Spread:
     """Confidence interval of the ratio of the medians of [pairs, 2] times. Deterministic.
 
-    It is a bootstrap over pairs, so that what slows both calls of a pair does not count. Source: Efron,
-    Bootstrap methods: another look at the jackknife, 1979.
+    It is a bootstrap over pairs, so a disturbance that slows both calls of a pair has no effect. Source:
+    Efron, Bootstrap methods: another look at the jackknife, 1979.
     """
     p10, p90 = (float(each) for each in np.percentile(times[:, 0] / times[:, 1], [10, 90]))
     if len(times) < FEWEST_PAIRS:
@@ -226,7 +226,7 @@ def spread_of(times: NDArray[np.float64]) -> Spread:
 
 
 def load_average() -> float | None:
-    """The system's load average over the last minute; None if it has none."""
+    """The system's load average over the last minute; None if the system has none."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
@@ -234,7 +234,7 @@ def load_average() -> float | None:
 
 
 def load_since(before: float | None) -> LoadAverage | None:
-    """The load before and now, beside the CPUs that this process may run on."""
+    """The load before and now, and the CPUs that this process may run on."""
     after = load_average()
     if before is None or after is None:
         return None

@@ -103,7 +103,7 @@ def _time_widths(
 
 
 class _FFN:
-    """One layer's linear modules, and the weights they had at first."""
+    """One layer's linear modules, and their original weights."""
 
     def __init__(self, inputs: Sequence[nn.Linear], down: nn.Linear) -> None:
         self._inputs, self._down = inputs, down

@@ -18,7 +18,7 @@ def original_size(checkpoint: Checkpoint) -> Size:
 
 
 def model_shape(checkpoint: Checkpoint) -> ModelShape:
-    """What budgets and plans need to know of a dense checkpoint."""
+    """What budgets and plans need to know about a dense checkpoint."""
     size, groups = original_size(checkpoint), checkpoint.width_groups
     return ModelShape(
         shapes=checkpoint.shapes,

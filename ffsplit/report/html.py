@@ -61,7 +61,7 @@ _METRIC_NAMES: Final = {
 
 @dataclass(frozen=True)
 class Tile:
-    """One number of the headline: its label, its value, and a note to compare it with."""
+    """One headline number: its label, its value, and a note with figures to compare it with."""
 
     label: str
     value: str

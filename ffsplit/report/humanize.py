@@ -133,7 +133,7 @@ def _format(format: LowRank | Integer) -> str:
 # The noise of timings, in words.
 
 NOISY_TAIL: Final = 1.5
-"""The p95 / p50 above which timings are called noisy."""
+"""Timings are reported as noisy if p95 / p50 is above this."""
 
 
 def spread_in_words(of: Spread | None) -> str:
@@ -142,7 +142,7 @@ def spread_in_words(of: Spread | None) -> str:
 
 
 def noise(latency: Sequence[Latency], load: LoadAverage | None) -> str | None:
-    """What disturbed the timings, in one line; None if nothing shows that."""
+    """Signs of noise in the timings, in one line; None if there are none."""
     tails = {
         f"at {shape(each.batch_size, num_tokens=each.num_tokens)} tokens the {name}'s": p95 / p50
         for each in latency

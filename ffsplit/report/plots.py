@@ -194,7 +194,7 @@ def _listed(lines: Sequence[Line]) -> tuple[Line, ...]:
 
 
 def error_rows(layers: Sequence[LayerRecord]) -> list[BarRow]:
-    """Each FFN's relative error with its layout; empty if there are so many that `error_columns` has them."""
+    """Each FFN's relative error with its layout; empty for many FFNs, which `error_columns` draws."""
     errors = _errors(layers)
     if len(errors) > _MOST_ROWS:
         return []
@@ -210,7 +210,7 @@ def error_rows(layers: Sequence[LayerRecord]) -> list[BarRow]:
 
 
 def error_columns(layers: Sequence[LayerRecord]) -> list[Columns]:
-    """Each FFN's relative error and stored elements; empty if `error_rows` has them."""
+    """Each FFN's relative error and stored elements; empty if `error_rows` draws them."""
     errors = _errors(layers)
     if len(errors) <= _MOST_ROWS:
         return []

@@ -41,7 +41,7 @@ from ffsplit.store.signing import sign_manifest
 from ffsplit.store.store import Store
 
 MOST_NAMED = 16
-"""Experts that one line names at most; the manifest has all."""
+"""Maximum number of experts named in one line; the manifest lists all."""
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def _announce(run: Run, shown: Progress) -> None:
 
 
 def _publish(run: Run, outcome: Outcome, staging: Path, *, store: Store, sign_key: Path | None) -> Manifest:
-    """Upload and commit the attempt in `staging`, a folder of its name. Returns the committed manifest."""
+    """Upload and commit the attempt in `staging`, a folder named after it. Returns the committed manifest."""
     key, attempt = run.keys.published(run.kind), staging.name
     logs.log("publishing", attempt=attempt)
     with Upload(store, run_key=key, attempt=attempt) as upload:

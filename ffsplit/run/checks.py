@@ -80,7 +80,7 @@ def check_capabilities(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint
 
 
 def check_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
-    """Raise ConfigError if a recipe heals or quantizes a result that is more than narrower FFNs."""
+    """Raise ConfigError if a recipe heals or quantizes a result whose FFNs are not merely narrower."""
     if not keeps_names(checkpoint, layouts):
         raise ConfigError(
             f"recipe {recipe.name}: healing and after_healing need steps that leave one dense FFN "

@@ -204,7 +204,7 @@ def _layers(run: Run, outcome: Outcome) -> list[LayerRecord]:
 
 
 def model_card(manifest: Manifest) -> str:
-    """The artifact's README.md: licence and origin, what was done to it, how to load it, how it measured."""
+    """The artifact's README.md: licence and origin, what was done to it, how to load it, its figures."""
     model, measured = manifest.model, manifest.measurements
     assert measured is not None, "no model is published unmeasured"
     front = ["---", f"base_model: {model.id}", "library_name: transformers", "tags: [ffsplit, compressed]"]

@@ -66,7 +66,7 @@ def run_to_end(
     progress: Progress | None = None,
     sign_key: Path | None = None,
 ) -> Finished:
-    """As `compress` and `calibrate`, but a result that its gates refuse is returned with its measurements."""
+    """Like `compress` and `calibrate`, but returns a result that its gates refuse, with its measurements."""
     with (
         trusting(config.trust_remote_code),
         attending(config.attn_implementation),
@@ -86,7 +86,7 @@ def run_to_end(
         if finished.state != "refused":
             try:
                 latest_commit(store)
-            except FFSplitError as error:  # the artifact is committed all the same
+            except FFSplitError as error:  # the artifact is committed anyway
                 shown.note(f"warning: {LATEST_NAME} may be out of date until it is next read: {error}")
         return finished
 

@@ -159,7 +159,7 @@ def assembly_seconds(work: Workload) -> float:
 
 @explained("the job cannot be checked")
 def estimate(run: Run) -> Needs:
-    """Estimate what a run needs, and decide whether it goes block by block."""
+    """Estimate what a run needs, and decide whether it runs block by block."""
     config, profile, statistics_only = run.config, run.profile, run.kind == "statistics"
     work = Workload(
         checkpoint=run.checkpoint,
@@ -228,7 +228,7 @@ def estimate(run: Run) -> Needs:
 
 
 def _disk(place: str, needed_bytes: int, *, there: int = 0, is_here: bool = True) -> DiskNeeds:
-    """What a directory needs, and has free. Bytes `there` already, as an earlier scratch, count as free."""
+    """Needed and free bytes of a directory. Bytes `there` already, from an earlier run, count as free."""
     if is_remote(place) or not is_here:
         return DiskNeeds(place=place, needed_bytes=needed_bytes, free_bytes=None)
     free = free_bytes(Path(place)) + there

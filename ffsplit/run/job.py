@@ -177,7 +177,7 @@ def prepare(config: JobConfig, *, kind: Kind = "model") -> Run:
 def _prepare(config: JobConfig, kind: Kind) -> Run:
     if kind == "statistics":
         check_calibrates(config)
-    window = config.max_length  # as asked for, not as inherited
+    window = config.max_length  # as requested, not as inherited
     gates = parse_gates(config.gate, require_speedup=config.require_speedup)
     origin = None if config.stats is None else open_statistics(config.stats)
     if origin is not None:
@@ -235,7 +235,7 @@ def _recipe_of(config: JobConfig) -> Recipe:
 def _make_solver(
     config: JobConfig, recipe: Recipe, checkpoint: Checkpoint, profile: ComputeProfile
 ) -> Solver:
-    """What turns budgets into layouts, with the latency table if there is one."""
+    """The solver that turns budgets into layouts, with the latency table if there is one."""
     model, table = model_shape(checkpoint), None
     if config.latency_table is not None:
         hardware = hardware_fingerprint(profile.device)
@@ -266,7 +266,7 @@ def _sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint
 
 
 def _keys(run: Run) -> Keys:
-    """Name a run's results by every byte that it starts from.
+    """The keys of a run's results: hashes over every byte of its inputs.
 
     No row has to be tokenized: how many rows are read follows from the sample, the tokenizer and the
     settings, which are all in the keys.

@@ -79,7 +79,7 @@ class StageNeeds(Record):
 
 
 class DiskNeeds(Record):
-    """The most that is written to one place, and what is free there: None if it is not a directory.
+    """The most bytes written to one place, and the free bytes there (None if it is not a directory).
 
     Places on the same `device` share the free space.
     """
@@ -103,7 +103,7 @@ class Totals(Record):
 
 
 class Needs(Record):
-    """What a run will need, and whether it goes block by block."""
+    """What a run will need, and whether it runs block by block."""
 
     model_bytes: int
     machine: Machine
@@ -149,11 +149,11 @@ class Needs(Record):
 
 
 def in_one_line(needs: Needs, *, asked: int | None = None) -> str:
-    """Memory, disk and time, whether it goes block by block, and whether more workers were asked for."""
+    """Memory, disk and time, whether it runs block by block, and whether more workers were requested."""
     hungriest = max(needs.stages, key=lambda stage: stage.memory_bytes)
     workers = needs.machine.num_workers
     there = "" if hungriest.available_bytes is None else f" of {size(hungriest.available_bytes)}"
-    of_those = f" ({asked} asked for, one per core)" if asked is not None and asked > workers else ""
+    of_those = f" ({asked} requested, one per core)" if asked is not None and asked > workers else ""
     totals = needs.totals
     parts = [
         f"{workers} worker{'s' if workers > 1 else ''}{of_those}",
@@ -163,7 +163,7 @@ def in_one_line(needs: Needs, *, asked: int | None = None) -> str:
     ]
     if needs.cache.needed_bytes:
         parts.append(f"{size(needs.cache.needed_bytes)} of cached inputs")
-    in_all = f"in all {size(totals.memory_bytes)} of memory and {size(totals.disk_bytes)} of disk"
+    in_all = f"in total {size(totals.memory_bytes)} of memory and {size(totals.disk_bytes)} of disk"
     parts.append(in_all if totals.seconds is None else f"{in_all}, about {duration(totals.seconds)}")
     if needs.block_by_block:
         parts.append("one block of the model at a time")

@@ -17,7 +17,7 @@ from ffsplit.splitting.solver import stored_layouts
 CHARACTERS_PER_TOKEN = 4
 """A guess, for English text. A row is never longer than the recipe's row_length."""
 EXPERTS_A_TOKEN = 8
-"""If the config does not state it."""
+"""Used if the config does not state it."""
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 

@@ -47,8 +47,8 @@ def locate(uri: str) -> Location:
     """The artifact that a URI names.
 
     The URI may be where runs were published (gives the newest model), URI/<run key> (gives its committed
-    attempt), or the directory of one attempt. Raises ConfigError, in one line, if it is none of these or
-    the run is not committed; ArtifactError if a commit is invalid.
+    attempt), or the directory of one attempt. Raises ConfigError, in one line, if it names none of
+    these or the run is not committed; ArtifactError if a commit is invalid.
     """
     root = root_uri(uri)
     match = _RUN_URI.fullmatch(root)
@@ -118,14 +118,15 @@ def read_manifest_bytes(location: Location) -> bytes:
 
 
 def parse_manifest(location: Location, data: bytes) -> Manifest:
-    """The manifest in these bytes. Raises ArtifactError if it is invalid, or another attempt's."""
+    """The manifest in these bytes. Raises ArtifactError if it is invalid, or belongs to another attempt."""
     try:
         manifest = Manifest.from_json(data)
     except ArtifactError as error:
         raise ArtifactError(f"{location.uri}: {error}") from None
     named = (location.run_key or manifest.run_key, location.attempt or manifest.attempt)
     if named != (manifest.run_key, manifest.attempt):
-        raise ArtifactError(f"{location.uri}: {MANIFEST_NAME} is of {manifest.run_key}/{manifest.attempt}")
+        owner = f"{manifest.run_key}/{manifest.attempt}"
+        raise ArtifactError(f"{location.uri}: {MANIFEST_NAME} belongs to {owner}")
     return manifest
 
 
@@ -147,8 +148,8 @@ class PublishedStatistics:
 def open_statistics(uri: str) -> PublishedStatistics:
     """The statistics of the run that a URI names: an artifact's, or those of `ffsplit calibrate`.
 
-    If the URI is where runs were published, the newest model's statistics are used, or without a model
-    the newest. Raises ConfigError if there are none, ArtifactError if they are incomplete.
+    If the URI is where runs were published, the newest model's statistics are used. If there is no model,
+    the newest statistics are. Raises ConfigError if there are none, ArtifactError if they are incomplete.
     """
     location = _locate(uri)
     manifest = read_manifest(location)

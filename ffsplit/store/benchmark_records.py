@@ -42,8 +42,8 @@ class Timing(Record):
     speedup: float = Field(description="original.p50_ms / compressed.p50_ms")
     spread: Spread | None = Field(default=None, description="of the speed-up")
     limit: float = Field(
-        description="upper limit on the speed-up: the ratio of the multiplications of all linear layers, "
-        "or of the bytes of their weights when each weight is used for few tokens"
+        description="upper limit on the speed-up: the ratio of multiplications in all linear layers, or of "
+        "the bytes of their weights when each weight is used for few tokens"
     )
     limited_by: Literal["multiplications", "bytes"]
     share_of_limit: float = Field(

@@ -10,8 +10,8 @@ The least recently used artifacts are removed first. An artifact that a process 
 the last ten minutes, is never removed, whatever the limit. An artifact larger than the limit is downloaded
 and read like any other, and removed once nobody reads it.
 
-A run's inputs that lie in a store, a model or a text file, are cached in the same way. They are described by
-their digests, and the description is small, so a driver can send it to workers on other nodes. Each node
+A run's inputs in a store (a model or a text file) are cached in the same way. They are described by their
+digests. The description is small, so a driver can send it to workers on other nodes. Each node
 fetches the same files into its own cache on first use:
 
     inputs = stored_files("s3://bucket/model", choose=lambda names: names)            # the driver
@@ -151,7 +151,7 @@ def _read(path: Path) -> None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the path still is the descriptor's file: somebody may have cleared the cache."""
+    """Whether the path still names the descriptor's file: somebody may have cleared the cache."""
     with suppress(OSError):
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     return False

@@ -121,7 +121,7 @@ _NEWER = Index()
 
 
 def summarize(commit: Commit, manifest: Manifest) -> RunSummary:
-    """The summary of a manifest that the list shows."""
+    """The summary of a committed run for `ffsplit list`."""
     measured = manifest.measurements
     return RunSummary(
         commit=commit,

@@ -94,7 +94,7 @@ class StoreGuarantees(Record):
     """What the store guarantees, as probed when the run began."""
 
     conditional_put: Literal["atomic", "not atomic"] = Field(
-        description="atomic: of several writers that created one key at once, at most one succeeded"
+        description="atomic: when several writers created one key at once, at most one succeeded"
     )
     checksums: tuple[str, ...] = Field(
         description="checksum types the server verifies: it rejected a wrong value"

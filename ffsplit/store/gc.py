@@ -83,7 +83,7 @@ def pinned_runs(store: Store) -> set[str]:
 
 
 def plan(store: Store, *, keep_last: int, min_age: timedelta = DEFAULT_MIN_AGE) -> Plan:
-    """What to remove, keeping the `keep_last` newest models and as many of the newest statistics.
+    """Plan what to remove. Keeps the `keep_last` newest models, and the same number of statistics.
 
     Raises ConfigError for a negative number.
     """
@@ -171,7 +171,7 @@ def _by_prefix(entries: Iterable[Stored]) -> dict[str, list[Stored]]:
 
 
 def _is_held(prefix: str, entries: Iterable[Stored]) -> bool:
-    """Whether this is a scratch in use, however old its files are."""
+    """Whether this is a scratch in use. The age of its files does not matter."""
     return prefix.startswith(f"{SCRATCH_PREFIX}/") and bool(holders(entries, now=datetime.now(timezone.utc)))
 
 

@@ -26,7 +26,7 @@ SHARES_PREFIX = ".shares"
 SHARE_NAME = "share.json"
 MAX_SHARE_BYTES = 64 << 20
 MAX_EXPIRY = timedelta(days=7)
-"""The longest that S3 lets a signature last."""
+"""The maximum lifetime of an S3 signature."""
 
 
 class Share(Versioned):

@@ -19,7 +19,7 @@ from ffsplit.errors import StoreError
 LOOK_EVERY_S = 0.1
 TELL_AFTER_S = 5.0
 GIVE_UP_AFTER_S = 6 * 3600.0
-"""Longer than any transfer takes. A lock ends with its process, so a process that holds one longer hangs."""
+"""Longer than any transfer takes. A lock ends with its process, so a lock held for longer means a hang."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The manifest: what an artifact is, where it came from, and how it measured. One JSON file."""
+"""The manifest: what an artifact is, where it came from, and its measurements. One JSON file."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class CandidateRecord(Record):
 class AllocationRecord(Record):
     """A search over the layers' shares, measured on rows that are neither calibration nor held-out rows.
 
-    The candidate was chosen if its distance from the original was clearly below the uniform layers' on
-    every fold of the rows, otherwise the uniform layers.
+    The candidate was chosen if it was clearly closer to the original than the uniform layers on every fold
+    of the rows. Otherwise the uniform layers were chosen.
     """
 
     chosen: str
@@ -91,8 +91,8 @@ class StatisticsOrigin(Record):
     attempt: str
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of its stats/neurons.parquet")
     sampled_text_digest: str = Field(
-        description="of this run's rows; if it differs from the statistics' text_digest, rows that "
-        "fidelity is measured on may be among those that the statistics were collected on"
+        description="of this run's rows; if it differs from the statistics' text_digest, the statistics "
+        "may have been collected on some of the held-out rows"
     )
 
 
@@ -114,7 +114,7 @@ class LayerRecord(Record):
     neurons_for_energy: dict[str, int] | None = Field(
         default=None, description="percent of the output energy -> the fewest neurons that hold it"
     )
-    num_tokens: int = Field(description="that its statistics were collected on")
+    num_tokens: int = Field(description="number of tokens that its statistics were collected on")
     by_weight_norm: bool = Field(
         default=False, description="scored by weight norms: an expert with too few tokens for statistics"
     )
@@ -146,11 +146,11 @@ class Spread(Record):
 
 
 class LoadAverage(Record):
-    """Of the machine over the last minute, just before and just after the timings."""
+    """The machine's load average over one minute, just before and just after the timings."""
 
     before: float
     after: float
-    num_cpus: int = Field(description="that this process may run on")
+    num_cpus: int = Field(description="CPUs that this process may use")
 
 
 class Latency(Record):
@@ -196,7 +196,7 @@ class TaskScore(Record):
 
 
 class BlockFidelity(Record):
-    """How far the hidden states of both models differ after a block, over the tokens of the held-out text."""
+    """How far the hidden states of the two models differ after a block, over the held-out tokens."""
 
     layer: int
     relative_error: float = Field(description="|h' - h| / |h|, Frobenius norms")
@@ -266,7 +266,7 @@ class Compute(Record):
 
 
 class Manifest(Versioned):
-    """Everything a consumer may want to know of an artifact, with size and digest of every other file."""
+    """Everything a consumer may want to know about an artifact, with size and digest of every other file."""
 
     kind: Literal["model", "statistics"]
     run_key: str
@@ -293,7 +293,7 @@ class Manifest(Versioned):
     files: tuple[FileEntry, ...]
 
     def listing(self, files: Iterable[FileEntry]) -> Manifest:
-        """This manifest with these files, sorted by path; of two with one path, the later."""
+        """This manifest with these files, sorted by path. The later of two files with one path is kept."""
         listed = {entry.path: entry for entry in files}
         return self.model_copy(update={"files": tuple(listed[path] for path in sorted(listed))})
 
@@ -302,7 +302,7 @@ class Manifest(Versioned):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Manifest:
-        """Parse a manifest, also of a later minor schema. Raises ArtifactError if it is invalid."""
+        """Parse a manifest, including one of a later minor schema. Raises ArtifactError if it is invalid."""
         return read_record(cls, text, name=MANIFEST_NAME)
 
 

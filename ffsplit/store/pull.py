@@ -27,7 +27,7 @@ from ffsplit.store.transfer import Progress, Transfer, first_problem
 
 @dataclass(frozen=True)
 class _Origin:
-    """An artifact to download, and where from. `data` holds the committed bytes of its manifest."""
+    """An artifact to download, and its source. `data` holds the committed bytes of its manifest."""
 
     source: Source
     prefix: str
@@ -105,7 +105,7 @@ def _linked(link: str) -> _Origin:
     data = read_at_most(files, MANIFEST_NAME, MAX_MANIFEST_BYTES)
     manifest = Manifest.from_json(data)
     if (manifest.run_key, manifest.attempt) != (files.share.run_key, files.share.attempt):
-        raise ArtifactError(f"{files.uri}: its {MANIFEST_NAME} is of another artifact")
+        raise ArtifactError(f"{files.uri}: its {MANIFEST_NAME} belongs to another artifact")
     return _Origin(files, "", files.uri, data, manifest, _signature(files, SIGNATURE_NAME))
 
 

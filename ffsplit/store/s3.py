@@ -100,7 +100,7 @@ class S3Store:
             except StoreError as error:
                 status = _status_of(error)
                 if status == "412":
-                    with suppress(MissingKey):  # gone again: not ours to report as existing
+                    with suppress(MissingKey):  # deleted meanwhile: do not report it as existing
                         return self.get_bytes(key) == data
                 elif status != "409" or attempt + 1 == MAX_ATTEMPTS:
                     raise
@@ -309,8 +309,8 @@ def _is_outage(cause: BaseException | None) -> bool:
     return isinstance(cause, ClientError) and (http_status(cause)[:1] == "5" or http_status(cause) == "429")
 
 
-# What an S3 server really guarantees is probed, since few servers keep all of S3's promises. The result is
-# kept in the store, so that only the first run there has to probe.
+# The guarantees of an S3 server are probed, since few servers give all of Amazon's. The result is kept in the
+# store, so that only the first run there has to probe.
 
 STORE_RECORD = ".ffsplit/store.json"
 MAX_STORE_RECORD_BYTES = 1 << 16
@@ -389,7 +389,7 @@ def _took(client: S3Client, bucket: str, name: str, body: bytes, **options: Any)
 
 
 def _num_winners(put: Any, name: str) -> int:
-    """How many of several concurrent writers the server tells that they created the key."""
+    """How many of several concurrent writers were told that they created the key."""
     start = threading.Barrier(NUM_WRITERS)
 
     def create(_: int) -> bool:

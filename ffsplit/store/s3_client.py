@@ -79,7 +79,7 @@ def s3_errors(action: str) -> Iterator[None]:
 
 
 def explain(error: Exception, *, action: str) -> FFSplitError:
-    """This package's error for it, in one line, with how to fix it."""
+    """This package's error for a library's error, in one line, with how to fix it."""
     error = _unwrap(error)
     if isinstance(error, ClientError):
         return _explain_reply(error, action=action)
@@ -305,8 +305,8 @@ def _loader() -> botocore.loaders.Loader:
 def _retry_broken_reply(response: Any, operation: Any, attempts: int, **_: Any) -> float | None:
     """Retry if a reply broke off in its headers, which http.client takes for a complete, empty reply.
 
-    Retry too if the body of a 404 is missing: only the body tells whether the key is missing, the bucket
-    is, or a gateway answered.
+    Retry too if the body of a 404 is missing: only the body tells whether the key or the bucket is missing,
+    or a gateway answered.
 
     Without this a broken listing would look like an empty store. Raises after the last attempt.
     """

@@ -68,7 +68,7 @@ class Scratch(Record):
         return self.model_copy(update={"witness": key})
 
     def part(self, name: str) -> Scratch:
-        """The part of it that belongs to a stage."""
+        """The part of this scratch that belongs to a stage."""
         return self.model_copy(update={"prefix": self.key(name)})
 
     def save(self, name: str, files: Mapping[str, Path], *, facts: Mapping[str, JsonValue]) -> Result:
@@ -246,7 +246,7 @@ class Lease:
         try:
             self._begin()
         except BaseException:
-            with suppress(FFSplitError):  # the original error says more
+            with suppress(FFSplitError):  # the original error matters more
                 self._store.delete(self._key)
             raise
         self._thread.start()
@@ -274,7 +274,7 @@ class Lease:
             else:
                 self._remove_all()
             self._store.delete(self._closing)
-        except FFSplitError as error:  # the artifact is committed all the same
+        except FFSplitError as error:  # the artifact is committed anyway
             self._note(f"warning: {self._where} was not removed: {error}: ffsplit gc will remove it")
 
     def _begin(self) -> None:

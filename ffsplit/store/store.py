@@ -98,13 +98,13 @@ class Store(Source, Protocol):
         """Remove everything below a prefix, which must not be the root."""
 
     def presign(self, key: str, *, expires_s: int) -> str | None:
-        """A link by which anybody can read a value for some time, None if the store has no links."""
+        """A link with which anybody can read a value until it expires; None if the store has no links."""
 
     def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
         """Remove invisible leftovers of killed writes older than `before`; returns how many there were."""
 
     def check_writable(self) -> StoreGuarantees:
-        """Try writing, and return what the store guarantees; leaves behind nothing but a record of that.
+        """Try writing, and return what the store guarantees. Leaves only a record of the result behind.
 
         Raises ConfigError, with how to fix it, if values cannot be written or commits could not work.
         """

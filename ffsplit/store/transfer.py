@@ -182,7 +182,7 @@ class Transfer:
             os.close(descriptor)
         if offset != start + size_bytes:
             size = f"{file.entry.size_bytes:,} bytes"
-            raise ArtifactError(f"{self._label}: {file.entry.path} is shorter than the {size} it should have")
+            raise ArtifactError(f"{self._label}: {file.entry.path} is shorter than its {size}")
         return True
 
     def _check_space(self) -> None:

@@ -149,7 +149,7 @@ def save_batch(store: Store, batch: Batch) -> None:
 
 
 def past_batches(store: Store, *, before: str) -> list[Batch]:
-    """The newest batches that began before one, oldest first. Unreadable ones are left out."""
+    """The newest batches that began before a given one, oldest first. Unreadable ones are left out."""
     keys = [key for key in store.list(BATCHES_PREFIX) if key.endswith(".json") and key < batch_key(before)]
     batches = []
     for key in sorted(keys)[-NUM_PAST_BATCHES:]:

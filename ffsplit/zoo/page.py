@@ -94,7 +94,7 @@ def _tiles(batch: Batch) -> list[Tile]:
         for model in batch.models
         if model.state != "refused" and model.result is not None and model.result.figures is not None
     ]
-    published = f"{new} in this batch, {before} before"
+    published = f"{new} in this batch, {before} earlier"
     tiles = [
         Tile("Published", f"{new + before} of {total}", published, is_warning=new + before < total),
         Tile("Refused by gates", str(refused), "not published, figures below", is_warning=refused > 0),
@@ -110,7 +110,7 @@ def _tiles(batch: Batch) -> list[Tile]:
         speedups = [speedup for figures in standing if (speedup := slowest(figures)) is not None]
         if speedups:
             note = f"median model; {humanize.times(min(speedups))} to {humanize.times(max(speedups))}"
-            tiles.append(Tile("Least speed-up", humanize.times(median(speedups)), note, min(speedups) < 1))
+            tiles.append(Tile("Lowest speed-up", humanize.times(median(speedups)), note, min(speedups) < 1))
     return tiles
 
 

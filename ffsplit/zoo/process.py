@@ -45,12 +45,12 @@ def main() -> int:
 
 def _follow_the_batch() -> None:
     """Interrupt this process, as Ctrl-C would, when the batch has ended."""
-    with suppress(OSError):  # an unreadable stdin has ended as well
+    with suppress(OSError):  # an unreadable stdin counts as closed
         while os.read(0, 4096):  # not sys.stdin: this thread would hold its lock at exit
             pass
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(LEAVE_WITHIN_S)
-    os._exit(INTERRUPTED)  # a pool that was interrupted as it took work can wait for itself without end
+    os._exit(INTERRUPTED)  # a pool interrupted while it took work can deadlock at exit
 
 
 def _run(request: Request) -> int:
@@ -108,7 +108,7 @@ async def _see_through(process: Process, job: JobConfig, heard: _Heard, *, withi
         try:
             assert process.stdin is not None
             request = Request(job=job, result_file=str(result_file))
-            with suppress(ConnectionError):  # it died before it read the request: its exit code tells
+            with suppress(ConnectionError):  # it died before it read the request: its exit code is reported
                 process.stdin.write(request.model_dump_json().encode() + b"\n")
                 await process.stdin.drain()
             exit_code = await _wait(process, within_s=within_s)

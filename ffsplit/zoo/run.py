@@ -107,7 +107,7 @@ async def _run_all(this: _Pass, jobs: list[JobConfig]) -> None:
         for task in tasks:
             task.cancel()
         with suppress(FFSplitError):  # the final record retries it, and reports a failure
-            await asyncio.to_thread(this.record)  # at once: whatever stops a job may not wait for long
+            await asyncio.to_thread(this.record)  # at once: the job may be killed soon
         raise
     finally:  # every process is ended before this returns
         for task in tasks:

@@ -260,7 +260,7 @@ def test_a_dtype_that_the_device_lacks_is_refused(
         "latency-table": [str(small_job.model), "--out", str(tmp_path / "out")],
     }.get(command, [*small_job.arguments(tmp_path / "out"), "--runner", runner])
     code = main([command, *arguments, "--device", "cpu", "--dtype", "float16"])
-    assert_one_line(code, "--dtype float16: this machine's CPU does not compute in it", capsys)
+    assert_one_line(code, "--dtype float16: this machine's CPU does not support it", capsys)
     assert not (tmp_path / "out").exists()
 
 

@@ -41,7 +41,7 @@ def test_seconds_times_prices(published: str) -> None:
     assert rows["start"].split()[1:] == ["180.0", "s", f"{180 / 3600 * 8.5:.4f}"]
     assert rows["calibrate"].split()[1:4] == ["1800.0", "s", "4.2500"]
     assert "(4 of 10 reused)" in rows["calibrate"]
-    assert rows["in"].split()[2:] == ["2340.0", "s", f"{2340 / 3600 * 8.5:.4f}"]
+    assert rows["total"].split()[1:] == ["2340.0", "s", f"{2340 / 3600 * 8.5:.4f}"]
 
 
 @pytest.mark.subprocess

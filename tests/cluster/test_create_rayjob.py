@@ -181,7 +181,7 @@ def test_an_api_that_is_away_for_a_while_is_asked_again(api: Api, environment: d
     api.answers = [(503, {}), (429, {}), (500, {})]
     done = run(environment)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("asking again") == 3
+    assert done.stderr.count("retrying") == 3
     assert len(api.created) == 1
 
 
@@ -191,7 +191,7 @@ def test_an_api_that_stays_away_is_given_up(api: Api, environment: dict[str, str
     api.answers = [(503, {})] * 10_000
     done = run(environment | {"GIVE_UP_S": "0.2"})
     assert done.returncode == 3
-    assert "the API answered 503, for 0.2 s in all; the batch may still run" in done.stderr.splitlines()[-1]
+    assert "the API answered 503, for 0.2 s in total; the batch may still run" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.subprocess

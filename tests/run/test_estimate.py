@@ -177,7 +177,7 @@ def test_fewer_workers_where_that_is_enough(
     crowded = needs_of(small_job.config("out", workers=8, **settings))
     assert any("give --workers" in problem for problem in crowded.problems)
     assert needs_of(small_job.config("out", workers=9, **settings)).machine == crowded.machine
-    assert in_one_line(crowded, asked=9).startswith("pre-flight: 8 workers (9 asked for, one per core), ")
+    assert in_one_line(crowded, asked=9).startswith("pre-flight: 8 workers (9 requested, one per core), ")
     assert in_one_line(crowded, asked=8).startswith("pre-flight: 8 workers, ")
     elsewhere = needs_of(small_job.config("out", workers=8, address="10.0.0.1:6379", **settings))
     assert all(stage.available_bytes is None for stage in elsewhere.stages)
@@ -257,7 +257,7 @@ def test_a_dry_run_says_the_totals_that_the_run_says(
     )
     assert totals["memory_bytes"] == max(stage["num_workers"] * stage["memory_bytes"] for stage in stages)
     assert totals["seconds"] == pytest.approx(sum(stage["seconds"] for stage in stages))
-    in_all = f"in all {size(totals['memory_bytes'])} of memory and {size(totals['disk_bytes'])} of disk"
+    in_all = f"in total {size(totals['memory_bytes'])} of memory and {size(totals['disk_bytes'])} of disk"
     assert in_all.replace("\u00a0", " ") in line(dry)
     (row,) = (each for each in dry.splitlines() if " total " in each)
     assert size(totals["memory_bytes"]) in row

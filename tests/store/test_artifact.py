@@ -127,7 +127,7 @@ def test_a_manifest_other_than_the_committed_is_refused(store: Store, store_uri:
 
 def test_a_manifest_of_another_attempt_is_refused(tmp_path: Path) -> None:
     directory = write_attempt(tmp_path / NEWER_RUN / ATTEMPT)
-    with pytest.raises(ArtifactError, match=f"is of {RUN_KEY}/{ATTEMPT}"):
+    with pytest.raises(ArtifactError, match=f"belongs to {RUN_KEY}/{ATTEMPT}"):
         materialize(str(directory))
 
 

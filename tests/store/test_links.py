@@ -128,7 +128,7 @@ def test_a_link_to_another_artifact_is_refused(s3_uri: str, tmp_path: Path) -> N
     link = share(s3_uri, expires=HOUR)
     write_attempt(tmp_path / "other", attempt="ba9876543210")
     store.put_file(f"{RUN_KEY}/{ATTEMPT}/manifest.json", tmp_path / "other" / "manifest.json")
-    with pytest.raises(ArtifactError, match=r"its manifest\.json is of another artifact"):
+    with pytest.raises(ArtifactError, match=r"its manifest\.json belongs to another artifact"):
         pull(link, tmp_path / "copy")
 
 

@@ -101,7 +101,7 @@ def test_what_an_earlier_pull_left_is_not_trusted(
 def test_a_file_that_is_shorter_or_gone_is_named(store: Store, store_uri: str, tmp_path: Path) -> None:
     publish(store, tmp_path / "attempt")
     store.put_bytes(f"{RUN_KEY}/{ATTEMPT}/model.safetensors", b"weights" * 500)
-    with pytest.raises(ArtifactError, match=r"model\.safetensors is shorter than the 7,000 bytes"):
+    with pytest.raises(ArtifactError, match=r"model\.safetensors is shorter than its 7,000 bytes"):
         pull(store_uri, tmp_path / "copy")
     store.delete(f"{RUN_KEY}/{ATTEMPT}/model.safetensors")
     with pytest.raises(ArtifactError, match=r"model\.safetensors is missing"):

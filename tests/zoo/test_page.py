@@ -85,7 +85,7 @@ ALL = (
 def test_every_model_is_there_with_its_figures_and_gates() -> None:
     page = render_index([batch(1, *ALL)])
     text = " ".join(re.sub(r"<[^>]+>", " ", page).replace("\u00a0", " ").split())
-    for expected in ("2 of 4", "1 in this batch, 1 before", "refused by gates", "published before"):
+    for expected in ("2 of 4", "1 in this batch, 1 earlier", "refused by gates", "published before"):
         assert expected in text
     for expected in ("3.00 kB", "\u221225.0 %", "1.40\u00d7", "1.60\u00d7", "86.50", "\u22120.22", "0.970"):
         assert expected in text
@@ -187,5 +187,5 @@ def test_a_batch_without_timings_has_no_speed_up_tile() -> None:
     figures = timed.result.figures.model_copy(update={"speedups": {}, "spreads": {}, "noise": None})
     result = timed.result.model_copy(update={"figures": figures})
     page = render_index([batch(1, timed.model_copy(update={"result": result}))])
-    assert '<p class="label">Least speed-up</p>' in render_index([batch(1, timed)])
-    assert '<p class="label">Least speed-up</p>' not in page
+    assert '<p class="label">Lowest speed-up</p>' in render_index([batch(1, timed)])
+    assert '<p class="label">Lowest speed-up</p>' not in page

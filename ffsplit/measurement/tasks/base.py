@@ -103,7 +103,7 @@ def read_decoded(file: TaskFile) -> str:
 
 
 def read_rows(file: TaskFile, *, names: Sequence[str], is_value: Callable[[str], bool]) -> list[Row]:
-    """The chosen columns of every row, as many as there are `names`.
+    """The chosen columns of every row, one per name in `names`.
 
     If the file chooses no columns, JSON Lines needs the fields `names`, and a table exactly these columns in
     this order. A table's first row is its header if a column is chosen by name, or if its cells are single
@@ -118,7 +118,7 @@ def read_rows(file: TaskFile, *, names: Sequence[str], is_value: Callable[[str],
         for where, found in table_rows(file.spec, file.path, columns):
             if len(found) != len(names):
                 expected = f"expected {len(names)} columns ({', '.join(names)}), found {len(found)}"
-                raise source_error(where, f"{expected}; mend the row, or choose columns with #")
+                raise source_error(where, f"{expected}; fix the row, or choose columns with #")
             *fields, last_field = columns or names
             *texts, last = found
             cells = [checked_text(where, field, text) for field, text in zip(fields, texts, strict=True)]

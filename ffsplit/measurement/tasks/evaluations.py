@@ -69,7 +69,7 @@ class Evaluation(Record):
 
 
 def read_tasks(specs: Sequence[str], *, checkpoint: Checkpoint, max_length: int | None) -> dict[str, AnyTask]:
-    """Read and check every task, by its SPEC. One given twice counts once.
+    """Read and check every task, by its SPEC. A SPEC given twice counts once.
 
     `max_length` is the window of perplexity. Raises ConfigError if a task is unknown or does not fit the
     model, or its file is invalid.

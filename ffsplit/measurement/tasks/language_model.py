@@ -72,7 +72,7 @@ def read_perplexity(spec: str, *, checkpoint: Checkpoint, max_length: int | None
 
 
 def tokenize_text(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of all the text, with the special tokens that the tokenizer puts around it."""
+    """The tokens of the whole text, with the special tokens that the tokenizer adds around it."""
     with quiet_transformers():  # it would warn that the text is longer than the model reads
         ids: list[int] = tokenizer(text)["input_ids"]
     return ids

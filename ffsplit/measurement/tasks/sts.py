@@ -1,6 +1,6 @@
 """Semantic textual similarity: do cosines of sentence embeddings rank pairs as people do?
 
-Embeddings and score as sentence-transformers computes them: mean of the token states, cosine, and
+Embeddings and score are computed as in sentence-transformers: mean of the token states, cosine, and
 Spearman's rank correlation x 100. Source: Reimers and Gurevych, arXiv:1908.10084.
 """
 

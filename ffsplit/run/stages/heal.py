@@ -186,7 +186,7 @@ def stored_tensors(student: Any, checkpoint: Checkpoint, *, wide: Collection[str
 
 
 def _stored_names(student: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Stored floating-point tensors that the model holds in the same form: stored name to model's name."""
+    """Stored names to the model's names, for floating-point tensors that both hold in the same form."""
     read = names_read(student, checkpoint.tensors)
     return {
         stored: found.name

@@ -45,7 +45,7 @@ class MeasureJob(Record):
     batch_tokens: int
     settings: MeasurementSettings
     speed_limits: tuple[tuple[tuple[int, int] | None, float], ...] = ()
-    """The speed-ups that gates require, at one shape or at all."""
+    """The speed-ups that gates require, at one shape or at every shape."""
     profile: ComputeProfile
     block_by_block: bool = False
 

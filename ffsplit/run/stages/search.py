@@ -38,14 +38,14 @@ NUM_FOLDS = 4
 LEAST_GAIN = 0.1
 """The fraction by which a candidate must reduce the uniform layers' distance from the original.
 
-One common width is worth that much: it makes an ordinary checkpoint.
+A smaller gain would not justify giving up one common width, which makes an ordinary checkpoint.
 """
 MOST_ROWS = 256
-"""Upper limit on the rows on which single blocks are compared."""
+"""Upper limit on the rows for comparing single blocks."""
 
 
 class JudgeJob(Record):
-    """Compressed checkpoints, and the text to compare them with the original on."""
+    """Compressed checkpoints, the original, and the text on which they are compared."""
 
     original: ModelSource
     candidates: tuple[ModelSource, ...]
@@ -99,7 +99,7 @@ def judge_job(job: JudgeJob) -> tuple[tuple[Fidelity, ...], ...]:
 
 
 def single_errors_job(job: JudgeJob) -> tuple[float, ...]:
-    """The error of each FFN's block: minus the score of the original with that block of the one candidate."""
+    """The error of each FFN's block: minus the score of the original with only this block compressed."""
     with job.profile.applied():
         bench = _Bench(job, rows=job.rows[:MOST_ROWS], num_folds=1)
         (source,) = job.candidates
