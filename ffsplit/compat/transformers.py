@@ -77,3 +77,43 @@ def replace_quantized(model: Any, settings: Any) -> None:
     from transformers.quantizers.auto import AutoHfQuantizer
 
     AutoHfQuantizer.from_config(settings, pre_quantized=True).preprocess_model(model=model)
+
+
+def is_conv1d(module: Any) -> bool:
+    """Whether a module is transformers' Conv1D: a linear layer whose weight is [in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, Conv1D)
+
+
+def is_stack_of_experts(module: Any) -> bool:
+    """Whether a module runs a block's experts in the usual way: `forward(states [T, D], chosen [T, k], weights)`.
+
+    That is what `transformers.integrations.moe.use_experts_implementation` marks, where it stacks matrices
+    [out, in] without biases, gate before up, activates as its default does, and normalises nothing.
+    """
+    from transformers.integrations import moe
+
+    if not all(hasattr(module, name) for name in ("has_gate", "is_transposed", "is_concatenated")):
+        return False
+    gate = getattr(type(module), "_apply_gate", None)
+    return (
+        gate is moe._default_apply_gate
+        and module.is_concatenated
+        and not (module.is_transposed or module.has_bias or module.has_post_expert_norm)
+        and hasattr(module, "down_proj")
+        and hasattr(module, "gate_up_proj" if module.has_gate else "up_proj")
+    )
+
+
+def activation_of(module: Any) -> str | None:
+    """The name by which configs call an activation module; None if a module is none."""
+    import torch
+    from transformers.activations import ACT2CLS
+
+    if isinstance(module, torch.nn.GELU):
+        return "gelu" if module.approximate == "none" else "gelu_pytorch_tanh"
+    for name, found in ACT2CLS.items():
+        if type(module) is (found[0] if isinstance(found, tuple) else found):
+            return str(name)
+    return None

@@ -22,6 +22,10 @@ def _squared_relu(x: Tensor) -> Tensor:
     return functional.relu(x).square()
 
 
+def _clipped_gelu(x: Tensor) -> Tensor:
+    return functional.gelu(x).clip(-10, 10)
+
+
 _tanh_gelu = partial(functional.gelu, approximate="tanh")
 
 OTHER_NAMES = {"gated-gelu": "gelu_new", "gated-relu": "relu", "gated-silu": "silu"}
@@ -38,6 +42,15 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu2": _squared_relu,
     "silu": functional.silu,
     "swish": functional.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu6": functional.relu6,
+    "mish": functional.mish,
+    "hardswish": functional.hardswish,
+    "leaky_relu": functional.leaky_relu,
+    "gelu_10": _clipped_gelu,
+    "gelu_accurate": _tanh_gelu,
+    "gelu_python_tanh": _tanh_gelu,
 }
 
 

@@ -19,7 +19,7 @@ from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.family import Architecture, ModelKind, Tower
 from ffsplit.models.ffns import FFNPlace, base_prefixes, config_part, find_ffns, towers_in
 from ffsplit.models.folder import CONFIG_NAME, ModelFolder, check_no_pointers, local_listing, sort_files
-from ffsplit.models.guess import detect_architecture
+from ffsplit.models.structure import detect_architecture
 from ffsplit.models.load_options import check_trusted, code_files
 from ffsplit.models.names import TensorNames, empty_class
 from ffsplit.models.not_a_model import check_is_model, check_modules, check_not_quantized
@@ -189,7 +189,7 @@ class Checkpoint:
     def unread_blocks(self) -> tuple[str, ...]:
         """Blocks in the files beyond the number that the config states; no model reads them."""
         found: dict[str, None] = {}
-        for tower in dict.fromkeys(ffn.tower for ffn in self.ffns if ffn.tower.is_list):
+        for tower in dict.fromkeys(ffn.tower for ffn in self.ffns if ffn.tower.layers_field):
             count = len({ffn.block for ffn in self.ffns if ffn.tower == tower})
             number = re.compile(rf"(?:^|.*\.){re.escape(tower.path)}\.(\d+)\.")
             numbers = {int(match[1]) for name in self.tensors if (match := number.match(name))}
@@ -281,8 +281,8 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
             f"{directory} is already compressed or quantized ({found}): start from the original"
         )
     row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
-    architecture = row or detect_architecture(directory, config)
     tensors = read_headers(directory, named=config.get("transformers_weights"))
+    architecture = row or detect_architecture(directory, config, tensor_names=list(tensors))
     if not stored:
         check_not_quantized(str(directory), config, tensors)
     read = None
@@ -350,9 +350,9 @@ def _check_config(
     directory: Path, config: dict[str, Any], ffns: Sequence[FFNPlace], *, widths_differ: bool
 ) -> None:
     """Raise UnsupportedModelError when sizes in config.json contradict the tensors."""
-    for tower in dict.fromkeys(ffn.tower for ffn in ffns if ffn.tower.is_list):
+    for tower in dict.fromkeys(ffn.tower for ffn in ffns if ffn.tower.is_list and ffn.tower.layers_field):
         blocks = {ffn.block for ffn in ffns if ffn.tower == tower}
-        stated = config_part(config, tower.config).get(tower.layers_field)
+        stated = config_part(config, tower.config).get(tower.layers_field or "")
         if stated is not None and (not isinstance(stated, int) or stated < len(blocks)):
             raise UnsupportedModelError(
                 f"{directory}: config.json says {tower.layers_field} {stated!r}, "

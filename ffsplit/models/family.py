@@ -16,6 +16,8 @@ from ffsplit.config import Record
 
 ModelKind = Literal["encoder", "causal_lm", "seq2seq", "speech", "image", "image_text", "audio"]
 """What a model reads, and which of its outputs are compared."""
+Reads = Literal["text", "image", "sound"]
+"""What the tokens of a tower are made from."""
 TEXT_KINDS: tuple[ModelKind, ...] = ("encoder", "causal_lm", "seq2seq")
 
 
@@ -53,16 +55,23 @@ class FFNPaths(Record):
 
 
 class Tower(Record):
-    """One list of blocks (`blocks` ends in `.*`), or a single block, relative to the base model."""
+    """One list of blocks (`blocks` ends in `.*`), or a single block, relative to the base model.
+
+    Lists may be nested, with a `*` for the index in each: `encoder.layers.*.blocks.*`.
+    """
 
     blocks: str
     ffns: tuple[FFNPaths, ...]
     name: str = ""
-    config: str | None = Field(default=None, description="its part of config.json")
-    layers_field: str = "num_hidden_layers"
+    config: str | None = Field(default=None, description="its part of config.json, as a dotted path")
+    layers_field: str | None = Field(
+        default="num_hidden_layers",
+        description="the number of blocks, all with an FFN; None: the tensors tell which have one",
+    )
     activation_field: str | None = "hidden_act"
     default_activation: str = "gelu"
     norm_eps: float = 1e-12
+    reads: Reads = "text"
     mask: str | None = Field(
         default="attention_mask", description="the mask of tokens without padding; None: all positions"
     )

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.family import Architecture, FFNPaths, Tower
-from ffsplit.models.guess import architecture_of
+from ffsplit.models.structure import architecture_of
 from ffsplit.models.names import TensorNames
 
 # The FFNs of a checkpoint: the tensors of each, and its place in the model.
@@ -18,7 +18,7 @@ from ffsplit.models.names import TensorNames
 # Everything that follows works per FFN. Statistics, plans and compressed files use the numbers that
 # `find_ffns` assigns: tower by tower, block by block, experts in order.
 
-STACKED = {"up": "gate_up_proj", "gate": "gate_up_proj", "down": "down_proj"}
+STACKED_GATE_UP, STACKED_UP, STACKED_DOWN = "gate_up_proj", "up_proj", "down_proj"
 """Tensor names, below the experts' module, where transformers stacks all experts of a block."""
 
 
@@ -138,8 +138,10 @@ def base_prefixes(architecture: Architecture, names: TensorNames) -> list[str]:
 
 def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
     """A tower's part of a config; empty if the config lacks it."""
-    part = config if name is None else config.get(name)
-    return part if isinstance(part, Mapping) else {}
+    for key in name.split(".") if name else ():
+        part = config.get(key)
+        config = part if isinstance(part, Mapping) else {}
+    return config
 
 
 def towers_in(architecture: Architecture, names: TensorNames) -> list[str]:
@@ -170,8 +172,7 @@ class _Finder:
     def ffns(self, config: Mapping[str, Any]) -> list[FFNPlace]:
         found: list[FFNPlace] = []
         for tower in self._row.towers:
-            stated = config_part(config, tower.config).get(tower.layers_field)
-            for block in self._blocks(tower, num_stated=stated if isinstance(stated, int) else 0):
+            for block in self._blocks(tower, config):
                 before = len(found)
                 for paths in tower.ffns:
                     find = self._stacked if self._is_stacked(paths, block) else self._separate
@@ -180,31 +181,37 @@ class _Finder:
                     raise self._missing(self._weight(tower, tower.ffns[0].up, block, 0))
         return found
 
-    def _blocks(self, tower: Tower, *, num_stated: int) -> list[str]:
+    def _blocks(self, tower: Tower, config: Mapping[str, Any]) -> list[str]:
         """The module paths of a tower's blocks, in order; empty if it has no FFN.
 
-        If the config states their number, it counts, because the model will have that many.
+        If the config states their number, it counts, because the model will have that many. If the tensors
+        tell which blocks have an FFN, there may be others between them.
         """
-        numbers = [_regex(name).replace(r"\d+", r"(\d+)", int(tower.is_list)) for name in _downs(tower)]
+        depth = tower.blocks.count("*")
+        numbers = [_regex(name).replace(r"\d+", r"(\d+)", depth) for name in _downs(tower)]
         regexes = [re.compile(re.escape(self._prefix) + each) for each in numbers]
         modules = self._names.modules
         matches = [match for name in modules for regex in regexes if (match := regex.fullmatch(name))]
-        if not tower.is_list:
-            return [tower.path] if matches else []
-        present = {int(match[1]) for match in matches}
-        count = next(index for index in range(len(present) + 1) if index not in present)
-        return [f"{tower.path}.{index}" for index in range(num_stated or count)] if present else []
+        present = {tuple(int(match[1 + index]) for index in range(depth)) for match in matches}
+        if tower.is_list and tower.layers_field is not None and present:
+            stated = config_part(config, tower.config).get(tower.layers_field)
+            count = next(index for index in range(len(present) + 1) if (index,) not in present)
+            present = {(index,) for index in range(stated if isinstance(stated, int) and stated else count)}
+        return [_numbered(tower.blocks, numbers) for numbers in sorted(present)]
 
     def _is_stacked(self, paths: FFNPaths, block: str) -> bool:
-        name = f"{self._prefix}{join_paths(block, paths.module or '')}.{STACKED['down']}"
+        name = f"{self._prefix}{join_paths(block, paths.module or '')}.{STACKED_DOWN}"
         return paths.experts and name in self._names.modules
 
     def _stacked(self, tower: Tower, paths: FFNPaths, block: str, *, first: int) -> Iterator[FFNPlace]:
         """Experts stacked in one tensor."""
         stack = f"{self._prefix}{join_paths(block, paths.module or '')}."
-        stored = {role: self._names.stored(stack + name) for role, name in STACKED.items()}
+        first_name = STACKED_UP if paths.gate is None else STACKED_GATE_UP
+        names = {"up": first_name, "gate": first_name, "down": STACKED_DOWN}
+        stored = {role: self._names.stored(stack + name) for role, name in names.items()}
+        halves = (None, None) if paths.gate is None else (1, 0)
         for expert in range(self._tensors[stored["down"]].shape[0]):
-            roles = (("up", paths.up, 1), ("gate", paths.gate, 0), ("down", paths.down, None))
+            roles = (("up", paths.up, halves[0]), ("gate", paths.gate, halves[1]), ("down", paths.down, None))
             up, gate, down = (
                 MatrixPlace(
                     stored[role],
@@ -252,10 +259,7 @@ class _Finder:
 
     def _weight(self, tower: Tower, path: str, block: str, expert: int) -> str:
         """The name of a weight in one block, as its module has it."""
-        pattern = join_paths(tower.blocks, path)
-        for number in (*_numbers(block), expert):
-            pattern = pattern.replace("*", str(number), 1)
-        return f"{self._prefix}{pattern}.weight"
+        return f"{self._prefix}{_numbered(join_paths(block, path), (expert,))}.weight"
 
     def _missing(self, name: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self._where}: {self._names.stored(name)} is missing or not a matrix")
@@ -272,7 +276,8 @@ class _Finder:
         first: int,
         expert: int | None,
     ) -> FFNPlace:
-        layer = f"layer {_numbers(block)[-1]}" if tower.is_list else ""
+        numbers = _numbers_in(block, tower.blocks)
+        layer = f"layer {'.'.join(map(str, numbers))}" if tower.is_list else ""
         number = "" if expert is None else f"expert {expert}"
         name = " ".join(part for part in (tower.name, layer, paths.label, number) if part)
         sizes = self._tensors[down.name].shape[-2:]
@@ -295,7 +300,7 @@ def _downs(tower: Tower) -> list[str]:
     for paths in tower.ffns:
         found.append(f"{join_paths(tower.blocks, paths.down)}.weight")
         if paths.experts:
-            found.append(join_paths(tower.blocks, f"{paths.module}.{STACKED['down']}"))
+            found.append(join_paths(tower.blocks, f"{paths.module}.{STACKED_DOWN}"))
     return found
 
 
@@ -303,6 +308,14 @@ def _regex(pattern: str) -> str:
     return re.escape(pattern).replace(r"\*", r"\d+")
 
 
-def _numbers(block: str) -> tuple[int, ...]:
-    """The numbers in a module path: its block's index, or nothing."""
-    return tuple(int(part) for part in block.split(".") if part.isdigit())
+def _numbered(pattern: str, numbers: Sequence[int]) -> str:
+    """A pattern with numbers for its first `*`."""
+    for number in numbers:
+        pattern = pattern.replace("*", str(number), 1)
+    return pattern
+
+
+def _numbers_in(block: str, pattern: str) -> list[int]:
+    """The numbers of a block's path for the `*` in its pattern."""
+    pairs = zip(block.split("."), pattern.split("."), strict=True)
+    return [int(part) for part, wanted in pairs if wanted == "*"]
