@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
-from ffsplit.calibration.readers import padded_batches
+from ffsplit.calibration.model_inputs import padded_batches
 from ffsplit.calibration.sources import lines
 from ffsplit.config import Record
 from ffsplit.errors import FFSplitError, explained, reason_of
