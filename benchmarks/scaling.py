@@ -30,7 +30,7 @@ import torch
 from benchmarks.scaling_page import Found, Overhead, Rate, write_page
 from benchmarks.simulated_cluster import dispatch_cost, ray_cost, reduce_cost
 from ffsplit.calibration.hooks import NOTHING, FFNObserver, Sampling
-from ffsplit.calibration.readers import padded_batches, tokenize_rows
+from ffsplit.calibration.model_inputs import padded_batches, tokenize_rows
 from ffsplit.calibration.sampling import CalibrationSettings
 from ffsplit.calibration.sources import read_all
 from ffsplit.compute_profile import ComputeProfile

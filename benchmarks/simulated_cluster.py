@@ -15,8 +15,8 @@ import numpy as np
 import psutil
 import ray
 
-from ffsplit.calibration.parquet import write_statistics
 from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.calibration.statistics_file import write_statistics
 from ffsplit.distributed.dispatch import Done, Event, Ready, dispatch
 from ffsplit.distributed.ray_pools import ActorPool
 from ffsplit.distributed.ray_runner import RayRunner

@@ -10,11 +10,11 @@ import transformers
 from ffsplit.ffn.quantization import quantize_rows, scales_of
 from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout, PartLayout
 from ffsplit.recipes.recipe import load_recipe
+from ffsplit.runtime.attention_int8 import linears_config
 from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, FFNRun
-from ffsplit.runtime.integer_map import IntegerMap
-from ffsplit.runtime.linears import linears_config
 from ffsplit.runtime.plugin import install_split_ffns
-from ffsplit.splitting.solver import fit_layers
+from ffsplit.runtime.quantized_linear import QuantizedLinear
+from ffsplit.splitting.solver import uniform_layouts
 
 KEEP = 0.3535
 INT8, INT4 = Integer(num_bits=8), Integer(num_bits=4, group_size=64)
@@ -106,7 +106,7 @@ def split(model: Any, layout: LayerLayout, shape: FFNShape, *, linears: tuple[st
     runs = [FFNRun(count=count, layout=layout, shape=shape)]
     install_split_ffns(model, runs, linears=attention)
     for module in model.modules():
-        if isinstance(module, IntegerMap):
+        if isinstance(module, QuantizedLinear):
             weight = 0.02 * torch.randn(module.num_rows, module.num_columns)
             options = {"num_bits": module.num_bits, "group_size": module.group_size}
             module.hold(quantize_rows(weight, scales_of(weight, **options), **options))
@@ -134,7 +134,7 @@ def _shape(config: Any, *, gated: bool = False) -> FFNShape:
 
 def _layout(shape: FFNShape, recipe: str) -> LayerLayout:
     chosen = load_recipe(recipe)
-    return fit_layers([shape], keep=KEEP, heavy=chosen.heavy, steps=chosen.steps)[0]
+    return uniform_layouts([shape], keep=KEEP, heavy=chosen.heavy, steps=chosen.steps)[0]
 
 
 def _integer_part(num_neurons: int, format: Integer, *, gated: bool) -> PartLayout:

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from ffsplit.calibration.parquet import read_statistics
 from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.calibration.statistics_file import read_statistics
 from ffsplit.config import Budget, BudgetKind, JobConfig, Record
 from ffsplit.errors import BudgetError
 from ffsplit.ffn.shapes import FFNShape, LayerLayout, is_stock_form
@@ -20,7 +20,7 @@ from ffsplit.recipes.recipe import Recipe, load_recipe, recipe_of
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.scores import energy_counts, energy_outside, num_energetic, plan_split
-from ffsplit.splitting.solver import Solver, fit_layers, stored_layouts
+from ffsplit.splitting.solver import Solver, stored_layouts, uniform_layouts
 from ffsplit.store.artifact import open_statistics
 
 # A model's FFNs, from its config and safetensors headers alone.
@@ -73,7 +73,7 @@ def inspect(model: str, *, recipe: str = "fast") -> Inspection:
     budgets, firsts = [], [indices[0] for indices in _alike(checkpoint).values()]
     for keep in BUDGETS:
         try:
-            layouts = fit_layers(checkpoint.shapes, keep=keep, heavy=chosen.heavy, steps=chosen.steps)
+            layouts = uniform_layouts(checkpoint.shapes, keep=keep, heavy=chosen.heavy, steps=chosen.steps)
         except BudgetError:
             continue
         stored = stored_layouts(layouts, checkpoint.shapes, finish=chosen.after_healing)

@@ -14,7 +14,7 @@ from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.config import Budget
 from ffsplit.forecasts import plan
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.run.attempt import tokens_of_experts
+from ffsplit.run.pipeline import tokens_of_experts
 from ffsplit.runtime.ffn_tensors import load_ffn
 from ffsplit.splitting.scores import FEWEST_TOKENS
 from ffsplit.store.manifest import Manifest

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ffsplit.calibration.readers import Batch
+from ffsplit.calibration.model_inputs import Batch
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
 from ffsplit.models.ffns import FFNPlace

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ffsplit.calibration.readers import Batch, padded_batches
+from ffsplit.calibration.model_inputs import Batch, padded_batches
 from ffsplit.ffn.quantization import fake_quantize
 from ffsplit.healing.losses import distance, outputs, quotient, total_distance, weight
 from ffsplit.healing.settings import HealingSettings

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ffsplit.calibration.readers import Batch
+from ffsplit.calibration.model_inputs import Batch
 from ffsplit.errors import FFSplitError
 from ffsplit.models.family import ModelKind
 from ffsplit.models.load import classifies, row_logits

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ffsplit.machine import usable_cores
 from ffsplit.models.load import decodes
-from ffsplit.runtime.integer_map import IntegerMap
-from ffsplit.runtime.modules import DenseMap, LowRankMap
+from ffsplit.runtime.modules import DenseLinear, LowRankLinear
+from ffsplit.runtime.quantized_linear import QuantizedLinear
 from ffsplit.store.benchmark_records import Figures, Timing
 from ffsplit.store.manifest import Latency, LoadAverage, Spread
 
@@ -42,12 +42,12 @@ def work_of(model: Any) -> Work:
 
 
 def _of_module(module: nn.Module) -> Work:
-    if isinstance(module, IntegerMap):
+    if isinstance(module, QuantizedLinear):
         count = module.num_rows * module.num_columns
         return Work(count, module.size_bytes)
-    if isinstance(module, nn.Linear | DenseMap):
+    if isinstance(module, nn.Linear | DenseLinear):
         matrices = [module.weight]
-    elif isinstance(module, LowRankMap):
+    elif isinstance(module, LowRankLinear):
         matrices = [module.left, module.right]
     elif type(module).__name__ == "Conv1D":  # GPT-2's linear layer
         matrices = [module.weight]  # type: ignore[list-item]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ffsplit.calibration.readers import Reader, TextReader, make_reader, num_rows_within, tokenize_rows
+from ffsplit.calibration.model_inputs import Reader, TextReader, make_reader, num_rows_within, tokenize_rows
 from ffsplit.calibration.sampling import CalibrationSettings, TextSample
 from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, explained

@@ -8,8 +8,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ffsplit import __version__
-from ffsplit.calibration.parquet import read_statistics
 from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.calibration.statistics_file import read_statistics
 from ffsplit.directories import by_name, user_path
 from ffsplit.errors import ConfigError
 from ffsplit.ffn.shapes import LayerLayout
@@ -22,7 +22,7 @@ from ffsplit.report.html import render_report
 from ffsplit.report.humanize import load_in_words, noise, number, spread_in_words, times
 from ffsplit.report.plots import energy_curve
 from ffsplit.run.job import Run
-from ffsplit.run.origin import calibration_record
+from ffsplit.run.reused_statistics import calibration_record
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.scores import LayerPlan, energy_counts, energy_share, is_starved, output_energy
 from ffsplit.store.artifact import STATISTICS_PATH, locate, read_manifest

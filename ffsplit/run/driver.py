@@ -93,7 +93,7 @@ def run_to_end(
 
 def _compute(run: Run, store: Store, shown: Progress, *, sign_key: Path | None) -> Finished:
     """Attempt the run and remove its scratch. If another run commits the same key first, return that one."""
-    from ffsplit.run.attempt import connected, make_attempt  # stages that a committed run does not need
+    from ffsplit.run.pipeline import connected, make_attempt  # stages that a committed run does not need
 
     key, scratch = run.keys.published(run.kind), Scratch.of(store.uri, run.keys.scratch(run.kind))
     guarantees = store.check_writable()

@@ -39,8 +39,8 @@ from ffsplit.run.checks import (
 )
 from ffsplit.run.estimate import estimate
 from ffsplit.run.needs import Needs
-from ffsplit.run.origin import check_origin, inherit
-from ffsplit.runtime.linears import attention_linears
+from ffsplit.run.reused_statistics import check_origin, inherit
+from ffsplit.runtime.attention_int8 import attention_linears
 from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.scores import num_energetic
 from ffsplit.splitting.solver import Solver

@@ -25,8 +25,8 @@ from ffsplit.errors import ConfigError, explained, reason_of
 from ffsplit.models.checkpoint import tokenizer_files
 from ffsplit.models.folder import CONFIG_NAME, local_listing, sort_files
 from ffsplit.models.load import decodes, load_whole_model, quiet_transformers, tokenizer_in
-from ffsplit.runtime.integer_map import IntegerMap
 from ffsplit.runtime.kernels.int8 import SMALLEST_STEP
+from ffsplit.runtime.quantized_linear import QuantizedLinear
 from ffsplit.store.entries import MANIFEST_NAME, check_outside_attempts
 from ffsplit.store.pull import materialize
 
@@ -92,9 +92,9 @@ def _(x: Tensor, weight_KN: Tensor, scale: Tensor) -> Tensor:
 
 
 class _Int8Product(nn.Module):
-    """Stands in for an IntegerMap during export."""
+    """Stands in for a QuantizedLinear during export."""
 
-    def __init__(self, linear: IntegerMap) -> None:
+    def __init__(self, linear: QuantizedLinear) -> None:
         super().__init__()
         weight, scale = linear.tensors().values()
         self.register_buffer("weight", weight.t().contiguous())
@@ -152,7 +152,7 @@ def export_onnx(directory: Path, target: Path) -> Path:
     config = json.loads((directory / "config.json").read_text("utf-8"))
     class_name = (config.get("architectures") or [""])[0]
     model = load_whole_model(directory, class_name, dtype=torch.float32)
-    _replace_integer_maps(model)
+    _replace_quantized_linears(model)
     inputs = example_inputs(model, directory)
     try:
         with quiet_transformers(), _quiet_exporter(), torch.no_grad():
@@ -275,9 +275,9 @@ def _dim(name: str) -> Any:
     return torch.export.Dim(name, min=0 if name == "past_tokens" else 1)
 
 
-def _replace_integer_maps(model: nn.Module) -> None:
+def _replace_quantized_linears(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
-        if not isinstance(module, IntegerMap):
+        if not isinstance(module, QuantizedLinear):
             continue
         if module.num_bits != 8 or module.group_size is not None:
             raise ConfigError(

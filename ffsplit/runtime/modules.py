@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ffsplit.ffn.shapes import FFNShape, Format, Integer, LayerLayout, LowRank, PartLayout
 from ffsplit.models.family import FFNPaths
-from ffsplit.runtime.integer_map import INITIALIZED, IntegerMap, share_inputs
+from ffsplit.runtime.quantized_linear import INITIALIZED, QuantizedLinear, share_inputs
 
 # Narrowing an FFN of a transformers model: the same modules, with fewer neurons.
 
@@ -42,7 +42,7 @@ def _empty_like(parameter: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter
     return nn.Parameter(parameter.new_empty(shape), requires_grad=parameter.requires_grad)
 
 
-class DenseMap(nn.Module):
+class DenseLinear(nn.Module):
     """y = W x + bias."""
 
     _is_hf_initialized = INITIALIZED
@@ -56,7 +56,7 @@ class DenseMap(nn.Module):
         return linear(x, self.weight, self.bias if plus is None else plus)
 
 
-class LowRankMap(nn.Module):
+class LowRankLinear(nn.Module):
     """y = left (right x) + bias: the small side first."""
 
     _is_hf_initialized = INITIALIZED
@@ -80,13 +80,13 @@ def linear(x: Tensor, weight: Tensor, plus: Tensor | None) -> Tensor:
     return rows.view(plus.shape)
 
 
-def build_map(format: Format, num_rows: int, num_columns: int, *, bias: bool) -> nn.Module:
-    """An empty linear map."""
+def build_linear(format: Format, num_rows: int, num_columns: int, *, bias: bool) -> nn.Module:
+    """An empty linear layer."""
     if isinstance(format, LowRank):
-        return LowRankMap(num_rows, num_columns, rank=format.rank, bias=bias)
+        return LowRankLinear(num_rows, num_columns, rank=format.rank, bias=bias)
     if isinstance(format, Integer):
-        return IntegerMap(format, num_rows, num_columns, bias=bias)
-    return DenseMap(num_rows, num_columns, bias=bias)
+        return QuantizedLinear(format, num_rows, num_columns, bias=bias)
+    return DenseLinear(num_rows, num_columns, bias=bias)
 
 
 class FFNPartModule(nn.Module):
@@ -99,22 +99,22 @@ class FFNPartModule(nn.Module):
         n, d = layout.num_neurons, shape.hidden_size
         self.gate_up = self.gate = self.up = None
         if layout.is_fused:
-            self.gate_up = build_map(layout.up, 2 * n, d, bias=shape.up_bias)
+            self.gate_up = build_linear(layout.up, 2 * n, d, bias=shape.up_bias)
         else:
-            self.up = build_map(layout.up, n, d, bias=shape.up_bias)
+            self.up = build_linear(layout.up, n, d, bias=shape.up_bias)
             if layout.gate is not None:
-                self.gate = build_map(layout.gate, n, d, bias=shape.up_bias)
-        self.down = build_map(layout.down, d, n, bias=False)
+                self.gate = build_linear(layout.gate, n, d, bias=shape.up_bias)
+        self.down = build_linear(layout.down, d, n, bias=False)
         first = self.up if self.gate is None else self.gate
-        self.activation: nn.Module | None = None  # None if the first map applies it itself
-        if isinstance(first, IntegerMap):
+        self.activation: nn.Module | None = None  # None if the first linear layer applies it itself
+        if isinstance(first, QuantizedLinear):
             first.activation = activation
         else:
             self.activation = activation
 
     @property
-    def first_maps(self) -> tuple[nn.Module, ...]:
-        """The maps that take the part's inputs."""
+    def first_linears(self) -> tuple[nn.Module, ...]:
+        """The linear layers that take the part's inputs."""
         return tuple(each for each in (self.gate_up, self.gate, self.up) if each is not None)
 
     def forward(self, x: Tensor, plus: Tensor | None) -> Tensor:
@@ -163,7 +163,7 @@ class SplitFFN(nn.Module):
             for part in (layout.heavy, layout.light)
         )
         self.heavy, self.light = heavy, light
-        share_inputs(part_map for part in (heavy, light) if part is not None for part_map in part.first_maps)
+        share_inputs(each for part in (heavy, light) if part is not None for each in part.first_linears)
         self.down_bias = nn.Parameter(torch.empty(shape.hidden_size)) if layout.down_bias else None
         if guard is None:
             return

@@ -22,8 +22,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ffsplit.errors import ArtifactError
 from ffsplit.models.checkpoint import NARROWED, activation_name
 from ffsplit.models.ffns import FFNPlace, ffns_of
+from ffsplit.runtime.attention_int8 import install_linears
 from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, FFNRun, guarded
-from ffsplit.runtime.linears import install_linears
 from ffsplit.runtime.modules import SplitExperts, SplitFFN, install_split_ffn, narrow_ffn
 from ffsplit.store.pull import materialize
 
@@ -100,7 +100,7 @@ def install_split_ffns(
 ) -> nn.Module:
     """Replace every FFN of a model by an empty SplitFFN on the model's device.
 
-    The linear layers named in `linears` become integer maps.
+    The linear layers named in `linears` become quantized ones.
     """
     prefix, places, ffns = _paired(model, runs)
     config = model.config.to_dict()

@@ -105,7 +105,7 @@ def _planned(shape: FFNShape, *, width: int, budget: int, steps: Sequence[Compre
     return layout if layout.num_elements(shape) <= budget else None
 
 
-def fit_layers(
+def uniform_layouts(
     shapes: Sequence[FFNShape],
     *,
     keep: float,
@@ -214,7 +214,7 @@ class Solver:
         with the smallest limit that can be met.
         """
         if budget.kind == "keep" and profile is None:
-            return fit_layers(
+            return uniform_layouts(
                 self.model.shapes,
                 keep=budget.limit,
                 heavy=self.heavy,

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ffsplit.calibration.readers import num_rows_within, padded_batches, tokenize_rows
+from ffsplit.calibration.model_inputs import num_rows_within, padded_batches, tokenize_rows
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_tokenizer
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ffsplit.calibration.hooks import FFNObserver, Sampling
-from ffsplit.calibration.readers import padded_batches
+from ffsplit.calibration.model_inputs import padded_batches
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
 from ffsplit.models.checkpoint import open_checkpoint

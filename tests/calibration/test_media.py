@@ -16,7 +16,7 @@ import pytest
 import soundfile
 
 from ffsplit.calibration.media import decode_sound, embedded, read_media, read_pairs
-from ffsplit.calibration.readers import _image
+from ffsplit.calibration.model_inputs import _image
 from ffsplit.errors import ConfigError
 
 PICTURES = [b"one", b"two", b"three"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ffsplit.calibration.readers import tokenize_rows
+from ffsplit.calibration.model_inputs import tokenize_rows
 from ffsplit.calibration.sampling import CalibrationSettings
 from ffsplit.models.load import load_tokenizer
 from ffsplit.run.job import prepare

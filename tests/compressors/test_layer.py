@@ -8,7 +8,7 @@ import torch
 from ffsplit.compressors.layer import CompressedLayer, compress_layer
 from ffsplit.ffn.shapes import FFNShape, LayerLayout, LowRank, PartLayout
 from ffsplit.recipes.recipe import shipped_recipes
-from ffsplit.splitting.solver import fit_layers
+from ffsplit.splitting.solver import uniform_layouts
 from tests.compressors.random_ffn import FORMS, all_tensors, direct_output, random_ffn, random_inputs
 from tests.short_recipes import short_recipe
 
@@ -29,7 +29,7 @@ LOW_RANK_LIGHT = PartLayout(num_neurons=28, up=LowRank(rank=2), down=LowRank(ran
 def compressed(shape: FFNShape, recipe: str, keep: float) -> tuple[CompressedLayer, list[list[torch.Tensor]]]:
     """The result, and the arguments' tensors before and after."""
     chosen = short_recipe(recipe)
-    (layout,) = fit_layers([shape], keep=keep, heavy=chosen.heavy, steps=chosen.steps)
+    (layout,) = uniform_layouts([shape], keep=keep, heavy=chosen.heavy, steps=chosen.steps)
     ffn, inputs = random_ffn(shape), random_inputs(shape.hidden_size)
     width = layout.heavy.num_neurons if layout.heavy is not None else 0
     heavy = range(shape.num_neurons - width, shape.num_neurons)

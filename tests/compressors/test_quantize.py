@@ -11,7 +11,7 @@ from ffsplit.compressors import PruneCompressor, QuantizeCompressor
 from ffsplit.compressors.layer import CompressedLayer, compress_layer
 from ffsplit.ffn.quantization import dequantize, fake_quantize, quantize_rows, scales_of
 from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout
-from ffsplit.splitting.solver import HeavyRule, fit_layers
+from ffsplit.splitting.solver import HeavyRule, uniform_layouts
 from tests.compressors.random_ffn import FORMS, random_ffn, random_inputs
 
 forms = pytest.mark.parametrize("shape", FORMS.values(), ids=FORMS)
@@ -122,7 +122,7 @@ def test_only_the_named_part_is_quantized(shape: FFNShape) -> None:
 def test_integers_after_pruning_take_no_output_bias_from_the_budget() -> None:
     shape, every = FORMS["gated"], HeavyRule(by="share", value=1)
     pruned, quantized = (
-        fit_layers([shape], keep=0.5, heavy=every, steps=steps)[0]
+        uniform_layouts([shape], keep=0.5, heavy=every, steps=steps)[0]
         for steps in ([PruneCompressor()], [PruneCompressor(), QuantizeCompressor()])
     )
     assert pruned.heavy is not None and quantized.heavy is not None

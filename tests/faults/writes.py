@@ -31,7 +31,7 @@ PRELOADED = [
     "transformers.models.auto",
     "transformers.models.bert.modeling_bert",
     "transformers.models.bert.tokenization_bert",
-    "ffsplit.run.attempt",
+    "ffsplit.run.pipeline",
     "ffsplit.run.driver",
     "tests.faults.writes",
 ]

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from ffsplit.ffn.quantization import dequantize, fake_quantize, joined, parted, quantize_rows, scales_of
 from ffsplit.ffn.shapes import Integer
-from ffsplit.runtime.integer_map import IntegerMap
+from ffsplit.runtime.quantized_linear import QuantizedLinear
 
 GRIDS: list[tuple[Literal[4, 8], int | None]] = [(8, None), (8, 16), (4, None), (4, 32)]
 NUM_COLUMNS = 64
@@ -99,7 +99,7 @@ def test_kernels_multiply_by_scales_of_any_size(
     weight = rows([exponent] * 48, seed=0)
     scale = scales_of(weight, num_bits=num_bits, group_size=group_size)
     format = Integer(num_bits=num_bits, group_size=group_size)
-    linear = IntegerMap(format, 48, NUM_COLUMNS, bias=False).eval()
+    linear = QuantizedLinear(format, 48, NUM_COLUMNS, bias=False).eval()
     linear.hold(quantize_rows(weight, scale, num_bits=num_bits, group_size=group_size))
     stored = linear.state_dict()["weight"].clone()
     x = torch.randn(num_tokens, NUM_COLUMNS, generator=torch.Generator().manual_seed(1))

@@ -111,7 +111,7 @@ def test_mixed_precision_learns_as_well(family: str, head: str, kind: Any) -> No
 
 
 def validation_batches() -> list[Any]:
-    from ffsplit.calibration.readers import padded_batches
+    from ffsplit.calibration.model_inputs import padded_batches
 
     return list(padded_batches(data().validation, batch_tokens=512, pad_id=0))
 

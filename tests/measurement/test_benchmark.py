@@ -18,8 +18,8 @@ from ffsplit.measurement.benchmark import Settings, benchmark
 from ffsplit.measurement.latency import Work, work_of
 from ffsplit.models.load import load_whole_model
 from ffsplit.run.driver import calibrate
-from ffsplit.runtime.integer_map import IntegerMap
-from ffsplit.runtime.modules import DenseMap, LowRankMap
+from ffsplit.runtime.modules import DenseLinear, LowRankLinear
+from ffsplit.runtime.quantized_linear import QuantizedLinear
 from ffsplit.store.artifact import locate
 from ffsplit.store.benchmark_records import BenchmarkRecord
 from ffsplit.store.gc import collect, plan
@@ -127,9 +127,9 @@ def test_work_is_that_of_the_linear_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
-        (DenseMap(6, 10, bias=True), Work(60, 240)),
-        (LowRankMap(6, 10, rank=2, bias=True), Work(32, 128)),
-        (IntegerMap(Integer(num_bits=4, group_size=5), 6, 10, bias=True), Work(60, 6 * 5 + 2 * 6 * 2)),
+        (DenseLinear(6, 10, bias=True), Work(60, 240)),
+        (LowRankLinear(6, 10, rank=2, bias=True), Work(32, 128)),
+        (QuantizedLinear(Integer(num_bits=4, group_size=5), 6, 10, bias=True), Work(60, 6 * 5 + 2 * 6 * 2)),
         (Conv1D(6, 10), Work(60, 240)),
         (nn.LayerNorm(6), Work(0, 0)),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ffsplit.calibration.readers import Batch, padded_batches
+from ffsplit.calibration.model_inputs import Batch, padded_batches
 from ffsplit.errors import FFSplitError
 from ffsplit.measurement.fidelity import causal_fidelity, encoder_fidelity, fidelity
 from tests.tiny_models import make_model, random_rows

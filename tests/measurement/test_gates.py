@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from ffsplit.calibration.readers import padded_batches
+from ffsplit.calibration.model_inputs import padded_batches
 from ffsplit.errors import ConfigError
 from ffsplit.measurement.fidelity import fidelity
 from ffsplit.measurement.gates import (

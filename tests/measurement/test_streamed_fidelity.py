@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ffsplit.calibration.readers import padded_batches
+from ffsplit.calibration.model_inputs import padded_batches
 from ffsplit.measurement.fidelity import fidelity, streamed_fidelity
 from ffsplit.models.load import load_whole_model
 from ffsplit.models.streamed import StreamedModel

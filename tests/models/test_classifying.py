@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import ffsplit
-from ffsplit.calibration.readers import padded
+from ffsplit.calibration.model_inputs import padded
 from ffsplit.measurement.latency import batches_allowed
 from ffsplit.models.load import row_logits
 from tests.small_jobs import SmallJob

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
-from ffsplit.calibration.readers import padded_batches
+from ffsplit.calibration.model_inputs import padded_batches
 from ffsplit.compat.transformers import ReadTensor, names_read
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.models.checkpoint import open_checkpoint

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ffsplit.calibration.hooks import Sampling, observe
-from ffsplit.calibration.readers import Batch, padded_batches
+from ffsplit.calibration.model_inputs import Batch, padded_batches
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import ConfigError
 from ffsplit.models.architectures import ARCHITECTURES

@@ -12,7 +12,7 @@ import ffsplit
 from ffsplit import compute_profile as profile
 from ffsplit.distributed.runner import SerialRunner
 from ffsplit.errors import ConfigError
-from ffsplit.run import attempt, execution
+from ffsplit.run import execution, pipeline
 from ffsplit.run.stages import measure as measure_stage
 from ffsplit.run.stages.measure import MeasureJob
 from ffsplit.store.store import open_store
@@ -46,7 +46,7 @@ def two_hosts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
 
     def make(**differently: Any) -> TwoHosts:
         runner = TwoHosts(**differently)
-        monkeypatch.setattr(attempt, "make_runner", lambda config, workers_here: runner)
+        monkeypatch.setattr(pipeline, "make_runner", lambda config, workers_here: runner)
         return runner
 
     return make

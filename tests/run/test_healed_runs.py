@@ -17,9 +17,9 @@ import ffsplit
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
-from ffsplit.run import attempt
+from ffsplit.run import pipeline
 from ffsplit.run.job import prepare
-from ffsplit.runtime.linears import attention_linears
+from ffsplit.runtime.attention_int8 import attention_linears
 from tests.conftest import CheckpointFactory
 from tests.small_jobs import LOW_RANK, SmallJob, digests
 
@@ -72,8 +72,8 @@ def test_what_is_healed_is_what_is_published(
         healed.update(load_file(weights))
         in_place(directory, weights)
 
-    in_place = attempt.replace_weights
-    monkeypatch.setattr(attempt, "replace_weights", replace_weights)
+    in_place = pipeline.replace_weights
+    monkeypatch.setattr(pipeline, "replace_weights", replace_weights)
     ends = "after_healing: {kind: quantize, num_bits: 8}\nlinears: int8"
     recipe = small_job.recipe(step="{kind: prune}", more=f"{HEALING.replace('10', '2')}\n{ends}")
     fields = {"recipe": recipe, "keep": 0.3, "model": str(model)}

@@ -16,11 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import ffsplit
-from ffsplit.calibration.parquet import read_statistics
+from ffsplit.calibration.statistics_file import read_statistics
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, FFSplitError, GateError
-from ffsplit.run import attempt
-from ffsplit.run import driver as pipeline
+from ffsplit.run import driver, pipeline
 from ffsplit.run.documents import render_published
 from ffsplit.run.job import prepare
 from ffsplit.run.stages import measure as measure_stage
@@ -103,7 +102,7 @@ def test_a_second_call_tokenizes_nothing(
     config = small_job.config(tmp_path / "out", recipe=str(path), samples=None)
     first = ffsplit.compress(config)
     assert first.calibration.num_rows < 40
-    monkeypatch.setattr(pipeline, "check_inputs", None)
+    monkeypatch.setattr(driver, "check_inputs", None)
     assert ffsplit.compress(config) == first
 
 
@@ -216,7 +215,7 @@ def test_an_interrupted_run_commits_nothing(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(attempt, "assemble", interrupt)
+    monkeypatch.setattr(pipeline, "assemble", interrupt)
     with pytest.raises(KeyboardInterrupt):
         ffsplit.compress(small_job.config(tmp_path / "out"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {".scratch"}
@@ -228,7 +227,7 @@ def test_statistics_alone_never_move_latest(small_job: SmallJob, tmp_path: Path)
     out = tmp_path / "out"
     model = ffsplit.compress(small_job.config(out))
     hint = (out / "latest.json").read_bytes()
-    statistics = pipeline.calibrate(small_job.config(out))
+    statistics = driver.calibrate(small_job.config(out))
     assert (out / "latest.json").read_bytes() == hint
     attempt = out / statistics.run_key / statistics.attempt
     assert {path.name for path in attempt.iterdir()} == {"manifest.json", "report.html", "stats"}
@@ -311,22 +310,22 @@ def test_a_run_that_another_finishes_first_is_done(
 ) -> None:
     """The other one cleans up the scratch of both; where this one still comes to its end, it is too late."""
     config = small_job.config(tmp_path / "out")
-    assemble = attempt.assemble
+    assemble = pipeline.assemble
     finished: list[ffsplit.Manifest] = []
 
     def finish_first(*arguments: Any, **options: Any) -> None:
         if not finished:
-            finished.append(pipeline.compress(small_job.config(tmp_path / "other")))
+            finished.append(driver.compress(small_job.config(tmp_path / "other")))
             (tmp_path / "other" / finished[0].run_key).rename(tmp_path / "out" / finished[0].run_key)
             if fails:
                 raise FileNotFoundError("the scratch is gone")
         assemble(*arguments, **options)
 
     def finish_other(*arguments: Any, **options: Any) -> None:
-        monkeypatch.setattr(attempt, "assemble", assemble)
+        monkeypatch.setattr(pipeline, "assemble", assemble)
         finish_first(*arguments, **options)
 
-    monkeypatch.setattr(attempt, "assemble", finish_other)
+    monkeypatch.setattr(pipeline, "assemble", finish_other)
     manifest = ffsplit.compress(config)
     assert manifest == finished[0]
     assert ("by another run of the same key" in capsys.readouterr().err) == fails
@@ -382,7 +381,7 @@ def test_statistics_of_many_shards_are_reduced_by_tasks(small_job: SmallJob, tmp
     found = []
     for size in (1, 40):
         out = tmp_path / str(size)
-        manifest = pipeline.calibrate(small_job.config(out, recipe=small_job.recipe(shard_size=size)))
+        manifest = driver.calibrate(small_job.config(out, recipe=small_job.recipe(shard_size=size)))
         layers = read_statistics(out / manifest.run_key / manifest.attempt / "stats/neurons.parquet")
         found.append(([stage.name for stage in manifest.stages], layers))
     (many, reduced), (one, whole) = found
@@ -412,7 +411,7 @@ def test_what_is_longer_than_the_model_reads_is_refused(small_job: SmallJob, tmp
 def test_statistics_have_no_gates(small_job: SmallJob, tmp_path: Path) -> None:
     for fields in ({"gate": ("fidelity >= 0.9",)}, {"require_speedup": 1.1}):
         with pytest.raises(ConfigError, match="gates are for compress"):
-            pipeline.calibrate(small_job.config(tmp_path / "out", **fields))
+            driver.calibrate(small_job.config(tmp_path / "out", **fields))
     assert not (tmp_path / "out").exists()
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffsplit.calibration.hooks import FFNObserver, Sampling
-from ffsplit.calibration.readers import padded_batches
+from ffsplit.calibration.model_inputs import padded_batches
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.compressors.layer import compress_layer
 from ffsplit.ffn.activations import activation_named
@@ -23,7 +23,7 @@ from ffsplit.models.load import load_base_model, load_whole_model
 from ffsplit.runtime.assemble import MAX_SHARD_BYTES, assemble, is_plain, keeps_names
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
 from ffsplit.splitting.scores import plan_split
-from ffsplit.splitting.solver import fit_layers
+from ffsplit.splitting.solver import uniform_layouts
 from tests.short_recipes import short_recipe
 from tests.tiny_models import CAUSAL, random_rows
 
@@ -78,7 +78,7 @@ def compress(
     checkpoint, chosen = open_checkpoint(source), short_recipe(recipe)
     keeps = [keep] * len(checkpoint.ffns) if isinstance(keep, float) else keep
     layouts = tuple(
-        fit_layers([shape], keep=each, heavy=chosen.heavy, steps=chosen.steps)[0]
+        uniform_layouts([shape], keep=each, heavy=chosen.heavy, steps=chosen.steps)[0]
         for shape, each in zip(checkpoint.shapes, keeps, strict=True)
     )
     statistics, inputs = observed(source)

@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from ffsplit.ffn.quantization import quantize_rows, scales_of
 from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout, PartLayout
-from ffsplit.runtime.integer_map import IntegerMap
-from ffsplit.runtime.kernels import few_rows
+from ffsplit.runtime.kernels import int8_gemv_cuda
 from ffsplit.runtime.modules import SplitFFN
+from ffsplit.runtime.quantized_linear import QuantizedLinear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,11 +32,11 @@ def forget_compiled() -> None:
 
 def made(
     num_bits: Any, rows: int, columns: int, *, group_size: int | None = None, size: float = 1.0
-) -> IntegerMap:
+) -> QuantizedLinear:
     """A map on the GPU whose outputs are about `size`."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * size / columns**0.5
     scale = scales_of(weight, num_bits=num_bits, group_size=group_size)
-    result = IntegerMap(Integer(num_bits=num_bits, group_size=group_size), rows, columns, bias=True)
+    result = QuantizedLinear(Integer(num_bits=num_bits, group_size=group_size), rows, columns, bias=True)
     result.hold(quantize_rows(weight, scale, num_bits=num_bits, group_size=group_size))
     result.bias.data.normal_(generator=torch.Generator().manual_seed(1))  # type: ignore[union-attr]
     return result.eval().cuda()
@@ -52,7 +52,7 @@ def plain_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def expected(linear: IntegerMap, x: Tensor) -> Tensor:
+def expected(linear: QuantizedLinear, x: Tensor) -> Tensor:
     weight = copy.deepcopy(linear).float_weight(torch.float32)
     return functional.linear(x.float(), weight, linear.bias.float())  # type: ignore[union-attr]
 
@@ -60,7 +60,7 @@ def expected(linear: IntegerMap, x: Tensor) -> Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("rows", "columns"), [(48, 64), (30, 33), (1, 8), (1088, 768), (96, 2752)])
-@pytest.mark.parametrize("num_tokens", [1, 3, few_rows.MOST_ROWS])
+@pytest.mark.parametrize("num_tokens", [1, 3, int8_gemv_cuda.MOST_ROWS])
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_few_rows_equal_the_plain_product(
     dtype: torch.dtype, rows: int, columns: int, num_tokens: int, has_bias: bool
@@ -68,9 +68,9 @@ def test_few_rows_equal_the_plain_product(
     linear, x = made(8, rows, columns), inputs(num_tokens, columns, dtype=dtype)
     weight, scale = linear.tensors().values()
     bias = linear.bias if has_bias else None
-    assert few_rows.takes(x, weight)
+    assert int8_gemv_cuda.takes(x, weight)
     arguments = (x, weight, scale[:, 0].contiguous(), bias)
-    found, plain = few_rows.product(*arguments), plain_product(*arguments)
+    found, plain = int8_gemv_cuda.product(*arguments), plain_product(*arguments)
     assert found.dtype == dtype
     torch.testing.assert_close(found, plain, atol=1e-2 if dtype != torch.float32 else 1e-5, rtol=1e-2)
 
@@ -114,7 +114,7 @@ def test_a_gated_split_ffn_on_the_gpu_computes_what_it_computes_on_the_cpu(light
     ffn = SplitFFN(layout, shape, torch.nn.SiLU()).eval()
     generator = torch.Generator().manual_seed(0)
     for module in ffn.modules():
-        if isinstance(module, IntegerMap):
+        if isinstance(module, QuantizedLinear):
             weight = torch.randn(module.num_rows, module.num_columns, generator=generator) / 16
             options = {"num_bits": module.num_bits, "group_size": module.group_size}
             module.hold(quantize_rows(weight, scales_of(weight, **options), **options))

@@ -17,7 +17,7 @@ import torch
 import ffsplit
 from ffsplit.cli import main
 from ffsplit.models.load import load_whole_model
-from ffsplit.runtime.integer_map import IntegerMap
+from ffsplit.runtime.quantized_linear import QuantizedLinear
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import head_of
 from tests.runtime.conftest import CompressedFactory
@@ -115,10 +115,10 @@ def test_int8_stays_int8(int8_artifact: Any, tmp_path: Path, family: str) -> Non
     assert main(["export", str(directory), "--format", "onnx", "--out", str(tmp_path / "o")]) == 0
     graph = onnx.load(str(tmp_path / "o" / "model.onnx")).graph
     model = load_whole_model(directory, class_name)
-    num_maps = sum(isinstance(module, IntegerMap) for module in model.modules())
-    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == num_maps > 0
+    num_linears = sum(isinstance(module, QuantizedLinear) for module in model.modules())
+    assert sum(node.op_type == "MatMulInteger" for node in graph.node) == num_linears > 0
     stored = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
-    assert len([tensor for tensor in stored if len(tensor.dims) == 2]) == num_maps
+    assert len([tensor for tensor in stored if len(tensor.dims) == 2]) == num_linears
     outputs = generated if family in CAUSAL else compared
     for found, expected in outputs(tmp_path / "o" / "model.onnx", directory, class_name):
         assert np.linalg.norm(found - expected) <= 0.05 * np.linalg.norm(expected)

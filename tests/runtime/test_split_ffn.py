@@ -10,8 +10,8 @@ from torch import nn
 
 from ffsplit.ffn.quantization import quantize_rows, scales_of
 from ffsplit.ffn.shapes import Dense, FFNShape, Integer, LayerLayout, LowRank, PartLayout
-from ffsplit.runtime.integer_map import IntegerMap
 from ffsplit.runtime.modules import SplitFFN
+from ffsplit.runtime.quantized_linear import QuantizedLinear
 
 INT8, INT4 = Integer(num_bits=8), Integer(num_bits=4, group_size=32)
 PARTS = {
@@ -36,7 +36,7 @@ def made(parts: str, *, gated: bool, bias: bool = True) -> SplitFFN:
     split = SplitFFN(layout, shape, nn.SiLU() if gated else nn.GELU(), guard="down.weight")
     generator = torch.Generator().manual_seed(0)
     for module in split.modules():
-        if isinstance(module, IntegerMap):
+        if isinstance(module, QuantizedLinear):
             weight = 0.15 * torch.randn(module.num_rows, module.num_columns, generator=generator)
             options = {"num_bits": module.num_bits, "group_size": module.group_size}
             module.hold(quantize_rows(weight, scales_of(weight, **options), **options))
@@ -49,7 +49,7 @@ def by_parts(split: SplitFFN, x: torch.Tensor) -> torch.Tensor:
     """The sum of its parts by matrices in floating point."""
 
     def matrix(linear: Any) -> torch.Tensor:
-        if isinstance(linear, IntegerMap):
+        if isinstance(linear, QuantizedLinear):
             return linear.float_weight(torch.float32)
         return linear.weight if hasattr(linear, "weight") else linear.left @ linear.right
 
@@ -147,6 +147,6 @@ def test_int8_parts_make_their_input_integers_once() -> None:
     shape = FFNShape(num_neurons=96, hidden_size=32, gated=False, up_bias=False, down_bias=False)
     parts = (PartLayout(num_neurons=n, up=INT8, down=INT8) for n in (64, 32))
     split = SplitFFN(LayerLayout(heavy=next(parts), light=next(parts), down_bias=False), shape, nn.GELU())
-    first = [*split.heavy.first_maps, *split.light.first_maps]
+    first = [*split.heavy.first_linears, *split.light.first_linears]
     assert len({id(each.inputs) for each in first}) == 1 and len(first) == 2
     assert split.heavy.down.inputs is not split.light.down.inputs

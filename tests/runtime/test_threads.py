@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ffsplit.runtime.integer_map import IntegerMap, share_inputs
 from ffsplit.runtime.kernels import int4 as int4_kernels
 from ffsplit.runtime.kernels import int8 as int8_kernels
-from tests.runtime.test_integer_map import inputs, made
+from ffsplit.runtime.quantized_linear import QuantizedLinear, share_inputs
+from tests.runtime.test_quantized_linear import inputs, made
 from tests.runtime.test_split_ffn import made as made_ffn
 
 NUM_THREADS, ROUNDS = 8, 40
@@ -58,12 +58,12 @@ class Attention(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.maps = nn.ModuleList(made(8, 64, 64, seed=seed, bias=False) for seed in range(4))
-        share_inputs(self.maps)
+        self.linears = nn.ModuleList(made(8, 64, 64, seed=seed, bias=False) for seed in range(4))
+        share_inputs(self.linears)
 
     def forward(self, x: Tensor) -> Tensor:
-        queries, keys, values = (each(x) for each in self.maps[:3])
-        output: Tensor = self.maps[3](queries * keys + values)
+        queries, keys, values = (each(x) for each in self.linears[:3])
+        output: Tensor = self.linears[3](queries * keys + values)
         return output
 
 
@@ -88,7 +88,7 @@ def test_eight_threads_get_what_one_gets(name: str) -> None:
         for found, alone in zip(answers, expected, strict=True):
             assert all(torch.equal(each, alone) for each in found)
         if isinstance(fresh, Attention):
-            products: Any = [each._packed for each in fresh.maps[:3]]
+            products: Any = [each._packed for each in fresh.linears[:3]]
             assert products[0].product is products[1].product is products[2].product
 
 
@@ -96,11 +96,11 @@ def test_threads_that_share_one_input_get_products_of_their_own() -> None:
     """Whoever is given a product may change it in place."""
     model, x = Attention(), inputs(5, 64)
     with torch.no_grad():
-        expected = [each(x).clone() for each in copy.deepcopy(model).maps[:3]]
+        expected = [each(x).clone() for each in copy.deepcopy(model).linears[:3]]
 
     def products(_: int) -> list[Tensor]:
         found = []
-        for each in model.maps[:3]:
+        for each in model.linears[:3]:
             y = each(x)
             found.append(y.clone())
             y.zero_()
@@ -165,7 +165,7 @@ def test_a_module_with_a_lock_is_copied_and_pickled() -> None:
     model, x = Attention(), inputs(3, 64)
     expected = model(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        first: Any = twin.maps[0]
-        assert isinstance(first, IntegerMap) and first.inputs is twin.maps[3].inputs
-        assert first.inputs is not model.maps[0].inputs
+        first: Any = twin.linears[0]
+        assert isinstance(first, QuantizedLinear) and first.inputs is twin.linears[3].inputs
+        assert first.inputs is not model.linears[0].inputs
         assert torch.equal(twin(x), expected)

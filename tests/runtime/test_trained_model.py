@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ffsplit.calibration.hooks import FFNObserver
-from ffsplit.calibration.readers import padded_batches, tokenize_rows
+from ffsplit.calibration.model_inputs import padded_batches, tokenize_rows
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_base_model, load_tokenizer, load_whole_model
 from ffsplit.splitting.scores import energy_share

@@ -12,7 +12,7 @@ from ffsplit.compressors import DistillCompressor, LowRankCompressor, QuantizeCo
 from ffsplit.errors import BudgetError
 from ffsplit.ffn.shapes import FFNShape, LayerLayout, LowRank
 from ffsplit.recipes.recipe import Recipe, load_recipe, shipped_recipes
-from ffsplit.splitting.solver import HeavyRule, fit_layer, fit_layers
+from ffsplit.splitting.solver import HeavyRule, fit_layer, uniform_layouts
 
 RECIPES = {name: load_recipe(name) for name in shipped_recipes()}
 ALL = HeavyRule(by="share", value=1)
@@ -29,7 +29,7 @@ shapes = st.builds(
 
 
 def fit(shape: FFNShape, keep: float, recipe: Recipe, num_layers: int = 2) -> tuple[LayerLayout, ...]:
-    return fit_layers([shape] * num_layers, keep=keep, heavy=recipe.heavy, steps=recipe.steps)
+    return uniform_layouts([shape] * num_layers, keep=keep, heavy=recipe.heavy, steps=recipe.steps)
 
 
 def smallest_named(error: BudgetError) -> float:
@@ -120,7 +120,7 @@ def test_the_error_names_the_smallest_keep_of_real_shapes(shape: FFNShape, name:
 def test_steps_that_make_nothing_smaller_meet_no_budget() -> None:
     for step in (QuantizeCompressor(), DistillCompressor()):
         with pytest.raises(BudgetError, match=r"--keep 0.5 cannot be met: .* make no FFN smaller"):
-            fit_layers((MINILM,), keep=0.5, heavy=ALL, steps=(step,))
+            uniform_layouts((MINILM,), keep=0.5, heavy=ALL, steps=(step,))
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -143,12 +143,12 @@ def test_a_larger_budget_always_fits_where_a_smaller_one_does(
 def test_layers_of_different_shapes_keep_the_same_fraction_each() -> None:
     narrow = FFNShape(num_neurons=512, hidden_size=384, gated=False, up_bias=True, down_bias=True)
     recipe = RECIPES["fast"]
-    both = fit_layers([MINILM, narrow], keep=0.5, heavy=ALL, steps=recipe.steps)
+    both = uniform_layouts([MINILM, narrow], keep=0.5, heavy=ALL, steps=recipe.steps)
     assert [layout.num_neurons for layout in both] == [752, 255]
     with pytest.raises(BudgetError) as caught:
-        fit_layers([MINILM, narrow], keep=0.002, heavy=ALL, steps=recipe.steps)
+        uniform_layouts([MINILM, narrow], keep=0.002, heavy=ALL, steps=recipe.steps)
     smallest = smallest_named(caught.value)
-    assert fit_layers([MINILM, narrow], keep=smallest, heavy=ALL, steps=recipe.steps)
+    assert uniform_layouts([MINILM, narrow], keep=smallest, heavy=ALL, steps=recipe.steps)
 
 
 def test_the_paper_recipe_gives_half_to_heavy_hitters_and_a_rank_to_the_rest() -> None:
@@ -167,6 +167,6 @@ def test_steps_after_one_that_cannot_fit_are_not_asked() -> None:
     """The second would plan whatever it is given."""
     steps = (LowRankCompressor(), DistillCompressor(part="light"))
     half = HeavyRule(by="share", value=0.5)
-    least = fit_layers([MINILM], keep=0.5, heavy=half, steps=steps)
+    least = uniform_layouts([MINILM], keep=0.5, heavy=half, steps=steps)
     assert least[0].light is not None
     assert fit_layer(MINILM, budget=2 * MINILM.hidden_size, heavy=half, steps=steps) is None

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ffsplit.compressors import LowRankCompressor, PruneCompressor
 from ffsplit.ffn.shapes import FFNShape, LayerLayout
-from ffsplit.splitting.solver import HeavyRule, fit_layer, fit_layers, smallest_keep
+from ffsplit.splitting.solver import HeavyRule, fit_layer, smallest_keep, uniform_layouts
 
 MINILM = FFNShape(num_neurons=1536, hidden_size=384, gated=False, up_bias=True, down_bias=True)
 LOW_RANK, PRUNE = (LowRankCompressor(),), (PruneCompressor(),)
@@ -37,7 +37,7 @@ def test_as_many_as_hold_the_energy(count: int) -> None:
 
 def test_each_layer_has_its_own_number_by_energy() -> None:
     rule = HeavyRule(by="energy", value=0.9)
-    layouts = fit_layers([MINILM] * 3, keep=0.3, heavy=rule, steps=LOW_RANK, num_energetic=[3, 1, 90])
+    layouts = uniform_layouts([MINILM] * 3, keep=0.3, heavy=rule, steps=LOW_RANK, num_energetic=[3, 1, 90])
     assert [heavy_hitters(layout) for layout in layouts] == [3, 1, 90]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ffsplit.calibration.readers import Batch, padded_batches
+from ffsplit.calibration.model_inputs import Batch, padded_batches
 from ffsplit.calibration.sources import checked_text, decoded, is_index, source_error, table_rows
 from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, explained

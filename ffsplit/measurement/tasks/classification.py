@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,12 +29,32 @@ HEAD = "ForSequenceClassification"
 class Classification(Record):
     """Texts, each with the id of its label. Texts are cut to `max_length` tokens."""
 
+    form: ClassVar[str] = "classification:file.tsv[#text,label]"
+    is_running_text: ClassVar[bool] = False
     kind: Literal["classification"] = "classification"
     name: str
     texts: tuple[str, ...]
     labels: tuple[int, ...]
     num_labels: int
     max_length: int
+
+    @classmethod
+    def read(cls, spec: str, *, checkpoint: Checkpoint, max_length: int | None = None) -> Classification:
+        """`classification:file.tsv[#text,label]`, for a model with a classification head.
+
+        Labels are names of the config's `id2label`, or ids. Raises ConfigError if the model or the file does
+        not fit.
+        """
+        names = _label_names(spec, checkpoint)
+        file = task_file(spec, suffixes=TABLES)
+        rows = read_rows(file, names=COLUMNS, is_value=lambda cell: _is_label(cell, names))
+        return cls(
+            name=f"classification {file.path.name}",
+            texts=tuple(row.cells[0] for row in rows),
+            labels=tuple(_label_ids(rows, names)),
+            num_labels=len(names),
+            max_length=longest_row(checkpoint),
+        )
 
     @property
     def digest(self) -> str:
@@ -47,24 +67,6 @@ class Classification(Record):
         metric = "f1" if self.num_labels == 2 else "macro_f1"
         f1 = 100.0 * f1_score(truth, predicted, num_labels=self.num_labels)
         return Score(self.name, "accuracy", accuracy, count), Score(self.name, metric, f1, count)
-
-
-def read_classification(spec: str, *, checkpoint: Checkpoint) -> Classification:
-    """`classification:file.tsv[#text,label]`, for a model with a classification head.
-
-    Labels are names of the config's `id2label`, or ids. Raises ConfigError if the model or the file does
-    not fit.
-    """
-    names = _label_names(spec, checkpoint)
-    file = task_file(spec, suffixes=TABLES)
-    rows = read_rows(file, names=COLUMNS, is_value=lambda cell: _is_label(cell, names))
-    return Classification(
-        name=f"classification {file.path.name}",
-        texts=tuple(row.cells[0] for row in rows),
-        labels=tuple(_label_ids(rows, names)),
-        num_labels=len(names),
-        max_length=longest_row(checkpoint),
-    )
 
 
 @torch.no_grad()

@@ -5,16 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 from ffsplit.config import Record
 from ffsplit.errors import FFSplitError, explained
 from ffsplit.measurement.tasks import AnyTask
 from ffsplit.measurement.tasks.base import Score, task_error
-from ffsplit.measurement.tasks.classification import read_classification
-from ffsplit.measurement.tasks.language_model import read_harness, read_perplexity
-from ffsplit.measurement.tasks.sts import read_sts
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.store.manifest import TaskScore
 
@@ -54,10 +51,11 @@ def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
-FORMS = (
-    "sts:file.csv[#first,second,score], classification:file.tsv[#text,label], perplexity:file.txt, "
-    "lm-eval:task[,task]"
-)
+TASKS: dict[str, type[AnyTask]] = {
+    task.model_fields["kind"].default: task for task in get_args(get_args(AnyTask)[0])
+}
+"""Every task of the union, by the first word of its SPEC."""
+FORMS = ", ".join(task.form for task in TASKS.values())
 
 
 class Evaluation(Record):
@@ -88,9 +86,7 @@ def evaluations_of(tasks: Mapping[str, AnyTask], *, calibration: Sequence[str]) 
         Evaluation(
             spec=spec,
             task=task,
-            overlap_with_calibration=count_overlap(
-                task.texts, calibration, running=task.kind == "perplexity"
-            ),
+            overlap_with_calibration=count_overlap(task.texts, calibration, running=task.is_running_text),
         )
         for spec, task in tasks.items()
     )
@@ -130,16 +126,10 @@ def _finite(evaluation: Evaluation, model: Any, tokenizer: Any) -> tuple[Score, 
 
 
 def _read(spec: str, checkpoint: Checkpoint, max_length: int | None) -> AnyTask:
-    readers: dict[str, Callable[[], AnyTask]] = {
-        "sts": lambda: read_sts(spec, checkpoint=checkpoint),
-        "classification": lambda: read_classification(spec, checkpoint=checkpoint),
-        "perplexity": lambda: read_perplexity(spec, checkpoint=checkpoint, max_length=max_length),
-        "lm-eval": lambda: read_harness(spec, checkpoint=checkpoint),
-    }
     name, colon, _ = spec.partition(":")
-    if name in readers and colon:
+    if name in TASKS and colon:
         with explained(f"cannot evaluate {spec}"):
-            return readers[name]()
-    near = difflib.get_close_matches(name, readers, n=1)
+            return TASKS[name].read(spec, checkpoint=checkpoint, max_length=max_length)
+    near = difflib.get_close_matches(name, TASKS, n=1)
     hint = f"did you mean {near[0] + ':'!r}? " if near else ""
     raise task_error(spec or "an empty task", f"unknown task {name!r}; {hint}the known forms are {FORMS}")

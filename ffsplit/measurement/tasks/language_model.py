@@ -10,12 +10,12 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.nn import functional
 
-from ffsplit.calibration.readers import padded_batches
+from ffsplit.calibration.model_inputs import padded_batches
 from ffsplit.calibration.sources import lines
 from ffsplit.config import Record
 from ffsplit.errors import FFSplitError, explained, reason_of
@@ -34,10 +34,29 @@ LOGITS_AT_ONCE = 1 << 26
 class Perplexity(Record):
     """Running text, cut into windows of `max_length` tokens; the last one may be shorter."""
 
+    form: ClassVar[str] = "perplexity:file.txt"
+    is_running_text: ClassVar[bool] = True
     kind: Literal["perplexity"] = "perplexity"
     name: str
     text: str
     max_length: int
+
+    @classmethod
+    def read(cls, spec: str, *, checkpoint: Checkpoint, max_length: int | None = None) -> Perplexity:
+        """`perplexity:file.txt`, for a causal language model. Raises ConfigError if either does not fit."""
+        if not checkpoint.class_name.endswith(HEAD):
+            what = checkpoint.class_name or "a model without a head"
+            raise task_error(spec, f"perplexity needs a causal language model (...{HEAD}), not {what}")
+        file = task_file(spec, suffixes=(".txt",))
+        if file.columns:
+            raise task_error(spec, f"a .txt file has no columns; write perplexity:{file.path}")
+        window = min(max_length or LONGEST_WINDOW, longest_row(checkpoint))
+        if window < 2:
+            raise task_error(spec, f"windows of {window} token predict nothing; give --max-length 2 or more")
+        text = "".join(lines(read_decoded(file)))
+        if len(tokenize_text(load_tokenizer(checkpoint), text.strip()[:4096])) < 2:
+            raise task_error(spec, "the text is a single token, which predicts nothing; give more text")
+        return cls(name=f"perplexity {file.path.name}", text=text, max_length=window)
 
     @property
     def digest(self) -> str:
@@ -52,23 +71,6 @@ class Perplexity(Record):
         windows = [ids[start : start + self.max_length] for start in range(0, len(ids), self.max_length)]
         value, num_tokens = windows_perplexity(model, windows)
         return (Score(self.name, "perplexity", value, num_tokens, higher_is_better=False),)
-
-
-def read_perplexity(spec: str, *, checkpoint: Checkpoint, max_length: int | None) -> Perplexity:
-    """`perplexity:file.txt`, for a causal language model. Raises ConfigError if either does not fit."""
-    if not checkpoint.class_name.endswith(HEAD):
-        what = checkpoint.class_name or "a model without a head"
-        raise task_error(spec, f"perplexity needs a causal language model (...{HEAD}), not {what}")
-    file = task_file(spec, suffixes=(".txt",))
-    if file.columns:
-        raise task_error(spec, f"a .txt file has no columns; write perplexity:{file.path}")
-    window = min(max_length or LONGEST_WINDOW, longest_row(checkpoint))
-    if window < 2:
-        raise task_error(spec, f"windows of {window} token predict nothing; give --max-length 2 or more")
-    text = "".join(lines(read_decoded(file)))
-    if len(tokenize_text(load_tokenizer(checkpoint), text.strip()[:4096])) < 2:
-        raise task_error(spec, "the text is a single token, which predicts nothing; give more text")
-    return Perplexity(name=f"perplexity {file.path.name}", text=text, max_length=window)
 
 
 def tokenize_text(tokenizer: Any, text: str) -> list[int]:
@@ -103,10 +105,42 @@ def windows_perplexity(model: Any, windows: Sequence[Sequence[int]]) -> tuple[fl
 class HarnessTasks(Record):
     """Tasks of the harness, by name, and the harness's version."""
 
+    form: ClassVar[str] = "lm-eval:task[,task]"
+    is_running_text: ClassVar[bool] = False
     kind: Literal["lm-eval"] = "lm-eval"
     tasks: tuple[str, ...]
     version: str
     max_length: int
+
+    @classmethod
+    def read(cls, spec: str, *, checkpoint: Checkpoint, max_length: int | None = None) -> HarnessTasks:
+        """`lm-eval:task[,task]`. Raises ConfigError when the extra, a task or its data is missing."""
+        if not checkpoint.class_name.endswith(HEAD):
+            what = checkpoint.class_name or "a model without a head"
+            raise task_error(spec, f"lm-eval needs a causal language model (...{HEAD}), not {what}")
+        tasks = tuple(name.strip() for name in spec.partition(":")[2].split(","))
+        if not all(tasks):
+            raise task_error(spec, "name its tasks: lm-eval:task[,task]")
+        try:
+            import lm_eval
+            from lm_eval.tasks import TaskManager
+        except ImportError:
+            raise task_error(spec, "lm-eval is not installed: pip install 'ffsplit[eval]'") from None
+        with explained(f"cannot evaluate {spec}"):
+            manager = TaskManager()
+        for name in tasks:
+            if name not in manager.all_tasks:
+                near = difflib.get_close_matches(name, manager.all_tasks, n=1)
+                hint = f", did you mean {near[0]!r}?" if near else ""
+                raise task_error(spec, f"lm-eval has no task {name!r}{hint}")
+        try:
+            manager.load(list(tasks))
+        except Exception as error:  # the hub, the network and every data set have errors of their own
+            why = f"{type(error).__name__}: {reason_of(error)}"
+            raise task_error(
+                spec, f"its data cannot be fetched ({why}); check the network and HF_TOKEN"
+            ) from error
+        return cls(tasks=tasks, version=lm_eval.__version__, max_length=longest_row(checkpoint))
 
     @property
     def digest(self) -> str:
@@ -126,36 +160,6 @@ class HarnessTasks(Record):
         )
         results = simple_evaluate(model=wrapped, tasks=list(self.tasks), bootstrap_iters=0, log_samples=False)
         return tuple(_scores(results))
-
-
-def read_harness(spec: str, *, checkpoint: Checkpoint) -> HarnessTasks:
-    """`lm-eval:task[,task]`. Raises ConfigError when the extra, a task or its data is missing."""
-    if not checkpoint.class_name.endswith(HEAD):
-        what = checkpoint.class_name or "a model without a head"
-        raise task_error(spec, f"lm-eval needs a causal language model (...{HEAD}), not {what}")
-    tasks = tuple(name.strip() for name in spec.partition(":")[2].split(","))
-    if not all(tasks):
-        raise task_error(spec, "name its tasks: lm-eval:task[,task]")
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise task_error(spec, "lm-eval is not installed: pip install 'ffsplit[eval]'") from None
-    with explained(f"cannot evaluate {spec}"):
-        manager = TaskManager()
-    for name in tasks:
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-            hint = f", did you mean {near[0]!r}?" if near else ""
-            raise task_error(spec, f"lm-eval has no task {name!r}{hint}")
-    try:
-        manager.load(list(tasks))
-    except Exception as error:  # the hub, the network and every data set have errors of their own
-        why = f"{type(error).__name__}: {reason_of(error)}"
-        raise task_error(
-            spec, f"its data cannot be fetched ({why}); check the network and HF_TOKEN"
-        ) from error
-    return HarnessTasks(tasks=tasks, version=lm_eval.__version__, max_length=longest_row(checkpoint))
 
 
 def _batch_size(model: Any) -> int | str:

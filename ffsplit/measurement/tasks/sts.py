@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -45,10 +45,22 @@ class SentencePair(NamedTuple):
 class SentenceSimilarity(Record):
     """Pairs of sentences, each with a score. Sentences are cut to `max_length` tokens."""
 
+    form: ClassVar[str] = "sts:file.csv[#first,second,score]"
+    is_running_text: ClassVar[bool] = False
     kind: Literal["sts"] = "sts"
     name: str
     pairs: tuple[SentencePair, ...]
     max_length: int
+
+    @classmethod
+    def read(cls, spec: str, *, checkpoint: Checkpoint, max_length: int | None = None) -> SentenceSimilarity:
+        """`sts:file.csv[#first,second,score]`, for an encoder. Raises ConfigError if either does not fit."""
+        if checkpoint.kind != "encoder":
+            what = checkpoint.class_name or checkpoint.architecture.model_type
+            raise task_error(spec, f"sts needs a sentence encoder, and the model is a causal {what}")
+        file = task_file(spec, suffixes=TABLES)
+        pairs = read_sentence_pairs(file)
+        return cls(name=f"sts {file.path.name}", pairs=pairs, max_length=_sentence_length(checkpoint))
 
     @property
     def digest(self) -> str:
@@ -61,18 +73,6 @@ class SentenceSimilarity(Record):
     def score(self, model: Any, tokenizer: Any) -> tuple[Score, ...]:
         value = sts_score(model, tokenizer, self.pairs, max_length=self.max_length)
         return (Score(self.name, "spearman", value, len(self.pairs)),)
-
-
-def read_sts(spec: str, *, checkpoint: Checkpoint) -> SentenceSimilarity:
-    """`sts:file.csv[#first,second,score]`, for an encoder. Raises ConfigError if either does not fit."""
-    if checkpoint.kind != "encoder":
-        what = checkpoint.class_name or checkpoint.architecture.model_type
-        raise task_error(spec, f"sts needs a sentence encoder, and the model is a causal {what}")
-    file = task_file(spec, suffixes=TABLES)
-    pairs = read_sentence_pairs(file)
-    return SentenceSimilarity(
-        name=f"sts {file.path.name}", pairs=pairs, max_length=_sentence_length(checkpoint)
-    )
 
 
 def read_sentence_pairs(file: TaskFile) -> tuple[SentencePair, ...]:

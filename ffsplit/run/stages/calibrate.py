@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from ffsplit.calibration.hooks import Observed, Sampling, observe
-from ffsplit.calibration.parquet import write_statistics
-from ffsplit.calibration.readers import Reader, make_reader
+from ffsplit.calibration.model_inputs import Reader, make_reader
 from ffsplit.calibration.sampling import MAX_SAMPLED_SHARDS, CalibrationSettings, shard
+from ffsplit.calibration.statistics_file import write_statistics
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder

@@ -163,7 +163,7 @@ def _saved(
         return job.scratch.save(job.name, {path.name: path}, facts=facts)
 
 
-def fit_layers(
+def compress_layers(
     execution: Execution,
     stage: str,
     checkpoint: Checkpoint,

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ffsplit import logs
-from ffsplit.calibration.readers import Batch, pad_id_of, padded_batches, tokenize_rows
+from ffsplit.calibration.model_inputs import Batch, pad_id_of, padded_batches, tokenize_rows
 from ffsplit.compat.transformers import names_read
 from ffsplit.compressors.quantize import QuantizeCompressor
 from ffsplit.compute_profile import ComputeProfile
@@ -30,7 +30,7 @@ from ffsplit.models.family import ModelKind
 from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.models.tensor_files import FLOATS
-from ffsplit.runtime.linears import attention_linears
+from ffsplit.runtime.attention_int8 import attention_linears
 from ffsplit.store.scratch import Result, Scratch
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ffsplit.calibration.readers import Batch, make_reader
+from ffsplit.calibration.model_inputs import Batch, make_reader
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.ffn.shapes import LayerLayout

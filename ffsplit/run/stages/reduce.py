@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ffsplit.calibration.parquet import read_statistics, write_statistics
 from ffsplit.calibration.sampling import FAN_IN
 from ffsplit.calibration.statistics import NeuronStats, merge_layers, reduce_tree
+from ffsplit.calibration.statistics_file import read_statistics, write_statistics
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
 from ffsplit.run.stages.calibrate import statistics_file

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from ffsplit.calibration.readers import make_reader
+from ffsplit.calibration.model_inputs import make_reader
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record

@@ -63,8 +63,8 @@ class Inputs(NamedTuple):
 
     integers: Tensor
     step: Any
-    maps: list[Any]
-    """The maps called with these inputs, of those that may share a matrix."""
+    linears: list[Any]
+    """The linear layers called with these inputs, of those that may share a matrix."""
 
 
 class LastOf(Generic[T]):
@@ -93,7 +93,7 @@ def _version(x: Tensor) -> int:
 
 
 class SharedInputs:
-    """Quantizes inputs once for several maps that are called with the same tensor one after the other.
+    """Quantizes inputs once for several linear layers that are called with the same tensor in turn.
 
     Their matrices are packed and unpacked under its lock. A lock cannot be copied, so a copy has its own.
     """
@@ -110,7 +110,7 @@ class SharedInputs:
         return inputs
 
     def __reduce__(self) -> Any:
-        """A copy of a model shares inputs among its own maps."""
+        """A copy of a model shares inputs among its own layers."""
         return SharedInputs, ()
 
 
@@ -175,10 +175,10 @@ class Packed:
 
 
 class SharedProduct:
-    """The product of one tensor with a matrix that holds the rows of several maps."""
+    """The product of one tensor with a matrix that holds the rows of several linear layers."""
 
-    def __init__(self, packed: Packed, maps: Sequence[Any]) -> None:
-        self.packed, self.maps = packed, maps
+    def __init__(self, packed: Packed, linears: Sequence[Any]) -> None:
+        self.packed, self.linears = packed, linears
         self._last: LastOf[tuple[Tensor, set[int]]] = LastOf()
 
     def columns(self, x: Tensor, start: int, stop: int) -> Tensor:
@@ -192,7 +192,7 @@ class SharedProduct:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """One map's rows of a matrix that is packed for several maps."""
+    """One layer's rows of a matrix that is packed for several."""
 
     product: SharedProduct
     start: int
@@ -212,13 +212,13 @@ class PackedRows:
 
 
 def together(
-    packed: Sequence[Packed | PackedRows], maps: Sequence[Any], *, inputs: SharedInputs
+    packed: Sequence[Packed | PackedRows], linears: Sequence[Any], *, inputs: SharedInputs
 ) -> list[PackedRows]:
-    """Pack the matrices of maps with the same inputs as one."""
+    """Pack the matrices of layers with the same inputs as one."""
     stored = [each.tensors() for each in packed]
     weight, scale = (torch.cat([each[name] for each in stored]) for name in ("weight", "weight_scale"))
     stops = list(accumulate(len(each["weight"]) for each in stored))
-    product = SharedProduct(pack(weight, scale, inputs=inputs), maps)
+    product = SharedProduct(pack(weight, scale, inputs=inputs), linears)
     return [PackedRows(product, *pair) for pair in zip([0, *stops], stops, strict=False)]
 
 

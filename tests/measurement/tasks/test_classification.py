@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ffsplit.errors import ConfigError
-from ffsplit.measurement.tasks.classification import f1_score, predict_labels, read_classification
+from ffsplit.measurement.tasks.classification import Classification, f1_score, predict_labels
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from tests.conftest import CheckpointFactory
 from tests.measurement.tasks.conftest import LoadedFactory, load
@@ -33,7 +33,7 @@ def test_scores_are_a_direct_computation(
     labels = [index % num_labels for index in range(len(TEXTS))]
     path = tmp_path / "a.tsv"
     path.write_text("".join(f"{text}\t{label}\n" for text, label in zip(TEXTS, labels, strict=True)))
-    task = read_classification(f"classification:{path}", checkpoint=checkpoint)
+    task = Classification.read(f"classification:{path}", checkpoint=checkpoint)
     accuracy, f1 = task.score(model, tokenizer)
     num_right = sum(a == b for a, b in zip(one_by_one, labels, strict=True))
     assert accuracy.value == pytest.approx(100 * num_right / len(TEXTS))
@@ -47,7 +47,7 @@ def test_what_a_model_predicts_scores_a_hundred(loaded: LoadedFactory, tmp_path:
     path = tmp_path / "a.jsonl"
     rows = [{"text": text, "label": int(label)} for text, label in zip(TEXTS, predicted, strict=True)]
     path.write_text("\n".join(map(json.dumps, rows)))
-    task = read_classification(f"classification:{path}", checkpoint=checkpoint)
+    task = Classification.read(f"classification:{path}", checkpoint=checkpoint)
     assert [score.value for score in task.score(model, tokenizer)] == [100, 100]
 
 
@@ -78,7 +78,7 @@ def set_config(directory: Path, **fields: object) -> None:
 
 def labels(checkpoint: Checkpoint, path: Path, text: str) -> tuple[int, ...]:
     path.write_text(text)
-    return read_classification(f"classification:{path}", checkpoint=checkpoint).labels
+    return Classification.read(f"classification:{path}", checkpoint=checkpoint).labels
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_a_model_that_does_not_classify(
 @pytest.mark.slow
 def test_the_accuracy_of_a_trained_classifier(development_data: Path) -> None:
     checkpoint, model, tokenizer = load(development_data / "minilm-l6-sst2")
-    task = read_classification(f"classification:{development_data}/sst2/dev.tsv", checkpoint=checkpoint)
+    task = Classification.read(f"classification:{development_data}/sst2/dev.tsv", checkpoint=checkpoint)
     accuracy, _ = task.score(model, tokenizer)
     assert accuracy.num_examples == 872
     assert accuracy.value == pytest.approx(89.56, abs=0.01)

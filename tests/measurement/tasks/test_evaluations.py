@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.measurement.tasks import Classification
 from ffsplit.measurement.tasks.base import Score
 from ffsplit.measurement.tasks.evaluations import (
+    TASKS,
     Evaluation,
     evaluations_of,
     key_inputs,
@@ -120,3 +122,12 @@ def test_a_score_that_is_no_number_is_an_error(monkeypatch: pytest.MonkeyPatch) 
 def test_an_unknown_task_gets_a_suggestion(loaded: LoadedFactory, spec: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read(spec, loaded("bert").checkpoint)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_every_task_is_in_the_help_and_in_the_guide(kind: str) -> None:
+    form = TASKS[kind].form
+    assert form.startswith(f"{kind}:")
+    assert form in (JobConfig.model_fields["eval"].description or "")
+    guide = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text("utf-8")
+    assert f"| `{kind}:" in guide

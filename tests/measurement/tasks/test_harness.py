@@ -10,7 +10,7 @@ import pytest
 
 from ffsplit.errors import ConfigError
 from ffsplit.measurement.tasks.base import Score
-from ffsplit.measurement.tasks.language_model import HarnessTasks, read_harness
+from ffsplit.measurement.tasks.language_model import HarnessTasks
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from tests.conftest import CheckpointFactory
 from tests.tiny_models import make_model
@@ -62,12 +62,12 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def test_names_and_version_are_what_the_digest_is_of(
     causal: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = read_harness("lm-eval:arc_easy, gsm8k", checkpoint=causal)
+    task = HarnessTasks.read("lm-eval:arc_easy, gsm8k", checkpoint=causal)
     assert (task.tasks, task.version, task.max_length) == (("arc_easy", "gsm8k"), "0.4.9", 160)
     assert task.texts == ()  # they are the harness's own: none is looked for in the calibration text
-    assert task.digest != read_harness("lm-eval:arc_easy", checkpoint=causal).digest
+    assert task.digest != HarnessTasks.read("lm-eval:arc_easy", checkpoint=causal).digest
     monkeypatch.setattr(sys.modules["lm_eval"], "__version__", "0.5.0")
-    assert task.digest != read_harness("lm-eval:arc_easy,gsm8k", checkpoint=causal).digest
+    assert task.digest != HarnessTasks.read("lm-eval:arc_easy,gsm8k", checkpoint=causal).digest
 
 
 def test_the_arguments_and_the_answer(harness: dict[str, Any]) -> None:
@@ -102,16 +102,16 @@ def test_the_arguments_and_the_answer(harness: dict[str, Any]) -> None:
 )
 def test_tasks_that_cannot_be_had(causal: Checkpoint, tasks: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        read_harness(f"lm-eval:{tasks}", checkpoint=causal)
+        HarnessTasks.read(f"lm-eval:{tasks}", checkpoint=causal)
 
 
 def test_a_missing_extra_names_the_command(causal: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ConfigError, match=r"not installed: pip install 'ffsplit\[eval\]'"):
-        read_harness("lm-eval:arc_easy", checkpoint=causal)
+        HarnessTasks.read("lm-eval:arc_easy", checkpoint=causal)
 
 
 def test_an_encoder_is_refused(checkpoint_of: CheckpointFactory) -> None:
     checkpoint = open_checkpoint(checkpoint_of("bert"))
     with pytest.raises(ConfigError, match="needs a causal language model"):
-        read_harness("lm-eval:arc_easy", checkpoint=checkpoint)
+        HarnessTasks.read("lm-eval:arc_easy", checkpoint=checkpoint)

@@ -14,7 +14,7 @@ import torch
 from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.measurement.tasks.language_model import (
     LONGEST_WINDOW,
-    read_perplexity,
+    Perplexity,
     tokenize_text,
     windows_perplexity,
 )
@@ -38,7 +38,7 @@ def text_file(tmp_path: Path) -> Path:
 @torch.no_grad()
 def test_a_direct_loop_over_windows(loaded: LoadedFactory, text_file: Path, family: str, window: int) -> None:
     checkpoint, model, tokenizer = loaded(family, head="ForCausalLM")
-    task = read_perplexity(f"perplexity:{text_file}", checkpoint=checkpoint, max_length=window)
+    task = Perplexity.read(f"perplexity:{text_file}", checkpoint=checkpoint, max_length=window)
     (score,) = task.score(model, tokenizer)
     ids = tokenizer(TEXT)["input_ids"]
     assert len(ids) == 152
@@ -68,10 +68,10 @@ def test_the_window_is_what_is_asked_for_or_what_the_model_reads(
     checkpoint_of: CheckpointFactory, text_file: Path, max_length: int | None, window: int
 ) -> None:
     checkpoint = open_checkpoint(checkpoint_of("llama", head="ForCausalLM"))
-    task = read_perplexity(f"perplexity:{text_file}", checkpoint=checkpoint, max_length=max_length)
+    task = Perplexity.read(f"perplexity:{text_file}", checkpoint=checkpoint, max_length=max_length)
     assert task.max_length == window
     checkpoint.config["max_position_embeddings"] = 131_072
-    task = read_perplexity(f"perplexity:{text_file}", checkpoint=checkpoint, max_length=None)
+    task = Perplexity.read(f"perplexity:{text_file}", checkpoint=checkpoint, max_length=None)
     assert task.max_length == LONGEST_WINDOW
 
 
@@ -80,7 +80,7 @@ def test_line_ends_do_not_matter(checkpoint_of: CheckpointFactory, tmp_path: Pat
     digests = set()
     for content in (b"one two\nthe people\n", b"one two\r\nthe people\r\n"):
         (tmp_path / "a.txt").write_bytes(content)
-        task = read_perplexity(f"perplexity:{tmp_path}/a.txt", checkpoint=checkpoint, max_length=None)
+        task = Perplexity.read(f"perplexity:{tmp_path}/a.txt", checkpoint=checkpoint, max_length=None)
         assert task.text == "one two\nthe people\n"
         digests.add(task.digest)
     assert len(digests) == 1
@@ -95,7 +95,7 @@ def test_a_model_that_predicts_no_next_token(
 ) -> None:
     checkpoint = open_checkpoint(checkpoint_of(family, head=head))
     with pytest.raises(ConfigError, match=f"needs a causal language model .*, not {what}"):
-        read_perplexity(f"perplexity:{text_file}", checkpoint=checkpoint, max_length=None)
+        Perplexity.read(f"perplexity:{text_file}", checkpoint=checkpoint, max_length=None)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_text_that_cannot_be_used(
     checkpoint = open_checkpoint(checkpoint_of("llama", head="ForCausalLM"))
     spec = "perplexity:" + spec.format(text_file=text_file, empty=empty)
     with pytest.raises(ConfigError, match=message):
-        read_perplexity(spec, checkpoint=checkpoint, max_length=max_length)
+        Perplexity.read(spec, checkpoint=checkpoint, max_length=max_length)
 
 
 def test_text_of_one_token(checkpoint_of: CheckpointFactory, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_text_of_one_token(checkpoint_of: CheckpointFactory, tmp_path: Path) -> 
     (directory / "tokenizer.json").write_text(json.dumps(fields | {"post_processor": None}))
     (tmp_path / "text.txt").write_text(" the\n")
     with pytest.raises(ConfigError, match="the text is a single token"):
-        read_perplexity(
+        Perplexity.read(
             f"perplexity:{tmp_path}/text.txt", checkpoint=open_checkpoint(directory), max_length=None
         )
 
@@ -145,6 +145,6 @@ def test_the_perplexity_of_a_trained_model(development_data: Path, tmp_path: Pat
     whole = (development_data / "corpus" / "heldout.txt").read_text("utf-8")
     (tmp_path / "a.txt").write_text(whole[: len(whole) // 10], "utf-8")
     checkpoint, model, tokenizer = load(development_data / "tiny-llama")
-    task = read_perplexity(f"perplexity:{tmp_path}/a.txt", checkpoint=checkpoint, max_length=256)
+    task = Perplexity.read(f"perplexity:{tmp_path}/a.txt", checkpoint=checkpoint, max_length=256)
     (score,) = task.score(model, tokenizer)
     assert 80 < score.value < 110

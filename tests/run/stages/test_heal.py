@@ -22,8 +22,8 @@ from ffsplit.models.load import load_whole_model
 from ffsplit.run.job import prepare
 from ffsplit.run.stages import heal as stage
 from ffsplit.run.stages.heal import HealJob, _round, heal_job
+from ffsplit.runtime.attention_int8 import attention_linears
 from ffsplit.runtime.ffn_tensors import load_ffn
-from ffsplit.runtime.linears import attention_linears
 from tests.small_jobs import SmallJob
 from tests.tiny_families import save_checkpoint
 

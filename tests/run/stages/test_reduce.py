@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ffsplit.calibration.parquet import write_statistics
 from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.calibration.statistics_file import write_statistics
 from ffsplit.run.stages import reduce
 from ffsplit.run.stages.reduce import ReduceJob, merged, reduce_job, reduced
 from ffsplit.store.entries import FileEntry

@@ -15,9 +15,9 @@ from transformers.activations import ACT2FN
 
 from ffsplit.ffn.quantization import quantize_rows, scales_of
 from ffsplit.ffn.shapes import Integer
-from ffsplit.runtime.integer_map import IntegerMap, share_inputs, unpack
 from ffsplit.runtime.kernels import int8 as int8_kernels
 from ffsplit.runtime.kernels.int4 import MANY_ROWS, packs_by_blocks
+from ffsplit.runtime.quantized_linear import QuantizedLinear, share_inputs, unpack
 
 SHAPES = [(48, 64), (30, 33), (16, 128), (1, 8), (96, 256)]
 HALF_STEP = 0.51 / 127
@@ -28,14 +28,14 @@ BFLOAT16_STEP = 2.0**-9
 
 def made(
     num_bits: Any, rows: int, columns: int, *, group_size: int | None = None, seed: int = 0, **options: Any
-) -> IntegerMap:
+) -> QuantizedLinear:
     """A map with random weights, and biases unless `bias=False`."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     scale = scales_of(weight, num_bits=num_bits, group_size=group_size)
     tensors = quantize_rows(weight, scale, num_bits=num_bits, group_size=group_size)
     options = {"bias": True} | options
-    result = IntegerMap(Integer(num_bits=num_bits, group_size=group_size), rows, columns, **options)
+    result = QuantizedLinear(Integer(num_bits=num_bits, group_size=group_size), rows, columns, **options)
     result.hold(tensors)
     if result.bias is not None:
         result.bias.data = torch.randn(rows, generator=generator)
@@ -46,7 +46,7 @@ def inputs(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def assert_within_rounding(found: Tensor, x: Tensor, linear: IntegerMap) -> None:
+def assert_within_rounding(found: Tensor, x: Tensor, linear: QuantizedLinear) -> None:
     """No further from the floating-point product than the inputs' rounding can move it."""
     weight = linear.float_weight(torch.float32)
     expected = functional.linear(x, weight, linear.bias)
@@ -236,20 +236,20 @@ def test_runs_under_autocast(num_bits: int, group_size: int | None) -> None:
 @torch.inference_mode()
 def test_maps_that_share_inputs_see_each_tensor_anew() -> None:
     """Also one that is changed in place, as far as torch knows of it, and one that is another's successor."""
-    maps = [made(8, 48, 64, seed=seed) for seed in range(2)]
-    alone = copy.deepcopy(maps)
-    share_inputs(maps)
-    assert maps[0].inputs is maps[1].inputs
+    linears = [made(8, 48, 64, seed=seed) for seed in range(2)]
+    alone = copy.deepcopy(linears)
+    share_inputs(linears)
+    assert linears[0].inputs is linears[1].inputs
     for seed in range(3):
         x = inputs(5, 64, seed=seed)
-        for linear, twin in zip(maps, alone, strict=True):
+        for linear, twin in zip(linears, alone, strict=True):
             assert torch.equal(linear(x), twin(x))
         del x
     with torch.inference_mode(False), torch.no_grad():
         x = inputs(5, 64)
-        maps[0](x)
-        assert torch.equal(maps[1](x.mul_(2)), alone[1](x))
-    assert copy.deepcopy(nn.ModuleList(maps))[0](x).shape == (5, 48)
+        linears[0](x)
+        assert torch.equal(linears[1](x.mul_(2)), alone[1](x))
+    assert copy.deepcopy(nn.ModuleList(linears))[0](x).shape == (5, 48)
 
 
 @torch.no_grad()
@@ -257,23 +257,23 @@ def test_maps_that_share_inputs_see_each_tensor_anew() -> None:
 def test_maps_packed_for_the_same_inputs_are_one_matrix(num_tokens: int) -> None:
     """As queries, keys and values are, but not what comes after attention."""
     options: dict[str, Any] = {"bias": False}
-    maps = [made(8, rows, 64, seed=rows, **options) for rows in (64, 32, 48, 64)]
-    stored = [linear.state_dict()["weight"].clone() for linear in maps]
-    alone = copy.deepcopy(maps)
-    share_inputs(maps)
+    linears = [made(8, rows, 64, seed=rows, **options) for rows in (64, 32, 48, 64)]
+    stored = [linear.state_dict()["weight"].clone() for linear in linears]
+    alone = copy.deepcopy(linears)
+    share_inputs(linears)
     for seed in range(3):
         x, later = inputs(num_tokens, 64, seed=seed), inputs(num_tokens, 64, seed=seed + 9)
-        for linear, twin, given in zip(maps, alone, (x, x, x, later), strict=True):
+        for linear, twin, given in zip(linears, alone, (x, x, x, later), strict=True):
             expected = twin(given)
             assert torch.equal(linear(given), expected)
             linear(given).zero_()  # a part of the product that is asked for again is made again
             assert torch.equal(linear(given), expected)
         del x, later
-    packed: list[Any] = [linear._packed for linear in maps]
+    packed: list[Any] = [linear._packed for linear in linears]
     assert packed[0].product is packed[1].product is packed[2].product
     assert isinstance(packed[3], int8_kernels.Packed)
     x = inputs(num_tokens, 64)
-    for linear, twin, weight in zip(maps, alone, stored, strict=True):
+    for linear, twin, weight in zip(linears, alone, stored, strict=True):
         assert torch.equal(linear.state_dict()["weight"], weight)
         assert torch.equal(linear(x), twin(x))
 
@@ -291,4 +291,4 @@ def test_inputs_that_are_gone_take_no_memory() -> None:
 
 def test_it_is_printed_with_its_sizes_and_its_format() -> None:
     linear = made(4, 48, 64, group_size=32)
-    assert repr(linear) == "IntegerMap(64, 48, num_bits=4, group_size=32)"
+    assert repr(linear) == "QuantizedLinear(64, 48, num_bits=4, group_size=32)"

@@ -14,7 +14,7 @@ from ffsplit.ffn.quantization import joined, quantize_rows, scales_of
 from ffsplit.ffn.shapes import Integer
 from ffsplit.models.checkpoint import FFN_DTYPES, Checkpoint
 from ffsplit.models.tensor_files import opened
-from ffsplit.runtime.integer_map import IntegerMap, share_inputs
+from ffsplit.runtime.quantized_linear import QuantizedLinear, share_inputs
 from ffsplit.store.manifest import LinearsRecord
 
 FORMAT = Integer(num_bits=8)
@@ -93,7 +93,7 @@ def linears_config(modules: tuple[str, ...]) -> dict[str, Any]:
 
 
 def install_linears(base: nn.Module, config: dict[str, Any]) -> None:
-    """Replace linear layers of a base model by empty integer maps, on the model's device."""
+    """Replace linear layers of a base model by empty quantized ones, on the model's device."""
     format = Integer.model_validate(config["format"])
     children: dict[str, list[str]] = {}
     for path in config["modules"]:
@@ -105,13 +105,13 @@ def install_linears(base: nn.Module, config: dict[str, Any]) -> None:
 
 
 def _replace(parent: nn.Module, path: str, names: list[str], format: Integer) -> None:
-    maps = []
+    linears = []
     for name in names:
         old = getattr(parent, name, None)
         if not isinstance(old, nn.Linear):
             raise ArtifactError(f"config.json names {path}.{name}, which is not a linear layer in this model")
-        new = IntegerMap(format, old.out_features, old.in_features, bias=False)
+        new = QuantizedLinear(format, old.out_features, old.in_features, bias=False)
         new.bias = old.bias
         setattr(parent, name, new)
-        maps.append(new)
-    share_inputs(maps)  # queries, keys and values have the same inputs
+        linears.append(new)
+    share_inputs(linears)  # queries, keys and values have the same inputs

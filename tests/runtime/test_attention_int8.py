@@ -21,9 +21,9 @@ from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
 from ffsplit.recipes.recipe import load_recipe, parse_recipe
 from ffsplit.run.job import prepare
+from ffsplit.runtime.attention_int8 import attention_linears, install_linears, linears_config
 from ffsplit.runtime.ffn_tensors import FORMAT_VERSION
-from ffsplit.runtime.integer_map import IntegerMap
-from ffsplit.runtime.linears import attention_linears, install_linears, linears_config
+from ffsplit.runtime.quantized_linear import QuantizedLinear
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import head_of, outputs
 from tests.small_jobs import SmallJob
@@ -50,12 +50,12 @@ def artifact(
 def test_its_outputs_are_those_of_the_matrices_in_floating_point(artifact: Any) -> None:
     family, _, directory, manifest = artifact
     model = load_whole_model(directory, manifest.model.architecture)
-    maps = [module for module in model.modules() if isinstance(module, IntegerMap)]
-    assert len(maps) == 3 * (PER_BLOCK[family] + 2)
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(linears) == 3 * (PER_BLOCK[family] + 2)
     found = outputs(model)
-    assert all(module.is_packed for module in maps)
+    assert all(module.is_packed for module in linears)
     for name, module in list(model.named_modules()):
-        if isinstance(module, IntegerMap):
+        if isinstance(module, QuantizedLinear):
             linear = nn.Linear(module.num_columns, module.num_rows, bias=module.bias is not None)
             linear.weight.data, linear.bias = module.float_weight(torch.float32), module.bias
             activation = [module.activation] if module.activation is not None else []

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ffsplit.calibration.parquet import COLUMNS, read_statistics, write_statistics
 from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.calibration.statistics_file import COLUMNS, read_statistics, write_statistics
 from ffsplit.errors import CalibrationError
 from tests.calibration.random_statistics import assert_identical, random_statistics
 

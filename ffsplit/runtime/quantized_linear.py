@@ -1,4 +1,4 @@
-"""Linear maps with integer weights, run by the machine's own kernels.
+"""Linear layers with integer weights, run by the machine's own kernels.
 
 8 bits: inputs are quantized too while the model runs, with one scale per token, and the product is of
 integers. On a GPU this happens only in a compiled model, and not for a few rows. 4 bits: only weights are
@@ -18,9 +18,9 @@ from torch.nn import functional
 
 from ffsplit.ffn.quantization import dequantize, joined, parted
 from ffsplit.ffn.shapes import Integer
-from ffsplit.runtime.kernels import few_rows
 from ffsplit.runtime.kernels import int4 as int4_kernels
 from ffsplit.runtime.kernels import int8 as int8_kernels
+from ffsplit.runtime.kernels import int8_gemv_cuda
 
 Packed = int8_kernels.Packed | int8_kernels.PackedRows | int4_kernels.Packed
 
@@ -28,13 +28,13 @@ INITIALIZED = True
 """Value of the flag that stops transformers from initializing a module: it could not initialize these."""
 
 
-class IntegerMap(nn.Module):
+class QuantizedLinear(nn.Module):
     """y = (integers * scales) x + bias.
 
     `weight` is the stored form of the matrix, as made by `joined`. On the CPU the matrix is packed for its
     kernel on first use. The packed form then replaces the stored one, which is restored whenever the module
-    is saved, moved or copied. Any number of threads may call the map: a thread that exchanges the forms holds
-    the lock of its `inputs`, and a packed form that another thread is using stays valid.
+    is saved, moved or copied. Any number of threads may call the layer: a thread that exchanges the forms
+    holds the lock of its `inputs`, and a packed form that another thread is using stays valid.
     """
 
     _is_hf_initialized = INITIALIZED
@@ -98,7 +98,7 @@ class IntegerMap(nn.Module):
             self.weight, self._packed = joined(tensors), None
 
     def forward(self, x: Tensor, plus: Tensor | None = None) -> Tensor:
-        """The map's output, added to `plus`: a bias, or a tensor of the output's shape."""
+        """The layer's output, added to `plus`: a bias, or a tensor of the output's shape."""
         if plus is not None and plus.dim() > 1:
             return self._output(x, None) + plus
         return self._output(x, self.bias if plus is None else plus)
@@ -115,7 +115,9 @@ class IntegerMap(nn.Module):
                 self._join(x, packed)
             return y
         if packed is not None and compiling:
-            raise RuntimeError("packed weights cannot be compiled: call ffsplit.runtime.integer_map.unpack")
+            raise RuntimeError(
+                "packed weights cannot be compiled: call ffsplit.runtime.quantized_linear.unpack"
+            )
         return self._activated(self._plain(x, bias))
 
     def _activated(self, y: Tensor) -> Tensor:
@@ -131,15 +133,15 @@ class IntegerMap(nn.Module):
         )
 
     def _plain(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The same map by operations that torch.compile and other devices support.
+        """The same layer by operations that torch.compile and other devices support.
 
         An integer product takes a dozen operations besides the GEMM. On a GPU it pays only if they are fused;
         otherwise the weights are dequantized.
         """
         if self._has_one_scale:
             weight, scale = self.tensors().values()
-            if few_rows.takes(x, weight):
-                return few_rows.product(x, weight, scale[:, 0].contiguous(), bias)
+            if int8_gemv_cuda.takes(x, weight):
+                return int8_gemv_cuda.product(x, weight, scale[:, 0].contiguous(), bias)
             if int8_kernels.multiplies(x, weight):
                 return int8_kernels.matmul(x, weight, scale[:, 0], bias)
         return self._floating(x, bias)
@@ -176,22 +178,22 @@ class IntegerMap(nn.Module):
         return int4_kernels.kernel_group_size(self.num_columns, self.group_size)
 
     def _join(self, x: Tensor, packed: Packed) -> None:
-        """Merge matrices with the maps that this thread called with the same inputs just before."""
-        given = self.inputs.of(x).maps
+        """Merge matrices with the layers that this thread called with the same inputs just before."""
+        given = self.inputs.of(x).linears
         given.append(self)
         if not isinstance(packed, int8_kernels.Packed):
             return
         with self.inputs.lock:
-            maps = list(dict.fromkeys(member for each in given for member in each._together()))
-            if len(maps) > 1 and isinstance(self._packed, int8_kernels.Packed):
-                rows = int8_kernels.together([each._packed for each in maps], maps, inputs=self.inputs)
-                for each, its_rows in zip(maps, rows, strict=True):
+            linears = list(dict.fromkeys(member for each in given for member in each._together()))
+            if len(linears) > 1 and isinstance(self._packed, int8_kernels.Packed):
+                rows = int8_kernels.together([each._packed for each in linears], linears, inputs=self.inputs)
+                for each, its_rows in zip(linears, rows, strict=True):
                     each._packed = its_rows
 
-    def _together(self) -> Sequence[IntegerMap]:
-        """The packed maps that it shares a matrix with, including itself."""
+    def _together(self) -> Sequence[QuantizedLinear]:
+        """The packed layers that it shares a matrix with, including itself."""
         if isinstance(self._packed, int8_kernels.PackedRows):
-            return [each for each in self._packed.product.maps if each.is_packed]
+            return [each for each in self._packed.product.linears if each.is_packed]
         return [self] if isinstance(self._packed, int8_kernels.Packed) else []
 
     def unpack(self) -> None:
@@ -222,13 +224,13 @@ class IntegerMap(nn.Module):
 def unpack(model: nn.Module) -> None:
     """Restore the stored form of every packed weight of a model, as torch.compile needs it."""
     for module in model.modules():
-        if isinstance(module, IntegerMap):
+        if isinstance(module, QuantizedLinear):
             module.unpack()
 
 
-def share_inputs(maps: Iterable[nn.Module]) -> None:
-    """Let the integer maps among these quantize their inputs once if they get the same tensor."""
+def share_inputs(linears: Iterable[nn.Module]) -> None:
+    """Let the quantized layers among these quantize their inputs once if they get the same tensor."""
     inputs = int8_kernels.SharedInputs()
-    for each in maps:
-        if isinstance(each, IntegerMap):
+    for each in linears:
+        if isinstance(each, QuantizedLinear):
             each.inputs = inputs

@@ -1,4 +1,4 @@
-"""An attempt at a run: its stages in their order, its gates, and its publication."""
+"""The pipeline of a run: its stages in their order, its gates, and its publication."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from ffsplit.run.execution import Execution, start
 from ffsplit.run.job import Run
 from ffsplit.run.needs import in_one_line
 from ffsplit.run.stages.calibrate import calibrate
-from ffsplit.run.stages.fit import Layers, fit_layers, refit_layers
+from ffsplit.run.stages.fit import Layers, compress_layers, refit_layers
 from ffsplit.run.stages.heal import heal_checkpoint
 from ffsplit.run.stages.measure import measure
 from ffsplit.run.stages.reduce import reduce_statistics
 from ffsplit.run.stages.search import part_of, search
 from ffsplit.runtime.assemble import assemble, replace_weights
-from ffsplit.runtime.linears import linears_config, quantize_linears
+from ffsplit.runtime.attention_int8 import linears_config, quantize_linears
 from ffsplit.splitting.scores import FEWEST_TOKENS, LayerPlan, is_starved, plan_split
 from ffsplit.store.artifact import STATISTICS_PATH, locate, read_manifest
 from ffsplit.store.entries import MANIFEST_NAME, SIGNATURE_NAME, StoreGuarantees, file_entries
@@ -142,7 +142,9 @@ def compute_model(execution: Execution, staging: Path) -> Outcome:
         found = search(execution, solver, layouts, statistics, shards, folder=folder)
         layouts, allocation, part = found.chosen.layouts, found.record, part_of(found.chosen)
     plans = plan_split(statistics, layouts, score=run.recipe.score)
-    layers = fit_layers(execution, "compress", run.checkpoint, run.recipe.steps, plans, shards, part=part)
+    layers = compress_layers(
+        execution, "compress", run.checkpoint, run.recipe.steps, plans, shards, part=part
+    )
     layers = refit_layers(execution, layers, shards, staging)
     layers, linears = _finish(execution, layers, shards, staging)
     measured = measure(execution, staging, layers.layouts)
@@ -175,7 +177,7 @@ def _finish(
         return layers, None
     checkpoint = open_checkpoint(whole, uneven=True)
     plans = _quantization_plans(checkpoint, recipe)
-    quantized = fit_layers(
+    quantized = compress_layers(
         execution, "quantize", checkpoint, (recipe.after_healing,), plans, shards, part="quantize"
     )
     files, record = list(quantized.files), None
