@@ -22,6 +22,7 @@ from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.scores import energy_counts, energy_outside, num_energetic, plan_split
 from ffsplit.splitting.solver import Solver, stored_layouts, uniform_layouts
 from ffsplit.store.artifact import open_statistics
+from ffsplit.store.manifest import LeftOutFFNs
 
 # A model's FFNs, from its config and safetensors headers alone.
 
@@ -60,6 +61,7 @@ class Inspection(Record):
     num_parameters: int
     num_parameters_without_embeddings: int
     ffn_elements: int
+    left_out_ffns: tuple[LeftOutFFNs, ...] = ()
     recipe: str
     budgets: tuple[BudgetPreview, ...]
 
@@ -96,6 +98,7 @@ def inspect(model: str, *, recipe: str = "fast") -> Inspection:
         num_parameters=size.num_parameters,
         num_parameters_without_embeddings=size.num_parameters_without_embeddings,
         ffn_elements=size.ffn_elements,
+        left_out_ffns=checkpoint.left_out_ffns,
         recipe=chosen.name,
         budgets=tuple(budgets),
     )

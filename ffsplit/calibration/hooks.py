@@ -96,7 +96,7 @@ NOTHING = Sampling(lambda _: torch.empty(0, dtype=torch.long))
 
 
 class _Stream:
-    """The tokens that a tower sees, numbered over all batches, and which of them are sampled.
+    """The tokens that FFNs see, numbered over all batches, and which of them are sampled.
 
     A tower whose batches have no mask sees every position. Their number is learned from its first FFN in the
     first batch: all rows are taken to have as many positions as that batch's.
@@ -104,7 +104,7 @@ class _Stream:
 
     def __init__(self, mask: str | None, sampling: Sampling) -> None:
         self._mask, self._sampling = mask, sampling
-        self._num_rows = 0
+        self._num_rows = self._num_positions = 0
         self._is_known = False
         self._sampled = torch.empty(0, dtype=torch.long)
         self.start = self.stop = 0
@@ -121,6 +121,11 @@ class _Stream:
             rows = mask.flatten().nonzero().flatten()
             self.rows = None if len(rows) == mask.numel() else rows
             self.stop += len(rows)
+            self._num_positions = mask.numel()
+
+    def covers(self, values: Tensor) -> bool:
+        """Whether [..., n] has a row for each position of the announced batch, as far as these are known."""
+        return not self._is_known or values.shape[:-1].numel() == self._num_positions
 
     def positions(self, values: Tensor) -> Tensor:
         """All rows of [..., n]. `self.rows` are the indices of those that belong to tokens; None: all."""
@@ -129,7 +134,7 @@ class _Stream:
             if self.start == 0:
                 total = -(-len(flat) * self._sampling.num_rows // self._num_rows)
                 self._sampled = self._sampling.choose(total)
-            self.stop, self._is_known = self.start + len(flat), True
+            self.stop, self._is_known, self._num_positions = self.start + len(flat), True, len(flat)
         self.rows = None if self.rows is None else self.rows.to(flat.device)
         return flat
 
@@ -169,21 +174,24 @@ class FFNObserver:
         self._handles: list[Any] = []
         self._base, self._ffns, self._inputs_only = base_model, ffns, inputs_only
         towers = dict.fromkeys(ffn.tower for ffn in ffns)
+        self._sampling = sampling
         self._streams = {tower.name: _Stream(tower.mask, sampling) for tower in towers}
+        self._own_streams: dict[int, _Stream] = {}
+        self._arguments: Mapping[str, Tensor] = {}
         self._sums = {ffn.index: NeuronSums(_down_weight(base_model, ffn), ffn.expert) for ffn in ffns}
         self._inputs: dict[int, list[dict[str, Tensor]]] = {}
 
     def __enter__(self) -> FFNObserver:
         for ffn in self._ffns:
-            block, stream = self._base.get_submodule(ffn.block), self._streams[ffn.tower.name]
+            block = self._base.get_submodule(ffn.block)
             if ffn.expert is not None:
                 if ffn.index == ffn.unit:
                     experts = block.get_submodule(ffn.split_path.removeprefix(f"{ffn.block}."))
-                    self._watch(experts, self._expert_hook(ffn, stream))
+                    self._watch(experts, self._expert_hook(ffn))
                 continue
-            self._watch(block.get_submodule(ffn.paths.up), self._input_hook(ffn, stream))
+            self._watch(block.get_submodule(ffn.paths.up), self._input_hook(ffn))
             if not self._inputs_only:
-                self._watch(block.get_submodule(ffn.paths.down), self._activation_hook(ffn, stream))
+                self._watch(block.get_submodule(ffn.paths.down), self._activation_hook(ffn))
         return self
 
     def __exit__(
@@ -197,22 +205,37 @@ class FFNObserver:
 
     def next_batch(self, arguments: Mapping[str, Tensor]) -> None:
         """Announce the arguments of the next forward pass, including masks [rows, length]."""
-        for stream in self._streams.values():
+        self._arguments = arguments
+        for stream in (*self._streams.values(), *self._own_streams.values()):
             stream.next_batch(arguments)
+
+    def _stream(self, ffn: FFNPlace, values: Tensor) -> _Stream:
+        """The stream of what an FFN sees: its tower's, or its own where it sees other positions.
+
+        Some models merge, pool or pad positions between their blocks.
+        """
+        stream = self._own_streams.get(ffn.unit, self._streams[ffn.tower.name])
+        if not stream.covers(values):
+            stream = self._own_streams[ffn.unit] = _Stream(None, self._sampling)
+            stream.next_batch(self._arguments)
+        return stream
 
     @property
     def batch_is_sampled(self) -> bool:
         """Whether any input of the announced batch is to be kept."""
-        return any(stream.may_be_sampled for stream in self._streams.values())
+        streams = (*self._streams.values(), *self._own_streams.values())
+        return any(stream.may_be_sampled for stream in streams)
 
-    def _activation_hook(self, ffn: FFNPlace, stream: _Stream) -> Any:
+    def _activation_hook(self, ffn: FFNPlace) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            stream = self._stream(ffn, arguments[0])
             self._sums[ffn.index].add(stream.positions(arguments[0]), rows=stream.rows)
 
         return hook
 
-    def _input_hook(self, ffn: FFNPlace, stream: _Stream) -> Any:
+    def _input_hook(self, ffn: FFNPlace) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            stream = self._stream(ffn, arguments[0])
             flat_TD = stream.positions(arguments[0])
             rows = stream.sampled_rows().to(flat_TD.device)
             if len(rows):
@@ -221,8 +244,9 @@ class FFNObserver:
 
         return hook
 
-    def _expert_hook(self, first: FFNPlace, stream: _Stream) -> Any:
+    def _expert_hook(self, first: FFNPlace) -> Any:
         def hook(module: Any, arguments: tuple[Tensor, ...]) -> None:
+            stream = self._stream(first, arguments[0])
             tokens_TD, chosen_TK = (stream.tokens(each) for each in arguments[:2])
             rows = stream.sampled_rows()
             if len(rows):
@@ -233,8 +257,13 @@ class FFNObserver:
                 if ffn.unit != first.unit:
                     continue
                 x_TD = tokens_TD[chosen_TK.eq(ffn.expert or 0).any(1)]
-                gate_TN, up_TN = functional.linear(x_TD, module.gate_up_proj[ffn.expert]).chunk(2, dim=-1)
-                self._sums[ffn.index].add(module.act_fn(gate_TN) * up_TN)
+                if ffn.shape.gated:
+                    both_T2N = functional.linear(x_TD, module.gate_up_proj[ffn.expert])
+                    gate_TN, up_TN = both_T2N.chunk(2, dim=-1)
+                    self._sums[ffn.index].add(module.act_fn(gate_TN) * up_TN)
+                else:
+                    up_TN = functional.linear(x_TD, module.up_proj[ffn.expert])
+                    self._sums[ffn.index].add(module.act_fn(up_TN))
 
         return hook
 
@@ -257,12 +286,14 @@ class FFNObserver:
         return tuple(self._sums[ffn.index].result() for ffn in self._ffns)
 
     def _check_counts(self, ffns: Sequence[FFNPlace]) -> None:
-        """An FFN must see every token once; a block's experts together must see all tokens equally often."""
+        """An FFN must see every token, once or several times (a model may run it again in a later layer).
+
+        So must a block's experts together.
+        """
         first = ffns[0]
-        total = self._streams[first.tower.name].stop
+        total = self._own_streams.get(first.unit, self._streams[first.tower.name]).stop
         seen = sum(self._sums[ffn.index].num_tokens for ffn in ffns)
-        expected = seen > 0 and seen % total == 0 if first.expert is not None else seen == total
-        if not expected or not total:
+        if not total or not seen or seen % total:
             what = first.name if first.expert is None else first.name.replace("expert 0", "experts")
             raise CalibrationError(
                 f"{what} saw {seen} of {total} tokens: the model bypasses the hooks on its FFN"

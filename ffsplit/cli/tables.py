@@ -150,6 +150,11 @@ def print_inspection(found: Inspection) -> None:
         part = percent(group.num_elements / found.num_parameters)
         table.add_row(group.what, count, sizes, group.activation + gated, ", ".join(has) or "none", part)
     _print(table)
+    for left_out in found.left_out_ffns:
+        part = percent(left_out.num_elements / found.ffn_elements)
+        print(
+            f"left unchanged: {left_out.num_ffns} FFNs of the {left_out.tower} ({part} of all FFN elements)"
+        )
     table = _table(
         f"recipe {found.recipe}", "--keep", "an FFN becomes", "parameters", "in the blocks", "plain"
     )

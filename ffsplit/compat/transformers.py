@@ -87,7 +87,7 @@ def is_conv1d(module: Any) -> bool:
 
 
 def is_stack_of_experts(module: Any) -> bool:
-    """Whether a module runs a block's experts in the usual way: `forward(states [T, D], chosen [T, k], weights)`.
+    """Whether a module runs a block's experts in the usual way: `forward(states, top_k_index, weights)`.
 
     That is what `transformers.integrations.moe.use_experts_implementation` marks, where it stacks matrices
     [out, in] without biases, gate before up, activates as its default does, and normalises nothing.

@@ -70,6 +70,11 @@ class FFNShape(Record):
     gated: bool
     up_bias: bool
     down_bias: bool
+    width_multiple: int = Field(
+        default=1,
+        ge=1,
+        description="of a narrower width, where kernels need one: grouped experts",
+    )
 
     @property
     def elements_per_neuron(self) -> int:

@@ -30,9 +30,13 @@ def model_shape(checkpoint: Checkpoint) -> ModelShape:
 
 
 def compressed_size(original: Checkpoint, layouts: Sequence[LayerLayout], *, file_bytes: int) -> Size:
-    """The size of a compressed checkpoint: the original's other tensors and the layouts' elements."""
+    """The size of a compressed checkpoint: the original's other tensors and the layouts' elements.
+
+    Its FFNs are all of the model's, those that are left out as well.
+    """
     shapes = original.shapes
     dense_elements = sum(shape.num_elements for shape in shapes)
+    left_out = sum(ffn.shape.num_elements for ffn in original.left_out)
     elements = sum(layout.num_elements(shape) for layout, shape in zip(layouts, shapes, strict=True))
     parameters = {n: info for n, info in original.tensors.items() if info.dtype in PARAMETER_DTYPES}
     total = sum(info.num_elements for info in parameters.values())
@@ -43,10 +47,9 @@ def compressed_size(original: Checkpoint, layouts: Sequence[LayerLayout], *, fil
     return Size(
         num_parameters=total - dense_elements + elements,
         num_parameters_without_embeddings=in_blocks - dense_elements + elements,
-        ffn_elements=elements,
-        ffn_bytes=sum(
-            layout.size_bytes(shape, itemsize) for layout, shape in zip(layouts, shapes, strict=True)
-        ),
+        ffn_elements=elements + left_out,
+        ffn_bytes=left_out * itemsize
+        + sum(layout.size_bytes(shape, itemsize) for layout, shape in zip(layouts, shapes, strict=True)),
         file_bytes=file_bytes,
     )
 

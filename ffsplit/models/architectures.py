@@ -89,13 +89,6 @@ _ROWS = (
     llama_like("qwen3"),
     llama_like("gemma2", **_GEMMA),
     llama_like("gemma3_text", **_GEMMA),
-    llama_like(
-        "gemma3",
-        blocks="language_model.layers.*",
-        config="text_config",
-        options={"file_names": (("language_model.", "language_model.model."),)},
-        **_GEMMA,
-    ),
     row(
         "phi3",
         "causal_lm",
@@ -132,6 +125,7 @@ _ROWS = (
         "image",
         "layers.*",
         mlp("fc1", "fc2"),
+        reads="image",
         mask=None,
         options={
             "file_names": (
@@ -154,6 +148,7 @@ _ROWS = (
         FFNPaths(
             up="feed_forward.intermediate_dense", down="feed_forward.output_dense", module="feed_forward"
         ),
+        reads="sound",
         mask=None,
     ),
 )

@@ -16,13 +16,13 @@ from ffsplit.errors import ConfigError, UnsupportedModelError
 from ffsplit.ffn.activations import OTHER_NAMES
 from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.architectures import ARCHITECTURES
-from ffsplit.models.family import Architecture, ModelKind, Tower
-from ffsplit.models.ffns import FFNPlace, base_prefixes, config_part, find_ffns, towers_in
+from ffsplit.models.family import READ_BY, Architecture, ModelKind, Tower
+from ffsplit.models.ffns import FFNPlace, base_prefixes, config_part, find_ffns, towers_in, without_towers
 from ffsplit.models.folder import CONFIG_NAME, ModelFolder, check_no_pointers, local_listing, sort_files
-from ffsplit.models.structure import detect_architecture
 from ffsplit.models.load_options import check_trusted, code_files
 from ffsplit.models.names import TensorNames, empty_class
 from ffsplit.models.not_a_model import check_is_model, check_modules, check_not_quantized
+from ffsplit.models.structure import detect_architecture
 from ffsplit.models.tensor_files import (
     ITEM_SIZES,
     TensorInfo,
@@ -31,6 +31,7 @@ from ffsplit.models.tensor_files import (
     read_json,
     read_spans,
 )
+from ffsplit.store.manifest import LeftOutFFNs
 
 GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Class name endings of models that predict the next token."""
@@ -52,7 +53,9 @@ FFN_DTYPES = ("F32", "F16", "BF16")
 class Checkpoint:
     """A readable, supported checkpoint, opened and checked by `open_checkpoint`.
 
-    `read` says how transformers reads each stored name; None if the headers alone tell.
+    `ffns` are those that a run is about, and `left_out` those of towers that its calibration data does not
+    reach, such as the vision tower of a language model that reads text. `read` says how transformers reads
+    each stored name; None if the headers alone tell.
     """
 
     directory: Path
@@ -62,6 +65,7 @@ class Checkpoint:
     prefix: str
     ffns: tuple[FFNPlace, ...]
     read: Mapping[str, ReadTensor | None] | None = None
+    left_out: tuple[FFNPlace, ...] = ()
 
     @cached_property
     def names(self) -> TensorNames:
@@ -196,6 +200,20 @@ class Checkpoint:
             found |= {f"{tower.path}.{each}": None for each in sorted(numbers) if each >= count}
         return tuple(found)
 
+    @property
+    def left_out_ffns(self) -> tuple[LeftOutFFNs, ...]:
+        """The FFNs that are left out, by tower."""
+        towers = dict.fromkeys(ffn.tower for ffn in self.left_out)
+        by_tower = {each: [ffn.shape for ffn in self.left_out if ffn.tower == each] for each in towers}
+        return tuple(
+            LeftOutFFNs(
+                tower=tower.name or tower.path,
+                num_ffns=len(shapes),
+                num_elements=sum(shape.num_elements for shape in shapes),
+            )
+            for tower, shapes in by_tower.items()
+        )
+
     def block_tensors(self, *blocks: str) -> list[str]:
         """The stored names of these blocks' tensors."""
         starts = tuple(f"{self.prefix}{block}." for block in blocks)
@@ -300,9 +318,20 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
                     f"{directory}: {place.name} is {info.dtype}; FFN weights may be {', '.join(FFN_DTYPES)}"
                 )
     _check_config(directory, config, ffns, widths_differ=bool(stored))
-    checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, ffns, read)
+    unreached = _unreached(architecture)
+    reached = without_towers(ffns, unreached)
+    left_out = tuple(ffn for ffn in ffns if ffn.tower.blocks in unreached)
+    checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, reached, read, left_out)
     check_modules(listing, checkpoint.folder.files)
     return checkpoint
+
+
+def _unreached(architecture: Architecture) -> frozenset[str]:
+    """The towers, by their `blocks`, that no calibration data of the family's kind reaches."""
+    needed = READ_BY[architecture.kind]
+    reached = [tower for tower in architecture.towers if tower.reads in needed]
+    others = {tower.blocks for tower in architecture.towers if tower.reads not in needed}
+    return frozenset(others if reached else ())
 
 
 def _read_by_class(

@@ -18,6 +18,16 @@ ModelKind = Literal["encoder", "causal_lm", "seq2seq", "speech", "image", "image
 """What a model reads, and which of its outputs are compared."""
 Reads = Literal["text", "image", "sound"]
 """What the tokens of a tower are made from."""
+READ_BY: dict[ModelKind, tuple[Reads, ...]] = {
+    "encoder": ("text",),
+    "causal_lm": ("text",),
+    "seq2seq": ("text",),
+    "speech": ("sound", "text"),
+    "image": ("image",),
+    "image_text": ("image", "text"),
+    "audio": ("sound",),
+}
+"""What the calibration data of a kind of model holds."""
 TEXT_KINDS: tuple[ModelKind, ...] = ("encoder", "causal_lm", "seq2seq")
 
 
@@ -39,6 +49,11 @@ class FFNPaths(Record):
     output_norm: str | None = Field(default=None, description="the layer norm of x + FFN(x), if there is one")
     width_field: str | None = Field(default="intermediate_size", description="None: no config can state it")
     label: str = Field(default="", description="distinguishes it from the block's other FFNs")
+
+    @property
+    def can_split(self) -> bool:
+        """Whether modules can be replaced by a split FFN: else a compressed FFN may only be narrower."""
+        return self.module is not None or (self.activation is not None and self.gate is None)
 
     @property
     def split_path(self) -> str:
@@ -97,6 +112,9 @@ class Architecture(Record):
     )
     position_offset: int = Field(default=0, description="positions reserved before the first token")
     positions_field: str = "max_position_embeddings"
+    base: str | None = Field(
+        default=None, description="the base model's name in models with a head; None: any name"
+    )
 
     @property
     def can_heal(self) -> bool:
@@ -183,6 +201,7 @@ def bart_like(
             layers_field=f"{side}_layers",
             activation_field="activation_function",
             norm_eps=1e-5,
+            reads="sound" if kind == "speech" and side == "encoder" else "text",
             mask=mask,
         )
 
@@ -222,6 +241,7 @@ def clip_like(model_type: str, *, activation: str, text_mask: str | None, head: 
             ffns=(mlp("fc1", "fc2"),),
             config=f"{side.partition('_')[0]}_config",
             default_activation=activation,
+            reads="image" if side.startswith("vision") else "text",
             mask=mask,
         )
 

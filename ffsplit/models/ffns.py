@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.family import Architecture, FFNPaths, Tower
-from ffsplit.models.structure import architecture_of
 from ffsplit.models.names import TensorNames
+from ffsplit.models.structure import architecture_of
 
 # The FFNs of a checkpoint: the tensors of each, and its place in the model.
 #
 # Everything that follows works per FFN. Statistics, plans and compressed files use the numbers that
 # `find_ffns` assigns: tower by tower, block by block, experts in order.
 
+EXPERT_MULTIPLE = 8
+"""torch multiplies experts in groups, of which each row must take a multiple of 16 bytes."""
 STACKED_GATE_UP, STACKED_UP, STACKED_DOWN = "gate_up_proj", "up_proj", "down_proj"
 """Tensor names, below the experts' module, where transformers stacks all experts of a block."""
 
@@ -84,6 +86,13 @@ class FFNPlace:
         return self.tower.config, self.paths.width_field
 
 
+def without_towers(ffns: Sequence[FFNPlace], left_out: Collection[str]) -> tuple[FFNPlace, ...]:
+    """The FFNs outside these towers (their `blocks`), numbered anew."""
+    kept = [ffn for ffn in ffns if ffn.tower.blocks not in left_out]
+    index = {ffn.index: number for number, ffn in enumerate(kept)}
+    return tuple(replace(ffn, index=index[ffn.index], unit=index[ffn.unit]) for ffn in kept)
+
+
 def join_paths(block: str, path: str) -> str:
     """Join two module paths; either may be empty."""
     return f"{block}.{path}" if block and path else block or path
@@ -121,11 +130,15 @@ def find_ffns(
     return found[0], tuple(finder.ffns(config or {}))
 
 
-def ffns_of(model: Any) -> tuple[str, tuple[FFNPlace, ...]]:
-    """The prefix of a model's base model (empty, or ending in a dot), and the FFNs below it."""
+def ffns_of(model: Any, *, left_out: Collection[str] = ()) -> tuple[str, tuple[FFNPlace, ...]]:
+    """The prefix of a model's base model (empty, or ending in a dot), and the FFNs below it.
+
+    `left_out` are the `blocks` of towers whose FFNs are not asked for.
+    """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     names = TensorNames(tensors, rules=())
-    return find_ffns(architecture_of(model), tensors, where=type(model).__name__, names=names)
+    prefix, ffns = find_ffns(architecture_of(model), tensors, where=type(model).__name__, names=names)
+    return prefix, without_towers(ffns, left_out)
 
 
 def base_prefixes(architecture: Architecture, names: TensorNames) -> list[str]:
@@ -133,7 +146,8 @@ def base_prefixes(architecture: Architecture, names: TensorNames) -> list[str]:
     patterns = dict.fromkeys(each for tower in architecture.towers for each in _downs(tower))
     regexes = [re.compile(rf"((?:.*\.)?){_regex(pattern)}") for pattern in patterns]
     matches = (regex.fullmatch(name) for name in names.modules for regex in regexes)
-    return sorted({match[1] for match in matches if match})
+    found = {match[1] for match in matches if match}
+    return sorted(found if architecture.base is None else found & {"", f"{architecture.base}."})
 
 
 def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
@@ -289,6 +303,7 @@ class _Finder:
             gated=gate is not None,
             up_bias=up.bias is not None,
             down_bias=down.bias is not None,
+            width_multiple=1 if expert is None else EXPERT_MULTIPLE,
         )
         index = first + (expert or 0)
         return FFNPlace(index, name, tower, paths, block, up, gate, down, shape, expert=expert, unit=first)

@@ -88,9 +88,11 @@ def load_base_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torc
     """The model without its task head, in eval mode.
 
     A model that lacks one of its family's towers is loaded as the class it was saved from, because
-    transformers' base class would initialise the missing tower at random.
+    transformers' base class would initialise the missing tower at random. So is one of a family that the
+    table lacks, whose FFNs were found in that class.
     """
-    class_name = "" if checkpoint.is_whole else checkpoint.class_name
+    is_usual = checkpoint.is_whole and not checkpoint.is_guessed
+    class_name = "" if is_usual else checkpoint.class_name
     model = load_whole_model(checkpoint.directory, class_name, dtype=dtype)
     model = getattr(model, model.base_model_prefix, model)
     _see_whole_rows(model)

@@ -30,14 +30,17 @@ from ffsplit.models.family import Architecture, FFNPaths, ModelKind, Reads, Towe
 from ffsplit.models.load_options import attention_advice, attention_options
 
 _NOT_FFN_CLASS = re.compile(
-    r"(Attention\w*|Attn|SelfOutput|Mixer|Mamba\d?|ShortConv|DeltaNet|RecurrentBlock|Retention|LightConv1d"
-    r"|Conv(olution)?Module|Router|Gate|Adapter|Pooler|Projector|Merger|Connector|Norm)$"
+    r"(Attention(V?\d|\dD)?|Attn|SelfOutput|Mixer|Mamba\d?|MambaLayer|ShortConv|DeltaNet|RecurrentBlock"
+    r"|Retention|LightConv1d|Conv(olution)?Module|Router|Gate|Adapter|Pooler|Projector|Merger|Connector|Norm)$"
 )
 _NOT_FFN_PATH = re.compile(
     r"^(\w*attn|\w*attention|\w*_att|router|adapters?\w*|pooler|lora\w*|\w*norm\w*|bottleneck|ple_block"
-    r"|per_layer_\w+|downsample|\w*bbox\w*|\w*class_embed\w*|\w*_head|projection|queries|keys_values)$"
+    r"|per_layer_\w+|laurel|downsample|\w*bbox\w*|\w*class_embed\w*|\w*_head|projection|queries|keys_values"
+    r"|modulation|patch_\w+|\w*hyper_connection)$"
 )
-_MIXES_POSITIONS = re.compile(r"(Attention\w*|Attn|Mixer|Mamba\d?|ShortConv|DeltaNet|RecurrentBlock)$")
+_MIXES_POSITIONS = re.compile(
+    r"(Attention(V?\d|\dD)?|Attn|Mixer|Mamba\d?|MambaLayer|ShortConv|DeltaNet|RecurrentBlock)$"
+)
 _FFN_WORDS = re.compile(r"mlp|ffn|feed_?forward|intermediate|fc1", re.I)
 _GATES = re.compile(r"gate|wi_0|(^|\.)w1$|fc1_g")
 _WIDTH_WORDS = re.compile(r"intermediate|ffn|inner|mlp|feed_?forward|d_ff|hidden_dim|expert")
@@ -107,10 +110,11 @@ def detect_architecture(
         advice=attention_advice(config),
     ):
         made = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        chosen = _class_of(config, made)
 
         def build(changed: Any) -> Any:
             with init_empty_weights():
-                return transformers.AutoModel.from_config(changed, **attention_options())
+                return chosen._from_config(changed, **attention_options())
 
         model = build(made)
     row = row_by_structure(model, config={**made.to_dict(), **config})
@@ -119,6 +123,14 @@ def detect_architecture(
         names = ((".up_proj.", ".w3."), (".gate_proj.", ".w1."), (".down_proj.", ".w2."))
         row = row.model_copy(update={"file_names": names})
     return row
+
+
+def _class_of(config: Mapping[str, Any], made: Any) -> Any:
+    """The class that a config names, or its family's base model."""
+    import transformers
+
+    (name, *_) = config.get("architectures") or [""]
+    return getattr(transformers, str(name), None) or transformers.MODEL_MAPPING[type(made)]
 
 
 def _without_model_type(config: Mapping[str, Any]) -> str:
@@ -149,7 +161,9 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
         )
     _check_nothing_is_left(modules, found, family)
     towers = tuple(_towers(base, modules, found, config))
-    return Architecture(model_type=family, kind=_kind(base, config), towers=towers)
+    return Architecture(
+        model_type=family, kind=_kind(base, config), towers=towers, base=model.base_model_prefix
+    )
 
 
 # The FFNs among a model's linear maps.
@@ -161,13 +175,17 @@ def _maps(modules: Mapping[str, nn.Module]) -> list[_Map]:
     found = []
     for path, module in modules.items():
         parent, _, name = path.rpartition(".")
-        is_other = _NOT_FFN_CLASS.search(type(module).__name__) or _NOT_FFN_PATH.search(name)
+        is_other = _NOT_FFN_PATH.search(name) or (
+            not name.isdigit() and _NOT_FFN_CLASS.search(type(module).__name__)
+        )
         if path and (parent in skipped or is_other):
             skipped.add(path)
         elif isinstance(module, nn.Linear) and _block_of(path, modules) is not None:
-            found.append(_Map(path, *module.weight.shape, transposed=False))
+            rows, columns = module.weight.shape
+            found.append(_Map(path, rows, columns, transposed=False))
         elif is_conv1d(module) and _block_of(path, modules) is not None:
-            columns, rows = module.weight.shape
+            weight: Any = module.weight
+            columns, rows = weight.shape
             found.append(_Map(path, rows, columns, transposed=True))
     return found
 
@@ -229,11 +247,10 @@ def _stacks(modules: Mapping[str, nn.Module]) -> Iterator[_Found]:
     """The blocks' experts that transformers stacks in three-dimensional tensors."""
     for path, module in modules.items():
         if is_stack_of_experts(module) and _block_of(path, modules) is not None:
-            _, hidden, width = module.down_proj.shape
-            gate = f"{path}.*.gate_proj" if module.has_gate else None
-            yield _Found(
-                path, f"{path}.*.up_proj", gate, f"{path}.*.down_proj", width, hidden, experts=True
-            )
+            experts: Any = module
+            _, hidden, width = experts.down_proj.shape
+            gate = f"{path}.*.gate_proj" if experts.has_gate else None
+            yield _Found(path, f"{path}.*.up_proj", gate, f"{path}.*.down_proj", width, hidden, experts=True)
 
 
 _Group = tuple[_Map, _Map | None, _Map, bool]
@@ -245,11 +262,13 @@ def _group(maps: Sequence[_Map], scope: str, modules: Mapping[str, nn.Module]) -
     Where several fit, those whose names have most in common.
     """
     named = bool(_FFN_WORDS.search(scope.rpartition(".")[2] + type(modules[scope]).__name__))
+    choices = (
+        [tuple(maps), *itertools.combinations(maps, 2)] if len(maps) == 3 else itertools.combinations(maps, 2)
+    )
     fitting = [
         group
-        for num in (3, 2)
-        for chosen in itertools.combinations(maps, num)
-        if (group := _fits(chosen, is_named=named and len(maps) == num)) is not None
+        for chosen in choices
+        if (group := _fits(chosen, is_named=named and len(chosen) == len(maps))) is not None
     ]
     return max(fitting, key=_likeness) if fitting else None
 
@@ -278,9 +297,7 @@ def _likeness(group: _Group) -> tuple[int, int]:
     return 2 + (gate is not None), len(up.words & down.words)
 
 
-def _check_nothing_is_left(
-    modules: Mapping[str, nn.Module], found: Sequence[_Found], family: str
-) -> None:
+def _check_nothing_is_left(modules: Mapping[str, nn.Module], found: Sequence[_Found], family: str) -> None:
     """Raise UnsupportedModelError if a block has a weight of an FFN's shape that is part of none found.
 
     That is a matrix, or a stack of matrices, that widens the hidden size or narrows to it.
@@ -292,27 +309,39 @@ def _check_nothing_is_left(
     for each in _maps(modules):
         size = hidden.get(_block_of(each.path, modules))
         if size in (each.num_rows, each.num_columns) and max(each[1:3]) > size and each.path not in taken:
-            left[re.sub(r"\.\d+(?=\.|$)", ".*", each.path)] = f"[{each.num_rows}, {each.num_columns}]"
+            left[_starred(each.path)] = f"[{each.num_rows}, {each.num_columns}]"
     for path, module in modules.items():
-        is_other = isinstance(module, _ConvNd) or _NOT_FFN_CLASS.search(type(module).__name__)
+        is_other = (
+            isinstance(module, _ConvNd)
+            or "parametrizations" in path
+            or _NOT_FFN_CLASS.search(type(module).__name__)
+        )
         if path in stacks or _block_of(path, modules) is None or is_other:
             continue
         sizes = set(hidden.values())
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() == 3 and sizes & set(weight.shape[1:]) and min(weight.shape[1:]) > 1:
-                whole = re.sub(r"\.\d+(?=\.|$)", ".*", f"{path}.{name}")
-                left[whole] = str(list(weight.shape))
-    for each in found:
-        scope = modules[each.scope]
-        between = [name for name, weight in scope.named_parameters() if _is_norm_of(name, weight, each)]
-        if each.is_alone is False and between and not each.experts:
-            left[re.sub(r"\.\d+(?=\.|$)", ".*", f"{each.scope}.{between[0]}")] = f"[{each.width}]"
+                left[_starred(f"{path}.{name}")] = str(list(weight.shape))
+    for ffn in found:
+        parts = ffn.scope.split(".")
+        if "experts" in parts[:-1] and not ffn.experts:  # run by other code than the usual, for some tokens
+            left[_starred(ffn.down)] = f"[{ffn.hidden_size}, {ffn.width}]"
+        between = [
+            name for name, weight in modules[ffn.scope].named_parameters() if _is_norm_of(name, weight, ffn)
+        ]
+        if between and not ffn.is_alone and not ffn.experts:
+            left[_starred(f"{ffn.scope}.{between[0]}")] = f"[{ffn.width}]"
     if left:
         words = ", ".join(f"{name} {shape}" for name, shape in sorted(left.items())[:4])
         raise UnsupportedModelError(
             f"{family} is not in the table of architectures, and its blocks have weights that may belong to "
             f"an FFN, in a form that FFSplit does not know: {words}; it would be compressed in part only"
         )
+
+
+def _starred(path: str) -> str:
+    """A path with `*` for its numbers."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", path)
 
 
 def _is_norm_of(name: str, weight: nn.Parameter, ffn: _Found) -> bool:
@@ -358,7 +387,7 @@ def _towers(
         decodes = bool(config.get("is_encoder_decoder")) and "decoder" in pattern.split(".")
         yield Tower(
             blocks=pattern,
-            ffns=tuple(dict.fromkeys(_paths(modules, block, each, len(ffns)) for block, each in ffns)),
+            ffns=tuple(dict.fromkeys(_paths(modules, block, each) for block, each in ffns)),
             name=name,
             config=part,
             layers_field=None,
@@ -385,7 +414,7 @@ def _tower_name(pattern: str) -> str:
     return " ".join(parts[:-1] or parts).replace("_", " ")
 
 
-def _paths(modules: Mapping[str, nn.Module], block: str, ffn: _Found, _: int) -> FFNPaths:
+def _paths(modules: Mapping[str, nn.Module], block: str, ffn: _Found) -> FFNPaths:
     def inside(path: str | None) -> str | None:
         return None if path is None else path.removeprefix(f"{block}.")
 
@@ -430,9 +459,7 @@ def _activation_path(block: nn.Module, ffn: _Found, path: str) -> str | None:
     return near[0] if len(near) == 1 else None
 
 
-def _activation(
-    modules: Mapping[str, nn.Module], block: str, ffn: _Found, config: Mapping[str, Any]
-) -> str:
+def _activation(modules: Mapping[str, nn.Module], block: str, ffn: _Found, config: Mapping[str, Any]) -> str:
     """The activation's name: by its module, else by the config, else the usual one."""
     for scope in (ffn.scope, block):
         names = [
@@ -538,8 +565,8 @@ def _with_width_fields(
             changed = type(config).from_dict(config.to_dict())
             owner = _at(changed, part)
             value = 2 * (getattr(owner, field) or max(before.widths.values()))
-            setattr(owner, field, value)
             try:
+                setattr(owner, field, value)
                 after = _shapes_and_widths(build(changed))
             except Exception:  # the value does not fit the others
                 continue
@@ -558,8 +585,8 @@ def _with_width_fields(
             down = re.compile(_as_regex(tower, paths))
             named = [name for name in before.widths if down.fullmatch(name)]
             stated = {fields.get((name, tower.config)) for name in named}
-            field = stated.pop() if len(stated) == 1 else None
-            ffns.append(paths.model_copy(update={"width_field": field}))
+            width_field = stated.pop() if len(stated) == 1 else None
+            ffns.append(paths.model_copy(update={"width_field": width_field}))
         towers.append(tower.model_copy(update={"ffns": tuple(ffns)}))
     return row.model_copy(update={"towers": tuple(towers)})
 
@@ -602,5 +629,5 @@ def _at(config: Any, part: str | None) -> Any:
 
 
 def _as_regex(tower: Tower, paths: FFNPaths) -> str:
-    path = paths.module if paths.experts else paths.down
+    path = (paths.module if paths.experts else paths.down) or ""
     return re.escape(f"{tower.blocks}.{path}" if path else tower.blocks).replace(r"\*", r"\d+")

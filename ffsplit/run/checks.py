@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from ffsplit.run.job import Run
 
 
+TRIAL_ROWS = 4
+"""Rows of the calibration data on which FFNs that were found by structure are tried."""
+
+
 def check_inputs(run: Run) -> None:
     """Check before a run what config and headers cannot show.
 
@@ -33,7 +37,10 @@ def check_inputs(run: Run) -> None:
         if run.checkpoint.is_guessed:
             from ffsplit.runtime.trial import check_by_trial
 
-            check_by_trial(run.checkpoint, block_by_block=run.needs.block_by_block)
+            length = run.recipe.calibration.row_length
+            reader = make_reader(run.checkpoint, max_length=length, batch_tokens=TRIAL_ROWS * length)
+            (batch, *_) = reader.batches(reader.encode(run.text.calibration[:TRIAL_ROWS]))
+            check_by_trial(run.checkpoint, batch.arguments, block_by_block=run.needs.block_by_block)
 
 
 def check_rows(run: Run) -> None:
@@ -94,6 +101,16 @@ def can_refit(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
     Experts do not: the router may send them other tokens.
     """
     return keeps_names(checkpoint, layouts) and not checkpoint.has_experts
+
+
+def check_splits(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
+    """Raise ConfigError if FFNs are to be split that the model's code computes outside its modules."""
+    fixed = [ffn for ffn in checkpoint.ffns if not ffn.paths.can_split]
+    if fixed and not keeps_names(checkpoint, layouts):
+        raise ConfigError(
+            f"recipe {recipe.name}: {fixed[0].name} of this {checkpoint.architecture.model_type} can only be "
+            "made narrower, because the model applies its activation by a function: use fast or norm-prune"
+        )
 
 
 def check_stays_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:

@@ -34,6 +34,7 @@ from ffsplit.run.checks import (
     check_capabilities,
     check_plain,
     check_row_length,
+    check_splits,
     check_stays_plain,
     readable,
 )
@@ -201,6 +202,7 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
     layouts = solver.solve(budget)
     if recipe.healing is not None or recipe.after_healing is not None:
         check_plain(checkpoint, layouts, recipe=recipe)
+    check_splits(checkpoint, layouts, recipe=recipe)
     if recipe.linears != "kept":
         attention_linears(checkpoint)
     if config.plain:

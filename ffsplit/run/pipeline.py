@@ -101,7 +101,12 @@ def _announce(run: Run, shown: Progress) -> None:
         shown.note(left_out)
     if run.checkpoint.is_guessed:
         family = run.checkpoint.architecture.model_type
-        shown.note(f"warning: {family} is not in docs/models.md: its FFNs are guessed (experimental)")
+        shown.note(f"warning: {family} is not in docs/models.md: its FFNs are found by structure")
+    for each in run.checkpoint.left_out_ffns:
+        shown.note(
+            f"left unchanged: {each.num_ffns} FFNs of the {each.tower}: "
+            "the calibration data does not reach them"
+        )
     if unread := run.checkpoint.unread_blocks:
         shown.note(f"warning: config.json states fewer blocks: {', '.join(unread)} are copied unchanged")
 

@@ -88,16 +88,26 @@ def artifact_config(
             config["quantization_config"]["form"] = NARROWED
         if linears is not None:
             config["quantization_config"]["linears"] = linears
+        if checkpoint.left_out:
+            towers = sorted({ffn.tower.blocks for ffn in checkpoint.left_out})
+            config["quantization_config"]["left_out"] = towers
     return config
 
 
 def _with_width(config: dict[str, Any], ffn: FFNPlace, width: int) -> dict[str, Any]:
     """A config that states an FFN's width where its tower's code looks for it."""
-    part, field = ffn.width_key
+    return _stating(config, ffn.width_key, width)
+
+
+def _stating(config: dict[str, Any], key: tuple[str | None, str | None], width: int) -> dict[str, Any]:
+    part, field = key
     if field is None:
         return config
     if part is None:
         return config | {field: width}
+    outer, _, inner = part.partition(".")
+    if inner:
+        return config | {outer: _stating(dict(config.get(outer) or {}), (inner, field), width)}
     parts = [part, *([f"{part}_dict"] if isinstance(config.get(f"{part}_dict"), dict) else [])]
     return config | {name: dict(config.get(name) or {}) | {field: width} for name in parts}
 

@@ -208,7 +208,7 @@ class SplitExperts(nn.Module):
             self.register_buffer(guard, torch.zeros(1))
         self._num_experts = 0
 
-    def append(self, expert: SplitFFN) -> None:
+    def append(self, expert: nn.Module) -> None:
         self.add_module(str(self._num_experts), expert)
         self._num_experts += 1
 

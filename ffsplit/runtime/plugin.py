@@ -34,7 +34,7 @@ METHOD = "ffsplit"
 class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The `quantization_config` of a split checkpoint.
 
-    `form` is NARROWED, or None if FFNs are split.
+    `form` is NARROWED, or None if FFNs are split. `left_out` are the towers whose FFNs are as they were.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         ffns: Sequence[dict[str, Any]] = (),
         linears: dict[str, Any] | None = None,
         form: str | None = None,
+        left_out: Sequence[str] = (),
         **_: Any,
     ) -> None:
         if version != FORMAT_VERSION:
@@ -55,6 +56,7 @@ class SplitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.version = version
         self.ffns, self.linears = ffns, linears
         self.form = form
+        self.left_out = tuple(left_out)
 
     @property
     def runs(self) -> list[FFNRun]:
@@ -81,8 +83,8 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         config = self.quantization_config
         if config.form == NARROWED:
-            return narrow_ffns(model, config.runs)
-        return install_split_ffns(model, config.runs, linears=config.linears)
+            return narrow_ffns(model, config.runs, left_out=config.left_out)
+        return install_split_ffns(model, config.runs, linears=config.linears, left_out=config.left_out)
 
     @property
     def is_trainable(self) -> bool:
@@ -96,13 +98,17 @@ class SplitQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def install_split_ffns(
-    model: Any, runs: Sequence[FFNRun], *, linears: dict[str, Any] | None = None
+    model: Any,
+    runs: Sequence[FFNRun],
+    *,
+    linears: dict[str, Any] | None = None,
+    left_out: Sequence[str] = (),
 ) -> nn.Module:
     """Replace every FFN of a model by an empty SplitFFN on the model's device.
 
     The linear layers named in `linears` become quantized ones.
     """
-    prefix, places, ffns = _paired(model, runs)
+    prefix, places, ffns = _paired(model, runs, left_out=left_out)
     config = model.config.to_dict()
     experts: dict[str, SplitExperts] = {}
     guards = guarded(places)
@@ -131,17 +137,19 @@ def _keep_wide(model: Any, downs: Sequence[str]) -> None:
         model._keep_in_fp32_modules = patterns | {r"\.(?:heavy|light)\.down\."}
 
 
-def narrow_ffns(model: Any, runs: Sequence[FFNRun]) -> nn.Module:
+def narrow_ffns(model: Any, runs: Sequence[FFNRun], *, left_out: Sequence[str] = ()) -> nn.Module:
     """Give every FFN of an empty model the width of its layout."""
-    prefix, places, ffns = _paired(model, runs)
+    prefix, places, ffns = _paired(model, runs, left_out=left_out)
     for place, ffn in zip(places, ffns, strict=True):
         narrow_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, ffn.layout.num_neurons)
     return model  # type: ignore[no-any-return]
 
 
-def _paired(model: Any, runs: Sequence[FFNRun]) -> tuple[str, Sequence[FFNPlace], list[FFNRun]]:
+def _paired(
+    model: Any, runs: Sequence[FFNRun], *, left_out: Sequence[str]
+) -> tuple[str, Sequence[FFNPlace], list[FFNRun]]:
     """The prefix of the base model, its FFNs, and the config.json entry of each."""
-    prefix, places = ffns_of(model)
+    prefix, places = ffns_of(model, left_out=left_out)
     ffns = [run for run in runs for _ in range(run.count)]
     if len(places) != len(ffns):
         raise ArtifactError(f"config.json describes {len(ffns)} split FFNs, the model has {len(places)}")

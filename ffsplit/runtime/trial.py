@@ -1,7 +1,9 @@
-"""Checks FFNs that were guessed from a model's structure: an exact split of them must change nothing."""
+"""Checks FFNs that were found by a model's structure: an exact split of them must change nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,11 +13,11 @@ from ffsplit.errors import UnsupportedModelError, explained
 from ffsplit.ffn.activations import activation_named
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.ffns import FFNPlace
+from ffsplit.models.ffns import FFNPlace, join_paths
 from ffsplit.models.load import load_base_model
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.runtime.ffn_tensors import load_ffn
-from ffsplit.runtime.modules import install_split_ffn
+from ffsplit.runtime.modules import SplitExperts, install_split_ffn
 
 TOLERANCE = 1e-4
 """Largest difference of an output, as a fraction of the largest output."""
@@ -34,16 +36,15 @@ class _Halves(nn.Module):
         return flat.reshape(x.shape)
 
 
-def check_by_trial(checkpoint: Checkpoint, *, block_by_block: bool) -> None:
-    """Split every FFN exactly and run the model on random tokens, whole or block by block.
+def check_by_trial(checkpoint: Checkpoint, inputs: Mapping[str, Tensor], *, block_by_block: bool) -> None:
+    """Split every FFN exactly and run the model on a batch of its rows, whole or block by block.
 
-    Raises UnsupportedModelError if its outputs, or a block's, differ from the dense ones: the guess is wrong.
+    Raises UnsupportedModelError if its outputs, or a block's, differ from the dense ones: what was found by
+    structure are not its FFNs.
     """
-    ids = torch.randint(checkpoint.vocab_size, (2, 8), generator=torch.Generator().manual_seed(0))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with explained(
         f"{checkpoint.architecture.model_type} is not in the table of architectures, and a trial of the FFNs "
-        "guessed from its structure failed",
+        "found by its structure failed",
         kind=UnsupportedModelError,
     ):
         difference = (_difference_of_blocks if block_by_block else _difference)(checkpoint, inputs)
@@ -57,15 +58,77 @@ def check_by_trial(checkpoint: Checkpoint, *, block_by_block: bool) -> None:
 
 
 @torch.no_grad()
-def _difference(checkpoint: Checkpoint, inputs: dict[str, Tensor]) -> float:
+def _difference(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) -> float:
+    """The largest difference of any output; one that is only slices of the inputs differs by nothing."""
     model = load_base_model(checkpoint, device=CPU, dtype=torch.float32)
-    expected = model(**inputs)[0]
+    expected = _outputs(model, inputs)
+    with _altered(model, checkpoint):
+        if all(torch.equal(*pair) for pair in zip(_outputs(model, inputs), expected, strict=True)):
+            raise UnsupportedModelError("its outputs do not depend on the FFNs that were found")
+    with _recomputed(model, checkpoint) as differences:
+        _outputs(model, inputs)
+    for block in checkpoint.blocks:
+        _split_exactly(model.get_submodule(block), checkpoint, block)
+    pairs = zip(_outputs(model, inputs), expected, strict=True)
+    return max(*differences, *(_relative(found, wanted) for found, wanted in pairs))
+
+
+@contextmanager
+def _recomputed(model: Any, checkpoint: Checkpoint) -> Iterator[list[float]]:
+    """Collects how far each FFN's own output is from that of its weights, for the inputs that it sees.
+
+    For FFNs that the model computes by functions between its modules, so that no split can be installed.
+    """
+    differences, handles = [0.0], []
+
+    def watch(ffn: FFNPlace) -> None:
+        block, seen = model.get_submodule(ffn.block), []
+        activation = activation_named(checkpoint.activation_of(ffn.index))
+        weights = load_ffn(checkpoint, ffn.index, activation=activation, device=CPU)
+
+        def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            seen.append(arguments[0].flatten(0, -2))
+
+        def after(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            differences.append(_relative(weights(seen.pop()), output.flatten(0, -2)))
+
+        handles.append(block.get_submodule(ffn.paths.up).register_forward_pre_hook(before))
+        handles.append(block.get_submodule(ffn.paths.down).register_forward_hook(after))
+
     for ffn in checkpoint.ffns:
-        _split_exactly(model.get_submodule(ffn.block), checkpoint, ffn)
-    return _relative(model(**inputs)[0], expected)
+        if not ffn.paths.can_split:
+            watch(ffn)
+    try:
+        yield differences
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _difference_of_blocks(checkpoint: Checkpoint, inputs: dict[str, Tensor]) -> float:
+@contextmanager
+def _altered(model: Any, checkpoint: Checkpoint) -> Iterator[None]:
+    """The model with the down projection of its first FFN doubled."""
+    ffn = checkpoint.ffns[0]
+    if ffn.expert is None:
+        weight = model.get_submodule(join_paths(ffn.block, ffn.paths.down)).weight
+    else:
+        weight = model.get_submodule(ffn.split_path).down_proj
+    weight.mul_(2)
+    try:
+        yield
+    finally:
+        weight.div_(2)
+
+
+def _outputs(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """The floats that a model returns, in order: states, embeddings, logits."""
+    torch.manual_seed(0)
+    found = model(**inputs)
+    values = found.values() if isinstance(found, Mapping) else found
+    return [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def _difference_of_blocks(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) -> float:
     """The largest difference after any block. The same rows go through the dense and the split blocks."""
     model = StreamedModel(checkpoint, device=CPU, dtype=torch.float32)
     model.start([inputs, inputs])
@@ -73,17 +136,26 @@ def _difference_of_blocks(checkpoint: Checkpoint, inputs: dict[str, Tensor]) -> 
     for index, path in enumerate(model.block_paths):
         with model.block(index) as block:
             expected = _states(model.advance(0))
-            for ffn in checkpoint.ffns:
-                if ffn.block == path:
-                    _split_exactly(block, checkpoint, ffn)
+            _split_exactly(block, checkpoint, path)
             differences.append(_relative(_states(model.advance(1)), expected))
     return max(differences)
 
 
-def _split_exactly(block: nn.Module, checkpoint: Checkpoint, ffn: FFNPlace) -> None:
-    activation = activation_named(checkpoint.activation_of(ffn.index))
-    weights = load_ffn(checkpoint, ffn.index, activation=activation, device=CPU)
-    install_split_ffn(block, ffn.paths, _Halves(weights))
+def _split_exactly(block: nn.Module, checkpoint: Checkpoint, path: str) -> None:
+    """Replace every FFN of a block by its two halves."""
+    experts: dict[int, SplitExperts] = {}
+    for ffn in checkpoint.ffns:
+        if ffn.block != path or not ffn.paths.can_split:
+            continue
+        activation = activation_named(checkpoint.activation_of(ffn.index))
+        halves = _Halves(load_ffn(checkpoint, ffn.index, activation=activation, device=CPU))
+        if ffn.expert is None:
+            install_split_ffn(block, ffn.paths, halves)
+            continue
+        if ffn.index == ffn.unit:
+            experts[ffn.unit] = SplitExperts(guard=None)
+            install_split_ffn(block, ffn.paths, experts[ffn.unit])
+        experts[ffn.unit].append(halves)
 
 
 def _states(output: Any) -> Tensor:

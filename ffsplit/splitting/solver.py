@@ -76,7 +76,8 @@ def fit_layer(
         heavy.num_wanted(shape, budget=for_ffn, num_energetic=num_energetic),
         (for_ffn - shape.hidden_size * shape.down_bias) // shape.elements_per_neuron,
     )
-    fewest = 1 if heavy.value > 0 else 0
+    wanted -= wanted % shape.width_multiple
+    fewest = shape.width_multiple if heavy.value > 0 else 0
     if wanted < fewest:
         return None
 

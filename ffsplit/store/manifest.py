@@ -48,6 +48,14 @@ REPORT_NAME = "report.html"
 MAX_MANIFEST_BYTES = 64 << 20
 
 
+class LeftOutFFNs(Record):
+    """The FFNs of a tower that a run left as they were."""
+
+    tower: str
+    num_ffns: int
+    num_elements: int
+
+
 class SourceModel(Record):
     """The model that was compressed."""
 
@@ -61,6 +69,9 @@ class SourceModel(Record):
     shape: ModelShape = Field(description="from which `ffsplit plan` computes budgets")
     left_out: tuple[LeftOut, ...] = Field(
         default=(), description="files of its folder that were not copied, and why"
+    )
+    left_out_ffns: tuple[LeftOutFFNs, ...] = Field(
+        default=(), description="FFNs of towers that the calibration data does not reach: unchanged"
     )
 
 
