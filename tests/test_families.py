@@ -55,7 +55,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 
 def test_every_row_has_a_tiny_model() -> None:
-    assert {family.model_type or name for name, family in FAMILIES.items()} == set(ARCHITECTURES)
+    assert {family.model_type or name for name, family in FAMILIES.items()} >= set(ARCHITECTURES)
 
 
 def calibration_of(kind: str, folder: Path) -> str | None:

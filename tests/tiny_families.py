@@ -1,4 +1,4 @@
-"""A tiny random model of every family in the table, and what to give it."""
+"""A tiny random model of every family in the table and of others of every shape, and what to give it."""
 
 from __future__ import annotations
 
@@ -58,6 +58,8 @@ class Family(NamedTuple):
     config: dict[str, Any]
     model_type: str = ""
     usual_head: str | None = None
+    heads: tuple[str, ...] = ()
+    """For a family without a row in the table."""
 
 
 def _bert(prefix: str, **more: Any) -> Family:
@@ -68,6 +70,20 @@ _GPT2 = _IDS | {"vocab_size": VOCAB_SIZE, "n_embd": 16, "n_layer": NUM_LAYERS, "
 _BLOOM = _IDS | {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "n_layer": NUM_LAYERS, "n_head": 2}
 _FALCON = _TEXT | {"ffn_hidden_size": 32}
 _RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
+
+_FUNNEL = {"vocab_size": VOCAB_SIZE, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32}
+_FUNNEL |= {"block_sizes": [1, 1], "num_decoder_layers": 1, "max_position_embeddings": 64}
+_LED = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, "attention_window": 4}
+_DEEPSEEK = _TEXT | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+_DEEPSEEK |= {"v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 2}
+_DEEPSEEK |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 24}
+_DEEPSEEK |= {"num_key_value_heads": 2, "head_dim": 4}
+_NEMOTRON = _LLAMA | {"layers_block_type": ["mamba", "attention", "mlp", "moe"], "ssm_state_size": 4}
+_NEMOTRON |= {"mamba_num_heads": 2, "mamba_head_dim": 8, "n_groups": 1, "chunk_size": 8, "conv_kernel": 2}
+_NEMOTRON |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+_NEMOTRON |= {"moe_intermediate_size": 24, "moe_shared_expert_intermediate_size": 40}
+_SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2]}
+_SWIN |= {"window_size": 2, "mlp_ratio": 4.0}
 
 FAMILIES: dict[str, Family] = {
     "bert": _bert("Bert"),
@@ -96,6 +112,7 @@ FAMILIES: dict[str, Family] = {
         "Gemma3",
         {"text_config": _LLAMA | {"sliding_window": 32}, "vision_config": _PIXELS, "mm_tokens_per_image": 4}
         | {"image_token_index": VOCAB_SIZE - 1},
+        heads=("ForConditionalGeneration", "ForSequenceClassification"),
     ),
     "phi3": Family("Phi3", _LLAMA),
     "falcon": Family("Falcon", _FALCON),
@@ -121,6 +138,32 @@ FAMILIES: dict[str, Family] = {
         usual_head="",
     ),
     "wav2vec2": Family("Wav2Vec2", _SIZES | _IDS | _SOUND),
+    "albert": Family("Albert", _TEXT | {"embedding_size": 8}, heads=("ForMaskedLM",)),
+    "esm": Family("Esm", _TEXT | {"mask_token_id": 4}, heads=("ForMaskedLM",)),
+    "mobilebert": Family(
+        "MobileBert",
+        _TEXT
+        | {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16}
+        | {"num_feedforward_networks": 2},
+        heads=("ForMaskedLM",),
+    ),
+    "funnel": Family("Funnel", _FUNNEL, heads=("ForMaskedLM",)),
+    "mbart": Family(
+        "MBart", _ENCODER_DECODER | {"max_position_embeddings": 64}, heads=("ForConditionalGeneration",)
+    ),
+    "led": Family("LED", _ENCODER_DECODER | _LED, heads=("ForConditionalGeneration",)),
+    "glm": Family("Glm", _LLAMA, heads=("ForCausalLM",)),
+    "deepseek_v3": Family("DeepseekV3", _DEEPSEEK, heads=("ForCausalLM",)),
+    "nemotron_h": Family("NemotronH", _NEMOTRON, heads=("ForCausalLM",)),
+    "swin": Family("Swin", _SWIN, heads=("ForImageClassification",)),
+    "beit": Family("Beit", _PIXELS, heads=("ForImageClassification",)),
+    "hubert": Family("Hubert", _SIZES | _IDS | _SOUND, heads=("ForCTC",)),
+    "llava": Family(
+        "Llava",
+        {"text_config": _LLAMA | {"model_type": "llama"}, "image_token_id": VOCAB_SIZE - 1}
+        | {"vision_config": _PIXELS | {"model_type": "clip_vision_model"}},
+        heads=("ForConditionalGeneration",),
+    ),
     "relu2": Family("Llama", _LLAMA | {"hidden_act": "relu2"}, "llama"),
 }
 """By model_type; `relu2` is a Llama with squared ReLU."""
@@ -128,7 +171,7 @@ FAMILIES: dict[str, Family] = {
 
 def heads_of(family: str) -> tuple[str, ...]:
     """The task heads that are tried with a family, beside its base model."""
-    return HEADS[FAMILIES[family].model_type or family]
+    return FAMILIES[family].heads or HEADS[FAMILIES[family].model_type or family]
 
 
 def usual_head(family: str) -> str:
@@ -154,9 +197,9 @@ def save_checkpoint(
     model = make_model(family, head).to(dtype)
     model.save_pretrained(directory)
     reads = type(model).main_input_name
-    if reads != "input_values" and family != "vit":
+    if reads not in ("input_values", "pixel_values") or family in ("clip", "siglip"):
         save_tokenizer(directory)
-    if family in ("vit", "clip", "siglip"):
+    if reads == "pixel_values" or family in ("clip", "siglip", "llava"):
         side = {"height": 16, "width": 16}
         processor = transformers.ViTImageProcessorPil(size=side, do_resize=True)
         processor.save_pretrained(directory)

@@ -66,8 +66,9 @@ def example_inputs(
     """Arguments of a forward pass: `num_tokens` token ids per row, and pictures or sounds.
 
     Pictures have the size the model is made for. A sound has as many samples as give `num_tokens` frames, or
-    as an encoder of fixed length takes. Models that place pictures among the tokens get no pictures. The same
-    arguments give the same inputs.
+    as an encoder of fixed length takes. Where the config does not tell sizes, the model's own processor makes
+    the inputs from noise. Models that place pictures or sounds among the tokens get none. The same arguments
+    give the same inputs.
     """
     names = _argument_names(model)
     generator = torch.Generator().manual_seed(0)
@@ -80,15 +81,25 @@ def example_inputs(
         size = vocab_size or vocab_size_of(model)
         inputs["input_ids"] = torch.randint(size, (num_rows, num_tokens), generator=generator)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if "pixel_values" in names and not hasattr(config, "image_token_id"):
-        vision = getattr(config, "vision_config", config)
-        sizes = vision.image_size
-        height, width = sizes if isinstance(sizes, list | tuple) else (sizes, sizes)
-        inputs["pixel_values"] = floats(vision.num_channels, height, width)
-    if "input_values" in names:
-        inputs["input_values"] = floats(_num_samples(config, num_frames=num_tokens))
-    if "input_features" in names:
-        inputs["input_features"] = floats(config.num_mel_bins, 2 * config.max_source_positions)
+    reads_text = model.main_input_name == "input_ids"
+    vision = getattr(config, "vision_config", config)
+    if "pixel_values" in names and not (reads_text and not hasattr(model, "get_text_features")):
+        sizes = getattr(vision, "image_size", None)
+        if sizes is None:
+            inputs |= _processed(model, "image", num_rows=num_rows, generator=generator)
+        else:
+            height, width = sizes if isinstance(sizes, list | tuple) else (sizes, sizes)
+            inputs["pixel_values"] = floats(vision.num_channels, height, width)
+    if "input_values" in names and not reads_text:
+        if hasattr(config, "conv_stride"):
+            inputs["input_values"] = floats(_num_samples(config, num_frames=num_tokens))
+        else:
+            inputs |= _processed(model, "sound", num_rows=num_rows, generator=generator)
+    if "input_features" in names and not reads_text:
+        if hasattr(config, "num_mel_bins") and hasattr(config, "max_source_positions"):
+            inputs["input_features"] = floats(config.num_mel_bins, 2 * config.max_source_positions)
+        else:
+            inputs |= _processed(model, "sound", num_rows=num_rows, generator=generator)
     if "decoder_input_ids" in names:
         shape = (num_rows, num_tokens)
         inputs["decoder_input_ids"] = torch.randint(vocab_size_of(model), shape, generator=generator)
@@ -97,6 +108,24 @@ def example_inputs(
         for name, value in inputs.items()
         if name in names
     }
+
+
+def _processed(
+    model: Any, medium: Literal["image", "sound"], *, num_rows: int, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """What the processor in a model's folder makes of noise: pictures of 256 pixels, or sounds of 2 s."""
+    from transformers import AutoFeatureExtractor, AutoImageProcessor
+
+    chosen = AutoImageProcessor if medium == "image" else AutoFeatureExtractor
+    processor = chosen.from_pretrained(model.name_or_path, local_files_only=True)
+    if medium == "image":
+        noise = torch.randint(256, (num_rows, 256, 256, 3), generator=generator, dtype=torch.uint8)
+        found = processor(images=list(noise.numpy()), return_tensors="pt")
+    else:
+        rate = processor.sampling_rate
+        noise = torch.randn(num_rows, 2 * rate, generator=generator)
+        found = processor(list(noise.numpy()), sampling_rate=rate, return_tensors="pt")
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def _argument_names(model: Any) -> set[str]:
@@ -112,7 +141,7 @@ def _argument_names(model: Any) -> set[str]:
 def vocab_size_of(model: Any) -> int:
     """The vocabulary size of a model's text side; 0 if it has none."""
     text = getattr(model.config, "text_config", model.config)
-    return int(getattr(text, "vocab_size", 0) or 0)
+    return int(getattr(text, "vocab_size", 0) or (BYTES if model.main_input_name == "input_ids" else 0))
 
 
 def _num_samples(config: Any, *, num_frames: int) -> int:
@@ -120,6 +149,9 @@ def _num_samples(config: Any, *, num_frames: int) -> int:
     hop = math.prod(map(int, config.conv_stride))
     return hop * (num_frames + sum(map(int, config.conv_kernel)))
 
+
+BYTES = 256
+"""Token ids of models that read characters, whose config states no vocabulary."""
 
 WARM_UP_RUNS = 3
 FEWEST_PAIRS = 6

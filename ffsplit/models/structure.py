@@ -10,13 +10,14 @@ outputs (`ffsplit.runtime.trial`).
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ _NOT_FFN_CLASS = re.compile(
 _NOT_FFN_PATH = re.compile(
     r"^(\w*attn|\w*attention|\w*_att|router|adapters?\w*|pooler|lora\w*|\w*norm\w*|bottleneck|ple_block"
     r"|per_layer_\w+|laurel|downsample|\w*bbox\w*|\w*class_embed\w*|\w*_head|projection|queries|keys_values"
-    r"|modulation|patch_\w+|\w*hyper_connection)$"
+    r"|modulation|patch_\w+|\w*hyper_connection|pwconv\d|pointwise_conv\d)$"
 )
 _MIXES_POSITIONS = re.compile(
     r"(Attention(V?\d|\dD)?|Attn|Mixer|Mamba\d?|MambaLayer|ShortConv|DeltaNet|RecurrentBlock)$"
@@ -117,8 +118,8 @@ def detect_architecture(
                 return chosen._from_config(changed, **attention_options())
 
         model = build(made)
-    row = row_by_structure(model, config={**made.to_dict(), **config})
-    row = _with_width_fields(row, model, made, build)
+        row = row_by_structure(model, config={**made.to_dict(), **config})
+        row = _with_width_fields(row, model, made, build)
     if any(re.search(r"experts\.\d+\.w1\.", name) for name in tensor_names):
         names = ((".up_proj.", ".w3."), (".gate_proj.", ".w1."), (".down_proj.", ".w2."))
         row = row.model_copy(update={"file_names": names})
@@ -530,25 +531,40 @@ def _reads(base: Any, modules: Mapping[str, nn.Module], block: str) -> Reads:
     return "text"
 
 
+_MAIN_INPUTS: dict[str, Reads] = {
+    "input_ids": "text",
+    "pixel_values": "image",
+    "input_values": "sound",
+    "input_features": "sound",
+}
+
+
 def _kind(base: Any, config: Mapping[str, Any]) -> ModelKind:
     """What a model reads, and which of its outputs are compared."""
     from transformers.models.auto import modeling_auto as auto
 
-    reads = getattr(base, "main_input_name", "input_ids")
+    reads = _MAIN_INPUTS.get(getattr(base, "main_input_name", "input_ids"))
     family, (name, *_) = str(config["model_type"]), config.get("architectures") or [""]
-    if config.get("is_encoder_decoder"):
-        return "seq2seq" if reads == "input_ids" else "speech"
-    if hasattr(base, "get_text_features") and hasattr(base, "get_image_features"):
-        return "image_text"
-    if reads == "pixel_values":
-        return "image"
-    if reads in ("input_values", "input_features"):
-        return "audio"
-    if str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
-        return "causal_lm"
-    masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    causal = family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not masked
-    return "causal_lm" if causal or config.get("is_decoder") else "encoder"
+    if config.get("is_encoder_decoder") and "decoder_input_ids" in inspect.signature(base.forward).parameters:
+        kind = {"text": "seq2seq", "sound": "speech"}.get(reads or "")
+    elif hasattr(base, "get_text_features") and hasattr(base, "get_image_features"):
+        kind = "image_text"
+    elif reads != "text":
+        kind = {"image": "image", "sound": "audio"}.get(reads or "")
+    else:
+        named = str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+        causal = family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+            family in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        )
+        masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        kind = "causal_lm" if named or config.get("is_decoder") or (causal and not masked) else "encoder"
+    if kind is None:
+        made = f"makes text of {base.main_input_name}" if reads else f"reads {base.main_input_name}"
+        raise UnsupportedModelError(
+            f"{family} is not in the table of architectures, and it {made}: FFSplit calibrates models that "
+            "read text, pictures or sound, and those that make text of text or of sound"
+        )
+    return cast(ModelKind, kind)
 
 
 # Which field of a config states an FFN's width: found by changing it and building the model again.

@@ -39,7 +39,6 @@ HEADS: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(("qwen2_moe", "qwen3_moe"), _DECODER_HEADS),
     "gemma3_text": ("ForCausalLM", "TextForSequenceClassification"),
-    "gemma3": ("ForConditionalGeneration", "ForSequenceClassification"),
     "t5": ("ForConditionalGeneration", "EncoderModel"),
     "bart": ("ForConditionalGeneration",),
     "marian": ("MTModel",),
