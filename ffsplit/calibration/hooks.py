@@ -257,13 +257,13 @@ class FFNObserver:
                 if ffn.unit != first.unit:
                     continue
                 x_TD = tokens_TD[chosen_TK.eq(ffn.expert or 0).any(1)]
-                if ffn.shape.gated:
-                    both_T2N = functional.linear(x_TD, module.gate_up_proj[ffn.expert])
-                    gate_TN, up_TN = both_T2N.chunk(2, dim=-1)
-                    self._sums[ffn.index].add(module.act_fn(gate_TN) * up_TN)
-                else:
-                    up_TN = functional.linear(x_TD, module.up_proj[ffn.expert])
-                    self._sums[ffn.index].add(module.act_fn(up_TN))
+                name = "gate_up_proj" if ffn.shape.gated else "up_proj"
+                weight, bias = getattr(module, name)[ffn.expert], getattr(module, f"{name}_bias", None)
+                weight = weight.T if ffn.up.transposed else weight
+                y_TN = functional.linear(x_TD, weight, None if bias is None else bias[ffn.expert])
+                self._sums[ffn.index].add(
+                    module._apply_gate(y_TN) if ffn.shape.gated else module.act_fn(y_TN)
+                )
 
         return hook
 
@@ -312,7 +312,8 @@ def _down_weight(base_model: nn.Module, ffn: FFNPlace) -> Tensor:
     """The down projection as [D, N], however the module stores it."""
     if ffn.expert is not None:
         stack: Any = base_model.get_submodule(ffn.split_path)
-        return stack.down_proj[ffn.expert].detach()  # type: ignore[no-any-return]
+        down = stack.down_proj[ffn.expert].detach()
+        return down.T if ffn.down.transposed else down  # type: ignore[no-any-return]
     weight = base_model.get_submodule(f"{ffn.block}.{ffn.paths.down}").weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if ffn.down.transposed else weight.detach()

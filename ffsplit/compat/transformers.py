@@ -17,6 +17,10 @@ class ReadTensor(NamedTuple):
     """The stored name after renaming, before tensors are joined or split, with its stored prefix."""
     is_whole: bool
     """Whether the tensor is stored as the model has it, neither joined with others nor split."""
+    rows_of: tuple[str, ...] = ()
+    """The model's tensors that share its rows in equal parts, if it is split into several."""
+    part: int | None = None
+    """Which part of the model's tensor its rows are, if several are joined."""
 
 
 def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None]:
@@ -27,6 +31,8 @@ def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
+        Chunk,
+        Concatenate,
         WeightConverter,
         WeightRenaming,
         dot_natural_key,
@@ -48,9 +54,18 @@ def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None
         if target not in tensors or (source is None and target in whole):
             found[name] = None
             continue
-        found[name] = ReadTensor(target, renamed, is_whole=source is None)
+        read = found[name] = ReadTensor(target, renamed, is_whole=source is None)
         if source is None:
             whole.add(target)
+            continue
+        converter = next(each for each in converters if source in each.source_patterns)
+        kinds = [type(each) for each in converter.operations]
+        if kinds == [Chunk] and not converter.operations[0].dim:
+            first, *others = converter.target_patterns
+            rows_of = (target, *(target.replace(first, other) for other in others))
+            found[name] = read._replace(rows_of=rows_of)
+        elif kinds == [Concatenate] and not converter.operations[0].dim:
+            found[name] = read._replace(part=converter.source_patterns.index(source))
     return found
 
 
@@ -86,24 +101,28 @@ def is_conv1d(module: Any) -> bool:
     return isinstance(module, Conv1D)
 
 
-def is_stack_of_experts(module: Any) -> bool:
-    """Whether a module runs a block's experts in the usual way: `forward(states, top_k_index, weights)`.
+class StackedExperts(NamedTuple):
+    """How a module that runs a block's experts keeps their matrices, one tensor for each kind."""
 
-    That is what `transformers.integrations.moe.use_experts_implementation` marks, where it stacks matrices
-    [out, in] without biases, gate before up, activates as its default does, and normalises nothing.
+    is_gated: bool
+    is_transposed: bool
+    """[in, out] rather than [out, in]."""
+    is_interleaved: bool
+    """Rows of gate and up by turns, rather than one after the other."""
+
+
+def stacked_experts(module: Any) -> StackedExperts | None:
+    """How a module stacks a block's experts; None if it does not run them in the usual way.
+
+    The usual way is `forward(states [T, D], top_k_index [T, k], weights [T, k])`, which
+    `transformers.integrations.moe.use_experts_implementation` marks.
     """
-    from transformers.integrations import moe
-
     if not all(hasattr(module, name) for name in ("has_gate", "is_transposed", "is_concatenated")):
-        return False
-    gate = getattr(type(module), "_apply_gate", None)
-    return (
-        gate is moe._default_apply_gate
-        and module.is_concatenated
-        and not (module.is_transposed or module.has_bias or module.has_post_expert_norm)
-        and hasattr(module, "down_proj")
-        and hasattr(module, "gate_up_proj" if module.has_gate else "up_proj")
-    )
+        return None
+    names = ("down_proj", "gate_up_proj" if module.has_gate else "up_proj")
+    if module.has_post_expert_norm or not all(hasattr(module, name) for name in names):
+        return None
+    return StackedExperts(module.has_gate, module.is_transposed, not module.is_concatenated)
 
 
 def activation_of(module: Any) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -54,8 +56,38 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+@dataclass(frozen=True)
+class Clamped:
+    """The gating of gpt-oss and others: function(min(gate, limit)) (clamp(up, -limit, limit) + shift)."""
+
+    function: Activation
+    limit: float
+    shift: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.function(gate.clamp(max=self.limit)) * (up.clamp(-self.limit, self.limit) + self.shift)
+
+
+def gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """The neuron activations of a gated FFN."""
+    return activation.gated(gate, up) if isinstance(activation, Clamped) else activation(gate) * up
+
+
+_CLAMPED = re.compile(r"(\w+), clamped at (\S+?)(, up \+ 1)?")
+
+
+def clamped_name(name: str, *, limit: float, shift: float) -> str:
+    """`silu, clamped at 7` or `quick_gelu, clamped at 7, up + 1`: what `activation_named` reads."""
+    return f"{name}, clamped at {limit:g}" + (", up + 1" if shift else "")
+
+
 def activation_named(name: str) -> Activation:
     """The function a config calls `name`. Raises UnsupportedModelError for one not in the table."""
+    if match := _CLAMPED.fullmatch(name):
+        return Clamped(activation_named(match[1]), limit=float(match[2]), shift=float(bool(match[3])))
     try:
         return ACTIVATIONS[name]
     except KeyError:

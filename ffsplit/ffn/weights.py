@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ffsplit.ffn.activations import Activation
+from ffsplit.ffn.activations import Activation, gated
 from ffsplit.ffn.quantization import dequantize
 from ffsplit.ffn.shapes import Dense, Format, Integer, LayerLayout, LowRank, PartLayout
 
@@ -84,7 +84,7 @@ class FFNPart:
     def hidden(self, x_TD: Tensor, activation: Activation) -> Tensor:
         """Neuron activations a_n, the input of the down projection: [T, N]."""
         up_TN = self.up(x_TD)
-        return activation(up_TN) if self.gate is None else activation(self.gate(x_TD)) * up_TN
+        return activation(up_TN) if self.gate is None else gated(activation, self.gate(x_TD), up_TN)
 
     def select(self, positions: Tensor) -> FFNPart:
         """The neurons at `positions` [n] of this part, which must be dense."""

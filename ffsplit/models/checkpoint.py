@@ -151,7 +151,8 @@ class Checkpoint:
         return self.activation_of(0)
 
     def activation_of(self, index: int) -> str:
-        return activation_name(self.config, self.ffns[index].tower)
+        ffn = self.ffns[index]
+        return ffn.paths.function or activation_name(self.config, ffn.tower)
 
     @property
     def max_positions(self) -> int | None:

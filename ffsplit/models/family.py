@@ -43,9 +43,11 @@ class FFNPaths(Record):
     gate: str | None = None
     fused: bool = Field(default=False, description="`up` holds the rows of the gate, then its own")
     transposed: bool = Field(default=False, description="weights are [in, out]: transformers' Conv1D")
+    interleaved: bool = Field(default=False, description="fused: rows of gate and up by turns")
     experts: bool = Field(default=False, description="one FFN for each `*` in the paths; `module` runs all")
     module: str | None = None
     activation: str | None = None
+    function: str | None = Field(default=None, description="its activation, if not its tower's")
     output_norm: str | None = Field(default=None, description="the layer norm of x + FFN(x), if there is one")
     width_field: str | None = Field(default="intermediate_size", description="None: no config can state it")
     label: str = Field(default="", description="distinguishes it from the block's other FFNs")
@@ -53,6 +55,8 @@ class FFNPaths(Record):
     @property
     def can_split(self) -> bool:
         """Whether modules can be replaced by a split FFN: else a compressed FFN may only be narrower."""
+        if self.function is not None and "clamped" in self.function:
+            return False
         return self.module is not None or (self.activation is not None and self.gate is None)
 
     @property
@@ -114,6 +118,10 @@ class Architecture(Record):
     positions_field: str = "max_position_embeddings"
     base: str | None = Field(
         default=None, description="the base model's name in models with a head; None: any name"
+    )
+
+    num_ffns: int | None = Field(
+        default=None, description="how many the model has, each expert counted; None: the tensors tell"
     )
 
     @property

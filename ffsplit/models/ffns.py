@@ -34,8 +34,8 @@ class MatrixPlace(NamedTuple):
     half: int | None = None
     """Which half of the rows, 0 or 1, if gate and up share one tensor."""
     transposed: bool = False
-    alone: str | None = None
-    """The name of a stacked matrix in checkpoints that store each expert separately."""
+    interleaved: bool = False
+    """Whether the halves are every other row."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,13 @@ def find_ffns(
             f"where a {architecture.model_type} keeps its first FFN"
         )
     finder = _Finder(architecture, tensors, where, names=names, prefix=found[0])
-    return found[0], tuple(finder.ffns(config or {}))
+    ffns = tuple(finder.ffns(config or {}))
+    if architecture.num_ffns not in (None, len(ffns)):
+        raise UnsupportedModelError(
+            f"{where}: the model has {architecture.num_ffns} FFNs, and the files have {len(ffns)} of them: "
+            "transformers joins or splits the tensors of the others in a way that FFSplit does not know"
+        )
+    return found[0], ffns
 
 
 def ffns_of(model: Any, *, left_out: Collection[str] = ()) -> tuple[str, tuple[FFNPlace, ...]]:
@@ -222,19 +228,29 @@ class _Finder:
         stack = f"{self._prefix}{join_paths(block, paths.module or '')}."
         first_name = STACKED_UP if paths.gate is None else STACKED_GATE_UP
         names = {"up": first_name, "gate": first_name, "down": STACKED_DOWN}
-        stored = {role: self._names.stored(stack + name) for role, name in names.items()}
+        names |= {f"{role}_bias": f"{name}_bias" for role, name in names.items()}
+        stored = {
+            role: self._names.stored(stack + name)
+            for role, name in names.items()
+            if not role.endswith("_bias") or stack + name in self._names.modules
+        }
         halves = (None, None) if paths.gate is None else (1, 0)
         for expert in range(self._tensors[stored["down"]].shape[0]):
             roles = (("up", paths.up, halves[0]), ("gate", paths.gate, halves[1]), ("down", paths.down, None))
             up, gate, down = (
-                MatrixPlace(
+                None
+                if path is None
+                else MatrixPlace(
                     stored[role],
+                    stored.get(f"{role}_bias"),
                     expert=expert,
                     half=half,
-                    alone=self._names.stored(self._weight(tower, path or "", block, expert)),
+                    transposed=paths.transposed,
+                    interleaved=paths.interleaved,
                 )
                 for role, path, half in roles
             )
+            assert up is not None and down is not None
             yield self._place(tower, paths, block, up, gate, down, first=first, expert=expert)
 
     def _separate(self, tower: Tower, paths: FFNPaths, block: str, *, first: int) -> Iterator[FFNPlace]:
@@ -266,10 +282,29 @@ class _Finder:
     ) -> MatrixPlace | None:
         name = self._weight(tower, path, block, expert)
         if name not in self._names.modules:
-            return None
+            return self._converted(name, half=half)
         bias = f"{name.removesuffix('weight')}bias"
         found = self._names.stored(bias) if bias in self._names.modules else None
-        return MatrixPlace(self._names.stored(name), found, half=half, transposed=paths.transposed)
+        return MatrixPlace(
+            self._names.stored(name),
+            found,
+            half=half,
+            transposed=paths.transposed,
+            interleaved=paths.interleaved,
+        )
+
+    def _converted(self, name: str, *, half: int | None) -> MatrixPlace | None:
+        """A matrix that transformers joins with another, or splits from it, as it loads the file."""
+
+        def place(name: str) -> MatrixPlace | None:
+            if half is not None:
+                stored = self._names.part_of(name, half)
+                return None if stored is None else MatrixPlace(stored)
+            found = self._names.half_of(name)
+            return None if found is None else MatrixPlace(found[0], half=found[1])
+
+        weight, bias = place(name), place(f"{name.removesuffix('weight')}bias")
+        return weight if weight is None or bias is None else weight._replace(bias=bias.name)
 
     def _weight(self, tower: Tower, path: str, block: str, expert: int) -> str:
         """The name of a weight in one block, as its module has it."""

@@ -35,10 +35,25 @@ class TensorNames:
     ) -> None:
         self._rules = rules
         self._stored: dict[str, str] = {}
+        self._parts: dict[str, dict[int, str]] = {}
+        self._halves: dict[str, tuple[str, int]] = {}
         for name in sorted(stored):
             found = ReadTensor(name, name, True) if read is None or name not in read else read[name]
-            if found is not None:
-                self._stored.setdefault(self._module_name(found.renamed), name)
+            if found is None:
+                continue
+            self._stored.setdefault(self._module_name(found.renamed), name)
+            if found.part is not None:
+                self._parts.setdefault(found.name, {})[found.part] = name
+            if len(found.rows_of) == 2:
+                self._halves |= {each: (name, half) for half, each in enumerate(found.rows_of)}
+
+    def half_of(self, module_name: str) -> tuple[str, int] | None:
+        """The stored tensor of which a module's tensor is one half, and which half."""
+        return self._halves.get(module_name)
+
+    def part_of(self, module_name: str, part: int) -> str | None:
+        """The stored tensor that is one part of a module's tensor."""
+        return self._parts.get(module_name, {}).get(part)
 
     @property
     def modules(self) -> Mapping[str, str]:

@@ -23,9 +23,9 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ffsplit.compat.transformers import activation_of, is_conv1d, is_stack_of_experts
+from ffsplit.compat.transformers import StackedExperts, activation_of, is_conv1d, stacked_experts
 from ffsplit.errors import UnsupportedModelError, explained
-from ffsplit.ffn.activations import ACTIVATIONS
+from ffsplit.ffn.activations import ACTIVATIONS, activation_named, clamped_name, gated
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.family import Architecture, FFNPaths, ModelKind, Reads, Tower
 from ffsplit.models.load_options import attention_advice, attention_options
@@ -77,7 +77,11 @@ class _Found(NamedTuple):
     hidden_size: int
     fused: bool = False
     transposed: bool = False
+    interleaved: bool = False
     experts: bool = False
+    function: str | None = None
+    """The activation, where the experts' module tells it."""
+    num_ffns: int = 1
     is_alone: bool = True
     """Whether the scope has no other parameters, so that it may be replaced as a whole."""
 
@@ -163,7 +167,11 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
     _check_nothing_is_left(modules, found, family)
     towers = tuple(_towers(base, modules, found, config))
     return Architecture(
-        model_type=family, kind=_kind(base, config), towers=towers, base=model.base_model_prefix
+        model_type=family,
+        kind=_kind(base, config),
+        towers=towers,
+        base=model.base_model_prefix,
+        num_ffns=sum(each.num_ffns for each in found),
     )
 
 
@@ -247,11 +255,59 @@ def _find(modules: Mapping[str, nn.Module]) -> list[_Found]:
 def _stacks(modules: Mapping[str, nn.Module]) -> Iterator[_Found]:
     """The blocks' experts that transformers stacks in three-dimensional tensors."""
     for path, module in modules.items():
-        if is_stack_of_experts(module) and _block_of(path, modules) is not None:
-            experts: Any = module
-            _, hidden, width = experts.down_proj.shape
-            gate = f"{path}.*.gate_proj" if experts.has_gate else None
-            yield _Found(path, f"{path}.*.up_proj", gate, f"{path}.*.down_proj", width, hidden, experts=True)
+        form = stacked_experts(module)
+        function = None if form is None else _function(module, form)
+        if form is None or function is None or _block_of(path, modules) is None:
+            continue
+        experts: Any = module
+        hidden, width = experts.down_proj.shape[:0:-1] if form.is_transposed else experts.down_proj.shape[1:]
+        yield _Found(
+            path,
+            f"{path}.*.up_proj",
+            f"{path}.*.gate_proj" if form.is_gated else None,
+            f"{path}.*.down_proj",
+            width,
+            hidden,
+            transposed=form.is_transposed,
+            interleaved=form.is_interleaved,
+            experts=True,
+            function=function,
+            num_ffns=len(experts.down_proj),
+        )
+
+
+def _function(experts: Any, form: StackedExperts) -> str | None:
+    """The activation of a stack of experts, found by trying those known; None if it is another.
+
+    A gating may clamp gate and up at a limit, which is one of the module's numbers, and add one to up.
+    """
+    if not form.is_gated:
+        return activation_of(experts.act_fn)
+    with torch.device("cpu"):  # a model that is loaded is built on another
+        return _function_on_cpu(experts, form)
+
+
+def _function_on_cpu(experts: Any, form: StackedExperts) -> str | None:
+    gate, up = 8 * torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0))
+    both = torch.stack([gate, up], dim=-1).flatten(1) if form.is_interleaved else torch.cat([gate, up], dim=1)
+    try:
+        expected = experts._apply_gate(both)
+    except Exception:  # a family's own code, of another form
+        return None
+    limits = {
+        float(value) for value in vars(experts).values() if isinstance(value, int | float) and value > 1
+    }
+    names = [*ACTIVATIONS]
+    names += [
+        clamped_name(name, limit=limit, shift=shift)
+        for name in ("silu", "quick_gelu", "gelu", "gelu_pytorch_tanh", "relu")
+        for limit in sorted(limits)
+        for shift in (0.0, 1.0)
+    ]
+    for name in names:
+        if torch.allclose(gated(activation_named(name), gate, up), expected, rtol=1e-5, atol=1e-5):
+            return name
+    return None
 
 
 _Group = tuple[_Map, _Map | None, _Map, bool]
@@ -431,7 +487,9 @@ def _paths(modules: Mapping[str, nn.Module], block: str, ffn: _Found) -> FFNPath
         down=down,
         fused=ffn.fused,
         transposed=ffn.transposed,
+        interleaved=ffn.interleaved,
         experts=ffn.experts,
+        function=ffn.function,
         module=inside(ffn.scope) if is_module else None,
         activation=None if is_module else _activation_path(modules[block], ffn, block),
         width_field=None,

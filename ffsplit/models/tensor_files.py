@@ -235,10 +235,19 @@ class TensorSpan(NamedTuple):
     shape: tuple[int, ...]
     start: int
     stop: int
+    others: tuple[TensorSpan, ...] = ()
+    """Where the bytes go on: the tensor is a stack, and this is its first part."""
+
+    @classmethod
+    def stacked(cls, parts: Sequence[TensorSpan]) -> TensorSpan:
+        """Tensors of one shape as one, along a new first dimension."""
+        first, *others = parts
+        assert all((each.dtype, each.shape) == (first.dtype, first.shape) for each in others)
+        return first._replace(shape=(len(parts), *first.shape), others=tuple(others))
 
     @property
     def size_bytes(self) -> int:
-        return self.stop - self.start
+        return self.stop - self.start + sum(each.size_bytes for each in self.others)
 
 
 def read_spans(path: Path) -> dict[str, TensorSpan]:
@@ -274,8 +283,9 @@ def write_spans(path: Path, spans: Mapping[str, TensorSpan]) -> None:
     with path.open("wb") as target:
         target.write(len(text).to_bytes(8, "little") + text)
         for name in ordered:
-            with spans[name].path.open("rb") as source:
-                _copy(source, target, span=spans[name])
+            for span in (spans[name], *spans[name].others):
+                with span.path.open("rb") as source:
+                    _copy(source, target, span=span)
 
 
 def _rank(dtype: str) -> tuple[int, str]:
@@ -284,7 +294,7 @@ def _rank(dtype: str) -> tuple[int, str]:
 
 def _copy(source: IO[bytes], target: IO[bytes], *, span: TensorSpan) -> None:
     source.seek(span.start)
-    left = span.size_bytes
+    left = span.stop - span.start
     while left:
         block = source.read(min(left, CHUNK_BYTES))
         if not block:

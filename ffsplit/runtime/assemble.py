@@ -11,7 +11,7 @@ from ffsplit.ffn.shapes import LayerLayout, is_narrowed_form, is_stock_form
 from ffsplit.models.checkpoint import NARROWED, Checkpoint
 from ffsplit.models.ffns import FFNPlace
 from ffsplit.models.tensor_files import INDEX_NAME, TensorSpan, read_spans, write_spans
-from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, runs_of
+from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, runs_of, stack_experts
 
 MAX_SHARD_BYTES = 5 * 10**9
 
@@ -48,8 +48,10 @@ def assemble(
     for file in checkpoint.weight_files:
         spans |= read_spans(checkpoint.directory / file)
     spans = {name: spans[name] for name in checkpoint.tensors if name not in checkpoint.ffn_names}
+    parts: dict[str, TensorSpan] = {}
     for path in layer_files:
-        spans |= read_spans(path)
+        parts |= read_spans(path)
+    spans |= stack_experts(parts)
     _write_shards(spans, directory, max_shard_bytes=max_shard_bytes)
     config = artifact_config(checkpoint, layouts, linears=linears)
     checkpoint.folder.copy_companions(directory)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from itertools import groupby
@@ -20,7 +20,7 @@ from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout
 from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap, stacked
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.ffns import FFNPlace, MatrixPlace
-from ffsplit.models.tensor_files import FLOATS, opened
+from ffsplit.models.tensor_files import FLOATS, TensorSpan, opened
 
 FORMAT_VERSION = 1
 """`version` in `quantization_config`. docs/formats/checkpoint.md says what may change under one number."""
@@ -55,9 +55,9 @@ def load_ffn(checkpoint: Checkpoint, index: int, *, activation: Any, device: tor
     ffn = checkpoint.ffns[index]
 
     def linear(place: MatrixPlace) -> LinearMap:
-        bias = (
-            None if place.bias is None else _half(_read_float(checkpoint, place.bias, device=device), place)
-        )
+        bias = None
+        if place.bias is not None:
+            bias = _half(_read_float(checkpoint, place.bias, device=device, expert=place.expert), place)
         return LinearMap.dense(read_matrix(checkpoint, place, device=device), bias)
 
     down = linear(ffn.down)
@@ -77,7 +77,15 @@ def read_matrix(checkpoint: Checkpoint, place: MatrixPlace, *, device: torch.dev
 
 
 def _half(rows: Tensor, place: MatrixPlace) -> Tensor:
-    return rows if place.half is None else rows.chunk(2)[place.half].contiguous()
+    if place.half is None:
+        return rows
+    return (rows[place.half :: 2] if place.interleaved else rows.chunk(2)[place.half]).contiguous()
+
+
+def _joined_halves(gate: Tensor, up: Tensor, of_up: MatrixPlace) -> Tensor:
+    """Gate and up as the one tensor that holds them, in rows."""
+    pair = [gate, up] if of_up.half else [up, gate]
+    return torch.stack(pair, dim=1).flatten(0, 1) if of_up.interleaved else torch.cat(pair)
 
 
 def load_output_norm(checkpoint: Checkpoint, index: int, *, device: torch.device) -> OutputNorm | None:
@@ -149,22 +157,39 @@ def _split_dtype(checkpoint: Checkpoint, ffn: FFNPlace, name: str) -> torch.dtyp
 def _plain_tensors(ffn: FFNPlace, weights: FFNWeights) -> Iterator[tuple[str, str, Tensor]]:
     """The tensors of an ordinary FFN in the original's form: name, the original's name, values.
 
-    The two names differ if the original stacks experts: here each expert has its own tensor.
+    The two names differ for an expert of a stack: each has a name of its own until `assemble` stacks them.
     """
     (part,) = weights.parts
     up, down = part.up, replace(part.down, bias=weights.down_bias)
-    if part.gate is not None and ffn.paths.fused:
-        fused = torch.cat([part.gate.weight, up.weight])
-        both = None if up.bias is None or part.gate.bias is None else torch.cat([part.gate.bias, up.bias])
+    if ffn.gate is None or part.gate is None:
+        pairs = [(ffn.up, up), (ffn.down, down)]
+    elif ffn.gate.name == ffn.up.name:
+        fused = _joined_halves(part.gate.weight, up.weight, ffn.up)
+        both = None
+        if up.bias is not None and part.gate.bias is not None:
+            both = _joined_halves(part.gate.bias, up.bias, ffn.up)
         pairs = [(ffn.up, LinearMap.dense(fused, both)), (ffn.down, down)]
     else:
-        gate = [(ffn.gate, part.gate)] if ffn.gate is not None and part.gate is not None else []
-        pairs = [(ffn.up, up), *gate, (ffn.down, down)]
+        pairs = [(ffn.up, up), (ffn.gate, part.gate), (ffn.down, down)]
     for place, linear in pairs:
         weight = linear.weight.T if place.transposed else linear.weight
-        yield place.alone or place.name, place.name, weight
+        yield _of_expert(place.name, place.expert), place.name, weight
         if place.bias is not None and linear.bias is not None:
-            yield place.bias, place.bias, linear.bias
+            yield _of_expert(place.bias, place.expert), place.bias, linear.bias
+
+
+def _of_expert(name: str, expert: int | None) -> str:
+    return name if expert is None else f"{name}#{expert:06d}"
+
+
+def stack_experts(spans: Mapping[str, TensorSpan]) -> dict[str, TensorSpan]:
+    """The same tensors, with the parts that belong to one stack of experts as one tensor."""
+    parts: dict[str, list[TensorSpan]] = {}
+    for name in sorted(spans):
+        parts.setdefault(name.rpartition("#")[0] or name, []).append(spans[name])
+    return {
+        name: spans[name] if name in spans else TensorSpan.stacked(found) for name, found in parts.items()
+    }
 
 
 def _split_tensors(weights: FFNWeights) -> Iterator[tuple[str, Tensor]]:

@@ -113,7 +113,7 @@ def install_split_ffns(
     experts: dict[str, SplitExperts] = {}
     guards = guarded(places)
     for place, ffn in zip(places, ffns, strict=True):
-        activation = ACT2FN[activation_name(config, place.tower)]
+        activation = ACT2FN[place.paths.function or activation_name(config, place.tower)]
         guard = place.paths.guard if place.index in guards else None
         if place.expert is None:
             split_ffn = SplitFFN(ffn.layout, ffn.shape, activation, guard=guard)

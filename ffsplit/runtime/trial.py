@@ -96,7 +96,7 @@ def _recomputed(model: Any, checkpoint: Checkpoint) -> Iterator[list[float]]:
         handles.append(block.get_submodule(ffn.paths.down).register_forward_hook(after))
 
     for ffn in checkpoint.ffns:
-        if not ffn.paths.can_split:
+        if ffn.expert is None and not ffn.paths.can_split:
             watch(ffn)
     try:
         yield differences
@@ -145,7 +145,7 @@ def _split_exactly(block: nn.Module, checkpoint: Checkpoint, path: str) -> None:
     """Replace every FFN of a block by its two halves."""
     experts: dict[int, SplitExperts] = {}
     for ffn in checkpoint.ffns:
-        if ffn.block != path or not ffn.paths.can_split:
+        if ffn.block != path or (ffn.expert is None and not ffn.paths.can_split):
             continue
         activation = activation_named(checkpoint.activation_of(ffn.index))
         halves = _Halves(load_ffn(checkpoint, ffn.index, activation=activation, device=CPU))
