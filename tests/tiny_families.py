@@ -10,6 +10,7 @@ import transformers
 from torch import Tensor
 
 from ffsplit.measurement.latency import example_inputs
+from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.support_page import HEADS
 from tests.tiny_models import VOCAB_SIZE, randomize, save_tokenizer
 
@@ -167,6 +168,10 @@ FAMILIES: dict[str, Family] = {
     "relu2": Family("Llama", _LLAMA | {"hidden_act": "relu2"}, "llama"),
 }
 """By model_type; `relu2` is a Llama with squared ReLU."""
+
+
+ROWS = tuple(name for name, family in FAMILIES.items() if (family.model_type or name) in ARCHITECTURES)
+"""Those with a row in the table."""
 
 
 def heads_of(family: str) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -178,10 +179,14 @@ class FFNObserver:
         self._streams = {tower.name: _Stream(tower.mask, sampling) for tower in towers}
         self._own_streams: dict[int, _Stream] = {}
         self._arguments: Mapping[str, Tensor] = {}
+        self._num_batches = 0
+        self._num_calls: Counter[str] = Counter()
         self._sums = {ffn.index: NeuronSums(_down_weight(base_model, ffn), ffn.expert) for ffn in ffns}
         self._inputs: dict[int, list[dict[str, Tensor]]] = {}
 
     def __enter__(self) -> FFNObserver:
+        for path in dict.fromkeys(ffn.block for ffn in self._ffns):
+            self._watch(self._base.get_submodule(path), self._count_hook(path))
         for ffn in self._ffns:
             block = self._base.get_submodule(ffn.block)
             if ffn.expert is not None:
@@ -206,6 +211,7 @@ class FFNObserver:
     def next_batch(self, arguments: Mapping[str, Tensor]) -> None:
         """Announce the arguments of the next forward pass, including masks [rows, length]."""
         self._arguments = arguments
+        self._num_batches += 1
         for stream in (*self._streams.values(), *self._own_streams.values()):
             stream.next_batch(arguments)
 
@@ -225,6 +231,12 @@ class FFNObserver:
         """Whether any input of the announced batch is to be kept."""
         streams = (*self._streams.values(), *self._own_streams.values())
         return any(stream.may_be_sampled for stream in streams)
+
+    def _count_hook(self, block: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            self._num_calls[block] += 1
+
+        return hook
 
     def _activation_hook(self, ffn: FFNPlace) -> Any:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -286,14 +298,16 @@ class FFNObserver:
         return tuple(self._sums[ffn.index].result() for ffn in self._ffns)
 
     def _check_counts(self, ffns: Sequence[FFNPlace]) -> None:
-        """An FFN must see every token, once or several times (a model may run it again in a later layer).
+        """An FFN must see every token once each time that the model runs its block, most do once.
 
-        So must a block's experts together.
+        A block's experts together must see all tokens equally often.
         """
         first = ffns[0]
         total = self._own_streams.get(first.unit, self._streams[first.tower.name]).stop
         seen = sum(self._sums[ffn.index].num_tokens for ffn in ffns)
-        if not total or not seen or seen % total:
+        num_runs = self._num_calls[first.block] / max(1, self._num_batches)
+        expected = seen % total == 0 if first.expert is not None and total else seen == total * num_runs
+        if not total or not seen or not expected:
             what = first.name if first.expert is None else first.name.replace("expert 0", "experts")
             raise CalibrationError(
                 f"{what} saw {seen} of {total} tokens: the model bypasses the hooks on its FFN"

@@ -81,7 +81,7 @@ def example_inputs(
         size = vocab_size or vocab_size_of(model)
         inputs["input_ids"] = torch.randint(size, (num_rows, num_tokens), generator=generator)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    reads_text = model.main_input_name == "input_ids"
+    reads_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
     vision = getattr(config, "vision_config", config)
     if "pixel_values" in names and not (reads_text and not hasattr(model, "get_text_features")):
         sizes = getattr(vision, "image_size", None)
@@ -141,7 +141,7 @@ def _argument_names(model: Any) -> set[str]:
 def vocab_size_of(model: Any) -> int:
     """The vocabulary size of a model's text side; 0 if it has none."""
     text = getattr(model.config, "text_config", model.config)
-    return int(getattr(text, "vocab_size", 0) or (BYTES if model.main_input_name == "input_ids" else 0))
+    return int(getattr(text, "vocab_size", 0) or (BYTES if "input_ids" in _argument_names(model) else 0))
 
 
 def _num_samples(config: Any, *, num_frames: int) -> int:

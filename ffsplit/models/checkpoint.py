@@ -16,13 +16,13 @@ from ffsplit.errors import ConfigError, UnsupportedModelError
 from ffsplit.ffn.activations import OTHER_NAMES
 from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.architectures import ARCHITECTURES
-from ffsplit.models.family import READ_BY, Architecture, ModelKind, Tower
+from ffsplit.models.detection import detect_architecture
+from ffsplit.models.family import Architecture, ModelKind, Tower
 from ffsplit.models.ffns import FFNPlace, base_prefixes, config_part, find_ffns, towers_in, without_towers
 from ffsplit.models.folder import CONFIG_NAME, ModelFolder, check_no_pointers, local_listing, sort_files
 from ffsplit.models.load_options import check_trusted, code_files
 from ffsplit.models.names import TensorNames, empty_class
 from ffsplit.models.not_a_model import check_is_model, check_modules, check_not_quantized
-from ffsplit.models.structure import detect_architecture
 from ffsplit.models.tensor_files import (
     ITEM_SIZES,
     TensorInfo,
@@ -319,20 +319,13 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
                     f"{directory}: {place.name} is {info.dtype}; FFN weights may be {', '.join(FFN_DTYPES)}"
                 )
     _check_config(directory, config, ffns, widths_differ=bool(stored))
-    unreached = _unreached(architecture)
+    reached_towers = {tower.blocks for tower in architecture.reached}
+    unreached = {tower.blocks for tower in architecture.towers} - reached_towers
     reached = without_towers(ffns, unreached)
     left_out = tuple(ffn for ffn in ffns if ffn.tower.blocks in unreached)
     checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, reached, read, left_out)
     check_modules(listing, checkpoint.folder.files)
     return checkpoint
-
-
-def _unreached(architecture: Architecture) -> frozenset[str]:
-    """The towers, by their `blocks`, that no calibration data of the family's kind reaches."""
-    needed = READ_BY[architecture.kind]
-    reached = [tower for tower in architecture.towers if tower.reads in needed]
-    others = {tower.blocks for tower in architecture.towers if tower.reads not in needed}
-    return frozenset(others if reached else ())
 
 
 def _read_by_class(

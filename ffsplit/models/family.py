@@ -131,9 +131,16 @@ class Architecture(Record):
         return self.kind in ("encoder", "causal_lm") and not experts
 
     @property
+    def reached(self) -> tuple[Tower, ...]:
+        """The towers that calibration data of its kind reaches; all, if it reaches none."""
+        found = tuple(tower for tower in self.towers if tower.reads in READ_BY[self.kind])
+        return found or self.towers
+
+    @property
     def can_stream(self) -> bool:
         """Whether a model can be loaded one block at a time: it has one list of blocks, and reads text."""
-        return len(self.towers) == 1 and all(tower.is_list and tower.mask for tower in self.towers)
+        (tower, *others) = self.reached
+        return not others and bool(tower.mask) and tower.is_list and tower.blocks.count("*") == 1
 
 
 def row(

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple, Protocol
 
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn.shapes import FFNShape
+from ffsplit.models.detection import architecture_of
 from ffsplit.models.family import Architecture, FFNPaths, Tower
 from ffsplit.models.names import TensorNames
-from ffsplit.models.structure import architecture_of
 
 # The FFNs of a checkpoint: the tensors of each, and its place in the model.
 #

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.detection import architecture_of
 from ffsplit.models.ffns import ffns_of
 from tests.tiny_families import FAMILIES, make_model
 
@@ -19,8 +19,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 def test_the_row_finds_the_modules(model: Any) -> None:
     prefix, ffns = ffns_of(model)
     assert prefix == ""
-    towers = ARCHITECTURES[model.config.model_type].towers
-    assert {ffn.tower for ffn in ffns} == set(towers)
+    assert {ffn.tower for ffn in ffns} == set(architecture_of(model).towers)
     for ffn in ffns:
         if ffn.expert is not None:
             assert model.get_submodule(ffn.split_path).down_proj[ffn.expert].shape[1] == ffn.shape.num_neurons

@@ -22,10 +22,10 @@ from ffsplit.models.names import TensorNames, below_base, empty_class
 from ffsplit.run.stages.heal import check_written, stored_tensors
 from tests.conftest import CheckpointFactory
 from tests.test_odd_checkpoints import LEGACY, configure, renamed, rewrite
-from tests.tiny_families import FAMILIES, heads_of, make_model, save_checkpoint
+from tests.tiny_families import ROWS, heads_of, make_model, save_checkpoint
 from tests.tiny_models import random_rows
 
-WITH_HEADS = [(name, head) for name in FAMILIES for head in ("", *heads_of(name))]
+WITH_HEADS = [(name, head) for name in ROWS for head in ("", *heads_of(name))]
 
 
 @pytest.mark.matrix()

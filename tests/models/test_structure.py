@@ -16,9 +16,9 @@ from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn.activations import ACTIVATIONS
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.detection import row_by_structure
 from ffsplit.models.family import Architecture
 from ffsplit.models.load import load_whole_model
-from ffsplit.models.structure import row_by_structure
 from ffsplit.runtime.trial import check_by_trial
 from tests.small_jobs import LOW_RANK, SmallJob
 from tests.tiny_families import outputs
@@ -179,8 +179,14 @@ def test_two_ffns_side_by_side_are_told_by_their_names() -> None:
 def test_lists_within_lists_and_towers_beside_each_other() -> None:
     """As Swin keeps its stages, and BART its encoder and decoder."""
     stages = nn.ModuleList(nn.ModuleList([Block("up", "down")]) for _ in range(2))
-    model = nn.Module()
-    model.base_model_prefix, model.encoder, model.decoder = "", nn.Module(), nn.Module()
+
+    class Pair(nn.Module):
+        base_model_prefix, main_input_name = "", "input_ids"
+
+        def forward(self, input_ids: torch.Tensor, decoder_input_ids: torch.Tensor) -> None: ...
+
+    model = Pair()
+    model.encoder, model.decoder = nn.Module(), nn.Module()
     model.encoder.stages, model.decoder.layers = stages, nn.ModuleList([Block("up", "down", width=24)])
     row = row_by_structure(model, config={"model_type": "toy", "is_encoder_decoder": True})
     assert row.kind == "seq2seq"

@@ -1,0 +1,429 @@
+"""Writes down a model's FFNs, found by structure, as a row of the table: for families that the table lacks.
+
+What is found is trusted only after an exact split of every FFN has reproduced the model's own outputs
+(`ffsplit.runtime.trial`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from ffsplit.compat.transformers import activation_of
+from ffsplit.errors import UnsupportedModelError, explained
+from ffsplit.ffn.activations import ACTIVATIONS
+from ffsplit.models.architectures import ARCHITECTURES
+from ffsplit.models.family import Architecture, FFNPaths, ModelKind, Reads, Tower
+from ffsplit.models.load_options import attention_advice, attention_options
+from ffsplit.models.structure import (
+    NOT_FFN_PATH,
+    FoundFFN,
+    Modules,
+    block_of,
+    check_nothing_is_left,
+    find_in_modules,
+    lists_in_words,
+)
+
+_WIDTH_WORDS = re.compile(r"intermediate|ffn|inner|mlp|feed_?forward|d_ff|hidden_dim|expert")
+_ACTIVATION_WORDS = re.compile(r"act|feed_forward_proj")
+_SOUND_OR_PICTURE: tuple[tuple[str, Reads], ...] = (
+    (r"vision|visual|image|picture|video|vit|pixel", "image"),
+    (r"audio|speech|sound|acoustic", "sound"),
+)
+
+
+def architecture_of(model: Any) -> Architecture:
+    """The row of a model's family, from the table or from its structure. Raises UnsupportedModelError."""
+    row = ARCHITECTURES.get(model.config.model_type)
+    return row or row_by_structure(model, config=model.config.to_dict())
+
+
+def detect_architecture(
+    directory: Path, config: Mapping[str, Any], *, tensor_names: Sequence[str]
+) -> Architecture:
+    """The row of a checkpoint's family, from the structure of its model; reads no weights.
+
+    `tensor_names` are the names in its files. Raises UnsupportedModelError.
+    """
+    import transformers
+    from accelerate import init_empty_weights
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+        known = ", ".join(sorted(ARCHITECTURES))
+        missing = f": {_without_model_type(config)}" if model_type is None else ""
+        raise UnsupportedModelError(
+            f"{directory}: model type {model_type!r} is not supported{missing} (known: {known})"
+        )
+    with explained(
+        f"{directory}: {model_type} is not in the table, and its structure cannot be inspected",
+        kind=UnsupportedModelError,
+        advice=attention_advice(config),
+    ):
+        made = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        chosen = _class_of(config, made)
+
+        def build(changed: Any) -> Any:
+            with init_empty_weights():
+                return chosen._from_config(changed, **attention_options())
+
+        model = build(made)
+        row = row_by_structure(model, config={**made.to_dict(), **config})
+        row = _with_width_fields(row, model, made, build)
+    if any(re.search(r"experts\.\d+\.w1\.", name) for name in tensor_names):
+        names = ((".up_proj.", ".w3."), (".gate_proj.", ".w1."), (".down_proj.", ".w2."))
+        row = row.model_copy(update={"file_names": names})
+    return row
+
+
+def _class_of(config: Mapping[str, Any], made: Any) -> Any:
+    """The class that a config names, or its family's base model."""
+    import transformers
+
+    (name, *_) = config.get("architectures") or [""]
+    return getattr(transformers, str(name), None) or transformers.MODEL_MAPPING[type(made)]
+
+
+def _without_model_type(config: Mapping[str, Any]) -> str:
+    """The fix for a config without model_type: add the family that its class belongs to."""
+    import transformers
+
+    classes, family = config.get("architectures"), "its family"
+    if isinstance(classes, list) and classes:
+        with suppress(Exception):  # the class, or a library that it needs, is missing
+            family = f'"model_type": "{getattr(transformers, str(classes[0])).config_class.model_type}"'
+    return f"config.json names no model_type; add {family} to it"
+
+
+def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
+    """The row of a model: its towers, and the FFNs of all their blocks.
+
+    Raises UnsupportedModelError if there is none, or if something in a block has the shape of an FFN but is
+    part of none.
+    """
+    base = getattr(model, model.base_model_prefix, model)
+    modules, family = dict(base.named_modules()), str(config["model_type"])
+    found = find_in_modules(modules)
+    if not found:
+        raise UnsupportedModelError(
+            f"{family} is not in the table of architectures, and its structure shows no FFN of two or three "
+            f"linear layers in its blocks. Found {lists_in_words(modules)} "
+            f"(known: {', '.join(sorted(ARCHITECTURES))})"
+        )
+    check_nothing_is_left(modules, found, family)
+    towers = tuple(_towers(base, modules, found, config))
+    return Architecture(
+        model_type=family,
+        kind=_kind(base, config),
+        towers=towers,
+        base=model.base_model_prefix,
+        num_ffns=sum(each.num_ffns for each in found),
+    )
+
+
+# From the FFNs to the towers of a row.
+
+
+def _towers(
+    base: Any, modules: Modules, found: Sequence[FoundFFN], config: Mapping[str, Any]
+) -> Iterator[Tower]:
+    blocks: dict[str, list[tuple[str, FoundFFN]]] = defaultdict(list)
+    for each in found:
+        block = block_of(each.scope if each.experts else each.up, modules)
+        assert block is not None
+        blocks[_pattern(block, modules)].append((block, each))
+    for pattern, ffns in blocks.items():
+        first, one = ffns[0]
+        part = _part_of_config(base, modules, first)
+        reads = _reads(base, modules, first)
+        activation = _activation(modules, first, one, _config_at(config, part))
+        name = "" if len(blocks) == 1 else _tower_name(pattern)
+        decodes = bool(config.get("is_encoder_decoder")) and "decoder" in pattern.split(".")
+        yield Tower(
+            blocks=pattern,
+            ffns=_told_apart(dict.fromkeys(_paths(modules, block, each) for block, each in ffns)),
+            name=name,
+            config=part,
+            layers_field=None,
+            activation_field=None,
+            default_activation=activation,
+            reads=reads,
+            mask=None if reads != "text" else "decoder_attention_mask" if decodes else "attention_mask",
+        )
+
+
+def _pattern(block: str, modules: Modules) -> str:
+    """A block's path with `*` for its index, and for those of the lists around its list."""
+    parts = block.split(".")
+    return ".".join(
+        "*" if part.isdigit() and isinstance(modules[".".join(parts[:index])], nn.ModuleList | nn.Sequential)
+        else part
+        for index, part in enumerate(parts)
+    )  # fmt: skip
+
+
+def _tower_name(pattern: str) -> str:
+    """`decoder` for decoder.layers.*, `vision tower encoder` for vision_tower.encoder.layers.*."""
+    parts = [part for part in pattern.split(".") if part != "*"]
+    return " ".join(parts[:-1] or parts).replace("_", " ")
+
+
+def _paths(modules: Modules, block: str, ffn: FoundFFN) -> FFNPaths:
+    def inside(path: str | None) -> str | None:
+        return None if path is None else path.removeprefix(f"{block}.")
+
+    is_module = ffn.experts or (ffn.is_alone and ffn.scope != block)
+    up, down = inside(ffn.up), inside(ffn.down)
+    assert up is not None and down is not None
+    label = ""
+    if not ffn.experts and ffn.scope != block:
+        label = inside(ffn.scope) or ""
+    return FFNPaths(
+        up=up,
+        gate=inside(ffn.gate),
+        down=down,
+        fused=ffn.fused,
+        transposed=ffn.transposed,
+        interleaved=ffn.interleaved,
+        experts=ffn.experts,
+        function=ffn.function,
+        module=inside(ffn.scope) if is_module else None,
+        activation=None if is_module else _activation_path(modules[block], ffn, block),
+        width_field=None,
+        label=_label(label),
+    )
+
+
+def _told_apart(ffns: Iterable[FFNPaths]) -> tuple[FFNPaths, ...]:
+    """The FFNs of a tower's blocks, those that share a label by the paths of their down projections."""
+    found = tuple(ffns)
+    labels = Counter((each.label, each.experts) for each in found)
+    return tuple(
+        each.model_copy(update={"label": _words(each.down.rpartition(".")[0] or each.down)})
+        if labels[each.label, each.experts] > 1
+        else each
+        for each in found
+    )
+
+
+def _words(path: str) -> str:
+    return path.replace(".", " ").replace("_", " ")
+
+
+def _label(scope: str) -> str:
+    """What distinguishes an FFN within its block: `shared expert` for mlp.shared_expert, "" for mlp."""
+    usual = {"mlp", "ffn", "feed_forward", "mixer", "layer", "block_sparse_moe", "moe", "DenseReluDense"}
+    parts = [part for part in scope.split(".") if part not in usual and not part.isdigit()]
+    numbers = [part for part in scope.split(".") if part.isdigit()]
+    return " ".join((*parts, *(numbers if parts else ()))).replace("_", " ")
+
+
+def _activation_path(block: nn.Module, ffn: FoundFFN, path: str) -> str | None:
+    """The module that applies an FFN's activation, relative to the block; None if not exactly one may."""
+    scope = path if ffn.scope == path else ffn.scope
+    near = [
+        name
+        for name, module in block.named_modules()
+        if activation_of(module) is not None
+        and f"{path}.{name}".startswith(f"{scope}.")
+        and not any(NOT_FFN_PATH.search(part) for part in name.split(".")[:-1])
+    ]
+    return near[0] if len(near) == 1 else None
+
+
+def _activation(modules: Modules, block: str, ffn: FoundFFN, config: Mapping[str, Any]) -> str:
+    """The activation's name: by its module, else by the config, else the usual one."""
+    for scope in (ffn.scope, block):
+        names = [
+            name
+            for path, module in modules[scope].named_modules()
+            if (name := activation_of(module)) is not None
+            and not any(NOT_FFN_PATH.search(part) for part in path.split(".")[:-1])
+        ]
+        if names:
+            return names[0]
+    stated = [
+        value
+        for name, value in config.items()
+        if isinstance(value, str) and value in ACTIVATIONS and _ACTIVATION_WORDS.search(name)
+    ]
+    return stated[0] if stated else "silu" if ffn.gate or ffn.fused else "gelu"
+
+
+def _parents(block: str, modules: Modules) -> Iterator[tuple[str, Any]]:
+    """The modules around a block, from the inside, that are models with a config of their own."""
+    parts = block.split(".")
+    for length in reversed(range(len(parts))):
+        path = ".".join(parts[:length])
+        if hasattr(modules[path], "config") and hasattr(modules[path], "main_input_name"):
+            yield path, modules[path]
+
+
+def _part_of_config(base: Any, modules: Modules, block: str) -> str | None:
+    """The part of the config, as a dotted path, that the model around a block is made from; None: all."""
+    if not hasattr(base, "config"):
+        return None
+    parts = dict(_config_parts(base.config))
+    for _, owner in _parents(block, modules):
+        if owner.config is base.config:
+            return None
+        same = [name for name, part in parts.items() if part is owner.config]
+        alike = [name for name, part in parts.items() if type(part) is type(owner.config)]
+        if len(found := same or alike) == 1:
+            return found[0]
+    return None
+
+
+def _config_parts(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            yield f"{prefix}{name}", value
+            yield from _config_parts(value, f"{prefix}{name}.")
+
+
+def _config_at(config: Mapping[str, Any], part: str | None) -> Mapping[str, Any]:
+    for name in part.split(".") if part else ():
+        config = config.get(name) or {}
+    return config
+
+
+def _reads(base: Any, modules: Modules, block: str) -> Reads:
+    """What the tokens of a tower are made from."""
+    for path, owner in _parents(block, modules):
+        words = f"{type(owner).__name__} {path}".lower()
+        for pattern, reads in _SOUND_OR_PICTURE:
+            if path and re.search(pattern, words):
+                return reads
+        if owner.main_input_name == "pixel_values":
+            return "image"
+        if owner.main_input_name in ("input_features", "input_values"):
+            return "sound"
+        return "text"
+    return "text"
+
+
+_MAIN_INPUTS: dict[str, Reads] = {
+    "input_ids": "text",
+    "pixel_values": "image",
+    "input_values": "sound",
+    "input_features": "sound",
+}
+
+
+def _kind(base: Any, config: Mapping[str, Any]) -> ModelKind:
+    """What a model reads, and which of its outputs are compared."""
+    from transformers.models.auto import modeling_auto as auto
+
+    reads = _MAIN_INPUTS.get(getattr(base, "main_input_name", "input_ids"))
+    family, (name, *_) = str(config["model_type"]), config.get("architectures") or [""]
+    if config.get("is_encoder_decoder") and "decoder_input_ids" in inspect.signature(base.forward).parameters:
+        kind = {"text": "seq2seq", "sound": "speech"}.get(reads or "")
+    elif hasattr(base, "get_text_features") and hasattr(base, "get_image_features"):
+        kind = "image_text"
+    elif reads != "text":
+        kind = {"image": "image", "sound": "audio"}.get(reads or "")
+    else:
+        named = str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+        causal = family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+            family in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        )
+        masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        kind = "causal_lm" if named or config.get("is_decoder") or (causal and not masked) else "encoder"
+    if kind is None:
+        made = f"makes text of {base.main_input_name}" if reads else f"reads {base.main_input_name}"
+        raise UnsupportedModelError(
+            f"{family} is not in the table of architectures, and it {made}: FFSplit calibrates models that "
+            "read text, pictures or sound, and those that make text of text or of sound"
+        )
+    return cast(ModelKind, kind)
+
+
+# Which field of a config states an FFN's width: found by changing it and building the model again.
+
+
+def _with_width_fields(
+    row: Architecture, model: Any, config: Any, build: Callable[[Any], Any]
+) -> Architecture:
+    """The row with the fields that state a width, and nothing but widths of one kind of FFN."""
+    before = _shapes_and_widths(model)
+    fields: dict[tuple[str, str | None], str] = {}
+    for part in dict.fromkeys(tower.config for tower in row.towers):
+        for field in _candidates(config, part, widths=set(before.widths.values())):
+            changed = type(config).from_dict(config.to_dict())
+            owner = _at(changed, part)
+            value = 2 * (getattr(owner, field) or max(before.widths.values()))
+            try:
+                setattr(owner, field, value)
+                after = _shapes_and_widths(build(changed))
+            except Exception:  # the value does not fit the others
+                continue
+            moved = {name for name, width in before.widths.items() if after.widths.get(name) != width}
+            others = {
+                name
+                for name in before.shapes.keys() | after.shapes.keys()
+                if before.shapes.get(name) != after.shapes.get(name)
+            }
+            if not others and all(after.widths.get(name) == value for name in moved):
+                fields |= {(name, part): field for name in moved}
+    towers = []
+    for tower in row.towers:
+        ffns = []
+        for paths in tower.ffns:
+            down = re.compile(_as_regex(tower, paths))
+            named = [name for name in before.widths if down.fullmatch(name)]
+            stated = {fields.get((name, tower.config)) for name in named}
+            width_field = stated.pop() if len(stated) == 1 else None
+            ffns.append(paths.model_copy(update={"width_field": width_field}))
+        towers.append(tower.model_copy(update={"ffns": tuple(ffns)}))
+    return row.model_copy(update={"towers": tuple(towers)})
+
+
+class _Sizes(NamedTuple):
+    shapes: dict[str, torch.Size]
+    """Of every parameter outside the FFNs."""
+    widths: dict[str, int]
+    """Of every FFN, by the path of its down projection, or of its experts."""
+
+
+def _shapes_and_widths(model: Any) -> _Sizes:
+    base = getattr(model, model.base_model_prefix, model)
+    found = find_in_modules(dict(base.named_modules()))
+    inside = tuple(
+        f"{path}."
+        for each in found
+        for path in ((each.scope,) if each.experts else (each.up, each.gate, each.down))
+        if path is not None
+    )
+    shapes = {name: value.shape for name, value in base.named_parameters() if not name.startswith(inside)}
+    return _Sizes(shapes, {each.scope if each.experts else each.down: each.width for each in found})
+
+
+def _candidates(config: Any, part: str | None, *, widths: set[int]) -> list[str]:
+    """Fields of a part of a config that may state a width: those of its value, or without one."""
+    fields = vars(_at(config, part))
+    return [
+        name
+        for name, value in fields.items()
+        if _WIDTH_WORDS.search(name)
+        and (value is None or (isinstance(value, int) and not isinstance(value, bool) and value in widths))
+    ]
+
+
+def _at(config: Any, part: str | None) -> Any:
+    for name in part.split(".") if part else ():
+        config = getattr(config, name)
+    return config
+
+
+def _as_regex(tower: Tower, paths: FFNPaths) -> str:
+    path = (paths.module if paths.experts else paths.down) or ""
+    return re.escape(f"{tower.blocks}.{path}" if path else tower.blocks).replace(r"\*", r"\d+")
