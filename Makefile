@@ -63,9 +63,9 @@ format: venv ## Fix what the linter can fix, and format
 	$(BIN)/ruff format .
 
 .PHONY: docs
-docs: venv ## Generate docs/manifest.schema.json and docs/models.md, and build the site into out/docs
+docs: venv ## Generate docs/manifest.schema.json, docs/models.md (from the last bench-families), and the site in out/docs
 	$(BIN)/python -m ffsplit.store.manifest > docs/manifest.schema.json
-	$(BIN)/python -m ffsplit.models.support_page > docs/models.md
+	$(BIN)/python -m benchmarks.families --page docs/models.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
 	@echo out/docs/index.html
 
@@ -78,6 +78,10 @@ bench-speed: venv ## Time compressed models against other tools, into benchmarks
 .PHONY: bench-scaling
 bench-scaling: venv ## Measure scaling over workers, into benchmarks/scaling.md (needs two idle cores)
 	$(BIN)/python -m benchmarks.scaling
+
+.PHONY: bench-families
+bench-families: venv ## Try every model type of transformers, into benchmarks/families.jsonl (minutes)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m benchmarks.families --again --processes 2
 
 .PHONY: bench-quality
 bench-quality: venv ## Score every recipe (DATA=folder with stsb/ and others) into benchmarks/quality.md

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ffsplit.measurement.latency import example_inputs
 from ffsplit.models.architectures import ARCHITECTURES
-from ffsplit.models.support_page import HEADS
 from tests.tiny_models import VOCAB_SIZE, randomize, save_tokenizer
 
 NUM_LAYERS = 2
@@ -50,6 +49,34 @@ _WHISPER |= {"suppress_tokens": [], "begin_suppress_tokens": []}
 _SOUND = {"vocab_size": 32, "conv_dim": [8, 8], "conv_stride": [5, 4], "conv_kernel": [10, 4]}
 _SOUND |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2}
 _MOE = _LLAMA | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+_CLASSIFIERS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+_ENCODER_HEADS = ("ForMaskedLM", *_CLASSIFIERS)
+_DECODER_HEADS = ("ForCausalLM", "ForSequenceClassification")
+_HEADS: dict[str, tuple[str, ...]] = {
+    "bert": ("ForPreTraining", "ForNextSentencePrediction", *_ENCODER_HEADS),
+    "electra": ("ForPreTraining", *_ENCODER_HEADS),
+    **dict.fromkeys(
+        ("roberta", "xlm-roberta", "mpnet", "deberta-v2", "distilbert", "modernbert"), _ENCODER_HEADS
+    ),
+    "gpt2": ("LMHeadModel", "DoubleHeadsModel", *_CLASSIFIERS),
+    **dict.fromkeys(("gpt_neox", "falcon", "bloom", "llama"), ("ForCausalLM", *_CLASSIFIERS)),
+    **dict.fromkeys(
+        ("opt", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "starcoder2", "mixtral"), _DECODER_HEADS
+    ),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe"), _DECODER_HEADS),
+    "gemma3_text": ("ForCausalLM", "TextForSequenceClassification"),
+    "t5": ("ForConditionalGeneration", "EncoderModel"),
+    "bart": ("ForConditionalGeneration",),
+    "marian": ("MTModel",),
+    "whisper": ("ForConditionalGeneration", "ForAudioClassification"),
+    "vit": ("ForImageClassification", "ForMaskedImageModeling"),
+    "clip": ("ForImageClassification",),
+    "siglip": ("ForImageClassification",),
+    "wav2vec2": ("ForCTC", "ForSequenceClassification"),
+}
+"""The task heads that are tried with each family of the table, as class name endings."""
 
 
 class Family(NamedTuple):
@@ -176,7 +203,7 @@ ROWS = tuple(name for name, family in FAMILIES.items() if (family.model_type or 
 
 def heads_of(family: str) -> tuple[str, ...]:
     """The task heads that are tried with a family, beside its base model."""
-    return FAMILIES[family].heads or HEADS[FAMILIES[family].model_type or family]
+    return FAMILIES[family].heads or _HEADS[FAMILIES[family].model_type or family]
 
 
 def usual_head(family: str) -> str:

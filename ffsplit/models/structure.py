@@ -1,6 +1,6 @@
 """Finds the FFNs among a model's modules by their structure.
 
-Every block of every list of blocks is searched for FFNs: two or three linear maps from one size to another and
+Every block of every list is searched for FFNs: two or three linear maps from one size to another and
 back, or a stack of experts of that shape. Other things may have that shape (attention, mixers of positions,
 routers, adapters, heads); their names and classes tell them apart. A map in a block that has an FFN's shape
 and belongs to none is an error: the model would be compressed in part only.

@@ -1,0 +1,144 @@
+"""Tiny random checkpoints of every model type that transformers knows, for `python -m benchmarks.families`.
+
+Weights are random, and none is zero: no projection, gate or norm hides what lies behind it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
+
+from benchmarks.families.config import IMAGE, tiny_config
+from benchmarks.families.tables import CLASSES, VARIANTS
+
+TOO_LARGE = 16_000_000
+"""Parameters; a config that still has more after shrinking lacks a rule."""
+MAPPINGS = (
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "IMAGE_TEXT_TO_TEXT",
+    "MULTIMODAL_LM",
+    "MASKED_LM",
+    "CAUSAL_LM",
+    "ZERO_SHOT_IMAGE_CLASSIFICATION",
+    "CTC",
+    "IMAGE_CLASSIFICATION",
+    "TEXT_TO_WAVEFORM",
+    "TEXT_TO_SPECTROGRAM",
+    "VIDEO_CLASSIFICATION",
+    "AUDIO_CLASSIFICATION",
+)
+"""From the most to the least used head."""
+
+
+def model_types() -> dict[str, str]:
+    """Every model type that has a model, and the class most used of it: transformers' own mappings.
+
+    A variant of a type has a name of its own, as in `t5/gated`.
+    """
+    found: dict[str, str] = {}
+    names = [f"MODEL_FOR_{name}_MAPPING_NAMES" for name in MAPPINGS] + ["MODEL_MAPPING_NAMES"]
+    names += sorted(
+        name
+        for name in dir(modeling_auto)
+        if re.fullmatch(r"MODEL_\w+_MAPPING_NAMES", name) and name not in names
+    )
+    for name in names:
+        for model_type, classes in getattr(modeling_auto, name).items():
+            found.setdefault(model_type, classes if isinstance(classes, str) else classes[0])
+    found |= CLASSES
+    found |= {name: found[name.partition("/")[0]] for name in VARIANTS}
+    return dict(sorted(found.items()))
+
+
+def tiny_model(model_type: str, class_name: str) -> Any:
+    """A random model in eval mode."""
+    config = tiny_config(model_type)
+    cls = getattr(transformers, class_name)
+    with torch.device("meta"):
+        size = sum(each.numel() for each in _make(cls, config).parameters())
+    if size > TOO_LARGE:
+        raise ValueError(f"{size} parameters: the rules leave a size that is too large")
+    model = _make(cls, tiny_config(model_type))
+    randomize(model)
+    return model.eval()
+
+
+def _make(cls: Any, config: Any) -> Any:
+    kind = getattr(cls, "config_class", None)
+    return cls(config) if kind is None or isinstance(config, kind) else cls._from_config(config)
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, *, seed: int = 0) -> None:
+    """Matrices keep the scale of their input, biases are not zero, norms and scales are not quite one."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.is_floating_point():
+            continue
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("bias"):
+            parameter.copy_(0.3 * noise)
+        elif parameter.dim() <= 1:
+            parameter.copy_(1 + 0.1 * noise)
+        else:
+            fan_in = parameter[0].numel() if parameter.dim() == 4 else parameter.shape[-1]
+            parameter.copy_(noise / max(fan_in, 1) ** 0.5)
+
+
+def image_size(config: Any) -> int:
+    """Pixels of a side of the pictures that a model is made for."""
+    for part in (getattr(config, "vision_config", None), getattr(config, "encoder", None), config):
+        size = getattr(part, "image_size", None)
+        size = size[0] if isinstance(size, list | tuple) else size
+        if isinstance(size, int):
+            return size
+    return IMAGE
+
+
+def save(model: Any, directory: Path) -> None:
+    """The checkpoint, and what turns rows into its inputs."""
+    from tests.tiny_models import save_tokenizer
+
+    model.save_pretrained(directory)
+    reads = set(arguments(model))
+    if "input_ids" in reads or "decoder_input_ids" in reads:
+        save_tokenizer(directory)
+    if "pixel_values" in reads:
+        size = image_size(model.config)
+        side = {"height": size, "width": size}
+        transformers.ViTImageProcessorPil(size=side, do_resize=True).save_pretrained(directory)
+    elif "input_values" in reads:
+        transformers.Wav2Vec2FeatureExtractor().save_pretrained(directory)
+    elif "input_features" in reads:
+        size = getattr(model.config, "num_mel_bins", 16)
+        transformers.WhisperFeatureExtractor(feature_size=size, chunk_length=1).save_pretrained(directory)
+
+
+def arguments(model: Any) -> set[str]:
+    """The arguments of a model's forward, and its main inputs."""
+    main = model.main_input_name
+    names = set(inspect.signature(model.forward).parameters)
+    return names | ({main} if isinstance(main, str) else set(main))
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """Every float tensor in an output, in order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for name, each in value.items():
+            if name not in ("past_key_values", "loss", "encoder_last_hidden_state"):
+                yield from tensors_of(each)
+    elif isinstance(value, list | tuple):
+        for each in value:
+            yield from tensors_of(each)
