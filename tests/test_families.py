@@ -120,8 +120,12 @@ def split_exactly(checkpoint: Checkpoint, directory: Path) -> None:
     assemble(checkpoint, files, layouts, directory)
 
 
+NARROWED_ONLY = ("esm", "mobilebert")
+"""Families that apply an activation by a function, or several in a block, so that no split can be installed."""
+
+
 @pytest.mark.matrix()
-@pytest.mark.parametrize(("family", "head"), WITH_HEADS)
+@pytest.mark.parametrize(("family", "head"), [each for each in WITH_HEADS if each[0] not in NARROWED_ONLY])
 def test_an_exact_split_is_the_dense_model(saved: Saved, tmp_path: Path, family: str, head: str) -> None:
     checkpoint = open_checkpoint(saved(family, head))
     split_exactly(checkpoint, tmp_path / "split")

@@ -9,12 +9,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import torch
 from torch import nn
 
 from ffsplit.compat.transformers import activation_of
@@ -32,8 +31,8 @@ from ffsplit.models.structure import (
     find_in_modules,
     lists_in_words,
 )
+from ffsplit.models.width_fields import with_width_fields
 
-_WIDTH_WORDS = re.compile(r"intermediate|ffn|inner|mlp|feed_?forward|d_ff|hidden_dim|expert")
 _ACTIVATION_WORDS = re.compile(r"act|feed_forward_proj")
 _SOUND_OR_PICTURE: tuple[tuple[str, Reads], ...] = (
     (r"vision|visual|image|picture|video|vit|pixel", "image"),
@@ -78,7 +77,7 @@ def detect_architecture(
 
         model = build(made)
         row = row_by_structure(model, config={**made.to_dict(), **config})
-        row = _with_width_fields(row, model, made, build)
+        row = with_width_fields(row, model, made, build)
     if any(re.search(r"experts\.\d+\.w1\.", name) for name in tensor_names):
         names = ((".up_proj.", ".w3."), (".gate_proj.", ".w1."), (".down_proj.", ".w2."))
         row = row.model_copy(update={"file_names": names})
@@ -345,85 +344,3 @@ def _kind(base: Any, config: Mapping[str, Any]) -> ModelKind:
             "read text, pictures or sound, and those that make text of text or of sound"
         )
     return cast(ModelKind, kind)
-
-
-# Which field of a config states an FFN's width: found by changing it and building the model again.
-
-
-def _with_width_fields(
-    row: Architecture, model: Any, config: Any, build: Callable[[Any], Any]
-) -> Architecture:
-    """The row with the fields that state a width, and nothing but widths of one kind of FFN."""
-    before = _shapes_and_widths(model)
-    fields: dict[tuple[str, str | None], str] = {}
-    for part in dict.fromkeys(tower.config for tower in row.towers):
-        for field in _candidates(config, part, widths=set(before.widths.values())):
-            changed = type(config).from_dict(config.to_dict())
-            owner = _at(changed, part)
-            value = 2 * (getattr(owner, field) or max(before.widths.values()))
-            try:
-                setattr(owner, field, value)
-                after = _shapes_and_widths(build(changed))
-            except Exception:  # the value does not fit the others
-                continue
-            moved = {name for name, width in before.widths.items() if after.widths.get(name) != width}
-            others = {
-                name
-                for name in before.shapes.keys() | after.shapes.keys()
-                if before.shapes.get(name) != after.shapes.get(name)
-            }
-            if not others and all(after.widths.get(name) == value for name in moved):
-                fields |= {(name, part): field for name in moved}
-    towers = []
-    for tower in row.towers:
-        ffns = []
-        for paths in tower.ffns:
-            down = re.compile(_as_regex(tower, paths))
-            named = [name for name in before.widths if down.fullmatch(name)]
-            stated = {fields.get((name, tower.config)) for name in named}
-            width_field = stated.pop() if len(stated) == 1 else None
-            ffns.append(paths.model_copy(update={"width_field": width_field}))
-        towers.append(tower.model_copy(update={"ffns": tuple(ffns)}))
-    return row.model_copy(update={"towers": tuple(towers)})
-
-
-class _Sizes(NamedTuple):
-    shapes: dict[str, torch.Size]
-    """Of every parameter outside the FFNs."""
-    widths: dict[str, int]
-    """Of every FFN, by the path of its down projection, or of its experts."""
-
-
-def _shapes_and_widths(model: Any) -> _Sizes:
-    base = getattr(model, model.base_model_prefix, model)
-    found = find_in_modules(dict(base.named_modules()))
-    inside = tuple(
-        f"{path}."
-        for each in found
-        for path in ((each.scope,) if each.experts else (each.up, each.gate, each.down))
-        if path is not None
-    )
-    shapes = {name: value.shape for name, value in base.named_parameters() if not name.startswith(inside)}
-    return _Sizes(shapes, {each.scope if each.experts else each.down: each.width for each in found})
-
-
-def _candidates(config: Any, part: str | None, *, widths: set[int]) -> list[str]:
-    """Fields of a part of a config that may state a width: those of its value, or without one."""
-    fields = vars(_at(config, part))
-    return [
-        name
-        for name, value in fields.items()
-        if _WIDTH_WORDS.search(name)
-        and (value is None or (isinstance(value, int) and not isinstance(value, bool) and value in widths))
-    ]
-
-
-def _at(config: Any, part: str | None) -> Any:
-    for name in part.split(".") if part else ():
-        config = getattr(config, name)
-    return config
-
-
-def _as_regex(tower: Tower, paths: FFNPaths) -> str:
-    path = (paths.module if paths.experts else paths.down) or ""
-    return re.escape(f"{tower.blocks}.{path}" if path else tower.blocks).replace(r"\*", r"\d+")

@@ -26,5 +26,7 @@ def test_the_input_is_left_as_it_was(name: str) -> None:
 
 
 def test_an_unknown_activation_lists_the_known_ones() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"'made-up' is not supported \(known: gelu, .*swish\)"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"'made-up' is not supported \(known: gelu, .*swish, tanh\)"
+    ):
         activation_named("made-up")
