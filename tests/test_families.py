@@ -121,7 +121,7 @@ def split_exactly(checkpoint: Checkpoint, directory: Path) -> None:
 
 
 NARROWED_ONLY = ("esm", "mobilebert")
-"""Families that apply an activation by a function, or several in a block, so that no split can be installed."""
+"""Families that apply an activation by a function, or several in a block: no split can be installed."""
 
 
 @pytest.mark.matrix()

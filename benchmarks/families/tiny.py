@@ -116,11 +116,31 @@ def save(model: Any, directory: Path) -> None:
         size = image_size(model.config)
         side = {"height": size, "width": size}
         transformers.ViTImageProcessorPil(size=side, do_resize=True).save_pretrained(directory)
-    elif "input_values" in reads:
-        transformers.Wav2Vec2FeatureExtractor().save_pretrained(directory)
-    elif "input_features" in reads:
-        size = getattr(model.config, "num_mel_bins", 16)
-        transformers.WhisperFeatureExtractor(feature_size=size, chunk_length=1).save_pretrained(directory)
+    elif "input_values" in reads or "input_features" in reads:
+        extractor = _feature_extractor(model.config, "input_values" in reads)
+        if extractor is not None:
+            extractor.save_pretrained(directory)
+
+
+def _feature_extractor(config: Any, plain: bool) -> Any:
+    """The family's own feature extractor, for as many mel bins as the model takes."""
+    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
+
+    usual = "Wav2Vec2FeatureExtractor" if plain else "WhisperFeatureExtractor"
+    cls = getattr(transformers, FEATURE_EXTRACTOR_MAPPING_NAMES.get(config.model_type, usual))
+    parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
+    names = ("num_mel_bins", "input_feat_per_channel", "input_feat_size", "feature_projection_input_dim")
+    found = [getattr(part, name, None) for part in parts for name in names]
+    bins = [value for value in found if isinstance(value, int)]
+    fields = inspect.signature(cls.__init__).parameters
+    given: dict[str, Any] = {}
+    if bins and not (plain and usual == cls.__name__):
+        given = {name: bins[0] for name in ("feature_size", "num_mel_bins") if name in fields}
+    if "max_length" in fields and hasattr(config, "max_length") and config.model_type.startswith("audio-s"):
+        given["max_length"] = config.max_length
+    if cls.__name__ == "WhisperFeatureExtractor":
+        given["chunk_length"] = 1
+    return cls(**given)
 
 
 def arguments(model: Any) -> set[str]:

@@ -266,6 +266,10 @@ class ImageReader:
         return {"attention_mask": sum(int(mask.sum()) for mask in masks)}
 
 
+FEATURE_MASKS = ("attention_mask", "feature_attention_mask", "input_features_mask")
+"""What feature extractors call the mask of the frames that hold sound, where they return one."""
+
+
 class SoundReader:
     """A sound per row, through the model's own feature extractor, and its transcript for a decoder.
 
@@ -302,6 +306,8 @@ class SoundReader:
                 found = self._processor(sounds, sampling_rate=self._rate, return_tensors="pt")
                 name = "input_values" if "input_values" in found else "input_features"
                 arguments = {name: found[name].to(torch.float32)}
+                if name == "input_features":
+                    arguments |= {mask: found[mask] for mask in FEATURE_MASKS if mask in found}
                 if self._decoder is not None:
                     arguments |= self._decoder.arguments([ids for _, ids in chunk])
                 yield Batch(arguments)

@@ -12,12 +12,13 @@ from torch.nn import functional
 from ffsplit.calibration.model_inputs import Batch
 from ffsplit.models.family import ModelKind
 from ffsplit.models.load import classifies, row_logits
+from ffsplit.models.names import base_of
 
 
 def outputs(model: Any, batch: Batch, *, kind: ModelKind) -> Tensor:
     """The outputs to compare: an encoder's last hidden states [B, T, D], a causal LM's logits [B, T, V]."""
     if kind == "encoder":
-        base = getattr(model, model.base_model_prefix, model)
+        base = base_of(model)
         states: Tensor = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
         return states
     logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits

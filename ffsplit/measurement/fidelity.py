@@ -14,6 +14,7 @@ from ffsplit.calibration.model_inputs import Batch
 from ffsplit.errors import FFSplitError
 from ffsplit.models.family import ModelKind
 from ffsplit.models.load import classifies, row_logits
+from ffsplit.models.names import base_of
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.store.manifest import BlockFidelity
 
@@ -90,7 +91,7 @@ def mask_of(batch: Batch, states_BTD: Tensor) -> Tensor:
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:
     """The last states, whatever the model's head: [rows, tokens, D] float32."""
-    base = getattr(model, model.base_model_prefix, model)
+    base = base_of(model)
     if "decoder_input_ids" in batch.arguments:
         states: Tensor = base(**batch.arguments, output_hidden_states=True).decoder_hidden_states[-1]
     else:

@@ -102,7 +102,8 @@ def example_inputs(
             inputs |= _processed(model, "sound", num_rows=num_rows, generator=generator)
     if "decoder_input_ids" in names:
         shape = (num_rows, num_tokens)
-        inputs["decoder_input_ids"] = torch.randint(vocab_size_of(model), shape, generator=generator)
+        size = getattr(getattr(config, "decoder", None), "vocab_size", None) or vocab_size_of(model)
+        inputs["decoder_input_ids"] = torch.randint(size, shape, generator=generator)
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
         for name, value in inputs.items()

@@ -21,6 +21,7 @@ from ffsplit.measurement.size import model_shape
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.fetch import locate_model, model_name
 from ffsplit.models.load import random_model
+from ffsplit.models.names import base_of
 from ffsplit.splitting.latency import LatencyPoint, LatencyTable
 
 FRACTIONS = [Fraction(n, 24) for n in (1, 2, 3, 4, 6, 8, 10, 12, 15, 18, 21, 24)]
@@ -124,7 +125,7 @@ def _bias(linear: nn.Linear) -> Tensor | None:
 
 
 def _ffns(model: Any, checkpoint: Checkpoint) -> Iterator[_FFN]:
-    base = getattr(model, model.base_model_prefix, model)
+    base = base_of(model)
     for ffn in checkpoint.ffns:
         block, paths = base.get_submodule(ffn.block), ffn.paths
         if paths.transposed or paths.fused or paths.experts:

@@ -22,6 +22,7 @@ from ffsplit.ffn.activations import ACTIVATIONS
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.family import Architecture, FFNPaths, ModelKind, Reads, Tower
 from ffsplit.models.load_options import attention_advice, attention_options
+from ffsplit.models.names import base_of
 from ffsplit.models.structure import (
     NOT_FFN_PATH,
     FoundFFN,
@@ -109,7 +110,7 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
     Raises UnsupportedModelError if there is none, or if something in a block has the shape of an FFN but is
     part of none.
     """
-    base = getattr(model, model.base_model_prefix, model)
+    base = base_of(model)
     modules, family = dict(base.named_modules()), str(config["model_type"])
     found = find_in_modules(modules)
     if not found:
@@ -124,7 +125,7 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
         model_type=family,
         kind=_kind(base, config),
         towers=towers,
-        base=model.base_model_prefix,
+        base="" if base is model else model.base_model_prefix,
         num_ffns=sum(each.num_ffns for each in found),
     )
 

@@ -153,7 +153,9 @@ def base_prefixes(architecture: Architecture, names: TensorNames) -> list[str]:
     regexes = [re.compile(rf"((?:.*\.)?){_regex(pattern)}") for pattern in patterns]
     matches = (regex.fullmatch(name) for name in names.modules for regex in regexes)
     found = {match[1] for match in matches if match}
-    return sorted(found if architecture.base is None else found & {"", f"{architecture.base}."})
+    if architecture.base is None:
+        return sorted(found)
+    return sorted(found & {"", f"{architecture.base}." if architecture.base else ""})
 
 
 def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:

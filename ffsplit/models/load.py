@@ -21,7 +21,7 @@ from ffsplit.models.load_options import (
     trusted,
     trusting,
 )
-from ffsplit.models.names import below_base
+from ffsplit.models.names import base_of, below_base
 from ffsplit.models.not_a_model import check_tokenizer_library
 from ffsplit.models.tensor_files import opened, read_json
 
@@ -94,7 +94,7 @@ def load_base_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torc
     is_usual = checkpoint.is_whole and not checkpoint.is_guessed
     class_name = "" if is_usual else checkpoint.class_name
     model = load_whole_model(checkpoint.directory, class_name, dtype=dtype)
-    model = getattr(model, model.base_model_prefix, model)
+    model = base_of(model)
     _see_whole_rows(model)
     return model.to(device)
 

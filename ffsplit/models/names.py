@@ -8,6 +8,7 @@ compared (`check_names`).
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -97,8 +98,19 @@ def empty_class(directory: Path, class_name: str) -> Any | None:
         ) from None
 
 
+def base_of(model: Any) -> Any:
+    """The model without its task head: the part that `base_model_prefix` names, or the model itself.
+
+    Some base models have a part by that name too, which does not take the model's inputs.
+    """
+    inner = getattr(model, model.base_model_prefix, None) if model.base_model_prefix else None
+    reads = getattr(model, "main_input_name", None)
+    if inner is None or (reads and reads not in inspect.signature(inner.forward).parameters):
+        return model
+    return inner
+
+
 def below_base(model: Any, name: str) -> str:
     """A model tensor's name relative to the base model."""
     base = model.base_model_prefix
-    inside = base and getattr(model, base, None) is not None
-    return re.sub(rf"^{re.escape(base)}\.", "", name) if inside else name
+    return name if base_of(model) is model else re.sub(rf"^{re.escape(base)}\.", "", name)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.load import empty_model, is_made_up, load_tensors
+from ffsplit.models.names import base_of
 
 Inputs = Mapping[str, Tensor]
 
@@ -48,7 +49,7 @@ class StreamedModel:
     ) -> None:
         self.model = empty_model(checkpoint, class_name=class_name, dtype=dtype)
         self.device, self._dtype, self._checkpoint = device, dtype, checkpoint
-        self.base_model = getattr(self.model, self.model.base_model_prefix, self.model)
+        self.base_model = base_of(self.model)
         self.block_paths = checkpoint.blocks
         self.blocks = blocks = [self.base_model.get_submodule(path) for path in self.block_paths]
         self._forwards = [block.forward for block in blocks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -206,8 +207,13 @@ def _blocks(
 
 
 def _check_finite(name: str, block: memoryview, span: TensorSpan) -> None:
-    """Raise ConfigError when a part of a tensor has a NaN or an infinity. One pass, no copy."""
+    """Raise ConfigError when a part of a tensor has a NaN or an infinity. One pass, no copy.
+
+    A single number may be infinite: Gemma stores the limits at which it clips, which may be none.
+    """
     bounds = torch.aminmax(torch.frombuffer(block, dtype=FLOATS[span.dtype]))
+    if math.prod(span.shape) == 1 and bool(torch.isinf(bounds.min)):
+        return
     if not (torch.isfinite(bounds.min) and torch.isfinite(bounds.max)):
         kind = "NaN" if bool(torch.isnan(bounds.min)) else "infinite numbers"
         raise ConfigError(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ffsplit.models.family import Architecture, FFNPaths, Tower
+from ffsplit.models.names import base_of
 from ffsplit.models.structure import find_in_modules
 
 _WIDTH_WORDS = re.compile(r"intermediate|ffn|inner|mlp|feed_?forward|d_ff|hidden_dim|expert")
@@ -62,7 +63,7 @@ class _Sizes(NamedTuple):
 
 
 def _shapes_and_widths(model: Any) -> _Sizes:
-    base = getattr(model, model.base_model_prefix, model)
+    base = base_of(model)
     found = find_in_modules(dict(base.named_modules()))
     inside = tuple(
         f"{path}."

@@ -29,6 +29,7 @@ from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.family import ModelKind
 from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.names import base_of
 from ffsplit.models.tensor_files import FLOATS
 from ffsplit.runtime.attention_int8 import attention_linears
 from ffsplit.store.scratch import Result, Scratch
@@ -108,7 +109,7 @@ def _round(student: Any, checkpoint: Checkpoint, job: HealJob) -> list[nn.Module
     """Let the student compute with the integers that it will be stored with. Returns those linear layers."""
     if job.quantization is None:
         return []
-    base = getattr(student, student.base_model_prefix, student)
+    base = base_of(student)
     num_bits, group_size = job.quantization.num_bits, job.quantization.group_size
     rounded: list[nn.Module] = []
     for ffn in checkpoint.ffns:

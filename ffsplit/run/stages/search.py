@@ -22,6 +22,7 @@ from ffsplit.measurement.fidelity import fidelity
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_whole_model
+from ffsplit.models.names import base_of
 from ffsplit.run.stages.fit import compress_layer_job, layer_jobs
 from ffsplit.runtime.assemble import assemble
 from ffsplit.splitting.scores import plan_split
@@ -114,14 +115,14 @@ def single_errors_job(job: JudgeJob) -> tuple[float, ...]:
 
 
 def _block(model: Any, path: str) -> nn.Module:
-    base: nn.Module = getattr(model, model.base_model_prefix, model)
+    base: nn.Module = base_of(model)
     return base.get_submodule(path)
 
 
 def _exchanged(model: Any, path: str, other: nn.Module) -> nn.Module:
     """Replace a block of a model. Returns the block that was there before."""
     own = _block(model, path)
-    getattr(model, model.base_model_prefix, model).set_submodule(path, other)
+    base_of(model).set_submodule(path, other)
     return own
 
 
