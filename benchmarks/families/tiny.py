@@ -127,13 +127,18 @@ def _feature_extractor(config: Any, plain: bool) -> Any:
     from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
 
     usual = "Wav2Vec2FeatureExtractor" if plain else "WhisperFeatureExtractor"
-    cls = getattr(transformers, FEATURE_EXTRACTOR_MAPPING_NAMES.get(config.model_type, usual))
+    name = FEATURE_EXTRACTOR_MAPPING_NAMES.get(config.model_type, usual)
+    if not plain and name == "Wav2Vec2FeatureExtractor":  # as its published checkpoints have it
+        name = "SeamlessM4TFeatureExtractor"
+    cls = getattr(transformers, name)
     parts = [config, *(value for value in vars(config).values() if hasattr(value, "to_dict"))]
     names = ("num_mel_bins", "input_feat_per_channel", "input_feat_size", "feature_projection_input_dim")
     found = [getattr(part, name, None) for part in parts for name in names]
     bins = [value for value in found if isinstance(value, int)]
     fields = inspect.signature(cls.__init__).parameters
     given: dict[str, Any] = {}
+    if name == "SeamlessM4TFeatureExtractor" and bins:
+        bins = [bins[0] // 2]  # it stacks two frames
     if bins and not (plain and usual == cls.__name__):
         given = {name: bins[0] for name in ("feature_size", "num_mel_bins") if name in fields}
     if "max_length" in fields and hasattr(config, "max_length") and config.model_type.startswith("audio-s"):

@@ -83,10 +83,15 @@ def _mean_cosines(sums: Sequence[tuple[float, float, int, int]]) -> dict[str, fl
 
 
 def mask_of(batch: Batch, states_BTD: Tensor) -> Tensor:
-    """Which positions of last states are tokens: [rows, tokens] of 0 and 1."""
+    """Which positions of last states are tokens: [rows, tokens] of 0 and 1.
+
+    All of them, where a model merges or adds positions, so that the mask has another length.
+    """
     decoded = "decoder_input_ids" in batch.arguments
     mask = batch.arguments.get("decoder_attention_mask" if decoded else "attention_mask")
-    return mask if mask is not None else states_BTD.new_ones(states_BTD.shape[:2], dtype=torch.long)
+    if mask is None or mask.shape != states_BTD.shape[:2]:
+        return states_BTD.new_ones(states_BTD.shape[:2], dtype=torch.long)
+    return mask
 
 
 def hidden_states(model: Any, batch: Batch) -> Tensor:

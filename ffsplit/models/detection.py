@@ -23,6 +23,7 @@ from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.family import Architecture, FFNPaths, ModelKind, Reads, Tower
 from ffsplit.models.load_options import attention_advice, attention_options
 from ffsplit.models.names import base_of
+from ffsplit.models.probe import gating_of
 from ffsplit.models.structure import (
     NOT_FFN_PATH,
     FoundFFN,
@@ -150,7 +151,7 @@ def _towers(
         decodes = bool(config.get("is_encoder_decoder")) and "decoder" in pattern.split(".")
         yield Tower(
             blocks=pattern,
-            ffns=_told_apart(dict.fromkeys(_paths(modules, block, each) for block, each in ffns)),
+            ffns=_told_apart(dict.fromkeys(_paths(modules, block, each, activation) for block, each in ffns)),
             name=name,
             config=part,
             layers_field=None,
@@ -177,30 +178,52 @@ def _tower_name(pattern: str) -> str:
     return " ".join(parts[:-1] or parts).replace("_", " ")
 
 
-def _paths(modules: Modules, block: str, ffn: FoundFFN) -> FFNPaths:
-    def inside(path: str | None) -> str | None:
-        return None if path is None else path.removeprefix(f"{block}.")
+def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str) -> FFNPaths:
+    """Where one FFN is, and how it is computed. `activation` is its tower's."""
 
-    is_module = ffn.experts or (ffn.is_alone and ffn.scope != block)
-    up, down = inside(ffn.up), inside(ffn.down)
-    assert up is not None and down is not None
-    label = ""
-    if not ffn.experts and ffn.scope != block:
-        label = inside(ffn.scope) or ""
+    def inside(path: str) -> str:
+        return path.removeprefix(f"{block}.")
+
+    is_module = ffn.experts or (ffn.is_alone and ffn.scope != block and _takes_one(modules[ffn.scope]))
+    up, gate, gating = ffn.up, ffn.gate, None
+    if is_module and not ffn.experts:
+        paths = tuple(path.removeprefix(f"{ffn.scope}.") for path in (ffn.up, ffn.gate) if path is not None)
+        down = ffn.down.removeprefix(f"{ffn.scope}.")
+        gating = gating_of(modules[ffn.scope], ups=paths, down=down, fused=ffn.fused)
+        if gating is not None and gating.gate is not None and gate != f"{ffn.scope}.{gating.gate}":
+            assert gate is not None
+            up, gate = gate, up
+    function = ffn.function if gating is None else gating.function
     return FFNPaths(
-        up=up,
-        gate=inside(ffn.gate),
-        down=down,
+        up=inside(up),
+        gate=None if gate is None else inside(gate),
+        down=inside(ffn.down),
         fused=ffn.fused,
+        gate_half=0 if gating is None else gating.gate_half,
+        interleaved=ffn.interleaved or (gating is not None and gating.interleaved),
         transposed=ffn.transposed,
-        interleaved=ffn.interleaved,
         experts=ffn.experts,
-        function=ffn.function,
+        function=None if function is None or _is_same(function, activation) else function,
         module=inside(ffn.scope) if is_module else None,
         activation=None if is_module else _activation_path(modules[block], ffn, block),
         width_field=None,
-        label=_label(label),
+        label="" if ffn.experts or ffn.scope == block else _label(inside(ffn.scope)),
     )
+
+
+def _is_same(first: str, second: str) -> bool:
+    """Whether two names are of one activation."""
+    return first == second or ACTIVATIONS.get(first, first) is ACTIVATIONS.get(second, second)
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Whether a module's forward needs one argument alone. MPT's FFN adds the residual itself."""
+    needed = [
+        parameter
+        for parameter in inspect.signature(module.forward).parameters.values()
+        if parameter.default is parameter.empty and parameter.kind != parameter.VAR_KEYWORD
+    ]
+    return len(needed) == 1
 
 
 def _told_apart(ffns: Iterable[FFNPaths]) -> tuple[FFNPaths, ...]:

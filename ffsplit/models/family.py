@@ -43,6 +43,7 @@ class FFNPaths(Record):
     gate: str | None = None
     fused: bool = Field(default=False, description="`up` holds the rows of the gate, then its own")
     transposed: bool = Field(default=False, description="weights are [in, out]: transformers' Conv1D")
+    gate_half: int = Field(default=0, description="fused: which half of the rows is the gate")
     interleaved: bool = Field(default=False, description="fused: rows of gate and up by turns")
     experts: bool = Field(default=False, description="one FFN for each `*` in the paths; `module` runs all")
     module: str | None = None

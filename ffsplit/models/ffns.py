@@ -259,7 +259,7 @@ class _Finder:
         """The FFN at these paths, if there is one, or every expert stored separately there."""
         expert = 0
         while True:
-            halves = (1, 0) if paths.fused else (None, None)
+            halves = (1 - paths.gate_half, paths.gate_half) if paths.fused else (None, None)
             up = self._matrix(tower, paths, paths.up, block, expert, half=halves[0])
             gate_path = paths.up if paths.fused else paths.gate
             if up is None:

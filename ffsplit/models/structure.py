@@ -14,13 +14,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ffsplit.compat.transformers import StackedExperts, activation_of, is_conv1d, stacked_experts
+from ffsplit.compat.transformers import is_conv1d, stacked_experts
 from ffsplit.errors import UnsupportedModelError
-from ffsplit.ffn.activations import ACTIVATIONS, activation_named, clamped_name, gated
+from ffsplit.models.probe import gating_of_experts
 
 Modules = Mapping[str, nn.Module]
 """The modules of a base model, by path."""
@@ -194,7 +193,7 @@ def _stacks(modules: Modules) -> Iterator[FoundFFN]:
     """The blocks' experts that transformers stacks in three-dimensional tensors."""
     for path, module in modules.items():
         form = stacked_experts(module)
-        function = None if form is None else _function(module, form)
+        function = None if form is None else gating_of_experts(module, form)
         if form is None or function is None or block_of(path, modules) is None:
             continue
         experts: Any = module
@@ -212,40 +211,6 @@ def _stacks(modules: Modules) -> Iterator[FoundFFN]:
             function=function,
             num_ffns=len(experts.down_proj),
         )
-
-
-def _function(experts: Any, form: StackedExperts) -> str | None:
-    """The activation of a stack of experts, found by trying those known; None if it is another.
-
-    A gating may clamp gate and up at a limit, which is one of the module's numbers, and add one to up.
-    """
-    if not form.is_gated:
-        return activation_of(experts.act_fn)
-    with torch.device("cpu"):  # a model that is loaded is built on another
-        return _function_on_cpu(experts, form)
-
-
-def _function_on_cpu(experts: Any, form: StackedExperts) -> str | None:
-    gate, up = 8 * torch.randn(2, 64, 16, generator=torch.Generator().manual_seed(0))
-    both = torch.stack([gate, up], dim=-1).flatten(1) if form.is_interleaved else torch.cat([gate, up], dim=1)
-    try:
-        expected = experts._apply_gate(both)
-    except Exception:  # a family's own code, of another form
-        return None
-    limits = {
-        float(value) for value in vars(experts).values() if isinstance(value, int | float) and value > 1
-    }
-    names = [*ACTIVATIONS]
-    names += [
-        clamped_name(name, limit=limit, shift=shift)
-        for name in ("silu", "quick_gelu", "gelu", "gelu_pytorch_tanh", "relu")
-        for limit in sorted(limits)
-        for shift in (0.0, 1.0)
-    ]
-    for name in names:
-        if torch.allclose(gated(activation_named(name), gate, up), expected, rtol=1e-5, atol=1e-5):
-            return name
-    return None
 
 
 _Group = tuple[_Map, _Map | None, _Map, bool]
