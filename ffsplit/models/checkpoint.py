@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -306,7 +307,8 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
         check_not_quantized(str(directory), config, tensors)
     read = None
     if row is None or not _headers_tell(row, tensors, config):
-        read = _read_by_class(directory, tensors, config, renamed=row is None)
+        text = json.dumps(config, sort_keys=True)
+        read = _read_by_class(directory, tuple(tensors), text, renamed=row is None)
     names = TensorNames(tensors, rules=architecture.file_names, read=read)
     prefix, ffns = find_ffns(architecture, tensors, where=str(directory), names=names, config=config)
     for ffn in ffns:
@@ -328,15 +330,16 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
     return checkpoint
 
 
+@lru_cache(maxsize=8)  # a worker opens one checkpoint for each of its layers
 def _read_by_class(
-    directory: Path, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], *, renamed: bool
-) -> dict[str, ReadTensor | None] | None:
+    directory: Path, names: tuple[str, ...], config: str, *, renamed: bool
+) -> Mapping[str, ReadTensor | None] | None:
     """How the class that a config names reads stored names; None if transformers has no such class.
 
     Without `renamed`, stored names are kept, because a row's rules start from them.
     """
-    model = empty_class(directory, class_named(config))
-    read = None if model is None else names_read(model, tensors)
+    model = empty_class(directory, class_named(json.loads(config)))
+    read = None if model is None else names_read(model, names)
     if read is None or renamed:
         return read
     return {name: each and each._replace(renamed=name) for name, each in read.items()}

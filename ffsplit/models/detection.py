@@ -7,10 +7,12 @@ What is found is trusted only after an exact split of every FFN has reproduced t
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,9 +57,20 @@ def detect_architecture(
 
     `tensor_names` are the names in its files. Raises UnsupportedModelError.
     """
+    row = _row_of(directory, json.dumps(config, sort_keys=True))
+    if any(re.search(r"experts\.\d+\.w1\.", name) for name in tensor_names):
+        names = ((".up_proj.", ".w3."), (".gate_proj.", ".w1."), (".down_proj.", ".w2."))
+        row = row.model_copy(update={"file_names": names})
+    return row
+
+
+@lru_cache(maxsize=8)  # a worker opens one checkpoint for each of its layers
+def _row_of(directory: Path, text: str) -> Architecture:
+    """The row of the model in a directory, whose config is `text`."""
     import transformers
     from accelerate import init_empty_weights
 
+    config = json.loads(text)
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         known = ", ".join(sorted(ARCHITECTURES))
@@ -79,11 +92,7 @@ def detect_architecture(
 
         model = build(made)
         row = row_by_structure(model, config={**made.to_dict(), **config})
-        row = with_width_fields(row, model, made, build)
-    if any(re.search(r"experts\.\d+\.w1\.", name) for name in tensor_names):
-        names = ((".up_proj.", ".w3."), (".gate_proj.", ".w1."), (".down_proj.", ".w2."))
-        row = row.model_copy(update={"file_names": names})
-    return row
+        return with_width_fields(row, model, made, build)
 
 
 def _class_of(config: Mapping[str, Any], made: Any) -> Any:
