@@ -125,6 +125,14 @@ class JobConfig(Record):
     plain: Annotated[bool, Flag(compress_only=True)] = Field(
         default=False, description="refuse a recipe whose result would need ffsplit to load"
     )
+    only: Annotated[tuple[str, ...], Flag("PATTERN")] = Field(
+        default=(),
+        description="compress only FFNs whose name matches, such as 'decoder*' or 'layer 1?'; may be "
+        "repeated. A pattern that matches nothing lists the names",
+    )
+    skip: Annotated[tuple[str, ...], Flag("PATTERN")] = Field(
+        default=(), description="leave FFNs as they are whose name matches; may be repeated"
+    )
     samples: Annotated[int | None, Flag("N")] = Field(
         default=None, ge=1, description="rows of calibration text"
     )

@@ -16,6 +16,7 @@ from ffsplit.measurement.size import compressed_size, original_size
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.fetch import locate_model
 from ffsplit.models.load import may_search
+from ffsplit.models.selection import left_out_ffns
 from ffsplit.recipes.recipe import Recipe, load_recipe, recipe_of
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.latency import read_latency_table
@@ -98,7 +99,7 @@ def inspect(model: str, *, recipe: str = "fast") -> Inspection:
         num_parameters=size.num_parameters,
         num_parameters_without_embeddings=size.num_parameters_without_embeddings,
         ffn_elements=size.ffn_elements,
-        left_out_ffns=checkpoint.left_out_ffns,
+        left_out_ffns=left_out_ffns(checkpoint),
         recipe=chosen.name,
         budgets=tuple(budgets),
     )

@@ -13,6 +13,7 @@ from ffsplit.errors import ConfigError
 from ffsplit.measurement.gates import describe_result
 from ffsplit.report.humanize import (
     change,
+    counted,
     described,
     duration,
     layout,
@@ -151,10 +152,7 @@ def print_inspection(found: Inspection) -> None:
         table.add_row(group.what, count, sizes, group.activation + gated, ", ".join(has) or "none", part)
     _print(table)
     for left_out in found.left_out_ffns:
-        part = percent(left_out.num_elements / found.ffn_elements)
-        print(
-            f"left unchanged: {left_out.num_ffns} FFNs of the {left_out.tower} ({part} of all FFN elements)"
-        )
+        print(f"left unchanged: {counted(left_out)}, since {left_out.reason}")
     table = _table(
         f"recipe {found.recipe}", "--keep", "an FFN becomes", "parameters", "in the blocks", "plain"
     )

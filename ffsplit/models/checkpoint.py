@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -19,7 +19,7 @@ from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.detection import detect_architecture
 from ffsplit.models.family import Architecture, ModelKind, Tower
-from ffsplit.models.ffns import FFNPlace, base_prefixes, config_part, find_ffns, towers_in, without_towers
+from ffsplit.models.ffns import FFNPlace, base_prefixes, config_part, find_ffns, towers_in, without
 from ffsplit.models.folder import CONFIG_NAME, ModelFolder, check_no_pointers, local_listing, sort_files
 from ffsplit.models.load_options import check_trusted, code_files
 from ffsplit.models.names import TensorNames, empty_class
@@ -32,7 +32,6 @@ from ffsplit.models.tensor_files import (
     read_json,
     read_spans,
 )
-from ffsplit.store.manifest import LeftOutFFNs
 
 GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Class name endings of models that predict the next token."""
@@ -202,20 +201,6 @@ class Checkpoint:
             found |= {f"{tower.path}.{each}": None for each in sorted(numbers) if each >= count}
         return tuple(found)
 
-    @property
-    def left_out_ffns(self) -> tuple[LeftOutFFNs, ...]:
-        """The FFNs that are left out, by tower."""
-        towers = dict.fromkeys(ffn.tower for ffn in self.left_out)
-        by_tower = {each: [ffn.shape for ffn in self.left_out if ffn.tower == each] for each in towers}
-        return tuple(
-            LeftOutFFNs(
-                tower=tower.name or tower.path,
-                num_ffns=len(shapes),
-                num_elements=sum(shape.num_elements for shape in shapes),
-            )
-            for tower, shapes in by_tower.items()
-        )
-
     def block_tensors(self, *blocks: str) -> list[str]:
         """The stored names of these blocks' tensors."""
         starts = tuple(f"{self.prefix}{block}." for block in blocks)
@@ -280,12 +265,16 @@ def tokenizer_files(directory: Path) -> tuple[str, ...]:
     return sort_files(local_listing(directory)).digested
 
 
-def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
+def open_checkpoint(
+    directory: Path, *, uneven: bool = False, left_out: Collection[str] | None = None
+) -> Checkpoint:
     """Read and check a checkpoint's config and headers.
 
-    `uneven` also accepts a NARROWED one. Raises ConfigError when it is not a safetensors checkpoint or has
-    code that is not trusted, and UnsupportedModelError when its family is not in the table or its tensors
-    are not where the table says.
+    `uneven` also accepts a NARROWED one. `left_out` are the names of FFNs to leave as they are; None: those
+    that no calibration data of the family's kind reaches.
+
+    Raises ConfigError when it is not a safetensors checkpoint or has code that is not trusted, and
+    UnsupportedModelError when its FFNs are not where the table says, or its structure shows none.
     """
     listing = local_listing(directory)
     check_is_model(listing)
@@ -321,11 +310,10 @@ def open_checkpoint(directory: Path, *, uneven: bool = False) -> Checkpoint:
                     f"{directory}: {place.name} is {info.dtype}; FFN weights may be {', '.join(FFN_DTYPES)}"
                 )
     _check_config(directory, config, ffns, widths_differ=bool(stored))
-    reached_towers = {tower.blocks for tower in architecture.reached}
-    unreached = {tower.blocks for tower in architecture.towers} - reached_towers
-    reached = without_towers(ffns, unreached)
-    left_out = tuple(ffn for ffn in ffns if ffn.tower.blocks in unreached)
-    checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, reached, read, left_out)
+    if left_out is None:
+        left_out = [ffn.name for ffn in ffns if ffn.tower not in architecture.reached]
+    reached, others = without(ffns, left_out), tuple(ffn for ffn in ffns if ffn.name in left_out)
+    checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, reached, read, others)
     check_modules(listing, checkpoint.folder.files)
     return checkpoint
 

@@ -86,9 +86,9 @@ class FFNPlace:
         return self.tower.config, self.paths.width_field
 
 
-def without_towers(ffns: Sequence[FFNPlace], left_out: Collection[str]) -> tuple[FFNPlace, ...]:
-    """The FFNs outside these towers (their `blocks`), numbered anew."""
-    kept = [ffn for ffn in ffns if ffn.tower.blocks not in left_out]
+def without(ffns: Sequence[FFNPlace], left_out: Collection[str]) -> tuple[FFNPlace, ...]:
+    """The FFNs but those of these names, and those of these towers (their `blocks`), numbered anew."""
+    kept = [ffn for ffn in ffns if ffn.name not in left_out and ffn.tower.blocks not in left_out]
     index = {ffn.index: number for number, ffn in enumerate(kept)}
     return tuple(replace(ffn, index=index[ffn.index], unit=index[ffn.unit]) for ffn in kept)
 
@@ -139,12 +139,12 @@ def find_ffns(
 def ffns_of(model: Any, *, left_out: Collection[str] = ()) -> tuple[str, tuple[FFNPlace, ...]]:
     """The prefix of a model's base model (empty, or ending in a dot), and the FFNs below it.
 
-    `left_out` are the `blocks` of towers whose FFNs are not asked for.
+    `left_out` are those that are not asked for, by name or by the `blocks` of their tower.
     """
     tensors = dict(model.named_parameters(remove_duplicate=False))
     names = TensorNames(tensors, rules=())
     prefix, ffns = find_ffns(architecture_of(model), tensors, where=type(model).__name__, names=names)
-    return prefix, without_towers(ffns, left_out)
+    return prefix, without(ffns, left_out)
 
 
 def base_prefixes(architecture: Architecture, names: TensorNames) -> list[str]:

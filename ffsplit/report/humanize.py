@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from ffsplit.ffn.shapes import Dense, Integer, LayerLayout, LowRank, PartLayout
-from ffsplit.store.manifest import Latency, LoadAverage, Spread
+from ffsplit.store.manifest import Latency, LeftOutFFNs, LoadAverage, Spread
 
 SPACE: Final = "\u00a0"
 MINUS: Final = "\u2212"
@@ -171,3 +171,10 @@ def _disturbances(tails: dict[str, float], load: LoadAverage | None) -> Iterator
 def load_in_words(load: LoadAverage) -> str:
     cpus = f"{load.num_cpus} CPU{'' if load.num_cpus == 1 else 's'}"
     return f"load average {load.before:.2f} before and {load.after:.2f} after, on {cpus}"
+
+
+def counted(left_out: LeftOutFFNs) -> str:
+    """`12 FFNs of the vision tower (28,311,552 elements)`."""
+    of_tower = f" of the {left_out.tower}" if left_out.tower else ""
+    noun = "FFN" if left_out.num_ffns == 1 else "FFNs"
+    return f"{left_out.num_ffns} {noun}{of_tower} ({left_out.num_elements:,} elements)"

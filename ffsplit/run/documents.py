@@ -17,9 +17,10 @@ from ffsplit.machine import describe_environment
 from ffsplit.measurement.gates import describe_result
 from ffsplit.models.fetch import model_name
 from ffsplit.models.folder import CARD_NAME, ORIGINAL_CARD
+from ffsplit.models.selection import left_out_ffns
 from ffsplit.redaction import redacted, without_credentials
 from ffsplit.report.html import render_report
-from ffsplit.report.humanize import load_in_words, noise, number, percent, spread_in_words, times
+from ffsplit.report.humanize import counted, load_in_words, noise, number, spread_in_words, times
 from ffsplit.report.plots import energy_curve
 from ffsplit.run.job import Run
 from ffsplit.run.reused_statistics import calibration_record
@@ -124,7 +125,7 @@ def _draft(run: Run, outcome: Outcome, *, attempt: str) -> Manifest:
             license=checkpoint.license,
             shape=run.solver.model,
             left_out=run.left_out if is_model else (),
-            left_out_ffns=checkpoint.left_out_ffns,
+            left_out_ffns=left_out_ffns(checkpoint),
         ),
         calibration=_calibration(run, outcome),
         layers=tuple(_layers(run, outcome)),
@@ -174,7 +175,7 @@ def _calibration(run: Run, outcome: Outcome) -> CalibrationRecord:
 
 def _kept(run: Run, outcome: Outcome) -> float:
     """The elements of all FFNs, those that are left out included, as a fraction of the original's."""
-    left_out = sum(each.num_elements for each in run.checkpoint.left_out_ffns)
+    left_out = sum(each.num_elements for each in left_out_ffns(run.checkpoint))
     elements = run.solver.model.elements_of([plan.layout for plan in outcome.plans])
     return (elements + left_out) / (run.solver.model.ffn_elements + left_out)
 
@@ -204,13 +205,6 @@ def _layers(run: Run, outcome: Outcome) -> list[LayerRecord]:
     return records
 
 
-def _left_out_ffns(model: SourceModel) -> str:
-    """The FFNs that were left out: `the 12 FFNs of the vision tower (28 % of all FFN elements)`."""
-    left_out = sum(each.num_elements for each in model.left_out_ffns)
-    towers = " and ".join(f"the {each.num_ffns} FFNs of the {each.tower}" for each in model.left_out_ffns)
-    return f"{towers} ({percent(left_out / (model.shape.ffn_elements + left_out))} of all FFN elements)"
-
-
 def model_card(manifest: Manifest) -> str:
     """The artifact's README.md: licence and origin, what was done to it, how to load it, its figures."""
     model, measured = manifest.model, manifest.measurements
@@ -231,8 +225,8 @@ def model_card(manifest: Manifest) -> str:
         "",
         how,
     ]
-    if model.left_out_ffns:
-        body += ["", f"Unchanged, since the calibration data does not reach them: {_left_out_ffns(model)}."]
+    for each in model.left_out_ffns:
+        body += ["", f"Left unchanged: {counted(each)}, since {each.reason}."]
     if manifest.linears is not None:
         sizes = f"{manifest.linears.original_size_bytes:,} bytes became {manifest.linears.size_bytes:,}"
         body += ["", f"The linear layers of attention have int8 weights: {sizes}."]

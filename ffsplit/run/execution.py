@@ -38,9 +38,14 @@ class Execution:
 
     def hand_over(self, directory: Path) -> ModelSource:
         """A checkpoint that this process assembled, readable by workers on any host."""
+        left_out = self.model.left_out
         if not self.runner.is_spread:
-            return ModelSource(path=str(directory))
-        return staged(described(directory), self.scratch.part(f"checkpoints/{directory.name}"), once=False)
+            return ModelSource(path=str(directory), left_out=left_out)
+        return staged(
+            described(directory, left_out=left_out),
+            self.scratch.part(f"checkpoints/{directory.name}"),
+            once=False,
+        )
 
 
 def start(run: Run, runner: Runner, log: StageLog, scratch: Scratch) -> Execution:
@@ -48,7 +53,9 @@ def start(run: Run, runner: Runner, log: StageLog, scratch: Scratch) -> Executio
 
     Raises ConfigError, with nothing left behind, if hosts are incompatible or do not see the scratch.
     """
-    execution = Execution(run, runner, log, scratch, ModelSource(path=str(run.checkpoint.directory)))
+    left_out = tuple(ffn.name for ffn in run.checkpoint.left_out)
+    model = ModelSource(path=str(run.checkpoint.directory), left_out=left_out)
+    execution = Execution(run, runner, log, scratch, model)
     if not runner.is_spread:
         return execution
     _check_hosts_fit_alike(execution)
@@ -94,9 +101,9 @@ def _seen_by_all(execution: Execution) -> Scratch:
 def _model_for_all(execution: Execution) -> ModelSource:
     run, path = execution.run, str(execution.run.checkpoint.directory)
     if run.located.stored is not None:
-        source = ModelSource(path=path, stored=run.located.stored)
+        source = ModelSource(path=path, stored=run.located.stored, left_out=execution.model.left_out)
     else:
-        source = described(run.checkpoint.directory)
+        source = described(run.checkpoint.directory, left_out=execution.model.left_out)
         within_s = _longest_s(source)
         seen = execution.runner.on_every_host("inputs", ModelSource.is_here, source, within_s=within_s)
         if all(seen.values()):

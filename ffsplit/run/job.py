@@ -28,6 +28,7 @@ from ffsplit.models.family import TEXT_KINDS
 from ffsplit.models.fetch import LocatedModel, locate_model
 from ffsplit.models.load import may_search
 from ffsplit.models.load_options import attending, trusting
+from ffsplit.models.selection import chosen
 from ffsplit.recipes.recipe import MeasurementSettings, Recipe, load_recipe
 from ffsplit.run.checks import (
     check_calibrates,
@@ -188,7 +189,7 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
     if profile.device == "cpu" or config.runner == "serial":  # else the GPUs may be on other hosts
         check_device(profile.device, profile.dtype)
     located = locate_model(config.model, revision=config.revision)
-    checkpoint = open_checkpoint(located.directory)
+    checkpoint = chosen(open_checkpoint(located.directory), only=config.only, skip=config.skip)
     recipe = recipe.settled(checkpoint.kind, max_positions=checkpoint.max_positions)
     recipe = recipe.fitting(in_bfloat16=ComputeProfile.fits_in_bfloat16(config))
     recipe = recipe.searching(may_search(checkpoint) and not (config.plain or config.block_by_block))
@@ -287,6 +288,8 @@ def _keys(run: Run) -> Keys:
         "profile": run.profile.key_inputs,
         "nonce": nonce,
     }
+    if checkpoint.left_out:
+        inputs["left_out"] = [ffn.name for ffn in checkpoint.left_out]
     split = _split_inputs(recipe, run.budget, run.solver, layouts=run.layouts)
     run_inputs = inputs | split | {"healing": _healing_inputs(run) if recipe.healing is not None else None}
     run_inputs |= {"evaluations": [key_inputs(task) for task in run.tasks.values()]}

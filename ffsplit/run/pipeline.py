@@ -17,8 +17,10 @@ from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.measurement.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.folder import left_out_in_one_line
+from ffsplit.models.selection import left_out_ffns
 from ffsplit.progress import Progress, StageLog
 from ffsplit.recipes.recipe import Recipe
+from ffsplit.report.humanize import counted
 from ffsplit.run.documents import Outcome, write_documents
 from ffsplit.run.execution import Execution, start
 from ffsplit.run.job import Run
@@ -102,11 +104,8 @@ def _announce(run: Run, shown: Progress) -> None:
     if run.checkpoint.is_guessed:
         family = run.checkpoint.architecture.model_type
         shown.note(f"warning: {family} is not in docs/models.md: its FFNs are found by structure")
-    for each in run.checkpoint.left_out_ffns:
-        shown.note(
-            f"left unchanged: {each.num_ffns} FFNs of the {each.tower}: "
-            "the calibration data does not reach them"
-        )
+    for each in left_out_ffns(run.checkpoint):
+        shown.note(f"left unchanged: {counted(each)}, since {each.reason}")
     if unread := run.checkpoint.unread_blocks:
         shown.note(f"warning: config.json states fewer blocks: {', '.join(unread)} are copied unchanged")
 
@@ -180,7 +179,7 @@ def _finish(
         replace_weights(whole, heal_checkpoint(execution, recipe.healing, whole))
     if recipe.after_healing is None:
         return layers, None
-    checkpoint = open_checkpoint(whole, uneven=True)
+    checkpoint = open_checkpoint(whole, uneven=True, left_out=execution.model.left_out)
     plans = _quantization_plans(checkpoint, recipe)
     quantized = compress_layers(
         execution, "quantize", checkpoint, (recipe.after_healing,), plans, shards, part="quantize"

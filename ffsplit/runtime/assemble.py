@@ -98,9 +98,15 @@ def artifact_config(
         if linears is not None:
             config["quantization_config"]["linears"] = linears
         if checkpoint.left_out:
-            towers = sorted({ffn.tower.blocks for ffn in checkpoint.left_out})
-            config["quantization_config"]["left_out"] = towers
+            config["quantization_config"]["left_out"] = _left_out(checkpoint)
     return config
+
+
+def _left_out(checkpoint: Checkpoint) -> list[str]:
+    """What is left out: the `blocks` of a tower of which nothing is compressed, else the FFNs' names."""
+    compressed = {ffn.tower for ffn in checkpoint.ffns}
+    names = (ffn.name if ffn.tower in compressed else ffn.tower.blocks for ffn in checkpoint.left_out)
+    return list(dict.fromkeys(names))
 
 
 def _with_width(config: dict[str, Any], ffn: FFNPlace, width: int) -> dict[str, Any]:

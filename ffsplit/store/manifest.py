@@ -51,9 +51,10 @@ MAX_MANIFEST_BYTES = 64 << 20
 class LeftOutFFNs(Record):
     """The FFNs of a tower that a run left as they were."""
 
-    tower: str
+    tower: str = Field(description="empty if the model has only one")
     num_ffns: int
     num_elements: int
+    reason: str
 
 
 class SourceModel(Record):
@@ -70,9 +71,7 @@ class SourceModel(Record):
     left_out: tuple[LeftOut, ...] = Field(
         default=(), description="files of its folder that were not copied, and why"
     )
-    left_out_ffns: tuple[LeftOutFFNs, ...] = Field(
-        default=(), description="FFNs of towers that the calibration data does not reach: unchanged"
-    )
+    left_out_ffns: tuple[LeftOutFFNs, ...] = Field(default=(), description="FFNs that are unchanged, and why")
 
 
 class CalibrationRecord(Record):

@@ -17,7 +17,7 @@ from ffsplit.calibration.statistics_file import write_statistics
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
-from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_base_model
 from ffsplit.models.streamed import StreamedModel
@@ -70,7 +70,7 @@ class CalibrationWorker:
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
-        return open_checkpoint(self._job.model.directory(), uneven=True)
+        return self._job.model.checkpoint(uneven=True)
 
     @cached_property
     def _reader(self) -> Reader:

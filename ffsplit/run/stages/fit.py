@@ -21,7 +21,7 @@ from ffsplit.directories import temporary_folder
 from ffsplit.ffn.activations import activation_named
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.keys import stage_key
-from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.fetch import ModelSource
 from ffsplit.run.checks import can_refit
 from ffsplit.run.stages.calibrate import input_files, sample_inputs
@@ -113,7 +113,7 @@ def _inputs(shards: Sequence[Mapping[str, Tensor]], expert: int | None) -> list[
 
 def _compress(job: LayerJob) -> Result:
     device = torch.device(job.profile.device)
-    checkpoint = open_checkpoint(job.model.directory(), uneven=True)
+    checkpoint = job.model.checkpoint(uneven=True)
     expert = checkpoint.ffns[job.plan.layer].expert
     inputs = _inputs([_sampled(job, entry) for entry in job.inputs], expert)
     activation = activation_named(checkpoint.activation_of(job.plan.layer))
@@ -131,9 +131,7 @@ def _compress(job: LayerJob) -> Result:
 
 def _refit(job: RefitJob) -> Result:
     device = torch.device(job.profile.device)
-    original, compressed = (
-        open_checkpoint(each.directory(), uneven=True) for each in (job.original, job.compressed)
-    )
+    original, compressed = (each.checkpoint(uneven=True) for each in (job.original, job.compressed))
     activation = activation_named(original.activation_of(job.layer))
     ffn, narrow = (
         load_ffn(each, job.layer, activation=activation, device=device) for each in (original, compressed)

@@ -25,7 +25,7 @@ from ffsplit.healing.losses import outputs
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.team import Team, find_team
 from ffsplit.keys import stage_key
-from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.family import ModelKind
 from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_tokenizer, load_whole_model
@@ -75,8 +75,8 @@ def heal_job(job: HealJob) -> Result | None:
 
 def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState, list[nn.Module]]:
     """The healed student, its checkpoint, the final state, and its linear layers on an integer grid."""
-    original = open_checkpoint(job.original.directory())
-    compressed = open_checkpoint(job.compressed.directory(), uneven=True)
+    original = job.original.checkpoint()
+    compressed = job.compressed.checkpoint(uneven=True)
     device = torch.device(job.profile.device)
     teacher, student = (
         load_whole_model(each.directory, original.class_name, dtype=torch.float32).to(device)

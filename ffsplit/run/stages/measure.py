@@ -19,7 +19,7 @@ from ffsplit.measurement.latency import load_average, load_since, paired_latency
 from ffsplit.measurement.memory import peak_memory_bytes
 from ffsplit.measurement.size import compressed_size, original_size
 from ffsplit.measurement.tasks.evaluations import Evaluation, score_evaluations
-from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.models.streamed import StreamedModel
@@ -57,7 +57,7 @@ def measure_job(job: MeasureJob) -> Measurements:
 
 
 def _measure(job: MeasureJob) -> Measurements:
-    checkpoint = open_checkpoint(job.original.directory())
+    checkpoint = job.original.checkpoint()
     compressed = job.compressed.directory()
     companions = checkpoint.folder.files.companions
     weights = [path for path in compressed.glob("*.safetensors") if path.name not in companions]

@@ -19,7 +19,6 @@ from ffsplit.errors import ConfigError
 from ffsplit.ffn.shapes import LayerLayout, ModelShape
 from ffsplit.keys import stage_key
 from ffsplit.measurement.fidelity import fidelity
-from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_whole_model
 from ffsplit.models.names import base_of
@@ -71,7 +70,7 @@ class _Bench:
     """The original model and its batches, by fold. Made once per job."""
 
     def __init__(self, job: JudgeJob, *, rows: Sequence[str], num_folds: int) -> None:
-        self._checkpoint = open_checkpoint(job.original.directory())
+        self._checkpoint = job.original.checkpoint()
         self._dtype, self._device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
         reader = make_reader(self._checkpoint, max_length=job.max_length, batch_tokens=job.batch_tokens)
         encoded = reader.encode(rows)

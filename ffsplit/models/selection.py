@@ -1,0 +1,59 @@
+"""Which of a model's FFNs a run is about: `--only` and `--skip`, and what is left as it was."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+
+from ffsplit.errors import ConfigError
+from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.ffns import FFNPlace
+from ffsplit.store.manifest import LeftOutFFNs
+
+
+def chosen(checkpoint: Checkpoint, *, only: Sequence[str], skip: Sequence[str]) -> Checkpoint:
+    """The checkpoint, of whose FFNs those are left out that `only` does not match, or that `skip` does.
+
+    Both are patterns of names. Raises ConfigError if a pattern matches nothing, if nothing is left, or if a
+    tower is named that the calibration data does not reach.
+    """
+    if not only and not skip:
+        return checkpoint
+    every = (*checkpoint.ffns, *checkpoint.left_out)
+    for pattern in (*only, *skip):
+        if not any(fnmatchcase(ffn.name, pattern) for ffn in every):
+            names = list(dict.fromkeys(re.sub(r"\d+", "N", ffn.name) for ffn in every))
+            raise ConfigError(f"no FFN is called {pattern!r}: there are {', '.join(names)} (N: a number)")
+
+    def is_chosen(ffn: FFNPlace) -> bool:
+        matches = not only or any(fnmatchcase(ffn.name, pattern) for pattern in only)
+        return matches and not any(fnmatchcase(ffn.name, pattern) for pattern in skip)
+
+    unreached = [ffn.name for ffn in checkpoint.left_out if only and is_chosen(ffn)]
+    if unreached:
+        raise ConfigError(f"--only: the calibration data of this model does not reach {unreached[0]}")
+    left_out = [ffn.name for ffn in checkpoint.ffns if not is_chosen(ffn)]
+    if len(left_out) == len(checkpoint.ffns):
+        raise ConfigError("--only and --skip leave no FFN to compress")
+    names = [*left_out, *(ffn.name for ffn in checkpoint.left_out)]
+    return open_checkpoint(checkpoint.directory, left_out=names)
+
+
+def left_out_ffns(checkpoint: Checkpoint) -> tuple[LeftOutFFNs, ...]:
+    """The FFNs that are left out, by tower."""
+    found = []
+    for tower in dict.fromkeys(ffn.tower for ffn in checkpoint.left_out):
+        shapes = [ffn.shape for ffn in checkpoint.left_out if ffn.tower == tower]
+        is_reached = tower in checkpoint.architecture.reached
+        found.append(
+            LeftOutFFNs(
+                tower=tower.name,
+                num_ffns=len(shapes),
+                num_elements=sum(shape.num_elements for shape in shapes),
+                reason="--only and --skip leave them out"
+                if is_reached
+                else "the calibration data does not reach them",
+            )
+        )
+    return tuple(found)

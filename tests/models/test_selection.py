@@ -1,0 +1,109 @@
+"""Which FFNs a run is about: `--only`, `--skip`, and towers that the calibration data does not reach."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+import ffsplit
+from ffsplit.cli import main
+from ffsplit.errors import ConfigError
+from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.load import load_whole_model
+from ffsplit.models.selection import chosen, left_out_ffns
+from tests.small_jobs import LOW_RANK, SmallJob
+from tests.tiny_families import outputs, save_checkpoint
+
+PRUNE = "{kind: prune}"
+
+
+def job_on(tmp_path: Path, family: str, head: str) -> SmallJob:
+    return SmallJob(tmp_path, save_checkpoint(tmp_path / "model", family, head))
+
+
+@pytest.mark.parametrize("step", [PRUNE, LOW_RANK])
+def test_what_is_skipped_stays_byte_for_byte(tmp_path: Path, step: str) -> None:
+    job = job_on(tmp_path, "bert", "ForMaskedLM")
+    share = 1.0 if step == PRUNE else 0.5
+    recipe = job.recipe(step=step, heavy_share=share)
+    config = job.config(tmp_path / "out", recipe=recipe, samples=8, skip=("layer 0",), keep=0.5)
+    manifest = ffsplit.compress(config)
+    assert [layer.name for layer in manifest.layers] == ["layer 1"]
+    (left_out,) = manifest.model.left_out_ffns
+    assert (left_out.num_ffns, left_out.reason) == (1, "--only and --skip leave them out")
+    assert manifest.keep is not None and 0.7 < manifest.keep <= 0.75, "of all FFNs, half of one of two"
+    assert manifest.plain is False, "the config has one width for both layers"
+    attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
+    before, after = (load_file(folder / "model.safetensors") for folder in (job.model, attempt))
+    kept = [name for name in before if ".layer.0." in name]
+    assert kept and all(torch.equal(before[name], after[name]) for name in kept)
+    model = ffsplit.load(str(tmp_path / "out"))
+    dense = load_whole_model(job.model, manifest.model.architecture)
+    assert (outputs(model) - outputs(dense)).abs().max() > 1e-3
+
+
+def test_only_and_skip_are_part_of_the_run_key(tmp_path: Path) -> None:
+    job = job_on(tmp_path, "bert", "ForMaskedLM")
+    recipe = job.recipe(step=PRUNE)
+    keys = [
+        ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, samples=8, **which)).run_key
+        for which in ({}, {"only": ("layer 0",)}, {"skip": ("layer 1",)}, {"skip": ("layer 0",)})
+    ]
+    assert keys[1] == keys[2], "they choose the same"
+    assert len(set(keys)) == 3
+
+
+def test_a_tower_that_text_does_not_reach_is_left_out_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = job_on(tmp_path, "llava", "ForConditionalGeneration")
+    recipe = job.recipe(step=PRUNE)
+    manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, samples=8, keep=0.5))
+    (left_out,) = manifest.model.left_out_ffns
+    assert left_out.tower == "vision tower encoder" and left_out.num_ffns == 2
+    said = f"left unchanged: 2 FFNs of the vision tower encoder ({left_out.num_elements:,} elements), since "
+    said += "the calibration data does not reach them"
+    assert said in capsys.readouterr().err
+    assert manifest.plain, "the vision tower has a width of its own in config.json"
+    attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
+    assert f"{said[0].upper()}{said[1:]}" in (attempt / "README.md").read_text("utf-8")
+    before, after = (load_file(folder / "model.safetensors") for folder in (job.model, attempt))
+    vision = [name for name in before if "vision" in name]
+    assert vision and all(torch.equal(before[name], after[name]) for name in vision)
+    assert AutoModel.from_pretrained(attempt).config.text_config.intermediate_size < 32
+    assert main(["inspect", str(job.model)]) == 0
+    assert said in capsys.readouterr().out
+    assert ffsplit.inspect(str(job.model)).left_out_ffns == (left_out,)
+
+
+def test_split_ffns_beside_a_tower_that_is_left_out_load(tmp_path: Path) -> None:
+    job = job_on(tmp_path, "llava", "ForConditionalGeneration")
+    recipe = job.recipe(step=LOW_RANK, heavy_share=0.5)
+    manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, samples=8))
+    assert not manifest.plain
+    attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
+    config = json.loads((attempt / "config.json").read_text("utf-8"))
+    assert config["quantization_config"]["left_out"] == ["vision_tower.encoder.layers.*"]
+    names = [type(module).__name__ for module in ffsplit.load(str(tmp_path / "out")).modules()]
+    assert names.count("SplitFFN") == 2
+
+
+def test_bad_patterns_are_one_line(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(save_checkpoint(tmp_path / "mbart", "mbart", "ForConditionalGeneration"))
+    there = r"there are encoder layer N, decoder layer N \(N: a number\)"
+    with pytest.raises(ConfigError, match=rf"no FFN is called 'vision\*': {there}"):
+        chosen(checkpoint, only=("vision*",), skip=())
+    with pytest.raises(ConfigError, match="leave no FFN to compress"):
+        chosen(checkpoint, only=(), skip=("encoder*", "decoder*"))
+    half = chosen(checkpoint, only=("decoder*",), skip=())
+    assert [ffn.name for ffn in half.ffns] == ["decoder layer 0", "decoder layer 1"]
+    assert [ffn.index for ffn in half.ffns] == [0, 1]
+    assert [each.tower for each in left_out_ffns(half)] == ["encoder"]
+    pictures = open_checkpoint(save_checkpoint(tmp_path / "llava", "llava", "ForConditionalGeneration"))
+    with pytest.raises(ConfigError, match="does not reach vision tower encoder layer 0"):
+        chosen(pictures, only=("vision*",), skip=())
