@@ -183,6 +183,12 @@ FAMILIES: dict[str, Family] = {
     "glm": Family("Glm", _LLAMA, heads=("ForCausalLM",)),
     "deepseek_v3": Family("DeepseekV3", _DEEPSEEK, heads=("ForCausalLM",)),
     "nemotron_h": Family("NemotronH", _NEMOTRON, heads=("ForCausalLM",)),
+    "gpt_oss": Family(
+        "GptOss",
+        _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 40},
+        heads=("ForCausalLM",),
+    ),
+    "gte": Family("Gte", _TEXT, heads=("ForMaskedLM",)),
     "swin": Family("Swin", _SWIN, heads=("ForImageClassification",)),
     "beit": Family("Beit", _PIXELS, heads=("ForImageClassification",)),
     "hubert": Family("Hubert", _SIZES | _IDS | _SOUND, heads=("ForCTC",)),
