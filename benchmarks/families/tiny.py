@@ -145,6 +145,8 @@ def _feature_extractor(config: Any, plain: bool) -> Any:
         given["max_length"] = config.max_length
     if cls.__name__ == "WhisperFeatureExtractor":
         given["chunk_length"] = 1
+        positions = next((each for part in parts if (each := getattr(part, "max_source_positions", 0))), 50)
+        given["hop_length"] = 16000 // (2 * positions)  # as many frames as the encoder takes
     return cls(**given)
 
 

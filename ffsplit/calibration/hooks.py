@@ -124,6 +124,12 @@ class _Stream:
             self.stop += len(rows)
             self._num_positions = mask.numel()
 
+    def without_mask(self) -> _Stream:
+        """A stream of all positions, from the announced batch on."""
+        stream = _Stream(None, self._sampling)
+        stream.stop, stream._sampled = self.start, self._sampled
+        return stream
+
     def covers(self, values: Tensor) -> bool:
         """Whether [..., n] has a row for each position of the announced batch, as far as these are known."""
         return not self._is_known or values.shape[:-1].numel() == self._num_positions
@@ -222,7 +228,7 @@ class FFNObserver:
         """
         stream = self._own_streams.get(ffn.unit, self._streams[ffn.tower.name])
         if not stream.covers(values):
-            stream = self._own_streams[ffn.unit] = _Stream(None, self._sampling)
+            stream = self._own_streams[ffn.unit] = stream.without_mask()
             stream.next_batch(self._arguments)
         return stream
 

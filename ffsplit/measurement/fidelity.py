@@ -98,9 +98,13 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
     """The last states, whatever the model's head: [rows, tokens, D] float32."""
     base = base_of(model)
     if "decoder_input_ids" in batch.arguments:
-        states: Tensor = base(**batch.arguments, output_hidden_states=True).decoder_hidden_states[-1]
+        found = base(**batch.arguments, output_hidden_states=True)
+        decoded = getattr(found, "decoder_hidden_states", None)
+        states: Tensor = found[0] if decoded is None else decoded[-1]
     else:
         states = base(**batch.arguments)[0]
+    if states.dim() > 3:  # of a transducer, which scores pairs of positions
+        states = states.flatten(1, -2)
     return (states if states.dim() == 3 else states[:, None]).float()  # a head's logits are one state
 
 

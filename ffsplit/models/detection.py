@@ -39,7 +39,7 @@ from ffsplit.models.width_fields import with_width_fields
 
 _ACTIVATION_WORDS = re.compile(r"act|feed_forward_proj")
 _SOUND_OR_PICTURE: tuple[tuple[str, Reads], ...] = (
-    (r"vision|visual|image|picture|video|vit|pixel", "image"),
+    (r"vision|visual|image|picture|video|vit|pixel|projector|q_?former|resampler|perceiver", "image"),
     (r"audio|speech|sound|acoustic", "sound"),
 )
 
@@ -58,10 +58,21 @@ def detect_architecture(
     `tensor_names` are the names in its files. Raises UnsupportedModelError.
     """
     row = _row_of(directory, json.dumps(config, sort_keys=True))
-    if any(re.search(r"experts\.\d+\.w1\.", name) for name in tensor_names):
-        names = ((".up_proj.", ".w3."), (".gate_proj.", ".w1."), (".down_proj.", ".w2."))
-        row = row.model_copy(update={"file_names": names})
-    return row
+    if not any(re.search(r"experts\.\d+\.w1\.", name) for name in tensor_names):
+        return row
+
+    def as_stored(tower: Tower) -> Tower:
+        ffns = tuple(_with_mixtral_names(paths) if paths.experts else paths for paths in tower.ffns)
+        return tower.model_copy(update={"ffns": ffns})
+
+    return row.model_copy(update={"towers": tuple(map(as_stored, row.towers))})
+
+
+def _with_mixtral_names(experts: FFNPaths) -> FFNPaths:
+    """Experts that files keep one by one, by Mixtral's names: w1 for the gate, w3 for up, w2 for down."""
+    path = f"{experts.module}.*"
+    gate = None if experts.gate is None else f"{path}.w1"
+    return experts.model_copy(update={"up": f"{path}.w3", "gate": gate, "down": f"{path}.w2"})
 
 
 @lru_cache(maxsize=8)  # a worker opens one checkpoint for each of its layers
@@ -151,12 +162,15 @@ def _towers(
         block = block_of(each.scope if each.experts else each.up, modules)
         assert block is not None
         blocks[_pattern(block, modules)].append((block, each))
+    names = {pattern: _tower_name(pattern) for pattern in blocks}
     for pattern, ffns in blocks.items():
         first, one = ffns[0]
         part = _part_of_config(base, modules, first)
         reads = _reads(base, modules, first)
         activation = _activation(modules, first, one, _config_at(config, part))
-        name = "" if len(blocks) == 1 else _tower_name(pattern)
+        name = "" if len(blocks) == 1 else names[pattern]
+        if list(names.values()).count(name) > 1:
+            name = f"{name} ({pattern})"
         decodes = bool(config.get("is_encoder_decoder")) and "decoder" in pattern.split(".")
         yield Tower(
             blocks=pattern,
@@ -331,9 +345,8 @@ def _config_at(config: Mapping[str, Any], part: str | None) -> Mapping[str, Any]
 def _reads(base: Any, modules: Modules, block: str) -> Reads:
     """What the tokens of a tower are made from."""
     for path, owner in _parents(block, modules):
-        words = f"{type(owner).__name__} {path}".lower()
         for pattern, reads in _SOUND_OR_PICTURE:
-            if path and re.search(pattern, words):
+            if re.search(pattern, path.lower()):
                 return reads
         if owner.main_input_name == "pixel_values":
             return "image"

@@ -107,17 +107,17 @@ def _recomputed(model: Any, checkpoint: Checkpoint) -> Iterator[list[float]]:
 
 @contextmanager
 def _altered(model: Any, checkpoint: Checkpoint) -> Iterator[None]:
-    """The model with the down projection of its first FFN doubled."""
+    """The model with the down projection of its first FFN negated: a norm after it would undo a factor."""
     ffn = checkpoint.ffns[0]
     if ffn.expert is None:
         weight = model.get_submodule(join_paths(ffn.block, ffn.paths.down)).weight
     else:
         weight = model.get_submodule(ffn.split_path).down_proj
-    weight.mul_(2)
+    weight.neg_()
     try:
         yield
     finally:
-        weight.div_(2)
+        weight.neg_()
 
 
 def _outputs(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
