@@ -105,9 +105,21 @@ MUTANTS = (
     # models
     Mutant(
         "models/ffns.py",
-        "half=half, transposed=paths.transposed)",
-        "half=None, transposed=paths.transposed)",
+        "            found,\n            half=half,",
+        "            found,\n            half=None,",
         "tests/models/test_checkpoint.py::test_the_ffns_are_found_with_their_shapes",
+    ),
+    Mutant(
+        "models/structure.py",
+        "    if left:\n",
+        "    if False:\n",
+        "tests/models/test_structure.py::test_what_has_the_shape_of_an_ffn_and_is_part_of_none_is_refused",
+    ),
+    Mutant(
+        "models/selection.py",
+        "if not is_chosen(ffn)]",
+        "if False]",
+        "tests/models/test_selection.py::test_bad_patterns_are_one_line",
     ),
     # calibration
     Mutant(

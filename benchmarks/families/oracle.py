@@ -45,6 +45,7 @@ PAIRS: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = (
     ("mlp.out_proj", (("mlp.in_proj",),)),
     ("feed_forward.output", (("feed_forward.intermediate",),)),
     ("dense2", (("dense1",),)),
+    ("ff.layer_2", (("ff.layer_1",),)),
     ("fc_out", (("fc_in",),)),
     ("proj_down", (("proj_up_gate", "proj_up"),)),
     ("output_linear", (("input_linear",),)),

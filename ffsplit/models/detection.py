@@ -111,7 +111,10 @@ def _class_of(config: Mapping[str, Any], made: Any) -> Any:
     import transformers
 
     (name, *_) = config.get("architectures") or [""]
-    return getattr(transformers, str(name), None) or transformers.MODEL_MAPPING[type(made)]
+    named = getattr(transformers, str(name), None)
+    if named is not None and isinstance(made, named.config_class or type(made)):
+        return named
+    return transformers.MODEL_MAPPING[type(made)]
 
 
 def _without_model_type(config: Mapping[str, Any]) -> str:

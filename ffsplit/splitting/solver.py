@@ -76,14 +76,16 @@ def fit_layer(
         heavy.num_wanted(shape, budget=for_ffn, num_energetic=num_energetic),
         (for_ffn - shape.hidden_size * shape.down_bias) // shape.elements_per_neuron,
     )
-    wanted -= wanted % shape.width_multiple
-    fewest = shape.width_multiple if heavy.value > 0 else 0
-    if wanted < fewest:
-        return None
 
     def planned(width: int) -> LayerLayout | None:
         return _planned(shape, width=width, budget=budget, steps=steps)
 
+    narrowest = planned(shape.width_multiple) if shape.width_multiple < shape.num_neurons else None
+    multiple = shape.width_multiple if narrowest is not None and narrowest.is_dense else 1
+    wanted -= wanted % multiple
+    fewest = multiple if heavy.value > 0 else 0
+    if wanted < fewest:
+        return None
     layout = planned(wanted)
     if layout is not None or planned(fewest) is None:
         return layout

@@ -159,7 +159,7 @@ def test_inspect_shows_every_kind_of_ffn(tmp_path: Path, capsys: Captured) -> No
     ]
     assert rows[0][:4] == ["expert", "8 in 2 blocks", "16 -> 24 -> 16", "silu, gated"]
     assert rows[1][:4] == ["shared expert", "2", "16 -> 40 -> 16", "silu, gated"]
-    assert rows[3][:2] == ["0.5", "width 12 / width 20"]
+    assert rows[3][:2] == ["0.5", "width 8 / width 20"]
 
 
 def test_help_lists_the_exit_codes(capsys: Captured) -> None:

@@ -22,7 +22,8 @@ def test_the_row_finds_the_modules(model: Any) -> None:
     assert {ffn.tower for ffn in ffns} == set(architecture_of(model).towers)
     for ffn in ffns:
         if ffn.expert is not None:
-            assert model.get_submodule(ffn.split_path).down_proj[ffn.expert].shape[1] == ffn.shape.num_neurons
+            stack = model.get_submodule(ffn.split_path).down_proj[ffn.expert]
+            assert stack.shape[0 if ffn.paths.transposed else 1] == ffn.shape.num_neurons
             continue
         block = model.get_submodule(ffn.block)
         down = block.get_submodule(ffn.paths.down).weight
