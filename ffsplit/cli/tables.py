@@ -13,7 +13,6 @@ from ffsplit.errors import ConfigError
 from ffsplit.measurement.gates import describe_result
 from ffsplit.report.humanize import (
     change,
-    counted,
     described,
     duration,
     layout,
@@ -28,6 +27,7 @@ from ffsplit.report.humanize import (
     size,
     spread_in_words,
     times,
+    unchanged_in_words,
     unit,
 )
 from ffsplit.store.benchmark_records import BenchmarkRecord, Timing
@@ -151,8 +151,9 @@ def print_inspection(found: Inspection) -> None:
         part = percent(group.num_elements / found.num_parameters)
         table.add_row(group.what, count, sizes, group.activation + gated, ", ".join(has) or "none", part)
     _print(table)
-    for left_out in found.left_out_ffns:
-        print(f"left unchanged: {counted(left_out)}, since {left_out.reason}")
+    about = found.ffn_elements - sum(each.num_elements for each in found.left_out_ffns)
+    if unchanged := unchanged_in_words(found.left_out_ffns, ffn_elements=about):
+        print(unchanged)
     table = _table(
         f"recipe {found.recipe}", "--keep", "an FFN becomes", "parameters", "in the blocks", "plain"
     )

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from ffsplit.measurement.gates import HEADLINES, verdict
 from ffsplit.report import humanize
-from ffsplit.report.humanize import load_in_words, noise, spread_in_words
+from ffsplit.report.humanize import load_in_words, noise, spread_in_words, unchanged_in_words
 from ffsplit.report.plots import EnergyCurve, change_rows, energy_figure, error_columns, error_rows
 from ffsplit.store.manifest import LayerRecord, Manifest, Measurements, TaskScore
 
@@ -84,6 +84,9 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
         spread=spread_in_words,
         load=load_in_words,
         recipe_name=str(manifest.recipe.get("name", "")),
+        unchanged=unchanged_in_words(
+            manifest.model.left_out_ffns, ffn_elements=manifest.model.shape.ffn_elements
+        ),
         tiles=_tiles(manifest),
         energy=energy_figure(curves) if curves else None,
         error_rows=error_rows(manifest.layers),

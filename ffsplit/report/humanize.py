@@ -173,8 +173,17 @@ def load_in_words(load: LoadAverage) -> str:
     return f"load average {load.before:.2f} before and {load.after:.2f} after, on {cpus}"
 
 
-def counted(left_out: LeftOutFFNs) -> str:
-    """`12 FFNs of the vision tower (28,311,552 elements)`."""
-    of_tower = f" of the {left_out.tower}" if left_out.tower else ""
-    noun = "FFN" if left_out.num_ffns == 1 else "FFNs"
-    return f"{left_out.num_ffns} {noun}{of_tower} ({left_out.num_elements:,} elements)"
+def unchanged_in_words(left_out: Sequence[LeftOutFFNs], *, ffn_elements: int) -> str:
+    """The FFNs that a run leaves as they were, and what it is about; "" if there are none.
+
+    `ffn_elements` are those of the FFNs that it is about.
+    """
+    if not left_out:
+        return ""
+    parts = []
+    for each in left_out:
+        of_tower = f" of the {each.tower}" if each.tower else ""
+        noun = "FFN" if each.num_ffns == 1 else "FFNs"
+        parts.append(f"{each.num_ffns} {noun}{of_tower}, since {each.reason}")
+    share = ffn_elements / (ffn_elements + sum(each.num_elements for each in left_out))
+    return f"Left unchanged: {'; '.join(parts)}. The budget is about {percent(share)} of all FFN elements."

@@ -20,7 +20,7 @@ from ffsplit.models.folder import CARD_NAME, ORIGINAL_CARD
 from ffsplit.models.selection import left_out_ffns
 from ffsplit.redaction import redacted, without_credentials
 from ffsplit.report.html import render_report
-from ffsplit.report.humanize import counted, load_in_words, noise, number, spread_in_words, times
+from ffsplit.report.humanize import load_in_words, noise, number, spread_in_words, times, unchanged_in_words
 from ffsplit.report.plots import energy_curve
 from ffsplit.run.job import Run
 from ffsplit.run.reused_statistics import calibration_record
@@ -225,8 +225,8 @@ def model_card(manifest: Manifest) -> str:
         "",
         how,
     ]
-    for each in model.left_out_ffns:
-        body += ["", f"Left unchanged: {counted(each)}, since {each.reason}."]
+    if unchanged := unchanged_in_words(model.left_out_ffns, ffn_elements=model.shape.ffn_elements):
+        body += ["", unchanged]
     if manifest.linears is not None:
         sizes = f"{manifest.linears.original_size_bytes:,} bytes became {manifest.linears.size_bytes:,}"
         body += ["", f"The linear layers of attention have int8 weights: {sizes}."]

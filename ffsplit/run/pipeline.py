@@ -20,7 +20,7 @@ from ffsplit.models.folder import left_out_in_one_line
 from ffsplit.models.selection import left_out_ffns
 from ffsplit.progress import Progress, StageLog
 from ffsplit.recipes.recipe import Recipe
-from ffsplit.report.humanize import counted
+from ffsplit.report.humanize import unchanged_in_words
 from ffsplit.run.documents import Outcome, write_documents
 from ffsplit.run.execution import Execution, start
 from ffsplit.run.job import Run
@@ -104,8 +104,9 @@ def _announce(run: Run, shown: Progress) -> None:
     if run.checkpoint.is_guessed:
         family = run.checkpoint.architecture.model_type
         shown.note(f"warning: {family} is not in docs/models.md: its FFNs are found by structure")
-    for each in left_out_ffns(run.checkpoint):
-        shown.note(f"left unchanged: {counted(each)}, since {each.reason}")
+    unreached, about = left_out_ffns(run.checkpoint), run.solver.model.ffn_elements
+    if unchanged := unchanged_in_words(unreached, ffn_elements=about):
+        shown.note(unchanged)
     if unread := run.checkpoint.unread_blocks:
         shown.note(f"warning: config.json states fewer blocks: {', '.join(unread)} are copied unchanged")
 
