@@ -21,6 +21,16 @@ def test_the_readme_is_short_and_names_its_two_commands() -> None:
     assert re.findall(r"^make (\S+)", README, re.MULTILINE) == ["demo", "test"]
 
 
+def test_the_totals_of_model_types_are_those_of_the_page() -> None:
+    page = (ROOT / "docs/models.md").read_text("utf-8")
+    totals = dict(re.findall(r"^\| ([^|]+) \| (\d+) \|$", page, re.MULTILINE))
+    right, part = totals["right"], totals["right, for the FFNs that the run is about"]
+    (built,) = re.findall(r"(\d+) were built and have FFNs", page)
+    said = f"Of the {built} model types that have FFNs, {right} come out right on tiny random models, {part} more"
+    assert said in README
+    assert "silently wrong" not in totals and "fails with a traceback" not in totals
+
+
 MEASURED = [line for line in README.splitlines() if line.startswith("|") and "](benchmarks/" in line]
 
 

@@ -135,7 +135,7 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
     part of none.
     """
     base = base_of(model)
-    modules, family = dict(base.named_modules()), str(config["model_type"])
+    modules, family = Modules.of(base), str(config["model_type"])
     found = find_in_modules(modules)
     if not found:
         raise UnsupportedModelError(

@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -21,8 +22,6 @@ from ffsplit.compat.transformers import is_conv1d, stacked_experts
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.models.probe import gating_of_experts
 
-Modules = Mapping[str, nn.Module]
-"""The modules of a base model, by path."""
 _NOT_FFN_CLASS = re.compile(
     r"(Attention(V?\d|\dD)?|Attn|SelfOutput|Mixer|Mamba\d?|MambaLayer|ShortConv|DeltaNet|RecurrentBlock"
     r"|Retention|LightConv1d|Conv(olution)?Module|Router|Gate|Adapter|Pooler|Projector|Merger|Connector|Norm)$"
@@ -37,6 +36,21 @@ _MIXES_POSITIONS = re.compile(
 )
 _FFN_WORDS = re.compile(r"mlp|ffn|feed_?forward|intermediate|fc1", re.I)
 _GATES = re.compile(r"gate|wi_0|(^|\.)w1$|fc1_g")
+
+
+class Modules(dict[str, nn.Module]):
+    """The modules of a base model, by path."""
+
+    @classmethod
+    def of(cls, base: nn.Module) -> Modules:
+        return cls(base.named_modules())
+
+    @cached_property
+    def around_mixers(self) -> frozenset[str]:
+        """The paths of all modules that mix positions, and of all modules around them."""
+        mixers = [path for path, module in self.items() if _MIXES_POSITIONS.search(type(module).__name__)]
+        parts = [path.split(".") for path in mixers]
+        return frozenset(".".join(each[:length]) for each in parts for length in range(1, len(each) + 1))
 
 
 class _Map(NamedTuple):
@@ -114,13 +128,17 @@ def check_nothing_is_left(modules: Modules, found: Sequence[FoundFFN], family: s
 
     That is a matrix, or a stack of matrices, that widens the hidden size or narrows to it.
     """
-    hidden = {block_of(each.up, modules): each.hidden_size for each in found}
+    hidden: dict[str, set[int]] = defaultdict(set)
+    for ffn in found:
+        hidden[_starred(block_of(ffn.up, modules) or "")].add(ffn.hidden_size)
+    sizes = set().union(*hidden.values())
     taken = {path for each in found for path in (each.up, each.gate, each.down)}
     stacks = {each.scope for each in found if each.experts}
     left: dict[str, str] = {}
     for each in _maps(modules):
-        size = hidden.get(block_of(each.path, modules))
-        if size in (each.num_rows, each.num_columns) and max(each[1:3]) > size and each.path not in taken:
+        narrow, wide = sorted((each.num_rows, each.num_columns))
+        alike = hidden.get(_starred(block_of(each.path, modules) or ""), sizes)
+        if narrow in alike and wide > narrow and each.path not in taken:
             left[_starred(each.path)] = f"[{each.num_rows}, {each.num_columns}]"
     for path, module in modules.items():
         is_other = (
@@ -130,7 +148,6 @@ def check_nothing_is_left(modules: Modules, found: Sequence[FoundFFN], family: s
         )
         if path in stacks or block_of(path, modules) is None or is_other:
             continue
-        sizes = set(hidden.values())
         for name, weight in module.named_parameters(recurse=False):
             if weight.dim() == 3 and sizes & set(weight.shape[1:]) and min(weight.shape[1:]) > 1:
                 left[_starred(f"{path}.{name}")] = str(list(weight.shape))
@@ -162,10 +179,8 @@ def block_of(path: str, modules: Modules) -> str | None:
         for index, part in enumerate(parts[:-1])
         if part.isdigit() and isinstance(modules[".".join(parts[:index])], nn.ModuleList | nn.Sequential)
     ]
-    for element in reversed(elements):
-        if any(_MIXES_POSITIONS.search(type(each).__name__) for each in modules[element].modules()):
-            return element
-    return elements[0] if elements else None
+    mixing = [element for element in elements if element in modules.around_mixers]
+    return mixing[-1] if mixing else elements[0] if elements else None
 
 
 def _maps(modules: Modules) -> list[_Map]:
@@ -213,6 +228,8 @@ def _stacks(modules: Modules) -> Iterator[FoundFFN]:
         )
 
 
+MOST_MAPS = 32
+"""No block has more linear maps outside its attention. What is found among more is found by chance."""
 _Group = tuple[_Map, _Map | None, _Map, bool]
 
 
@@ -221,6 +238,8 @@ def _group(maps: Sequence[_Map], scope: str, modules: Modules) -> _Group | None:
 
     Where several fit, those whose names have most in common.
     """
+    if len(maps) > MOST_MAPS:
+        return None
     named = bool(_FFN_WORDS.search(scope.rpartition(".")[2] + type(modules[scope]).__name__))
     choices = (
         [tuple(maps), *itertools.combinations(maps, 2)] if len(maps) == 3 else itertools.combinations(maps, 2)
@@ -268,6 +287,7 @@ def _is_norm_of(name: str, weight: nn.Parameter, ffn: FoundFFN) -> bool:
 
 
 def lists_in_words(modules: Modules) -> str:
+    """The lists of blocks, and the linear layers of each, for a message."""
     lists = [
         f"{path}.* of {type(blocks[0]).__name__}: {_maps_in_words(blocks[0])}"
         for path, blocks in modules.items()

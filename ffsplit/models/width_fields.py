@@ -13,7 +13,7 @@ import torch
 
 from ffsplit.models.family import Architecture, FFNPaths, Tower
 from ffsplit.models.names import base_of
-from ffsplit.models.structure import find_in_modules
+from ffsplit.models.structure import Modules, find_in_modules
 
 _WIDTH_WORDS = re.compile(r"intermediate|ffn|inner|mlp|feed_?forward|d_ff|hidden_dim|expert")
 
@@ -64,7 +64,7 @@ class _Sizes(NamedTuple):
 
 def _shapes_and_widths(model: Any) -> _Sizes:
     base = base_of(model)
-    found = find_in_modules(dict(base.named_modules()))
+    found = find_in_modules(Modules.of(base))
     inside = tuple(
         f"{path}."
         for each in found
