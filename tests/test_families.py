@@ -138,6 +138,10 @@ def test_an_exact_split_is_the_dense_model(saved: Saved, tmp_path: Path, family:
     assert (outputs(split) - outputs(dense)).abs().max() <= 1e-5
 
 
+NEVER_PLAIN = ("bloom", "swin", "deepseek_v3")
+"""No config states Bloom's width. Swin's is a ratio, and two shared experts are twice as wide as one expert."""
+
+
 @pytest.mark.matrix(family=FAST)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_of_it_saves_loads_and_runs(saved: Saved, tmp_path: Path, family: str) -> None:
@@ -149,11 +153,10 @@ def test_half_of_it_saves_loads_and_runs(saved: Saved, tmp_path: Path, family: s
         job.config(tmp_path / "out", recipe=recipe, samples=16, calibration=(calibration or str(job.text),))
     )
     assert manifest.measurements is not None
-    kept = (
-        manifest.measurements.compressed_size.ffn_elements / manifest.measurements.original_size.ffn_elements
-    )
-    assert 0.35 < kept <= 0.5
-    assert manifest.plain == (family != "bloom")
+    sizes, left_out = manifest.measurements, sum(each.num_elements for each in manifest.model.left_out_ffns)
+    before, after = (each.ffn_elements - left_out for each in (sizes.original_size, sizes.compressed_size))
+    assert 0.35 < after / before <= 0.5
+    assert manifest.plain == (family not in NEVER_PLAIN)
     model = ffsplit.load(str(tmp_path / "out"))
     found = outputs(model)
     assert found.isfinite().all()

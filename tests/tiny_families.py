@@ -100,7 +100,7 @@ _FALCON = _TEXT | {"ffn_hidden_size": 32}
 _RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "type_vocab_size": 0}
 
 _FUNNEL = {"vocab_size": VOCAB_SIZE, "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32}
-_FUNNEL |= {"block_sizes": [1, 1], "num_decoder_layers": 1, "max_position_embeddings": 64}
+_FUNNEL |= {"block_sizes": [1, 1], "num_decoder_layers": 1, "max_position_embeddings": 64, "pad_token_id": 0}
 _LED = {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64, "attention_window": 4}
 _DEEPSEEK = _TEXT | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
 _DEEPSEEK |= {"v_head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 2}
