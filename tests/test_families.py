@@ -139,7 +139,7 @@ def test_an_exact_split_is_the_dense_model(saved: Saved, tmp_path: Path, family:
 
 
 NEVER_PLAIN = ("bloom", "swin", "deepseek_v3")
-"""No config states Bloom's width. Swin's is a ratio, and two shared experts are twice as wide as one expert."""
+"""No config states Bloom's width; Swin's is a ratio; two shared experts are twice as wide as one expert."""
 
 
 @pytest.mark.matrix(family=FAST)

@@ -29,7 +29,8 @@ _NOT_FFN_CLASS = re.compile(
 NOT_FFN_PATH = re.compile(
     r"^(\w*attn|\w*attention|\w*_att|router|adapters?\w*|pooler|lora\w*|\w*norm\w*|bottleneck|ple_block"
     r"|per_layer_\w+|laurel|downsample|\w*bbox\w*|\w*class_embed\w*|\w*_head|projection|queries|keys_values"
-    r"|modulation|patch_\w+|\w*hyper_connection|pwconv\d|pointwise_conv\d)$"
+    r"|modulation|patch_\w+|\w*hyper_connection|pwconv\d|pointwise_conv\d|\w*merger\w*|\w*projectors?"
+    r"|readout_projects)$"
 )
 _MIXES_POSITIONS = re.compile(
     r"(Attention(V?\d|\dD)?|Attn|Mixer|Mamba\d?|MambaLayer|ShortConv|DeltaNet|RecurrentBlock)$"
@@ -128,16 +129,19 @@ def check_nothing_is_left(modules: Modules, found: Sequence[FoundFFN], family: s
 
     That is a matrix, or a stack of matrices, that widens the hidden size or narrows to it.
     """
-    hidden: dict[str, set[int]] = defaultdict(set)
+    hidden: dict[str, set[int]] = defaultdict(set)  # by block, and by list of blocks
     for ffn in found:
-        hidden[_starred(block_of(ffn.up, modules) or "")].add(ffn.hidden_size)
+        block = block_of(ffn.up, modules) or ""
+        hidden[block].add(ffn.hidden_size)
+        hidden[_starred(block)].add(ffn.hidden_size)
     sizes = set().union(*hidden.values())
     taken = {path for each in found for path in (each.up, each.gate, each.down)}
     stacks = {each.scope for each in found if each.experts}
     left: dict[str, str] = {}
     for each in _maps(modules):
         narrow, wide = sorted((each.num_rows, each.num_columns))
-        alike = hidden.get(_starred(block_of(each.path, modules) or ""), sizes)
+        block = block_of(each.path, modules) or ""
+        alike = hidden.get(block) or hidden.get(_starred(block)) or sizes
         if narrow in alike and wide > narrow and each.path not in taken:
             left[_starred(each.path)] = f"[{each.num_rows}, {each.num_columns}]"
     for path, module in modules.items():

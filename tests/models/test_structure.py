@@ -218,6 +218,14 @@ def test_what_has_the_shape_of_an_ffn_and_is_part_of_none_is_refused() -> None:
         row_of(normalised)
 
 
+def test_a_block_without_an_ffn_that_is_known_is_looked_at_too() -> None:
+    """A list whose other blocks have one, and a list of its own."""
+    strange = Block()
+    strange.wide, strange.wider = nn.Linear(16, 48), nn.Linear(48, 96)
+    with pytest.raises(UnsupportedModelError, match=r"layers\.\*\.wide \[48, 16\]"):
+        row_of(Block("up", "down", parent="mlp"), strange)
+
+
 def test_what_is_named_for_another_purpose_is_no_part_of_an_ffn() -> None:
     block = Block("up", "down", parent="mlp")
     block.adapter = nn.Linear(16, 64)
