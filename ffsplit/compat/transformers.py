@@ -120,7 +120,7 @@ def stacked_experts(module: Any) -> StackedExperts | None:
     if not all(hasattr(module, name) for name in ("has_gate", "is_transposed", "is_concatenated")):
         return None
     names = ("down_proj", "gate_up_proj" if module.has_gate else "up_proj")
-    if module.has_post_expert_norm or not all(hasattr(module, name) for name in names):
+    if getattr(module, "has_post_expert_norm", False) or not all(hasattr(module, name) for name in names):
         return None
     return StackedExperts(module.has_gate, module.is_transposed, not module.is_concatenated)
 
