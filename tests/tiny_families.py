@@ -203,6 +203,12 @@ FAMILIES: dict[str, Family] = {
 """By model_type; `relu2` is a Llama with squared ReLU."""
 
 
+FAMILIES = {
+    name: family
+    for name, family in FAMILIES.items()
+    if hasattr(transformers, f"{family.prefix}Model") or hasattr(transformers, f"{family.prefix}TextModel")
+}  # older versions of transformers lack some
+
 ROWS = tuple(name for name, family in FAMILIES.items() if (family.model_type or name) in ARCHITECTURES)
 """Those with a row in the table."""
 

@@ -139,9 +139,15 @@ class Transfer:
             ThreadPoolExecutor(NUM_CONNECTIONS, thread_name_prefix="ffsplit-transfer") as pool,
         ):
 
+            errors: list[Exception] = []
+
             def fetch(file: _Incoming, part: int) -> None:
-                if self._stop.is_set() or not self._fetch_part(file, part):
-                    return
+                try:
+                    if self._stop.is_set() or not self._fetch_part(file, part):
+                        return
+                except Exception as error:
+                    errors.append(error)  # in the order of their times: the first is the cause
+                    raise
                 with self._lock:
                     journal.write(f"{file.number} {part}\n")
                     journal.flush()
@@ -154,6 +160,8 @@ class Transfer:
             try:
                 tasks = [pool.submit(fetch, file, part) for file, part in missing]
                 wait(tasks, return_when=FIRST_EXCEPTION)
+                if errors:
+                    raise errors[0]
                 for task in tasks:
                     if task.done():
                         task.result()
