@@ -138,7 +138,6 @@ class Transfer:
             open(self._staging / JOURNAL_NAME, "a", encoding="utf-8") as journal,
             ThreadPoolExecutor(NUM_CONNECTIONS, thread_name_prefix="ffsplit-transfer") as pool,
         ):
-
             errors: list[Exception] = []
 
             def fetch(file: _Incoming, part: int) -> None:
