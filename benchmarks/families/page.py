@@ -47,7 +47,8 @@ def write_page(records: Sequence[Record], path: Path) -> None:
         f"Made by `make bench-families`, which tries {len(records)} model types of transformers on tiny",
         f"random models. {with_ffns} were built and have FFNs. Each is compressed twice. Keeping everything",
         "must change no bit of its outputs. Keeping half must give the outputs of the original with the",
-        "other neurons set to zero, and must count every FFN.",
+        "other neurons set to zero, and must count every FFN. *Without ffsplit* tells whether half of it",
+        "loads with transformers alone.",
         "",
         "| outcome | types |",
         "|---|---|",
@@ -64,9 +65,8 @@ def write_page(records: Sequence[Record], path: Path) -> None:
 
 def _table(records: Iterable[Record]) -> list[str]:
     head = [
-        "| `model_type` | class | FFNs | calibrated on | compared on | loads without ffsplit | healing "
-        "| one block at a time |",
-        "|---|---|---|---|---|---|---|---|",
+        "| `model_type` | calibrated on | without ffsplit | healing | one block at a time | FFNs |",
+        "|---|---|---|---|---|---|",
     ]
     return head + [_row(record) for record in records]
 
@@ -75,13 +75,11 @@ def _row(record: Record) -> str:
     plain = record.get("keep 0.5: plain")
     cells = (
         f"`{record['type']}`",
-        f"`{record['class']}`",
-        _ffns(record),
         READS.get(record.get("kind", ""), ""),
-        record.get("reads", "nothing").replace("given", "its own inputs"),
         "" if plain is None else "yes" if plain else "no",
         "yes" if record.get("heals") else "no",
         "yes" if record.get("streams") else "no",
+        _ffns(record),
     )
     return f"| {' | '.join(cells)} |"
 
