@@ -283,13 +283,15 @@ class Lease:
         while True:
             self._write(self._key)
             now = self._time_of(self._key)
-            closing = [each for each in self._owners() if _name(each).startswith(CLOSING)]
+            owners = self._owners()
+            closing = [each for each in owners if _name(each).startswith(CLOSING)]
             for each in closing:
                 if now - each.modified_at > LEASE:  # it was killed while removing
                     self._store.delete(each.key)
-            if not [each for each in closing if now - each.modified_at <= LEASE]:
-                return
-            if not told:
+            is_closing = any(now - each.modified_at <= LEASE for each in closing)
+            if not is_closing and any(each.key == self._key for each in owners):
+                return  # else the removal that has just ended took this record with it
+            if is_closing and not told:
                 self._note(f"{self._where}: another run is removing this scratch: waiting for it to end")
                 told = True
             time.sleep(LOOK_EVERY_S)

@@ -120,6 +120,24 @@ def test_who_begins_during_a_removal_waits_until_it_is_over(
     assert len(notes) == 1 and "waiting for it to end" in notes[0]
 
 
+def test_a_record_that_a_removal_took_along_is_written_again(
+    filled: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A removal may list the new record, and end, between its being written and the look for removals."""
+    put, taken = type(filled).put_bytes, []
+
+    def put_bytes(self: Any, key: str, data: bytes) -> None:
+        put(self, key, data)
+        if f"{PREFIX}/owners/{TWO}" in key and not taken:
+            taken.append(key)
+            self.delete(key)
+
+    monkeypatch.setattr(type(filled), "put_bytes", put_bytes)
+    monkeypatch.setattr(leases, "LOOK_EVERY_S", 0.01)
+    with lease(filled, TWO):
+        assert list(filled.list(f"{PREFIX}/owners")) == taken
+
+
 @pytest.mark.parametrize("name", [f"{TWO}-00", "closing-00"])
 def test_who_was_killed_holds_nothing_once_the_lease_is_over(tmp_path: Path, name: str) -> None:
     store = open_store(str(tmp_path))
