@@ -24,7 +24,7 @@ def test_the_readme_is_short_and_names_its_two_commands() -> None:
 def test_the_totals_of_model_types_are_those_of_the_page() -> None:
     page = (ROOT / "docs/models.md").read_text("utf-8")
     totals = dict(re.findall(r"^\| ([^|]+) \| (\d+) \|$", page, re.MULTILINE))
-    right, part = totals["right"], totals["right, for the FFNs that the run is about"]
+    right, part = totals["right"], totals["right, for the FFNs that the run compresses"]
     (built,) = re.findall(r"(\d+) were built and have FFNs", page)
     assert f"Of the {built} model types that have FFNs, {right} come out right" in README
     assert f"models, {part} more for the part that text reaches" in README

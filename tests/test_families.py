@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import subprocess
 import sys
-import wave
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import ffsplit
@@ -31,7 +25,7 @@ from ffsplit.runtime.assemble import assemble
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
 from tests.small_jobs import SmallJob
 from tests.tiny_families import FAMILIES, heads_of, outputs, save_checkpoint, usual_head
-from tests.tiny_models import WORDS
+from tests.tiny_rows import calibration
 
 CPU = torch.device("cpu")
 WITH_HEADS = [(name, head) for name in FAMILIES for head in ("", *heads_of(name))]
@@ -56,43 +50,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 def test_every_row_has_a_tiny_model() -> None:
     assert {family.model_type or name for name, family in FAMILIES.items()} >= set(ARCHITECTURES)
-
-
-def calibration_of(kind: str, folder: Path) -> str | None:
-    """Twelve rows of what a kind of model reads, None for a text a line."""
-    words = [" ".join(WORDS[start : start + 5]) for start in range(0, 60, 5)]
-    if kind == "seq2seq":
-        pairs = zip(words, reversed(words), strict=True)
-        (folder / "pairs.csv").write_text("source,target\n" + "\n".join(map(",".join, pairs)))
-        return f"{folder}/pairs.csv#source,target"
-    if kind.startswith("image"):
-        generator = np.random.default_rng(0)
-        (folder / "images").mkdir()
-        for index in range(12):
-            pixels = generator.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
-        if kind == "image":
-            return str(folder / "images")
-        rows = [f"images/{index}.png,{text}" for index, text in enumerate(words)]
-        (folder / "captions.csv").write_text("image,text\n" + "\n".join(rows))
-        return f"{folder}/captions.csv#image,text"
-    if kind in ("audio", "speech"):
-        table = {"sound": [{"bytes": noise(index), "path": None} for index in range(12)], "text": words}
-        pq.write_table(pa.table(table), folder / "sounds.parquet")
-        return f"{folder}/sounds.parquet#sound" + (",text" if kind == "speech" else "")
-    return None
-
-
-def noise(seed: int) -> bytes:
-    """Half a second of noise as a WAV file, at half the rate that the models want."""
-    samples = np.random.default_rng(seed).integers(-20000, 20000, 4000, dtype=np.int16)
-    target = io.BytesIO()
-    with wave.open(target, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(8000)
-        file.writeframes(samples.tobytes())
-    return target.getvalue()
 
 
 def factored(part: FFNPart) -> FFNPart:
@@ -148,10 +105,8 @@ def test_half_of_it_saves_loads_and_runs(saved: Saved, tmp_path: Path, family: s
     source = saved(family, usual_head(family))
     job = SmallJob(tmp_path, source)
     recipe = job.recipe(step="{kind: prune}")
-    calibration = calibration_of(open_checkpoint(source).kind, tmp_path)
-    manifest = ffsplit.compress(
-        job.config(tmp_path / "out", recipe=recipe, samples=16, calibration=(calibration or str(job.text),))
-    )
+    rows = (calibration(open_checkpoint(source).kind, tmp_path),)
+    manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, samples=16, calibration=rows))
     assert manifest.measurements is not None
     sizes, left_out = manifest.measurements, sum(each.num_elements for each in manifest.model.left_out_ffns)
     before, after = (each.ffn_elements - left_out for each in (sizes.original_size, sizes.compressed_size))

@@ -25,8 +25,9 @@ from ffsplit.models.tensor_files import INDEX_NAME, WEIGHTS_NAME
 from ffsplit.runtime.assemble import assemble
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
 from tests.small_jobs import SmallJob
-from tests.test_families import calibration_of, split_exactly
+from tests.test_families import split_exactly
 from tests.tiny_families import make_model, outputs, save_checkpoint
+from tests.tiny_rows import calibration
 
 CPU = torch.device("cpu")
 Tensors = dict[str, Tensor]
@@ -284,7 +285,7 @@ def test_a_run_keeps_what_it_should(tmp_path: Path, name: str, keep: float) -> N
     checkpoint = open_checkpoint(tmp_path / "model")
     job = SmallJob(tmp_path, checkpoint.directory)
     recipe = job.recipe(step="{kind: prune}")
-    rows = (calibration_of(checkpoint.kind, tmp_path) or str(job.text),)
+    rows = (calibration(checkpoint.kind, tmp_path),)
     options: dict[str, Any] = RUNS[name] | {"keep": keep, "samples": 12, "calibration": rows}
     manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, **options))
     assert manifest.plain

@@ -84,16 +84,19 @@ def make_model(family: str, *, head: str = "", seed: int = 0, **overrides: Any) 
 
 @torch.no_grad()
 def randomize(model: nn.Module, *, seed: int) -> None:
-    """Matrices keep the scale of their input, biases are not zero, norms are not quite one."""
+    """Matrices keep the scale of their input, biases are not zero, norms and scales are not quite one."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
+        if not parameter.is_floating_point():
+            continue
         noise = torch.randn(parameter.shape, generator=generator)
         if name.endswith("bias"):
             parameter.copy_(0.3 * noise)
         elif parameter.dim() <= 1:
             parameter.copy_(1 + 0.1 * noise)
         else:
-            parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+            fan_in = parameter[0].numel() if parameter.dim() == 4 else parameter.shape[-1]
+            parameter.copy_(noise / max(fan_in, 1) ** 0.5)
 
 
 def save_checkpoint(

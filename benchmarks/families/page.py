@@ -10,7 +10,7 @@ from typing import Any
 Record = dict[str, Any]
 OUTCOMES = {
     "right": "right",
-    "right in part": "right, for the FFNs that the run is about",
+    "right in part": "right, for the FFNs that the run compresses",
     "right, outputs not compared": "right by its tensors; outputs not compared",
     "no FFN, refused": "has no FFN of linear layers, and is refused",
     "refused": "refused",

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 from benchmarks.families.config import IMAGE, tiny_config
 from benchmarks.families.tables import CLASSES, VARIANTS
+from tests.tiny_models import randomize, save_tokenizer
 
 TOO_LARGE = 16_000_000
 """Parameters; a config that still has more after shrinking lacks a rule."""
@@ -68,30 +69,13 @@ def tiny_model(model_type: str, class_name: str) -> Any:
     if size > TOO_LARGE:
         raise ValueError(f"{size} parameters: the rules leave a size that is too large")
     model = _make(cls, tiny_config(model_type))
-    randomize(model)
+    randomize(model, seed=0)
     return model.eval()
 
 
 def _make(cls: Any, config: Any) -> Any:
     kind = getattr(cls, "config_class", None)
     return cls(config) if kind is None or isinstance(config, kind) else cls._from_config(config)
-
-
-@torch.no_grad()
-def randomize(model: nn.Module, *, seed: int = 0) -> None:
-    """Matrices keep the scale of their input, biases are not zero, norms and scales are not quite one."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted(model.named_parameters()):
-        if not parameter.is_floating_point():
-            continue
-        noise = torch.randn(parameter.shape, generator=generator)
-        if name.endswith("bias"):
-            parameter.copy_(0.3 * noise)
-        elif parameter.dim() <= 1:
-            parameter.copy_(1 + 0.1 * noise)
-        else:
-            fan_in = parameter[0].numel() if parameter.dim() == 4 else parameter.shape[-1]
-            parameter.copy_(noise / max(fan_in, 1) ** 0.5)
 
 
 def image_size(config: Any) -> int:
@@ -106,8 +90,6 @@ def image_size(config: Any) -> int:
 
 def save(model: Any, directory: Path) -> None:
     """The checkpoint, and what turns rows into its inputs."""
-    from tests.tiny_models import save_tokenizer
-
     model.save_pretrained(directory)
     reads = set(arguments(model))
     if "input_ids" in reads or "decoder_input_ids" in reads:

@@ -269,14 +269,17 @@ def num_epochs(rows: Sequence[Sequence[int]], settings: HealingSettings) -> int:
 
 
 def trainable_weights(student: Any) -> dict[str, Tensor]:
-    """Every floating-point parameter but the embeddings (and what is tied to them), set to take gradients."""
+    """Every floating-point parameter but the embeddings, what is tied to them, and those that are frozen.
+
+    Freezes the embeddings.
+    """
     tables = [module for module in student.modules() if isinstance(module, nn.Embedding)]
     embeddings = {id(parameter) for table in tables for parameter in table.parameters()}
     weights = {}
     for name, parameter in student.named_parameters():
-        is_trained = parameter.is_floating_point() and id(parameter) not in embeddings
-        parameter.requires_grad_(is_trained)
-        if is_trained:
+        if id(parameter) in embeddings:
+            parameter.requires_grad_(False)
+        elif parameter.requires_grad:
             weights[name] = parameter
     return weights
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ffsplit.machine import usable_cores
 from ffsplit.models.load import decodes
+from ffsplit.models.names import main_inputs
 from ffsplit.runtime.modules import DenseLinear, LowRankLinear
 from ffsplit.runtime.quantized_linear import QuantizedLinear
 from ffsplit.store.benchmark_records import Figures, Timing
@@ -81,7 +82,7 @@ def example_inputs(
         size = vocab_size or vocab_size_of(model)
         inputs["input_ids"] = torch.randint(size, (num_rows, num_tokens), generator=generator)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    reads_text = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    reads_text = main_inputs(model)[0] == "input_ids"
     vision = getattr(config, "vision_config", config)
     if "pixel_values" in names and not (reads_text and not hasattr(model, "get_text_features")):
         sizes = getattr(vision, "image_size", None)
@@ -134,7 +135,7 @@ def _argument_names(model: Any) -> set[str]:
     parameters = inspect.signature(model.forward).parameters
     names = set(parameters)
     if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
-        names.add(model.main_input_name)
+        names.update(main_inputs(model))
         names |= {"attention_mask"} if "input_ids" in names else set()
     return names
 

@@ -53,9 +53,9 @@ FFN_DTYPES = ("F32", "F16", "BF16")
 class Checkpoint:
     """A readable, supported checkpoint, opened and checked by `open_checkpoint`.
 
-    `ffns` are those that a run is about, and `left_out` those of towers that its calibration data does not
-    reach, such as the vision tower of a language model that reads text. `read` says how transformers reads
-    each stored name; None if the headers alone tell.
+    `ffns` are those that a run compresses. `left_out` stay unchanged: `--only` or `--skip` leave them out, or
+    the calibration data does not reach their tower, as with the vision tower of a language model that reads
+    text. `read` says how transformers reads each stored name; None if the headers alone tell.
     """
 
     directory: Path
@@ -102,9 +102,18 @@ class Checkpoint:
         return not self.prefix or all(name.startswith(self.prefix) for name in self.names.modules)
 
     @property
+    def towers(self) -> tuple[Tower, ...]:
+        """The towers in its files, whether or not a run compresses them."""
+        return tuple(dict.fromkeys(ffn.tower for ffn in self._every_ffn))
+
+    @property
+    def _every_ffn(self) -> tuple[FFNPlace, ...]:
+        return *self.ffns, *self.left_out
+
+    @property
     def kind(self) -> ModelKind:
         """What it reads. A model with only one of its family's towers reads what that tower reads."""
-        towers = {ffn.tower.name for ffn in self.ffns}
+        towers = {tower.name for tower in self.towers}
         alone: dict[ModelKind, dict[str, ModelKind]] = {
             "seq2seq": {"encoder": "encoder"},
             "speech": {"encoder": "audio"},
@@ -143,7 +152,7 @@ class Checkpoint:
     @property
     def is_whole(self) -> bool:
         """Whether it has every tower that its family may have."""
-        return {ffn.tower for ffn in self.ffns} == set(self.architecture.towers)
+        return set(self.towers) == set(self.architecture.towers)
 
     @property
     def activation(self) -> str:
@@ -194,8 +203,10 @@ class Checkpoint:
     def unread_blocks(self) -> tuple[str, ...]:
         """Blocks in the files beyond the number that the config states; no model reads them."""
         found: dict[str, None] = {}
-        for tower in dict.fromkeys(ffn.tower for ffn in self.ffns if ffn.tower.layers_field):
-            count = len({ffn.block for ffn in self.ffns if ffn.tower == tower})
+        for tower in self.towers:
+            if tower.layers_field is None:
+                continue
+            count = len({ffn.block for ffn in self._every_ffn if ffn.tower == tower})
             number = re.compile(rf"(?:^|.*\.){re.escape(tower.path)}\.(\d+)\.")
             numbers = {int(match[1]) for name in self.tensors if (match := number.match(name))}
             found |= {f"{tower.path}.{each}": None for each in sorted(numbers) if each >= count}

@@ -24,7 +24,7 @@ from ffsplit.ffn.activations import ACTIVATIONS
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.family import Architecture, FFNPaths, ModelKind, Reads, Tower
 from ffsplit.models.load_options import attention_advice, attention_options
-from ffsplit.models.names import base_of
+from ffsplit.models.names import base_of, main_inputs
 from ffsplit.models.probe import gating_of
 from ffsplit.models.structure import (
     NOT_FFN_PATH,
@@ -78,8 +78,8 @@ def _with_mixtral_names(experts: FFNPaths) -> FFNPaths:
 @lru_cache(maxsize=8)  # a worker opens one checkpoint for each of its layers
 def _row_of(directory: Path, text: str) -> Architecture:
     """The row of the model in a directory, whose config is `text`."""
+    import torch
     import transformers
-    from accelerate import init_empty_weights
 
     config = json.loads(text)
     model_type = config.get("model_type")
@@ -98,7 +98,7 @@ def _row_of(directory: Path, text: str) -> Architecture:
         chosen = _class_of(config, made)
 
         def build(changed: Any) -> Any:
-            with init_empty_weights():
+            with torch.device("meta"):
                 return chosen._from_config(changed, **attention_options())
 
         model = build(made)
@@ -351,11 +351,7 @@ def _reads(base: Any, modules: Modules, block: str) -> Reads:
         for pattern, reads in _SOUND_OR_PICTURE:
             if re.search(pattern, path.lower()):
                 return reads
-        if owner.main_input_name == "pixel_values":
-            return "image"
-        if owner.main_input_name in ("input_features", "input_values"):
-            return "sound"
-        return "text"
+        return _MAIN_INPUTS.get(main_inputs(owner)[0], "text")
     return "text"
 
 
@@ -371,7 +367,8 @@ def _kind(base: Any, config: Mapping[str, Any]) -> ModelKind:
     """What a model reads, and which of its outputs are compared."""
     from transformers.models.auto import modeling_auto as auto
 
-    reads = _MAIN_INPUTS.get(getattr(base, "main_input_name", "input_ids"))
+    main, *_ = main_inputs(base)
+    reads = _MAIN_INPUTS.get(main)
     family, (name, *_) = str(config["model_type"]), config.get("architectures") or [""]
     if config.get("is_encoder_decoder") and "decoder_input_ids" in inspect.signature(base.forward).parameters:
         kind = {"text": "seq2seq", "sound": "speech"}.get(reads or "")
@@ -387,7 +384,7 @@ def _kind(base: Any, config: Mapping[str, Any]) -> ModelKind:
         masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
         kind = "causal_lm" if named or config.get("is_decoder") or (causal and not masked) else "encoder"
     if kind is None:
-        made = f"makes text of {base.main_input_name}" if reads else f"reads {base.main_input_name}"
+        made = f"makes text of {main}" if reads else f"reads {main}"
         raise UnsupportedModelError(
             f"{family} is not in the table of architectures, and it {made}: FFSplit calibrates models that "
             "read text, pictures or sound, and those that make text of text or of sound"

@@ -80,14 +80,14 @@ def empty_class(directory: Path, class_name: str) -> Any | None:
 
     None if transformers has no such class. Raises UnsupportedModelError if it cannot build the model.
     """
+    import torch
     import transformers
-    from accelerate import init_empty_weights
 
     chosen = getattr(transformers, class_name or "AutoModel", None)
     if chosen is None:
         return None
     try:
-        with init_empty_weights():
+        with torch.device("meta"):
             kind = getattr(chosen, "config_class", None) or transformers.AutoConfig
             config = kind.from_pretrained(directory, local_files_only=True)
             return chosen(config) if class_name else chosen.from_config(config)
@@ -104,10 +104,15 @@ def base_of(model: Any) -> Any:
     Some base models have a part by that name too, which does not take the model's inputs.
     """
     inner = getattr(model, model.base_model_prefix, None) if model.base_model_prefix else None
-    reads = getattr(model, "main_input_name", None)
-    if inner is None or (reads and reads not in inspect.signature(inner.forward).parameters):
+    if inner is None or main_inputs(model)[0] not in inspect.signature(inner.forward).parameters:
         return model
     return inner
+
+
+def main_inputs(model: Any) -> tuple[str, ...]:
+    """The arguments that a model makes its states from, the main one first. Some models name several."""
+    name = getattr(model, "main_input_name", None) or "input_ids"
+    return (name,) if isinstance(name, str) else tuple(name)
 
 
 def below_base(model: Any, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Which of a model's FFNs a run is about: `--only` and `--skip`, and what is left as it was."""
+"""Which of a model's FFNs a run compresses: `--only` and `--skip`, and what stays unchanged."""
 
 from __future__ import annotations
 

@@ -174,9 +174,9 @@ def load_in_words(load: LoadAverage) -> str:
 
 
 def unchanged_in_words(left_out: Sequence[LeftOutFFNs], *, ffn_elements: int) -> str:
-    """The FFNs that a run leaves as they were, and what it is about; "" if there are none.
+    """The FFNs that a run leaves unchanged, and the share of the others; "" if there are none.
 
-    `ffn_elements` are those of the FFNs that it is about.
+    `ffn_elements` are those of the FFNs that it compresses.
     """
     if not left_out:
         return ""
@@ -186,4 +186,5 @@ def unchanged_in_words(left_out: Sequence[LeftOutFFNs], *, ffn_elements: int) ->
         noun = "FFN" if each.num_ffns == 1 else "FFNs"
         parts.append(f"{each.num_ffns} {noun}{of_tower}, since {each.reason}")
     share = ffn_elements / (ffn_elements + sum(each.num_elements for each in left_out))
-    return f"Left unchanged: {'; '.join(parts)}. The budget is about {percent(share)} of all FFN elements."
+    others = f"the others, {percent(share)} of all FFN elements"
+    return f"Left unchanged: {'; '.join(parts)}. The budget applies to {others}."

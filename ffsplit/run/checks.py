@@ -104,12 +104,13 @@ def can_refit(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
 
 
 def check_splits(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
-    """Raise ConfigError if FFNs are to be split that the model's code computes outside its modules."""
+    """Raise ConfigError if FFNs are to be split whose modules no split FFN can replace."""
     fixed = [ffn for ffn in checkpoint.ffns if not ffn.paths.can_split]
     if fixed and not keeps_names(checkpoint, layouts):
         raise ConfigError(
             f"recipe {recipe.name}: {fixed[0].name} of this {checkpoint.architecture.model_type} can only be "
-            "made narrower, because the model applies its activation by a function: use fast or norm-prune"
+            "made narrower, because the model's own code computes a step between its projections: "
+            "use fast or norm-prune"
         )
 
 

@@ -277,7 +277,13 @@ def _keys(run: Run) -> Keys:
     config, recipe, checkpoint = run.config, run.recipe, run.checkpoint
     digests = {"model": checkpoint.model_digest(), "tokenizer": checkpoint.tokenizer_digest()}
     if run.origin is not None:
-        check_origin(run.origin, digests=digests, revision=run.located.revision, profile=run.profile)
+        check_origin(
+            run.origin,
+            digests=digests,
+            revision=run.located.revision,
+            profile=run.profile,
+            ffns=[ffn.name for ffn in checkpoint.ffns],
+        )
         digests["statistics"] = run.origin.sha256
     digests["text"] = run.sample.digest
     nonce = secrets.token_hex(8) if config.fresh else None

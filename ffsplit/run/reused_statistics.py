@@ -6,7 +6,7 @@ Raw activations are never published, so the FFN inputs that refits learn from ar
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ffsplit.calibration.sampling import TextSample
@@ -53,8 +53,9 @@ def check_origin(
     digests: Mapping[str, str],
     revision: str | None,
     profile: ComputeProfile,
+    ffns: Sequence[str],
 ) -> None:
-    """Raise ConfigError unless the statistics are of this model, tokenizer and compute profile."""
+    """Raise ConfigError unless the model, its FFNs, the tokenizer and the compute profile are the same."""
     model, where = origin.manifest.model, f"--stats {origin.uri}"
     fix = "give a run of this model, or leave --stats out"
     if model.digest != digests["model"]:
@@ -63,6 +64,10 @@ def check_origin(
     if model.tokenizer_digest != digests["tokenizer"]:
         raise ConfigError(
             f"{where} was collected with another tokenizer or other files beside the weights: {fix}"
+        )
+    if [layer.name for layer in origin.manifest.layers] != list(ffns):
+        raise ConfigError(
+            f"{where} is of other FFNs of this model: give the same --only and --skip, or leave --stats out"
         )
     theirs, ours = (_describe(each) for each in (origin.manifest.compute, profile))
     if theirs != ours:

@@ -25,6 +25,7 @@ from ffsplit.errors import ConfigError, explained, reason_of
 from ffsplit.models.checkpoint import tokenizer_files
 from ffsplit.models.folder import CONFIG_NAME, local_listing, sort_files
 from ffsplit.models.load import decodes, load_whole_model, quiet_transformers, tokenizer_in
+from ffsplit.models.names import main_inputs
 from ffsplit.runtime.kernels.int8 import SMALLEST_STEP
 from ffsplit.runtime.quantized_linear import QuantizedLinear
 from ffsplit.store.entries import MANIFEST_NAME, check_outside_attempts
@@ -208,7 +209,7 @@ def example_inputs(model: Any, directory: Path) -> Inputs:
             given = dict(tokenizer(*EXAMPLE_PAIR, return_tensors="pt"))
     else:
         given = {name: torch.zeros(1, 2, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-    needed = getattr(model, "main_input_name", "input_ids")
+    needed, *_ = main_inputs(model)
     if needed not in given:
         raise ConfigError(f"--format onnx is for models that read only text; this one reads {needed}")
     num_tokens = given["input_ids"].shape[1]

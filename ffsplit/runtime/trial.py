@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,11 +37,12 @@ class _Halves(nn.Module):
         return flat.reshape(x.shape)
 
 
-def check_by_trial(checkpoint: Checkpoint, inputs: Mapping[str, Tensor], *, block_by_block: bool) -> None:
+def check_by_trial(checkpoint: Checkpoint, inputs: Mapping[str, Tensor], *, block_by_block: bool) -> float:
     """Split every FFN exactly and run the model on a batch of its rows, whole or block by block.
 
-    Raises UnsupportedModelError if its outputs, or a block's, differ from the dense ones: what was found by
-    structure are not its FFNs.
+    Returns the largest difference of its outputs, or a block's, from the dense ones, as a fraction of the
+    largest output. Raises UnsupportedModelError if that is not next to nothing: what was found by structure
+    are not its FFNs.
     """
     with explained(
         f"{checkpoint.architecture.model_type} is not in the table of architectures, and a trial of the FFNs "
@@ -55,34 +57,39 @@ def check_by_trial(checkpoint: Checkpoint, inputs: Mapping[str, Tensor], *, bloc
             f"{first.paths.up} and {first.paths.down} looked like its FFNs, but an exact split of them "
             f"changes the model's outputs (by {difference:.1e})"
         )
+    return difference
 
 
 @torch.no_grad()
 def _difference(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) -> float:
     """The largest difference of any output; one that is only slices of the inputs differs by nothing."""
-    model = load_base_model(checkpoint, device=CPU, dtype=torch.float32)
+    model, blocks = load_base_model(checkpoint, device=CPU, dtype=torch.float32), checkpoint.blocks
     expected = _outputs(model, inputs)
     with _altered(model, checkpoint):
         if all(torch.equal(*pair) for pair in zip(_outputs(model, inputs), expected, strict=True)):
             raise UnsupportedModelError("its outputs do not depend on the FFNs that were found")
-    with _recomputed(model, checkpoint) as differences:
+    with ExitStack() as stack:
+        own = [
+            stack.enter_context(_recomputed(model.get_submodule(each), checkpoint, each)) for each in blocks
+        ]
         _outputs(model, inputs)
-    for block in checkpoint.blocks:
+    for block in blocks:
         _split_exactly(model.get_submodule(block), checkpoint, block)
     pairs = zip(_outputs(model, inputs), expected, strict=True)
-    return max(*differences, *(_relative(found, wanted) for found, wanted in pairs))
+    return _largest([*chain.from_iterable(own), *(_relative(found, wanted) for found, wanted in pairs)])
 
 
 @contextmanager
-def _recomputed(model: Any, checkpoint: Checkpoint) -> Iterator[list[float]]:
-    """Collects how far each FFN's own output is from that of its weights, for the inputs that it sees.
+def _recomputed(block: nn.Module, checkpoint: Checkpoint, path: str) -> Iterator[list[float]]:
+    """Collects how far the output of each FFN of a block is from that of its weights, for what it reads.
 
     For FFNs that the model computes by functions between its modules, so that no split can be installed.
     """
-    differences, handles = [0.0], []
+    differences: list[float] = []
+    handles = []
 
     def watch(ffn: FFNPlace) -> None:
-        block, seen = model.get_submodule(ffn.block), []
+        seen: list[Tensor] = []
         activation = activation_named(checkpoint.activation_of(ffn.index))
         weights = load_ffn(checkpoint, ffn.index, activation=activation, device=CPU)
 
@@ -96,7 +103,7 @@ def _recomputed(model: Any, checkpoint: Checkpoint) -> Iterator[list[float]]:
         handles.append(block.get_submodule(ffn.paths.down).register_forward_hook(after))
 
     for ffn in checkpoint.ffns:
-        if ffn.expert is None and not ffn.paths.can_split:
+        if ffn.block == path and ffn.expert is None and not ffn.paths.can_split:
             watch(ffn)
     try:
         yield differences
@@ -135,10 +142,12 @@ def _difference_of_blocks(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) 
     differences = []
     for index, path in enumerate(model.block_paths):
         with model.block(index) as block:
-            expected = _states(model.advance(0))
+            with _recomputed(block, checkpoint, path) as own:
+                expected = _states(model.advance(0))
+            differences += own
             _split_exactly(block, checkpoint, path)
             differences.append(_relative(_states(model.advance(1)), expected))
-    return max(differences)
+    return _largest(differences)
 
 
 def _split_exactly(block: nn.Module, checkpoint: Checkpoint, path: str) -> None:
@@ -165,4 +174,12 @@ def _states(output: Any) -> Tensor:
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
+    """The largest difference as a fraction of the largest finite value; equal infinities do not differ."""
+    scale = torch.where(expected.isfinite(), expected, 0).abs().amax() if expected.numel() else 0
+    differing = found != expected
+    return float((found - expected)[differing].abs().amax() / scale) if differing.any() else 0.0
+
+
+def _largest(differences: Sequence[float]) -> float:
+    """NaN if any is NaN, which `max` may skip."""
+    return float(torch.tensor(differences).amax())

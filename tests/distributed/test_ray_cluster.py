@@ -60,13 +60,17 @@ def test_what_is_not_ray_is_given_up(listener: Listener, told: str, scheme: str)
 
 @pytest.mark.parametrize("listener", [hanging_grpc, other_grpc])
 def test_whatever_shakes_hands_is_left_to_rays_own_client(listener: Listener) -> None:
-    """It talks to a proxy, which is no head."""
+    """It talks to a proxy, which is no head. Without the scheme the same server is refused."""
     with listener() as port:
         ray_cluster._probe(f"ray://127.0.0.1:{port}")
+        with pytest.raises(OSError, match=r"Ray head|its head did not answer"):
+            ray_cluster._probe_one(f"127.0.0.1:{port}")
 
 
 def test_a_head_that_refuses_is_left_to_ray() -> None:
     with other_grpc(grpc.StatusCode.PERMISSION_DENIED) as port:
+        ray_cluster._probe_one(f"127.0.0.1:{port}")
+    with other_grpc() as port, pytest.raises(OSError, match="not a Ray head"):
         ray_cluster._probe_one(f"127.0.0.1:{port}")
 
 
@@ -80,6 +84,8 @@ def test_an_encrypted_connection_begins_otherwise(monkeypatch: pytest.MonkeyPatc
 
 def test_an_address_without_a_port_is_left_to_ray() -> None:
     ray_cluster._probe("ray://no-such-host.invalid")
+    with pytest.raises(OSError):  # with one, the host is looked up
+        ray_cluster._probe("ray://no-such-host.invalid:10001")
 
 
 def test_the_cluster_of_this_machine_is_probed_where_ray_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:

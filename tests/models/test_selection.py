@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from ffsplit.models.selection import chosen, left_out_ffns
 from ffsplit.report.humanize import unchanged_in_words
 from tests.small_jobs import LOW_RANK, SmallJob
 from tests.tiny_families import outputs, save_checkpoint
+from tests.tiny_rows import calibration
 
 PRUNE = "{kind: prune}"
 
@@ -33,13 +35,16 @@ def job_on(tmp_path: Path, family: str, head: str) -> SmallJob:
 
 
 @pytest.mark.parametrize("step", [PRUNE, LOW_RANK])
-def test_what_is_skipped_stays_byte_for_byte(tmp_path: Path, step: str) -> None:
+def test_what_is_skipped_stays_byte_for_byte(
+    tmp_path: Path, step: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = job_on(tmp_path, "bert", "ForMaskedLM")
     share = 1.0 if step == PRUNE else 0.5
     recipe = job.recipe(step=step, heavy_share=share)
     config = job.config(tmp_path / "out", recipe=recipe, samples=8, skip=("layer 0",), keep=0.5)
     manifest = ffsplit.compress(config)
     assert [layer.name for layer in manifest.layers] == ["layer 1"]
+    assert "states fewer blocks" not in capsys.readouterr().err
     (left_out,) = manifest.model.left_out_ffns
     assert (left_out.num_ffns, left_out.reason) == (1, "--only and --skip leave them out")
     assert manifest.keep is not None and 0.7 < manifest.keep <= 0.75, "of all FFNs, half of one of two"
@@ -99,6 +104,36 @@ def test_split_ffns_beside_a_tower_that_is_left_out_load(tmp_path: Path) -> None
     assert config["quantization_config"]["left_out"] == ["vision_tower.encoder.layers.*"]
     names = [type(module).__name__ for module in ffsplit.load(str(tmp_path / "out")).modules()]
     assert names.count("SplitFFN") == 2
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_a_run_about_one_tower_measures_the_whole_model(tmp_path: Path, family: str) -> None:
+    """Without the decoder's FFNs, a translator is still one, not an encoder."""
+    job = job_on(tmp_path, family, "ForConditionalGeneration")
+    rows = (calibration("seq2seq", tmp_path),)
+    fields = {"recipe": job.recipe(step=PRUNE), "samples": 8, "calibration": rows}
+    half = chosen(open_checkpoint(job.model), only=("encoder*",), skip=())
+    assert half.kind == "seq2seq" and half.is_whole
+    manifest = ffsplit.compress(job.config(tmp_path / "out", only=("encoder*",), **fields))
+    assert {layer.name.split()[0] for layer in manifest.layers} == {"encoder"}
+    assert manifest.calibration.sources == ("pairs.csv#source,target",)
+    assert type(ffsplit.load(str(tmp_path / "out"))).__name__ == manifest.model.architecture
+
+
+def test_healing_leaves_what_is_skipped_as_it_was(tmp_path: Path) -> None:
+    job = job_on(tmp_path, "bert", "ForMaskedLM")
+    healing = "healing: {epochs: 1, batch_rows: 4, learning_rate: 0.01, evaluations: 1, min_steps: 8}"
+    recipe = job.recipe(step=PRUNE, more=healing)
+    manifest = ffsplit.compress(
+        job.config(tmp_path / "out", recipe=recipe, samples=16, skip=("layer 0",), keep=0.5)
+    )
+    attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
+    before, after = (load_file(folder / "model.safetensors") for folder in (job.model, attempt))
+    same = {name for name in before if before[name].equal(after[name])}
+    first = {name for name in before if ".layer.0." in name}
+    skipped = {name for name in first if re.search(r"layer\.0\.(intermediate|output)\.dense", name)}
+    assert len(skipped) == 4 and skipped <= same
+    assert not (first - skipped) & same, "the rest is healed"
 
 
 def test_bad_patterns_are_one_line(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.detection import row_by_structure
 from ffsplit.models.family import Architecture
 from ffsplit.models.load import load_whole_model
+from ffsplit.runtime import trial
 from ffsplit.runtime.trial import check_by_trial
 from tests.small_jobs import LOW_RANK, SmallJob
-from tests.tiny_families import outputs
+from tests.tiny_families import outputs, save_checkpoint, usual_head
 from tests.tiny_models import VOCAB_SIZE, randomize, save_tokenizer
 
 _SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -77,7 +79,39 @@ def test_a_family_without_a_row_is_found_and_compressed(
 @pytest.mark.parametrize("prefix", UNKNOWN)
 def test_what_was_found_passes_its_trial(tmp_path: Path, prefix: str, block_by_block: bool) -> None:
     checkpoint = open_checkpoint(save(tmp_path, prefix, **UNKNOWN[prefix]))
-    check_by_trial(checkpoint, ROWS, block_by_block=block_by_block)
+    difference = check_by_trial(checkpoint, ROWS, block_by_block=block_by_block)
+    assert 0 < difference <= 1e-5, "halves are added in another order"
+
+
+def times_nan(x: torch.Tensor) -> torch.Tensor:
+    return x * torch.nan
+
+
+@pytest.mark.parametrize("block_by_block", [False, True])
+@pytest.mark.parametrize("activation", [torch.relu, times_nan])
+@pytest.mark.parametrize("family", ["qwen3", "esm"])
+def test_another_activation_fails_its_trial(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    activation: Callable[[torch.Tensor], torch.Tensor],
+    block_by_block: bool,
+) -> None:
+    """No FFN of ESM can be split: its own outputs are compared."""
+    checkpoint = open_checkpoint(save_checkpoint(tmp_path, family, usual_head(family)))
+    assert check_by_trial(checkpoint, ROWS, block_by_block=block_by_block) <= 1e-5
+    monkeypatch.setattr(trial, "activation_named", lambda _: activation)
+    with pytest.raises(UnsupportedModelError, match="changes the model's outputs"):
+        check_by_trial(checkpoint, ROWS, block_by_block=block_by_block)
+
+
+def test_infinities_that_do_not_change_are_no_difference() -> None:
+    """A mask that is added to scores holds some."""
+    expected = torch.tensor([2.0, -torch.inf])
+    assert trial._relative(expected.clone(), expected) == 0
+    assert trial._relative(torch.tensor([1.0, -torch.inf]), expected) == 0.5
+    assert trial._relative(torch.tensor([2.0, 0.0]), expected) == torch.inf
+    assert trial._relative(torch.empty(0), torch.empty(0)) == 0
 
 
 @pytest.mark.parametrize("block_by_block", [False, True])

@@ -137,6 +137,16 @@ def test_statistics_that_do_not_hold_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_statistics_of_other_ffns_are_refused(small_job: SmallJob, tmp_path: Path) -> None:
+    driver.calibrate(small_job.config(tmp_path / "stats", only=("layer 0",)))
+    again = ffsplit.compress(reusing(small_job, tmp_path / "again", tmp_path / "stats", only=("layer 0",)))
+    assert [layer.name for layer in again.layers] == ["layer 0"]
+    for which in ({"only": ("layer 1",)}, {}):
+        with pytest.raises(ConfigError, match="of other FFNs of this model: give the same --only"):
+            ffsplit.compress(reusing(small_job, tmp_path / "other", tmp_path / "stats", **which))
+    assert not (tmp_path / "other").exists()
+
+
 def test_calibrate_takes_no_statistics(small_job: SmallJob, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--stats is for compress"):
         driver.calibrate(small_job.config(tmp_path / "out", stats="anything"))

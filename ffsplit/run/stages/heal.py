@@ -88,6 +88,7 @@ def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState, list
     )
     data = HealingData(rows, validation, pad_id_of(original, tokenizer), job.batch_tokens)
     one = next(padded_batches(rows[:1], batch_tokens=job.max_length, pad_id=data.pad_id)).to(device)
+    _freeze_left_out(student, compressed)
     check_written(student, compressed, one, kind=original.compared_as)
     rounded = _round(student, compressed, job)
     state = heal(
@@ -103,6 +104,15 @@ def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState, list
     )
     settle(rounded)
     return student, compressed, state, rounded
+
+
+def _freeze_left_out(student: Any, checkpoint: Checkpoint) -> None:
+    """The FFNs that a run leaves as they were are not trained."""
+    left_out = {name for ffn in checkpoint.left_out for name in ffn.tensor_names}
+    parameters = dict(student.named_parameters(remove_duplicate=False))
+    for stored, name in _stored_names(student, checkpoint).items():
+        if stored in left_out:
+            parameters[name].requires_grad_(False)
 
 
 def _round(student: Any, checkpoint: Checkpoint, job: HealJob) -> list[nn.Module]:

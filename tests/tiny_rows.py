@@ -1,4 +1,4 @@
-"""A few rows of calibration data of each kind that a model may read, for `checks.py`."""
+"""A few rows of calibration data of each kind that a model may read."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-WORDS = "the of and to in is that it was for as with his he be on by at have are not this but had they you"
+from tests.tiny_models import WORDS
+
 NUM_ROWS = 12
 
 
 def calibration(kind: str, folder: Path) -> str:
-    """A few rows of what a kind of model reads."""
-    words = WORDS.split()
-    texts = [" ".join(words[(index + step) % len(words)] for step in range(6)) for index in range(NUM_ROWS)]
+    """Write a few rows of what a kind of model reads. Returns them as `--calibration` takes them."""
+    texts = [" ".join(WORDS[index : index + 6]) for index in range(NUM_ROWS)]
     makers: dict[str, Callable[[list[str], Path], str]] = {
         "seq2seq": _pairs,
         "image": _images,
@@ -24,8 +24,8 @@ def calibration(kind: str, folder: Path) -> str:
     }
     if kind in makers:
         return makers[kind](texts, folder)
-    (folder / "text.txt").write_text("\n".join(texts), "utf-8")
-    return str(folder / "text.txt")
+    (folder / "rows.txt").write_text("\n".join(texts), "utf-8")
+    return str(folder / "rows.txt")
 
 
 def _pairs(texts: list[str], folder: Path) -> str:
