@@ -177,7 +177,8 @@ class Solver:
 
     `finish` is the recipe's last step, after all others: it stores the same elements in fewer bytes.
     `latency` is for budgets in milliseconds. `num_energetic`, one number per layer, is for an energy rule;
-    without it, that rule counts as one neuron per layer, the least it can ask for.
+    without it, that rule counts as one neuron per layer, the least it can ask for. `expert_share` of the
+    saving is made by dropping whole experts, if it is not 0; FFNs that see every token then stay whole.
     """
 
     model: ModelShape
@@ -186,6 +187,7 @@ class Solver:
     finish: Compressor | None = None
     latency: LatencyTable | None = None
     num_energetic: tuple[int, ...] | None = None
+    expert_share: float = 0.0
 
     def cost(self, budget: Budget, layouts: Sequence[LayerLayout]) -> float:
         """The cost of these layouts, in the budget's units."""
@@ -216,7 +218,7 @@ class Solver:
         Each layer keeps the same fraction, or a fraction in proportion to `profile`. Raises BudgetError,
         with the smallest limit that can be met.
         """
-        if budget.kind == "keep" and profile is None:
+        if budget.kind == "keep" and profile is None and not self.expert_share:
             return uniform_layouts(
                 self.model.shapes,
                 keep=budget.limit,
@@ -232,7 +234,7 @@ class Solver:
             least = "none" if layouts is None else _rounded_up(budget, self.cost(budget, layouts))
             rest = " and the rest of the model" if budget.kind in OF_THE_WHOLE_MODEL else ""
             rest += self._narrowest(budget)
-            raise BudgetError(f"{budget} is too small for one neuron per FFN{rest}: the smallest is {least}")
+            raise BudgetError(f"{budget} is too small for {self._least}{rest}: the smallest is {least}")
 
         def holds(size: int) -> bool:
             scaled = self._scaled(size, weights)
@@ -241,6 +243,14 @@ class Solver:
         found = self._scaled(last_true(holds, first=smallest, last=most), weights)
         assert found is not None
         return found
+
+    @property
+    def _least(self) -> str:
+        """What no budget can go below, in words."""
+        mixture = self.model.mixture
+        if not self.expert_share or mixture is None:
+            return "one neuron per FFN"
+        return f"the {mixture.fewest} of {mixture.num_experts} experts per block that the router needs"
 
     def _narrowest(self, budget: Budget) -> str:
         """For a latency budget, a note on the table's narrowest width, which limits how small it can be."""
@@ -256,6 +266,8 @@ class Solver:
 
     def _scaled(self, num_elements: int, weights: Sequence[float]) -> Layouts | None:
         """Layouts of about `num_elements` in all, if every weight is 1; None if a layer does not fit."""
+        if self.expert_share:
+            return self._with_dropped(num_elements)
         counts = self.num_energetic or (1,) * len(weights)
         share = num_elements / self.model.ffn_elements
         made: dict[tuple[FFNShape, float, int], LayerLayout | None] = {}
@@ -272,6 +284,48 @@ class Solver:
         layouts = [made[each] for each in zip(self.model.shapes, weights, counts, strict=True)]
         return tuple(each for each in layouts if each is not None) if all(layouts) else None
 
+    def _with_dropped(self, num_elements: int) -> Layouts | None:
+        """Layouts of at most `num_elements` in all, of which experts alone are dropped or narrowed.
+
+        The last experts of each group count as dropped, until statistics tell which. Where no config can
+        state a width of experts alone, the others stay whole, and more are dropped. None if nothing fits.
+        """
+        mixture, shapes = self.model.mixture, self.model.shapes
+        assert mixture is not None, "experts are dropped from mixtures only"
+        of_each = sum(shapes[first].num_elements for first in mixture.firsts)
+        saved = self.model.ffn_elements - num_elements
+        if self._can_narrow_experts:
+            groups_dropped = int(self.expert_share * saved / of_each) // mixture.num_groups
+        else:
+            groups_dropped = -(-saved // (of_each * mixture.num_groups))
+        num_dropped = min(groups_dropped * mixture.num_groups, mixture.num_experts - mixture.fewest)
+        num_dropped = max(0, num_dropped)
+        room = mixture.num_experts * of_each - saved
+        fraction = room / ((mixture.num_experts - num_dropped) * of_each)
+        if fraction < 1 and not self._can_narrow_experts:
+            return None
+        in_group = mixture.num_experts // mixture.num_groups
+        stays = in_group - num_dropped // mixture.num_groups
+        layouts = [LayerLayout.dense(shape) for shape in shapes]
+        for first in mixture.firsts:
+            budget = element_budget(shapes[first], max(0.0, fraction))
+            kept = fit_layer(shapes[first], budget=budget, heavy=self.heavy, steps=self.steps)
+            if kept is None:
+                return None
+            for position, index in enumerate(mixture.experts_of(first)):
+                layouts[index] = kept if position % in_group < stays else LayerLayout.dropped()
+        return tuple(layouts)
+
+    @property
+    def _can_narrow_experts(self) -> bool:
+        """Whether config.json can state a width of the experts, and of nothing else."""
+        mixture, groups = self.model.mixture, self.model.width_groups
+        if mixture is None or groups is None:  # one width for all FFNs
+            return mixture is not None and len(mixture.indices) == len(self.model.shapes)
+        experts = {groups[index] for index in mixture.indices}
+        others = {group for index, group in enumerate(groups) if index not in mixture.indices}
+        return -1 not in experts and not experts & others
+
 
 def stored_layouts(
     layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape], *, finish: Compressor | None
@@ -282,6 +336,9 @@ def stored_layouts(
     stored = []
     for layout, shape in zip(layouts, shapes, strict=True):
         whole = layout.folded
+        if whole.is_dropped:
+            stored.append(whole)
+            continue
         finished = finish.plan(whole, shape=shape, budget=whole.num_elements(shape))
         assert finished is not None, "what a recipe ends with keeps every element"
         stored.append(finished)

@@ -37,7 +37,19 @@ def test_every_shipped_recipe_loads_and_bears_its_own_name(name: str) -> None:
 
 
 def test_the_recipes_that_are_shipped() -> None:
-    shipped = ["best", "demo", "fast", "flap", "int8", "norm-prune", "paper", "svd", "tiny", "whitened-svd"]
+    shipped = [
+        "best",
+        "demo",
+        "experts",
+        "fast",
+        "flap",
+        "int8",
+        "norm-prune",
+        "paper",
+        "svd",
+        "tiny",
+        "whitened-svd",
+    ]
     assert list(shipped_recipes()) == shipped
     fit = DistillCompressor(num_steps=400)
     assert load_recipe("fast").steps == (PruneCompressor(compensation="least_squares"), fit)
