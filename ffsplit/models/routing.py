@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ffsplit.errors import UnsupportedModelError
+from ffsplit.errors import UnsupportedModelError, explained
 from ffsplit.ffn.shapes import LayerLayout, Mixture
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.detection import empty_builder
 from ffsplit.models.ffns import FFNPlace
+from ffsplit.models.load_options import attention_advice
 from ffsplit.models.names import base_of
 from ffsplit.models.width_fields import config_at
 
@@ -116,14 +117,19 @@ def _probe(directory: Path, text: str, part: str | None, stacks: tuple[str, ...]
     """Build the model with more experts, and run the mixture of its first block with experts."""
     config = json.loads(text)
     family = str(config.get("model_type"))
-    made, build = empty_builder(directory, config)
+    with explained(
+        f"{directory}: how this {family} routes tokens to its experts cannot be inspected",
+        kind=UnsupportedModelError,
+        advice=attention_advice(config),
+    ):
+        made, build = empty_builder(directory, config)
+        model = build(made)
 
     def with_experts(field: str, count: int) -> Any:
         changed = type(made).from_dict(made.to_dict())
         setattr(config_at(changed, part), field, count)
         return build(changed)
 
-    model = build(made)
     before = _shapes(model)
     owner = config_at(made, part)
     for field in [name for name, value in vars(owner).items() if type(value) is int and value == number]:

@@ -190,15 +190,15 @@ def unchanged_in_words(left_out: Sequence[LeftOutFFNs], *, ffn_elements: int) ->
     return f"Left unchanged: {'; '.join(parts)}. The budget applies to {others}."
 
 
-MOST_BLOCKS: Final = 8
-"""Maximum number of blocks whose dropped experts are named in one line; the manifest lists all."""
+MOST_DROPPED: Final = 32
+"""Maximum number of dropped experts that are named in one line; the manifest lists all."""
 
 
 def dropped_in_words(experts: ExpertsRecord) -> str:
     """How many experts of each block are left, and which were dropped."""
-    named = [
-        f"{each.block} without {', '.join(map(str, each.experts))}" for each in experts.dropped[:MOST_BLOCKS]
-    ]
-    more = len(experts.dropped) - MOST_BLOCKS
-    listed = "; ".join(named) + (f"; and {more} more blocks, in the manifest" if more > 0 else "")
-    return f"Experts left: {experts.num_kept} of {experts.num_experts} per block ({listed})."
+    left = f"Experts left: {experts.num_kept} of {experts.num_experts} per block"
+    num_named = MOST_DROPPED // (experts.num_experts - experts.num_kept)
+    named = [f"{each.block} without {', '.join(map(str, each.experts))}" for each in experts.dropped]
+    if len(named) > num_named:
+        named = [*named[:num_named], "the manifest lists all that were dropped"]
+    return f"{left} ({'; '.join(named)})."
