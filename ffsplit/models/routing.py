@@ -145,15 +145,17 @@ def _probe(directory: Path, text: str, part: str | None, stacks: tuple[str, ...]
         )
     if not per_expert:
         raise _refused(family, "no tensor of its router has a row per expert")
-    num_chosen = _num_chosen(model, stacks[0], per_expert)
-    if num_chosen is None:
+    if _looks_up(model, stacks, per_expert):
+        raise _refused(family, "its router has a table of integers, which may hold the numbers of experts")
+    chosen = [_num_chosen(model, stack, per_expert) for stack in stacks]
+    if None in chosen:
         raise _refused(
             family, "its experts are not run by one module that also chooses them, for each token by itself"
         )
     num_groups = _num_groups(lambda count: with_experts(field, count), stacks[0], per_expert, number)
     aliases = getattr(type(owner), "attribute_map", None) or {}
     fields = (field, *sorted(alias for alias, name in aliases.items() if name == field))
-    return _Probed(fields, per_expert, num_chosen, num_groups)
+    return _Probed(fields, per_expert, max(each for each in chosen if each is not None), num_groups)
 
 
 def _refused(family: str, reason: str) -> UnsupportedModelError:
@@ -212,27 +214,36 @@ class _Recorder(nn.Module):
         return torch.zeros_like(states_TD)
 
 
-def _num_chosen(model: Any, stack: str, per_expert: frozenset[str]) -> int | None:
-    """The number of experts that a token is sent to; None if the router does not tell.
+def _around(stack: str, per_expert: frozenset[str]) -> str:
+    """The path of the smallest module that has a stack of experts and a tensor of its router."""
+    path = stack.rpartition(".")[0]
+    while path and not any(name.startswith(f"{path}.") for name in per_expert):
+        path = path.rpartition(".")[0]
+    return path
 
-    Runs the smallest module that has the first block's experts and its router, on no device. A module with
-    a table of integers may route tokens by it, so that the numbers of experts must not change.
+
+def _looks_up(model: Any, stacks: Sequence[str], per_expert: frozenset[str]) -> bool:
+    """Whether a mixture has integers, which may send certain tokens to certain experts."""
+    mixtures = [base_of(model).get_submodule(_around(stack, per_expert)) for stack in stacks]
+    tensors = [tensor for each in mixtures for tensor in (*each.parameters(), *each.buffers())]
+    return any(not tensor.is_floating_point() for tensor in tensors)
+
+
+def _num_chosen(model: Any, stack: str, per_expert: frozenset[str]) -> int | None:
+    """The number of experts that a token is sent to; None if the mixture does not tell.
+
+    Runs the smallest module that has the experts and their router, on no device, and takes the experts out
+    of the model.
     """
-    base = base_of(model)
-    block = stack.rpartition(".")[0]
-    while block and not any(name.startswith(f"{block}.") for name in per_expert):
-        block = block.rpartition(".")[0]
-    mixture, recorder = base.get_submodule(block), _Recorder()
-    state = [*mixture.named_parameters(), *mixture.named_buffers()]
-    if any(not tensor.is_floating_point() for _, tensor in state):
-        return None
-    routers = [tensor for name, tensor in state if f"{block}.{name}" in per_expert and tensor.dim() == 2]
-    if not routers:
-        return None
-    mixture.set_submodule(stack.removeprefix(f"{block}."), recorder)
+    path, recorder = _around(stack, per_expert), _Recorder()
+    mixture = base_of(model).get_submodule(path)
+    state = (*mixture.named_parameters(), *mixture.named_buffers())
+    routers = [tensor for name, tensor in state if f"{path}.{name}" in per_expert and tensor.dim() == 2]
+    mixture.set_submodule(stack.removeprefix(f"{path}."), recorder)
     try:
+        columns, dtype = routers[0].shape[1], routers[0].dtype
         with torch.no_grad():
-            mixture.eval()(torch.empty(1, 5, routers[0].shape[1], device="meta", dtype=routers[0].dtype))
+            mixture.eval()(torch.empty(1, 5, columns, device="meta", dtype=dtype))
     except Exception:  # a family's own code, which needs other arguments
         return None
     index, weights, *_ = (*recorder.seen, None, None)
