@@ -31,6 +31,8 @@ from tests.tiny_mixtures import MIXTURES, masked, save_mixture
 
 PRUNE = "{kind: prune}"
 SHARE = "expert_share: 1"
+FAST = ("mixtral", "qwen2_moe", "gpt_oss", "deepseek_v3-grouped")
+"""Experts stored one by one, a shared expert, a router's bias, and groups with a correction."""
 
 
 def without(directory: Path, num_dropped: int) -> float:
@@ -51,6 +53,7 @@ def attempt_of(manifest: Manifest, folder: Path) -> Path:
     return folder / "out" / manifest.run_key / manifest.attempt
 
 
+@pytest.mark.matrix(name=FAST)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_the_result_is_the_dense_model_with_its_router_closed(tmp_path: Path, name: str) -> None:
     source = save_mixture(tmp_path / "source", name)
@@ -77,6 +80,7 @@ def test_the_result_is_the_dense_model_with_its_router_closed(tmp_path: Path, na
     torch.testing.assert_close(outputs(small), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.matrix(name=FAST)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_keeping_everything_changes_no_bit(tmp_path: Path, name: str) -> None:
     source = save_mixture(tmp_path / "source", name)
