@@ -133,6 +133,18 @@ def test_split_experts_move_up_to_the_places_of_dropped_ones(tmp_path: Path, nam
         load_plainly(attempt_of(manifest, tmp_path))
 
 
+def test_one_block_at_a_time_drops_the_same_experts(tmp_path: Path) -> None:
+    source = save_mixture(tmp_path / "source", "mixtral")
+    whole = compressed(tmp_path / "whole", source, keep=0.75)
+    streamed = compressed(tmp_path / "streamed", source, keep=0.75, block_by_block=True)
+    assert streamed.experts == whole.experts is not None
+    found, expected = (
+        load_file(attempt_of(manifest, tmp_path / folder) / "model.safetensors")
+        for manifest, folder in ((streamed, "streamed"), (whole, "whole"))
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def load_plainly(directory: Path) -> Any:
     """Load as transformers does that does not know the format."""
     config = transformers.AutoConfig.from_pretrained(directory)
