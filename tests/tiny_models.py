@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +121,21 @@ def save_checkpoint(
     return directory
 
 
-def save_tokenizer(directory: Path) -> None:
-    """A lower-casing WordPiece tokenizer that knows every printable ASCII character and common words."""
+def save_tokenizer(directory: Path, *, special: Mapping[str, int] | None = None) -> Any:
+    """A lower-casing WordPiece tokenizer that knows every printable ASCII character and common words.
+
+    `special` are more special tokens and their ids, which replace words.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     pieces = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters), *".,;:!?'\"()-/"]
     pieces += [word for word in WORDS if word not in pieces]
-    vocabulary = {piece: index for index, piece in enumerate(pieces[:VOCAB_SIZE])}
+    special = special or {}
+    vocabulary = {
+        piece: index for index, piece in enumerate(pieces[:VOCAB_SIZE]) if index not in special.values()
+    }
+    vocabulary |= special
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -136,7 +144,7 @@ def save_tokenizer(directory: Path) -> None:
         pair="[CLS] $A [SEP] $B [SEP]",
         special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
     )
-    transformers.PreTrainedTokenizerFast(
+    found = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
         unk_token="[UNK]",
@@ -144,7 +152,11 @@ def save_tokenizer(directory: Path) -> None:
         sep_token="[SEP]",
         mask_token="[MASK]",
         model_max_length=MAX_POSITIONS - 4,
-    ).save_pretrained(directory)
+        extra_special_tokens={f"{name[1:-1]}_token": name for name in special if name[1:-1].isidentifier()},
+        additional_special_tokens=list(special),
+    )
+    found.save_pretrained(directory)
+    return found
 
 
 def random_rows(num_rows: int, *, longest: int = 24, seed: int = 0) -> list[list[int]]:

@@ -52,6 +52,6 @@ def test_scores_are_those_of_whole_models(
 def test_a_model_is_like_itself(compressed_of: CompressedFactory) -> None:
     source = compressed_of("bert", recipe="fast").source
     same = [StreamedModel(source, device=torch.device("cpu"), dtype=torch.float32) for _ in range(2)]
-    scores, blocks = streamed_fidelity(*same, BATCHES, kind="encoder")
+    scores, blocks = streamed_fidelity(*same, BATCHES, makes="states")
     assert scores["token_cosine"] == pytest.approx(1, abs=1e-6)
     assert all(block.relative_error == 0 for block in blocks)

@@ -110,10 +110,10 @@ def test_split_ffns_beside_a_tower_that_is_left_out_load(tmp_path: Path) -> None
 def test_a_run_about_one_tower_measures_the_whole_model(tmp_path: Path, family: str) -> None:
     """Without the decoder's FFNs, a translator is still one, not an encoder."""
     job = job_on(tmp_path, family, "ForConditionalGeneration")
-    rows = (calibration("seq2seq", tmp_path),)
+    rows = (calibration(open_checkpoint(job.model), tmp_path),)
     fields = {"recipe": job.recipe(step=PRUNE), "samples": 8, "calibration": rows}
     half = chosen(open_checkpoint(job.model), only=("encoder*",), skip=())
-    assert half.kind == "seq2seq" and half.is_whole
+    assert half.makes == "target" and half.is_whole
     manifest = ffsplit.compress(job.config(tmp_path / "out", only=("encoder*",), **fields))
     assert {layer.name.split()[0] for layer in manifest.layers} == {"encoder"}
     assert manifest.calibration.sources == ("pairs.csv#source,target",)

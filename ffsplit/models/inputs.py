@@ -1,0 +1,88 @@
+"""What a model reads and makes: by the arguments of its forward, and its family's tasks in transformers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ffsplit.errors import UnsupportedModelError
+from ffsplit.models.family import TEXT, Makes, Media, Medium
+from ffsplit.models.names import main_inputs
+
+GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+"""Class name endings of models that predict the next token."""
+DECODERS = (*GENERATORS, "MTModel", "EncoderDecoderModel", "ForSpeechToText")
+"""Class name endings of encoder-decoders that return the logits of their target's tokens."""
+CLASSIFIERS = tuple(f"For{each}Classification" for each in ("Sequence", "Image", "Audio", "Video"))
+"""Class name endings of models whose head returns the logits of a whole row."""
+
+MEDIUM_OF: dict[str, Medium] = {
+    "input_ids": "text",
+    "pixel_values": "image",
+    "flattened_patches": "image",
+    "pixel_values_videos": "video",
+    "input_values": "sound",
+    "input_features": "sound",
+}
+"""The media that arguments of a model are made from."""
+
+
+class Use(NamedTuple):
+    """What a model is for: see the fields of `Architecture`."""
+
+    reads: Media
+    may_read: Media
+    makes: Makes
+
+
+def use_of(model: Any, base: Any, config: Mapping[str, Any]) -> Use:
+    """What a model reads and makes, by the arguments of its forward and its family's tasks."""
+    makes, takes = _makes(base, config), _taken(model) or _taken(base)
+    mains = [MEDIUM_OF[name] for name in main_inputs(base) if name in MEDIUM_OF]
+    main = next((medium for medium in mains if medium in takes), takes[0] if takes else None)
+    if main is None:
+        raise UnsupportedModelError(
+            f"{config['model_type']} is not in the table of architectures, and it reads "
+            f"{main_inputs(base)[0]}: FFSplit calibrates models that read text, pictures, sound or videos"
+        )
+    others = tuple(medium for medium in takes if medium not in ("text", "video"))
+    if _reads_videos(base, config):
+        return Use(("video",), (), makes)
+    if main == "text" and makes != "embeddings":
+        return Use(TEXT, others, makes)
+    medium = others[0] if main == "text" and others else main
+    has_text = "text" in takes or makes == "target"
+    return Use((medium, *TEXT) if has_text and medium != "text" else (medium,), (), makes)
+
+
+def _taken(model: Any) -> Media:
+    """The media that the arguments of a model's forward are made from, text first."""
+    names = inspect.signature(model.forward).parameters
+    return tuple(dict.fromkeys(medium for name, medium in MEDIUM_OF.items() if name in names))
+
+
+def _reads_videos(base: Any, config: Mapping[str, Any]) -> bool:
+    from transformers.models.auto import modeling_auto as auto
+
+    classifies = str(config["model_type"]) in auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES
+    return classifies or main_inputs(base)[0] == "pixel_values_videos"
+
+
+def _makes(base: Any, config: Mapping[str, Any]) -> Makes:
+    """What a model makes, which is what is compared."""
+    from transformers.models.auto import modeling_auto as auto
+
+    family, (name, *_) = str(config["model_type"]), config.get("architectures") or [""]
+    if config.get("is_encoder_decoder") and "decoder_input_ids" in inspect.signature(base.forward).parameters:
+        return "target"
+    named = str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    if not named and hasattr(base, "get_text_features"):
+        return "embeddings"
+    if "text" not in _taken(base):
+        return "states"
+    causal = family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
+        family in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    )
+    masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return "next_tokens" if named or config.get("is_decoder") or (causal and not masked) else "states"
