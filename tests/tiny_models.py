@@ -121,10 +121,10 @@ def save_checkpoint(
     return directory
 
 
-def save_tokenizer(directory: Path, *, special: Mapping[str, int] | None = None) -> Any:
+def save_tokenizer(directory: Path, *, special: Mapping[str, int] | None = None, named: bool = False) -> Any:
     """A lower-casing WordPiece tokenizer that knows every printable ASCII character and common words.
 
-    `special` are more special tokens and their ids, which replace words.
+    `special` are more special tokens and their ids, which replace words; `named`: also its attributes.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
@@ -144,6 +144,12 @@ def save_tokenizer(directory: Path, *, special: Mapping[str, int] | None = None)
         pair="[CLS] $A [SEP] $B [SEP]",
         special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
     )
+    options: dict[str, Any] = {}
+    if special:
+        options = {"bos_token": "[CLS]", "eos_token": "[SEP]", "additional_special_tokens": list(special)}
+    if named:
+        names = [name for name in special if name[1:-1].isidentifier()]
+        options["extra_special_tokens"] = {f"{name[1:-1]}_token": name for name in names}
     found = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
@@ -152,8 +158,7 @@ def save_tokenizer(directory: Path, *, special: Mapping[str, int] | None = None)
         sep_token="[SEP]",
         mask_token="[MASK]",
         model_max_length=MAX_POSITIONS - 4,
-        extra_special_tokens={f"{name[1:-1]}_token": name for name in special if name[1:-1].isidentifier()},
-        additional_special_tokens=list(special),
+        **options,
     )
     found.save_pretrained(directory)
     return found

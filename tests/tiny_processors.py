@@ -17,7 +17,7 @@ from ffsplit.compat.transformers import pictures_alone
 from tests.tiny_models import save_tokenizer
 
 _LITERAL = re.compile(r"""["'](<[^<>"'\s/{}]+>|\[[A-Z_]+\])["']""")
-_OF_TOKENIZER = re.compile(r"tokenizer\.(\w+_token)\b")
+_OF_TOKENIZER = re.compile(r"tokenizer\.((?!add_)\w+_token)(?:_id)?\b")
 _USUAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 _ALIASES = {
     "merge_size": "spatial_merge_size",
@@ -27,8 +27,8 @@ _ALIASES = {
     "max_image_size": "image_size",
 }
 
-_OF_CLIP = {"num_additional_image_tokens": 1}
-"""What LLaVA's processors must know of a CLIP vision tower: it has a class token."""
+_GIVEN = {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
+"""What LLaVA's processors must know of a CLIP vision tower: its class token is left out."""
 
 
 def save_processor(directory: Path, model: Any, *, extractor: Any = None, chat_template: str = "") -> bool:
@@ -40,26 +40,38 @@ def save_processor(directory: Path, model: Any, *, extractor: Any = None, chat_t
     if name is None:
         return False
     cls = getattr(transformers, name)
-    ids = _ids_by_name(model.config)
-    tokens = _tokens_of(cls)
     with pictures_alone():
-        processor = _made(cls, directory, model.config, tokens, ids, extractor)
-        for medium in ("image", "video", "audio"):
-            token = str(getattr(processor, f"{medium}_token", "") or "")
-            if token and medium in ids:
-                tokens = {token: medium} | {each: name for each, name in tokens.items() if name != medium}
-        processor = _made(cls, directory, model.config, tokens, ids, extractor)
+        try:
+            processor = _with_ids(cls, directory, model.config, extractor, named=False)
+        except AttributeError:  # its tokenizer has attributes for its tokens
+            processor = _with_ids(cls, directory, model.config, extractor, named=True)
         if chat_template:
             processor.chat_template = chat_template
         processor.save_pretrained(directory)
     return True
 
 
-def _tokens_of(cls: Any) -> dict[str, str]:
+def _with_ids(cls: Any, directory: Path, config: Any, extractor: Any, *, named: bool) -> Any:
+    """A processor whose places of pictures and sounds have the ids that the config states."""
+    tokens, ids = _tokens_of(cls, named=named), _ids_by_name(config)
+
+    def made() -> Any:
+        tokenizer = save_tokenizer(directory, special=_numbered(tokens, ids), named=named)
+        return _made(cls, directory, config, tokenizer, extractor)
+
+    processor = made()
+    for medium in ("image", "video", "audio"):
+        token = str(getattr(processor, f"{medium}_token", None) or "")
+        if token and medium in ids and tokens.get(token) not in ids:
+            others = {each: name for each, name in tokens.items() if name != medium and each != token}
+            tokens = {token: medium} | others
+    return made()
+
+
+def _tokens_of(cls: Any, *, named: bool) -> dict[str, str]:
     """The special tokens that a processor's code names, and the names that it calls them by."""
     source = "".join(inspect.getsource(each) for each in cls.__mro__ if each.__name__ == cls.__name__)
-    names = {each.removesuffix("_token") for each in _OF_TOKENIZER.findall(source)}
-    names |= {"image"} if re.search(r"image_token", source) else set()
+    names = {each.removesuffix("_token") for each in _OF_TOKENIZER.findall(source)} if named else set()
     tokens = {f"<{name}>": name for name in sorted(names) if f"{name}_token" not in _USUAL}
     for literal in _LITERAL.findall(source):
         tokens.setdefault(literal, re.sub(r"\W+", "", literal))
@@ -93,14 +105,11 @@ def _stated(config: Any, name: str) -> Any:
     return None
 
 
-def _made(
-    cls: Any, directory: Path, config: Any, tokens: Mapping[str, str], ids: Mapping[str, int], extractor: Any
-) -> Any:
-    tokenizer = save_tokenizer(directory, special=_numbered(tokens, ids))
+def _made(cls: Any, directory: Path, config: Any, tokenizer: Any, extractor: Any) -> Any:
     given: dict[str, Any] = {}
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
         if name == "image_processor":
-            given[name] = picture_processor(config)
+            given[name] = picture_processor(config, like=cls.__name__)
         elif name == "tokenizer" or name.endswith("_tokenizer"):
             given[name] = tokenizer
         elif name in ("feature_extractor", "audio_processor"):
@@ -108,7 +117,11 @@ def _made(
         elif name == "video_processor":
             given[name] = _videos().from_pretrained(directory)
         elif name not in ("self", "args", "kwargs", "chat_template", "image_token", "video_token"):
-            stated = _OF_CLIP.get(name, _stated(config, name))
+            stated = _stated(config, name)
+            if stated is None:
+                stated = _GIVEN.get(name)
+            if stated is None and name in ("num_image_tokens", "image_seq_len", "image_seq_length"):
+                stated = _num_places(config)
             if stated is not None:
                 given[name] = stated
             elif parameter.default is parameter.empty:
@@ -131,25 +144,36 @@ def _numbered(tokens: Mapping[str, str], ids: Mapping[str, int]) -> dict[str, in
     return found
 
 
-def picture_processor(config: Any) -> Any:
-    """A family's image processor of the Pillow kind, for pictures as small as the model's."""
-    backends = IMAGE_PROCESSOR_MAPPING_NAMES.get(config.model_type)
-    name = "ViTImageProcessorPil" if backends is None else backends.get("pil")
+def picture_processor(config: Any, *, like: str = "") -> Any:
+    """A family's image processor of the Pillow kind, for pictures as small as the model's.
+
+    `like` is the class of the joint processor that it is for.
+    """
+    families = config.model_type, re.sub("_vision(_model)?$", "", config.model_type)
+    known = [IMAGE_PROCESSOR_MAPPING_NAMES.get(each) for each in families]
+    backends = next((each for each in known if each), None)
+    own = like.replace("Processor", "ImageProcessorPil")
+    usual = own if hasattr(transformers, own) else "ViTImageProcessorPil"
+    name = usual if backends is None else backends.get("pil")
     if name is None:
         raise ValueError(f"{config.model_type} has no image processor without torchvision")
     cls = getattr(transformers, name)
     side = _side(config)
     given: dict[str, Any] = {}
-    for field in ("size", "crop_size"):
+    for field in ("size", "crop_size", "max_image_size", "min_image_size"):
         default = getattr(cls, field, None)
         if default is not None:
             given[field] = _small(default, side)
-    for field in dir(cls):
+    kwargs = getattr(getattr(cls, "valid_kwargs", None), "__annotations__", {})
+    for field in {*dir(cls), *kwargs}:
         if not field.startswith("_") and field not in (*given, "num_channels", "model_type", "image_size"):
             stated = _stated(config, field)
-            if stated is not None and not callable(getattr(cls, field)):
+            if stated is not None and not callable(getattr(cls, field, None)):
                 given[field] = stated
-    return cls(**given)
+    made = cls(**given)
+    if like and getattr(made, "image_seq_length", None) is None:
+        made.image_seq_length = _num_places(config)
+    return made
 
 
 def _small(default: Any, side: int) -> Any:
@@ -157,6 +181,17 @@ def _small(default: Any, side: int) -> Any:
     if set(keys) == {"shortest_edge", "longest_edge"} and keys["longest_edge"] > 100_000:  # pixels
         return {"shortest_edge": side * side // 4, "longest_edge": side * side}
     return dict.fromkeys(keys, side) if keys else side
+
+
+def _num_places(config: Any) -> int:
+    """The places of a picture in a text: a resampler's latents, or the patches, as far as they are merged."""
+    latents = _stated(config, "resampler_n_latents")
+    for part in _parts(config):
+        latents = latents or getattr(part.get("perceiver_config"), "resampler_n_latents", None)
+    patch = _stated(config, "patch_size")
+    patches = (_side(config) // (patch if isinstance(patch, int) else 8)) ** 2
+    scale = _stated(config, "scale_factor") or _stated(config, "downsample_ratio") or 1
+    return int(latents or (patches * scale**2 if scale < 1 else patches // scale**2))
 
 
 def _side(config: Any) -> int:

@@ -239,6 +239,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "sam_hq": {"prompt_encoder_config": {"image_embedding_size": 4}},
     "sapiens2": {"num_key_value_heads_per_layer": [4, 2]},
     "seggpt": {"num_hidden_layers": 2, "merge_index": 0, "intermediate_hidden_state_indices": [1]},
+    "siglip2": {"vision_config": {"patch_size": 16}},
+    "speecht5": {"vocab_size": 211},
     "step3p7": {"text_config": {"sliding_window": 16}},
     "table-transformer": _NO_TIMM,
     "time_series_transformer": _SERIES,

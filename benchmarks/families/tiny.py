@@ -105,7 +105,7 @@ def save(model: Any, directory: Path) -> str:
             why = f"{type(error).__name__}: {error}"
     if "input_ids" in reads or "decoder_input_ids" in reads:
         save_tokenizer(directory)
-    if "pixel_values" in reads:
+    if {"pixel_values", "flattened_patches"} & reads:
         picture_processor(model.config).save_pretrained(directory)
     elif extractor is not None:
         extractor.save_pretrained(directory)

@@ -11,7 +11,6 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -161,13 +160,13 @@ class Prompts:
         self._max_length = max_length if longest is None else min(max_length, longest)
         self._padded_length = longest
         self._places = {*_places_in(checkpoint.config), *_places_in(vars(self.processor or self))}
-        self._mark: str | None = None
+        self._way: tuple[bool, str] | None = None
 
     def joined(self, texts: Sequence[str], contents: Sequence[Any], *, rate: int) -> dict[str, Tensor]:
         """The processor's tensors for texts and pictures or sounds, one of each per row."""
-        if self._mark is None:
-            self._mark = self._needed_mark(contents[0], rate=rate)
-        found = self._processed([self._prompt(each) for each in texts], contents, rate=rate)
+        if self._way is None:
+            self._way = self._way_that_works(contents[0], rate=rate)
+        found = self._processed(texts, contents, *self._way, rate=rate)
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def tokens(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -192,36 +191,45 @@ class Prompts:
             return {"padding": True}
         return {"padding": "max_length", "max_length": self._padded_length}
 
-    def _processed(self, prompts: Sequence[str], contents: Sequence[Any], *, rate: int) -> Mapping[str, Any]:
+    def _processed(
+        self, texts: Sequence[str], contents: Sequence[Any], nests: bool, mark: str, *, rate: int
+    ) -> Mapping[str, Any]:
+        """What the processor makes of texts that begin with a mark, and of pictures in lists of their own."""
         assert self.processor is not None
-        media: dict[str, Any] = {"images": [[each] for each in contents]}
+        media: dict[str, Any] = {"images": [[each] if nests else each for each in contents]}
         if self._name == "audio":
             media = {"audio": list(contents), "sampling_rate": rate}
-        found: Mapping[str, Any] = self.processor(
-            text=list(prompts), return_tensors="pt", **self._padding, **media
-        )
+        prompts = [self._prompt(each, mark) for each in texts]
+        found: Mapping[str, Any] = self.processor(text=prompts, return_tensors="pt", **self._padding, **media)
         return found
 
-    def _prompt(self, text: str) -> str:
+    def _prompt(self, text: str, mark: str) -> str:
         assert self.processor is not None
         text = self._cut(text)
         if self.processor.chat_template is None:
-            return f"{self._mark}{text}"
+            return f"{mark}{text}"
         parts = [{"type": self._name, self._name: ""}, {"type": "text", "text": text}]
-        turn = [{"role": "user", "content": parts}]
-        return str(self.processor.apply_chat_template(turn, tokenize=False))
+        return str(self.processor.apply_chat_template([{"role": "user", "content": parts}], tokenize=False))
 
-    def _needed_mark(self, content: Any, *, rate: int) -> str:
-        """The processor's token for a picture or sound; empty if a chat template or the processor adds it."""
-        assert self.processor is not None
-        token = getattr(self.processor, f"{self._name}_token", None)
-        if token is None or self.processor.chat_template is not None:
-            return ""
-        with suppress(Exception):  # a processor that misses the token has an error of its own
-            ids = self._processed(["a"], [content], rate=rate)["input_ids"]
-            if bool(torch.isin(ids, self.processor.tokenizer.convert_tokens_to_ids(str(token))).any()):
-                return ""
-        return str(token)
+    def _way_that_works(self, content: Any, *, rate: int) -> tuple[bool, str]:
+        """Whether each picture is in a list of its own, and which token marks its place in the text.
+
+        The first way in which the processor takes two rows and marks the place, by the token or by itself.
+        Raises the error of the last way if there is none.
+        """
+        token = str(getattr(self.processor, f"{self._name}_token", None) or "")
+        ways = [(nests, mark) for mark in dict.fromkeys(("", token)) for nests in (True, False)]
+        place = self._tokenizer.convert_tokens_to_ids(token) if token else None
+        for way in ways:
+            try:
+                ids = self._processed(["a"] * 2, [content] * 2, *way, rate=rate)["input_ids"]
+            except Exception:
+                if way == ways[-1]:
+                    raise
+                continue
+            if len(ids) == 2 and (place is None or bool((ids == place).any())):
+                return way
+        return ways[-1]
 
     def _cut(self, text: str) -> str:
         """The text's first tokens, as many as a row may have beside special ones."""

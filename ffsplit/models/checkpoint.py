@@ -126,7 +126,8 @@ class Checkpoint:
     @property
     def _alone(self) -> Tower | None:
         """The encoder, if its files have that tower only of a family with several."""
-        if self.architecture.makes not in ("target", "embeddings"):
+        several = len(self.architecture.towers) > 1
+        if not several or self.architecture.makes not in ("target", "embeddings"):
             return None
         first, *others = (each for each in self.towers if each.name != "vision head")
         return None if others or first.name == "decoder" else first

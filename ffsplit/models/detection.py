@@ -246,12 +246,9 @@ def _is_same(first: str, second: str) -> bool:
 
 def _takes_one(module: nn.Module) -> bool:
     """Whether a module's forward needs one argument alone. MPT's FFN adds the residual itself."""
-    needed = [
-        parameter
-        for parameter in inspect.signature(module.forward).parameters.values()
-        if parameter.default is parameter.empty and parameter.kind != parameter.VAR_KEYWORD
-    ]
-    return len(needed) == 1
+    found = inspect.signature(module.forward).parameters.values()
+    named = [each for each in found if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    return sum(each.default is each.empty for each in named) == 1
 
 
 def _told_apart(ffns: Iterable[FFNPaths]) -> tuple[FFNPaths, ...]:

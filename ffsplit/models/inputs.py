@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ffsplit.errors import UnsupportedModelError
-from ffsplit.models.family import TEXT, Makes, Media, Medium
+from ffsplit.models.family import TEXT, Architecture, Makes, Media, Medium
 from ffsplit.models.names import main_inputs
 
 GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -38,7 +39,7 @@ class Use(NamedTuple):
 
 def use_of(model: Any, base: Any, config: Mapping[str, Any]) -> Use:
     """What a model reads and makes, by the arguments of its forward and its family's tasks."""
-    makes, takes = _makes(base, config), _taken(model) or _taken(base)
+    makes, takes = _makes(model, base, config), _taken(model) or _taken(base)
     mains = [MEDIUM_OF[name] for name in main_inputs(base) if name in MEDIUM_OF]
     main = next((medium for medium in mains if medium in takes), takes[0] if takes else None)
     if main is None:
@@ -69,12 +70,13 @@ def _reads_videos(base: Any, config: Mapping[str, Any]) -> bool:
     return classifies or main_inputs(base)[0] == "pixel_values_videos"
 
 
-def _makes(base: Any, config: Mapping[str, Any]) -> Makes:
+def _makes(model: Any, base: Any, config: Mapping[str, Any]) -> Makes:
     """What a model makes, which is what is compared."""
     from transformers.models.auto import modeling_auto as auto
 
     family, (name, *_) = str(config["model_type"]), config.get("architectures") or [""]
-    if config.get("is_encoder_decoder") and "decoder_input_ids" in inspect.signature(base.forward).parameters:
+    names = inspect.signature(model.forward).parameters
+    if config.get("is_encoder_decoder") and "decoder_input_ids" in names:
         return "target"
     named = str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
     if not named and hasattr(base, "get_text_features"):
@@ -86,3 +88,31 @@ def _makes(base: Any, config: Mapping[str, Any]) -> Makes:
     )
     masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return "next_tokens" if named or config.get("is_decoder") or (causal and not masked) else "states"
+
+
+_WORDS: dict[Medium, str] = {"text": "text", "image": "pictures", "sound": "sound", "video": "videos"}
+
+
+def media_in_words(media: Media) -> str:
+    """As in `pictures and text`; `text alone` for one medium."""
+    words = [_WORDS[each] for each in media]
+    return " and ".join(words) if words[1:] else f"{words[0]} alone"
+
+
+def richer_rows(architecture: Architecture, given: Media) -> str:
+    """Advice for a model that fails on the least that its family reads; empty if it reads no more."""
+    more = [each for each in architecture.may_read if each not in given]
+    if not more:
+        return ""
+    words = media_in_words((more[0], *given))
+    return f"give it {words}: --calibration FILE.parquet#{more[0]},text, or a folder with a captions.jsonl"
+
+
+def whole_of(config: Any) -> str | None:
+    """The model type that a config's model is a part of, in the same file of transformers; None: of none."""
+    own = type(config)
+    for found in vars(sys.modules[own.__module__]).values():
+        parts = getattr(found, "sub_configs", None)
+        if isinstance(parts, dict) and own in parts.values():
+            return str(getattr(found, "model_type", "")) or None
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from ffsplit.compat.transformers import (
 )
 from ffsplit.errors import ConfigError, UnsupportedModelError, explained
 from ffsplit.models.checkpoint import Checkpoint, tokenizer_files
-from ffsplit.models.inputs import CLASSIFIERS, GENERATORS
+from ffsplit.models.inputs import CLASSIFIERS, GENERATORS, media_in_words, whole_of
 from ffsplit.models.load_options import (
     attention_advice,
     attention_options,
@@ -306,16 +306,36 @@ def load_joint_processor(checkpoint: Checkpoint) -> Any | None:
     return found if isinstance(found, ProcessorMixin) else None
 
 
-def forward_arguments(checkpoint: Checkpoint) -> frozenset[str]:
-    """The arguments of the forward of a checkpoint's class; empty for a class of the model's own code."""
+def forward_arguments(checkpoint: Checkpoint) -> Mapping[str, inspect.Parameter]:
+    """The arguments of the forward of a checkpoint's class; none for a class of the model's own code."""
     import transformers
 
     if remote_classes(checkpoint.directory):
-        return frozenset()
+        return {}
     chosen = model_class(checkpoint.class_name, where=checkpoint.directory)
     if chosen is transformers.AutoModel:
         chosen = transformers.MODEL_MAPPING[type(load_config(checkpoint.directory))]
-    return frozenset(inspect.signature(chosen.forward).parameters)
+    return inspect.signature(chosen.forward).parameters
+
+
+def check_arguments(checkpoint: Checkpoint, given: Collection[str]) -> None:
+    """Raise UnsupportedModelError if a model needs arguments that its rows do not give.
+
+    Such a model is most often a part of another, which makes the arguments.
+    """
+    needed = [
+        name
+        for name, each in forward_arguments(checkpoint).items()
+        if each.default is each.empty and each.kind == each.POSITIONAL_OR_KEYWORD
+    ]
+    missing = [name for name in needed if name not in ("self", *given)]
+    if missing:
+        whole = whole_of(load_config(checkpoint.directory))
+        advice = f": compress the {whole} that it is a part of, with --only for its FFNs" if whole else ""
+        raise UnsupportedModelError(
+            f"{checkpoint.architecture.model_type} reads {' and '.join(missing)}, which rows of "
+            f"{media_in_words(checkpoint.reads)} do not give{advice}"
+        )
 
 
 def _make(chosen: Any, config: Any, **options: Any) -> Any:
