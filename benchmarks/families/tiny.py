@@ -103,13 +103,20 @@ def save(model: Any, directory: Path) -> str:
             why = "its family has none"
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
+    save_parts(model, directory, extractor)
+    return why
+
+
+def save_parts(model: Any, directory: Path, extractor: Any = None) -> None:
+    """A tokenizer, and a processor of pictures or sounds alone, in place of a joint processor."""
+    (directory / "processor_config.json").unlink(missing_ok=True)
+    reads = set(arguments(model))
     if "input_ids" in reads or "decoder_input_ids" in reads:
         save_tokenizer(directory)
     if {"pixel_values", "flattened_patches"} & reads:
         picture_processor(model.config).save_pretrained(directory)
     elif extractor is not None:
         extractor.save_pretrained(directory)
-    return why
 
 
 def _feature_extractor(config: Any, plain: bool) -> Any:

@@ -101,11 +101,11 @@ def media_in_words(media: Media) -> str:
 
 def richer_rows(architecture: Architecture, given: Media) -> str:
     """Advice for a model that fails on the least that its family reads; empty if it reads no more."""
-    more = [each for each in architecture.may_read if each not in given]
-    if not more:
+    if given != architecture.reads or not architecture.may_read:
         return ""
-    words = media_in_words((more[0], *given))
-    return f"give it {words}: --calibration FILE.parquet#{more[0]},text, or a folder with a captions.jsonl"
+    medium, *_ = architecture.may_read
+    words = media_in_words((medium, *given))
+    return f"give it {words}: --calibration FILE.parquet#{medium},text, or a folder with a captions.jsonl"
 
 
 def whole_of(config: Any) -> str | None:

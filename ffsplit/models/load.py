@@ -307,15 +307,23 @@ def load_joint_processor(checkpoint: Checkpoint) -> Any | None:
 
 
 def forward_arguments(checkpoint: Checkpoint) -> Mapping[str, inspect.Parameter]:
-    """The arguments of the forward of a checkpoint's class; none for a class of the model's own code."""
+    """The arguments of the forward of a checkpoint's class; none for a class of the model's own code.
+
+    What a class hands on to its base model unnamed is among them.
+    """
     import transformers
 
     if remote_classes(checkpoint.directory):
         return {}
+    base = transformers.MODEL_MAPPING.get(type(load_config(checkpoint.directory)), None)
+    base = base[0] if isinstance(base, tuple) else base
     chosen = model_class(checkpoint.class_name, where=checkpoint.directory)
-    if chosen is transformers.AutoModel:
-        chosen = transformers.MODEL_MAPPING[type(load_config(checkpoint.directory))]
-    return inspect.signature(chosen.forward).parameters
+    chosen = base if chosen is transformers.AutoModel else chosen
+    found = dict(inspect.signature(chosen.forward).parameters)
+    if base is not None and any(each.kind == each.VAR_KEYWORD for each in found.values()):
+        handed_on = inspect.signature(base.forward).parameters
+        found |= {name: each for name, each in handed_on.items() if name not in found}
+    return found
 
 
 def check_arguments(checkpoint: Checkpoint, given: Collection[str]) -> None:
