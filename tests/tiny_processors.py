@@ -73,7 +73,9 @@ def _with_ids(cls: Any, directory: Path, config: Any, extractor: Any, *, named: 
         token = _place(processor, medium)
         if token and len(processor.tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
             raise ValueError(f"{token} is not one token")
-    if missing := [name for name, each in vars(processor).items() if name.endswith("_token") and each is None]:
+    if missing := [
+        name for name, each in vars(processor).items() if name.endswith("_token") and each is None
+    ]:
         raise ValueError(f"the tokenizer has no {missing[0]}")
     return processor
 

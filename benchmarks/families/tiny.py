@@ -140,6 +140,8 @@ def _feature_extractor(config: Any, plain: bool) -> Any:
         given = {name: bins[0] for name in ("feature_size", "num_mel_bins") if name in fields}
     if "max_length" in fields and hasattr(config, "max_length") and config.model_type.startswith("audio-s"):
         given["max_length"] = config.max_length
+    if cls.__name__ == "ClapFeatureExtractor":
+        given["truncation"] = "rand_trunc"  # for models without fusion
     if cls.__name__ == "WhisperFeatureExtractor":
         given["chunk_length"] = 1
         positions = next((each for part in parts if (each := getattr(part, "max_source_positions", 0))), 50)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ffsplit.errors import UnsupportedModelError
@@ -43,10 +43,8 @@ def use_of(model: Any, base: Any, config: Mapping[str, Any]) -> Use:
     mains = [MEDIUM_OF[name] for name in main_inputs(base) if name in MEDIUM_OF]
     main = next((medium for medium in mains if medium in takes), takes[0] if takes else None)
     if main is None:
-        raise UnsupportedModelError(
-            f"{config['model_type']} is not in the table of architectures, and it reads "
-            f"{main_inputs(base)[0]}: FFSplit calibrates models that read text, pictures, sound or videos"
-        )
+        needed = needed_arguments(inspect.signature(model.forward).parameters)
+        raise unreadable(model.config, needed or main_inputs(base))
     others = tuple(medium for medium in takes if medium not in ("text", "video"))
     if _reads_videos(base, config):
         return Use(("video",), (), makes)
@@ -55,6 +53,22 @@ def use_of(model: Any, base: Any, config: Mapping[str, Any]) -> Use:
     medium = others[0] if main == "text" and others else main
     has_text = "text" in takes or makes == "target"
     return Use((medium, *TEXT) if has_text and medium != "text" else (medium,), (), makes)
+
+
+def needed_arguments(arguments: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Those of a forward's arguments that it cannot do without."""
+    named = [(name, each) for name, each in arguments.items() if each.kind == each.POSITIONAL_OR_KEYWORD]
+    return [name for name, each in named if each.default is each.empty and name != "self"]
+
+
+def unreadable(config: Any, names: Sequence[str]) -> UnsupportedModelError:
+    """The error for a model that needs arguments which no row gives: most often it is a part of another."""
+    whole = whole_of(config)
+    named = " and ".join(dict.fromkeys(names[:3]))
+    advice = f": compress the {whole} that it is a part of, with --only for its FFNs" if whole else ""
+    return UnsupportedModelError(
+        f"{config.model_type} reads {named}, which no row of text, pictures, sound or videos gives{advice}"
+    )
 
 
 def _taken(model: Any) -> Media:

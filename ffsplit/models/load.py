@@ -20,7 +20,7 @@ from ffsplit.compat.transformers import (
 )
 from ffsplit.errors import ConfigError, UnsupportedModelError, explained
 from ffsplit.models.checkpoint import Checkpoint, tokenizer_files
-from ffsplit.models.inputs import CLASSIFIERS, GENERATORS, media_in_words, whole_of
+from ffsplit.models.inputs import CLASSIFIERS, GENERATORS, needed_arguments, unreadable
 from ffsplit.models.load_options import (
     attention_advice,
     attention_options,
@@ -331,19 +331,10 @@ def check_arguments(checkpoint: Checkpoint, given: Collection[str]) -> None:
 
     Such a model is most often a part of another, which makes the arguments.
     """
-    needed = [
-        name
-        for name, each in forward_arguments(checkpoint).items()
-        if each.default is each.empty and each.kind == each.POSITIONAL_OR_KEYWORD
-    ]
-    missing = [name for name in needed if name not in ("self", *given)]
+    needed = needed_arguments(forward_arguments(checkpoint))
+    missing = [name for name in needed if name not in given]
     if missing:
-        whole = whole_of(load_config(checkpoint.directory))
-        advice = f": compress the {whole} that it is a part of, with --only for its FFNs" if whole else ""
-        raise UnsupportedModelError(
-            f"{checkpoint.architecture.model_type} reads {' and '.join(missing)}, which rows of "
-            f"{media_in_words(checkpoint.reads)} do not give{advice}"
-        )
+        raise unreadable(load_config(checkpoint.directory), missing)
 
 
 def _make(chosen: Any, config: Any, **options: Any) -> Any:
