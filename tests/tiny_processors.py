@@ -168,12 +168,11 @@ def picture_processor(config: Any, *, like: str = "") -> Any:
 
     `like` is the class of the joint processor that it is for.
     """
-    families = config.model_type, re.sub("_vision(_model)?$", "", config.model_type)
+    same = [family for family, name in PROCESSOR_MAPPING_NAMES.items() if name == like]
+    families = [config.model_type, re.sub("_vision(_model)?$", "", config.model_type), *same]
     known = [IMAGE_PROCESSOR_MAPPING_NAMES.get(each) for each in families]
-    backends = next((each for each in known if each), None)
-    own = like.replace("Processor", "ImageProcessorPil")
-    usual = own if hasattr(transformers, own) else "ViTImageProcessorPil"
-    name = usual if backends is None else backends.get("pil")
+    backends = next((each for each in known if each), {"pil": "ViTImageProcessorPil"})
+    name = backends.get("pil", None if like else "ViTImageProcessorPil")
     if name is None:
         raise ValueError(f"{config.model_type} has no image processor without torchvision")
     cls = getattr(transformers, name)

@@ -197,7 +197,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mask2former": {"feature_size": 32, "mask_feature_size": 32},
     "maskformer": {"fpn_feature_size": 32, "mask_feature_size": 32},
     "ministral": {"head_dim": 8},
-    "mllama": {"vision_config": {"vision_output_dim": 160}},
+    "mllama": {
+        "text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+        "vision_config": {"vision_output_dim": 160},
+    },
     "mm-grounding-dino": {"encoder_ffn_dim": 112},
     "mobilebert": {
         "hidden_size": 64,

@@ -63,11 +63,10 @@ def needed_arguments(arguments: Mapping[str, inspect.Parameter]) -> list[str]:
 
 def unreadable(config: Any, names: Sequence[str]) -> UnsupportedModelError:
     """The error for a model that needs arguments which no row gives: most often it is a part of another."""
-    whole = whole_of(config)
-    named = " and ".join(dict.fromkeys(names[:3]))
-    advice = f": compress the {whole} that it is a part of, with --only for its FFNs" if whole else ""
+    named, advice = " and ".join(dict.fromkeys(names[:3])), part_of(config)
     return UnsupportedModelError(
-        f"{config.model_type} reads {named}, which no row of text, pictures, sound or videos gives{advice}"
+        f"{config.model_type} reads {named}, which no row of text, pictures, sound or videos gives"
+        + (f"; {advice}" if advice else "")
     )
 
 
@@ -122,11 +121,12 @@ def richer_rows(architecture: Architecture, given: Media) -> str:
     return f"give it {words}: --calibration FILE.parquet#{medium},text, or a folder with a captions.jsonl"
 
 
-def whole_of(config: Any) -> str | None:
-    """The model type that a config's model is a part of, in the same file of transformers; None: of none."""
+def part_of(config: Any) -> str:
+    """Advice for a part of a larger model, in the same file of transformers; empty if it is none."""
     own = type(config)
     for found in vars(sys.modules[own.__module__]).values():
         parts = getattr(found, "sub_configs", None)
-        if isinstance(parts, dict) and own in parts.values():
-            return str(getattr(found, "model_type", "")) or None
-    return None
+        whole = getattr(found, "model_type", "")
+        if isinstance(parts, dict) and own in parts.values() and whole:
+            return f"compress the {whole} that it is a part of, with --only for its FFNs"
+    return ""

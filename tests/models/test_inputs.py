@@ -43,7 +43,7 @@ def test_a_model_reads_what_its_forward_takes(
 
 def test_a_part_of_a_model_names_its_whole(tmp_path: Path) -> None:
     tiny_model("qwen3_vl_vision", model_types()["qwen3_vl_vision"]).save_pretrained(tmp_path)
-    expected = "reads hidden_states and grid_thw, .*: compress the qwen3_vl that it is a part of, with --only"
+    expected = "reads hidden_states and grid_thw, .*; compress the qwen3_vl that it is a part of, with --only"
     with pytest.raises(UnsupportedModelError, match=expected):
         open_checkpoint(tmp_path)
 
