@@ -131,7 +131,7 @@ def in_turns(
 def calibration_job(out: Path, *, num_shards: int) -> CalibrationJob:
     return CalibrationJob(
         model=ModelSource(path=str(MODEL)),
-        settings=CalibrationSettings(sampled_tokens=8192).settled("encoder", max_positions=None),
+        settings=CalibrationSettings(sampled_tokens=8192).settled(windows=False, max_positions=None),
         num_shards=num_shards,
         seed=0,
         lineage={},
@@ -180,7 +180,7 @@ def layer_jobs(out: Path, inputs: Path, sampled: Sequence[Result], *, repeats: i
 def overhead(*, num_rows: int, rounds: int) -> Overhead:
     torch.set_num_threads(1)
     checkpoint, settings = open_checkpoint(MODEL), CalibrationSettings()
-    settings = settings.settled("encoder", max_positions=None)
+    settings = settings.settled(windows=False, max_positions=None)
     model = load_base_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     texts = list(read_all(["builtin:pydoc"]))[:num_rows]
     rows = tokenize_rows(load_tokenizer(checkpoint), texts, max_length=settings.row_length)

@@ -105,7 +105,7 @@ def test_half_of_it_saves_loads_and_runs(saved: Saved, tmp_path: Path, family: s
     source = saved(family, usual_head(family))
     job = SmallJob(tmp_path, source)
     recipe = job.recipe(step="{kind: prune}")
-    rows = (calibration(open_checkpoint(source).kind, tmp_path),)
+    rows = (calibration(open_checkpoint(source), tmp_path),)
     manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, samples=16, calibration=rows))
     assert manifest.measurements is not None
     sizes, left_out = manifest.measurements, sum(each.num_elements for each in manifest.model.left_out_ffns)

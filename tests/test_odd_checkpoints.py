@@ -244,7 +244,7 @@ def test_whoever_reads_it_reads_the_same(folder: Path) -> None:
     whole = load_whole_model(folder, checkpoint.class_name, dtype=torch.float32)
     base = load_base_model(checkpoint, device=CPU, dtype=torch.float32)
     models = [base]
-    if checkpoint.architecture.can_stream:
+    if checkpoint.can_stream:
         streamed = StreamedModel(checkpoint, device=CPU, dtype=torch.float32)
         streamed.start([])
         for index in range(len(streamed.blocks)):
@@ -285,7 +285,7 @@ def test_a_run_keeps_what_it_should(tmp_path: Path, name: str, keep: float) -> N
     checkpoint = open_checkpoint(tmp_path / "model")
     job = SmallJob(tmp_path, checkpoint.directory)
     recipe = job.recipe(step="{kind: prune}")
-    rows = (calibration(checkpoint.kind, tmp_path),)
+    rows = (calibration(checkpoint, tmp_path),)
     options: dict[str, Any] = RUNS[name] | {"keep": keep, "samples": 12, "calibration": rows}
     manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, **options))
     assert manifest.plain

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,14 +121,23 @@ def save_checkpoint(
     return directory
 
 
-def save_tokenizer(directory: Path) -> None:
-    """A lower-casing WordPiece tokenizer that knows every printable ASCII character and common words."""
+def save_tokenizer(directory: Path, *, special: Mapping[str, int] | None = None, named: bool = False) -> Any:
+    """A lower-casing WordPiece tokenizer that knows every printable ASCII character and common words.
+
+    `special` are more special tokens and their ids, which replace words; `named`: also its attributes.
+    """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     pieces = [*SPECIAL_TOKENS, *letters, *(f"##{letter}" for letter in letters), *".,;:!?'\"()-/"]
     pieces += [word for word in WORDS if word not in pieces]
-    vocabulary = {piece: index for index, piece in enumerate(pieces[:VOCAB_SIZE])}
+    special = special or {}
+    vocabulary = {
+        piece: index for index, piece in enumerate(pieces[:VOCAB_SIZE]) if index not in special.values()
+    }
+    vocabulary |= special
+    taken = set(vocabulary.values())
+    vocabulary |= {f"[unused{index}]": index for index in range(max(taken)) if index not in taken}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -136,7 +146,13 @@ def save_tokenizer(directory: Path) -> None:
         pair="[CLS] $A [SEP] $B [SEP]",
         special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
     )
-    transformers.PreTrainedTokenizerFast(
+    options: dict[str, Any] = {}
+    if special:
+        options = {"bos_token": "[CLS]", "eos_token": "[SEP]", "additional_special_tokens": list(special)}
+    if named:
+        names = [name for name in special if name[1:-1].isidentifier()]
+        options["extra_special_tokens"] = {f"{name[1:-1]}_token": name for name in names}
+    found = transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
         unk_token="[UNK]",
@@ -144,7 +160,10 @@ def save_tokenizer(directory: Path) -> None:
         sep_token="[SEP]",
         mask_token="[MASK]",
         model_max_length=MAX_POSITIONS - 4,
-    ).save_pretrained(directory)
+        **options,
+    )
+    found.save_pretrained(directory)
+    return found
 
 
 def random_rows(num_rows: int, *, longest: int = 24, seed: int = 0) -> list[list[int]]:

@@ -7,25 +7,31 @@ import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.family import Media
 from tests.tiny_models import WORDS
 
 NUM_ROWS = 12
 
 
-def calibration(kind: str, folder: Path) -> str:
-    """Write a few rows of what a kind of model reads. Returns them as `--calibration` takes them."""
+def calibration(checkpoint: Checkpoint, folder: Path, *, richest: bool = False) -> str:
+    """Write a few rows of what a model reads. Returns them as `--calibration` takes them.
+
+    `richest`: with the first medium beside text that it may read.
+    """
+    reads = richest_reads(checkpoint) if richest else checkpoint.reads
     texts = [" ".join(WORDS[index : index + 6]) for index in range(NUM_ROWS)]
-    makers: dict[str, Callable[[list[str], Path], str]] = {
-        "seq2seq": _pairs,
-        "image": _images,
-        "image_text": _captions,
-        "audio": _sounds,
-        "speech": _speech,
-    }
-    if kind in makers:
-        return makers[kind](texts, folder)
+    if reads != ("text",):
+        return MAKERS[reads](texts, folder)
+    if checkpoint.makes == "target":
+        return _pairs(texts, folder)
     (folder / "rows.txt").write_text("\n".join(texts), "utf-8")
     return str(folder / "rows.txt")
+
+
+def richest_reads(checkpoint: Checkpoint) -> Media:
+    """What a row of the richest data holds that a model reads."""
+    return (*checkpoint.architecture.may_read[:1], *checkpoint.reads)
 
 
 def _pairs(texts: list[str], folder: Path) -> str:
@@ -79,3 +85,21 @@ def _noise(number: int) -> Iterator[bytes]:
             file.setframerate(8000)
             file.writeframes(samples.tobytes())
         yield target.getvalue()
+
+
+def _videos(texts: list[str], folder: Path) -> str:
+    """Four frames each, in a folder of their own."""
+    for index in range(len(texts)):
+        frames = folder / "videos" / str(index)
+        frames.mkdir(parents=True, exist_ok=True)
+        _images(["", "", "", ""], frames)
+    return str(folder / "videos")
+
+
+MAKERS: dict[Media, Callable[[list[str], Path], str]] = {
+    ("image",): _images,
+    ("image", "text"): _captions,
+    ("sound",): _sounds,
+    ("sound", "text"): _speech,
+    ("video",): _videos,
+}

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from benchmarks.families.inputs import Ran, first_that_runs, run
 from benchmarks.families.oracle import Found, digest, ffns_of
-from benchmarks.families.tiny import save, tiny_model
-from tests.tiny_rows import NUM_ROWS, calibration
+from benchmarks.families.tiny import save, save_parts, tiny_model
+from tests.tiny_rows import NUM_ROWS, calibration, richest_reads
 
 Record = dict[str, Any]
 TOLERANCE = 1e-4
@@ -76,12 +76,36 @@ def _check(
     except Exception as error:
         record["no_forward"] = _last_line(error)
     source = folder / "model"
-    save(model, source)
+    without = save(model, source) or misfit(model, source, folder)
+    if without:
+        save_parts(model, source)
     built()
-    record |= _finds(source, found)
+    record |= _finds(source, found, richest=not without)
+    if without and "text" in record.get("rows", ""):
+        record["no_processor"] = without
     if quick or record["outcome"] not in ("found", "partly found", "found others", "found where none"):
         return record
-    return record | _compresses(model, source, found, ran, folder)
+    return record | _compresses(model, source, found, ran, folder, richest=not without)
+
+
+def misfit(model: Any, source: Path, folder: Path) -> str:
+    """Why a tiny model does not run on what its tiny processor makes of a row; empty if it does."""
+    from ffsplit.calibration.media import embedded, read_media
+    from ffsplit.calibration.readers import make_reader
+    from ffsplit.models.checkpoint import open_checkpoint
+
+    try:
+        checkpoint = open_checkpoint(source)
+        checkpoint = open_checkpoint(source, reads=richest_reads(checkpoint))
+        if not checkpoint.reads_jointly or not checkpoint.architecture.may_read:
+            return ""
+        rows = read_media([calibration(checkpoint, folder)], reads=checkpoint.reads)
+        reader = make_reader(checkpoint, max_length=16, batch_tokens=64)
+        batch = next(reader.batches(reader.encode([embedded(rows[0])])))
+        run(model, dict(batch.arguments))
+    except Exception as error:
+        return _last_line(error)
+    return ""
 
 
 def _summary(found: list[Found]) -> list[Record]:
@@ -98,14 +122,16 @@ def _summary(found: list[Found]) -> list[Record]:
     ]
 
 
-def _finds(source: Path, expected: list[Found]) -> Record:
-    """Whether the product finds the oracle's FFNs in a checkpoint."""
+def _finds(source: Path, expected: list[Found], *, richest: bool) -> Record:
+    """Whether the product finds the oracle's FFNs in a checkpoint, for the richest rows that it can read."""
     from ffsplit.errors import FFSplitError
     from ffsplit.models.checkpoint import open_checkpoint
 
     needed = [ffn for ffn in expected if not ffn.optional]
     try:
         checkpoint = open_checkpoint(source)
+        if richest:
+            checkpoint = open_checkpoint(source, reads=richest_reads(checkpoint))
     except FFSplitError as error:
         outcome = "refused" if needed else "no FFN, refused"
         return {"outcome": outcome, "why": str(error).replace(str(source), "MODEL")}
@@ -121,9 +147,10 @@ def _finds(source: Path, expected: list[Found]) -> Record:
     ]
     record: Record = {
         "by": "structure" if checkpoint.is_guessed else "table",
-        "kind": checkpoint.kind,
-        "heals": checkpoint.architecture.can_heal,
-        "streams": checkpoint.architecture.can_stream,
+        "rows": "+".join(checkpoint.reads),
+        "makes": checkpoint.makes,
+        "heals": checkpoint.can_heal,
+        "streams": checkpoint.can_stream,
         "found": len(checkpoint.ffns),
         "missing": _summary(missing),
         "missing_elements": sum(ffn.elements for ffn in missing),
@@ -153,7 +180,9 @@ def _tensor(source: Path, name: str) -> Tensor:
     raise KeyError(name)
 
 
-def _compresses(model: Any, source: Path, found: list[Found], ran: Ran | None, folder: Path) -> Record:
+def _compresses(
+    model: Any, source: Path, found: list[Found], ran: Ran | None, folder: Path, *, richest: bool
+) -> Record:
     """Whether keeping all changes nothing, and keeping half drops neurons and no more."""
     record: Record = {}
     cls = type(model)
@@ -162,7 +191,7 @@ def _compresses(model: Any, source: Path, found: list[Found], ran: Ran | None, f
     for keep in (1.0, 0.5):
         name = f"keep {keep:g}"
         try:
-            manifest = _compress(source, keep=keep, out=folder / name, folder=folder)
+            manifest = _compress(source, keep=keep, out=folder / name, folder=folder, richest=richest)
         except Exception as error:
             return record | {**_refusal(error, source), "step": name}
         artifact = _artifact(folder / name)
@@ -264,7 +293,7 @@ def _bytes(vector: Tensor) -> bytes:
     return vector.detach().contiguous().numpy().tobytes()
 
 
-def _compress(source: Path, *, keep: float, out: Path, folder: Path) -> Any:
+def _compress(source: Path, *, keep: float, out: Path, folder: Path, richest: bool) -> Any:
     import ffsplit
     from ffsplit.models.checkpoint import open_checkpoint
 
@@ -275,7 +304,7 @@ def _compress(source: Path, *, keep: float, out: Path, folder: Path) -> Any:
         out=str(out),
         recipe=str(recipe),
         keep=keep,
-        calibration=(calibration(open_checkpoint(source).kind, folder),),
+        calibration=(calibration(open_checkpoint(source), folder, richest=richest),),
         samples=NUM_ROWS,
         max_length=16,
         runner="serial",

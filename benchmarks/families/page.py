@@ -24,15 +24,16 @@ OUTCOMES = {
 }
 """Outcomes and their words, in the order of the page."""
 READS = {
-    "encoder": "text",
-    "causal_lm": "running text",
-    "seq2seq": "pairs of texts",
-    "speech": "sound and its transcript",
-    "image": "pictures",
-    "image_text": "pictures and texts",
-    "audio": "sound",
+    ("text", "states"): "text",
+    ("text", "next_tokens"): "running text",
+    ("text", "target"): "pairs of texts",
+    ("image", "states"): "pictures",
+    ("sound", "states"): "sound",
+    ("video", "states"): "videos",
+    ("sound+text", "target"): "sound and its transcript",
 }
-"""The calibration data of each kind of model."""
+"""The calibration data of models, by what a row holds and what they make."""
+WORDS = {"image": "pictures", "sound": "sound", "text": "texts", "video": "videos"}
 WITH_TABLE = ("right", "right in part", "right, outputs not compared", "found")
 
 
@@ -75,13 +76,19 @@ def _row(record: Record) -> str:
     plain = record.get("keep 0.5: plain")
     cells = (
         f"`{record['type']}`",
-        READS.get(record.get("kind", ""), ""),
+        _rows_in_words(record),
         "" if plain is None else "yes" if plain else "no",
         "yes" if record.get("heals") else "no",
         "yes" if record.get("streams") else "no",
         _ffns(record),
     )
     return f"| {' | '.join(cells)} |"
+
+
+def _rows_in_words(record: Record) -> str:
+    rows = record.get("rows", "")
+    words = " and ".join(WORDS.get(each, each) for each in rows.split("+"))
+    return READS.get((rows, record.get("makes", "")), words)
 
 
 def _ffns(record: Record) -> str:

@@ -19,6 +19,7 @@ from transformers.models.auto import modeling_auto
 from benchmarks.families.config import IMAGE, tiny_config
 from benchmarks.families.tables import CLASSES, VARIANTS
 from tests.tiny_models import randomize, save_tokenizer
+from tests.tiny_processors import picture_processor, save_processor
 
 TOO_LARGE = 16_000_000
 """Parameters; a config that still has more after shrinking lacks a rule."""
@@ -88,20 +89,34 @@ def image_size(config: Any) -> int:
     return IMAGE
 
 
-def save(model: Any, directory: Path) -> None:
-    """The checkpoint, and what turns rows into its inputs."""
+def save(model: Any, directory: Path) -> str:
+    """The checkpoint, and what turns rows into its inputs. Returns why it has no joint processor, if so."""
     model.save_pretrained(directory)
+    reads, why = set(arguments(model)), "it reads no text"
+    extractor = None
+    if {"input_values", "input_features"} & reads:
+        extractor = _feature_extractor(model.config, "input_values" in reads)
+    if "input_ids" in reads:
+        try:
+            if save_processor(directory, model, extractor=extractor):
+                return ""
+            why = "its family has none"
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+    save_parts(model, directory, extractor)
+    return why
+
+
+def save_parts(model: Any, directory: Path, extractor: Any = None) -> None:
+    """A tokenizer, and a processor of pictures or sounds alone, in place of a joint processor."""
+    (directory / "processor_config.json").unlink(missing_ok=True)
     reads = set(arguments(model))
     if "input_ids" in reads or "decoder_input_ids" in reads:
         save_tokenizer(directory)
-    if "pixel_values" in reads:
-        size = image_size(model.config)
-        side = {"height": size, "width": size}
-        transformers.ViTImageProcessorPil(size=side, do_resize=True).save_pretrained(directory)
-    elif "input_values" in reads or "input_features" in reads:
-        extractor = _feature_extractor(model.config, "input_values" in reads)
-        if extractor is not None:
-            extractor.save_pretrained(directory)
+    if {"pixel_values", "flattened_patches"} & reads:
+        picture_processor(model.config).save_pretrained(directory)
+    elif extractor is not None:
+        extractor.save_pretrained(directory)
 
 
 def _feature_extractor(config: Any, plain: bool) -> Any:
@@ -125,6 +140,8 @@ def _feature_extractor(config: Any, plain: bool) -> Any:
         given = {name: bins[0] for name in ("feature_size", "num_mel_bins") if name in fields}
     if "max_length" in fields and hasattr(config, "max_length") and config.model_type.startswith("audio-s"):
         given["max_length"] = config.max_length
+    if cls.__name__ == "ClapFeatureExtractor":
+        given["truncation"] = "rand_trunc"  # for models without fusion
     if cls.__name__ == "WhisperFeatureExtractor":
         given["chunk_length"] = 1
         positions = next((each for part in parts if (each := getattr(part, "max_source_positions", 0))), 50)

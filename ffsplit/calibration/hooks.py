@@ -24,7 +24,8 @@ from ffsplit.models.streamed import StreamedModel
 class Sampling:
     """The tokens whose FFN inputs are kept: `choose(n)` returns ascending positions below n.
 
-    `num_tokens` is the number of tokens, by the name of the mask that separates them from padding.
+    `num_tokens` is the number of tokens, by the name of the mask that separates them from padding, where it
+    is known.
     """
 
     choose: Callable[[int], Tensor]
@@ -38,8 +39,8 @@ NOTHING = Sampling(lambda _: torch.empty(0, dtype=torch.long))
 class _Stream:
     """The tokens that FFNs see, numbered over all batches, and which of them are sampled.
 
-    A tower whose batches have no mask sees every position. Their number is learned from its first FFN in the
-    first batch: all rows are taken to have as many positions as that batch's.
+    A tower whose batches have no mask sees every position. Where the number of tokens is not known, it is
+    learned from the first batch: all rows are taken to have as many as that batch's.
     """
 
     def __init__(self, mask: str | None, sampling: Sampling) -> None:
@@ -60,8 +61,14 @@ class _Stream:
         if mask is not None:
             rows = mask.flatten().nonzero().flatten()
             self.rows = None if len(rows) == mask.numel() else rows
+            if self.start == 0 and self._mask not in self._sampling.num_tokens:
+                self._sampled = self._chosen_of(len(rows))
             self.stop += len(rows)
             self._num_positions = mask.numel()
+
+    def _chosen_of(self, in_first_batch: int) -> Tensor:
+        """The sampled positions, if all rows have as many tokens as those of the first batch."""
+        return self._sampling.choose(-(-in_first_batch * self._sampling.num_rows // self._num_rows))
 
     def without_mask(self) -> _Stream:
         """A stream of all positions, from the announced batch on."""
@@ -78,8 +85,7 @@ class _Stream:
         flat = values.detach().flatten(0, -2)
         if not self._is_known:
             if self.start == 0:
-                total = -(-len(flat) * self._sampling.num_rows // self._num_rows)
-                self._sampled = self._sampling.choose(total)
+                self._sampled = self._chosen_of(len(flat))
             self.stop, self._is_known, self._num_positions = self.start + len(flat), True, len(flat)
         self.rows = None if self.rows is None else self.rows.to(flat.device)
         return flat

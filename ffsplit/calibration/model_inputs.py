@@ -1,25 +1,20 @@
-"""Turns the rows of a run into arguments of its model's forward: one reader per kind of model.
+"""Turns rows of text, and of a text and its target, into arguments of a model's forward.
 
-A row is a string: a text, or a JSON list. The list holds a source and its target, or an encoded picture or
-sound and, if the model also reads one, a text.
+A row is a string: a text, or a JSON list of a source and its target.
 """
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ffsplit.calibration.media import decode_sound
-from ffsplit.errors import ConfigError, explained
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.load import load_processor, load_tokenizer
+from ffsplit.models.load import load_tokenizer
 
 # Rows of text to padded batches of tokens, sorted by length.
 
@@ -31,10 +26,12 @@ TOKENIZED_ROWS = 1024
 class Batch:
     """The arguments of a model's forward: token ids, masks (1 = token, 0 = padding), pixels or sound.
 
-    The first dimension of each is the batch's rows.
+    The first dimension of the first argument is the batch's rows. `is_text` [rows, length] tells the tokens
+    of a text from padding, and from places of pictures or sounds; None: all that the mask marks are.
     """
 
     arguments: Mapping[str, Tensor]
+    is_text: Tensor | None = None
 
     @classmethod
     def of_tokens(cls, input_ids: Tensor, attention_mask: Tensor) -> Batch:
@@ -57,14 +54,28 @@ class Batch:
     def num_tokens(self) -> int:
         return int(self.attention_mask.sum())
 
+    @property
+    def predicted(self) -> tuple[Tensor, Tensor]:
+        """The token ids that a decoder reads, and which of them it can predict, both [rows, length].
+
+        Those are the tokens of a text that follow another token of their row.
+        """
+        start = "decoder_" if "decoder_input_ids" in self.arguments else ""
+        ids = self.arguments[f"{start}input_ids"]
+        mask = self.arguments.get(f"{start}attention_mask")
+        is_token = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        is_text = is_token if start or self.is_text is None else is_token & self.is_text
+        follows = torch.zeros_like(is_token)
+        follows[:, 1:] = is_token[:, :-1] & is_text[:, 1:]
+        return ids, follows
+
     def to(self, device: torch.device, *, dtype: torch.dtype | None = None) -> Batch:
         """The same on a device, with pixels and sound in the dtype that the model computes in."""
-        return Batch(
-            {
-                name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-                for name, tensor in self.arguments.items()
-            }
-        )
+        moved = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+            for name, tensor in self.arguments.items()
+        }
+        return Batch(moved, None if self.is_text is None else self.is_text.to(device))
 
 
 def tokenize_rows(tokenizer: Any, rows: Sequence[str], *, max_length: int) -> list[list[int]]:
@@ -123,34 +134,6 @@ def padded(rows: Sequence[Sequence[int]], *, pad_id: int) -> tuple[Tensor, Tenso
     return ids, mask
 
 
-Encoded = Any
-MEDIA_BATCH_ROWS = 8
-
-
-class Reader(Protocol):
-    """Turns rows into batches; `encode` leaves out empty rows."""
-
-    def encode(self, rows: Sequence[str]) -> list[Encoded]: ...
-
-    def batches(self, encoded: Sequence[Encoded]) -> Iterator[Batch]: ...
-
-    def num_tokens(self, encoded: Sequence[Encoded]) -> Mapping[str, int]:
-        """Number of tokens without padding, by the name of their mask."""
-        ...
-
-
-def make_reader(checkpoint: Checkpoint, *, max_length: int, batch_tokens: int) -> Reader:
-    """The reader of a checkpoint's rows. Raises ConfigError when its tokenizer or processor is missing."""
-    kind = checkpoint.kind
-    if kind in ("encoder", "causal_lm"):
-        return TextReader(checkpoint, max_length=max_length, batch_tokens=batch_tokens)
-    if kind == "seq2seq":
-        return PairReader(checkpoint, max_length=max_length, batch_tokens=batch_tokens)
-    if kind in ("image", "image_text"):
-        return ImageReader(checkpoint, max_length=max_length)
-    return SoundReader(checkpoint, max_length=max_length)
-
-
 class TextReader:
     """One text per row."""
 
@@ -204,17 +187,20 @@ class PairReader:
         }
 
 
+_DECODER_PARTS = ("decoder", "text_config")
+"""Parts of a config that are about the decoder of a model with other towers."""
+
+
 class DecoderInputs:
     """A decoder's inputs for a target: the start token, then the target without its last token."""
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Any, *, max_length: int) -> None:
         self._tokenizer, self._max_length = tokenizer, max_length
-        config = checkpoint.config
         self._pad_id = tokenizer.pad_token_id or 0
-        start = config.get("decoder_start_token_id")
-        self._start = next(
-            each for each in (start, config.get("bos_token_id"), self._pad_id) if isinstance(each, int)
-        )
+        configs = (checkpoint.config, *(checkpoint.config.get(part) or {} for part in _DECODER_PARTS))
+        names = ("decoder_start_token_id", "bos_token_id")
+        stated = [config.get(name) for name in names for config in configs]
+        self._start = next(each for each in (*stated, self._pad_id) if isinstance(each, int))
 
     def ids(self, target: str) -> list[int]:
         encoded = self._tokenizer(text_target=target, truncation=True, max_length=self._max_length)
@@ -223,106 +209,3 @@ class DecoderInputs:
     def arguments(self, targets: Sequence[list[int]]) -> dict[str, Tensor]:
         ids, mask = padded(targets, pad_id=self._pad_id)
         return {"decoder_input_ids": ids, "decoder_attention_mask": mask}
-
-
-class ImageReader:
-    """A picture per row, through the model's own processor, and a text if the model reads one."""
-
-    def __init__(self, checkpoint: Checkpoint, *, max_length: int) -> None:
-        self._processor = load_processor(checkpoint, "image")
-        self._has_text = checkpoint.kind == "image_text"
-        self._tokenizer = load_tokenizer(checkpoint) if self._has_text else None
-        self._has_mask = any(ffn.tower.mask for ffn in checkpoint.ffns)
-        longest = checkpoint.max_positions
-        self._max_length = max_length if longest is None else min(max_length, longest)
-        self._padded_length = longest
-
-    def encode(self, rows: Sequence[str]) -> list[list[str]]:
-        return [json.loads(row) for row in rows]
-
-    def batches(self, encoded: Sequence[list[str]]) -> Iterator[Batch]:
-        for start in range(0, len(encoded), MEDIA_BATCH_ROWS):
-            chunk = encoded[start : start + MEDIA_BATCH_ROWS]
-            images = [_image(row[0]) for row in chunk]
-            arguments = {"pixel_values": self._processor(images=images, return_tensors="pt")["pixel_values"]}
-            if self._has_text:
-                arguments |= self._text([row[1] for row in chunk])
-            yield Batch(arguments)
-
-    def _text(self, texts: list[str]) -> dict[str, Tensor]:
-        """Token ids padded to the longest text, with a mask; without masks, padded to the full length."""
-        assert self._tokenizer is not None
-        options: dict[str, Any] = {"padding": True, "max_length": self._max_length}
-        if not self._has_mask:
-            options = {"padding": "max_length", "max_length": self._padded_length}
-        found = self._tokenizer(texts, truncation=True, return_tensors="pt", **options)
-        names = ("input_ids", "attention_mask") if self._has_mask else ("input_ids",)
-        return {name: found[name] for name in names}
-
-    def num_tokens(self, encoded: Sequence[list[str]]) -> dict[str, int]:
-        if not self._has_mask:
-            return {}
-        masks = (self._text([row[1]])["attention_mask"] for row in encoded)
-        return {"attention_mask": sum(int(mask.sum()) for mask in masks)}
-
-
-FEATURE_MASKS = ("attention_mask", "feature_attention_mask", "input_features_mask")
-"""What feature extractors call the mask of the frames that hold sound, where they return one."""
-
-
-class SoundReader:
-    """A sound per row, through the model's own feature extractor, and its transcript for a decoder.
-
-    If the extractor returns plain sound, rows are cut to `max_length` tenths of a second and batched by
-    length, so that there is no padding.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, *, max_length: int) -> None:
-        self._processor = load_processor(checkpoint, "sound")
-        self._rate = int(self._processor.sampling_rate)
-        self._decoder = None
-        if checkpoint.kind == "speech":
-            self._decoder = DecoderInputs(checkpoint, load_tokenizer(checkpoint), max_length=max_length)
-        self._longest = max_length * self._rate // 10
-
-    def encode(self, rows: Sequence[str]) -> list[tuple[Any, list[int]]]:
-        encoded: list[tuple[Any, list[int]]] = []
-        for row in map(json.loads, rows):
-            sound = decode_sound(base64.b64decode(row[0]), rate=self._rate)
-            if self._decoder is None:
-                encoded.append((sound[: self._longest], []))
-            else:
-                encoded.append((sound, self._decoder.ids(row[1])))
-        return encoded
-
-    def batches(self, encoded: Sequence[tuple[Any, list[int]]]) -> Iterator[Batch]:
-        by_length: dict[int, list[tuple[Any, list[int]]]] = {}
-        for sound, ids in encoded:
-            by_length.setdefault(len(sound) if self._decoder is None else 0, []).append((sound, ids))
-        for _, rows in sorted(by_length.items(), reverse=True):
-            for start in range(0, len(rows), MEDIA_BATCH_ROWS):
-                chunk = rows[start : start + MEDIA_BATCH_ROWS]
-                sounds = [sound for sound, _ in chunk]
-                found = self._processor(sounds, sampling_rate=self._rate, return_tensors="pt")
-                name = "input_values" if "input_values" in found else "input_features"
-                arguments = {name: found[name].to(torch.float32)}
-                if name == "input_features":
-                    arguments |= {mask: found[mask] for mask in FEATURE_MASKS if mask in found}
-                if self._decoder is not None:
-                    arguments |= self._decoder.arguments([ids for _, ids in chunk])
-                yield Batch(arguments)
-
-    def num_tokens(self, encoded: Sequence[tuple[Any, list[int]]]) -> dict[str, int]:
-        if self._decoder is None:
-            return {}
-        return {"decoder_attention_mask": sum(len(ids) for _, ids in encoded)}
-
-
-def _image(encoded: str) -> Any:
-    """Decode a picture. Raises ConfigError when it is invalid, or Pillow is missing."""
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ConfigError("pictures need Pillow: pip install 'ffsplit[image]'") from None
-    with explained("a calibration picture cannot be decoded", advice="remove it"):
-        return Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGB")

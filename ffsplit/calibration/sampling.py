@@ -12,7 +12,6 @@ from pydantic import Field
 
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError
-from ffsplit.models.family import ModelKind
 
 # How a model's calibration text is read.
 
@@ -63,11 +62,14 @@ class CalibrationSettings(Record):
             changes["max_length"] = max_length
         return self.model_copy(update=changes)
 
-    def settled(self, kind: ModelKind, *, max_positions: int | None) -> CalibrationSettings:
-        """The same with every field set for a kind of model; `max_positions` None: no limit."""
+    def settled(self, *, windows: bool, max_positions: int | None) -> CalibrationSettings:
+        """The same with every field set, for rows that are windows of running text or not.
+
+        `max_positions` None: no limit.
+        """
         length = self.max_length
         if length is None:
-            length = WINDOW_TOKENS if kind == "causal_lm" else ROW_TOKENS
+            length = WINDOW_TOKENS if windows else ROW_TOKENS
             length = length if max_positions is None else min(length, max_positions)
         rows = self.shard_size or max(1, SHARD_TOKENS // length)
         return self.model_copy(update={"max_length": length, "shard_size": rows})

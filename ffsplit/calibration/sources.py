@@ -79,7 +79,7 @@ def table_rows(spec: str, path: Path, columns: Sequence[str]) -> Iterator[tuple[
     """
     text, suffix = decoded(spec, path), "." + path.name.rpartition(".")[2].lower()
     if suffix == ".jsonl":
-        for where, record in _json_records(text, path):
+        for where, record in json_records(text, path):
             for field in columns:
                 if field not in record or not field:
                     raise no_column(where, field, list(record), noun="field")
@@ -109,7 +109,7 @@ def _column_index(spec: str, column: str, header: Sequence[str]) -> int:
     return int(column)
 
 
-def _json_records(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_records(text: str, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines(text), start=1):
         if not line.strip():
             continue

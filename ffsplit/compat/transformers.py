@@ -1,8 +1,15 @@
-"""Private interfaces of transformers: how it renames, joins and loads tensors. Known for 5.0 to 5.23."""
+"""Private interfaces of transformers: how it renames, joins and loads tensors, and finds processors.
+
+Known for 5.0 to 5.23.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -136,3 +143,38 @@ def activation_of(module: Any) -> str | None:
         if type(module) is (found[0] if isinstance(found, tuple) else found):
             return str(name)
     return None
+
+
+def has_joint_processor(directory: Path, model_type: str) -> bool:
+    """Whether a folder, or its model's family, has a processor of more than one kind of input."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
+    return (directory / "processor_config.json").is_file() or model_type in PROCESSOR_MAPPING_NAMES
+
+
+@contextmanager
+def pictures_alone() -> Iterator[None]:
+    """Load joint processors without their part for videos, in this context, if torchvision is missing.
+
+    transformers loads that part always, and it needs torchvision even if no video is ever read.
+    """
+    if find_spec("torchvision") is not None:
+        yield
+        return
+    from transformers import ImageProcessingMixin, processing_utils
+
+    class NoVideos(ImageProcessingMixin):  # type: ignore[misc]
+        """Stands in for the part for videos, which is never called."""
+
+        @classmethod
+        def from_pretrained(cls, *arguments: Any, **options: Any) -> NoVideos:
+            return cls()
+
+    module: Any = import_module("transformers.models.auto.video_processing_auto")
+    base_classes = processing_utils.MODALITY_TO_BASE_CLASS_MAPPING
+    before = module.AutoVideoProcessor, base_classes["video_processor"]
+    module.AutoVideoProcessor, base_classes["video_processor"] = NoVideos, "ImageProcessingMixin"
+    try:
+        yield
+    finally:
+        module.AutoVideoProcessor, base_classes["video_processor"] = before

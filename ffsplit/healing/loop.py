@@ -21,7 +21,7 @@ from ffsplit.ffn.quantization import fake_quantize
 from ffsplit.healing.losses import distance, outputs, quotient, total_distance, weight
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.team import Alone, Team
-from ffsplit.models.family import ModelKind
+from ffsplit.models.family import Makes
 from ffsplit.models.load import classifies
 
 # The state of a healing run as one safetensors file, so that it can resume where it was stopped.
@@ -85,7 +85,7 @@ class Distillation:
     student: Any
     teacher: Any
     weights: dict[str, Tensor]
-    kind: ModelKind
+    makes: Makes
     team: Team
 
     @property
@@ -107,17 +107,17 @@ class Distillation:
         shares = [rows[share :: self.team.size] for share in self.team.mine]
         batches = [_whole_batch(share or rows[:1], pad_id).to(self.device) for share in shares]
         with torch.no_grad():
-            expected = [outputs(self.teacher, batch, kind=self.kind) for batch in batches]
+            expected = [outputs(self.teacher, batch, makes=self.makes) for batch in batches]
         parts = [
-            weight(target, batch, kind=self.kind) * bool(share)
+            weight(target, batch, makes=self.makes) * bool(share)
             for share, batch, target in zip(shares, batches, expected, strict=True)
         ]
         whole = self.team.sum(parts)
         flat = []
         for batch, target, part in zip(batches, expected, parts, strict=True):
             with accelerator.autocast():
-                found = outputs(self.student, batch, kind=self.kind)
-                loss = distance(found, target, batch, kind=self.kind)
+                found = outputs(self.student, batch, makes=self.makes)
+                loss = distance(found, target, batch, makes=self.makes)
             for tensor in self.weights.values():
                 tensor.grad = None
             accelerator.backward(loss * (part / whole))
@@ -134,7 +134,7 @@ class Distillation:
         sums = []
         for share in self.team.mine:
             mine = batches[share :: self.team.size]
-            totals = total_distance(self.student, self.teacher, mine, kind=self.kind)
+            totals = total_distance(self.student, self.teacher, mine, makes=self.makes)
             sums.append(torch.tensor(totals, dtype=torch.float64, device=self.device))
         loss = quotient(*self.team.sum(sums).tolist())
         if loss < state.best_loss:
@@ -192,7 +192,7 @@ def heal(
     teacher: Any,
     data: HealingData,
     *,
-    kind: ModelKind,
+    makes: Makes,
     settings: HealingSettings,
     seed: int,
     resume: Callable[[dict[str, Tensor], Any], HealingState | None],
@@ -213,7 +213,7 @@ def heal(
     optimizer = torch.optim.AdamW(list(weights.values()), betas=(0.9, 0.99), weight_decay=0.0)
     optimizer = accelerator.prepare(optimizer)
     state = resume(weights, optimizer)
-    distillation = Distillation(student, teacher, weights, kind, team or Alone())
+    distillation = Distillation(student, teacher, weights, makes, team or Alone())
     distillation.meet(state.step if state else 0)
     batches = [batch.to(device) for batch in _validation(data)]
     if state is None:
@@ -221,7 +221,7 @@ def heal(
         distillation.judge(state, batches)
         state.first_loss = state.best_loss
     far = FAR_LOGITS if classifies(teacher) else FAR
-    peak = peak_rate(settings, state.first_loss, kind=kind, far=far)
+    peak = peak_rate(settings, state.first_loss, makes=makes, far=far)
     num_steps = num_epochs(data.rows, settings) * steps_an_epoch(data.rows, settings)
     evaluate_every = max(1, num_steps // (settings.epochs * settings.evaluations))
     for step, rows in enumerate(_training(data, settings, seed=seed)):
@@ -302,13 +302,13 @@ def settle(linears: Sequence[nn.Module]) -> None:
         parametrize.remove_parametrizations(linear, "weight", leave_parametrized=True)
 
 
-def peak_rate(settings: HealingSettings, first_loss: float, *, kind: ModelKind, far: float = FAR) -> float:
+def peak_rate(settings: HealingSettings, first_loss: float, *, makes: Makes, far: float = FAR) -> float:
     """The peak learning rate: that of the settings, or for an encoder twice that, less if it is close.
 
     Steps keep a model moving at a distance from its original that grows with their size. A model that
     starts closer than that would first move away, and might not return before training ends.
     """
-    if kind != "encoder":
+    if makes != "states":
         return settings.learning_rate
     return settings.learning_rate * ENCODER_RATE * min(1.0, first_loss / far) ** 2
 

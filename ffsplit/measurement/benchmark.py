@@ -160,7 +160,7 @@ def _measure(uri: str, against: str | None, pair: Pair, settings: Settings) -> B
 def _shapes(settings: Settings, checkpoint: Checkpoint) -> list[tuple[int, int]]:
     """The grid. No row is longer than the model can read, with the tokens that it decodes."""
     longest = checkpoint.max_positions or max(settings.lengths)
-    if checkpoint.kind == "causal_lm" and checkpoint.max_positions is not None:
+    if checkpoint.makes == "next_tokens" and checkpoint.max_positions is not None:
         longest -= settings.new_tokens + WARM_UP_RUNS
         if longest < 1:
             raise ConfigError(f"--new-tokens {settings.new_tokens} leaves no room for a prompt in the model")

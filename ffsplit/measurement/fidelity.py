@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn import functional
 
 from ffsplit.calibration.model_inputs import Batch
 from ffsplit.errors import FFSplitError
-from ffsplit.models.family import ModelKind
+from ffsplit.models.family import Makes
 from ffsplit.models.load import classifies, row_logits
 from ffsplit.models.names import base_of
 from ffsplit.models.streamed import StreamedModel
@@ -22,15 +23,13 @@ LARGEST_LOSS = 700.0
 """In nats. A perplexity above e^700 may overflow a float, and carries no more information."""
 
 
-def fidelity(
-    original: Any, compressed: Any, batches: Iterable[Batch], *, kind: ModelKind
-) -> dict[str, float]:
-    """Causal LMs: KL, agreement, perplexity. All others: mean cosines of their last states or embeddings;
-    for classifiers also the error of their logits."""
-    if kind == "causal_lm":
-        return causal_fidelity(original, compressed, batches)
-    if kind == "image_text":
-        return pair_fidelity(original, compressed, batches)
+def fidelity(original: Any, compressed: Any, batches: Iterable[Batch], *, makes: Makes) -> dict[str, float]:
+    """Models that predict tokens: KL, agreement, perplexity. All others: mean cosines of their last states or
+    embeddings; for classifiers also the error of their logits."""
+    if makes in ("next_tokens", "target"):
+        return token_fidelity(original, compressed, batches)
+    if makes == "embeddings":
+        return embedding_fidelity(original, compressed, batches)
     if classifies(original):
         return classifier_fidelity(original, compressed, batches)
     return encoder_fidelity(original, compressed, batches)
@@ -108,31 +107,55 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
     return (states if states.dim() == 3 else states[:, None]).float()  # a head's logits are one state
 
 
+_EMBEDDINGS = re.compile(r"(\w+)_embed(s|dings)")
+
+
 @torch.no_grad()
-def pair_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """Mean cosines over rows of the picture embeddings and of the text embeddings, in [-1, 1]."""
-    sums, num_rows = {"image_cosine": 0.0, "text_cosine": 0.0}, 0
+def embedding_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    """Mean cosines over rows of each embedding that a model returns, in [-1, 1]: `image_cosine` and more."""
+    sums: dict[str, float] = {}
+    num_rows = 0
     for batch in batches:
         first, second = (model(**batch.arguments) for model in (original, compressed))
-        for name, field in (("image_cosine", "image_embeds"), ("text_cosine", "text_embeds")):
-            a_BD, b_BD = (getattr(each, field).float() for each in (first, second))
-            sums[name] += float(functional.cosine_similarity(a_BD, b_BD, dim=-1).sum(dtype=torch.float64))
+        for field, found in first.items():
+            match = _EMBEDDINGS.fullmatch(field)
+            if match is None or not isinstance(found, Tensor):
+                continue
+            a_BD, b_BD = (each[field].float() for each in (first, second))
+            if found.dim() == 3:
+                a_BD, b_BD = a_BD.mean(1), b_BD.mean(1)
+            cosine = functional.cosine_similarity(a_BD, b_BD, dim=-1).sum(dtype=torch.float64)
+            sums[f"{match[1]}_cosine"] = sums.get(f"{match[1]}_cosine", 0.0) + float(cosine)
         num_rows += batch.num_rows
+    if not sums:
+        raise FFSplitError("fidelity: the model returns no embeddings to compare")
     return {name: total / num_rows for name, total in sums.items()}
 
 
+def token_logits(model: Any, batch: Batch) -> Tensor:
+    """A decoder's logits [rows, length, vocabulary], by whatever name the model returns them."""
+    found = model(**batch.arguments)
+    name = "logits" if "logits" in found else next(each for each in found if each.endswith("logits"))
+    logits: Tensor = found[name]
+    return logits
+
+
 @torch.no_grad()
-def causal_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """Means over predicted tokens, in nats: KL(original | compressed), top-1 agreement, perplexities."""
+def token_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    """Means over predicted tokens, in nats: KL(original | compressed), top-1 agreement, perplexities.
+
+    The tokens are those of a text, or of a decoder's target: no places of pictures or sounds.
+    """
     sums = torch.zeros(4, dtype=torch.float64)
     num_tokens = 0
     for batch in batches:
-        is_target = batch.attention_mask[:, 1:].bool()
-        targets = batch.input_ids[:, 1:][is_target]
+        ids, follows = batch.predicted
+        is_target = follows[:, 1:]
+        targets = ids[:, 1:][is_target]
         logits = []
         for model in (original, compressed):
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            logits.append(functional.log_softmax(output[:, :-1][is_target].float(), dim=-1))
+            output = token_logits(model, batch)[:, -ids.shape[1] : -1]
+            logits.append(functional.log_softmax(output[is_target].float(), dim=-1))
         kl = functional.kl_div(logits[1], logits[0], log_target=True, reduction="sum")
         agreement = (logits[0].argmax(-1) == logits[1].argmax(-1)).sum()
         losses = [functional.nll_loss(each, targets, reduction="sum") for each in logits]
@@ -154,7 +177,7 @@ def causal_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) ->
 
 
 def streamed_fidelity(
-    original: StreamedModel, compressed: StreamedModel, batches: Sequence[Batch], *, kind: ModelKind
+    original: StreamedModel, compressed: StreamedModel, batches: Sequence[Batch], *, makes: Makes
 ) -> tuple[dict[str, float], tuple[BlockFidelity, ...]]:
     """The result of `fidelity`, and how far the hidden states differ after each block.
 
@@ -177,7 +200,7 @@ def streamed_fidelity(
                 model.recall(index)
             yield batch.to(original.device)
 
-    return fidelity(original.model, compressed.model, recalled(), kind=kind), tuple(blocks)
+    return fidelity(original.model, compressed.model, recalled(), makes=makes), tuple(blocks)
 
 
 def hidden_of(output: Any) -> Tensor:

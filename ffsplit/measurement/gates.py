@@ -153,6 +153,10 @@ def check_gates(
             raise _error(str(gate), f"for {kind}, {', '.join(measured)} are measured")
         if metric == "memory reduction" and not recipe.measurement.peak_memory:
             raise _error(str(gate), "the recipe does not measure it (peak_memory: false)")
+        if gate.shape and checkpoint.reads_jointly:
+            raise _error(str(gate), "this model is timed on held-out rows, of any length: name no shape")
+        if metric == "memory reduction" and checkpoint.reads_jointly:
+            raise _error(str(gate), "the memory of a model that reads texts with a medium is not measured")
         if gate.shape and longest_row is not None and gate.shape[1] > longest_row:
             raise _error(str(gate), f"the model reads at most {longest_row} tokens per row")
         if gate.task and not any(_names_spec(gate.task[0], spec) for spec in config.eval):
@@ -162,7 +166,7 @@ def check_gates(
 
 def _measured_of(checkpoint: Checkpoint) -> tuple[str, dict[str, Sense]]:
     """What a model is, in words, and which fidelity measures it has."""
-    if checkpoint.compared_as == "causal_lm":
+    if checkpoint.compared_as in ("next_tokens", "target"):
         return "a language model", LANGUAGE_FIDELITY
     if checkpoint.classifies:
         return "a classifier", CLASSIFIER_FIDELITY

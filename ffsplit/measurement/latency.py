@@ -6,7 +6,7 @@ import inspect
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -174,9 +174,11 @@ def paired_latency(
     shapes: Sequence[Shape],
     num_pairs: int,
     limits: Sequence[tuple[Shape | None, float]] = (),
+    example: Callable[[int], Mapping[str, Tensor]] | None = None,
 ) -> tuple[Latency, ...]:
     """p50 and p95 of forward passes of random inputs at each (rows, tokens per row).
 
+    With `example`, of the inputs that it makes of a number of rows, whatever their tokens are.
     Times `num_pairs` pairs; more if the speed-up is so close to one of its `limits` (each for one shape, or
     all) that noise could decide the gate.
     """
@@ -188,6 +190,7 @@ def paired_latency(
                 shape,
                 num_pairs=num_pairs,
                 limits=[limit for where, limit in limits if where in (None, shape)],
+                example=example,
             )
             for shape in shapes
         )
@@ -207,11 +210,24 @@ def batches_allowed(*models: Any) -> Iterator[None]:
 
 
 def _at_shape(
-    original: Any, compressed: Any, shape: Shape, *, num_pairs: int, limits: Sequence[float]
+    original: Any,
+    compressed: Any,
+    shape: Shape,
+    *,
+    num_pairs: int,
+    limits: Sequence[float],
+    example: Callable[[int], Mapping[str, Tensor]] | None,
 ) -> Latency:
     rows, tokens = shape
-    vocab_size = min(map(vocab_size_of, (original, compressed)))
-    inputs = example_inputs(original, num_rows=rows, num_tokens=tokens, vocab_size=vocab_size)
+    if example is None:
+        vocab_size = min(map(vocab_size_of, (original, compressed)))
+        inputs: Mapping[str, Tensor] = example_inputs(
+            original, num_rows=rows, num_tokens=tokens, vocab_size=vocab_size
+        )
+    else:
+        inputs = example(rows)
+        ids = [inputs[name] for name in ("input_ids", "decoder_input_ids") if name in inputs]
+        tokens = ids[0].shape[1] if ids else tokens
 
     def timed(count: int) -> NDArray[np.float64]:
         return paired_times(

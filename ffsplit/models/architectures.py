@@ -29,7 +29,7 @@ _ROWS = (
     bert_like("deberta-v2", norm_eps=1e-7),
     row(
         "distilbert",
-        "encoder",
+        "states",
         "transformer.layer.*",
         FFNPaths(
             up="ffn.lin1",
@@ -43,14 +43,14 @@ _ROWS = (
     ),
     row(
         "modernbert",
-        "encoder",
+        "states",
         "layers.*",
         mlp("Wi", "Wo", fused=True),
         activation_field="hidden_activation",
     ),
     row(
         "gpt2",
-        "causal_lm",
+        "next_tokens",
         "h.*",
         mlp("c_fc", "c_proj", transposed=True, width_field="n_inner"),
         layers_field="n_layer",
@@ -58,17 +58,17 @@ _ROWS = (
         default_activation="gelu_new",
         options={"positions_field": "n_positions"},
     ),
-    row("gpt_neox", "causal_lm", "layers.*", mlp(*NEOX_MLP)),
+    row("gpt_neox", "next_tokens", "layers.*", mlp(*NEOX_MLP)),
     row(
         "falcon",
-        "causal_lm",
+        "next_tokens",
         "h.*",
         mlp(*NEOX_MLP, width_field="ffn_hidden_size"),
         activation_field="activation",
     ),
     row(
         "bloom",
-        "causal_lm",
+        "next_tokens",
         "h.*",
         mlp(*NEOX_MLP, module=None, activation="mlp.gelu_impl", width_field=None),
         layers_field="n_layer",
@@ -77,7 +77,7 @@ _ROWS = (
     ),
     row(
         "opt",
-        "causal_lm",
+        "next_tokens",
         "decoder.layers.*",
         fc_ffn("ffn_dim"),
         activation_field="activation_function",
@@ -91,15 +91,17 @@ _ROWS = (
     llama_like("gemma3_text", **_GEMMA),
     row(
         "phi3",
-        "causal_lm",
+        "next_tokens",
         "layers.*",
         mlp("gate_up_proj", "down_proj", fused=True),
         default_activation="silu",
     ),
-    row("starcoder2", "causal_lm", "layers.*", mlp("c_fc", "c_proj"), default_activation="gelu_pytorch_tanh"),
+    row(
+        "starcoder2", "next_tokens", "layers.*", mlp("c_fc", "c_proj"), default_activation="gelu_pytorch_tanh"
+    ),
     row(
         "mixtral",
-        "causal_lm",
+        "next_tokens",
         "layers.*",
         experts(),
         default_activation="silu",
@@ -115,14 +117,14 @@ _ROWS = (
     llama_like("qwen2_moe", experts(width_field="moe_intermediate_size"), shared_expert()),
     llama_like("qwen3_moe", experts(width_field="moe_intermediate_size")),
     t5_like("t5"),
-    bart_like("bart", "seq2seq", encoder_mask="attention_mask", output_norm="final_layer_norm"),
-    bart_like("marian", "seq2seq", encoder_mask="attention_mask", output_norm="final_layer_norm"),
+    bart_like("bart", encoder_mask="attention_mask", output_norm="final_layer_norm"),
+    bart_like("marian", encoder_mask="attention_mask", output_norm="final_layer_norm"),
     bart_like(
-        "whisper", "speech", encoder_mask=None, output_norm=None, positions_field="max_target_positions"
+        "whisper", reads="sound", encoder_mask=None, output_norm=None, positions_field="max_target_positions"
     ),
     row(
         "vit",
-        "image",
+        "states",
         "layers.*",
         mlp("fc1", "fc2"),
         reads="image",
@@ -143,7 +145,7 @@ _ROWS = (
     clip_like("siglip", activation="gelu_pytorch_tanh", text_mask=None, head=True),
     row(
         "wav2vec2",
-        "audio",
+        "states",
         "encoder.layers.*",
         FFNPaths(
             up="feed_forward.intermediate_dense", down="feed_forward.output_dense", module="feed_forward"

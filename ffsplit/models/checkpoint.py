@@ -18,9 +18,10 @@ from ffsplit.ffn.activations import OTHER_NAMES
 from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.detection import detect_architecture
-from ffsplit.models.family import Architecture, ModelKind, Tower
+from ffsplit.models.family import TEXT, Architecture, Makes, Media, Tower
 from ffsplit.models.ffns import FFNPlace, base_prefixes, config_part, find_ffns, towers_in, without
 from ffsplit.models.folder import CONFIG_NAME, ModelFolder, check_no_pointers, local_listing, sort_files
+from ffsplit.models.inputs import CLASSIFIERS, DECODERS, GENERATORS
 from ffsplit.models.load_options import check_trusted, code_files
 from ffsplit.models.names import TensorNames, empty_class
 from ffsplit.models.not_a_model import check_is_model, check_modules, check_not_quantized
@@ -33,10 +34,6 @@ from ffsplit.models.tensor_files import (
     read_spans,
 )
 
-GENERATORS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-"""Class name endings of models that predict the next token."""
-CLASSIFIERS = ("ForSequenceClassification",)
-"""Class name endings of models whose head reads one state per row and returns its logits."""
 NARROWED = "narrowed"
 """The form of a compressed checkpoint whose FFNs differ from the original's only in width, layer by layer.
 
@@ -66,6 +63,7 @@ class Checkpoint:
     ffns: tuple[FFNPlace, ...]
     read: Mapping[str, ReadTensor | None] | None = None
     left_out: tuple[FFNPlace, ...] = ()
+    given: Media = ()
 
     @cached_property
     def names(self) -> TensorNames:
@@ -111,29 +109,57 @@ class Checkpoint:
         return *self.ffns, *self.left_out
 
     @property
-    def kind(self) -> ModelKind:
-        """What it reads. A model with only one of its family's towers reads what that tower reads."""
-        towers = {tower.name for tower in self.towers}
-        alone: dict[ModelKind, dict[str, ModelKind]] = {
-            "seq2seq": {"encoder": "encoder"},
-            "speech": {"encoder": "audio"},
-            "image_text": {"text": "encoder", "vision": "image"},
-        }
-        family = self.architecture.kind
-        first, *others = sorted(towers - {"vision head"})
-        return family if others else alone.get(family, {}).get(first, family)
+    def reads(self) -> Media:
+        """What a row of its calibration data holds: as given, or the least that its family reads.
+
+        A model with only one of its family's towers reads what that tower reads.
+        """
+        if self.given:
+            return self.given
+        return self.architecture.reads if self._alone is None else (self._alone.reads,)
 
     @property
-    def compared_as(self) -> ModelKind:
-        """Which outputs are compared. A causal LM with another head is compared by its hidden states."""
-        if self.kind != "causal_lm" or self.class_name.endswith(GENERATORS):
-            return self.kind
-        return "encoder"
+    def makes(self) -> Makes:
+        """What it makes of a row. An encoder alone makes states."""
+        return self.architecture.makes if self._alone is None else "states"
+
+    @property
+    def _alone(self) -> Tower | None:
+        """The encoder, if its files have that tower only of a family with several."""
+        several = len(self.architecture.towers) > 1
+        if not several or self.architecture.makes not in ("target", "embeddings"):
+            return None
+        first, *others = (each for each in self.towers if each.name != "vision head")
+        return None if others or first.name == "decoder" else first
+
+    @property
+    def compared_as(self) -> Makes:
+        """Which outputs are compared. With another head, a language model is compared by its states."""
+        heads = {"next_tokens": GENERATORS, "target": DECODERS}.get(self.makes, ("",))
+        return self.makes if self.class_name.endswith(heads) else "states"
+
+    @property
+    def reads_single_texts(self) -> bool:
+        """Whether a row is one text, and no more."""
+        return self.reads == TEXT and self.makes in ("states", "next_tokens")
+
+    @property
+    def reads_jointly(self) -> bool:
+        """Whether a row is a text with a picture or sound, or a video: inputs that cannot be made up."""
+        return len(self.reads) > 1 or "video" in self.reads
+
+    @property
+    def can_heal(self) -> bool:
+        return self.architecture.can_heal(self.reads)
+
+    @property
+    def can_stream(self) -> bool:
+        return self.architecture.can_stream(self.reads)
 
     @property
     def classifies(self) -> bool:
-        """Whether its head returns logits for a whole row of text."""
-        return self.kind in ("encoder", "causal_lm") and self.class_name.endswith(CLASSIFIERS)
+        """Whether its head returns logits for a whole row."""
+        return self.class_name.endswith(CLASSIFIERS)
 
     @property
     def has_experts(self) -> bool:
@@ -277,12 +303,12 @@ def tokenizer_files(directory: Path) -> tuple[str, ...]:
 
 
 def open_checkpoint(
-    directory: Path, *, uneven: bool = False, left_out: Collection[str] | None = None
+    directory: Path, *, uneven: bool = False, left_out: Collection[str] | None = None, reads: Media = ()
 ) -> Checkpoint:
     """Read and check a checkpoint's config and headers.
 
-    `uneven` also accepts a NARROWED one. `left_out` are the names of FFNs to leave as they are; None: those
-    that no calibration data of the family's kind reaches.
+    `uneven` also accepts a NARROWED one. `reads` is what the calibration data holds; (): the least that the
+    family reads. `left_out` are the names of FFNs to leave as they are; None: those that it does not reach.
 
     Raises ConfigError when it is not a safetensors checkpoint or has code that is not trusted, and
     UnsupportedModelError when its FFNs are not where the table says, or its structure shows none.
@@ -322,9 +348,10 @@ def open_checkpoint(
                 )
     _check_config(directory, config, ffns, widths_differ=bool(stored))
     if left_out is None:
-        left_out = [ffn.name for ffn in ffns if ffn.tower not in architecture.reached]
-    reached, others = without(ffns, left_out), tuple(ffn for ffn in ffns if ffn.name in left_out)
-    checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, reached, read, others)
+        reached = architecture.reached_by(reads or architecture.reads)
+        left_out = [ffn.name for ffn in ffns if ffn.tower not in reached]
+    kept, others = without(ffns, left_out), tuple(ffn for ffn in ffns if ffn.name in left_out)
+    checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, kept, read, others, reads)
     check_modules(listing, checkpoint.folder.files)
     return checkpoint
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -22,7 +22,8 @@ from ffsplit.compat.transformers import activation_of
 from ffsplit.errors import UnsupportedModelError, explained
 from ffsplit.ffn.activations import ACTIVATIONS
 from ffsplit.models.architectures import ARCHITECTURES
-from ffsplit.models.family import Architecture, FFNPaths, ModelKind, Reads, Tower
+from ffsplit.models.family import Architecture, FFNPaths, Medium, Tower
+from ffsplit.models.inputs import MEDIUM_OF, use_of
 from ffsplit.models.load_options import attention_advice, attention_options
 from ffsplit.models.names import base_of, main_inputs
 from ffsplit.models.probe import gating_of
@@ -38,7 +39,7 @@ from ffsplit.models.structure import (
 from ffsplit.models.width_fields import with_width_fields
 
 _ACTIVATION_WORDS = re.compile(r"act|feed_forward_proj")
-_SOUND_OR_PICTURE: tuple[tuple[str, Reads], ...] = (
+_SOUND_OR_PICTURE: tuple[tuple[str, Medium], ...] = (
     (r"vision|visual|image|picture|video|vit|pixel|projector|q_?former|resampler|perceiver", "image"),
     (r"audio|speech|sound|acoustic", "sound"),
 )
@@ -156,9 +157,10 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
         )
     check_nothing_is_left(modules, found, family)
     towers = tuple(_towers(base, modules, found, config))
+    use = use_of(model, base, config)
     return Architecture(
         model_type=family,
-        kind=_kind(base, config),
+        **use._asdict(),
         towers=towers,
         base="" if base is model else model.base_model_prefix,
         num_ffns=sum(each.num_ffns for each in found),
@@ -255,12 +257,9 @@ def _is_same(first: str, second: str) -> bool:
 
 def _takes_one(module: nn.Module) -> bool:
     """Whether a module's forward needs one argument alone. MPT's FFN adds the residual itself."""
-    needed = [
-        parameter
-        for parameter in inspect.signature(module.forward).parameters.values()
-        if parameter.default is parameter.empty and parameter.kind != parameter.VAR_KEYWORD
-    ]
-    return len(needed) == 1
+    found = inspect.signature(module.forward).parameters.values()
+    named = [each for each in found if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    return sum(each.default is each.empty for each in named) == 1
 
 
 def _told_apart(ffns: Iterable[FFNPaths]) -> tuple[FFNPaths, ...]:
@@ -356,48 +355,11 @@ def _config_at(config: Mapping[str, Any], part: str | None) -> Mapping[str, Any]
     return config
 
 
-def _reads(base: Any, modules: Modules, block: str) -> Reads:
+def _reads(base: Any, modules: Modules, block: str) -> Medium:
     """What the tokens of a tower are made from."""
     for path, owner in _parents(block, modules):
         for pattern, reads in _SOUND_OR_PICTURE:
             if re.search(pattern, path.lower()):
                 return reads
-        return _MAIN_INPUTS.get(main_inputs(owner)[0], "text")
+        return MEDIUM_OF.get(main_inputs(owner)[0], "text")
     return "text"
-
-
-_MAIN_INPUTS: dict[str, Reads] = {
-    "input_ids": "text",
-    "pixel_values": "image",
-    "input_values": "sound",
-    "input_features": "sound",
-}
-
-
-def _kind(base: Any, config: Mapping[str, Any]) -> ModelKind:
-    """What a model reads, and which of its outputs are compared."""
-    from transformers.models.auto import modeling_auto as auto
-
-    main, *_ = main_inputs(base)
-    reads = _MAIN_INPUTS.get(main)
-    family, (name, *_) = str(config["model_type"]), config.get("architectures") or [""]
-    if config.get("is_encoder_decoder") and "decoder_input_ids" in inspect.signature(base.forward).parameters:
-        kind = {"text": "seq2seq", "sound": "speech"}.get(reads or "")
-    elif hasattr(base, "get_text_features") and hasattr(base, "get_image_features"):
-        kind = "image_text"
-    elif reads != "text":
-        kind = {"image": "image", "sound": "audio"}.get(reads or "")
-    else:
-        named = str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-        causal = family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
-            family in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        )
-        masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        kind = "causal_lm" if named or config.get("is_decoder") or (causal and not masked) else "encoder"
-    if kind is None:
-        made = f"makes text of {main}" if reads else f"reads {main}"
-        raise UnsupportedModelError(
-            f"{family} is not in the table of architectures, and it {made}: FFSplit calibrates models that "
-            "read text, pictures or sound, and those that make text of text or of sound"
-        )
-    return cast(ModelKind, kind)

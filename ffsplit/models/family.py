@@ -14,21 +14,13 @@ from ffsplit.config import Record
 # each), and a tower lists the FFNs that its blocks may have. The tensors decide which of them a checkpoint
 # has: a row may name a decoder, a gate or experts that some models of the family lack.
 
-ModelKind = Literal["encoder", "causal_lm", "seq2seq", "speech", "image", "image_text", "audio"]
-"""What a model reads, and which of its outputs are compared."""
-Reads = Literal["text", "image", "sound"]
-"""What the tokens of a tower are made from."""
-READ_BY: dict[ModelKind, tuple[Reads, ...]] = {
-    "encoder": ("text",),
-    "causal_lm": ("text",),
-    "seq2seq": ("text",),
-    "speech": ("sound", "text"),
-    "image": ("image",),
-    "image_text": ("image", "text"),
-    "audio": ("sound",),
-}
-"""What the calibration data of a kind of model holds."""
-TEXT_KINDS: tuple[ModelKind, ...] = ("encoder", "causal_lm", "seq2seq")
+Medium = Literal["text", "image", "sound", "video"]
+"""What a row of calibration data holds, and what the tokens of a tower are made from."""
+Media = tuple[Medium, ...]
+TEXT: Media = ("text",)
+Makes = Literal["states", "next_tokens", "target", "embeddings"]
+"""What a model makes of a row, which is what is compared: states (or a head's logits), the logits of each
+token from those before it, those of a decoder's target text, or one embedding for each medium."""
 
 
 class FFNPaths(Record):
@@ -91,7 +83,7 @@ class Tower(Record):
     activation_field: str | None = "hidden_act"
     default_activation: str = "gelu"
     norm_eps: float = 1e-12
-    reads: Reads = "text"
+    reads: Medium = "text"
     mask: str | None = Field(
         default="attention_mask", description="the mask of tokens without padding; None: all positions"
     )
@@ -110,7 +102,9 @@ class Architecture(Record):
     """One model family, by the `model_type` of its config.json."""
 
     model_type: str
-    kind: ModelKind
+    reads: Media = Field(default=TEXT, description="what a row of calibration data must hold")
+    may_read: Media = Field(default=(), description="what it may hold besides")
+    makes: Makes = "states"
     towers: tuple[Tower, ...]
     file_names: tuple[tuple[str, str], ...] = Field(
         default=(), description="parts of a module's path and their names in files, replaced in this order"
@@ -125,31 +119,40 @@ class Architecture(Record):
         default=None, description="how many the model has, each expert counted; None: the tensors tell"
     )
 
-    @property
-    def can_heal(self) -> bool:
-        """Whether it can be trained to reproduce its original's outputs: it must read single rows of text."""
-        experts = any(ffn.experts for tower in self.towers for ffn in tower.ffns)
-        return self.kind in ("encoder", "causal_lm") and not experts
-
-    @property
-    def reached(self) -> tuple[Tower, ...]:
-        """The towers that calibration data of its kind reaches; all, if it reaches none."""
-        found = tuple(tower for tower in self.towers if tower.reads in READ_BY[self.kind])
+    def reached_by(self, media: Media) -> tuple[Tower, ...]:
+        """The towers that rows of these media reach; all, if they reach none."""
+        found = tuple(tower for tower in self.towers if tower.reads in media)
         return found or self.towers
 
-    @property
-    def can_stream(self) -> bool:
-        """Whether a model can be loaded one block at a time: it has one list of blocks, and reads text."""
-        (tower, *others) = self.reached
-        return not others and bool(tower.mask) and tower.is_list and tower.blocks.count("*") == 1
+    def can_heal(self, media: Media = TEXT) -> bool:
+        """Whether it can be trained to reproduce its original's outputs on rows of these media.
+
+        Healing reads single texts. Experts cannot be healed.
+        """
+        experts = any(ffn.experts for tower in self.towers for ffn in tower.ffns)
+        return self.reads_text_alone(media) and not experts
+
+    def can_stream(self, media: Media = TEXT) -> bool:
+        """Whether rows of these media can go through it one block at a time.
+
+        They must be single texts, and reach one list of blocks.
+        """
+        (tower, *others) = self.reached_by(media)
+        is_one_list = not others and bool(tower.mask) and tower.is_list and tower.blocks.count("*") == 1
+        return is_one_list and self.reads_text_alone(media)
+
+    def reads_text_alone(self, media: Media) -> bool:
+        """Whether a row of these media is a single text."""
+        return media == TEXT and self.reads == TEXT and self.makes in ("states", "next_tokens")
 
 
 def row(
-    model_type: str, kind: ModelKind, blocks: str, *ffns: FFNPaths, options: Any = (), **tower: Any
+    model_type: str, makes: Makes, blocks: str, *ffns: FFNPaths, options: Any = (), **tower: Any
 ) -> Architecture:
     """A family with one tower. `options` are fields of the row; other keywords are fields of its tower."""
     towers = (Tower(blocks=blocks, ffns=ffns, **tower),)
-    return Architecture(model_type=model_type, kind=kind, towers=towers, **dict(options))
+    reads = (towers[0].reads,)
+    return Architecture(model_type=model_type, reads=reads, makes=makes, towers=towers, **dict(options))
 
 
 def bert_like(model_type: str, *, norm_eps: float = 1e-12, **options: Any) -> Architecture:
@@ -159,7 +162,7 @@ def bert_like(model_type: str, *, norm_eps: float = 1e-12, **options: Any) -> Ar
         activation="intermediate.intermediate_act_fn",
         output_norm="output.LayerNorm",
     )
-    return row(model_type, "encoder", "encoder.layer.*", ffn, norm_eps=norm_eps, options=options)
+    return row(model_type, "states", "encoder.layer.*", ffn, norm_eps=norm_eps, options=options)
 
 
 def mlp(up: str, down: str, **options: Any) -> FFNPaths:
@@ -172,7 +175,7 @@ NEOX_MLP = ("dense_h_to_4h", "dense_4h_to_h")
 
 def llama_like(model_type: str, *more: FFNPaths, blocks: str = "layers.*", **tower: Any) -> Architecture:
     tower = {"default_activation": "silu", **tower}
-    return row(model_type, "causal_lm", blocks, LLAMA_MLP, *more, **tower)
+    return row(model_type, "next_tokens", blocks, LLAMA_MLP, *more, **tower)
 
 
 def experts(**options: Any) -> FFNPaths:
@@ -207,7 +210,12 @@ def fc_ffn(width_field: str, *, output_norm: str | None = None) -> FFNPaths:
 
 
 def bart_like(
-    model_type: str, kind: ModelKind, *, encoder_mask: str | None, output_norm: str | None, **options: Any
+    model_type: str,
+    *,
+    reads: Medium = "text",
+    encoder_mask: str | None,
+    output_norm: str | None,
+    **options: Any,
 ) -> Architecture:
     def tower(side: str, mask: str | None) -> Tower:
         return Tower(
@@ -217,12 +225,13 @@ def bart_like(
             layers_field=f"{side}_layers",
             activation_field="activation_function",
             norm_eps=1e-5,
-            reads="sound" if kind == "speech" and side == "encoder" else "text",
+            reads=reads if side == "encoder" else "text",
             mask=mask,
         )
 
     towers = (tower("encoder", encoder_mask), tower("decoder", "decoder_attention_mask"))
-    return Architecture(model_type=model_type, kind=kind, towers=towers, **options)
+    media = tuple(dict.fromkeys((reads, *TEXT)))
+    return Architecture(model_type=model_type, reads=media, makes="target", towers=towers, **options)
 
 
 def t5_like(model_type: str) -> Architecture:
@@ -246,7 +255,7 @@ def t5_like(model_type: str) -> Architecture:
         tower("encoder", 1, "num_layers", "attention_mask"),
         tower("decoder", 2, "num_decoder_layers", "decoder_attention_mask"),
     )
-    return Architecture(model_type=model_type, kind="seq2seq", towers=towers)
+    return Architecture(model_type=model_type, makes="target", towers=towers)
 
 
 def clip_like(model_type: str, *, activation: str, text_mask: str | None, head: bool) -> Architecture:
@@ -267,4 +276,5 @@ def clip_like(model_type: str, *, activation: str, text_mask: str | None, head: 
     ]
     if head:
         towers.append(tower("vision_head", "vision_model.head", None))
-    return Architecture(model_type=model_type, kind="image_text", towers=tuple(towers))
+    media: Media = ("image", "text")
+    return Architecture(model_type=model_type, reads=media, makes="embeddings", towers=tuple(towers))

@@ -15,6 +15,7 @@ from ffsplit.config import Record
 from ffsplit.directories import user_path
 from ffsplit.errors import ArtifactError, ConfigError
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.family import Media
 from ffsplit.models.folder import CONFIG_NAME, MOST_NAMES, FolderFiles, Listing, local_listing, sort_files
 from ffsplit.models.not_a_model import check_is_model, check_modules
 from ffsplit.store.artifact import locate
@@ -32,17 +33,18 @@ class ModelSource(Record):
 
     With several hosts, `files` are what each must find at the path. With `stored`, the path is ignored:
     every host fetches the files into its own cache. `left_out` are the names of FFNs that a run leaves as
-    they are; None: the usual ones.
+    they are; None: the usual ones. `reads` is what its calibration data holds.
     """
 
     path: str
     files: tuple[FileEntry, ...] = ()
     stored: StoredFiles | None = None
     left_out: tuple[str, ...] | None = None
+    reads: Media = ()
 
     def checkpoint(self, *, uneven: bool = False) -> Checkpoint:
         """The checkpoint on this host. Raises as `directory` and `open_checkpoint` do."""
-        return open_checkpoint(self.directory(), uneven=uneven, left_out=self.left_out)
+        return open_checkpoint(self.directory(), uneven=uneven, left_out=self.left_out, reads=self.reads)
 
     def directory(self) -> Path:
         """The directory on this host. Raises ConfigError when this host does not see it."""
@@ -66,14 +68,15 @@ class ModelSource(Record):
         )
 
 
-def described(directory: Path, *, left_out: tuple[str, ...] | None = None) -> ModelSource:
+def described(source: ModelSource) -> ModelSource:
     """A local checkpoint with the digests of its files, its own code included. Reads every file."""
+    directory = Path(source.path)
     entries = tuple(
         FileEntry(path=name, size_bytes=path.stat().st_size, sha256=sha256_file(path))
         for name in sort_files(local_listing(directory)).wanted
         for path in [directory / name]
     )
-    return ModelSource(path=str(directory), files=entries, left_out=left_out)
+    return source.model_copy(update={"files": entries})
 
 
 def staged(source: ModelSource, scratch: Scratch, *, once: bool) -> ModelSource:
@@ -84,7 +87,7 @@ def staged(source: ModelSource, scratch: Scratch, *, once: bool) -> ModelSource:
         if there.get(f"{prefix}/{entry.path}") != entry.size_bytes:
             store.put_file(f"{prefix}/{entry.path}", Path(source.path, entry.path).resolve())
     stored = StoredFiles(uri=f"{store.uri}/{prefix}", files=source.files)
-    return ModelSource(path=source.path, stored=stored, left_out=source.left_out)
+    return source.model_copy(update={"files": (), "stored": stored})
 
 
 def _size(path: Path) -> int | None:

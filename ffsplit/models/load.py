@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -10,9 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ffsplit.compat.transformers import fill, names_read, replace_quantized
+from ffsplit.compat.transformers import (
+    fill,
+    has_joint_processor,
+    names_read,
+    pictures_alone,
+    replace_quantized,
+)
 from ffsplit.errors import ConfigError, UnsupportedModelError, explained
-from ffsplit.models.checkpoint import CLASSIFIERS, GENERATORS, Checkpoint, tokenizer_files
+from ffsplit.models.checkpoint import Checkpoint, tokenizer_files
+from ffsplit.models.inputs import CLASSIFIERS, GENERATORS, needed_arguments, unreadable
 from ffsplit.models.load_options import (
     attention_advice,
     attention_options,
@@ -38,7 +46,7 @@ def may_search(checkpoint: Checkpoint) -> bool:
 
     It does if layers matter unevenly (classifiers) and their widths may differ (no experts).
     """
-    return checkpoint.classifies and not checkpoint.has_experts
+    return checkpoint.classifies and checkpoint.reads_single_texts and not checkpoint.has_experts
 
 
 def row_logits(model: Any, arguments: Mapping[str, Tensor]) -> Tensor:
@@ -276,6 +284,57 @@ def load_processor(checkpoint: Checkpoint, medium: Literal["image", "sound"]) ->
     chosen = AutoImageProcessor if medium == "image" else AutoFeatureExtractor
     with quiet_transformers(), explained(f"{checkpoint.directory} has no {medium} processor that loads"):
         return chosen.from_pretrained(checkpoint.directory, local_files_only=True, **options)
+
+
+def load_joint_processor(checkpoint: Checkpoint) -> Any | None:
+    """The processor that turns texts together with pictures or sounds into inputs; None if it has none.
+
+    Raises ConfigError when it does not load.
+    """
+    from transformers import AutoProcessor, ProcessorMixin
+
+    with (
+        quiet_transformers(),
+        pictures_alone(),
+        explained(f"{checkpoint.directory} has no processor that loads"),
+    ):
+        if not has_joint_processor(checkpoint.directory, checkpoint.architecture.model_type):
+            return None
+        found = AutoProcessor.from_pretrained(
+            checkpoint.directory, local_files_only=True, trust_remote_code=trusted()
+        )
+    return found if isinstance(found, ProcessorMixin) else None
+
+
+def forward_arguments(checkpoint: Checkpoint) -> Mapping[str, inspect.Parameter]:
+    """The arguments of the forward of a checkpoint's class; none for a class of the model's own code.
+
+    What a class hands on to its base model unnamed is among them.
+    """
+    import transformers
+
+    if remote_classes(checkpoint.directory):
+        return {}
+    base = transformers.MODEL_MAPPING.get(type(load_config(checkpoint.directory)), None)
+    base = base[0] if isinstance(base, tuple) else base
+    chosen = model_class(checkpoint.class_name, where=checkpoint.directory)
+    chosen = base if chosen is transformers.AutoModel else chosen
+    found = dict(inspect.signature(chosen.forward).parameters)
+    if base is not None and any(each.kind == each.VAR_KEYWORD for each in found.values()):
+        handed_on = inspect.signature(base.forward).parameters
+        found |= {name: each for name, each in handed_on.items() if name not in found}
+    return found
+
+
+def check_arguments(checkpoint: Checkpoint, given: Collection[str]) -> None:
+    """Raise UnsupportedModelError if a model needs arguments that its rows do not give.
+
+    Such a model is most often a part of another, which makes the arguments.
+    """
+    needed = needed_arguments(forward_arguments(checkpoint))
+    missing = [name for name in needed if name not in given]
+    if missing:
+        raise unreadable(load_config(checkpoint.directory), missing)
 
 
 def _make(chosen: Any, config: Any, **options: Any) -> Any:

@@ -101,12 +101,15 @@ def empty_class(directory: Path, class_name: str) -> Any | None:
 def base_of(model: Any) -> Any:
     """The model without its task head: the part that `base_model_prefix` names, or the model itself.
 
-    Some base models have a part by that name too, which does not take the model's inputs.
+    Some base models have a part by that name too, which does not take the model's inputs, and some heads
+    decode a text for a base model that reads something else.
     """
     inner = getattr(model, model.base_model_prefix, None) if model.base_model_prefix else None
-    if inner is None or main_inputs(model)[0] not in inspect.signature(inner.forward).parameters:
+    if inner is None:
         return model
-    return inner
+    outer_takes, takes = (inspect.signature(each.forward).parameters for each in (model, inner))
+    decodes = "decoder_input_ids" in outer_takes and "decoder_input_ids" not in takes
+    return model if decodes or main_inputs(model)[0] not in takes else inner
 
 
 def main_inputs(model: Any) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ def chosen(checkpoint: Checkpoint, *, only: Sequence[str], skip: Sequence[str]) 
     if len(left_out) == len(checkpoint.ffns):
         raise ConfigError("--only and --skip leave no FFN to compress")
     names = [*left_out, *(ffn.name for ffn in checkpoint.left_out)]
-    return open_checkpoint(checkpoint.directory, left_out=names)
+    return open_checkpoint(checkpoint.directory, left_out=names, reads=checkpoint.given)
 
 
 def left_out_ffns(checkpoint: Checkpoint) -> tuple[LeftOutFFNs, ...]:
@@ -45,7 +45,7 @@ def left_out_ffns(checkpoint: Checkpoint) -> tuple[LeftOutFFNs, ...]:
     found = []
     for tower in dict.fromkeys(ffn.tower for ffn in checkpoint.left_out):
         shapes = [ffn.shape for ffn in checkpoint.left_out if ffn.tower == tower]
-        is_reached = tower in checkpoint.architecture.reached
+        is_reached = tower in checkpoint.architecture.reached_by(checkpoint.reads)
         found.append(
             LeftOutFFNs(
                 tower=tower.name,

@@ -16,7 +16,6 @@ from ffsplit.config import Record, describe_validation_error
 from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, explained, reason_of
 from ffsplit.healing.settings import HealingSettings
-from ffsplit.models.family import ModelKind
 from ffsplit.splitting.scores import ScoreName
 from ffsplit.splitting.solver import HeavyRule
 
@@ -125,9 +124,12 @@ class Recipe(Record):
         calibration = self.calibration.reading(samples=samples, max_length=max_length)
         return self.model_copy(update={"calibration": calibration})
 
-    def settled(self, kind: ModelKind, *, max_positions: int | None) -> Recipe:
-        """This recipe, with calibration defaults for a kind of model; `max_positions` None: no limit."""
-        calibration = self.calibration.settled(kind, max_positions=max_positions)
+    def settled(self, *, windows: bool, max_positions: int | None) -> Recipe:
+        """This recipe, with calibration defaults for rows that are windows of running text, or not.
+
+        `max_positions` None: no limit.
+        """
+        calibration = self.calibration.settled(windows=windows, max_positions=max_positions)
         return self.model_copy(update={"calibration": calibration})
 
     def searching(self, search: bool) -> Recipe:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ffsplit.calibration.model_inputs import Reader, TextReader, make_reader, num_rows_within, tokenize_rows
+from ffsplit.calibration.model_inputs import TextReader, num_rows_within, tokenize_rows
+from ffsplit.calibration.readers import Reader, make_reader
 from ffsplit.calibration.sampling import CalibrationSettings, TextSample
 from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, explained
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.family import TEXT_KINDS
+from ffsplit.models.family import TEXT
 from ffsplit.models.load import check_complete, check_model_class
 from ffsplit.models.load_options import attention_advice
 from ffsplit.recipes.recipe import Recipe
@@ -66,23 +67,21 @@ def check_calibrates(config: JobConfig) -> None:
 def check_row_length(max_length: int, *, checkpoint: Checkpoint) -> None:
     """Raise ConfigError when rows are longer than the model reads."""
     longest = checkpoint.max_positions
-    if longest is not None and max_length > longest and checkpoint.kind in TEXT_KINDS:
+    if longest is not None and max_length > longest and checkpoint.reads == TEXT:
         raise ConfigError(f"--max-length {max_length} is more than the model's {longest} positions")
 
 
 def check_capabilities(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint) -> None:
     """Raise ConfigError for options that this model family does not support."""
     family = checkpoint.architecture.model_type
-    if (
-        recipe.healing is not None or recipe.after_healing is not None
-    ) and not checkpoint.architecture.can_heal:
+    if (recipe.healing is not None or recipe.after_healing is not None) and not checkpoint.can_heal:
         raise ConfigError(
             f"recipe {recipe.name}: healing and after_healing do not work for {family} yet: "
             "use a recipe without them, such as fast"
         )
     if recipe.expert_share:
         check_has_experts(checkpoint, recipe=recipe)
-    if config.block_by_block and not checkpoint.architecture.can_stream:
+    if config.block_by_block and not checkpoint.can_stream:
         raise ConfigError(
             f"--block-by-block needs a model with a single stack of blocks; {family} has several"
         )

@@ -172,7 +172,7 @@ def estimate(run: Run) -> Needs:
 
     def streamed(whole_bytes: int, available: int | None) -> bool:
         is_too_large = available is not None and whole_bytes > available
-        return config.block_by_block or (is_too_large and work.checkpoint.architecture.can_stream)
+        return config.block_by_block or (is_too_large and work.checkpoint.can_stream)
 
     def fits(worker_bytes: int) -> bool:
         whole = calibration_bytes(work, block_by_block=False)

@@ -38,11 +38,11 @@ class Execution:
 
     def hand_over(self, directory: Path) -> ModelSource:
         """A checkpoint that this process assembled, readable by workers on any host."""
-        left_out = self.model.left_out
+        source = self.model.model_copy(update={"path": str(directory), "files": (), "stored": None})
         if not self.runner.is_spread:
-            return ModelSource(path=str(directory), left_out=left_out)
+            return source
         return staged(
-            described(directory, left_out=left_out),
+            described(source),
             self.scratch.part(f"checkpoints/{directory.name}"),
             once=False,
         )
@@ -53,8 +53,9 @@ def start(run: Run, runner: Runner, log: StageLog, scratch: Scratch) -> Executio
 
     Raises ConfigError, with nothing left behind, if hosts are incompatible or do not see the scratch.
     """
-    left_out = tuple(ffn.name for ffn in run.checkpoint.left_out)
-    model = ModelSource(path=str(run.checkpoint.directory), left_out=left_out)
+    checkpoint = run.checkpoint
+    left_out = tuple(ffn.name for ffn in checkpoint.left_out)
+    model = ModelSource(path=str(checkpoint.directory), left_out=left_out, reads=checkpoint.reads)
     execution = Execution(run, runner, log, scratch, model)
     if not runner.is_spread:
         return execution
@@ -99,18 +100,18 @@ def _seen_by_all(execution: Execution) -> Scratch:
 
 
 def _model_for_all(execution: Execution) -> ModelSource:
-    run, path = execution.run, str(execution.run.checkpoint.directory)
+    run, source = execution.run, execution.model
     if run.located.stored is not None:
-        source = ModelSource(path=path, stored=run.located.stored, left_out=execution.model.left_out)
+        source = source.model_copy(update={"stored": run.located.stored})
     else:
-        source = described(run.checkpoint.directory, left_out=execution.model.left_out)
+        source = described(source)
         within_s = _longest_s(source)
         seen = execution.runner.on_every_host("inputs", ModelSource.is_here, source, within_s=within_s)
         if all(seen.values()):
             return source
         blind = sorted(host for host, sees in seen.items() if not sees)
         execution.log.note(
-            f"{path}: {len(blind)} of {len(seen)} hosts do not see this model ({blind[0]} is one): "
+            f"{source.path}: {len(blind)} of {len(seen)} hosts do not see this model ({blind[0]} is one): "
             f"copying it to {execution.scratch.uri}/{execution.scratch.prefix} for all"
         )
         source = staged(source, execution.scratch.part("model"), once=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from ffsplit.calibration.media import embedded, read_media, read_pairs
+from ffsplit.calibration.media import embedded, media_given, read_media, read_pairs
 from ffsplit.calibration.sampling import TextSample, passages, sample_texts
 from ffsplit.calibration.sources import read_all
 from ffsplit.calibration.statistics import NeuronStats
@@ -24,7 +24,7 @@ from ffsplit.measurement.size import model_shape
 from ffsplit.measurement.tasks import AnyTask
 from ffsplit.measurement.tasks.evaluations import Evaluation, evaluations_of, key_inputs, read_tasks
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
-from ffsplit.models.family import TEXT_KINDS
+from ffsplit.models.family import TEXT
 from ffsplit.models.fetch import LocatedModel, locate_model
 from ffsplit.models.load import may_search
 from ffsplit.models.load_options import attending, trusting
@@ -193,8 +193,8 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
     located = locate_model(config.model, revision=config.revision)
     if origin is not None and recipe.expert_share:
         check_weighs_experts(origin)
-    checkpoint = chosen(open_checkpoint(located.directory), only=config.only, skip=config.skip)
-    recipe = recipe.settled(checkpoint.kind, max_positions=checkpoint.max_positions)
+    checkpoint = _reading(open_checkpoint(located.directory), config)
+    recipe = recipe.settled(windows=_reads_windows(checkpoint), max_positions=checkpoint.max_positions)
     recipe = recipe.fitting(in_bfloat16=ComputeProfile.fits_in_bfloat16(config))
     recipe = recipe.searching(may_search(checkpoint) and not (config.plain or config.block_by_block))
     for index in range(len(checkpoint.ffns)):
@@ -233,6 +233,19 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
     )
 
 
+def _reading(checkpoint: Checkpoint, config: JobConfig) -> Checkpoint:
+    """The checkpoint with the FFNs that the calibration data reaches, and that --only and --skip leave."""
+    given = media_given(config.calibration, architecture=checkpoint.architecture)
+    if given != checkpoint.architecture.reads:
+        checkpoint = open_checkpoint(checkpoint.directory, reads=given)
+    return chosen(checkpoint, only=config.only, skip=config.skip)
+
+
+def _reads_windows(checkpoint: Checkpoint) -> bool:
+    """Whether a row is a window of running text: for language models that read text alone."""
+    return checkpoint.reads_single_texts and checkpoint.makes == "next_tokens"
+
+
 def _recipe_of(config: JobConfig) -> Recipe:
     """The recipe with the flags that override it."""
     recipe = load_recipe(config.recipe)
@@ -260,12 +273,12 @@ def _make_solver(
 def _sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint, seed: int) -> TextSample:
     """Calibration and held-out rows, each one text, one window of running text (causal LM), one source
     with its target, or one picture or sound."""
-    settings, kind = recipe.calibration, checkpoint.kind
-    if kind in ("encoder", "causal_lm"):
+    settings, reads_text = recipe.calibration, checkpoint.reads == TEXT
+    if checkpoint.reads_single_texts:
         texts = read_all(specs)
     else:
-        texts = read_pairs(specs) if kind == "seq2seq" else read_media(specs, kind=kind)
-    if kind == "causal_lm":
+        texts = read_pairs(specs) if reads_text else read_media(specs, reads=checkpoint.reads)
+    if _reads_windows(checkpoint):
         texts = passages(texts, max_characters=settings.row_length * CHARACTERS_PER_TOKEN)
     sample = sample_texts(
         texts,
@@ -274,7 +287,7 @@ def _sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint
         seed=seed,
         num_validation=settings.held_out if recipe.allocation == "search" or recipe.healing else 0,
     )
-    return sample if kind in TEXT_KINDS else sample.mapped(embedded)
+    return sample if reads_text else sample.mapped(embedded)
 
 
 def _keys(run: Run) -> Keys:

@@ -240,7 +240,7 @@ def _too_little_memory(stage: StageNeeds, needs: Needs, work: Workload) -> str:
     settings = work.recipe.calibration
     if stage.name == "compress":
         smaller = f"a smaller sampled_tokens (now {settings.sampled_tokens})"
-    elif stage.name in ("calibrate", "measure") and work.checkpoint.architecture.can_stream:
+    elif stage.name in ("calibrate", "measure") and work.checkpoint.can_stream:
         dtype = "" if work.itemsize == 2 else "--dtype bfloat16, or "
         smaller = f"{dtype}a smaller batch_tokens (now {settings.batch_tokens})"
     else:

@@ -15,7 +15,7 @@ from ffsplit.distributed.runner import Runner
 from ffsplit.errors import begun
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.measurement.gates import judge, refusal
-from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
+from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.folder import left_out_in_one_line
 from ffsplit.models.selection import left_out_ffns
 from ffsplit.progress import Progress, StageLog
@@ -182,7 +182,9 @@ def _finish(
         replace_weights(whole, heal_checkpoint(execution, recipe.healing, whole))
     if recipe.after_healing is None:
         return layers, None
-    checkpoint = open_checkpoint(whole, uneven=True, left_out=execution.model.left_out)
+    checkpoint = execution.model.model_copy(update={"path": str(whole), "stored": None}).checkpoint(
+        uneven=True
+    )
     plans = _quantization_plans(checkpoint, recipe)
     quantized = compress_layers(
         execution, "quantize", checkpoint, (recipe.after_healing,), plans, shards, part="quantize"

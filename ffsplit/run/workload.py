@@ -65,7 +65,7 @@ class Workload:
     @property
     def num_logits(self) -> int:
         """Logits per token if fidelity compares logits, else 0."""
-        return self.checkpoint.vocab_size if self.checkpoint.compared_as == "causal_lm" else 0
+        return self.checkpoint.vocab_size if self.checkpoint.compared_as in ("next_tokens", "target") else 0
 
     @property
     def num_blocks(self) -> int:
@@ -205,7 +205,7 @@ class Workload:
     def _at_most(self, limit: int | None, rows: Sequence[str]) -> int:
         """About how many tokens of the rows are read."""
         num_tokens = self.tokens_of(rows)
-        if limit is None or self.checkpoint.kind not in ("encoder", "causal_lm"):
+        if limit is None or not self.checkpoint.reads_single_texts:
             return num_tokens
         return min(num_tokens, limit)
 

@@ -16,8 +16,9 @@ import pytest
 import soundfile
 
 from ffsplit.calibration.media import decode_sound, embedded, read_media, read_pairs
-from ffsplit.calibration.model_inputs import _image
+from ffsplit.calibration.readers import _image
 from ffsplit.errors import ConfigError
+from ffsplit.models.family import Media
 
 PICTURES = [b"one", b"two", b"three"]
 
@@ -46,38 +47,39 @@ def folder(tmp_path: Path) -> Path:
     ["pictures", "list.csv#picture", "table.parquet#bytes", "table.parquet#record", "table.parquet#path"],
 )
 def test_pictures_from_every_form(folder: Path, spec: str) -> None:
-    rows = read_media([f"{folder}/{spec}"], kind="image")
+    rows = read_media([f"{folder}/{spec}"], reads=("image",))
     assert [base64.b64decode(json.loads(embedded(row))[0]) for row in rows] == PICTURES
     assert all(len(row) < 500 for row in rows)  # named until they are sampled
 
 
 @pytest.mark.parametrize("spec", ["list.csv#picture,text", "table.parquet#record,text"])
 def test_a_text_beside_each_picture(folder: Path, spec: str) -> None:
-    rows = [json.loads(embedded(row)) for row in read_media([f"{folder}/{spec}"], kind="image_text")]
+    rows = [json.loads(embedded(row)) for row in read_media([f"{folder}/{spec}"], reads=("image", "text"))]
     assert [base64.b64decode(content) for content, _ in rows] == PICTURES
     assert {text for _, text in rows} == {"words"}
 
 
 @pytest.mark.parametrize(
-    ("spec", "kind", "complaint"),
+    ("spec", "reads", "complaint"),
     [
-        ("pictures/more", "audio", "the folder holds no sound: .wav"),
-        ("pictures", "image_text", "this model reads images"),
-        ("none", "image", "name a folder, FILE.parquet#COLUMN or FILE.csv"),
-        ("table.parquet", "image", r"name 1 column\(s\)"),
-        ("table.parquet#bytes", "image_text", r"name 2 column\(s\)"),
-        ("table.parquet#other", "image", "other"),
-        ("gone.parquet#bytes", "image", "not a Parquet file"),
+        ("pictures/more", ("sound",), "the folder holds no sound: .wav"),
+        ("pictures", ("image", "text"), "the folder needs a captions.jsonl"),
+        ("none", ("image", "text"), "this model reads images; name a folder with a captions.jsonl"),
+        ("none", ("image",), "name a folder, FILE.parquet#COLUMN or FILE.csv"),
+        ("table.parquet", ("image",), r"name 1 column\(s\)"),
+        ("table.parquet#bytes", ("image", "text"), r"name 2 column\(s\)"),
+        ("table.parquet#other", ("image",), "other"),
+        ("gone.parquet#bytes", ("image",), "not a Parquet file"),
     ],
 )
-def test_specs_that_name_no_media(folder: Path, spec: str, kind: str, complaint: str) -> None:
+def test_specs_that_name_no_media(folder: Path, spec: str, reads: Media, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint) as caught:
-        read_media([f"{folder}/{spec}"], kind=kind)  # type: ignore[arg-type]
+        read_media([f"{folder}/{spec}"], reads=reads)
     assert "\n" not in str(caught.value)
 
 
 def test_a_picture_that_is_not_there_or_is_none(folder: Path) -> None:
-    rows = read_media([f"{folder}/list.csv#picture"], kind="image")
+    rows = read_media([f"{folder}/list.csv#picture"], reads=("image",))
     with pytest.raises(ConfigError, match="a calibration picture cannot be decoded"):
         _image(json.loads(embedded(rows[0]))[0])
     (folder / "pictures" / "a.png").unlink()

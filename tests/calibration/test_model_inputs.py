@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ffsplit.calibration.model_inputs import make_reader
+from ffsplit.calibration.readers import make_reader
 from ffsplit.models.checkpoint import open_checkpoint
 from tests.tiny_families import save_checkpoint
 

@@ -16,25 +16,25 @@ from tests.tiny_models import MAX_POSITIONS
 
 
 @pytest.mark.parametrize(
-    ("given", "kind", "max_positions", "length", "rows"),
+    ("given", "windows", "max_positions", "length", "rows"),
     [
-        ({}, "encoder", 512, 128, 128),
-        ({}, "encoder", 64, 64, 256),
-        ({}, "seq2seq", None, 128, 128),
-        ({}, "causal_lm", 4096, 512, 32),
-        ({}, "causal_lm", 160, 160, 102),
-        ({}, "causal_lm", None, 512, 32),
-        ({"max_length": 64}, "causal_lm", 4096, 64, 256),
-        ({"max_length": 20000}, "causal_lm", 32768, 20000, 1),
-        ({"shard_size": 8}, "causal_lm", 4096, 512, 8),
+        ({}, False, 512, 128, 128),
+        ({}, False, 64, 64, 256),
+        ({}, False, None, 128, 128),
+        ({}, True, 4096, 512, 32),
+        ({}, True, 160, 160, 102),
+        ({}, True, None, 512, 32),
+        ({"max_length": 64}, True, 4096, 64, 256),
+        ({"max_length": 20000}, True, 32768, 20000, 1),
+        ({"shard_size": 8}, True, 4096, 512, 8),
     ],
 )
 def test_rows_are_as_long_as_the_model_asks_for(
-    given: dict[str, int], kind: Any, max_positions: int | None, length: int, rows: int
+    given: dict[str, int], windows: bool, max_positions: int | None, length: int, rows: int
 ) -> None:
-    settings = CalibrationSettings(**given).settled(kind, max_positions=max_positions)
+    settings = CalibrationSettings(**given).settled(windows=windows, max_positions=max_positions)
     assert (settings.row_length, settings.rows_per_shard) == (length, rows)
-    assert settings.settled(kind, max_positions=max_positions) == settings
+    assert settings.settled(windows=windows, max_positions=max_positions) == settings
 
 
 def test_a_causal_model_reads_windows_as_long_as_its_positions(

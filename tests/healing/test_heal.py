@@ -70,10 +70,10 @@ def test_the_student_comes_closer(family: str, head: str, kind: Any) -> None:
 
 def test_what_is_near_its_original_already_is_healed_at_a_lower_rate() -> None:
     settings = HealingSettings(learning_rate=4e-4)
-    rates = [peak_rate(settings, loss, kind="encoder") for loss in (0.3, 0.15, 0.075, 0.0)]
+    rates = [peak_rate(settings, loss, makes="states") for loss in (0.3, 0.15, 0.075, 0.0)]
     assert rates == [8e-4, 8e-4, pytest.approx(2e-4), 0.0]
-    assert peak_rate(settings, 0.01, kind="causal_lm") == 4e-4
-    assert peak_rate(settings, 0.01, kind="encoder", far=0.02) == pytest.approx(2e-4)
+    assert peak_rate(settings, 0.01, makes="next_tokens") == 4e-4
+    assert peak_rate(settings, 0.01, makes="states", far=0.02) == pytest.approx(2e-4)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])

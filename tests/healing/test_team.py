@@ -80,7 +80,7 @@ def run(
                 student,
                 teacher,
                 rows,
-                kind="encoder",
+                makes="states",
                 settings=settings,
                 seed=0,
                 resume=resume,

@@ -212,17 +212,17 @@ def test_a_bad_gate_is_named(spec: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "head", "kind", "known"),
+    ("family", "head", "makes", "known"),
     [
-        ("bert", "", "encoder", ENCODER_FIDELITY),
-        ("bert", "ForSequenceClassification", "encoder", CLASSIFIER_FIDELITY),
-        ("llama", "ForCausalLM", "causal_lm", LANGUAGE_FIDELITY),
+        ("bert", "", "states", ENCODER_FIDELITY),
+        ("bert", "ForSequenceClassification", "states", CLASSIFIER_FIDELITY),
+        ("llama", "ForCausalLM", "next_tokens", LANGUAGE_FIDELITY),
     ],
 )
 def test_fidelity_has_no_measure_that_a_gate_does_not_know(
-    family: str, head: Any, kind: Any, known: dict[str, Any]
+    family: str, head: Any, makes: Any, known: dict[str, Any]
 ) -> None:
     batches = padded_batches(random_rows(2), batch_tokens=64, pad_id=0)
     with torch.no_grad():
-        measured = fidelity(*[make_model(family, head=head) for _ in range(2)], batches, kind=kind)
+        measured = fidelity(*[make_model(family, head=head) for _ in range(2)], batches, makes=makes)
     assert set(known) == set(measured) - {"original_perplexity"}

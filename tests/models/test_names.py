@@ -147,7 +147,7 @@ def test_what_is_trained_and_cannot_be_written_is_an_error(tmp_path: Path, fused
     with pytest.raises(
         UnsupportedModelError, match=r"healing would train .*query\.weight \(6 such tensors\)"
     ):
-        check_written(student, checkpoint, batch, kind="encoder")
+        check_written(student, checkpoint, batch, makes="states")
     assert all(parameter.grad is None for parameter in student.parameters())
 
 
@@ -162,7 +162,7 @@ def test_whatever_is_trained_is_written(tmp_path: Path, family: str, with_head: 
     checkpoint = open_checkpoint(tmp_path)
     student = load_whole_model(tmp_path, checkpoint.class_name, dtype=torch.float32)
     batch = next(padded_batches(random_rows(1), batch_tokens=32, pad_id=0))
-    check_written(student, checkpoint, batch, kind=checkpoint.compared_as)
+    check_written(student, checkpoint, batch, makes=checkpoint.compared_as)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(1)
@@ -177,7 +177,7 @@ def test_a_pooler_that_was_made_up_is_not_trained(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path)
     student = load_whole_model(tmp_path, "BertModel", dtype=torch.float32)
     batch = next(padded_batches(random_rows(1), batch_tokens=32, pad_id=0))
-    check_written(student, checkpoint, batch, kind="encoder")
+    check_written(student, checkpoint, batch, makes="states")
     assert any("pooler" in name for name, _ in student.named_parameters())
     assert not any("pooler" in name for name in stored_tensors(student, checkpoint))
     assert all(parameter.grad is None for parameter in student.parameters())  # it looked, and left no trace

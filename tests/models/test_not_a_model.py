@@ -97,7 +97,7 @@ def test_what_the_advice_for_it_gives_is_a_model(bert: Path, tmp_path: Path) -> 
     )
     assert "0_Transformer" in refused(old)
     SentenceTransformer(str(old)).save_pretrained(str(new))
-    assert open_checkpoint(new).kind == "encoder"
+    assert open_checkpoint(new).makes == "states"
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "odd name.pt"])
@@ -128,7 +128,7 @@ def test_a_hub_cache_and_what_lies_in_it(bert: Path, tmp_path: Path) -> None:
         assert refused(directory) == expected
     expected = f"{tmp_path}/hub is a cache of the hub: give the id of a model, such as org/some-name"
     assert refused(tmp_path / "hub") == expected
-    assert open_checkpoint(locate_model(snapshot).directory).kind == "encoder"
+    assert open_checkpoint(locate_model(snapshot).directory).makes == "states"
 
 
 def test_links_in_a_folder_that_is_no_model_say_nothing(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def configure(directory: Path, **changes: object) -> None:
 
 def test_a_sparse_checkpoint_that_is_stored_dense_is_a_model(bert: Path) -> None:
     configure(bert, compression_config={"format": "dense"})
-    assert open_checkpoint(bert).kind == "encoder"
+    assert open_checkpoint(bert).makes == "states"
 
 
 @pytest.mark.parametrize(

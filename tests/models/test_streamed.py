@@ -27,7 +27,7 @@ from tests.tiny_models import random_rows
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = {name: ARCHITECTURES.get(family.model_type or name) for name, family in FAMILIES.items()}
-STREAMED = [name for name, row in ROWS.items() if row is not None and row.can_stream]
+STREAMED = [name for name, row in ROWS.items() if row is not None and row.can_stream()]
 STREAMED += ["gemma3", "glm", "deepseek_v3", "nemotron_h", "llava"]
 BATCHES = list(padded_batches(random_rows(9), batch_tokens=60, pad_id=0))
 

@@ -223,7 +223,7 @@ def test_lists_within_lists_and_towers_beside_each_other() -> None:
     model.encoder, model.decoder = nn.Module(), nn.Module()
     model.encoder.stages, model.decoder.layers = stages, nn.ModuleList([Block("up", "down", width=24)])
     row = row_by_structure(model, config={"model_type": "toy", "is_encoder_decoder": True})
-    assert row.kind == "seq2seq"
+    assert row.makes == "target"
     assert [(tower.blocks, tower.name, tower.mask) for tower in row.towers] == [
         ("encoder.stages.*.*", "encoder", "attention_mask"),
         ("decoder.layers.*", "decoder", "decoder_attention_mask"),

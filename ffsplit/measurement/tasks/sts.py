@@ -55,7 +55,7 @@ class SentenceSimilarity(Record):
     @classmethod
     def read(cls, spec: str, *, checkpoint: Checkpoint, max_length: int | None = None) -> SentenceSimilarity:
         """`sts:file.csv[#first,second,score]`, for an encoder. Raises ConfigError if either does not fit."""
-        if checkpoint.kind != "encoder":
+        if not checkpoint.reads_single_texts or checkpoint.makes != "states":
             what = checkpoint.class_name or checkpoint.architecture.model_type
             raise task_error(spec, f"sts needs a sentence encoder, and the model is a causal {what}")
         file = task_file(spec, suffixes=TABLES)

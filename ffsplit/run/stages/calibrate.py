@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ffsplit.calibration.hooks import Observed, Sampling, observe
-from ffsplit.calibration.model_inputs import Reader, make_reader
+from ffsplit.calibration.readers import Reader, make_reader
 from ffsplit.calibration.sampling import MAX_SAMPLED_SHARDS, CalibrationSettings, shard
 from ffsplit.calibration.statistics_file import write_statistics
 from ffsplit.compute_profile import ComputeProfile

@@ -26,7 +26,7 @@ from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.team import Team, find_team
 from ffsplit.keys import stage_key
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.family import ModelKind
+from ffsplit.models.family import Makes
 from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.models.names import base_of
@@ -89,13 +89,13 @@ def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState, list
     data = HealingData(rows, validation, pad_id_of(original, tokenizer), job.batch_tokens)
     one = next(padded_batches(rows[:1], batch_tokens=job.max_length, pad_id=data.pad_id)).to(device)
     _freeze_left_out(student, compressed)
-    check_written(student, compressed, one, kind=original.compared_as)
+    check_written(student, compressed, one, makes=original.compared_as)
     rounded = _round(student, compressed, job)
     state = heal(
         student,
         teacher,
         data,
-        kind=original.compared_as,
+        makes=original.compared_as,
         settings=job.settings,
         seed=job.seed,
         resume=lambda weights, optimizer: _resume(job.scratch, weights, optimizer),
@@ -206,7 +206,7 @@ def _stored_names(student: Any, checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def check_written(student: Any, checkpoint: Checkpoint, batch: Batch, *, kind: ModelKind) -> None:
+def check_written(student: Any, checkpoint: Checkpoint, batch: Batch, *, makes: Makes) -> None:
     """Raise UnsupportedModelError if healing would train a parameter that the files have no tensor for.
 
     A parameter that a batch's outputs do not depend on, such as a newly initialized pooler, is not trained.
@@ -217,7 +217,7 @@ def check_written(student: Any, checkpoint: Checkpoint, batch: Batch, *, kind: M
     unstored = {name: each for name, each in trainable_weights(student).items() if id(each) not in stored}
     if not unstored:
         return
-    torch.autograd.backward(outputs(student, batch, kind=kind).sum())
+    torch.autograd.backward(outputs(student, batch, makes=makes).sum())
     lost = [name for name, parameter in unstored.items() if parameter.grad is not None]
     student.zero_grad(set_to_none=True)
     if lost:

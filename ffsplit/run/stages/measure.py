@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from ffsplit.calibration.model_inputs import Batch, make_reader
+from ffsplit.calibration.readers import Reader, make_reader
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.ffn.shapes import LayerLayout
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from ffsplit.run.execution import Execution
 
 NOT_HELD = "latency and peak memory: the models were measured one block at a time, not held whole"
+
+NOT_MADE_UP = "peak memory: it is measured on made-up inputs, and this model reads texts with something else"
 
 
 class MeasureJob(Record):
@@ -85,9 +89,16 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
     original, compressed = (
         load_whole_model(each, checkpoint.class_name, dtype=dtype).to(device) for each in directories
     )
-    batches = _batches(job, checkpoint)
+    reader = _reader(job, checkpoint)
+    encoded = reader.encode(job.held_out)
+    batches = list(reader.batches(encoded))
+
+    def example(num_rows: int) -> Mapping[str, Tensor]:
+        rows = [encoded[index % len(encoded)] for index in range(num_rows)]
+        return next(reader.batches(rows)).to(device, dtype=dtype).arguments
+
     on_device = (batch.to(device, dtype=dtype) for batch in batches)
-    scores = fidelity(original, compressed, on_device, kind=checkpoint.compared_as) if batches else {}
+    scores = fidelity(original, compressed, on_device, makes=checkpoint.compared_as) if batches else {}
     before = load_average()
     latency = paired_latency(
         original,
@@ -95,14 +106,16 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
         shapes=_shapes(job, checkpoint),
         num_pairs=job.settings.latency_pairs,
         limits=job.speed_limits,
+        example=example if checkpoint.reads_jointly else None,
     )
     load = load_since(before)
     tasks: tuple[TaskScore, ...] = ()
     if job.evaluations:
         tasks = score_evaluations(job.evaluations, original, compressed, load_tokenizer(checkpoint))
     del original, compressed
-    peaks = _peak_memory(job, checkpoint, directories)
+    peaks = (None, None) if checkpoint.reads_jointly else _peak_memory(job, checkpoint, directories)
     return {
+        "skipped": (NOT_MADE_UP,) if checkpoint.reads_jointly and job.settings.peak_memory else (),
         "fidelity": scores,
         "latency": latency,
         "load": load,
@@ -115,7 +128,8 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
 def _block_by_block(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
     """Only fidelity, with one block of one model in memory at a time."""
     dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
-    batches = _batches(job, checkpoint)
+    reader = _reader(job, checkpoint)
+    batches = list(reader.batches(reader.encode(job.held_out)))
     measured: dict[str, Any] = {"skipped": (NOT_HELD,)}
     if batches:
         both = (checkpoint, replace(checkpoint, directory=directory, tensors=read_headers(directory)))
@@ -123,14 +137,13 @@ def _block_by_block(job: MeasureJob, checkpoint: Checkpoint, directory: Path) ->
         original, compressed = (
             StreamedModel(each, device=device, dtype=dtype, class_name=class_name) for each in both
         )
-        scores, blocks = streamed_fidelity(original, compressed, batches, kind=checkpoint.compared_as)
+        scores, blocks = streamed_fidelity(original, compressed, batches, makes=checkpoint.compared_as)
         measured |= {"fidelity": scores, "blocks": blocks}
     return measured
 
 
-def _batches(job: MeasureJob, checkpoint: Checkpoint) -> list[Batch]:
-    reader = make_reader(checkpoint, max_length=job.max_length, batch_tokens=job.batch_tokens)
-    return list(reader.batches(reader.encode(job.held_out)))
+def _reader(job: MeasureJob, checkpoint: Checkpoint) -> Reader:
+    return make_reader(checkpoint, max_length=job.max_length, batch_tokens=job.batch_tokens)
 
 
 def _peak_memory(

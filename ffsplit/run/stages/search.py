@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from ffsplit.calibration.model_inputs import make_reader
+from ffsplit.calibration.readers import make_reader
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
@@ -88,8 +88,8 @@ class _Bench:
 
     def judge(self, model: Any) -> tuple[Fidelity, ...]:
         """The fidelity of a model to the original on each fold."""
-        kind = self._checkpoint.compared_as
-        return tuple(fidelity(self.original, model, batches, kind=kind) for batches in self._folds)
+        makes = self._checkpoint.compared_as
+        return tuple(fidelity(self.original, model, batches, makes=makes) for batches in self._folds)
 
 
 def judge_job(job: JudgeJob) -> tuple[tuple[Fidelity, ...], ...]:
