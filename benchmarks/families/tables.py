@@ -354,6 +354,9 @@ INPUTS: dict[str, dict[str, Any]] = {
 }
 """Inputs that are not guessed: see `inputs.py`."""
 
+OWN_PICTURES = ("pix2struct", "siglip2_vision_model", "timesformer", "videomae")
+"""Models that read pictures in a form that only their own processor makes: patches, frames."""
+
 FFNS: dict[str, tuple[str, ...]] = {
     "*": (r"memory_attention\.layers\.\d+\.", r"gated_cross_attn_layers\.\d+\.mlp"),
 }
