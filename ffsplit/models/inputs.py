@@ -51,9 +51,10 @@ def use_of(model: Any, base: Any, config: Mapping[str, Any]) -> Use:
     others = tuple(medium for medium in takes if medium not in ("text", "video"))
     if _reads_videos(base, config):
         return Use(("video",), (), makes)
-    if main == "text" and makes != "embeddings":
+    demanded = [MEDIUM_OF[name] for name in needed if MEDIUM_OF.get(name) in others]
+    if main == "text" and makes != "embeddings" and not demanded:
         return Use(TEXT, others, makes)
-    medium = others[0] if main == "text" and others else main
+    medium = (*demanded, *others)[0] if main == "text" and others else main
     has_text = "text" in takes or makes == "target"
     return Use((medium, *TEXT) if has_text and medium != "text" else (medium,), (), makes)
 
