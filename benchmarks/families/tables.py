@@ -129,14 +129,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "dots3_note": {"text_config": {"per_layer_config": _DOTS3}},
     "dots3_note_text": {"per_layer_config": _DOTS3},
     "efficientloftr": {"hidden_size": 256},
-    "embedding_gemma2": {"start": {"vision_config": {}, "audio_config": {}}},
+    "embedding_gemma2": {
+        "start": {"vision_config": {}, "audio_config": {}},
+        "vision_config": {"position_embedding_size": 128},
+    },
     "emu3": {"vocabulary_map": {"<image>": 200, "<|extra_200|>": 201}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}},
     "esm": {"vocab_size": 211, "pad_token_id": 1, "mask_token_id": 4},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
     "gemma3n_text": _GEMMA3N,
-    "gemma4": {"start": {"vision_config": {}, "audio_config": {}}},
+    "gemma4": {
+        "start": {"vision_config": {}, "audio_config": {}},
+        "vision_config": {"position_embedding_size": 128},
+    },
     "gemma4_assistant": {
         "start": {"text_config": {**_NO_PLE, "num_kv_shared_layers": 30}},
         "text_config": _ASSISTANT,
@@ -353,6 +359,9 @@ INPUTS: dict[str, dict[str, Any]] = {
     },
 }
 """Inputs that are not guessed: see `inputs.py`."""
+
+OWN_PICTURES = ("pix2struct", "siglip2_vision_model", "timesformer", "videomae")
+"""Models that read pictures in a form that only their own processor makes: patches, frames."""
 
 FFNS: dict[str, tuple[str, ...]] = {
     "*": (r"memory_attention\.layers\.\d+\.", r"gated_cross_attn_layers\.\d+\.mlp"),

@@ -39,18 +39,22 @@ class Use(NamedTuple):
 
 def use_of(model: Any, base: Any, config: Mapping[str, Any]) -> Use:
     """What a model reads and makes, by the arguments of its forward and its family's tasks."""
-    makes, takes = _makes(model, base, config), _taken(model) or _taken(base)
+    takes = _taken(model) or _taken(base)
     mains = [MEDIUM_OF[name] for name in main_inputs(base) if name in MEDIUM_OF]
+    needed = needed_arguments(inspect.signature(model.forward).parameters)
+    if not takes and not needed:  # the forward does not name its arguments
+        takes = tuple(mains)
+    makes = _makes(model, base, config, takes)
     main = next((medium for medium in mains if medium in takes), takes[0] if takes else None)
     if main is None:
-        needed = needed_arguments(inspect.signature(model.forward).parameters)
         raise unreadable(model.config, needed or main_inputs(base))
     others = tuple(medium for medium in takes if medium not in ("text", "video"))
     if _reads_videos(base, config):
         return Use(("video",), (), makes)
-    if main == "text" and makes != "embeddings":
+    demanded = [MEDIUM_OF[name] for name in needed if MEDIUM_OF.get(name) in others]
+    if main == "text" and makes != "embeddings" and not demanded:
         return Use(TEXT, others, makes)
-    medium = others[0] if main == "text" and others else main
+    medium = (*demanded, *others)[0] if main == "text" and others else main
     has_text = "text" in takes or makes == "target"
     return Use((medium, *TEXT) if has_text and medium != "text" else (medium,), (), makes)
 
@@ -83,7 +87,7 @@ def _reads_videos(base: Any, config: Mapping[str, Any]) -> bool:
     return classifies or main_inputs(base)[0] == "pixel_values_videos"
 
 
-def _makes(model: Any, base: Any, config: Mapping[str, Any]) -> Makes:
+def _makes(model: Any, base: Any, config: Mapping[str, Any], takes: Media) -> Makes:
     """What a model makes, which is what is compared."""
     from transformers.models.auto import modeling_auto as auto
 
@@ -94,7 +98,7 @@ def _makes(model: Any, base: Any, config: Mapping[str, Any]) -> Makes:
     named = str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
     if not named and hasattr(base, "get_text_features"):
         return "embeddings"
-    if "text" not in _taken(base):
+    if "text" not in takes:
         return "states"
     causal = family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
         family in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

@@ -29,7 +29,7 @@ def test_scores_are_those_of_whole_models(
     compressed_of: CompressedFactory, family: str, recipe: str, dtype: torch.dtype
 ) -> None:
     made = compressed_of(family, recipe=recipe)
-    source, makes = made.source, "encoder" if family in ENCODERS else "causal_lm"
+    source, makes = made.source, "states" if family in ENCODERS else "next_tokens"
     directories = (source.directory, made.directory)
     whole = [load_whole_model(each, source.class_name, dtype=dtype) for each in directories]
     after = replace(source, directory=made.directory, tensors=read_headers(made.directory))
