@@ -38,6 +38,13 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
+    # runtime: trained activations
+    Mutant(
+        "runtime/plugin.py",
+        "activation = block.get_submodule(paths.activation)",
+        'activation = ACT2FN["gelu"]',
+        "tests/runtime/test_trained_activation.py::test_every_form_of_result_keeps_them",
+    ),
     # store
     Mutant(
         "store/publish.py",

@@ -180,6 +180,7 @@ FAMILIES: dict[str, Family] = {
         "MBart", _ENCODER_DECODER | {"max_position_embeddings": 64}, heads=("ForConditionalGeneration",)
     ),
     "led": Family("LED", _ENCODER_DECODER | _LED, heads=("ForConditionalGeneration",)),
+    "apertus": Family("Apertus", _LLAMA, heads=("ForCausalLM",)),
     "glm": Family("Glm", _LLAMA, heads=("ForCausalLM",)),
     "deepseek_v3": Family("DeepseekV3", _DEEPSEEK, heads=("ForCausalLM",)),
     "nemotron_h": Family("NemotronH", _NEMOTRON, heads=("ForCausalLM",)),

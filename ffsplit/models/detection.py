@@ -220,6 +220,8 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str) -> FFNP
             assert gate is not None
             up, gate = gate, up
     function = ffn.function if gating is None else gating.function
+    path = None if ffn.experts else _activation_path(modules[block], ffn, block)
+    trained = path is not None and any(True for _ in modules[f"{block}.{path}"].parameters())
     return FFNPaths(
         up=inside(up),
         gate=None if gate is None else inside(gate),
@@ -231,7 +233,8 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str) -> FFNP
         experts=ffn.experts,
         function=None if function is None or _is_same(function, activation) else function,
         module=inside(ffn.scope) if is_module else None,
-        activation=None if is_module else _activation_path(modules[block], ffn, block),
+        activation=path if trained or not is_module else None,
+        trained=trained,
         width_field=None,
         label="" if ffn.experts or ffn.scope == block else _label(inside(ffn.scope)),
     )
@@ -243,7 +246,12 @@ def _is_same(first: str, second: str) -> bool:
 
 
 def _takes_one(module: nn.Module) -> bool:
-    """Whether a module's forward needs one argument alone. MPT's FFN adds the residual itself."""
+    """Whether a module's forward needs one argument alone. MPT's FFN adds the residual itself.
+
+    A list has no forward: the code around it runs its modules.
+    """
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return False
     needed = [
         parameter
         for parameter in inspect.signature(module.forward).parameters.values()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol
 
 from ffsplit.errors import UnsupportedModelError
+from ffsplit.ffn.activations import TRAINED
 from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.detection import architecture_of
 from ffsplit.models.family import Architecture, FFNPaths, Tower
@@ -54,6 +56,8 @@ class FFNPlace:
     expert: int | None = None
     unit: int = 0
     """For an expert, the index of the first FFN in its experts' module; otherwise its own index."""
+    activation_tensors: Mapping[str, str] = field(default_factory=dict)
+    """The stored names of the parameters of a trained activation, by their names in its module."""
 
     @property
     def split_path(self) -> str:
@@ -342,8 +346,37 @@ class _Finder:
             down_bias=down.bias is not None,
             width_multiple=1 if expert is None else EXPERT_MULTIPLE,
         )
-        index = first + (expert or 0)
-        return FFNPlace(index, name, tower, paths, block, up, gate, down, shape, expert=expert, unit=first)
+        return FFNPlace(
+            first + (expert or 0),
+            name,
+            tower,
+            paths,
+            block,
+            up,
+            gate,
+            down,
+            shape,
+            expert=expert,
+            unit=first,
+            activation_tensors=self._trained(paths, block),
+        )
+
+    def _trained(self, paths: FFNPaths, block: str) -> dict[str, str]:
+        """The stored names of a trained activation's parameters. All neurons must share them."""
+        if not paths.trained:
+            return {}
+        module = f"{self._prefix}{join_paths(block, paths.activation or '')}"
+        known = {each.name for kind in TRAINED.values() for each in fields(kind)}
+        modules = self._names.modules
+        found = {name: modules[f"{module}.{name}"] for name in known if f"{module}.{name}" in modules}
+        for stored in found.values():
+            if math.prod(self._tensors[stored].shape) != 1:
+                raise UnsupportedModelError(
+                    f"{self._where}: {stored} has {math.prod(self._tensors[stored].shape)} elements, and "
+                    "FFSplit compresses an FFN with a trained activation only if all neurons share its "
+                    "parameters; no recipe can compress this model"
+                )
+        return found
 
 
 def _downs(tower: Tower) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ffsplit.compat.transformers import is_conv1d, stacked_experts
+from ffsplit.compat.transformers import activation_of, is_conv1d, stacked_experts
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.models.probe import gating_of_experts
 
@@ -105,8 +105,11 @@ def find_in_modules(modules: Modules) -> list[FoundFFN]:
             up, gate, down, fused = group
             names = {each.path for each in (up, gate, down) if each is not None}
             taken |= names
-            own = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
-            others = {f"{scope}.{name}" for name, _ in modules[scope].named_parameters()} - own
+            others = {
+                owner
+                for name, _ in modules[scope].named_parameters()
+                if activation_of(modules[owner := f"{scope}.{name}".rpartition(".")[0]]) is None
+            } - names
             found.append(
                 FoundFFN(
                     scope,

@@ -15,6 +15,7 @@ from torch import Tensor
 from ffsplit.compressors.base import OutputNorm
 from ffsplit.config import Record
 from ffsplit.errors import UnsupportedModelError
+from ffsplit.ffn.activations import Activation, activation_named
 from ffsplit.ffn.quantization import joined
 from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout
 from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap, stacked
@@ -48,6 +49,13 @@ def guarded(places: Sequence[FFNPlace]) -> frozenset[int]:
     """
     first = {place.tower.path: place.index for place in reversed(places)}
     return frozenset(first.values())
+
+
+def load_activation(checkpoint: Checkpoint, index: int, *, device: torch.device) -> Activation:
+    """The activation of one FFN, with its own parameters in float32 if it is trained."""
+    stored = checkpoint.ffns[index].activation_tensors
+    parameters = {name: _read_float(checkpoint, each, device=device) for name, each in stored.items()}
+    return activation_named(checkpoint.activation_of(index), parameters)
 
 
 def load_ffn(checkpoint: Checkpoint, index: int, *, activation: Any, device: torch.device) -> FFNWeights:

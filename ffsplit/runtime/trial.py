@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ffsplit.errors import UnsupportedModelError, explained
-from ffsplit.ffn.activations import activation_named
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.ffns import FFNPlace, join_paths
 from ffsplit.models.load import load_base_model
 from ffsplit.models.streamed import StreamedModel
-from ffsplit.runtime.ffn_tensors import load_ffn
+from ffsplit.runtime.ffn_tensors import load_activation, load_ffn
 from ffsplit.runtime.modules import SplitExperts, install_split_ffn
 
 TOLERANCE = 1e-4
@@ -90,7 +89,7 @@ def _recomputed(block: nn.Module, checkpoint: Checkpoint, path: str) -> Iterator
 
     def watch(ffn: FFNPlace) -> None:
         seen: list[Tensor] = []
-        activation = activation_named(checkpoint.activation_of(ffn.index))
+        activation = load_activation(checkpoint, ffn.index, device=CPU)
         weights = load_ffn(checkpoint, ffn.index, activation=activation, device=CPU)
 
         def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -156,7 +155,7 @@ def _split_exactly(block: nn.Module, checkpoint: Checkpoint, path: str) -> None:
     for ffn in checkpoint.ffns:
         if ffn.block != path or (ffn.expert is None and not ffn.paths.can_split):
             continue
-        activation = activation_named(checkpoint.activation_of(ffn.index))
+        activation = load_activation(checkpoint, ffn.index, device=CPU)
         halves = _Halves(load_ffn(checkpoint, ffn.index, activation=activation, device=CPU))
         if ffn.expert is None:
             install_split_ffn(block, ffn.paths, halves)

@@ -100,7 +100,7 @@ def test_another_activation_fails_its_trial(
     """No FFN of ESM can be split: its own outputs are compared."""
     checkpoint = open_checkpoint(save_checkpoint(tmp_path, family, usual_head(family)))
     assert check_by_trial(checkpoint, ROWS, block_by_block=block_by_block) <= 1e-5
-    monkeypatch.setattr(trial, "activation_named", lambda _: activation)
+    monkeypatch.setattr(trial, "load_activation", lambda *_, **__: activation)
     with pytest.raises(UnsupportedModelError, match="changes the model's outputs"):
         check_by_trial(checkpoint, ROWS, block_by_block=block_by_block)
 
