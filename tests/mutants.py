@@ -38,13 +38,6 @@ class Mutant(NamedTuple):
 
 
 MUTANTS = (
-    # runtime: trained activations
-    Mutant(
-        "runtime/plugin.py",
-        "activation = block.get_submodule(paths.activation)",
-        'activation = ACT2FN["gelu"]',
-        "tests/runtime/test_trained_activation.py::test_every_form_of_result_keeps_them",
-    ),
     # store
     Mutant(
         "store/publish.py",
@@ -169,6 +162,12 @@ MUTANTS = (
         "tests/healing/test_heal.py::test_a_hopeless_learning_rate_returns_the_model_it_was_given",
     ),
     # runtime
+    Mutant(
+        "runtime/plugin.py",
+        "activation = block.get_submodule(paths.activation)",
+        'activation = ACT2FN["gelu"]',
+        "tests/runtime/test_trained_activation.py::test_every_form_of_result_keeps_them",
+    ),
     Mutant(
         "runtime/ffn_tensors.py",
         "if ffn.paths.output_norm is None:",

@@ -102,8 +102,11 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
         decoded = getattr(found, "decoder_hidden_states", None)
         states: Tensor = found[0] if decoded is None else decoded[-1]
     else:
-        states = base(**batch.arguments)[0]
-    if states.dim() > 3:  # of a transducer, which scores pairs of positions
+        found = base(**batch.arguments)[0]
+        states = found if isinstance(found, Tensor) else found[-1]  # of maps of features, the last
+    if states.dim() == 4 and "pixel_values" in batch.arguments:  # channels first
+        states = states.flatten(2).transpose(1, 2)
+    elif states.dim() > 3:  # of a transducer, which scores pairs of positions
         states = states.flatten(1, -2)
     return (states if states.dim() == 3 else states[:, None]).float()  # a head's logits are one state
 
@@ -114,11 +117,18 @@ def pair_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> d
     sums, num_rows = {"image_cosine": 0.0, "text_cosine": 0.0}, 0
     for batch in batches:
         first, second = (model(**batch.arguments) for model in (original, compressed))
-        for name, field in (("image_cosine", "image_embeds"), ("text_cosine", "text_embeds")):
-            a_BD, b_BD = (getattr(each, field).float() for each in (first, second))
+        for name, side in (("image_cosine", "image"), ("text_cosine", "text")):
+            a_BD, b_BD = (_embeddings(each, side) for each in (first, second))
             sums[name] += float(functional.cosine_similarity(a_BD, b_BD, dim=-1).sum(dtype=torch.float64))
         num_rows += batch.num_rows
     return {name: total / num_rows for name, total in sums.items()}
+
+
+def _embeddings(output: Any, side: str) -> Tensor:
+    """The embeddings [rows, D] of pictures or texts; the states of all positions where a model has none."""
+    found = getattr(output, f"{side}_embeds", None)
+    states: Tensor = getattr(output, f"{side}_embeddings") if found is None else found
+    return states.flatten(1).float()
 
 
 @torch.no_grad()

@@ -85,12 +85,12 @@ def example_inputs(
     reads_text = main_inputs(model)[0] == "input_ids"
     vision = getattr(config, "vision_config", config)
     if "pixel_values" in names and not (reads_text and not hasattr(model, "get_text_features")):
-        sizes = getattr(vision, "image_size", None)
-        if sizes is None:
+        sizes, channels = (getattr(vision, name, None) for name in ("image_size", "num_channels"))
+        if sizes is None or channels is None:
             inputs |= _processed(model, "image", num_rows=num_rows, generator=generator)
         else:
             height, width = sizes if isinstance(sizes, list | tuple) else (sizes, sizes)
-            inputs["pixel_values"] = floats(vision.num_channels, height, width)
+            inputs["pixel_values"] = floats(channels, height, width)
     if "input_values" in names and not reads_text:
         if hasattr(config, "conv_stride"):
             inputs["input_values"] = floats(_num_samples(config, num_frames=num_tokens))
@@ -141,8 +141,10 @@ def _argument_names(model: Any) -> set[str]:
 
 
 def vocab_size_of(model: Any) -> int:
-    """The vocabulary size of a model's text side; 0 if it has none."""
-    text = getattr(model.config, "text_config", model.config)
+    """The vocabulary size of a model's text side, which may be an encoder of its own; 0 if it has none."""
+    config = model.config
+    text = getattr(config, "text_config", config)
+    text = text if hasattr(text, "vocab_size") else getattr(config, "encoder", text)
     return int(getattr(text, "vocab_size", 0) or (BYTES if "input_ids" in _argument_names(model) else 0))
 
 

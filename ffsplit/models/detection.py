@@ -354,12 +354,14 @@ def _config_at(config: Mapping[str, Any], part: str | None) -> Mapping[str, Any]
 
 
 def _reads(base: Any, modules: Modules, block: str) -> Reads:
-    """What the tokens of a tower are made from."""
+    """What the tokens of a tower are made from: by the innermost model around it that says so."""
     for path, owner in _parents(block, modules):
         for pattern, reads in _SOUND_OR_PICTURE:
             if re.search(pattern, path.lower()):
                 return reads
-        return _MAIN_INPUTS.get(main_inputs(owner)[0], "text")
+        main, *_ = main_inputs(owner)
+        if main in _MAIN_INPUTS:  # not states or latents, which the model around it makes
+            return _MAIN_INPUTS[main]
     return "text"
 
 
@@ -384,6 +386,8 @@ def _kind(base: Any, config: Mapping[str, Any]) -> ModelKind:
         kind = "image_text"
     elif reads != "text":
         kind = {"image": "image", "sound": "audio"}.get(reads or "")
+    elif family in auto.MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES:
+        kind = "encoder"  # its outputs are no text
     else:
         named = str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
         causal = family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (

@@ -15,6 +15,7 @@ from ffsplit.ffn.weights import FFNWeights
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.ffns import FFNPlace, join_paths
 from ffsplit.models.load import load_base_model
+from ffsplit.models.selection import not_run
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.runtime.ffn_tensors import load_activation, load_ffn
 from ffsplit.runtime.modules import SplitExperts, install_split_ffn
@@ -63,10 +64,26 @@ def check_by_trial(checkpoint: Checkpoint, inputs: Mapping[str, Tensor], *, bloc
 def _difference(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) -> float:
     """The largest difference of any output; one that is only slices of the inputs differs by nothing."""
     model, blocks = load_base_model(checkpoint, device=CPU, dtype=torch.float32), checkpoint.blocks
-    expected = _outputs(model, inputs)
-    with _altered(model, checkpoint):
-        if all(torch.equal(*pair) for pair in zip(_outputs(model, inputs), expected, strict=True)):
-            raise UnsupportedModelError("its outputs do not depend on the FFNs that were found")
+    with _watched(model, checkpoint) as missed:
+        expected = _outputs(model, inputs)
+
+    def depend_on(ffns: Sequence[FFNPlace]) -> bool:
+        with _altered(model, ffns):
+            found = _outputs(model, inputs)
+        return not all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+    if missed:
+        if depend_on(missed):
+            raise UnsupportedModelError(
+                f"this {checkpoint.architecture.model_type} computes {missed[0].name} by other code than its "
+                "modules', so nothing can observe it: FFSplit cannot compress it"
+            )
+        raise UnsupportedModelError(not_run(missed))
+    if not depend_on(checkpoint.ffns):
+        raise UnsupportedModelError(
+            f"the outputs of this {checkpoint.architecture.model_type} do not depend on the FFNs that were "
+            "found, so nothing could tell a good result from a bad one: FFSplit cannot compress it"
+        )
     with ExitStack() as stack:
         own = [
             stack.enter_context(_recomputed(model.get_submodule(each), checkpoint, each)) for each in blocks
@@ -112,26 +129,62 @@ def _recomputed(block: nn.Module, checkpoint: Checkpoint, path: str) -> Iterator
 
 
 @contextmanager
-def _altered(model: Any, checkpoint: Checkpoint) -> Iterator[None]:
-    """The model with the down projection of its first FFN negated: a norm after it would undo a factor."""
-    ffn = checkpoint.ffns[0]
-    if ffn.expert is None:
-        weight = model.get_submodule(join_paths(ffn.block, ffn.paths.down)).weight
-    else:
-        weight = model.get_submodule(ffn.split_path).down_proj
-    weight.neg_()
+def _watched(model: Any, checkpoint: Checkpoint) -> Iterator[list[FFNPlace]]:
+    """Fills a list, as the model runs, with the FFNs and the blocks' experts whose modules get no input."""
+    missed = {ffn.index: ffn for ffn in checkpoint.ffns if ffn.index == ffn.unit}
+    found: list[FFNPlace] = []
+
+    def watch(ffn: FFNPlace) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+            values = (*arguments, *options.values())
+            if any(isinstance(each, Tensor) and each.numel() for each in values):
+                missed.pop(ffn.index, None)
+
+        first = ffn.split_path if ffn.expert is not None else join_paths(ffn.block, ffn.paths.up)
+        return model.get_submodule(first).register_forward_pre_hook(hook, with_kwargs=True)
+
+    handles = [watch(ffn) for ffn in list(missed.values())]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    found += missed.values()
+
+
+@contextmanager
+def _altered(model: Any, ffns: Sequence[FFNPlace]) -> Iterator[None]:
+    """The model with these FFNs' down projections negated: a norm after one would undo a factor."""
+    weights = [
+        model.get_submodule(join_paths(ffn.block, ffn.paths.down)).weight
+        if ffn.expert is None
+        else model.get_submodule(ffn.split_path).down_proj
+        for ffn in ffns
+        if ffn.index == ffn.unit
+    ]
+    for weight in weights:
+        weight.neg_()
     try:
         yield
     finally:
-        weight.neg_()
+        for weight in weights:
+            weight.neg_()
 
 
 def _outputs(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """The floats that a model returns, in order: states, embeddings, logits."""
+    """The floats that a model returns, in order: states, embeddings, logits, maps of features."""
     torch.manual_seed(0)
-    found = model(**inputs)
-    values = found.values() if isinstance(found, Mapping) else found
-    return [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]
+    return list(_floats(model(**inputs)))
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    """The float tensors in an output; its mappings and sequences may be nested."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _floats(each)
 
 
 def _difference_of_blocks(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) -> float:

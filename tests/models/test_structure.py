@@ -132,7 +132,7 @@ def test_whatever_a_model_on_trial_raises_is_one_line(
 ) -> None:
     checkpoint = open_checkpoint(save(tmp_path, "Granite", **UNKNOWN["Granite"]))
 
-    def forward(*_: Any, **__: Any) -> None:
+    def forward(self: Any, input_ids: Any = None, **_: Any) -> None:
         raise NotImplementedError("this family wants\nsomething else")
 
     monkeypatch.setattr(transformers.GraniteModel, "forward", forward)
