@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 from benchmarks.families.config import IMAGE, tiny_config
-from benchmarks.families.tables import CLASSES, VARIANTS
+from benchmarks.families.tables import CLASSES, PICTURES, VARIANTS
 from tests.tiny_models import randomize, save_tokenizer
 
 TOO_LARGE = 16_000_000
@@ -95,7 +95,7 @@ def save(model: Any, directory: Path) -> None:
     if "input_ids" in reads or "decoder_input_ids" in reads:
         save_tokenizer(directory)
     if "pixel_values" in reads:
-        size = image_size(model.config)
+        size = PICTURES.get(model.config.model_type) or image_size(model.config)
         side = {"height": size, "width": size}
         transformers.ViTImageProcessorPil(size=side, do_resize=True).save_pretrained(directory)
     elif "input_values" in reads or "input_features" in reads:

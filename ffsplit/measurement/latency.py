@@ -141,11 +141,16 @@ def _argument_names(model: Any) -> set[str]:
 
 
 def vocab_size_of(model: Any) -> int:
-    """The vocabulary size of a model's text side, which may be an encoder of its own; 0 if it has none."""
-    config = model.config
+    """The vocabulary size of a model's text side; 0 if it has none."""
+    stated = _stated_vocabulary(model.config)
+    return stated or (BYTES if "input_ids" in _argument_names(model) else 0)
+
+
+def _stated_vocabulary(config: Any) -> int:
+    """The vocabulary size in a config, else in its first part that has one; 0 if none has."""
     text = getattr(config, "text_config", config)
-    text = text if hasattr(text, "vocab_size") else getattr(config, "encoder", text)
-    return int(getattr(text, "vocab_size", 0) or (BYTES if "input_ids" in _argument_names(model) else 0))
+    parts = (each for each in vars(text).values() if hasattr(each, "model_type"))
+    return int(getattr(text, "vocab_size", 0) or 0) or next(filter(None, map(_stated_vocabulary, parts)), 0)
 
 
 def _num_samples(config: Any, *, num_frames: int) -> int:

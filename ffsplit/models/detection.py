@@ -112,7 +112,8 @@ def _class_of(config: Mapping[str, Any], made: Any) -> Any:
 
     (name, *_) = config.get("architectures") or [""]
     named = getattr(transformers, str(name), None)
-    if named is not None and isinstance(made, named.config_class or type(made)):
+    is_own = named is not None and isinstance(made, named.config_class or type(made))
+    if is_own or type(made) not in transformers.MODEL_MAPPING:  # some families use another's class
         return named
     return transformers.MODEL_MAPPING[type(made)]
 
@@ -144,7 +145,7 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
             f"(known: {', '.join(sorted(ARCHITECTURES))})"
         )
     check_nothing_is_left(modules, found, family)
-    towers = tuple(_towers(base, modules, found, config))
+    towers = tuple(_towers(model, modules, found, config))
     return Architecture(
         model_type=family,
         kind=_kind(base, config),
@@ -158,7 +159,7 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
 
 
 def _towers(
-    base: Any, modules: Modules, found: Sequence[FoundFFN], config: Mapping[str, Any]
+    model: Any, modules: Modules, found: Sequence[FoundFFN], config: Mapping[str, Any]
 ) -> Iterator[Tower]:
     blocks: dict[str, list[tuple[str, FoundFFN]]] = defaultdict(list)
     for each in found:
@@ -168,8 +169,8 @@ def _towers(
     names = {pattern: _tower_name(pattern) for pattern in blocks}
     for pattern, ffns in blocks.items():
         first, one = ffns[0]
-        part = _part_of_config(base, modules, first)
-        reads = _reads(base, modules, first)
+        part = _part_of_config(model, modules, first)
+        reads = _reads(modules, first)
         activation = _activation(modules, first, one, _config_at(config, part))
         name = "" if len(blocks) == 1 else names[pattern]
         if list(names.values()).count(name) > 1:
@@ -325,13 +326,16 @@ def _parents(block: str, modules: Modules) -> Iterator[tuple[str, Any]]:
             yield path, modules[path]
 
 
-def _part_of_config(base: Any, modules: Modules, block: str) -> str | None:
-    """The part of the config, as a dotted path, that the model around a block is made from; None: all."""
-    if not hasattr(base, "config"):
+def _part_of_config(model: Any, modules: Modules, block: str) -> str | None:
+    """The part of a model's config, as a dotted path, that the model around a block is made from; None: all.
+
+    The base model's config may itself be a part.
+    """
+    if not hasattr(model, "config"):
         return None
-    parts = dict(_config_parts(base.config))
+    parts = dict(_config_parts(model.config))
     for _, owner in _parents(block, modules):
-        if owner.config is base.config:
+        if owner.config is model.config:
             return None
         same = [name for name, part in parts.items() if part is owner.config]
         alike = [name for name, part in parts.items() if type(part) is type(owner.config)]
@@ -353,7 +357,7 @@ def _config_at(config: Mapping[str, Any], part: str | None) -> Mapping[str, Any]
     return config
 
 
-def _reads(base: Any, modules: Modules, block: str) -> Reads:
+def _reads(modules: Modules, block: str) -> Reads:
     """What the tokens of a tower are made from: by the innermost model around it that says so."""
     for path, owner in _parents(block, modules):
         for pattern, reads in _SOUND_OR_PICTURE:

@@ -29,7 +29,7 @@ _NOT_FFN_CLASS = re.compile(
 NOT_FFN_PATH = re.compile(
     r"^(\w*attn|\w*attention|\w*_att|router|adapters?\w*|pooler|lora\w*|\w*norm\w*|bottleneck|ple_block"
     r"|per_layer_\w+|laurel|downsample|\w*bbox\w*|\w*class_embed\w*|\w*_head|projection|queries|keys_values"
-    r"|modulation|patch_\w+|\w*hyper_connection|pwconv\d|pointwise_conv\d|\w*merger\w*|\w*projectors?"
+    r"|modulation|patch_(?!encoder$)\w+|\w*hyper_connection|pwconv\d|pointwise_conv\d|\w*merger\w*|\w*projectors?"
     r"|readout_projects)$"
 )
 _MIXES_POSITIONS = re.compile(

@@ -230,6 +230,17 @@ def test_lists_within_lists_and_towers_beside_each_other() -> None:
     ]
 
 
+def test_an_encoder_of_patches_is_a_tower_like_another() -> None:
+    """DepthPro's, beside its encoder of the whole picture. Maps that embed or merge patches are no FFN."""
+    model = nn.Module()
+    model.base_model_prefix = ""
+    for name in ("patch_encoder", "patch_merging", "image_encoder"):
+        model.add_module(name, nn.Module())
+        model.get_submodule(name).layers = nn.ModuleList([Block("up", "down")])
+    row = row_by_structure(model, config={"model_type": "toy"})
+    assert [tower.blocks for tower in row.towers] == ["patch_encoder.layers.*", "image_encoder.layers.*"]
+
+
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_the_activation_is_told_by_its_module(activation: str) -> None:
     row = row_of(Block("up", "down", activation=activation), hidden_act="tanh")
