@@ -76,8 +76,9 @@ def split_exactly(checkpoint: Checkpoint, directory: Path) -> None:
     assemble(checkpoint, files, layouts, directory)
 
 
-NARROWED_ONLY = ("esm", "mobilebert", "gpt_oss")
-"""Families whose activation is a function, clamps, or is one of several in a block: no split is possible."""
+NARROWED_ONLY = ("esm", "mobilebert", "gpt_oss", "segformer", "levit")
+"""Families whose activation is a function, clamps, is one of several in a block, or comes after a convolution
+or a batch norm: no split is possible."""
 
 
 @pytest.mark.matrix()
@@ -94,8 +95,9 @@ def test_an_exact_split_is_the_dense_model(saved: Saved, tmp_path: Path, family:
     assert (outputs(split) - outputs(dense)).abs().max() <= 1e-5
 
 
-NEVER_PLAIN = ("bloom", "swin", "deepseek_v3")
-"""No config states Bloom's width; Swin's is a ratio; two shared experts are twice as wide as one expert."""
+NEVER_PLAIN = ("bloom", "swin", "deepseek_v3", "segformer", "levit")
+"""No config states Bloom's width; Swin's, SegFormer's and LeViT's are ratios; two shared experts are twice as
+wide as one expert."""
 
 
 @pytest.mark.matrix(family=FAST)

@@ -188,6 +188,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 0,
     },
     "kyutai_speech_to_text": {"ffn_dim": 80},
+    "levit": {"image_size": 64, "patch_size": 16},
     "lfm2_moe": {
         "num_hidden_layers": 3,
         "num_dense_layers": 1,

@@ -236,6 +236,7 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str) -> FFNP
         module=inside(ffn.scope) if is_module else None,
         activation=path if trained or not is_module else None,
         trained=trained,
+        per_neuron=tuple(map(inside, ffn.per_neuron)),
         width_field=None,
         label="" if ffn.experts or ffn.scope == block else _label(inside(ffn.scope)),
     )

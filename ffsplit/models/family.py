@@ -53,6 +53,11 @@ class FFNPaths(Record):
     trained: bool = Field(
         default=False, description="its activation has parameters, which stay where they are"
     )
+    per_neuron: tuple[str, ...] = Field(
+        default=(),
+        description="modules between `up` and its activation that treat each neuron by itself: a depthwise "
+        "convolution, a batch norm",
+    )
     function: str | None = Field(default=None, description="its activation, if not its tower's")
     output_norm: str | None = Field(default=None, description="the layer norm of x + FFN(x), if there is one")
     width_field: str | None = Field(default="intermediate_size", description="None: no config can state it")
@@ -63,7 +68,7 @@ class FFNPaths(Record):
         """Whether modules can be replaced by a split FFN: else a compressed FFN may only be narrower."""
         if self.function is not None and "clamped" in self.function:
             return False
-        if self.trained and self.module is None:
+        if self.per_neuron or (self.trained and self.module is None):
             return False
         return self.module is not None or (self.activation is not None and self.gate is None)
 

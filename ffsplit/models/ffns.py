@@ -59,6 +59,9 @@ class FFNPlace:
     activation_tensors: Mapping[str, str] = field(default_factory=dict)
     """The stored names of the parameters of a trained activation, by their names in its module."""
 
+    row_tensors: Mapping[str, str] = field(default_factory=dict)
+    """The stored names of its tensors [N, ...] in `paths.per_neuron`, by their names in the block."""
+
     @property
     def split_path(self) -> str:
         """The module that a split FFN replaces."""
@@ -82,7 +85,7 @@ class FFNPlace:
     def tensor_names(self) -> tuple[str, ...]:
         """Every tensor it is stored in, each once, weights first."""
         names = [each.name for each in self.matrices] + [each.bias for each in self.matrices if each.bias]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys([*names, *self.row_tensors.values()]))
 
     @property
     def width_key(self) -> tuple[str | None, str | None]:
@@ -338,12 +341,15 @@ class _Finder:
         sizes = self._tensors[down.name].shape[-2:]
         if len(sizes) != 2:
             raise UnsupportedModelError(f"{self._where}: {down.name} is missing or not a matrix")
+        width = sizes[0] if down.transposed else sizes[1]
+        rows = self._rows(paths, block)
         shape = FFNShape(
-            num_neurons=sizes[0] if down.transposed else sizes[1],
+            num_neurons=width,
             hidden_size=sizes[1] if down.transposed else sizes[0],
             gated=gate is not None,
             up_bias=up.bias is not None,
             down_bias=down.bias is not None,
+            per_neuron=sum(math.prod(self._tensors[stored].shape[1:]) for stored in rows.values()),
             width_multiple=1 if expert is None else EXPERT_MULTIPLE,
         )
         return FFNPlace(
@@ -359,7 +365,15 @@ class _Finder:
             expert=expert,
             unit=first,
             activation_tensors=self._trained(paths, block),
+            row_tensors=rows,
         )
+
+    def _rows(self, paths: FFNPaths, block: str) -> dict[str, str]:
+        """The stored names of the tensors [N, ...] between up projection and activation."""
+        kinds = ("weight", "bias", "running_mean", "running_var")
+        names = [f"{path}.{kind}" for path in paths.per_neuron for kind in kinds]
+        stored = {name: self._names.modules.get(f"{self._prefix}{block}.{name}") for name in names}
+        return {name: found for name, found in stored.items() if found is not None}
 
     def _trained(self, paths: FFNPaths, block: str) -> dict[str, str]:
         """The stored names of a trained activation's parameters. All neurons must share them."""

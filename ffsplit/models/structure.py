@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ffsplit.compat.transformers import activation_of, is_conv1d, stacked_experts
@@ -81,6 +82,8 @@ class FoundFFN(NamedTuple):
     transposed: bool = False
     interleaved: bool = False
     experts: bool = False
+    per_neuron: tuple[str, ...] = ()
+    """Depthwise convolutions and batch norms between up projection and activation."""
     function: str | None = None
     """The activation, where the experts' module tells it."""
     num_ffns: int = 1
@@ -120,11 +123,30 @@ def find_in_modules(modules: Modules) -> list[FoundFFN]:
                     down.num_rows,
                     fused=fused,
                     transposed=up.transposed,
+                    per_neuron=() if gate or fused or up.transposed else _per_neuron(scope, down, modules),
                     is_alone=not others,
                 )
             )
     order = {path: index for index, path in enumerate(modules)}
     return sorted(found, key=lambda each: order[each.scope if each.experts else each.up])
+
+
+def _per_neuron(scope: str, down: _Map, modules: Modules) -> tuple[str, ...]:
+    """The modules of an FFN's scope that treat each of its neurons by itself. The trial proves it."""
+    width = down.num_columns
+    return tuple(
+        path
+        for path, module in modules.items()
+        if path.startswith(f"{scope}.")
+        and width != down.num_rows
+        and (
+            (
+                isinstance(module, _ConvNd)
+                and module.groups == module.in_channels == module.out_channels == width
+            )
+            or (isinstance(module, _BatchNorm) and module.num_features == width)
+        )
+    )
 
 
 def check_nothing_is_left(modules: Modules, found: Sequence[FoundFFN], family: str) -> None:
@@ -163,10 +185,17 @@ def check_nothing_is_left(modules: Modules, found: Sequence[FoundFFN], family: s
         if "experts" in parts[:-1] and not ffn.experts:  # run by other code than the usual, for some tokens
             left[_starred(ffn.down)] = f"[{ffn.hidden_size}, {ffn.width}]"
         between = [
-            name for name, weight in modules[ffn.scope].named_parameters() if _is_norm_of(name, weight, ffn)
+            path
+            for name, weight in modules[ffn.scope].named_parameters()
+            if _is_norm_of(name, weight, ffn)
+            and (path := f"{ffn.scope}.{name}".rpartition(".")[0]) not in ffn.per_neuron
         ]
         if between and not ffn.is_alone and not ffn.experts:
-            left[_starred(f"{ffn.scope}.{between[0]}")] = f"[{ffn.width}]"
+            raise UnsupportedModelError(
+                f"{family} has a norm over its FFNs' neurons ({_starred(between[0])}), so the output of each "
+                "depends on all others, and none can be dropped without changing the rest: FFSplit cannot "
+                "compress it; quantize it with another tool"
+            )
     if left:
         words = ", ".join(f"{name} {shape}" for name, shape in sorted(left.items())[:4])
         raise UnsupportedModelError(

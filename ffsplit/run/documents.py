@@ -59,7 +59,7 @@ class Outcome:
     num_tokens: int
     num_shards: int
     plans: tuple[LayerPlan, ...] = ()
-    errors: tuple[float, ...] = ()
+    errors: tuple[float | None, ...] = ()
     measurements: Measurements | None = None
     gates: tuple[GateResult, ...] = ()
     allocation: AllocationRecord | None = None

@@ -74,6 +74,9 @@ def load_ffn(checkpoint: Checkpoint, index: int, *, activation: Any, device: tor
         up=linear(ffn.up),
         gate=None if ffn.gate is None else linear(ffn.gate),
         down=LinearMap.dense(down.weight),
+        rows={
+            name: _read_float(checkpoint, stored, device=device) for name, stored in ffn.row_tensors.items()
+        },
     )
     return FFNWeights(heavy=part, light=None, down_bias=down.bias, activation=activation)
 
@@ -184,6 +187,8 @@ def _plain_tensors(ffn: FFNPlace, weights: FFNWeights) -> Iterator[tuple[str, st
         yield _of_expert(place.name, place.expert), place.name, weight
         if place.bias is not None and linear.bias is not None:
             yield _of_expert(place.bias, place.expert), place.bias, linear.bias
+    for name, stored in ffn.row_tensors.items():
+        yield stored, stored, part.rows[name]
 
 
 def _of_expert(name: str, expert: int | None) -> str:

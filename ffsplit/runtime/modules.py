@@ -21,6 +21,20 @@ def narrow_ffn(block: nn.Module, paths: FFNPaths, width: int) -> None:
         rows = 2 * width if paths.fused else width
         _resize(block.get_submodule(path), rows=rows, transposed=paths.transposed)
     _resize(block.get_submodule(paths.down), columns=width, transposed=paths.transposed)
+    for path in paths.per_neuron:
+        _narrow(block.get_submodule(path), width)
+
+
+def _narrow(module: Any, width: int) -> None:
+    """Give a depthwise convolution, or a batch norm, `width` channels."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, _empty_like(parameter, (width, *parameter.shape[1:])))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.dim():  # not a count of batches
+            setattr(module, name, buffer.new_empty((width, *buffer.shape[1:])))
+    for name in ("in_channels", "out_channels", "groups", "num_features"):
+        if hasattr(module, name):
+            setattr(module, name, width)
 
 
 def _resize(

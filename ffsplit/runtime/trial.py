@@ -119,7 +119,8 @@ def _recomputed(block: nn.Module, checkpoint: Checkpoint, path: str) -> Iterator
         handles.append(block.get_submodule(ffn.paths.down).register_forward_hook(after))
 
     for ffn in checkpoint.ffns:
-        if ffn.block == path and ffn.expert is None and not ffn.paths.can_split:
+        is_own = ffn.block == path and ffn.expert is None
+        if is_own and not ffn.paths.can_split and not ffn.paths.per_neuron:
             watch(ffn)
     try:
         yield differences
@@ -203,9 +204,11 @@ def _difference_of_blocks(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) 
 
 
 def _split_exactly(block: nn.Module, checkpoint: Checkpoint, path: str) -> None:
-    """Replace every FFN of a block by its two halves."""
+    """Replace every FFN of a block by its two halves, or exchange its neurons where it cannot be split."""
     experts: dict[int, SplitExperts] = {}
     for ffn in checkpoint.ffns:
+        if ffn.block == path and ffn.paths.per_neuron:
+            _reverse_neurons(block, ffn)
         if ffn.block != path or (ffn.expert is None and not ffn.paths.can_split):
             continue
         activation = load_activation(checkpoint, ffn.index, device=CPU)
@@ -217,6 +220,17 @@ def _split_exactly(block: nn.Module, checkpoint: Checkpoint, path: str) -> None:
             experts[ffn.unit] = SplitExperts(guard=None)
             install_split_ffn(block, ffn.paths, experts[ffn.unit])
         experts[ffn.unit].append(halves)
+
+
+def _reverse_neurons(block: nn.Module, ffn: FFNPlace) -> None:
+    """Put an FFN's neurons in reverse order: no output changes if each is treated by itself."""
+    for path in (ffn.paths.up, *ffn.paths.per_neuron):
+        module = block.get_submodule(path)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.dim():
+                tensor.copy_(tensor.flip(0))
+    down: Any = block.get_submodule(ffn.paths.down)
+    down.weight.copy_(down.weight.flip(1))
 
 
 def _states(output: Any) -> Tensor:

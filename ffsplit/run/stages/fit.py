@@ -39,7 +39,7 @@ class Layers(NamedTuple):
 
     files: tuple[Path, ...]
     layouts: tuple[LayerLayout, ...]
-    errors: tuple[float, ...]
+    errors: tuple[float | None, ...]
 
 
 class LayerJob(Record):
@@ -253,5 +253,8 @@ def _layers(execution: Execution, results: Sequence[Result]) -> Layers:
     return Layers(
         files=tuple(execution.scratch.path(result.files[0]) for result in results),
         layouts=tuple(LayerLayout.model_validate(result.facts["layout"]) for result in results),
-        errors=tuple(float(str(result.facts["relative_error"])) for result in results),
+        errors=tuple(
+            None if (error := result.facts["relative_error"]) is None else float(str(error))
+            for result in results
+        ),
     )
