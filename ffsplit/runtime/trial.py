@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
@@ -51,13 +50,20 @@ def check_by_trial(checkpoint: Checkpoint, inputs: Mapping[str, Tensor], *, bloc
     ):
         difference = (_difference_of_blocks if block_by_block else _difference)(checkpoint, inputs)
     if not difference <= TOLERANCE:
-        first = checkpoint.ffns[0]
-        raise UnsupportedModelError(
-            f"{checkpoint.architecture.model_type} is not in the table of architectures; {first.block}: "
-            f"{first.paths.up} and {first.paths.down} looked like its FFNs, but an exact split of them "
-            f"changes the model's outputs (by {difference:.1e})"
-        )
+        raise _refused(checkpoint, checkpoint.ffns, difference)
     return difference
+
+
+def _refused(checkpoint: Checkpoint, ffns: Sequence[FFNPlace], difference: float) -> UnsupportedModelError:
+    """Why these FFNs are none that FFSplit knows, and how to leave them out if there are others."""
+    first, others = ffns[0], len(checkpoint.ffns) - len(ffns)
+    names = " ".join(f"--skip '{ffn.name}'" for ffn in ffns)
+    return UnsupportedModelError(
+        f"{checkpoint.architecture.model_type} is not in the table of architectures; {first.block}: "
+        f"{first.paths.up} and {first.paths.down} looked like an FFN, but an exact split changes the model's "
+        f"outputs (by {difference:.1e}): its code computes more than a sum over neurons; "
+        + (f"leave such FFNs out with {names}" if others else "FFSplit cannot compress it")
+    )
 
 
 @torch.no_grad()
@@ -85,23 +91,29 @@ def _difference(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) -> float:
             "found, so nothing could tell a good result from a bad one: FFSplit cannot compress it"
         )
     with ExitStack() as stack:
-        own = [
+        found = [
             stack.enter_context(_recomputed(model.get_submodule(each), checkpoint, each)) for each in blocks
         ]
         _outputs(model, inputs)
+    own = [pair for each in found for pair in each]
+    wrong = {ffn.index: ffn for ffn, difference in own if not difference <= TOLERANCE}
+    if wrong:
+        raise _refused(checkpoint, list(wrong.values()), _largest([difference for _, difference in own]))
     for block in blocks:
         _split_exactly(model.get_submodule(block), checkpoint, block)
     pairs = zip(_outputs(model, inputs), expected, strict=True)
-    return _largest([*chain.from_iterable(own), *(_relative(found, wanted) for found, wanted in pairs)])
+    return _largest([*(each for _, each in own), *(_relative(*pair) for pair in pairs)])
 
 
 @contextmanager
-def _recomputed(block: nn.Module, checkpoint: Checkpoint, path: str) -> Iterator[list[float]]:
+def _recomputed(
+    block: nn.Module, checkpoint: Checkpoint, path: str
+) -> Iterator[list[tuple[FFNPlace, float]]]:
     """Collects how far the output of each FFN of a block is from that of its weights, for what it reads.
 
-    For FFNs that the model computes by functions between its modules, so that no split can be installed.
+    It tells which FFN is wrong, and tries those in which no split can be installed.
     """
-    differences: list[float] = []
+    differences: list[tuple[FFNPlace, float]] = []
     handles = []
 
     def watch(ffn: FFNPlace) -> None:
@@ -113,14 +125,13 @@ def _recomputed(block: nn.Module, checkpoint: Checkpoint, path: str) -> Iterator
             seen.append(arguments[0].flatten(0, -2))
 
         def after(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            differences.append(_relative(weights(seen.pop()), output.flatten(0, -2)))
+            differences.append((ffn, _relative(weights(seen.pop()), output.flatten(0, -2))))
 
         handles.append(block.get_submodule(ffn.paths.up).register_forward_pre_hook(before))
         handles.append(block.get_submodule(ffn.paths.down).register_forward_hook(after))
 
     for ffn in checkpoint.ffns:
-        is_own = ffn.block == path and ffn.expert is None
-        if is_own and not ffn.paths.can_split and not ffn.paths.per_neuron:
+        if ffn.block == path and ffn.expert is None and not ffn.paths.per_neuron:
             watch(ffn)
     try:
         yield differences
@@ -197,7 +208,7 @@ def _difference_of_blocks(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) 
         with model.block(index) as block:
             with _recomputed(block, checkpoint, path) as own:
                 expected = _states(model.advance(0))
-            differences += own
+            differences += [difference for _, difference in own]
             _split_exactly(block, checkpoint, path)
             differences.append(_relative(_states(model.advance(1)), expected))
     return _largest(differences)
