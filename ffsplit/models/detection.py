@@ -220,9 +220,10 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str) -> FFNP
         if gating is not None and gating.gate is not None and gate != f"{ffn.scope}.{gating.gate}":
             assert gate is not None
             up, gate = gate, up
+    is_module = is_module and not (gating is not None and gating.adds_input)
     function = ffn.function if gating is None else gating.function
     path = None if ffn.experts else _activation_path(modules[block], ffn, block)
-    trained = path is not None and any(True for _ in modules[f"{block}.{path}"].parameters())
+    trained = path is not None and any(True for _ in modules[block].get_submodule(path).parameters())
     return FFNPaths(
         up=inside(up),
         gate=None if gate is None else inside(gate),

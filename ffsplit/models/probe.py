@@ -29,6 +29,8 @@ class Gating(NamedTuple):
     gate_half: int = 0
     """Which half of the rows of a fused matrix is the gate."""
     interleaved: bool = False
+    adds_input: bool = False
+    """Whether the module adds its input to the FFN's output, so that a split FFN cannot replace it."""
 
 
 def gating_of(module: nn.Module, *, ups: tuple[str, ...], down: str, fused: bool) -> Gating | None:
@@ -53,9 +55,11 @@ def gating_of(module: nn.Module, *, ups: tuple[str, ...], down: str, fused: bool
         rows = [maps[path](x) for path in ups]
         for gating, gate, up in _ways(rows, ups, fused=fused):
             for name, activation in _activations(module):
-                hidden = activation(up) if gate is None else gated(activation, gate, up)
-                if torch.allclose(maps[down](hidden), found.double(), rtol=1e-6, atol=1e-6):
-                    return gating._replace(function=name)
+                output = maps[down](activation(up) if gate is None else gated(activation, gate, up))
+                for adds_input in (False, True):
+                    wanted = x + output if adds_input else output
+                    if torch.allclose(wanted, found.double(), rtol=1e-6, atol=1e-6):
+                        return gating._replace(function=name, adds_input=adds_input)
     return None
 
 

@@ -81,6 +81,23 @@ def test_a_clamp_is_told_by_a_number_of_the_module() -> None:
     assert of_two(clamped) == Gating(clamped_name("silu", limit=7, shift=1), gate="first")
 
 
+class Residual(nn.Module):
+    """x + down(relu(up x)), as RF-DETR's decoder has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 40), nn.Linear(40, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def test_a_module_that_adds_its_input_is_told() -> None:
+    """No split FFN may take its place: it would lose the sum."""
+    found = gating_of(Residual(), ups=("up",), down="down", fused=False)
+    assert found == Gating("relu", adds_input=True)
+
+
 def test_what_no_form_gives_is_none() -> None:
     assert of_two(lambda first, second: first * second.softmax(-1)) is None
     assert of_two(lambda first, second: first[..., :3]) is None, "it raises"

@@ -230,6 +230,14 @@ def test_lists_within_lists_and_towers_beside_each_other() -> None:
     ]
 
 
+def test_blocks_may_share_one_activation() -> None:
+    """Flaubert's do: it has one name among a model's modules."""
+    first, second = Block("up", "down"), Block("up", "down")
+    second.act = first.act
+    assert paths_of(first, second) == [("up", None, "down", False, None)]
+    assert all(ffn.activation == "act" for ffn in row_of(first, second).towers[0].ffns)
+
+
 def test_an_encoder_of_patches_is_a_tower_like_another() -> None:
     """DepthPro's, beside its encoder of the whole picture. Maps that embed or merge patches are no FFN."""
     model = nn.Module()
