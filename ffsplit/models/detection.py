@@ -25,7 +25,7 @@ from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.family import Architecture, FFNPaths, ModelKind, Reads, Tower
 from ffsplit.models.load_options import attention_advice, attention_options
 from ffsplit.models.names import base_of, main_inputs
-from ffsplit.models.probe import gating_of
+from ffsplit.models.probe import function_between, gating_of
 from ffsplit.models.structure import (
     NOT_FFN_PATH,
     FoundFFN,
@@ -223,6 +223,10 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str) -> FFNP
     is_module = is_module and not (gating is not None and gating.adds_input)
     function = ffn.function if gating is None else gating.function
     path = None if ffn.experts else _activation_path(modules[block], ffn, block)
+    is_odd = ffn.fused or ffn.transposed or ffn.scope == block
+    if path is None and gate is None and not (is_module or ffn.experts or is_odd):
+        first, last = (each.removeprefix(f"{ffn.scope}.") for each in (ffn.up, ffn.down))
+        function = function_between(modules[ffn.scope], up=first, down=last)
     trained = path is not None and any(True for _ in modules[block].get_submodule(path).parameters())
     return FFNPaths(
         up=inside(up),

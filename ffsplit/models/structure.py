@@ -108,10 +108,11 @@ def find_in_modules(modules: Modules) -> list[FoundFFN]:
             up, gate, down, fused = group
             names = {each.path for each in (up, gate, down) if each is not None}
             taken |= names
+            owners = {name.rpartition(".")[0] for name, _ in modules[scope].named_parameters()}
             others = {
-                owner
-                for name, _ in modules[scope].named_parameters()
-                if activation_of(modules[owner := f"{scope}.{name}".rpartition(".")[0]]) is None
+                f"{scope}.{owner}"
+                for owner in owners
+                if activation_of(modules[scope].get_submodule(owner)) is None
             } - names
             found.append(
                 FoundFFN(

@@ -14,7 +14,7 @@ from transformers.models.moonshine.modeling_moonshine import MoonshineDecoderMLP
 
 from ffsplit.compat.transformers import stacked_experts
 from ffsplit.ffn.activations import ACTIVATIONS, clamped_name
-from ffsplit.models.probe import Gating, gating_of, gating_of_experts
+from ffsplit.models.probe import Gating, function_between, gating_of, gating_of_experts
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 
@@ -79,6 +79,25 @@ def test_a_clamp_is_told_by_a_number_of_the_module() -> None:
         return ACTIVATIONS["silu"](gate.clamp(max=7)) * (up.clamp(-7, 7) + 1)
 
     assert of_two(clamped) == Gating(clamped_name("silu", limit=7, shift=1), gate="first")
+
+
+class Scaled(nn.Module):
+    """RWKV's: another map of the inputs scales the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.scale = nn.Linear(16, 40), nn.Linear(40, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.scale(x)) * self.down(torch.relu(self.up(x)).square())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_function_between_two_maps_is_told(device: str) -> None:
+    with torch.device(device):
+        module = Scaled()
+    assert function_between(module, up="up", down="down") == "relu2"
+    assert module.up.weight.shape == (40, 16) and module.up.weight.device.type == device
 
 
 class Residual(nn.Module):
