@@ -163,6 +163,18 @@ MUTANTS = (
     ),
     # runtime
     Mutant(
+        "runtime/trial.py",
+        "            _reverse_neurons(block, ffn)",
+        "            pass",
+        "tests/runtime/test_narrowed_channels.py::test_the_trial_exchanges_neurons",
+    ),
+    Mutant(
+        "runtime/trial.py",
+        "raise UnsupportedModelError(not_run(missed))",
+        "pass",
+        "tests/runtime/test_trial.py::test_an_ffn_that_no_row_reaches_is_named_with_how_to_leave_it_out",
+    ),
+    Mutant(
         "runtime/plugin.py",
         "activation = block.get_submodule(paths.activation)",
         'activation = ACT2FN["gelu"]',

@@ -77,3 +77,15 @@ def test_a_parameter_for_each_neuron_is_refused(apertus: Path) -> None:
     save_file(load_file(path) | {ALPHA: torch.zeros(32)}, path, {"format": "pt"})
     with pytest.raises(UnsupportedModelError, match=r"has 32 elements, and .* only if all neurons share"):
         open_checkpoint(apertus)
+
+
+def test_healing_trains_the_model_around_them(apertus: Path, tmp_path: Path) -> None:
+    """Then int8 weights follow, which need the activation once more."""
+    job = SmallJob(tmp_path, apertus)
+    healing = "healing: {epochs: 1, batch_rows: 8, learning_rate: 0.001, evaluations: 1}"
+    recipe = job.recipe(more=f"{healing}\nafter_healing: {{kind: quantize, method: gptq}}")
+    manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, samples=16))
+    assert all(layer.layout.parts[0].up.format == "integer" for layer in manifest.layers)
+    loaded = ffsplit.load(str(tmp_path / "out"))
+    assert outputs(loaded).isfinite().all()
+    assert sum("act_fn.alpha_p" in name for name in loaded.state_dict()) == 2
