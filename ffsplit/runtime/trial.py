@@ -47,6 +47,7 @@ def check_by_trial(checkpoint: Checkpoint, inputs: Mapping[str, Tensor], *, bloc
         f"{checkpoint.architecture.model_type} is not in the table of architectures, and a trial of the FFNs "
         "found by its structure failed",
         kind=UnsupportedModelError,
+        advice=f"it was given {', '.join(inputs)}: FFSplit cannot compress a model that needs other inputs",
     ):
         difference = (_difference_of_blocks if block_by_block else _difference)(checkpoint, inputs)
     if not difference <= TOLERANCE:

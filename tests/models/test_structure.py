@@ -136,7 +136,10 @@ def test_whatever_a_model_on_trial_raises_is_one_line(
         raise NotImplementedError("this family wants\nsomething else")
 
     monkeypatch.setattr(transformers.GraniteModel, "forward", forward)
-    with pytest.raises(UnsupportedModelError, match=r"a trial .* failed: this family wants$") as caught:
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"a trial .* failed: this family wants; it was given input_ids, attention_mask: ",
+    ) as caught:
         check_by_trial(checkpoint, ROWS, block_by_block=block_by_block)
     assert isinstance(caught.value.__cause__, NotImplementedError)
 
