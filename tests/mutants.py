@@ -176,6 +176,24 @@ MUTANTS = (
     ),
     # runtime
     Mutant(
+        "runtime/trial.py",
+        "            _reverse_neurons(block, ffn)",
+        "            pass",
+        "tests/runtime/test_narrowed_channels.py::test_the_trial_exchanges_neurons",
+    ),
+    Mutant(
+        "runtime/trial.py",
+        "raise UnsupportedModelError(not_run(missed))",
+        "pass",
+        "tests/runtime/test_trial.py::test_an_ffn_that_no_row_reaches_is_named_with_how_to_leave_it_out",
+    ),
+    Mutant(
+        "runtime/plugin.py",
+        "activation = block.get_submodule(paths.activation)",
+        'activation = ACT2FN["gelu"]',
+        "tests/runtime/test_trained_activation.py::test_every_form_of_result_keeps_them",
+    ),
+    Mutant(
         "runtime/ffn_tensors.py",
         "if ffn.paths.output_norm is None:",
         "if ffn.paths.output_norm or True:",

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ffsplit
-from ffsplit.ffn.activations import activation_named
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.ffn.weights import FFNPart, LinearMap
 from ffsplit.measurement.latency import example_inputs
@@ -22,7 +21,7 @@ from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_whole_model
 from ffsplit.runtime.assemble import assemble
-from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
+from ffsplit.runtime.ffn_tensors import layer_tensors, load_activation, load_ffn
 from tests.small_jobs import SmallJob
 from tests.tiny_families import FAMILIES, heads_of, outputs, save_checkpoint, usual_head
 from tests.tiny_rows import calibration
@@ -67,7 +66,7 @@ def split_exactly(checkpoint: Checkpoint, directory: Path) -> None:
     files, layouts = [], []
     directory.mkdir()
     for ffn in checkpoint.ffns:
-        activation = activation_named(checkpoint.activation_of(ffn.index))
+        activation = load_activation(checkpoint, ffn.index, device=CPU)
         weights = load_ffn(checkpoint, ffn.index, activation=activation, device=CPU)
         weights = weights.split(torch.arange(0, ffn.shape.num_neurons, 2))
         weights = replace(weights, light=factored(weights.light))
@@ -77,8 +76,9 @@ def split_exactly(checkpoint: Checkpoint, directory: Path) -> None:
     assemble(checkpoint, files, layouts, directory)
 
 
-NARROWED_ONLY = ("esm", "mobilebert", "gpt_oss")
-"""Families whose activation is a function, clamps, or is one of several in a block: no split is possible."""
+NARROWED_ONLY = ("esm", "mobilebert", "gpt_oss", "segformer", "levit")
+"""Families whose activation is a function, clamps, is one of several in a block, or comes after a convolution
+or a batch norm: no split is possible."""
 
 
 @pytest.mark.matrix()
@@ -95,8 +95,9 @@ def test_an_exact_split_is_the_dense_model(saved: Saved, tmp_path: Path, family:
     assert (outputs(split) - outputs(dense)).abs().max() <= 1e-5
 
 
-NEVER_PLAIN = ("bloom", "swin", "deepseek_v3")
-"""No config states Bloom's width; Swin's is a ratio; two shared experts are twice as wide as one expert."""
+NEVER_PLAIN = ("bloom", "swin", "deepseek_v3", "segformer", "levit")
+"""No config states Bloom's width; Swin's, SegFormer's and LeViT's are ratios; two shared experts are twice as
+wide as one expert."""
 
 
 @pytest.mark.matrix(family=FAST)

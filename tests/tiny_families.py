@@ -113,6 +113,12 @@ _NEMOTRON |= {"moe_intermediate_size": 24, "moe_shared_expert_intermediate_size"
 _SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2]}
 _SWIN |= {"window_size": 2, "mlp_ratio": 4.0}
 
+_SEGFORMER = {"depths": [1, 1], "num_encoder_blocks": 2, "hidden_sizes": [8, 16], "sr_ratios": [2, 1]}
+_SEGFORMER |= {"num_attention_heads": [1, 2], "patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [4, 4]}
+_SEGFORMER |= {"decoder_hidden_size": 16, "image_size": 16}
+_LEVIT = {"image_size": 16, "hidden_sizes": [16, 24, 32], "num_attention_heads": [2, 2, 2]}
+_LEVIT |= {"depths": [1, 1, 1], "key_dim": [4, 4, 4]}
+
 FAMILIES: dict[str, Family] = {
     "bert": _bert("Bert"),
     "roberta": _bert("Roberta"),
@@ -180,6 +186,7 @@ FAMILIES: dict[str, Family] = {
         "MBart", _ENCODER_DECODER | {"max_position_embeddings": 64}, heads=("ForConditionalGeneration",)
     ),
     "led": Family("LED", _ENCODER_DECODER | _LED, heads=("ForConditionalGeneration",)),
+    "apertus": Family("Apertus", _LLAMA, heads=("ForCausalLM",)),
     "glm": Family("Glm", _LLAMA, heads=("ForCausalLM",)),
     "deepseek_v3": Family("DeepseekV3", _DEEPSEEK, heads=("ForCausalLM",)),
     "nemotron_h": Family("NemotronH", _NEMOTRON, heads=("ForCausalLM",)),
@@ -190,6 +197,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "gte": Family("Gte", _TEXT, heads=("ForMaskedLM",)),
     "swin": Family("Swin", _SWIN, heads=("ForImageClassification",)),
+    "segformer": Family("Segformer", _SEGFORMER, heads=("ForImageClassification",)),
+    "levit": Family("Levit", _LEVIT, heads=("ForImageClassification",)),
     "beit": Family("Beit", _PIXELS, heads=("ForImageClassification",)),
     "hubert": Family("Hubert", _SIZES | _IDS | _SOUND, heads=("ForCTC",)),
     "llava": Family(

@@ -9,8 +9,12 @@ CLASSES: dict[str, str] = {
     "musicgen_melody": "MusicgenMelodyForConditionalGeneration",
     "bark": "BarkModel",
     "clip": "CLIPModel",
+    "shieldgemma2": "ShieldGemma2ForImageClassification",
 }
 """The class to make, where the first of transformers' mappings is not the most used one."""
+
+PICTURES: dict[str, int] = dict.fromkeys(("deformable_detr", "mask2former", "maskformer"), 128)
+"""Pixels of a side of pictures, where a norm over the smallest of a pyramid's maps needs more than one."""
 
 DROP = "DROP"
 """A field that is left out of the config."""
@@ -117,6 +121,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {**_DEEPSEEK, "first_k_dense_replace": 1},
     "deformable_detr": _NO_TIMM,
+    "depth_pro": {"intermediate_hook_ids": [1, 0]},
     "detr": _NO_TIMM,
     "diffusion_gemma": {"text_config": _GEMMA4_MOE},
     "distilbert": {"hidden_dim": 40},
@@ -135,6 +140,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "emu3": {"vocabulary_map": {"<image>": 200, "<|extra_200|>": 201}},
     "ernie4_5_vl_moe": {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}},
+    "esmc": {"vocab_size": 211},
     "esm": {"vocab_size": 211, "pad_token_id": 1, "mask_token_id": 4},
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 64},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 8}},
@@ -189,6 +195,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 0,
     },
     "kyutai_speech_to_text": {"ffn_dim": 80},
+    "levit": {"image_size": 64, "patch_size": 16},
     "lfm2_moe": {
         "num_hidden_layers": 3,
         "num_dense_layers": 1,
@@ -233,11 +240,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "paddleocr_vl": {"text_config": _MROPE},
     "paddleocr_vl_text": _MROPE,
     "perceiver": {"num_self_attends_per_block": 2, "d_latents": 32, "num_latents": 8},
-    "qwen2_5_omni_thinker": {"text_config": _MROPE},
+    "pp_doclayout_v2": {"class_thresholds": [0.5] * 25, "class_order": list(range(25))},
+    "qwen2_5_omni_thinker": {"text_config": _MROPE, "vision_start_token_id": 207},
     "qwen2_5_vl": {"text_config": _MROPE},
     "qwen2_5_vl_text": _MROPE,
     "qwen2_vl": {"text_config": _MROPE},
     "qwen2_vl_text": _MROPE,
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 207},
     "qwen3_omni_moe": {"talker_config": {"text_config": {"shared_expert_intermediate_size": 56}}},
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
@@ -253,6 +262,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "pix2struct": {"vision_config": {"patch_embed_hidden_size": 768}},
     "siglip2": {"vision_config": {"patch_size": 16}},
     "speecht5": {"vocab_size": 211},
+    "shieldgemma2": {"yes_token_index": 100, "no_token_index": 101},
     "step3p7": {"text_config": {"sliding_window": 16}},
     "table-transformer": _NO_TIMM,
     "time_series_transformer": _SERIES,

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 from benchmarks.families.config import IMAGE, tiny_config
-from benchmarks.families.tables import CLASSES, OWN_PICTURES, VARIANTS
+from benchmarks.families.tables import CLASSES, OWN_PICTURES, PICTURES, VARIANTS
 from tests.tiny_models import randomize, save_tokenizer
 from tests.tiny_processors import picture_processor, save_processor
 
@@ -114,8 +114,9 @@ def save_parts(model: Any, directory: Path, extractor: Any = None) -> None:
     if "input_ids" in reads or "decoder_input_ids" in reads:
         save_tokenizer(directory)
     if {"pixel_values", "flattened_patches"} & reads:
-        own = model.config.model_type in OWN_PICTURES
-        made = picture_processor(model.config) if own else _usual_pictures(image_size(model.config))
+        family = model.config.model_type
+        size = PICTURES.get(family) or image_size(model.config)
+        made = picture_processor(model.config) if family in OWN_PICTURES else _usual_pictures(size)
         made.save_pretrained(directory)
     elif extractor is not None:
         extractor.save_pretrained(directory)

@@ -17,6 +17,7 @@ from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.calibration.sums import NeuronSums
 from ffsplit.errors import CalibrationError
 from ffsplit.models.ffns import FFNPlace
+from ffsplit.models.selection import not_run
 from ffsplit.models.streamed import StreamedModel
 
 
@@ -132,6 +133,7 @@ class FFNObserver:
         self._arguments: Mapping[str, Tensor] = {}
         self._num_batches = 0
         self._num_calls: Counter[str] = Counter()
+        self._num_inputs: Counter[int] = Counter()
         self._sums = {ffn.index: NeuronSums(_down_weight(base_model, ffn), ffn.expert) for ffn in ffns}
         self._inputs: dict[int, list[dict[str, Tensor]]] = {}
 
@@ -200,6 +202,7 @@ class FFNObserver:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             stream = self._stream(ffn, arguments[0])
             flat_TD = stream.positions(arguments[0])
+            self._num_inputs[ffn.index] += len(flat_TD if stream.rows is None else stream.rows)
             rows = stream.sampled_rows().to(flat_TD.device)
             if len(rows):
                 rows = rows if stream.rows is None else stream.rows[rows]
@@ -252,15 +255,24 @@ class FFNObserver:
     def _check_counts(self, ffns: Sequence[FFNPlace]) -> None:
         """An FFN must see every token once each time that the model runs its block, most do once.
 
-        A block's experts together must see all tokens equally often.
+        A block's experts together must see all tokens equally often. An FFN that sees other positions than
+        those of tokens, perhaps in several calls, must see at its end what it saw at its start.
         """
         first = ffns[0]
         total = self._own_streams.get(first.unit, self._streams[first.tower.name]).stop
         seen = sum(self._sums[ffn.index].num_tokens for ffn in ffns)
         num_runs = self._num_calls[first.block] / max(1, self._num_batches)
-        expected = seen % total == 0 if first.expert is not None and total else seen == total * num_runs
+        if first.expert is not None:
+            expected = bool(total) and seen % total == 0
+        elif first.unit in self._own_streams:
+            total = self._num_inputs[first.index]
+            expected = seen == total
+        else:
+            expected = seen == total * num_runs
+        what = first.name if first.expert is None else first.name.replace("expert 0", "experts")
+        if not self._num_calls[first.block]:
+            raise CalibrationError(not_run([first]))
         if not total or not seen or not expected:
-            what = first.name if first.expert is None else first.name.replace("expert 0", "experts")
             raise CalibrationError(
                 f"{what} saw {seen} of {total} tokens: the model bypasses the hooks on its FFN"
             )

@@ -15,10 +15,13 @@ from ffsplit.ffn.weights import FFNWeights
 
 
 class CompressedLayer(NamedTuple):
-    """The compressed weights in float32, and their relative error over the sampled inputs."""
+    """The compressed weights in float32, and their relative error over the sampled inputs.
+
+    None for an FFN that cannot be run on tokens: one with a convolution between its projections.
+    """
 
     weights: FFNWeights
-    relative_error: float
+    relative_error: float | None
 
 
 @torch.no_grad()
@@ -38,7 +41,8 @@ def compress_layer(
         ffn = step.compress(ffn, layout=layout, context=context)
     got = ffn.layout
     assert got == layout or _no_larger(got, layout), f"planned {layout}, got {got}"
-    return CompressedLayer(ffn, relative_error(ffn, context))
+    runs = not any(part.rows for part in ffn.parts)
+    return CompressedLayer(ffn, relative_error(ffn, context) if runs else None)
 
 
 @torch.no_grad()

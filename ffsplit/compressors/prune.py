@@ -35,6 +35,11 @@ class PruneCompressor(Record):
     def adds_down_bias(self) -> bool:
         return self.compensation == "bias"
 
+    @property
+    def only_drops(self) -> bool:
+        """Whether it needs no inputs, because it takes the plan's neurons and refits nothing."""
+        return self.order == "score" and self.compensation == "none"
+
     def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
         """The layout without its light part; None if nothing would be left."""
         down_bias = layout.down_bias or self.adds_down_bias

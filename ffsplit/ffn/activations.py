@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 
 import torch
@@ -56,6 +56,42 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 
+# Trained activations. An FFN's neurons share their parameters, so no width changes them.
+
+
+@dataclass(frozen=True)
+class XIELU:
+    """Apertus' activation; each parameter is one number. Source: arXiv:2411.13010.
+
+    x > 0: softplus(alpha_p) x² + beta x; else (beta + softplus(alpha_n)) (expm1(min(x, eps)) - x) + beta x.
+    """
+
+    alpha_p: Tensor
+    alpha_n: Tensor
+    beta: Tensor | float = 0.5
+    eps: Tensor | float = -1e-6
+
+    def __call__(self, x: Tensor) -> Tensor:
+        positive = functional.softplus(self.alpha_p) * x.square()
+        below = torch.minimum(x, torch.as_tensor(self.eps, dtype=x.dtype, device=x.device))
+        negative = (self.beta + functional.softplus(self.alpha_n)) * (below.expm1() - x)
+        return torch.where(x > 0, positive, negative) + self.beta * x
+
+
+@dataclass(frozen=True)
+class PReLU:
+    """A leaky ReLU with a trained slope [1]. Source: arXiv:1502.01852."""
+
+    weight: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.prelu(x, self.weight)
+
+
+TRAINED: dict[str, type[XIELU] | type[PReLU]] = {"xielu": XIELU, "prelu": PReLU}
+"""Trained activations by the names that model configs use. Their fields are named as the modules' tensors."""
+
+
 @dataclass(frozen=True)
 class Clamped:
     """The gating of gpt-oss and others: function(min(gate, limit)) (clamp(up, -limit, limit) + shift)."""
@@ -84,12 +120,23 @@ def clamped_name(name: str, *, limit: float, shift: float) -> str:
     return f"{name}, clamped at {limit:g}" + (", up + 1" if shift else "")
 
 
-def activation_named(name: str) -> Activation:
-    """The function a config calls `name`. Raises UnsupportedModelError for one not in the table."""
+def activation_named(name: str, parameters: Mapping[str, Tensor] | None = None) -> Activation:
+    """The function a config calls `name`; `parameters` are those of a trained one, by name.
+
+    Raises UnsupportedModelError for a name that is not in the tables, or if a parameter is missing.
+    """
     if match := _CLAMPED.fullmatch(name):
         return Clamped(activation_named(match[1]), limit=float(match[2]), shift=float(bool(match[3])))
-    try:
-        return ACTIVATIONS[name]
-    except KeyError:
-        known = ", ".join(sorted(ACTIVATIONS))
-        raise UnsupportedModelError(f"activation {name!r} is not supported (known: {known})") from None
+    check_activation(name, parameters or {})
+    return TRAINED[name](**(parameters or {})) if name in TRAINED else ACTIVATIONS[name]
+
+
+def check_activation(name: str, parameters: Collection[str]) -> None:
+    """Raise UnsupportedModelError for a name that is not in the tables, or if a parameter is missing."""
+    if name in TRAINED:
+        needed = [each.name for each in fields(TRAINED[name]) if each.default is MISSING]
+        if missing := [each for each in needed if each not in parameters]:
+            raise UnsupportedModelError(f"activation {name!r}: the model has no tensor {', '.join(missing)}")
+    elif name not in ACTIVATIONS and not _CLAMPED.fullmatch(name):
+        known = ", ".join(sorted(ACTIVATIONS.keys() | TRAINED.keys()))
+        raise UnsupportedModelError(f"activation {name!r} is not supported (known: {known})")

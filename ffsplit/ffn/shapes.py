@@ -70,6 +70,11 @@ class FFNShape(Record):
     gated: bool
     up_bias: bool
     down_bias: bool
+    per_neuron: int = Field(
+        default=0,
+        ge=0,
+        description="of a neuron between up projection and activation: a convolution's kernel",
+    )
     width_multiple: int = Field(
         default=1,
         ge=1,
@@ -78,9 +83,9 @@ class FFNShape(Record):
 
     @property
     def elements_per_neuron(self) -> int:
-        """Elements per dense neuron: a row of each input matrix, a column of down, and its biases."""
+        """Elements per dense neuron: a row of each input matrix, a column of down, its biases and kernel."""
         inputs = 2 if self.gated else 1
-        return inputs * (self.hidden_size + self.up_bias) + self.hidden_size
+        return inputs * (self.hidden_size + self.up_bias) + self.per_neuron + self.hidden_size
 
     @property
     def num_elements(self) -> int:
@@ -122,7 +127,8 @@ class PartLayout(Record):
         return maps
 
     def num_biases(self, shape: FFNShape) -> int:
-        return self.num_neurons * shape.up_bias * (2 if shape.gated else 1)
+        """Elements besides the matrices: biases, and what lies between up projection and activation."""
+        return self.num_neurons * (shape.up_bias * (2 if shape.gated else 1) + shape.per_neuron)
 
     def num_elements(self, shape: FFNShape) -> int:
         maps = sum(linear.num_elements(rows, columns) for linear, rows, columns in self._maps(shape))

@@ -6,7 +6,7 @@ Shape suffixes: T tokens, D hidden size, N neurons, R rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -69,12 +69,17 @@ def _side_by_side(maps: Sequence[LinearMap]) -> LinearMap:
 
 @dataclass(frozen=True)
 class FFNPart:
-    """Some of an FFN's neurons: `neurons` [N] are their indices in the original, ascending."""
+    """Some of an FFN's neurons: `neurons` [N] are their indices in the original, ascending.
+
+    `rows` are tensors [N, ...] between the up projection and the activation, such as the kernels of a
+    depthwise convolution. An FFN that has some can be narrowed, but not be run on tokens.
+    """
 
     neurons: Tensor
     up: LinearMap
     gate: LinearMap | None
     down: LinearMap
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def layout(self) -> PartLayout:
@@ -83,6 +88,7 @@ class FFNPart:
 
     def hidden(self, x_TD: Tensor, activation: Activation) -> Tensor:
         """Neuron activations a_n, the input of the down projection: [T, N]."""
+        assert not self.rows, "its neurons see other positions than a token's own"
         up_TN = self.up(x_TD)
         return activation(up_TN) if self.gate is None else gated(activation, self.gate(x_TD), up_TN)
 
@@ -95,7 +101,8 @@ class FFNPart:
 
         gate = None if self.gate is None else rows(self.gate)
         down = LinearMap.dense(self.down.weight[:, positions])
-        return FFNPart(self.neurons[positions], rows(self.up), gate, down)
+        own = {name: tensor[positions] for name, tensor in self.rows.items()}
+        return FFNPart(self.neurons[positions], rows(self.up), gate, down, own)
 
 
 @dataclass(frozen=True)
@@ -131,6 +138,7 @@ class FFNWeights:
             up=stacked([part.up for part in pairs]),
             gate=stacked(gates) if gates else None,
             down=_side_by_side([part.down for part in pairs]),
+            rows={name: torch.cat([part.rows[name] for part in pairs]) for name in self.heavy.rows},
         )
         return replace(self, heavy=part, light=None)
 

@@ -101,8 +101,11 @@ def hidden_states(model: Any, batch: Batch) -> Tensor:
         decoded = getattr(found, "decoder_hidden_states", None)
         states: Tensor = found[0] if decoded is None else decoded[-1]
     else:
-        states = base(**batch.arguments)[0]
-    if states.dim() > 3:  # of a transducer, which scores pairs of positions
+        found = base(**batch.arguments)[0]
+        states = found if isinstance(found, Tensor) else found[-1]  # of maps of features, the last
+    if states.dim() == 4 and "pixel_values" in batch.arguments:  # channels first
+        states = states.flatten(2).transpose(1, 2)
+    elif states.dim() > 3:  # of a transducer, which scores pairs of positions
         states = states.flatten(1, -2)
     return (states if states.dim() == 3 else states[:, None]).float()  # a head's logits are one state
 

@@ -85,12 +85,12 @@ def example_inputs(
     reads_text = main_inputs(model)[0] == "input_ids"
     vision = getattr(config, "vision_config", config)
     if "pixel_values" in names and not (reads_text and not hasattr(model, "get_text_features")):
-        sizes = getattr(vision, "image_size", None)
-        if sizes is None:
+        sizes, channels = (getattr(vision, name, None) for name in ("image_size", "num_channels"))
+        if sizes is None or channels is None:
             inputs |= _processed(model, "image", num_rows=num_rows, generator=generator)
         else:
             height, width = sizes if isinstance(sizes, list | tuple) else (sizes, sizes)
-            inputs["pixel_values"] = floats(vision.num_channels, height, width)
+            inputs["pixel_values"] = floats(channels, height, width)
     if "input_values" in names and not reads_text:
         if hasattr(config, "conv_stride"):
             inputs["input_values"] = floats(_num_samples(config, num_frames=num_tokens))
@@ -142,8 +142,15 @@ def _argument_names(model: Any) -> set[str]:
 
 def vocab_size_of(model: Any) -> int:
     """The vocabulary size of a model's text side; 0 if it has none."""
-    text = getattr(model.config, "text_config", model.config)
-    return int(getattr(text, "vocab_size", 0) or (BYTES if "input_ids" in _argument_names(model) else 0))
+    stated = _stated_vocabulary(model.config)
+    return stated or (BYTES if "input_ids" in _argument_names(model) else 0)
+
+
+def _stated_vocabulary(config: Any) -> int:
+    """The vocabulary size in a config, else in its first part that has one; 0 if none has."""
+    text = getattr(config, "text_config", config)
+    parts = (each for each in vars(text).values() if hasattr(each, "model_type"))
+    return int(getattr(text, "vocab_size", 0) or 0) or next(filter(None, map(_stated_vocabulary, parts)), 0)
 
 
 def _num_samples(config: Any, *, num_frames: int) -> int:

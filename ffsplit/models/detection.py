@@ -26,7 +26,7 @@ from ffsplit.models.family import Architecture, FFNPaths, Medium, Tower
 from ffsplit.models.inputs import MEDIUM_OF, use_of
 from ffsplit.models.load_options import attention_advice, attention_options
 from ffsplit.models.names import base_of, main_inputs
-from ffsplit.models.probe import gating_of
+from ffsplit.models.probe import function_between, gating_of
 from ffsplit.models.structure import (
     NOT_FFN_PATH,
     FoundFFN,
@@ -124,7 +124,8 @@ def _class_of(config: Mapping[str, Any], made: Any) -> Any:
 
     (name, *_) = config.get("architectures") or [""]
     named = getattr(transformers, str(name), None)
-    if named is not None and isinstance(made, named.config_class or type(made)):
+    is_own = named is not None and isinstance(made, named.config_class or type(made))
+    if is_own or type(made) not in transformers.MODEL_MAPPING:  # some families use another's class
         return named
     return transformers.MODEL_MAPPING[type(made)]
 
@@ -156,7 +157,7 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
             f"(known: {', '.join(sorted(ARCHITECTURES))})"
         )
     check_nothing_is_left(modules, found, family)
-    towers = tuple(_towers(base, modules, found, config))
+    towers = tuple(_towers(model, modules, found, config))
     use = use_of(model, base, config)
     return Architecture(
         model_type=family,
@@ -171,7 +172,7 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
 
 
 def _towers(
-    base: Any, modules: Modules, found: Sequence[FoundFFN], config: Mapping[str, Any]
+    model: Any, modules: Modules, found: Sequence[FoundFFN], config: Mapping[str, Any]
 ) -> Iterator[Tower]:
     blocks: dict[str, list[tuple[str, FoundFFN]]] = defaultdict(list)
     for each in found:
@@ -181,8 +182,8 @@ def _towers(
     names = {pattern: _tower_name(pattern) for pattern in blocks}
     for pattern, ffns in blocks.items():
         first, one = ffns[0]
-        part = _part_of_config(base, modules, first)
-        reads = _reads(base, modules, first)
+        part = _part_of_config(model, modules, first)
+        reads = _reads(modules, first)
         activation = _activation(modules, first, one, _config_at(config, part))
         name = "" if len(blocks) == 1 else names[pattern]
         if list(names.values()).count(name) > 1:
@@ -232,7 +233,14 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str) -> FFNP
         if gating is not None and gating.gate is not None and gate != f"{ffn.scope}.{gating.gate}":
             assert gate is not None
             up, gate = gate, up
+    is_module = is_module and not (gating is not None and gating.adds_input)
     function = ffn.function if gating is None else gating.function
+    path = None if ffn.experts else _activation_path(modules[block], ffn, block)
+    is_odd = ffn.fused or ffn.transposed or ffn.scope == block
+    if path is None and gate is None and not (is_module or ffn.experts or is_odd):
+        first, last = (each.removeprefix(f"{ffn.scope}.") for each in (ffn.up, ffn.down))
+        function = function_between(modules[ffn.scope], up=first, down=last)
+    trained = path is not None and any(True for _ in modules[block].get_submodule(path).parameters())
     return FFNPaths(
         up=inside(up),
         gate=None if gate is None else inside(gate),
@@ -244,7 +252,9 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str) -> FFNP
         experts=ffn.experts,
         function=None if function is None or _is_same(function, activation) else function,
         module=inside(ffn.scope) if is_module else None,
-        activation=None if is_module else _activation_path(modules[block], ffn, block),
+        activation=path if trained or not is_module else None,
+        trained=trained,
+        per_neuron=tuple(map(inside, ffn.per_neuron)),
         width_field=None,
         label="" if ffn.experts or ffn.scope == block else _label(inside(ffn.scope)),
     )
@@ -256,7 +266,12 @@ def _is_same(first: str, second: str) -> bool:
 
 
 def _takes_one(module: nn.Module) -> bool:
-    """Whether a module's forward needs one argument alone. MPT's FFN adds the residual itself."""
+    """Whether a module's forward needs one argument alone. MPT's FFN adds the residual itself.
+
+    A list has no forward: the code around it runs its modules.
+    """
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return False
     found = inspect.signature(module.forward).parameters.values()
     named = [each for each in found if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
     return sum(each.default is each.empty for each in named) == 1
@@ -327,13 +342,16 @@ def _parents(block: str, modules: Modules) -> Iterator[tuple[str, Any]]:
             yield path, modules[path]
 
 
-def _part_of_config(base: Any, modules: Modules, block: str) -> str | None:
-    """The part of the config, as a dotted path, that the model around a block is made from; None: all."""
-    if not hasattr(base, "config"):
+def _part_of_config(model: Any, modules: Modules, block: str) -> str | None:
+    """The part of a model's config, as a dotted path, that the model around a block is made from; None: all.
+
+    The base model's config may itself be a part.
+    """
+    if not hasattr(model, "config"):
         return None
-    parts = dict(_config_parts(base.config))
+    parts = dict(_config_parts(model.config))
     for _, owner in _parents(block, modules):
-        if owner.config is base.config:
+        if owner.config is model.config:
             return None
         same = [name for name, part in parts.items() if part is owner.config]
         alike = [name for name, part in parts.items() if type(part) is type(owner.config)]
@@ -355,11 +373,13 @@ def _config_at(config: Mapping[str, Any], part: str | None) -> Mapping[str, Any]
     return config
 
 
-def _reads(base: Any, modules: Modules, block: str) -> Medium:
-    """What the tokens of a tower are made from."""
+def _reads(modules: Modules, block: str) -> Medium:
+    """What the tokens of a tower are made from: by the innermost model around it that says so."""
     for path, owner in _parents(block, modules):
         for pattern, reads in _SOUND_OR_PICTURE:
             if re.search(pattern, path.lower()):
                 return reads
-        return MEDIUM_OF.get(main_inputs(owner)[0], "text")
+        main, *_ = main_inputs(owner)
+        if main in MEDIUM_OF:  # not states or latents, which the model around it makes
+            return MEDIUM_OF[main]
     return "text"

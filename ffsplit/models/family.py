@@ -39,7 +39,17 @@ class FFNPaths(Record):
     interleaved: bool = Field(default=False, description="fused: rows of gate and up by turns")
     experts: bool = Field(default=False, description="one FFN for each `*` in the paths; `module` runs all")
     module: str | None = None
-    activation: str | None = None
+    activation: str | None = Field(
+        default=None, description="the module of its activation: needed without `module`, or if it is trained"
+    )
+    trained: bool = Field(
+        default=False, description="its activation has parameters, which stay where they are"
+    )
+    per_neuron: tuple[str, ...] = Field(
+        default=(),
+        description="modules between `up` and its activation that treat each neuron by itself: a depthwise "
+        "convolution, a batch norm",
+    )
     function: str | None = Field(default=None, description="its activation, if not its tower's")
     output_norm: str | None = Field(default=None, description="the layer norm of x + FFN(x), if there is one")
     width_field: str | None = Field(default="intermediate_size", description="None: no config can state it")
@@ -50,12 +60,20 @@ class FFNPaths(Record):
         """Whether modules can be replaced by a split FFN: else a compressed FFN may only be narrower."""
         if self.function is not None and "clamped" in self.function:
             return False
+        if self.per_neuron or (self.trained and self.module is None):
+            return False
         return self.module is not None or (self.activation is not None and self.gate is None)
 
     @property
     def split_path(self) -> str:
         """The module, relative to a block, that a split FFN replaces."""
         return self.module if self.module is not None else self.up
+
+    @property
+    def trained_in_module(self) -> str | None:
+        """A trained activation, relative to `module`; None if it is not trained."""
+        assert not self.trained or (self.activation is not None and self.module is not None)
+        return (self.activation or "").removeprefix(f"{self.module}.") if self.trained else None
 
     @property
     def guard(self) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple, Protocol
 
 from ffsplit.errors import UnsupportedModelError
+from ffsplit.ffn.activations import TRAINED
 from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.detection import architecture_of
 from ffsplit.models.family import Architecture, FFNPaths, Tower
@@ -54,6 +56,11 @@ class FFNPlace:
     expert: int | None = None
     unit: int = 0
     """For an expert, the index of the first FFN in its experts' module; otherwise its own index."""
+    activation_tensors: Mapping[str, str] = field(default_factory=dict)
+    """The stored names of the parameters of a trained activation, by their names in its module."""
+
+    row_tensors: Mapping[str, str] = field(default_factory=dict)
+    """The stored names of its tensors [N, ...] in `paths.per_neuron`, by their names in the block."""
 
     @property
     def split_path(self) -> str:
@@ -78,7 +85,7 @@ class FFNPlace:
     def tensor_names(self) -> tuple[str, ...]:
         """Every tensor it is stored in, each once, weights first."""
         names = [each.name for each in self.matrices] + [each.bias for each in self.matrices if each.bias]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys([*names, *self.row_tensors.values()]))
 
     @property
     def width_key(self) -> tuple[str | None, str | None]:
@@ -334,16 +341,56 @@ class _Finder:
         sizes = self._tensors[down.name].shape[-2:]
         if len(sizes) != 2:
             raise UnsupportedModelError(f"{self._where}: {down.name} is missing or not a matrix")
+        width = sizes[0] if down.transposed else sizes[1]
+        rows = self._rows(paths, block)
         shape = FFNShape(
-            num_neurons=sizes[0] if down.transposed else sizes[1],
+            num_neurons=width,
             hidden_size=sizes[1] if down.transposed else sizes[0],
             gated=gate is not None,
             up_bias=up.bias is not None,
             down_bias=down.bias is not None,
+            per_neuron=sum(math.prod(self._tensors[stored].shape[1:]) for stored in rows.values()),
             width_multiple=1 if expert is None else EXPERT_MULTIPLE,
         )
-        index = first + (expert or 0)
-        return FFNPlace(index, name, tower, paths, block, up, gate, down, shape, expert=expert, unit=first)
+        return FFNPlace(
+            first + (expert or 0),
+            name,
+            tower,
+            paths,
+            block,
+            up,
+            gate,
+            down,
+            shape,
+            expert=expert,
+            unit=first,
+            activation_tensors=self._trained(paths, block),
+            row_tensors=rows,
+        )
+
+    def _rows(self, paths: FFNPaths, block: str) -> dict[str, str]:
+        """The stored names of the tensors [N, ...] between up projection and activation."""
+        kinds = ("weight", "bias", "running_mean", "running_var")
+        names = [f"{path}.{kind}" for path in paths.per_neuron for kind in kinds]
+        stored = {name: self._names.modules.get(f"{self._prefix}{block}.{name}") for name in names}
+        return {name: found for name, found in stored.items() if found is not None}
+
+    def _trained(self, paths: FFNPaths, block: str) -> dict[str, str]:
+        """The stored names of a trained activation's parameters. All neurons must share them."""
+        if not paths.trained:
+            return {}
+        module = f"{self._prefix}{join_paths(block, paths.activation or '')}"
+        known = {each.name for kind in TRAINED.values() for each in fields(kind)}
+        modules = self._names.modules
+        found = {name: modules[f"{module}.{name}"] for name in known if f"{module}.{name}" in modules}
+        for stored in found.values():
+            if math.prod(self._tensors[stored].shape) != 1:
+                raise UnsupportedModelError(
+                    f"{self._where}: {stored} has {math.prod(self._tensors[stored].shape)} elements, and "
+                    "FFSplit compresses an FFN with a trained activation only if all neurons share its "
+                    "parameters; no recipe can compress this model"
+                )
+        return found
 
 
 def _downs(tower: Tower) -> list[str]:

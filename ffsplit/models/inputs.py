@@ -98,7 +98,8 @@ def _makes(model: Any, base: Any, config: Mapping[str, Any], takes: Media) -> Ma
     named = str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
     if not named and hasattr(base, "get_text_features"):
         return "embeddings"
-    if "text" not in takes:
+    makes_sound = family in auto.MODEL_FOR_TEXT_TO_WAVEFORM_MAPPING_NAMES
+    if "text" not in takes or makes_sound:
         return "states"
     causal = family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
         family in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

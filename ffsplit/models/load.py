@@ -104,7 +104,16 @@ def load_base_model(checkpoint: Checkpoint, *, device: torch.device, dtype: torc
     model = load_whole_model(checkpoint.directory, class_name, dtype=dtype)
     model = base_of(model)
     _see_whole_rows(model)
+    forget_caches(model)
     return model.to(device)
+
+
+def forget_caches(model: Any) -> None:
+    """Let forward passes return no cache of keys and values: only generation reads one."""
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False
 
 
 def check_complete(checkpoint: Checkpoint) -> None:

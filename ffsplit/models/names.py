@@ -113,9 +113,19 @@ def base_of(model: Any) -> Any:
 
 
 def main_inputs(model: Any) -> tuple[str, ...]:
-    """The arguments that a model makes its states from, the main one first. Some models name several."""
+    """The arguments that a model makes its states from, the main one first. Some models name several.
+
+    A model that names none of its arguments reads pictures or sounds if it has an argument for them.
+    """
     name = getattr(model, "main_input_name", None) or "input_ids"
-    return (name,) if isinstance(name, str) else tuple(name)
+    names = (name,) if isinstance(name, str) else tuple(name)
+    arguments = inspect.signature(model.forward).parameters
+    if not arguments.keys().isdisjoint(names):
+        return names
+    return next(((each,) for each in _MEDIA if each in arguments), names)
+
+
+_MEDIA = ("pixel_values", "input_values", "input_features")
 
 
 def below_base(model: Any, name: str) -> str:

@@ -29,6 +29,8 @@ class Gating(NamedTuple):
     gate_half: int = 0
     """Which half of the rows of a fused matrix is the gate."""
     interleaved: bool = False
+    adds_input: bool = False
+    """Whether the module adds its input to the FFN's output, so that a split FFN cannot replace it."""
 
 
 def gating_of(module: nn.Module, *, ups: tuple[str, ...], down: str, fused: bool) -> Gating | None:
@@ -53,9 +55,44 @@ def gating_of(module: nn.Module, *, ups: tuple[str, ...], down: str, fused: bool
         rows = [maps[path](x) for path in ups]
         for gating, gate, up in _ways(rows, ups, fused=fused):
             for name, activation in _activations(module):
-                hidden = activation(up) if gate is None else gated(activation, gate, up)
-                if torch.allclose(maps[down](hidden), found.double(), rtol=1e-6, atol=1e-6):
-                    return gating._replace(function=name)
+                output = maps[down](activation(up) if gate is None else gated(activation, gate, up))
+                for adds_input in (False, True):
+                    wanted = x + output if adds_input else output
+                    if torch.allclose(wanted, found.double(), rtol=1e-6, atol=1e-6):
+                        return gating._replace(function=name, adds_input=adds_input)
+    return None
+
+
+def function_between(module: nn.Module, *, up: str, down: str) -> str | None:
+    """The activation that a module's own code applies between two of its maps; None if it is not known.
+
+    For modules that do more than an FFN, such as scaling its output. All that they have besides is random.
+    """
+    with torch.device("cpu"), torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        small = copy.deepcopy(module).eval()
+        hidden: int = module.get_submodule(up).in_features  # type: ignore[assignment]
+        small.set_submodule(up, _small(_NEURONS, hidden, generator))
+        small.set_submodule(down, _small(hidden, _NEURONS, generator))
+        rest = [
+            each
+            for each in small.modules()
+            if each not in (small.get_submodule(up), small.get_submodule(down))
+        ]
+        for each in rest:
+            each.to_empty(device="cpu", recurse=False).double()
+            for parameter in each.parameters(recurse=False):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        seen: dict[str, Tensor] = {}
+        small.get_submodule(up).register_forward_hook(lambda _, __, y: seen.update(up=y))
+        small.get_submodule(down).register_forward_pre_hook(lambda _, x: seen.update(down=x[0]))
+        try:
+            small(4 * torch.randn(1, _TOKENS, hidden, generator=generator, dtype=torch.float64))
+        except Exception:  # a family's own code, which needs sizes or arguments of its own
+            return None
+        for name, activation in ACTIVATIONS.items() if len(seen) == 2 else ():
+            if torch.allclose(activation(seen["up"]), seen["down"].double(), rtol=1e-6, atol=1e-6):
+                return name
     return None
 
 

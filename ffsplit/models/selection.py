@@ -57,3 +57,13 @@ def left_out_ffns(checkpoint: Checkpoint) -> tuple[LeftOutFFNs, ...]:
             )
         )
     return tuple(found)
+
+
+def not_run(ffns: Sequence[FFNPlace]) -> str:
+    """Why FFNs that the model did not run cannot be compressed, and what to do."""
+    patterns = dict.fromkeys(re.sub(r"\d+", "*", ffn.name) for ffn in ffns)
+    skipped = " ".join(f"--skip '{pattern}'" for pattern in patterns)
+    return (
+        f"the model does not run {ffns[0].name} on these calibration rows, so nothing tells which of its "
+        f"neurons matter: leave out what is not run with {skipped}"
+    )

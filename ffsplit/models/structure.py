@@ -16,9 +16,10 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ffsplit.compat.transformers import is_conv1d, stacked_experts
+from ffsplit.compat.transformers import activation_of, is_conv1d, stacked_experts
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.models.probe import gating_of_experts
 
@@ -29,7 +30,7 @@ _NOT_FFN_CLASS = re.compile(
 NOT_FFN_PATH = re.compile(
     r"^(\w*attn|\w*attention|\w*_att|router|adapters?\w*|pooler|lora\w*|\w*norm\w*|bottleneck|ple_block"
     r"|per_layer_\w+|laurel|downsample|\w*bbox\w*|\w*class_embed\w*|\w*_head|projection|queries|keys_values"
-    r"|modulation|patch_\w+|\w*hyper_connection|pwconv\d|pointwise_conv\d|\w*merger\w*|\w*projectors?"
+    r"|modulation|patch_(?!encoder$)\w+|\w*hyper_connection|pwconv\d|pointwise_conv\d|\w*merger\w*|\w*projectors?"
     r"|readout_projects)$"
 )
 _MIXES_POSITIONS = re.compile(
@@ -81,6 +82,8 @@ class FoundFFN(NamedTuple):
     transposed: bool = False
     interleaved: bool = False
     experts: bool = False
+    per_neuron: tuple[str, ...] = ()
+    """Depthwise convolutions and batch norms between up projection and activation."""
     function: str | None = None
     """The activation, where the experts' module tells it."""
     num_ffns: int = 1
@@ -105,8 +108,12 @@ def find_in_modules(modules: Modules) -> list[FoundFFN]:
             up, gate, down, fused = group
             names = {each.path for each in (up, gate, down) if each is not None}
             taken |= names
-            own = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
-            others = {f"{scope}.{name}" for name, _ in modules[scope].named_parameters()} - own
+            owners = {name.rpartition(".")[0] for name, _ in modules[scope].named_parameters()}
+            others = {
+                f"{scope}.{owner}"
+                for owner in owners
+                if activation_of(modules[scope].get_submodule(owner)) is None
+            } - names
             found.append(
                 FoundFFN(
                     scope,
@@ -117,11 +124,30 @@ def find_in_modules(modules: Modules) -> list[FoundFFN]:
                     down.num_rows,
                     fused=fused,
                     transposed=up.transposed,
+                    per_neuron=() if gate or fused or up.transposed else _per_neuron(scope, down, modules),
                     is_alone=not others,
                 )
             )
     order = {path: index for index, path in enumerate(modules)}
     return sorted(found, key=lambda each: order[each.scope if each.experts else each.up])
+
+
+def _per_neuron(scope: str, down: _Map, modules: Modules) -> tuple[str, ...]:
+    """The modules of an FFN's scope that treat each of its neurons by itself. The trial proves it."""
+    width = down.num_columns
+    return tuple(
+        path
+        for path, module in modules.items()
+        if path.startswith(f"{scope}.")
+        and width != down.num_rows
+        and (
+            (
+                isinstance(module, _ConvNd)
+                and module.groups == module.in_channels == module.out_channels == width
+            )
+            or (isinstance(module, _BatchNorm) and module.num_features == width)
+        )
+    )
 
 
 def check_nothing_is_left(modules: Modules, found: Sequence[FoundFFN], family: str) -> None:
@@ -160,10 +186,17 @@ def check_nothing_is_left(modules: Modules, found: Sequence[FoundFFN], family: s
         if "experts" in parts[:-1] and not ffn.experts:  # run by other code than the usual, for some tokens
             left[_starred(ffn.down)] = f"[{ffn.hidden_size}, {ffn.width}]"
         between = [
-            name for name, weight in modules[ffn.scope].named_parameters() if _is_norm_of(name, weight, ffn)
+            path
+            for name, weight in modules[ffn.scope].named_parameters()
+            if _is_norm_of(name, weight, ffn)
+            and (path := f"{ffn.scope}.{name}".rpartition(".")[0]) not in ffn.per_neuron
         ]
         if between and not ffn.is_alone and not ffn.experts:
-            left[_starred(f"{ffn.scope}.{between[0]}")] = f"[{ffn.width}]"
+            raise UnsupportedModelError(
+                f"{family} has a norm over its FFNs' neurons ({_starred(between[0])}), so the output of each "
+                "depends on all others, and none can be dropped without changing the rest: FFSplit cannot "
+                "compress it; quantize it with another tool"
+            )
     if left:
         words = ", ".join(f"{name} {shape}" for name, shape in sorted(left.items())[:4])
         raise UnsupportedModelError(

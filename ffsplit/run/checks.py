@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ffsplit.calibration.model_inputs import TextReader, num_rows_within, tokenize_rows
 from ffsplit.calibration.readers import Reader, make_reader
 from ffsplit.calibration.sampling import CalibrationSettings, TextSample
+from ffsplit.compressors import PruneCompressor
 from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, explained
 from ffsplit.ffn.shapes import LayerLayout
@@ -84,6 +85,13 @@ def check_capabilities(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint
     if config.block_by_block and not checkpoint.can_stream:
         raise ConfigError(
             f"--block-by-block needs a model with a single stack of blocks; {family} has several"
+        )
+    by_position = [ffn for ffn in checkpoint.ffns if ffn.paths.per_neuron]
+    drops = all(isinstance(step, PruneCompressor) and step.only_drops for step in recipe.steps)
+    if by_position and (recipe.refits or not drops):
+        raise ConfigError(
+            f"recipe {recipe.name}: {by_position[0].name} of this {family} has a convolution or a batch norm "
+            "between its projections, so its neurons can only be dropped, not fitted: use norm-prune"
         )
 
 

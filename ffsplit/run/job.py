@@ -15,7 +15,7 @@ from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Budget, JobConfig
 from ffsplit.errors import explained
-from ffsplit.ffn.activations import activation_named
+from ffsplit.ffn.activations import check_activation
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.keys import digest_of, stage_key
 from ffsplit.machine import check_device, hardware_fingerprint, usable_cores
@@ -197,8 +197,8 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
     recipe = recipe.settled(windows=_reads_windows(checkpoint), max_positions=checkpoint.max_positions)
     recipe = recipe.fitting(in_bfloat16=ComputeProfile.fits_in_bfloat16(config))
     recipe = recipe.searching(may_search(checkpoint) and not (config.plain or config.block_by_block))
-    for index in range(len(checkpoint.ffns)):
-        activation_named(checkpoint.activation_of(index))
+    for ffn in checkpoint.ffns:
+        check_activation(checkpoint.activation_of(ffn.index), ffn.activation_tensors)
     check_capabilities(config, recipe, checkpoint)
     budget = config.budget or Budget(kind="keep", limit=recipe.keep)
     solver = _make_solver(config, recipe, checkpoint, profile)

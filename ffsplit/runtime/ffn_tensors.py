@@ -15,6 +15,7 @@ from torch import Tensor
 from ffsplit.compressors.base import OutputNorm
 from ffsplit.config import Record
 from ffsplit.errors import UnsupportedModelError
+from ffsplit.ffn.activations import Activation, activation_named
 from ffsplit.ffn.quantization import joined
 from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout
 from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap, stacked
@@ -50,6 +51,13 @@ def guarded(places: Sequence[FFNPlace]) -> frozenset[int]:
     return frozenset(first.values())
 
 
+def load_activation(checkpoint: Checkpoint, index: int, *, device: torch.device) -> Activation:
+    """The activation of one FFN, with its own parameters in float32 if it is trained."""
+    stored = checkpoint.ffns[index].activation_tensors
+    parameters = {name: _read_float(checkpoint, each, device=device) for name, each in stored.items()}
+    return activation_named(checkpoint.activation_of(index), parameters)
+
+
 def load_ffn(checkpoint: Checkpoint, index: int, *, activation: Any, device: torch.device) -> FFNWeights:
     """One dense FFN in float32. Only its own tensors are read."""
     ffn = checkpoint.ffns[index]
@@ -66,6 +74,9 @@ def load_ffn(checkpoint: Checkpoint, index: int, *, activation: Any, device: tor
         up=linear(ffn.up),
         gate=None if ffn.gate is None else linear(ffn.gate),
         down=LinearMap.dense(down.weight),
+        rows={
+            name: _read_float(checkpoint, stored, device=device) for name, stored in ffn.row_tensors.items()
+        },
     )
     return FFNWeights(heavy=part, light=None, down_bias=down.bias, activation=activation)
 
@@ -177,6 +188,8 @@ def _plain_tensors(ffn: FFNPlace, weights: FFNWeights) -> Iterator[tuple[str, st
         yield _of_expert(place.name, place.expert), place.name, weight
         if place.bias is not None and linear.bias is not None:
             yield _of_expert(place.bias, place.expert), place.bias, linear.bias
+    for name, stored in ffn.row_tensors.items():
+        yield stored, stored, part.rows[name]
 
 
 def _of_expert(name: str, expert: int | None) -> str:

@@ -21,6 +21,20 @@ def narrow_ffn(block: nn.Module, paths: FFNPaths, width: int) -> None:
         rows = 2 * width if paths.fused else width
         _resize(block.get_submodule(path), rows=rows, transposed=paths.transposed)
     _resize(block.get_submodule(paths.down), columns=width, transposed=paths.transposed)
+    for path in paths.per_neuron:
+        _narrow(block.get_submodule(path), width)
+
+
+def _narrow(module: Any, width: int) -> None:
+    """Give a depthwise convolution, or a batch norm, `width` channels."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, _empty_like(parameter, (width, *parameter.shape[1:])))
+    for name, buffer in list(module.named_buffers(recurse=False)):
+        if buffer.dim():  # not a count of batches
+            setattr(module, name, buffer.new_empty((width, *buffer.shape[1:])))
+    for name in ("in_channels", "out_channels", "groups", "num_features"):
+        if hasattr(module, name):
+            setattr(module, name, width)
 
 
 def _resize(
@@ -89,6 +103,20 @@ def build_linear(format: Format, num_rows: int, num_columns: int, *, bias: bool)
     return DenseLinear(num_rows, num_columns, bias=bias)
 
 
+class _Borrowed(nn.Module):
+    """Runs a module that another one owns: its tensors have one name in a state dict."""
+
+    _is_hf_initialized = INITIALIZED
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._lent = (module,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self._lent[0](x)
+        return y
+
+
 class FFNPartModule(nn.Module):
     """The sum over one part's neurons, added to `plus`."""
 
@@ -144,7 +172,8 @@ class SplitFFN(nn.Module):
     """FFN(x) = heavy(x) + light(x) + bias. The products themselves accumulate the sum.
 
     It may hold a guard: a tensor with the original name of one of the FFN's weights and a shape that
-    cannot match. Then a load without ffsplit fails instead of starting from random weights.
+    cannot match. Then a load without ffsplit fails instead of starting from random weights. `trained` is the
+    original name of a trained activation, whose parameters keep it.
     """
 
     _is_hf_initialized = INITIALIZED
@@ -156,8 +185,13 @@ class SplitFFN(nn.Module):
         activation: nn.Module,
         *,
         guard: str | None = None,
+        trained: str | None = None,
     ) -> None:
         super().__init__()
+        if trained is not None:
+            owner, name = self._owner(trained)
+            owner.add_module(name, activation)
+            activation = _Borrowed(activation)
         heavy, light = (
             None if part is None else FFNPartModule(part, shape, activation)
             for part in (layout.heavy, layout.light)
@@ -165,14 +199,19 @@ class SplitFFN(nn.Module):
         self.heavy, self.light = heavy, light
         share_inputs(each for part in (heavy, light) if part is not None for each in part.first_linears)
         self.down_bias = nn.Parameter(torch.empty(shape.hidden_size)) if layout.down_bias else None
-        if guard is None:
-            return
+        if guard is not None:
+            owner, name = self._owner(guard)
+            owner.register_buffer(name, torch.zeros(1))
+
+    def _owner(self, path: str) -> tuple[nn.Module, str]:
+        """The module around a path below this one, made if there is none, and the path's last part."""
         owner: nn.Module = self
-        *path, name = guard.split(".")
-        for part in path:
-            owner.add_module(part, nn.Module())
+        *parts, name = path.split(".")
+        for part in parts:
+            if part not in owner._modules:
+                owner.add_module(part, nn.Module())
             owner = owner.get_submodule(part)
-        owner.register_buffer(name, torch.zeros(1))
+        return owner, name
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor | None = self.down_bias

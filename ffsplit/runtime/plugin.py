@@ -113,11 +113,16 @@ def install_split_ffns(
     experts: dict[str, SplitExperts] = {}
     guards = guarded(places)
     for place, ffn in zip(places, ffns, strict=True):
-        activation = ACT2FN[place.paths.function or activation_name(config, place.tower)]
-        guard = place.paths.guard if place.index in guards else None
+        paths, block = place.paths, model.get_submodule(f"{prefix}{place.block}")
+        trained = paths.trained_in_module
+        if trained is None:
+            activation = ACT2FN[paths.function or activation_name(config, place.tower)]
+        else:
+            activation = block.get_submodule(paths.activation)
+        guard = paths.guard if place.index in guards else None
         if place.expert is None:
-            split_ffn = SplitFFN(ffn.layout, ffn.shape, activation, guard=guard)
-            install_split_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, split_ffn)
+            split_ffn = SplitFFN(ffn.layout, ffn.shape, activation, guard=guard, trained=trained)
+            install_split_ffn(block, paths, split_ffn)
             continue
         if place.index == place.unit:
             experts[place.split_path] = SplitExperts(guard=guard)

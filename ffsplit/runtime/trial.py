@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ffsplit.errors import UnsupportedModelError, explained
-from ffsplit.ffn.activations import activation_named
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.ffns import FFNPlace, join_paths
 from ffsplit.models.inputs import media_in_words, part_of, richer_rows
 from ffsplit.models.load import check_arguments, load_base_model, load_config
+from ffsplit.models.selection import not_run
 from ffsplit.models.streamed import StreamedModel
-from ffsplit.runtime.ffn_tensors import load_ffn
+from ffsplit.runtime.ffn_tensors import load_activation, load_ffn
 from ffsplit.runtime.modules import SplitExperts, install_split_ffn
 
 TOLERANCE = 1e-4
@@ -52,63 +51,94 @@ def check_by_trial(checkpoint: Checkpoint, inputs: Mapping[str, Tensor], *, bloc
         f"{checkpoint.architecture.model_type} cannot be calibrated on {rows}: it is not in the table of "
         "architectures, and a trial of its FFNs on these rows failed",
         kind=UnsupportedModelError,
-        advice=more or part_of(load_config(checkpoint.directory)),
+        advice=more
+        or part_of(load_config(checkpoint.directory))
+        or f"it was given {', '.join(inputs)}: FFSplit cannot compress a model that needs other inputs",
     ):
         difference = (_difference_of_blocks if block_by_block else _difference)(checkpoint, inputs)
     if not difference <= TOLERANCE:
-        first = checkpoint.ffns[0]
-        raise UnsupportedModelError(
-            f"{checkpoint.architecture.model_type} is not in the table of architectures; {first.block}: "
-            f"{first.paths.up} and {first.paths.down} looked like its FFNs, but an exact split of them "
-            f"changes the model's outputs (by {difference:.1e})"
-        )
+        raise _refused(checkpoint, checkpoint.ffns, difference)
     return difference
+
+
+def _refused(checkpoint: Checkpoint, ffns: Sequence[FFNPlace], difference: float) -> UnsupportedModelError:
+    """Why these FFNs are none that FFSplit knows, and how to leave them out if there are others."""
+    first, others = ffns[0], len(checkpoint.ffns) - len(ffns)
+    names = " ".join(f"--skip '{ffn.name}'" for ffn in ffns)
+    return UnsupportedModelError(
+        f"{checkpoint.architecture.model_type} is not in the table of architectures; {first.block}: "
+        f"{first.paths.up} and {first.paths.down} looked like an FFN, but an exact split changes the model's "
+        f"outputs (by {difference:.1e}): its code computes more than a sum over neurons; "
+        + (f"leave such FFNs out with {names}" if others else "FFSplit cannot compress it")
+    )
 
 
 @torch.no_grad()
 def _difference(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) -> float:
     """The largest difference of any output; one that is only slices of the inputs differs by nothing."""
     model, blocks = load_base_model(checkpoint, device=CPU, dtype=torch.float32), checkpoint.blocks
-    expected = _outputs(model, inputs)
-    with _altered(model, checkpoint):
-        if all(torch.equal(*pair) for pair in zip(_outputs(model, inputs), expected, strict=True)):
-            raise UnsupportedModelError("its outputs do not depend on the FFNs that were found")
+    with _watched(model, checkpoint) as missed:
+        expected = _outputs(model, inputs)
+
+    def depend_on(ffns: Sequence[FFNPlace]) -> bool:
+        with _altered(model, ffns):
+            found = _outputs(model, inputs)
+        return not all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+    if missed:
+        if depend_on(missed):
+            raise UnsupportedModelError(
+                f"this {checkpoint.architecture.model_type} computes {missed[0].name} by other code than its "
+                "modules', so nothing can observe it: FFSplit cannot compress it"
+            )
+        raise UnsupportedModelError(not_run(missed))
+    if not depend_on(checkpoint.ffns):
+        raise UnsupportedModelError(
+            f"the outputs of this {checkpoint.architecture.model_type} do not depend on the FFNs that were "
+            "found, so nothing could tell a good result from a bad one: FFSplit cannot compress it"
+        )
     with ExitStack() as stack:
-        own = [
+        found = [
             stack.enter_context(_recomputed(model.get_submodule(each), checkpoint, each)) for each in blocks
         ]
         _outputs(model, inputs)
+    own = [pair for each in found for pair in each]
+    wrong = {ffn.index: ffn for ffn, difference in own if not difference <= TOLERANCE}
+    if wrong:
+        raise _refused(checkpoint, list(wrong.values()), _largest([difference for _, difference in own]))
     for block in blocks:
         _split_exactly(model.get_submodule(block), checkpoint, block)
     pairs = zip(_outputs(model, inputs), expected, strict=True)
-    return _largest([*chain.from_iterable(own), *(_relative(found, wanted) for found, wanted in pairs)])
+    return _largest([*(each for _, each in own), *(_relative(*pair) for pair in pairs)])
 
 
 @contextmanager
-def _recomputed(block: nn.Module, checkpoint: Checkpoint, path: str) -> Iterator[list[float]]:
+def _recomputed(
+    block: nn.Module, checkpoint: Checkpoint, path: str
+) -> Iterator[list[tuple[FFNPlace, float]]]:
     """Collects how far the output of each FFN of a block is from that of its weights, for what it reads.
 
-    For FFNs that the model computes by functions between its modules, so that no split can be installed.
+    It tells which FFN is wrong, and tries those in which no split can be installed.
     """
-    differences: list[float] = []
+    differences: list[tuple[FFNPlace, float]] = []
     handles = []
 
     def watch(ffn: FFNPlace) -> None:
         seen: list[Tensor] = []
-        activation = activation_named(checkpoint.activation_of(ffn.index))
+        activation = load_activation(checkpoint, ffn.index, device=CPU)
         weights = load_ffn(checkpoint, ffn.index, activation=activation, device=CPU)
 
         def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             seen.append(arguments[0].flatten(0, -2))
 
         def after(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            differences.append(_relative(weights(seen.pop()), output.flatten(0, -2)))
+            differences.append((ffn, _relative(weights(seen.pop()), output.flatten(0, -2))))
 
         handles.append(block.get_submodule(ffn.paths.up).register_forward_pre_hook(before))
         handles.append(block.get_submodule(ffn.paths.down).register_forward_hook(after))
 
     for ffn in checkpoint.ffns:
-        if ffn.block == path and ffn.expert is None and not ffn.paths.can_split:
+        if ffn.block == path and ffn.expert is None and not ffn.paths.per_neuron:
             watch(ffn)
     try:
         yield differences
@@ -118,26 +148,62 @@ def _recomputed(block: nn.Module, checkpoint: Checkpoint, path: str) -> Iterator
 
 
 @contextmanager
-def _altered(model: Any, checkpoint: Checkpoint) -> Iterator[None]:
-    """The model with the down projection of its first FFN negated: a norm after it would undo a factor."""
-    ffn = checkpoint.ffns[0]
-    if ffn.expert is None:
-        weight = model.get_submodule(join_paths(ffn.block, ffn.paths.down)).weight
-    else:
-        weight = model.get_submodule(ffn.split_path).down_proj
-    weight.neg_()
+def _watched(model: Any, checkpoint: Checkpoint) -> Iterator[list[FFNPlace]]:
+    """Fills a list, as the model runs, with the FFNs and the blocks' experts whose modules get no input."""
+    missed = {ffn.index: ffn for ffn in checkpoint.ffns if ffn.index == ffn.unit}
+    found: list[FFNPlace] = []
+
+    def watch(ffn: FFNPlace) -> Any:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> None:
+            values = (*arguments, *options.values())
+            if any(isinstance(each, Tensor) and each.numel() for each in values):
+                missed.pop(ffn.index, None)
+
+        first = ffn.split_path if ffn.expert is not None else join_paths(ffn.block, ffn.paths.up)
+        return model.get_submodule(first).register_forward_pre_hook(hook, with_kwargs=True)
+
+    handles = [watch(ffn) for ffn in list(missed.values())]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+    found += missed.values()
+
+
+@contextmanager
+def _altered(model: Any, ffns: Sequence[FFNPlace]) -> Iterator[None]:
+    """The model with these FFNs' down projections negated: a norm after one would undo a factor."""
+    weights = [
+        model.get_submodule(join_paths(ffn.block, ffn.paths.down)).weight
+        if ffn.expert is None
+        else model.get_submodule(ffn.split_path).down_proj
+        for ffn in ffns
+        if ffn.index == ffn.unit
+    ]
+    for weight in weights:
+        weight.neg_()
     try:
         yield
     finally:
-        weight.neg_()
+        for weight in weights:
+            weight.neg_()
 
 
 def _outputs(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-    """The floats that a model returns, in order: states, embeddings, logits."""
+    """The floats that a model returns, in order: states, embeddings, logits, maps of features."""
     torch.manual_seed(0)
-    found = model(**inputs)
-    values = found.values() if isinstance(found, Mapping) else found
-    return [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]
+    return list(_floats(model(**inputs)))
+
+
+def _floats(value: Any) -> Iterator[Tensor]:
+    """The float tensors in an output; its mappings and sequences may be nested."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for each in value.values() if isinstance(value, Mapping) else value:
+            yield from _floats(each)
 
 
 def _difference_of_blocks(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) -> float:
@@ -149,19 +215,21 @@ def _difference_of_blocks(checkpoint: Checkpoint, inputs: Mapping[str, Tensor]) 
         with model.block(index) as block:
             with _recomputed(block, checkpoint, path) as own:
                 expected = _states(model.advance(0))
-            differences += own
+            differences += [difference for _, difference in own]
             _split_exactly(block, checkpoint, path)
             differences.append(_relative(_states(model.advance(1)), expected))
     return _largest(differences)
 
 
 def _split_exactly(block: nn.Module, checkpoint: Checkpoint, path: str) -> None:
-    """Replace every FFN of a block by its two halves."""
+    """Replace every FFN of a block by its two halves, or exchange its neurons where it cannot be split."""
     experts: dict[int, SplitExperts] = {}
     for ffn in checkpoint.ffns:
+        if ffn.block == path and ffn.paths.per_neuron:
+            _reverse_neurons(block, ffn)
         if ffn.block != path or (ffn.expert is None and not ffn.paths.can_split):
             continue
-        activation = activation_named(checkpoint.activation_of(ffn.index))
+        activation = load_activation(checkpoint, ffn.index, device=CPU)
         halves = _Halves(load_ffn(checkpoint, ffn.index, activation=activation, device=CPU))
         if ffn.expert is None:
             install_split_ffn(block, ffn.paths, halves)
@@ -170,6 +238,17 @@ def _split_exactly(block: nn.Module, checkpoint: Checkpoint, path: str) -> None:
             experts[ffn.unit] = SplitExperts(guard=None)
             install_split_ffn(block, ffn.paths, experts[ffn.unit])
         experts[ffn.unit].append(halves)
+
+
+def _reverse_neurons(block: nn.Module, ffn: FFNPlace) -> None:
+    """Put an FFN's neurons in reverse order: no output changes if each is treated by itself."""
+    for path in (ffn.paths.up, *ffn.paths.per_neuron):
+        module = block.get_submodule(path)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.dim():
+                tensor.copy_(tensor.flip(0))
+    down: Any = block.get_submodule(ffn.paths.down)
+    down.weight.copy_(down.weight.flip(1))
 
 
 def _states(output: Any) -> Tensor:

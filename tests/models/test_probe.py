@@ -14,7 +14,7 @@ from transformers.models.moonshine.modeling_moonshine import MoonshineDecoderMLP
 
 from ffsplit.compat.transformers import stacked_experts
 from ffsplit.ffn.activations import ACTIVATIONS, clamped_name
-from ffsplit.models.probe import Gating, gating_of, gating_of_experts
+from ffsplit.models.probe import Gating, function_between, gating_of, gating_of_experts
 
 Rule = Callable[[Tensor, Tensor], Tensor]
 
@@ -79,6 +79,42 @@ def test_a_clamp_is_told_by_a_number_of_the_module() -> None:
         return ACTIVATIONS["silu"](gate.clamp(max=7)) * (up.clamp(-7, 7) + 1)
 
     assert of_two(clamped) == Gating(clamped_name("silu", limit=7, shift=1), gate="first")
+
+
+class Scaled(nn.Module):
+    """RWKV's: another map of the inputs scales the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.scale = nn.Linear(16, 40), nn.Linear(40, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.scale(x)) * self.down(torch.relu(self.up(x)).square())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_function_between_two_maps_is_told(device: str) -> None:
+    with torch.device(device):
+        module = Scaled()
+    assert function_between(module, up="up", down="down") == "relu2"
+    assert module.up.weight.shape == (40, 16) and module.up.weight.device.type == device
+
+
+class Residual(nn.Module):
+    """x + down(relu(up x)), as RF-DETR's decoder has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 40), nn.Linear(40, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def test_a_module_that_adds_its_input_is_told() -> None:
+    """No split FFN may take its place: it would lose the sum."""
+    found = gating_of(Residual(), ups=("up",), down="down", fused=False)
+    assert found == Gating("relu", adds_input=True)
 
 
 def test_what_no_form_gives_is_none() -> None:

@@ -100,7 +100,7 @@ def test_another_activation_fails_its_trial(
     """No FFN of ESM can be split: its own outputs are compared."""
     checkpoint = open_checkpoint(save_checkpoint(tmp_path, family, usual_head(family)))
     assert check_by_trial(checkpoint, ROWS, block_by_block=block_by_block) <= 1e-5
-    monkeypatch.setattr(trial, "activation_named", lambda _: activation)
+    monkeypatch.setattr(trial, "load_activation", lambda *_, **__: activation)
     with pytest.raises(UnsupportedModelError, match="changes the model's outputs"):
         check_by_trial(checkpoint, ROWS, block_by_block=block_by_block)
 
@@ -132,11 +132,14 @@ def test_whatever_a_model_on_trial_raises_is_one_line(
 ) -> None:
     checkpoint = open_checkpoint(save(tmp_path, "Granite", **UNKNOWN["Granite"]))
 
-    def forward(*_: Any, **__: Any) -> None:
+    def forward(self: Any, input_ids: Any = None, **_: Any) -> None:
         raise NotImplementedError("this family wants\nsomething else")
 
     monkeypatch.setattr(transformers.GraniteModel, "forward", forward)
-    with pytest.raises(UnsupportedModelError, match=r"a trial .* failed: this family wants$") as caught:
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"a trial .* failed: this family wants; it was given input_ids, attention_mask: ",
+    ) as caught:
         check_by_trial(checkpoint, ROWS, block_by_block=block_by_block)
     assert isinstance(caught.value.__cause__, NotImplementedError)
 
@@ -230,6 +233,25 @@ def test_lists_within_lists_and_towers_beside_each_other() -> None:
     ]
 
 
+def test_blocks_may_share_one_activation() -> None:
+    """Flaubert's do: it has one name among a model's modules."""
+    first, second = Block("up", "down"), Block("up", "down")
+    second.act = first.act
+    assert paths_of(first, second) == [("up", None, "down", False, None)]
+    assert all(ffn.activation == "act" for ffn in row_of(first, second).towers[0].ffns)
+
+
+def test_an_encoder_of_patches_is_a_tower_like_another() -> None:
+    """DepthPro's, beside its encoder of the whole picture. Maps that embed or merge patches are no FFN."""
+    model = nn.Module()
+    model.base_model_prefix = ""
+    for name in ("patch_encoder", "patch_merging", "image_encoder"):
+        model.add_module(name, nn.Module())
+        model.get_submodule(name).layers = nn.ModuleList([Block("up", "down")])
+    row = row_by_structure(model, config={"model_type": "toy"})
+    assert [tower.blocks for tower in row.towers] == ["patch_encoder.layers.*", "image_encoder.layers.*"]
+
+
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
 def test_the_activation_is_told_by_its_module(activation: str) -> None:
     row = row_of(Block("up", "down", activation=activation), hidden_act="tanh")
@@ -248,7 +270,9 @@ def test_what_has_the_shape_of_an_ffn_and_is_part_of_none_is_refused() -> None:
         row_of(stacked)
     normalised = Block("up", "down", parent="mlp")
     normalised.mlp.norm = nn.LayerNorm(40)
-    with pytest.raises(UnsupportedModelError, match=r"layers\.\*\.mlp\.norm\.weight \[40\]"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"a norm over its FFNs. neurons \(layers\.\*\.mlp\.norm\)"
+    ):
         row_of(normalised)
 
 

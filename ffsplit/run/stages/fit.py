@@ -18,7 +18,6 @@ from ffsplit.compressors.layer import CompressedLayer, compress_layer, refit_lay
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
-from ffsplit.ffn.activations import activation_named
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.keys import stage_key
 from ffsplit.models.checkpoint import Checkpoint
@@ -26,7 +25,7 @@ from ffsplit.models.fetch import ModelSource
 from ffsplit.run.checks import can_refit
 from ffsplit.run.stages.calibrate import input_files, sample_inputs
 from ffsplit.runtime.assemble import assemble, keeps_names
-from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn, load_output_norm
+from ffsplit.runtime.ffn_tensors import layer_tensors, load_activation, load_ffn, load_output_norm
 from ffsplit.splitting.scores import FEWEST_TOKENS, LayerPlan
 from ffsplit.store.entries import FileEntry
 from ffsplit.store.scratch import Result, Scratch
@@ -120,7 +119,7 @@ def _compress(job: LayerJob) -> Result:
     checkpoint = job.model.checkpoint(uneven=True)
     expert = checkpoint.ffns[job.plan.layer].expert
     inputs = _inputs([_sampled(job, entry) for entry in job.inputs], expert)
-    activation = activation_named(checkpoint.activation_of(job.plan.layer))
+    activation = load_activation(checkpoint, job.plan.layer, device=device)
     compressed = compress_layer(
         load_ffn(checkpoint, job.plan.layer, activation=activation, device=device),
         heavy_neurons=job.plan.heavy_neurons,
@@ -136,7 +135,7 @@ def _compress(job: LayerJob) -> Result:
 def _refit(job: RefitJob) -> Result:
     device = torch.device(job.profile.device)
     original, compressed = (each.checkpoint(uneven=True) for each in (job.original, job.compressed))
-    activation = activation_named(original.activation_of(job.layer))
+    activation = load_activation(original, job.layer, device=device)
     ffn, narrow = (
         load_ffn(each, job.layer, activation=activation, device=device) for each in (original, compressed)
     )
@@ -290,5 +289,8 @@ def _layers(execution: Execution, results: Sequence[Result]) -> Layers:
     return Layers(
         files=tuple(execution.scratch.path(result.files[0]) for result in results),
         layouts=tuple(LayerLayout.model_validate(result.facts["layout"]) for result in results),
-        errors=tuple(float(str(result.facts["relative_error"])) for result in results),
+        errors=tuple(
+            None if (error := result.facts["relative_error"]) is None else float(str(error))
+            for result in results
+        ),
     )

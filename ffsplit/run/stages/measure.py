@@ -23,7 +23,7 @@ from ffsplit.measurement.size import compressed_size, original_size
 from ffsplit.measurement.tasks.evaluations import Evaluation, score_evaluations
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.fetch import ModelSource
-from ffsplit.models.load import load_tokenizer, load_whole_model
+from ffsplit.models.load import forget_caches, load_tokenizer, load_whole_model
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.models.tensor_files import read_headers
 from ffsplit.recipes.recipe import MeasurementSettings
@@ -89,6 +89,8 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
     original, compressed = (
         load_whole_model(each, checkpoint.class_name, dtype=dtype).to(device) for each in directories
     )
+    for model in (original, compressed):
+        forget_caches(model)
     reader = _reader(job, checkpoint)
     encoded = reader.encode(job.held_out)
     batches = list(reader.batches(encoded))
