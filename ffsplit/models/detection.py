@@ -107,12 +107,18 @@ def _row_of(directory: Path, text: str) -> Architecture:
 
 
 def _class_of(config: Mapping[str, Any], made: Any) -> Any:
-    """The class that a config names, or its family's base model."""
+    """The class that a config names, or its family's base model.
+
+    A family without modelling code of its own names a class of another: InternLM3 those of Llama.
+    """
     import transformers
 
     (name, *_) = config.get("architectures") or [""]
     named = getattr(transformers, str(name), None)
-    if named is not None and isinstance(made, named.config_class or type(made)):
+    base = transformers.MODEL_MAPPING.get(type(made), None)
+    if named is not None and (
+        isinstance(made, named.config_class or type(made)) or named.__module__ == base.__module__
+    ):
         return named
     return transformers.MODEL_MAPPING[type(made)]
 
