@@ -12,7 +12,7 @@ from ffsplit.config import Budget, BudgetKind, JobConfig, Record
 from ffsplit.errors import BudgetError
 from ffsplit.ffn.shapes import FFNShape, LayerLayout, is_stock_form
 from ffsplit.machine import hardware_fingerprint
-from ffsplit.measurement.size import compressed_size, original_size
+from ffsplit.measurement.size import compressed_size, model_shape, original_size
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.fetch import locate_model
 from ffsplit.models.load import may_search
@@ -21,7 +21,7 @@ from ffsplit.recipes.recipe import Recipe, load_recipe, recipe_of
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.scores import energy_counts, energy_outside, num_energetic, plan_split
-from ffsplit.splitting.solver import Solver, stored_layouts, uniform_layouts
+from ffsplit.splitting.solver import Solver, stored_layouts
 from ffsplit.store.artifact import open_statistics
 from ffsplit.store.manifest import LeftOutFFNs
 
@@ -73,10 +73,11 @@ def inspect(model: str, *, recipe: str = "fast") -> Inspection:
     chosen = load_recipe(recipe).searching(may_search(checkpoint))
     may_be_plain = chosen.after_healing is None and chosen.allocation == "uniform"
     size = original_size(checkpoint)
+    solver = Solver(model=model_shape(checkpoint), heavy=chosen.heavy, steps=chosen.steps)
     budgets, firsts = [], [indices[0] for indices in _alike(checkpoint).values()]
     for keep in BUDGETS:
         try:
-            layouts = uniform_layouts(checkpoint.shapes, keep=keep, heavy=chosen.heavy, steps=chosen.steps)
+            layouts = solver.solve(Budget(kind="keep", limit=keep))
         except BudgetError:
             continue
         stored = stored_layouts(layouts, checkpoint.shapes, finish=chosen.after_healing)

@@ -190,7 +190,10 @@ class Checkpoint:
 
     @property
     def width_groups(self) -> tuple[int, ...]:
-        """A group per FFN. A group shares one width, which the config states; -1: no config can state it."""
+        """A group per FFN: those of a group have the width that one field states, or a multiple of it.
+
+        -1: no config can state it.
+        """
         keys = list(dict.fromkeys(ffn.width_key for ffn in self.ffns))
         return tuple(-1 if ffn.paths.width_field is None else keys.index(ffn.width_key) for ffn in self.ffns)
 
@@ -387,7 +390,7 @@ def _check_config(
         part, field = ffn.width_key
         stated = None if field is None else config_part(config, part).get(field)
         width = ffn.shape.num_neurons
-        if stated is not None and stated != width:
+        if stated is not None and stated * ffn.paths.width_factor != width:
             raise UnsupportedModelError(
                 f"{directory}: config.json says {field} {stated!r}, {ffn.down.name} has {width} columns"
             )

@@ -51,6 +51,7 @@ class FFNPaths(Record):
     function: str | None = Field(default=None, description="its activation, if not its tower's")
     output_norm: str | None = Field(default=None, description="the layer norm of x + FFN(x), if there is one")
     width_field: str | None = Field(default="intermediate_size", description="None: no config can state it")
+    width_factor: int = Field(default=1, ge=1, description="the width is so many times the field's value")
     label: str = Field(default="", description="distinguishes it from the block's other FFNs")
 
     @property

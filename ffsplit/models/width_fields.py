@@ -1,6 +1,7 @@
 """Which field of a config states the width of which FFNs: found by changing it and building the model again.
 
-A field is taken if it states the widths of FFNs exactly, and nothing else of the model changes with it.
+A field is taken if it states the widths of FFNs, and nothing else of the model changes with it. It may state a
+width in units: DeepSeek's shared expert is as wide as two of its experts.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ _WIDTH_WORDS = re.compile(r"intermediate|ffn|inner|mlp|feed_?forward|d_ff|hidden
 def with_width_fields(
     row: Architecture, model: Any, config: Any, build: Callable[[Any], Any]
 ) -> Architecture:
-    """The row with the fields that state a width, and nothing but widths of one kind of FFN."""
+    """The row with the fields that state widths, and nothing but widths."""
     before = _shapes_and_widths(model)
-    fields: dict[tuple[str, str | None], str] = {}
+    fields: dict[tuple[str, str | None], tuple[str, int]] = {}
     for part in dict.fromkeys(tower.config for tower in row.towers):
         for field in _candidates(config, part, widths=set(before.widths.values())):
             changed = type(config).from_dict(config.to_dict())
@@ -40,8 +41,9 @@ def with_width_fields(
                 for name in before.shapes.keys() | after.shapes.keys()
                 if before.shapes.get(name) != after.shapes.get(name)
             }
-            if not others and all(after.widths.get(name) == value for name in moved):
-                fields |= {(name, part): field for name in moved}
+            factors = {name: _quotient(after.widths.get(name, 0), value) for name in moved}
+            if not others and 1 in factors.values() and 0 not in factors.values():
+                fields |= {(name, part): (field, factor) for name, factor in factors.items()}
     towers = []
     for tower in row.towers:
         ffns = []
@@ -49,10 +51,15 @@ def with_width_fields(
             down = re.compile(_as_regex(tower, paths))
             named = [name for name in before.widths if down.fullmatch(name)]
             stated = {fields.get((name, tower.config)) for name in named}
-            width_field = stated.pop() if len(stated) == 1 else None
-            ffns.append(paths.model_copy(update={"width_field": width_field}))
+            field, factor = (stated.pop() if len(stated) == 1 else None) or (None, 1)
+            ffns.append(paths.model_copy(update={"width_field": field, "width_factor": factor}))
         towers.append(tower.model_copy(update={"ffns": tuple(ffns)}))
     return row.model_copy(update={"towers": tuple(towers)})
+
+
+def _quotient(width: int, value: int) -> int:
+    """How many times a value a width is; 0 if it is no multiple."""
+    return 0 if width % value else width // value
 
 
 class _Sizes(NamedTuple):

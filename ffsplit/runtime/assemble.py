@@ -17,7 +17,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def is_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
-    """Whether stock modelling code can load the result: one width for all layers, dense, no added bias.
+    """Whether stock modelling code can load the result: one width per field, dense, no added bias.
 
     Not if FFNs that are left out share the field that states a width.
     """
@@ -111,7 +111,7 @@ def _left_out(checkpoint: Checkpoint) -> list[str]:
 
 def _with_width(config: dict[str, Any], ffn: FFNPlace, width: int) -> dict[str, Any]:
     """A config that states an FFN's width where its tower's code looks for it."""
-    return _stating(config, ffn.width_key, width)
+    return _stating(config, ffn.width_key, width // ffn.paths.width_factor)
 
 
 def _stating(config: dict[str, Any], key: tuple[str | None, str | None], width: int) -> dict[str, Any]:

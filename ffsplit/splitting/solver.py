@@ -22,6 +22,7 @@ from ffsplit.ffn.shapes import (
     LayerLayout,
     ModelShape,
     PartLayout,
+    is_narrowed_form,
     rounded_down,
 )
 from ffsplit.splitting.latency import LatencyTable
@@ -217,19 +218,20 @@ class Solver:
         with the smallest limit that can be met.
         """
         if budget.kind == "keep" and profile is None:
-            return uniform_layouts(
+            layouts = uniform_layouts(
                 self.model.shapes,
                 keep=budget.limit,
                 heavy=self.heavy,
                 steps=self.steps,
                 num_energetic=self.num_energetic,
             )
+            return in_equal_shares(layouts, self.model)
         weights = profile or [1.0] * len(self.model.shapes)
         most = math.ceil(self.model.ffn_elements / min(weights)) + 1
         smallest = last_true(lambda size: self._scaled(size, weights) is None, first=0, last=most) + 1
-        layouts = self._scaled(smallest, weights)
-        if layouts is None or not self._meets(budget, layouts):
-            least = "none" if layouts is None else _rounded_up(budget, self.cost(budget, layouts))
+        narrowest = self._scaled(smallest, weights)
+        if narrowest is None or not self._meets(budget, narrowest):
+            least = "none" if narrowest is None else _rounded_up(budget, self.cost(budget, narrowest))
             rest = " and the rest of the model" if budget.kind in OF_THE_WHOLE_MODEL else ""
             rest += self._narrowest(budget)
             raise BudgetError(f"{budget} is too small for one neuron per FFN{rest}: the smallest is {least}")
@@ -240,7 +242,7 @@ class Solver:
 
         found = self._scaled(last_true(holds, first=smallest, last=most), weights)
         assert found is not None
-        return found
+        return found if profile is not None else in_equal_shares(found, self.model)
 
     def _narrowest(self, budget: Budget) -> str:
         """For a latency budget, a note on the table's narrowest width, which limits how small it can be."""
@@ -271,6 +273,38 @@ class Solver:
             )
         layouts = [made[each] for each in zip(self.model.shapes, weights, counts, strict=True)]
         return tuple(each for each in layouts if each is not None) if all(layouts) else None
+
+
+def in_equal_shares(layouts: Layouts, model: ModelShape) -> Layouts:
+    """The layouts with FFNs narrowed, where one field of the config states their widths, by one fraction.
+
+    Rounding gives FFNs of different widths slightly different fractions, and the field can state only one:
+    the smallest. Layouts that are not merely narrower stay as they are.
+    """
+    if not is_narrowed_form(layouts, model.shapes):
+        return layouts
+    groups = model.width_groups or (0,) * len(layouts)
+    equal = list(layouts)
+    for group in set(groups) - {-1}:
+        members = [index for index, each in enumerate(groups) if each == group]
+        unit = min(model.shapes[index].num_neurons for index in members)  # the field's own value
+        value = min(layouts[index].num_neurons * unit // model.shapes[index].num_neurons for index in members)
+        multiple = max(model.shapes[index].width_multiple for index in members)
+        value -= value % multiple if value < unit else 0
+        for index in members if value else ():
+            equal[index] = _narrowed(layouts[index], value * model.shapes[index].num_neurons // unit)
+    return tuple(equal)
+
+
+def _narrowed(layout: LayerLayout, width: int) -> LayerLayout:
+    """A dense layout without the last of its neurons: light ones before heavy hitters."""
+    heavy = 0 if layout.heavy is None else min(width, layout.heavy.num_neurons)
+    widths = {"heavy": heavy, "light": width - heavy}
+    parts = {
+        name: part.model_copy(update={"num_neurons": widths[name]}) if part and widths[name] else None
+        for name, part in (("heavy", layout.heavy), ("light", layout.light))
+    }
+    return layout.model_copy(update=parts)
 
 
 def stored_layouts(
