@@ -1,7 +1,7 @@
 """Which field of a config states the width of which FFNs: found by changing it and building the model again.
 
-A field is taken if it states the widths of FFNs, and nothing else of the model changes with it. It may state a
-width in units: DeepSeek's shared expert is as wide as two of its experts.
+A field is taken if it states the widths of FFNs, and nothing else of the model changes with it. It may state
+a width in units: DeepSeek's shared expert is as wide as two of its experts.
 """
 
 from __future__ import annotations
@@ -51,8 +51,9 @@ def with_width_fields(
             down = re.compile(_as_regex(tower, paths))
             named = [name for name in before.widths if down.fullmatch(name)]
             stated = {fields.get((name, tower.config)) for name in named}
-            field, factor = (stated.pop() if len(stated) == 1 else None) or (None, 1)
-            ffns.append(paths.model_copy(update={"width_field": field, "width_factor": factor}))
+            one = stated.pop() if len(stated) == 1 else None
+            width_field, factor = one or (None, 1)
+            ffns.append(paths.model_copy(update={"width_field": width_field, "width_factor": factor}))
         towers.append(tower.model_copy(update={"ffns": tuple(ffns)}))
     return row.model_copy(update={"towers": tuple(towers)})
 
