@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +15,10 @@ class ReadTensor(NamedTuple):
     name: str
     """The model's own tensor; the first, if one stored tensor holds several."""
     renamed: str
-    """The stored name after renaming, before tensors are joined or split, with its stored prefix."""
+    """The stored name after renaming, before tensors are joined or split, with its stored prefix.
+
+    Experts that the model stacks have the names of their places there: experts.3.gate_proj.weight.
+    """
     is_whole: bool
     """Whether the tensor is stored as the model has it, neither joined with others nor split."""
     rows_of: tuple[str, ...] = ()
@@ -66,7 +70,28 @@ def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None
             found[name] = read._replace(rows_of=rows_of)
         elif kinds == [Concatenate] and not converter.operations[0].dim:
             found[name] = read._replace(part=converter.source_patterns.index(source))
+        elif "*" in source:
+            num_experts = len(tensors[target])
+            found[name] = read._replace(renamed=_of_expert(renamed, converter, source, num_experts))
     return found
+
+
+def _of_expert(renamed: str, converter: Any, source: str, num_experts: int) -> str:
+    """The name of a matrix by its place in a stack, from the name by which files keep it.
+
+    Several stacks of `num_experts` each may be numbered through: ERNIE's for text, then those for pictures.
+    """
+    stored = re.search(re.escape(source).replace(r"\*", r"(\d+)"), renamed)
+    if stored is None:
+        return renamed
+    stack, expert = divmod(int(stored[1]), num_experts)
+    targets = converter.target_patterns
+    path, _, name = targets[stack].rpartition(".") if stack < len(targets) else ("", "", "")
+    roles = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+    if len(roles) != len(converter.source_patterns):
+        return renamed
+    role = roles[converter.source_patterns.index(source)]
+    return f"{renamed[: stored.start()]}{path}.{expert}.{role}.weight"
 
 
 def fill(model: Any, tensors: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> None:

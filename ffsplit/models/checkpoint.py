@@ -305,7 +305,7 @@ def open_checkpoint(
         )
     row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     tensors = read_headers(directory, named=config.get("transformers_weights"))
-    architecture = row or detect_architecture(directory, config, tensor_names=list(tensors))
+    architecture = row or detect_architecture(directory, config)
     if not stored:
         check_not_quantized(str(directory), config, tensors)
     read = None
@@ -325,7 +325,7 @@ def open_checkpoint(
                 )
     _check_config(directory, config, ffns, widths_differ=bool(stored))
     if left_out is None:
-        left_out = [ffn.name for ffn in ffns if ffn.tower not in architecture.reached]
+        left_out = [ffn.name for ffn in ffns if not architecture.reaches(ffn.tower, ffn.paths)]
     reached, others = without(ffns, left_out), tuple(ffn for ffn in ffns if ffn.name in left_out)
     checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, reached, read, others)
     check_modules(listing, checkpoint.folder.files)

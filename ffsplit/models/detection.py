@@ -50,29 +50,12 @@ def architecture_of(model: Any) -> Architecture:
     return row or row_by_structure(model, config=model.config.to_dict())
 
 
-def detect_architecture(
-    directory: Path, config: Mapping[str, Any], *, tensor_names: Sequence[str]
-) -> Architecture:
+def detect_architecture(directory: Path, config: Mapping[str, Any]) -> Architecture:
     """The row of a checkpoint's family, from the structure of its model; reads no weights.
 
-    `tensor_names` are the names in its files. Raises UnsupportedModelError.
+    Raises UnsupportedModelError.
     """
-    row = _row_of(directory, json.dumps(config, sort_keys=True))
-    if not any(re.search(r"experts\.\d+\.w1\.", name) for name in tensor_names):
-        return row
-
-    def as_stored(tower: Tower) -> Tower:
-        ffns = tuple(_with_mixtral_names(paths) if paths.experts else paths for paths in tower.ffns)
-        return tower.model_copy(update={"ffns": ffns})
-
-    return row.model_copy(update={"towers": tuple(map(as_stored, row.towers))})
-
-
-def _with_mixtral_names(experts: FFNPaths) -> FFNPaths:
-    """Experts that files keep one by one, by Mixtral's names: w1 for the gate, w3 for up, w2 for down."""
-    path = f"{experts.module}.*"
-    gate = None if experts.gate is None else f"{path}.w1"
-    return experts.model_copy(update={"up": f"{path}.w3", "gate": gate, "down": f"{path}.w2"})
+    return _row_of(directory, json.dumps(config, sort_keys=True))
 
 
 @lru_cache(maxsize=8)  # a worker opens one checkpoint for each of its layers
@@ -177,13 +160,14 @@ def _towers(
         part = _part_of_config(base, modules, first)
         reads = _reads(base, modules, first)
         activation = _activation(modules, first, one, _config_at(config, part))
+        paths = dict.fromkeys(_paths(modules, block, each, activation, reads) for block, each in ffns)
         name = "" if len(blocks) == 1 else names[pattern]
         if list(names.values()).count(name) > 1:
             name = f"{name} ({pattern})"
         decodes = bool(config.get("is_encoder_decoder")) and "decoder" in pattern.split(".")
         yield Tower(
             blocks=pattern,
-            ffns=_told_apart(dict.fromkeys(_paths(modules, block, each, activation) for block, each in ffns)),
+            ffns=_told_apart(paths),
             name=name,
             config=part,
             layers_field=None,
@@ -210,8 +194,8 @@ def _tower_name(pattern: str) -> str:
     return " ".join(parts[:-1] or parts).replace("_", " ")
 
 
-def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str) -> FFNPaths:
-    """Where one FFN is, and how it is computed. `activation` is its tower's."""
+def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str, reads: Reads) -> FFNPaths:
+    """Where one FFN is, and how it is computed. `activation` and `reads` are its tower's."""
 
     def inside(path: str) -> str:
         return path.removeprefix(f"{block}.")
@@ -239,6 +223,7 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str) -> FFNP
         module=inside(ffn.scope) if is_module else None,
         activation=None if is_module else _activation_path(modules[block], ffn, block),
         width_field=None,
+        reads=_modality(inside(ffn.scope)) if reads == "text" else None,
         label="" if ffn.experts or ffn.scope == block else _label(inside(ffn.scope)),
     )
 
@@ -354,11 +339,15 @@ def _config_at(config: Mapping[str, Any], part: str | None) -> Mapping[str, Any]
 def _reads(base: Any, modules: Modules, block: str) -> Reads:
     """What the tokens of a tower are made from."""
     for path, owner in _parents(block, modules):
-        for pattern, reads in _SOUND_OR_PICTURE:
-            if re.search(pattern, path.lower()):
-                return reads
+        if named := _modality(path):
+            return named
         return _MAIN_INPUTS.get(main_inputs(owner)[0], "text")
     return "text"
+
+
+def _modality(path: str) -> Reads | None:
+    """What a module reads that is named after it, other than text: vision_tower, or vision_moe in a block."""
+    return next((reads for pattern, reads in _SOUND_OR_PICTURE if re.search(pattern, path.lower())), None)
 
 
 _MAIN_INPUTS: dict[str, Reads] = {

@@ -52,6 +52,7 @@ class FFNPaths(Record):
     output_norm: str | None = Field(default=None, description="the layer norm of x + FFN(x), if there is one")
     width_field: str | None = Field(default="intermediate_size", description="None: no config can state it")
     width_factor: int = Field(default=1, ge=1, description="the width is so many times the field's value")
+    reads: Reads | None = Field(default=None, description="which tokens it sees, if not all of its tower's")
     label: str = Field(default="", description="distinguishes it from the block's other FFNs")
 
     @property
@@ -137,6 +138,10 @@ class Architecture(Record):
         """The towers that calibration data of its kind reaches; all, if it reaches none."""
         found = tuple(tower for tower in self.towers if tower.reads in READ_BY[self.kind])
         return found or self.towers
+
+    def reaches(self, tower: Tower, ffn: FFNPaths) -> bool:
+        """Whether calibration data of its kind reaches an FFN."""
+        return tower in self.reached and ffn.reads in (None, *READ_BY[self.kind])
 
     @property
     def can_stream(self) -> bool:
