@@ -10,11 +10,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ffsplit.calibration.model_inputs import Batch
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
+from ffsplit.models.experts import (
+    Routed,
+    as_pairs,
+    by_position,
+    called_module,
+    expert_activations,
+    expert_matrices,
+)
 from ffsplit.models.ffns import FFNPlace
 from ffsplit.models.streamed import StreamedModel
 
@@ -198,7 +205,7 @@ class FFNObserver:
             if ffn.expert is not None:
                 if ffn.index == ffn.unit:
                     experts = block.get_submodule(ffn.split_path.removeprefix(f"{ffn.block}."))
-                    self._watch(experts, self._expert_hook(ffn))
+                    self._watch(called_module(experts, ffn.paths), self._expert_hook(ffn, experts))
                 continue
             self._watch(block.get_submodule(ffn.paths.up), self._input_hook(ffn))
             if not self._inputs_only:
@@ -262,25 +269,28 @@ class FFNObserver:
 
         return hook
 
-    def _expert_hook(self, first: FFNPlace) -> Any:
-        def hook(module: Any, arguments: tuple[Tensor, ...]) -> None:
-            stream = self._stream(first, arguments[0])
-            tokens_TD, chosen_TK = (stream.tokens(each) for each in arguments[:2])
+    def _expert_hook(self, first: FFNPlace, experts: nn.Module) -> Any:
+        mine = [ffn for ffn in self._ffns if ffn.unit == first.unit]
+        stack = first.paths.stack
+        assert stack is not None
+
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            called = by_position(stack, len(mine), arguments)
+            stream = self._stream(first, called.states)
+            tokens = Routed(*map(stream.tokens, called))
             rows = stream.sampled_rows()
             if len(rows):
-                self._keep(first, {"input": tokens_TD[rows].cpu(), "experts": chosen_TK[rows].cpu()})
+                kept = as_pairs(stack, Routed(*(each[rows] for each in tokens)), len(mine))
+                self._keep(first, {"input": kept.states.cpu(), "experts": kept.experts.cpu()})
             if self._inputs_only:
                 return
-            for ffn in self._ffns:
-                if ffn.unit != first.unit:
-                    continue
-                x_TD = tokens_TD[chosen_TK.eq(ffn.expert or 0).any(1)]
-                name = "gate_up_proj" if ffn.shape.gated else "up_proj"
-                weight, bias = getattr(module, name)[ffn.expert], getattr(module, f"{name}_bias", None)
-                weight = weight.T if ffn.up.transposed else weight
-                y_TN = functional.linear(x_TD, weight, None if bias is None else bias[ffn.expert])
+            pairs = as_pairs(stack, tokens, len(mine))
+            for ffn in mine:
+                x_TD = pairs.states[pairs.experts.eq(ffn.expert or 0).any(1)]
                 self._sums[ffn.index].add(
-                    module._apply_gate(y_TN) if ffn.shape.gated else module.act_fn(y_TN)
+                    expert_activations(
+                        experts, ffn.paths, ffn.expert or 0, x_TD, default=ffn.tower.default_activation
+                    )
                 )
 
         return hook
@@ -331,9 +341,7 @@ class FFNObserver:
 def _down_weight(base_model: nn.Module, ffn: FFNPlace) -> Tensor:
     """The down projection as [D, N], however the module stores it."""
     if ffn.expert is not None:
-        stack: Any = base_model.get_submodule(ffn.split_path)
-        down = stack.down_proj[ffn.expert].detach()
-        return down.T if ffn.down.transposed else down  # type: ignore[no-any-return]
+        return expert_matrices(base_model.get_submodule(ffn.split_path), ffn.paths, ffn.expert).down.detach()
     weight = base_model.get_submodule(f"{ffn.block}.{ffn.paths.down}").weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if ffn.down.transposed else weight.detach()

@@ -81,7 +81,7 @@ def _of_expert(renamed: str, converter: Any, source: str, num_experts: int) -> s
 
     Several stacks of `num_experts` each may be numbered through: ERNIE's for text, then those for pictures.
     """
-    stored = re.search(re.escape(source).replace(r"\*", r"(\d+)"), renamed)
+    stored = re.search(source.replace(".*.", r"\.(\d+)\."), renamed)
     if stored is None:
         return renamed
     stack, expert = divmod(int(stored[1]), num_experts)
@@ -134,6 +134,8 @@ class StackedExperts(NamedTuple):
     """[in, out] rather than [out, in]."""
     is_interleaved: bool
     """Rows of gate and up by turns, rather than one after the other."""
+    has_norm: bool
+    """Whether each expert's output is normalized."""
 
 
 def stacked_experts(module: Any) -> StackedExperts | None:
@@ -145,9 +147,10 @@ def stacked_experts(module: Any) -> StackedExperts | None:
     if not all(hasattr(module, name) for name in ("has_gate", "is_transposed", "is_concatenated")):
         return None
     names = ("down_proj", "gate_up_proj" if module.has_gate else "up_proj")
-    if getattr(module, "has_post_expert_norm", False) or not all(hasattr(module, name) for name in names):
+    if not all(hasattr(module, name) for name in names):
         return None
-    return StackedExperts(module.has_gate, module.is_transposed, not module.is_concatenated)
+    has_norm = bool(getattr(module, "has_post_expert_norm", False))
+    return StackedExperts(module.has_gate, module.is_transposed, not module.is_concatenated, has_norm)
 
 
 def activation_of(module: Any) -> str | None:

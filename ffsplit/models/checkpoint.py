@@ -317,7 +317,7 @@ def open_checkpoint(
     for ffn in ffns:
         for place in ffn.matrices:
             info = tensors.get(place.name)
-            if info is None or len(info.shape) != (2 if place.expert is None else 3):
+            if info is None or len(info.shape) != (2 if place.expert is None or place.flat else 3):
                 raise UnsupportedModelError(f"{directory}: {place.name} is missing or not a matrix")
             if info.dtype not in FFN_DTYPES:
                 raise UnsupportedModelError(

@@ -215,10 +215,12 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str, reads: 
         gate=None if gate is None else inside(gate),
         down=inside(ffn.down),
         fused=ffn.fused,
-        gate_half=0 if gating is None else gating.gate_half,
+        gate_half=ffn.gate_half if gating is None else gating.gate_half,
         interleaved=ffn.interleaved or (gating is not None and gating.interleaved),
         transposed=ffn.transposed,
         experts=ffn.experts,
+        stack=ffn.stack,
+        narrow_only=ffn.narrow_only,
         function=None if function is None or _is_same(function, activation) else function,
         module=inside(ffn.scope) if is_module else None,
         activation=None if is_module else _activation_path(modules[block], ffn, block),
@@ -248,11 +250,18 @@ def _told_apart(ffns: Iterable[FFNPaths]) -> tuple[FFNPaths, ...]:
     found = tuple(ffns)
     labels = Counter((each.label, each.experts) for each in found)
     return tuple(
-        each.model_copy(update={"label": _words(each.down.rpartition(".")[0] or each.down)})
+        each.model_copy(update={"label": _words(_place(each))})
         if labels[each.label, each.experts] > 1
         else each
         for each in found
     )
+
+
+def _place(ffn: FFNPaths) -> str:
+    """The path that tells an FFN apart: without the name of its down projection, or of a stack's module."""
+    if ffn.experts and ffn.module is not None:
+        return ffn.module.removesuffix(".experts")
+    return ffn.down.rpartition(".")[0] or ffn.down
 
 
 def _words(path: str) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from ffsplit.config import Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The records that say where a model family keeps its feed-forward networks.
 #
@@ -28,7 +33,52 @@ READ_BY: dict[ModelKind, tuple[Reads, ...]] = {
     "audio": ("sound",),
 }
 """What the calibration data of a kind of model holds."""
+WIDTH_WORDS = re.compile(r"intermediate|ffn|inner|mlp|feed_?forward|d_ff|hidden_dim|expert")
+"""In the names of a config's fields, or a module's attributes, that may state an FFN's width."""
 TEXT_KINDS: tuple[ModelKind, ...] = ("encoder", "causal_lm", "seq2seq")
+
+
+Call = Literal["routed", "repeated", "every", "grouped"]
+"""What the module that runs experts is given: `routed`, the states, each token's experts and their weights;
+`repeated`, the states once for each expert, zero for those that a token does not go to; `every`, the states
+alone, because all experts run for each token; `grouped`, the states of the first expert, then of the next,
+and how many these are, in the first of its linear maps."""
+
+
+class Stack(Record):
+    """How a module keeps all experts of a block: tensors [experts, out, in], by their paths below it."""
+
+    up: str = "gate_up_proj"
+    gate: str | None = Field(default=None, description="None: `up` holds its rows too, if there is one")
+    down: str = "down_proj"
+    transposed: bool = Field(default=False, description="up and gate are [experts, in, out]")
+    down_transposed: bool = Field(default=False, description="down is [experts, in, out]")
+    flat: int | None = Field(
+        default=None,
+        description="the number of experts, whose matrices lie one below the other: two dimensions",
+    )
+    call: Call = "routed"
+
+    def sides(self, shape: Sequence[int], *, is_down: bool = False) -> tuple[int, int, int]:
+        """The number of experts, and the outputs and inputs of each, of a tensor of this shape."""
+        first, second = shape[-2:]
+        if self.flat:
+            first //= self.flat
+        if self.down_transposed if is_down else self.transposed:
+            first, second = second, first
+        return self.flat or shape[0], first, second
+
+    def shape(self, num_experts: int, width: int, hidden_size: int, *, is_down: bool) -> tuple[int, ...]:
+        """The shape of the tensor of as many experts."""
+        sides = [hidden_size, width] if is_down else [width, hidden_size]
+        if self.down_transposed if is_down else self.transposed:
+            sides.reverse()
+        return (num_experts * sides[0], sides[1]) if self.flat else (num_experts, *sides)
+
+    def matrices(self, tensor: Tensor, *, is_down: bool = False) -> Tensor:
+        """A view of a tensor as [experts, out, in]."""
+        each = tensor.view(self.flat, -1, tensor.shape[-1]) if self.flat else tensor
+        return each.transpose(1, 2) if (self.down_transposed if is_down else self.transposed) else each
 
 
 class FFNPaths(Record):
@@ -46,6 +96,8 @@ class FFNPaths(Record):
     gate_half: int = Field(default=0, description="fused: which half of the rows is the gate")
     interleaved: bool = Field(default=False, description="fused: rows of gate and up by turns")
     experts: bool = Field(default=False, description="one FFN for each `*` in the paths; `module` runs all")
+    stack: Stack | None = Field(default=None, description="how `module` keeps experts")
+    narrow_only: bool = Field(default=False, description="only `module`'s own code can run it")
     module: str | None = None
     activation: str | None = None
     function: str | None = Field(default=None, description="its activation, if not its tower's")
@@ -58,7 +110,7 @@ class FFNPaths(Record):
     @property
     def can_split(self) -> bool:
         """Whether modules can be replaced by a split FFN: else a compressed FFN may only be narrower."""
-        if self.function is not None and "clamped" in self.function:
+        if self.narrow_only or (self.function is not None and "clamped" in self.function):
             return False
         return self.module is not None or (self.activation is not None and self.gate is None)
 
@@ -70,8 +122,8 @@ class FFNPaths(Record):
     @property
     def guard(self) -> str:
         """The tensor, relative to `split_path`, that a split FFN stores with a shape that cannot match."""
-        if self.experts:
-            return "down_proj"
+        if self.stack is not None:
+            return self.stack.down
         path = self.down if self.module is not None else self.up
         return f"{path}.weight".removeprefix(f"{self.split_path}.")
 
@@ -188,6 +240,7 @@ def experts(**options: Any) -> FFNPaths:
         gate=f"{path}.*.gate_proj",
         down=f"{path}.*.down_proj",
         experts=True,
+        stack=Stack(),
         module=path,
         **options,
     )

@@ -20,8 +20,6 @@ from ffsplit.models.names import TensorNames
 
 EXPERT_MULTIPLE = 8
 """torch multiplies experts in groups, of which each row must take a multiple of 16 bytes."""
-STACKED_GATE_UP, STACKED_UP, STACKED_DOWN = "gate_up_proj", "up_proj", "down_proj"
-"""Tensor names, below the experts' module, where transformers stacks all experts of a block."""
 
 
 class MatrixPlace(NamedTuple):
@@ -31,6 +29,8 @@ class MatrixPlace(NamedTuple):
     bias: str | None = None
     expert: int | None = None
     """Index of the matrix in a stack."""
+    flat: int | None = None
+    """How many matrices a stack has, if they lie one below the other, in a tensor of two dimensions."""
     half: int | None = None
     """Which half of the rows, 0 or 1, if gate and up share one tensor."""
     transposed: bool = False
@@ -222,37 +222,40 @@ class _Finder:
         return [_numbered(tower.blocks, numbers) for numbers in sorted(present)]
 
     def _is_stacked(self, paths: FFNPaths, block: str) -> bool:
-        name = f"{self._prefix}{join_paths(block, paths.module or '')}.{STACKED_DOWN}"
-        return paths.experts and name in self._names.modules
+        if paths.stack is None:
+            return False
+        name = f"{self._prefix}{join_paths(block, paths.module or '')}.{paths.stack.down}"
+        return name in self._names.modules
 
     def _stacked(self, tower: Tower, paths: FFNPaths, block: str, *, first: int) -> Iterator[FFNPlace]:
-        """Experts stacked in one tensor."""
-        stack = f"{self._prefix}{join_paths(block, paths.module or '')}."
-        first_name = STACKED_UP if paths.gate is None else STACKED_GATE_UP
-        names = {"up": first_name, "gate": first_name, "down": STACKED_DOWN}
-        names |= {f"{role}_bias": f"{name}_bias" for role, name in names.items()}
-        stored = {
-            role: self._names.stored(stack + name)
-            for role, name in names.items()
-            if not role.endswith("_bias") or stack + name in self._names.modules
-        }
-        halves = (None, None) if paths.gate is None else (1, 0)
-        for expert in range(self._tensors[stored["down"]].shape[0]):
-            roles = (("up", paths.up, halves[0]), ("gate", paths.gate, halves[1]), ("down", paths.down, None))
-            up, gate, down = (
-                None
-                if path is None
-                else MatrixPlace(
-                    stored[role],
-                    stored.get(f"{role}_bias"),
-                    expert=expert,
-                    half=half,
-                    transposed=paths.transposed,
-                    interleaved=paths.interleaved,
-                )
-                for role, path, half in roles
+        """Experts stacked in one tensor of each kind."""
+        stack = paths.stack
+        assert stack is not None
+        base = f"{self._prefix}{join_paths(block, paths.module or '')}."
+
+        def place(path: str, expert: int, *, half: int | None = None) -> MatrixPlace:
+            bias = f"{base}{path}_bias"
+            return MatrixPlace(
+                self._names.stored(base + path),
+                self._names.stored(bias) if bias in self._names.modules else None,
+                expert=expert,
+                flat=stack.flat,
+                half=half,
+                transposed=stack.down_transposed if path == stack.down else stack.transposed,
+                interleaved=paths.interleaved,
             )
-            assert up is not None and down is not None
+
+        num_experts, *_ = stack.sides(self._tensors[self._names.stored(base + stack.down)].shape)
+        for expert in range(num_experts):
+            gate = None
+            if stack.gate is not None:
+                up, gate = place(stack.up, expert), place(stack.gate, expert)
+            elif paths.gate is not None:
+                up = place(stack.up, expert, half=1 - paths.gate_half)
+                gate = place(stack.up, expert, half=paths.gate_half)
+            else:
+                up = place(stack.up, expert)
+            down = place(stack.down, expert)
             yield self._place(tower, paths, block, up, gate, down, first=first, expert=expert)
 
     def _separate(self, tower: Tower, paths: FFNPaths, block: str, *, first: int) -> Iterator[FFNPlace]:
@@ -331,9 +334,10 @@ class _Finder:
         layer = f"layer {'.'.join(map(str, numbers))}" if tower.is_list else ""
         number = "" if expert is None else f"expert {expert}"
         name = " ".join(part for part in (tower.name, layer, paths.label, number) if part)
-        sizes = self._tensors[down.name].shape[-2:]
+        sizes = list(self._tensors[down.name].shape[-2:])
         if len(sizes) != 2:
             raise UnsupportedModelError(f"{self._where}: {down.name} is missing or not a matrix")
+        sizes[0] //= down.flat or 1
         shape = FFNShape(
             num_neurons=sizes[0] if down.transposed else sizes[1],
             hidden_size=sizes[1] if down.transposed else sizes[0],
@@ -351,8 +355,8 @@ def _downs(tower: Tower) -> list[str]:
     found = []
     for paths in tower.ffns:
         found.append(f"{join_paths(tower.blocks, paths.down)}.weight")
-        if paths.experts:
-            found.append(join_paths(tower.blocks, f"{paths.module}.{STACKED_DOWN}"))
+        if paths.stack is not None:
+            found.append(join_paths(tower.blocks, f"{paths.module}.{paths.stack.down}"))
     return found
 
 

@@ -52,7 +52,7 @@ def gating_of(module: nn.Module, *, ups: tuple[str, ...], down: str, fused: bool
             return None
         rows = [maps[path](x) for path in ups]
         for gating, gate, up in _ways(rows, ups, fused=fused):
-            for name, activation in _activations(module):
+            for name, activation in activations_of(module):
                 hidden = activation(up) if gate is None else gated(activation, gate, up)
                 if torch.allclose(maps[down](hidden), found.double(), rtol=1e-6, atol=1e-6):
                     return gating._replace(function=name)
@@ -82,7 +82,7 @@ def _ways(
                 yield Gating("", gate_half=half, interleaved=interleaved), halves[half], halves[1 - half]
 
 
-def _activations(module: Any) -> Iterator[tuple[str, Activation]]:
+def activations_of(module: Any) -> Iterator[tuple[str, Activation]]:
     """The known activations, and those that clamp at one of the numbers that a module holds."""
     yield from ACTIVATIONS.items()
     numbers = [value for value in vars(module).values() if isinstance(value, int | float)]
@@ -107,7 +107,7 @@ def gating_of_experts(experts: Any, form: StackedExperts) -> str | None:
             expected = experts._apply_gate(by_turns if form.is_interleaved else torch.cat([gate, up], dim=1))
         except Exception:  # a family's own code, of another form
             return None
-        for name, activation in _activations(experts):
+        for name, activation in activations_of(experts):
             if torch.allclose(gated(activation, gate, up), expected.double(), rtol=1e-6, atol=1e-6):
                 return name
     return None

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from ffsplit.compat.transformers import is_conv1d, stacked_experts
+from ffsplit.compat.transformers import is_conv1d
 from ffsplit.errors import UnsupportedModelError
-from ffsplit.models.probe import gating_of_experts
+from ffsplit.models.experts import stack_of
+from ffsplit.models.family import Stack
 
 _NOT_FFN_CLASS = re.compile(
     r"(Attention(V?\d|\dD)?|Attn|SelfOutput|Mixer|Mamba\d?|MambaLayer|ShortConv|DeltaNet|RecurrentBlock"
@@ -83,6 +84,10 @@ class FoundFFN(NamedTuple):
     experts: bool = False
     function: str | None = None
     """The activation, where the experts' module tells it."""
+    stack: Stack | None = None
+    """How the scope keeps experts."""
+    gate_half: int = 0
+    narrow_only: bool = False
     num_ffns: int = 1
     is_alone: bool = True
     """Whether the scope has no other parameters, so that it may be replaced as a whole."""
@@ -136,7 +141,12 @@ def check_nothing_is_left(modules: Modules, found: Sequence[FoundFFN], family: s
         hidden[_starred(block)].add(ffn.hidden_size)
     sizes = set().union(*hidden.values())
     taken = {path for each in found for path in (each.up, each.gate, each.down)}
-    stacks = {each.scope for each in found if each.experts}
+    stacked = {
+        f"{each.scope}.{name}"
+        for each in found
+        if each.stack is not None
+        for name in (each.stack.up, each.stack.gate, each.stack.down)
+    }
     left: dict[str, str] = {}
     for each in _maps(modules):
         narrow, wide = sorted((each.num_rows, each.num_columns))
@@ -150,9 +160,11 @@ def check_nothing_is_left(modules: Modules, found: Sequence[FoundFFN], family: s
             or "parametrizations" in path
             or _NOT_FFN_CLASS.search(type(module).__name__)
         )
-        if path in stacks or block_of(path, modules) is None or is_other:
+        if block_of(path, modules) is None or is_other:
             continue
         for name, weight in module.named_parameters(recurse=False):
+            if f"{path}.{name}" in stacked:
+                continue
             if weight.dim() == 3 and sizes & set(weight.shape[1:]) and min(weight.shape[1:]) > 1:
                 left[_starred(f"{path}.{name}")] = str(list(weight.shape))
     for ffn in found:
@@ -209,26 +221,31 @@ def _maps(modules: Modules) -> list[_Map]:
 
 
 def _stacks(modules: Modules) -> Iterator[FoundFFN]:
-    """The blocks' experts that transformers stacks in three-dimensional tensors."""
-    for path, module in modules.items():
-        form = stacked_experts(module)
-        function = None if form is None else gating_of_experts(module, form)
-        if form is None or function is None or block_of(path, modules) is None:
+    """The blocks' experts that one module stacks in tensors, the innermost module that does."""
+    around: set[str] = set()
+    for path, module in reversed(modules.items()):
+        is_other = any(NOT_FFN_PATH.search(part) for part in path.split("."))
+        if path in around or is_other or block_of(path, modules) is None:
             continue
-        experts: Any = module
-        hidden, width = experts.down_proj.shape[:0:-1] if form.is_transposed else experts.down_proj.shape[1:]
+        found = stack_of(module)
+        if found is None:
+            continue
+        parts = path.split(".")
+        around |= {".".join(parts[:length]) for length in range(1, len(parts))}
         yield FoundFFN(
             path,
             f"{path}.*.up_proj",
-            f"{path}.*.gate_proj" if form.is_gated else None,
+            f"{path}.*.gate_proj" if found.is_gated else None,
             f"{path}.*.down_proj",
-            width,
-            hidden,
-            transposed=form.is_transposed,
-            interleaved=form.is_interleaved,
+            found.width,
+            found.hidden_size,
+            interleaved=found.is_interleaved,
             experts=True,
-            function=function,
-            num_ffns=len(experts.down_proj),
+            function=found.function,
+            stack=found.stack,
+            gate_half=found.gate_half,
+            narrow_only=found.narrow_only,
+            num_ffns=found.num_experts,
         )
 
 

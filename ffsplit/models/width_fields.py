@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ffsplit.models.family import Architecture, FFNPaths, Tower
+from ffsplit.models.family import WIDTH_WORDS, Architecture, FFNPaths, Tower
 from ffsplit.models.names import base_of
 from ffsplit.models.structure import Modules, find_in_modules
-
-_WIDTH_WORDS = re.compile(r"intermediate|ffn|inner|mlp|feed_?forward|d_ff|hidden_dim|expert")
 
 
 def with_width_fields(
@@ -89,7 +87,7 @@ def _candidates(config: Any, part: str | None, *, widths: set[int]) -> list[str]
     return [
         name
         for name, value in fields.items()
-        if _WIDTH_WORDS.search(name)
+        if WIDTH_WORDS.search(name)
         and (value is None or (isinstance(value, int) and not isinstance(value, bool) and value in widths))
     ]
 

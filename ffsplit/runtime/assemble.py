@@ -29,9 +29,15 @@ def is_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
 
 
 def keeps_names(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
-    """Whether the result has the original's tensor names: it is plain, or its layers are only narrowed."""
-    narrowed = not checkpoint.has_experts and is_narrowed_form(layouts, checkpoint.shapes)
-    return narrowed or is_plain(checkpoint, layouts)
+    """Whether the result has the original's tensor names: its FFNs are only narrowed.
+
+    Experts that one tensor holds must then have one width.
+    """
+    widths: dict[int, set[int]] = {}
+    for ffn, layout in zip(checkpoint.ffns, layouts, strict=True):
+        widths.setdefault(ffn.unit, set()).add(layout.num_neurons)
+    is_even = all(len(each) == 1 for each in widths.values())
+    return is_even and is_narrowed_form(layouts, checkpoint.shapes)
 
 
 def assemble(

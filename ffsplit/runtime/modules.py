@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ffsplit.ffn.shapes import FFNShape, Format, Integer, LayerLayout, LowRank, PartLayout
-from ffsplit.models.family import FFNPaths
+from ffsplit.models.family import WIDTH_WORDS, FFNPaths, Stack
 from ffsplit.runtime.quantized_linear import INITIALIZED, QuantizedLinear, share_inputs
 
 # Narrowing an FFN of a transformers model: the same modules, with fewer neurons.
@@ -21,6 +21,33 @@ def narrow_ffn(block: nn.Module, paths: FFNPaths, width: int) -> None:
         rows = 2 * width if paths.fused else width
         _resize(block.get_submodule(path), rows=rows, transposed=paths.transposed)
     _resize(block.get_submodule(paths.down), columns=width, transposed=paths.transposed)
+
+
+def narrow_experts(experts: nn.Module, stack: Stack, width: int) -> None:
+    """Give `width` neurons to all experts that a module stacks. Their weights are to be loaded.
+
+    The module's own code runs them, and may know their width.
+    """
+    _, hidden, before = stack.sides(experts.get_parameter(stack.down).shape, is_down=True)
+    for path in (stack.up, stack.gate, stack.down):
+        if path is None:
+            continue
+        parameter = experts.get_parameter(path)
+        is_down = path == stack.down
+        num_experts, rows, _ = stack.sides(parameter.shape, is_down=is_down)
+        wide = width if is_down else width * rows // before
+        _replace(experts, path, stack.shape(num_experts, wide, hidden, is_down=is_down))
+        if not is_down and hasattr(experts, f"{path}_bias"):
+            _replace(experts, f"{path}_bias", (num_experts, wide))
+    for part in experts.modules():
+        for name, value in vars(part).items():
+            if value == before and WIDTH_WORDS.search(name):
+                setattr(part, name, width)
+
+
+def _replace(module: nn.Module, path: str, shape: tuple[int, ...]) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, _empty_like(module.get_parameter(path), shape))
 
 
 def _resize(
@@ -165,14 +192,8 @@ class SplitFFN(nn.Module):
         self.heavy, self.light = heavy, light
         share_inputs(each for part in (heavy, light) if part is not None for each in part.first_linears)
         self.down_bias = nn.Parameter(torch.empty(shape.hidden_size)) if layout.down_bias else None
-        if guard is None:
-            return
-        owner: nn.Module = self
-        *path, name = guard.split(".")
-        for part in path:
-            owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        owner.register_buffer(name, torch.zeros(1))
+        if guard is not None:
+            _add_guard(self, guard)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor | None = self.down_bias
@@ -182,6 +203,15 @@ class SplitFFN(nn.Module):
             y = self.light(x, y)
         assert y is not None
         return y
+
+
+def _add_guard(module: nn.Module, path: str) -> None:
+    """Give a module a tensor of this name that has a shape that no weight has."""
+    *parents, name = path.split(".")
+    for part in parents:
+        module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    module.register_buffer(name, torch.zeros(1))
 
 
 def install_split_ffn(block: nn.Module, paths: FFNPaths, split_ffn: nn.Module) -> None:
@@ -205,7 +235,7 @@ class SplitExperts(nn.Module):
     def __init__(self, *, guard: str | None) -> None:
         super().__init__()
         if guard is not None:
-            self.register_buffer(guard, torch.zeros(1))
+            _add_guard(self, guard)
         self._num_experts = 0
 
     def append(self, expert: nn.Module) -> None:

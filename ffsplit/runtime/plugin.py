@@ -24,7 +24,7 @@ from ffsplit.models.checkpoint import NARROWED, activation_name
 from ffsplit.models.ffns import FFNPlace, ffns_of
 from ffsplit.runtime.attention_int8 import install_linears
 from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, FFNRun, guarded
-from ffsplit.runtime.modules import SplitExperts, SplitFFN, install_split_ffn, narrow_ffn
+from ffsplit.runtime.modules import SplitExperts, SplitFFN, install_split_ffn, narrow_experts, narrow_ffn
 from ffsplit.store.pull import materialize
 
 METHOD = "ffsplit"
@@ -141,7 +141,12 @@ def narrow_ffns(model: Any, runs: Sequence[FFNRun], *, left_out: Sequence[str] =
     """Give every FFN of an empty model the width of its layout."""
     prefix, places, ffns = _paired(model, runs, left_out=left_out)
     for place, ffn in zip(places, ffns, strict=True):
-        narrow_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, ffn.layout.num_neurons)
+        if place.expert is None:
+            narrow_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, ffn.layout.num_neurons)
+        elif place.index == place.unit:
+            assert place.paths.stack is not None, "experts that a model runs are stacked"
+            experts = model.get_submodule(f"{prefix}{place.split_path}")
+            narrow_experts(experts, place.paths.stack, ffn.layout.num_neurons)
     return model  # type: ignore[no-any-return]
 
 

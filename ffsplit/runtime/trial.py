@@ -14,6 +14,7 @@ from ffsplit.errors import UnsupportedModelError, explained
 from ffsplit.ffn.activations import activation_named
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.experts import expert_matrices
 from ffsplit.models.ffns import FFNPlace, join_paths
 from ffsplit.models.load import load_base_model
 from ffsplit.models.streamed import StreamedModel
@@ -85,7 +86,11 @@ def _recomputed(block: nn.Module, checkpoint: Checkpoint, path: str) -> Iterator
 
     For FFNs that the model computes by functions between its modules, so that no split can be installed.
     """
-    differences: list[float] = []
+    differences = [
+        _difference_of_stack(block, checkpoint, ffn)
+        for ffn in checkpoint.ffns
+        if ffn.block == path and ffn.expert is not None and ffn.paths.narrow_only
+    ]
     handles = []
 
     def watch(ffn: FFNPlace) -> None:
@@ -112,6 +117,22 @@ def _recomputed(block: nn.Module, checkpoint: Checkpoint, path: str) -> Iterator
             handle.remove()
 
 
+def _difference_of_stack(block: nn.Module, checkpoint: Checkpoint, ffn: FFNPlace) -> float:
+    """How far an expert's matrices are from those of its module, whose code was tried as it was found."""
+    stack, paths = ffn.paths.stack, ffn.paths
+    assert stack is not None and paths.module is not None and ffn.expert is not None
+    module = block.get_submodule(paths.module)
+    weights = load_ffn(checkpoint, ffn.index, activation=activation_named("relu"), device=CPU)
+    (part,) = weights.parts
+    own = expert_matrices(module, paths, ffn.expert)
+    loaded = (part.up, part.gate, part.down)
+    return max(
+        _relative(found.weight, wanted)
+        for found, wanted in zip(loaded, own, strict=True)
+        if found is not None and wanted is not None
+    )
+
+
 @contextmanager
 def _altered(model: Any, checkpoint: Checkpoint) -> Iterator[None]:
     """The model with the down projection of its first FFN negated: a norm after it would undo a factor."""
@@ -119,7 +140,8 @@ def _altered(model: Any, checkpoint: Checkpoint) -> Iterator[None]:
     if ffn.expert is None:
         weight = model.get_submodule(join_paths(ffn.block, ffn.paths.down)).weight
     else:
-        weight = model.get_submodule(ffn.split_path).down_proj
+        assert ffn.paths.stack is not None
+        weight = model.get_submodule(ffn.split_path).get_parameter(ffn.paths.stack.down)
     weight.neg_()
     try:
         yield
@@ -154,7 +176,7 @@ def _split_exactly(block: nn.Module, checkpoint: Checkpoint, path: str) -> None:
     """Replace every FFN of a block by its two halves."""
     experts: dict[int, SplitExperts] = {}
     for ffn in checkpoint.ffns:
-        if ffn.block != path or (ffn.expert is None and not ffn.paths.can_split):
+        if ffn.block != path or ffn.paths.narrow_only or (ffn.expert is None and not ffn.paths.can_split):
             continue
         activation = activation_named(checkpoint.activation_of(ffn.index))
         halves = _Halves(load_ffn(checkpoint, ffn.index, activation=activation, device=CPU))
