@@ -25,6 +25,8 @@ class ReadTensor(NamedTuple):
     """The model's tensors that share its rows in equal parts, if it is split into several."""
     part: int | None = None
     """Which part of the model's tensor its rows are, if several are joined."""
+    interleaved: bool = False
+    """Whether rows that the model has one half after the other are stored by turns."""
 
 
 def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None]:
@@ -63,17 +65,28 @@ def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None
             whole.add(target)
             continue
         converter = next(each for each in converters if source in each.source_patterns)
-        kinds = [type(each) for each in converter.operations]
-        if kinds == [Chunk] and not converter.operations[0].dim:
-            first, *others = converter.target_patterns
+        rows = tensors[target].dim() - 2  # the dimension of the outputs
+        operations = [each for each in converter.operations if not _interleaves(each, rows)]
+        kinds = [type(each) for each in operations if getattr(each, "dim", None) == rows]
+        read = read._replace(interleaved=len(operations) < len(converter.operations))
+        first, *others = converter.target_patterns
+        if kinds == [Chunk] and len(operations) == 1:
             rows_of = (target, *(target.replace(first, other) for other in others))
             found[name] = read._replace(rows_of=rows_of)
-        elif kinds == [Concatenate] and not converter.operations[0].dim:
+        elif kinds == [Concatenate] and len(operations) == 1:
             found[name] = read._replace(part=converter.source_patterns.index(source))
+        elif read.interleaved and not operations:
+            found[name] = read._replace(renamed=re.sub(source, first, renamed))
         elif "*" in source:
             num_experts = len(tensors[target])
             found[name] = read._replace(renamed=_of_expert(renamed, converter, source, num_experts))
     return found
+
+
+def _interleaves(operation: Any, dimension: int) -> bool:
+    """Whether an operation undoes that rows of two halves are stored by turns."""
+    is_one = type(operation).__name__ == "Interleave"
+    return is_one and operation.dim == dimension
 
 
 def _of_expert(renamed: str, converter: Any, source: str, num_experts: int) -> str:

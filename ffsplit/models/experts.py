@@ -125,7 +125,7 @@ def _sizes(tensors: dict[str, nn.Parameter], stack: Stack) -> tuple[int, int, in
     num_experts, hidden, width = stack.sides(tensors[stack.down].shape, is_down=True)
     ups = [stack.sides(tensors[name].shape) for name in (stack.up, stack.gate) if name is not None]
     rows = {each[1] for each in ups}
-    if {each[2] for each in ups} != {hidden} or any(each[0] < num_experts for each in ups):
+    if {each[2] for each in ups} != {hidden} or any(each[0] != num_experts for each in ups):
         return None
     if rows == {width}:
         return num_experts, width, hidden, len(ups) == 2

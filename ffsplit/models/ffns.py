@@ -235,14 +235,19 @@ class _Finder:
 
         def place(path: str, expert: int, *, half: int | None = None) -> MatrixPlace:
             bias = f"{base}{path}_bias"
+            name = self._names.stored(base + path)
+            if base + path not in self._names.modules:
+                part = None if half is None else self._names.part_of(base + path, half)
+                joined = self._names.half_of(base + path)
+                name, half = (part, None) if part else joined or (name, half)
             return MatrixPlace(
-                self._names.stored(base + path),
+                name,
                 self._names.stored(bias) if bias in self._names.modules else None,
                 expert=expert,
                 flat=stack.flat,
                 half=half,
                 transposed=stack.down_transposed if path == stack.down else stack.transposed,
-                interleaved=paths.interleaved,
+                interleaved=paths.interleaved or self._names.is_interleaved(name),
             )
 
         num_experts, *_ = stack.sides(self._tensors[self._names.stored(base + stack.down)].shape)
@@ -306,7 +311,9 @@ class _Finder:
                 stored = self._names.part_of(name, half)
                 return None if stored is None else MatrixPlace(stored)
             found = self._names.half_of(name)
-            return None if found is None else MatrixPlace(found[0], half=found[1])
+            if found is None:
+                return None
+            return MatrixPlace(found[0], half=found[1], interleaved=self._names.is_interleaved(found[0]))
 
         weight, bias = place(name), place(f"{name.removesuffix('weight')}bias")
         return weight if weight is None or bias is None else weight._replace(bias=bias.name)

@@ -31,7 +31,7 @@ NOT_FFN_PATH = re.compile(
     r"^(\w*attn|\w*attention|\w*_att|router|adapters?\w*|pooler|lora\w*|\w*norm\w*|bottleneck|ple_block"
     r"|per_layer_\w+|laurel|downsample|\w*bbox\w*|\w*class_embed\w*|\w*_head|projection|queries|keys_values"
     r"|modulation|patch_\w+|\w*hyper_connection|pwconv\d|pointwise_conv\d|\w*merger\w*|\w*projectors?"
-    r"|readout_projects)$"
+    r"|readout_projects|(pre|post)_expert_\w+)$"
 )
 _MIXES_POSITIONS = re.compile(
     r"(Attention(V?\d|\dD)?|Attn|Mixer|Mamba\d?|MambaLayer|ShortConv|DeltaNet|RecurrentBlock)$"
@@ -159,6 +159,7 @@ def check_nothing_is_left(modules: Modules, found: Sequence[FoundFFN], family: s
             isinstance(module, _ConvNd)
             or "parametrizations" in path
             or _NOT_FFN_CLASS.search(type(module).__name__)
+            or any(NOT_FFN_PATH.search(part) for part in path.split("."))
         )
         if block_of(path, modules) is None or is_other:
             continue
