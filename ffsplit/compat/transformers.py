@@ -85,7 +85,7 @@ def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None
 
 def _interleaves(operation: Any, dimension: int) -> bool:
     """Whether an operation undoes that rows of two halves are stored by turns."""
-    is_one = type(operation).__name__ == "Interleave"
+    is_one = type(operation).__name__ == "Interleave" and not operation.inverse
     return is_one and operation.dim == dimension
 
 
