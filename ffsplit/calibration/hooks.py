@@ -21,6 +21,8 @@ from ffsplit.models.experts import (
     called_module,
     expert_activations,
     expert_matrices,
+    own_activations,
+    sent_to_modules,
 )
 from ffsplit.models.ffns import FFNPlace
 from ffsplit.models.streamed import StreamedModel
@@ -204,8 +206,7 @@ class FFNObserver:
             block = self._base.get_submodule(ffn.block)
             if ffn.expert is not None:
                 if ffn.index == ffn.unit:
-                    experts = block.get_submodule(ffn.split_path.removeprefix(f"{ffn.block}."))
-                    self._watch(called_module(experts, ffn.paths), self._expert_hook(ffn, experts))
+                    self._watch_experts(block, ffn)
                 continue
             self._watch(block.get_submodule(ffn.paths.up), self._input_hook(ffn))
             if not self._inputs_only:
@@ -269,13 +270,23 @@ class FFNObserver:
 
         return hook
 
-    def _expert_hook(self, first: FFNPlace, experts: nn.Module) -> Any:
+    def _watch_experts(self, block: nn.Module, first: FFNPlace) -> None:
         mine = [ffn for ffn in self._ffns if ffn.unit == first.unit]
+        runner = self._base.get_submodule(first.runner)
         stack = first.paths.stack
-        assert stack is not None
+        modules = [] if stack else [self._base.get_submodule(ffn.split_path) for ffn in mine]
+
+        def activations(ffn: FFNPlace, x_TD: Tensor) -> Tensor:
+            default = ffn.tower.default_activation
+            if stack is None:
+                return own_activations(block, ffn.paths, x_TD, default=default)
+            return expert_activations(runner, ffn.paths, ffn.expert or 0, x_TD, default=default)
 
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            called = by_position(stack, len(mine), arguments)
+            if stack is None:
+                called = sent_to_modules(runner, modules, arguments)
+            else:
+                called = by_position(stack, len(mine), arguments)
             stream = self._stream(first, called.states)
             tokens = Routed(*map(stream.tokens, called))
             rows = stream.sampled_rows()
@@ -287,13 +298,9 @@ class FFNObserver:
             pairs = as_pairs(stack, tokens, len(mine))
             for ffn in mine:
                 x_TD = pairs.states[pairs.experts.eq(ffn.expert or 0).any(1)]
-                self._sums[ffn.index].add(
-                    expert_activations(
-                        experts, ffn.paths, ffn.expert or 0, x_TD, default=ffn.tower.default_activation
-                    )
-                )
+                self._sums[ffn.index].add(activations(ffn, x_TD))
 
-        return hook
+        self._watch(runner if stack is None else called_module(runner, stack), hook)
 
     def _keep(self, ffn: FFNPlace, tensors: dict[str, Tensor]) -> None:
         self._inputs.setdefault(ffn.unit, []).append(tensors)
@@ -316,13 +323,16 @@ class FFNObserver:
     def _check_counts(self, ffns: Sequence[FFNPlace]) -> None:
         """An FFN must see every token once each time that the model runs its block, most do once.
 
-        A block's experts together must see all tokens equally often.
+        A block's experts together must see all tokens equally often. Those that are modules of their own may
+        see fewer: a router with a capacity drops tokens.
         """
         first = ffns[0]
         total = self._own_streams.get(first.unit, self._streams[first.tower.name]).stop
         seen = sum(self._sums[ffn.index].num_tokens for ffn in ffns)
         num_runs = self._num_calls[first.block] / max(1, self._num_batches)
-        expected = seen % total == 0 if first.expert is not None and total else seen == total * num_runs
+        expected = seen == total * num_runs
+        if first.expert is not None:
+            expected = not first.is_stacked or (total > 0 and seen % total == 0)
         if not total or not seen or not expected:
             what = first.name if first.expert is None else first.name.replace("expert 0", "experts")
             raise CalibrationError(
@@ -340,8 +350,8 @@ class FFNObserver:
 
 def _down_weight(base_model: nn.Module, ffn: FFNPlace) -> Tensor:
     """The down projection as [D, N], however the module stores it."""
-    if ffn.expert is not None:
-        return expert_matrices(base_model.get_submodule(ffn.split_path), ffn.paths, ffn.expert).down.detach()
+    if ffn.is_stacked:
+        return expert_matrices(base_model.get_submodule(ffn.runner), ffn.paths, ffn.expert or 0).down.detach()
     weight = base_model.get_submodule(f"{ffn.block}.{ffn.paths.down}").weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if ffn.down.transposed else weight.detach()

@@ -34,6 +34,7 @@ from ffsplit.models.structure import (
     check_nothing_is_left,
     find_in_modules,
     lists_in_words,
+    with_experts_joined,
 )
 from ffsplit.models.width_fields import with_width_fields
 
@@ -133,6 +134,7 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
             f"(known: {', '.join(sorted(ARCHITECTURES))})"
         )
     check_nothing_is_left(modules, found, family)
+    found = with_experts_joined(found, modules)
     towers = tuple(_towers(base, modules, found, config))
     return Architecture(
         model_type=family,
@@ -198,6 +200,8 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str, reads: 
     """Where one FFN is, and how it is computed. `activation` and `reads` are its tower's."""
 
     def inside(path: str) -> str:
+        if ffn.starred is not None:
+            path = re.sub(rf"^{re.escape(ffn.scope)}(?=\.|$)", ffn.starred, path)
         return path.removeprefix(f"{block}.")
 
     is_module = ffn.experts or (ffn.is_alone and ffn.scope != block and _takes_one(modules[ffn.scope]))
@@ -218,7 +222,7 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str, reads: 
         gate_half=ffn.gate_half if gating is None else gating.gate_half,
         interleaved=ffn.interleaved or (gating is not None and gating.interleaved),
         transposed=ffn.transposed,
-        experts=ffn.experts,
+        experts=ffn.experts or ffn.starred is not None,
         stack=ffn.stack,
         narrow_only=ffn.narrow_only,
         function=None if function is None or _is_same(function, activation) else function,
@@ -226,7 +230,7 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str, reads: 
         activation=None if is_module else _activation_path(modules[block], ffn, block),
         width_field=None,
         reads=_modality(inside(ffn.scope)) if reads == "text" else None,
-        label="" if ffn.experts or ffn.scope == block else _label(inside(ffn.scope)),
+        label="" if ffn.experts or ffn.starred or ffn.scope == block else _label(inside(ffn.scope)),
     )
 
 

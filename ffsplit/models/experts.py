@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -269,6 +270,18 @@ def expert_activations(module: Any, paths: FFNPaths, expert: int, x_TD: Tensor, 
     return gated(activation, linear(x_TD, gate), linear(x_TD, up))
 
 
+def own_activations(block: nn.Module, paths: FFNPaths, x_TD: Tensor, *, default: str) -> Tensor:
+    """The neuron activations [T, N] of an expert that is a module of its own. `default` is its tower's."""
+    activation = activation_named(paths.function or default)
+    up_TN = block.get_submodule(paths.up)(x_TD)
+    if paths.gate is not None:
+        return gated(activation, block.get_submodule(paths.gate)(x_TD), up_TN)
+    if not paths.fused:
+        return activation(up_TN)
+    halves = (up_TN[..., ::2], up_TN[..., 1::2]) if paths.interleaved else up_TN.chunk(2, dim=-1)
+    return gated(activation, halves[paths.gate_half], halves[1 - paths.gate_half])
+
+
 # What a call of the experts' module says: which rows go to which experts.
 
 
@@ -279,10 +292,8 @@ class Routed(NamedTuple):
     experts: Tensor
 
 
-def called_module(module: nn.Module, paths: FFNPaths) -> nn.Module:
+def called_module(module: nn.Module, stack: Stack) -> nn.Module:
     """The module whose call says which experts run."""
-    stack = paths.stack
-    assert stack is not None
     return module.get_submodule(stack.up.rpartition(".")[0]) if stack.call == "grouped" else module
 
 
@@ -301,10 +312,37 @@ def by_position(stack: Stack, num_experts: int, arguments: tuple[Any, ...]) -> R
     return Routed(states, arguments[1])
 
 
-def as_pairs(stack: Stack, routed: Routed, num_experts: int) -> Routed:
+def as_pairs(stack: Stack | None, routed: Routed, num_experts: int) -> Routed:
     """Repeated states [T, E * D] as one row for each that is not zero: the others were not chosen."""
-    if stack.call != "repeated":
+    if stack is None or stack.call != "repeated":
         return routed
     all_TED = routed.states.view(len(routed.states), num_experts, -1)
     tokens, experts = all_TED.any(dim=-1).nonzero(as_tuple=True)
     return Routed(all_TED[tokens, experts], experts[:, None])
+
+
+def sent_to_modules(runner: nn.Module, experts: Sequence[nn.Module], arguments: tuple[Any, ...]) -> Routed:
+    """Which experts [T, E] the module `runner` sends each row of its states [T, D] to; -1 for the others.
+
+    Its own code tells: it is called with each row's number in place of the row, and experts that note them.
+    """
+    states, *others = arguments
+    num_rows = states.shape[:-1].numel()
+    numbers = torch.arange(num_rows, device=states.device, dtype=torch.float64)
+    chosen_TE = torch.full((num_rows, len(experts)), -1, device=states.device)
+
+    def note(expert: int, rows: Tensor) -> Tensor:
+        chosen_TE[rows[..., 0].flatten().long(), expert] = expert
+        return rows
+
+    own: Any = [vars(module).get("forward") for module in experts]
+    try:
+        for expert, module in enumerate(experts):
+            vars(module)["forward"] = partial(note, expert)
+        runner.forward(numbers.view(*states.shape[:-1], 1).expand(states.shape), *others)
+    finally:
+        for module, forward in zip(experts, own, strict=True):
+            vars(module).pop("forward")
+            if forward is not None:
+                vars(module)["forward"] = forward
+    return Routed(states, chosen_TE)

@@ -95,7 +95,10 @@ class FFNPaths(Record):
     transposed: bool = Field(default=False, description="weights are [in, out]: transformers' Conv1D")
     gate_half: int = Field(default=0, description="fused: which half of the rows is the gate")
     interleaved: bool = Field(default=False, description="fused: rows of gate and up by turns")
-    experts: bool = Field(default=False, description="one FFN for each `*` in the paths; `module` runs all")
+    experts: bool = Field(
+        default=False,
+        description="one FFN for each `*` in the paths; `module` runs all, or, with a `*`, one",
+    )
     stack: Stack | None = Field(default=None, description="how `module` keeps experts")
     narrow_only: bool = Field(default=False, description="only `module`'s own code can run it")
     module: str | None = None
@@ -113,6 +116,13 @@ class FFNPaths(Record):
         if self.narrow_only or (self.function is not None and "clamped" in self.function):
             return False
         return self.module is not None or (self.activation is not None and self.gate is None)
+
+    def of_expert(self, expert: int) -> FFNPaths:
+        """The paths of one expert that is a module of its own."""
+        found = {name: getattr(self, name) for name in ("up", "gate", "down", "module")}
+        return self.model_copy(
+            update={name: path and path.replace("*", str(expert)) for name, path in found.items()}
+        )
 
     @property
     def split_path(self) -> str:

@@ -63,7 +63,17 @@ class FFNPlace:
     @property
     def split_prefix(self) -> str:
         """The prefix of a split FFN's tensor names, relative to the base model."""
-        return self.split_path if self.expert is None else f"{self.split_path}.{self.expert}"
+        return f"{self.split_path}.{self.expert}" if self.is_stacked else self.split_path
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it is an expert that has no module of its own."""
+        return self.paths.stack is not None
+
+    @property
+    def runner(self) -> str:
+        """For an expert, the module that runs all experts of its block."""
+        return self.split_path if self.is_stacked else self.split_path.rpartition(".")[0]
 
     @property
     def guard(self) -> str:
@@ -351,8 +361,10 @@ class _Finder:
             gated=gate is not None,
             up_bias=up.bias is not None,
             down_bias=down.bias is not None,
-            width_multiple=1 if expert is None else EXPERT_MULTIPLE,
+            width_multiple=1 if paths.stack is None else EXPERT_MULTIPLE,
         )
+        if expert is not None and paths.stack is None:
+            paths = paths.of_expert(expert)
         index = first + (expert or 0)
         return FFNPlace(index, name, tower, paths, block, up, gate, down, shape, expert=expert, unit=first)
 

@@ -88,6 +88,8 @@ class FoundFFN(NamedTuple):
     """How the scope keeps experts."""
     gate_half: int = 0
     narrow_only: bool = False
+    starred: str | None = None
+    """For all experts of a block that are modules of their own: their path, with `*` for the number."""
     num_ffns: int = 1
     is_alone: bool = True
     """Whether the scope has no other parameters, so that it may be replaced as a whole."""
@@ -169,8 +171,7 @@ def check_nothing_is_left(modules: Modules, found: Sequence[FoundFFN], family: s
             if weight.dim() == 3 and sizes & set(weight.shape[1:]) and min(weight.shape[1:]) > 1:
                 left[_starred(f"{path}.{name}")] = str(list(weight.shape))
     for ffn in found:
-        parts = ffn.scope.split(".")
-        if "experts" in parts[:-1] and not ffn.experts:  # run by other code than the usual, for some tokens
+        if "experts" in ffn.scope.split(".")[:-1] and not ffn.experts and _expert_of(ffn, modules) is None:
             left[_starred(ffn.down)] = f"[{ffn.hidden_size}, {ffn.width}]"
         between = [
             name for name, weight in modules[ffn.scope].named_parameters() if _is_norm_of(name, weight, ffn)
@@ -296,6 +297,37 @@ def _fits(maps: Sequence[_Map], *, is_named: bool) -> _Group | None:
 def _likeness(group: _Group) -> tuple[int, int]:
     up, gate, down, _ = group
     return 2 + (gate is not None), len(up.words & down.words)
+
+
+class Expert(NamedTuple):
+    """An expert that is a module of its own."""
+
+    runner: str
+    """The module that runs all experts of its block."""
+    starred: str
+    """The expert's path, with `*` for its number."""
+
+
+def _expert_of(ffn: FoundFFN, modules: Modules) -> Expert | None:
+    """The expert that an FFN is, if it is one of several in a module that sends tokens to them."""
+    runner, _, name = ffn.scope.rpartition(".")
+    starred = re.sub(r"\d+$", "*", name)
+    parent = modules.get(runner)
+    runs = isinstance(parent, nn.ModuleDict | nn.ModuleList) and "forward" in vars(type(parent))
+    return Expert(runner, f"{runner}.{starred}") if runs and starred != name else None
+
+
+def with_experts_joined(found: Sequence[FoundFFN], modules: Modules) -> list[FoundFFN]:
+    """The FFNs, with one for all experts of a block that are modules of their own: the first."""
+    joined: dict[str, FoundFFN] = {}
+    for ffn in found:
+        expert = _expert_of(ffn, modules)
+        key = ffn.scope + ffn.up if expert is None else expert.starred
+        if key in joined:
+            joined[key] = joined[key]._replace(num_ffns=joined[key].num_ffns + 1)
+        else:
+            joined[key] = ffn._replace(starred=None if expert is None else expert.starred)
+    return list(joined.values())
 
 
 def _starred(path: str) -> str:

@@ -99,5 +99,5 @@ def _at(config: Any, part: str | None) -> Any:
 
 
 def _as_regex(tower: Tower, paths: FFNPaths) -> str:
-    path = (paths.module if paths.experts else paths.down) or ""
+    path = (paths.module if paths.stack is not None else paths.down) or ""
     return re.escape(f"{tower.blocks}.{path}" if path else tower.blocks).replace(r"\*", r"\d+")

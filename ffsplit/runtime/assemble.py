@@ -35,7 +35,7 @@ def keeps_names(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
     """
     widths: dict[int, set[int]] = {}
     for ffn, layout in zip(checkpoint.ffns, layouts, strict=True):
-        widths.setdefault(ffn.unit, set()).add(layout.num_neurons)
+        widths.setdefault(ffn.unit if ffn.is_stacked else ffn.index, set()).add(layout.num_neurons)
     is_even = all(len(each) == 1 for each in widths.values())
     return is_even and is_narrowed_form(layouts, checkpoint.shapes)
 

@@ -115,7 +115,7 @@ def install_split_ffns(
     for place, ffn in zip(places, ffns, strict=True):
         activation = ACT2FN[place.paths.function or activation_name(config, place.tower)]
         guard = place.paths.guard if place.index in guards else None
-        if place.expert is None:
+        if not place.is_stacked:
             split_ffn = SplitFFN(ffn.layout, ffn.shape, activation, guard=guard)
             install_split_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, split_ffn)
             continue
@@ -141,7 +141,7 @@ def narrow_ffns(model: Any, runs: Sequence[FFNRun], *, left_out: Sequence[str] =
     """Give every FFN of an empty model the width of its layout."""
     prefix, places, ffns = _paired(model, runs, left_out=left_out)
     for place, ffn in zip(places, ffns, strict=True):
-        if place.expert is None:
+        if not place.is_stacked:
             narrow_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, ffn.layout.num_neurons)
         elif place.index == place.unit:
             assert place.paths.stack is not None, "experts that a model runs are stacked"

@@ -89,7 +89,7 @@ def _recomputed(block: nn.Module, checkpoint: Checkpoint, path: str) -> Iterator
     differences = [
         _difference_of_stack(block, checkpoint, ffn)
         for ffn in checkpoint.ffns
-        if ffn.block == path and ffn.expert is not None and ffn.paths.narrow_only
+        if ffn.block == path and ffn.is_stacked and ffn.paths.narrow_only
     ]
     handles = []
 
@@ -108,7 +108,7 @@ def _recomputed(block: nn.Module, checkpoint: Checkpoint, path: str) -> Iterator
         handles.append(block.get_submodule(ffn.paths.down).register_forward_hook(after))
 
     for ffn in checkpoint.ffns:
-        if ffn.block == path and ffn.expert is None and not ffn.paths.can_split:
+        if ffn.block == path and not ffn.is_stacked and not ffn.paths.can_split:
             watch(ffn)
     try:
         yield differences
@@ -137,7 +137,7 @@ def _difference_of_stack(block: nn.Module, checkpoint: Checkpoint, ffn: FFNPlace
 def _altered(model: Any, checkpoint: Checkpoint) -> Iterator[None]:
     """The model with the down projection of its first FFN negated: a norm after it would undo a factor."""
     ffn = checkpoint.ffns[0]
-    if ffn.expert is None:
+    if not ffn.is_stacked:
         weight = model.get_submodule(join_paths(ffn.block, ffn.paths.down)).weight
     else:
         assert ffn.paths.stack is not None
@@ -176,11 +176,11 @@ def _split_exactly(block: nn.Module, checkpoint: Checkpoint, path: str) -> None:
     """Replace every FFN of a block by its two halves."""
     experts: dict[int, SplitExperts] = {}
     for ffn in checkpoint.ffns:
-        if ffn.block != path or ffn.paths.narrow_only or (ffn.expert is None and not ffn.paths.can_split):
+        if ffn.block != path or ffn.paths.narrow_only or (not ffn.is_stacked and not ffn.paths.can_split):
             continue
         activation = activation_named(checkpoint.activation_of(ffn.index))
         halves = _Halves(load_ffn(checkpoint, ffn.index, activation=activation, device=CPU))
-        if ffn.expert is None:
+        if not ffn.is_stacked:
             install_split_ffn(block, ffn.paths, halves)
             continue
         if ffn.index == ffn.unit:
