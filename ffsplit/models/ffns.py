@@ -93,7 +93,9 @@ class FFNPlace:
     @property
     def width_key(self) -> tuple[str | None, str | None]:
         """The part of config.json, and the field in it, that state its width."""
-        return self.tower.config, self.paths.width_field
+        inner, _, field = (self.paths.width_field or "").rpartition(".")
+        part = ".".join(each for each in (self.tower.config, inner) if each)
+        return part or None, field or None
 
 
 def without(ffns: Sequence[FFNPlace], left_out: Collection[str]) -> tuple[FFNPlace, ...]:

@@ -26,10 +26,11 @@ def with_width_fields(
     for part in dict.fromkeys(tower.config for tower in row.towers):
         for field in _candidates(config, part, widths=set(before.widths.values())):
             changed = type(config).from_dict(config.to_dict())
-            owner = _at(changed, part)
-            value = 2 * (getattr(owner, field) or max(before.widths.values()))
+            inner, _, name = field.rpartition(".")
+            owner = _at(_at(changed, part), inner)
+            value = 2 * (getattr(owner, name) or max(before.widths.values()))
             try:
-                setattr(owner, field, value)
+                setattr(owner, name, value)
                 after = _shapes_and_widths(build(changed))
             except Exception:  # the value does not fit the others
                 continue
@@ -82,12 +83,15 @@ def _shapes_and_widths(model: Any) -> _Sizes:
 
 
 def _candidates(config: Any, part: str | None, *, widths: set[int]) -> list[str]:
-    """Fields of a part of a config that may state a width: those of its value, or without one."""
-    fields = vars(_at(config, part))
+    """Fields of a config, and of parts in it, that may state a width: they have its value, or none."""
+    fields = dict(vars(_at(config, part)))
+    for outer, inner in list(fields.items()):
+        if hasattr(inner, "to_dict"):
+            fields |= {f"{outer}.{name}": value for name, value in vars(inner).items()}
     return [
         name
         for name, value in fields.items()
-        if WIDTH_WORDS.search(name)
+        if WIDTH_WORDS.search(name.rpartition(".")[2])
         and (value is None or (isinstance(value, int) and not isinstance(value, bool) and value in widths))
     ]
 
