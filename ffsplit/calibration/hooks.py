@@ -200,17 +200,17 @@ class FFNObserver:
         self._inputs: dict[int, list[dict[str, Tensor]]] = {}
 
     def __enter__(self) -> FFNObserver:
-        for path in dict.fromkeys(ffn.block for ffn in self._ffns):
+        for path in dict.fromkeys(path for ffn in self._ffns for path in (ffn.block, *ffn.twins)):
             self._watch(self._base.get_submodule(path), self._count_hook(path))
         for ffn in self._ffns:
-            block = self._base.get_submodule(ffn.block)
-            if ffn.expert is not None:
-                if ffn.index == ffn.unit:
+            for path in (ffn.block, *ffn.twins):
+                block = self._base.get_submodule(path)
+                if ffn.expert is None:
+                    self._watch(block.get_submodule(ffn.paths.up), self._input_hook(ffn))
+                    if not self._inputs_only:
+                        self._watch(block.get_submodule(ffn.paths.down), self._activation_hook(ffn))
+                elif ffn.index == ffn.unit:
                     self._watch_experts(block, ffn)
-                continue
-            self._watch(block.get_submodule(ffn.paths.up), self._input_hook(ffn))
-            if not self._inputs_only:
-                self._watch(block.get_submodule(ffn.paths.down), self._activation_hook(ffn))
         return self
 
     def __exit__(
@@ -329,7 +329,8 @@ class FFNObserver:
         first = ffns[0]
         total = self._own_streams.get(first.unit, self._streams[first.tower.name]).stop
         seen = sum(self._sums[ffn.index].num_tokens for ffn in ffns)
-        num_runs = self._num_calls[first.block] / max(1, self._num_batches)
+        num_calls = sum(self._num_calls[block] for block in (first.block, *first.twins))
+        num_runs = num_calls / max(1, self._num_batches)
         expected = seen == total * num_runs
         if first.expert is not None:
             expected = not first.is_stacked or (total > 0 and seen % total == 0)

@@ -134,6 +134,7 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
             f"(known: {', '.join(sorted(ARCHITECTURES))})"
         )
     check_nothing_is_left(modules, found, family)
+    found, twins = _without_twins(model, base, found)
     found = with_experts_joined(found, modules)
     towers = tuple(_towers(base, modules, found, config))
     return Architecture(
@@ -141,8 +142,29 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
         kind=_kind(base, config),
         towers=towers,
         base="" if base is model else model.base_model_prefix,
+        twins=tuple((block_of(one.up, modules) or "", block_of(two.up, modules) or "") for one, two in twins),
         num_ffns=sum(each.num_ffns for each in found),
     )
+
+
+def _without_twins(
+    model: Any, base: nn.Module, found: Sequence[FoundFFN]
+) -> tuple[list[FoundFFN], list[tuple[FoundFFN, FoundFFN]]]:
+    """The FFNs, tied ones once, and pairs of these and another of the same weights. Zamba has such blocks."""
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    by_name = {f"{prefix}{each.down}.weight": each for each in found}
+    pairs = [
+        (by_name[tied[name]], each)
+        for name, each in by_name.items()
+        if name in tied and tied[name] in by_name
+    ]
+    twins = {each.down for _, each in pairs}
+    return [
+        each._replace(has_twins=any(one.down == each.down for one, _ in pairs))
+        for each in found
+        if each.down not in twins
+    ], pairs
 
 
 # From the FFNs to the towers of a row.
@@ -224,7 +246,8 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str, reads: 
         transposed=ffn.transposed,
         experts=ffn.experts or ffn.starred is not None,
         stack=ffn.stack,
-        narrow_only=ffn.narrow_only,
+        narrow_only=ffn.narrow_only or ffn.has_twins or bool(ffn.adapters),
+        adapters=re.sub(r"\.\d+(?=\.)", ".*", inside(ffn.adapters[0])) if ffn.adapters else None,
         function=None if function is None or _is_same(function, activation) else function,
         module=inside(ffn.scope) if is_module else None,
         activation=None if is_module else _activation_path(modules[block], ffn, block),

@@ -101,6 +101,9 @@ class FFNPaths(Record):
     )
     stack: Stack | None = Field(default=None, description="how `module` keeps experts")
     narrow_only: bool = Field(default=False, description="only `module`'s own code can run it")
+    adapters: str | None = Field(
+        default=None, description="matrices with the rows of `up`, of which a block's call adds one to it"
+    )
     module: str | None = None
     activation: str | None = None
     function: str | None = Field(default=None, description="its activation, if not its tower's")
@@ -185,6 +188,9 @@ class Architecture(Record):
         default=None, description="the base model's name in models with a head; None: any name"
     )
 
+    twins: tuple[tuple[str, str], ...] = Field(
+        default=(), description="a block, and another that runs the same FFN, of the same weights"
+    )
     num_ffns: int | None = Field(
         default=None, description="how many the model has, each expert counted; None: the tensors tell"
     )
@@ -207,8 +213,11 @@ class Architecture(Record):
 
     @property
     def can_stream(self) -> bool:
-        """Whether a model can be loaded one block at a time: it has one list of blocks, and reads text."""
+        """Whether a model can be loaded one block at a time: it reads text, and has one list of blocks, each
+        with an FFN of its own."""
         (tower, *others) = self.reached
+        if self.twins or any(ffn.adapters for ffn in tower.ffns):
+            return False
         return not others and bool(tower.mask) and tower.is_list and tower.blocks.count("*") == 1
 
 

@@ -52,6 +52,10 @@ class FFNPlace:
     down: MatrixPlace
     shape: FFNShape
     expert: int | None = None
+    twins: tuple[str, ...] = ()
+    """Other blocks that run the same FFN."""
+    adapters: tuple[str, ...] = ()
+    """Stored matrices with the rows of `up`, or of gate and up together."""
     unit: int = 0
     """For an expert, the index of the first FFN in its experts' module; otherwise its own index."""
 
@@ -88,7 +92,7 @@ class FFNPlace:
     def tensor_names(self) -> tuple[str, ...]:
         """Every tensor it is stored in, each once, weights first."""
         names = [each.name for each in self.matrices] + [each.bias for each in self.matrices if each.bias]
-        return tuple(dict.fromkeys(names))
+        return tuple(dict.fromkeys((*names, *self.adapters)))
 
     @property
     def width_key(self) -> tuple[str | None, str | None]:
@@ -153,7 +157,9 @@ def ffns_of(model: Any, *, left_out: Collection[str] = ()) -> tuple[str, tuple[F
 
     `left_out` are those that are not asked for, by name or by the `blocks` of their tower.
     """
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = model.named_parameters(remove_duplicate=False)
+    tensors = {name: each for name, each in parameters if name not in tied}
     names = TensorNames(tensors, rules=())
     prefix, ffns = find_ffns(architecture_of(model), tensors, where=type(model).__name__, names=names)
     return prefix, without(ffns, left_out)
@@ -367,8 +373,28 @@ class _Finder:
         )
         if expert is not None and paths.stack is None:
             paths = paths.of_expert(expert)
-        index = first + (expert or 0)
-        return FFNPlace(index, name, tower, paths, block, up, gate, down, shape, expert=expert, unit=first)
+        return FFNPlace(
+            first + (expert or 0),
+            name,
+            tower,
+            paths,
+            block,
+            up,
+            gate,
+            down,
+            shape,
+            expert=expert,
+            twins=tuple(twin for one, twin in self._row.twins if one == block),
+            adapters=tuple(self._adapters(paths, block)),
+            unit=first,
+        )
+
+    def _adapters(self, paths: FFNPaths, block: str) -> Iterator[str]:
+        """The stored names of the adapters that add to an FFN's up projection."""
+        if paths.adapters is None:
+            return
+        regex = re.compile(f"{re.escape(self._prefix)}{_regex(join_paths(block, paths.adapters))}\\.weight")
+        yield from (stored for name, stored in self._names.modules.items() if regex.fullmatch(name))
 
 
 def _downs(tower: Tower) -> list[str]:

@@ -28,7 +28,7 @@ _NOT_FFN_CLASS = re.compile(
     r"|Retention|LightConv1d|Conv(olution)?Module|Router|Gate|Adapter|Pooler|Projector|Merger|Connector|Norm)$"
 )
 NOT_FFN_PATH = re.compile(
-    r"^(\w*attn|\w*attention|\w*_att|router|adapters?\w*|pooler|lora\w*|\w*norm\w*|bottleneck|ple_block"
+    r"^(\w*attn|\w*attention|\w*_att|router|\w*adapters?(_\w+)?|pooler|lora\w*|\w*norm\w*|bottleneck|ple_block"
     r"|per_layer_\w+|laurel|downsample|\w*bbox\w*|\w*class_embed\w*|\w*_head|projection|queries|keys_values"
     r"|modulation|patch_\w+|\w*hyper_connection|pwconv\d|pointwise_conv\d|\w*merger\w*|\w*projectors?"
     r"|readout_projects|(pre|post)_expert_\w+)$"
@@ -90,6 +90,10 @@ class FoundFFN(NamedTuple):
     narrow_only: bool = False
     starred: str | None = None
     """For all experts of a block that are modules of their own: their path, with `*` for the number."""
+    adapters: tuple[str, ...] = ()
+    """Linear maps whose outputs are added to those of up, one at a time."""
+    has_twins: bool = False
+    """Whether other blocks run the same FFN."""
     num_ffns: int = 1
     is_alone: bool = True
     """Whether the scope has no other parameters, so that it may be replaced as a whole."""
@@ -113,6 +117,7 @@ def find_in_modules(modules: Modules) -> list[FoundFFN]:
             names = {each.path for each in (up, gate, down) if each is not None}
             taken |= names
             own = {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+            adapters = _adapters(scope, up, modules)
             others = {f"{scope}.{name}" for name, _ in modules[scope].named_parameters()} - own
             found.append(
                 FoundFFN(
@@ -124,6 +129,7 @@ def find_in_modules(modules: Modules) -> list[FoundFFN]:
                     down.num_rows,
                     fused=fused,
                     transposed=up.transposed,
+                    adapters=adapters,
                     is_alone=not others,
                 )
             )
@@ -220,6 +226,18 @@ def _maps(modules: Modules) -> list[_Map]:
             columns, rows = weight.shape
             found.append(_Map(path, rows, columns, transposed=True))
     return found
+
+
+def _adapters(scope: str, up: _Map, modules: Modules) -> tuple[str, ...]:
+    """The last maps of an FFN's adapters, which have the rows of its up projection: Zamba 2."""
+    return tuple(
+        path
+        for path, module in modules.items()
+        if path.startswith(f"{scope}.")
+        and "adapter" in path.removeprefix(scope)
+        and isinstance(module, nn.Linear)
+        and len(module.weight) == up.num_rows
+    )
 
 
 def _stacks(modules: Modules) -> Iterator[FoundFFN]:

@@ -75,7 +75,7 @@ def _shapes_and_widths(model: Any) -> _Sizes:
     inside = tuple(
         f"{path}."
         for each in found
-        for path in ((each.scope,) if each.experts else (each.up, each.gate, each.down))
+        for path in ((each.scope,) if each.experts else (each.up, each.gate, each.down, *each.adapters))
         if path is not None
     )
     shapes = {name: value.shape for name, value in base.named_parameters() if not name.startswith(inside)}

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from ffsplit.calibration.model_inputs import Reader, TextReader, make_reader, num_rows_within, tokenize_rows
 from ffsplit.calibration.sampling import CalibrationSettings, TextSample
+from ffsplit.compressors import PruneCompressor
+from ffsplit.compressors.base import Compressor
 from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, explained
 from ffsplit.ffn.shapes import LayerLayout
@@ -82,7 +84,8 @@ def check_capabilities(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint
         )
     if config.block_by_block and not checkpoint.architecture.can_stream:
         raise ConfigError(
-            f"--block-by-block needs a model with a single stack of blocks; {family} has several"
+            "--block-by-block needs a model with a single stack of blocks, each with an FFN of its own; "
+            f"{family} has another form"
         )
 
 
@@ -105,6 +108,13 @@ def can_refit(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
 
 def check_splits(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
     """Raise ConfigError if FFNs are to be split whose modules no split FFN can replace."""
+    adapted = next((ffn for ffn in checkpoint.ffns if ffn.adapters), None)
+    if adapted is not None and not all(_only_drops(step) for step in (*recipe.steps, *recipe.refits)):
+        raise ConfigError(
+            f"recipe {recipe.name}: {adapted.name} of this {checkpoint.architecture.model_type} can only "
+            "lose neurons, because adapters add to its up projection and a refit would ignore them: "
+            "use norm-prune"
+        )
     fixed = [ffn for ffn in checkpoint.ffns if not ffn.paths.can_split]
     if fixed and not keeps_names(checkpoint, layouts):
         raise ConfigError(
@@ -112,6 +122,10 @@ def check_splits(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, reci
             "made narrower, because the model's own code computes a step between its projections: "
             "use fast or norm-prune"
         )
+
+
+def _only_drops(step: Compressor) -> bool:
+    return isinstance(step, PruneCompressor) and step.order == "score" and step.compensation == "none"
 
 
 def check_stays_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:

@@ -136,6 +136,9 @@ def layer_tensors(
     if plain:
         for name, stored, tensor in _plain_tensors(ffn, weights):
             tensors[name] = tensor.to(_dtype(checkpoint, stored))
+        for name in ffn.adapters:
+            rows = _rows_of(checkpoint, ffn, name, neurons=weights.parts[0].neurons)
+            tensors[name] = rows.to(_dtype(checkpoint, name))
     else:
         base = f"{checkpoint.prefix}{ffn.split_prefix}."
         for name, tensor in _split_tensors(weights):
@@ -146,6 +149,15 @@ def layer_tensors(
                 1, dtype=_dtype(checkpoint, ffn.down.bias or ffn.down.name)
             )
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _rows_of(checkpoint: Checkpoint, ffn: FFNPlace, name: str, *, neurons: Tensor) -> Tensor:
+    """The rows of an adapter's matrix for these neurons, in the form of the up projection."""
+    whole = _read_float(checkpoint, name, device=neurons.device)
+    if ffn.gate is None or ffn.gate.name != ffn.up.name:
+        return whole[neurons]
+    gate, up = (_half(whole, place)[neurons] for place in (ffn.gate, ffn.up))
+    return _joined_halves(gate, up, ffn.up)
 
 
 def _dtype(checkpoint: Checkpoint, stored: str) -> torch.dtype:

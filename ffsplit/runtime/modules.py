@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -17,10 +18,19 @@ from ffsplit.runtime.quantized_linear import INITIALIZED, QuantizedLinear, share
 
 def narrow_ffn(block: nn.Module, paths: FFNPaths, width: int) -> None:
     """Give a block's FFN `width` neurons. Its weights are uninitialized afterwards, and to be loaded."""
-    for path in dict.fromkeys(each for each in (paths.up, paths.gate) if each is not None):
+    ups = dict.fromkeys(each for each in (paths.up, paths.gate) if each is not None)
+    for path in (*ups, *matching(block, paths.adapters)):
         rows = 2 * width if paths.fused else width
         _resize(block.get_submodule(path), rows=rows, transposed=paths.transposed)
     _resize(block.get_submodule(paths.down), columns=width, transposed=paths.transposed)
+
+
+def matching(block: nn.Module, pattern: str | None) -> list[str]:
+    """The paths of a block's modules that match a pattern with `*` for numbers."""
+    if pattern is None:
+        return []
+    regex = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+    return [path for path, _ in block.named_modules() if regex.fullmatch(path)]
 
 
 def narrow_experts(experts: nn.Module, stack: Stack, width: int) -> None:

@@ -142,7 +142,8 @@ def narrow_ffns(model: Any, runs: Sequence[FFNRun], *, left_out: Sequence[str] =
     prefix, places, ffns = _paired(model, runs, left_out=left_out)
     for place, ffn in zip(places, ffns, strict=True):
         if not place.is_stacked:
-            narrow_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, ffn.layout.num_neurons)
+            for block in (place.block, *place.twins):
+                narrow_ffn(model.get_submodule(f"{prefix}{block}"), place.paths, ffn.layout.num_neurons)
         elif place.index == place.unit:
             assert place.paths.stack is not None, "experts that a model runs are stacked"
             experts = model.get_submodule(f"{prefix}{place.split_path}")

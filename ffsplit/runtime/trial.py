@@ -19,7 +19,7 @@ from ffsplit.models.ffns import FFNPlace, join_paths
 from ffsplit.models.load import load_base_model
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.runtime.ffn_tensors import load_ffn
-from ffsplit.runtime.modules import SplitExperts, install_split_ffn
+from ffsplit.runtime.modules import SplitExperts, install_split_ffn, matching
 
 TOLERANCE = 1e-4
 """Largest difference of an output, as a fraction of the largest output."""
@@ -110,9 +110,17 @@ def _recomputed(block: nn.Module, checkpoint: Checkpoint, path: str) -> Iterator
     for ffn in checkpoint.ffns:
         if ffn.block == path and not ffn.is_stacked and not ffn.paths.can_split:
             watch(ffn)
+    patterns = {ffn.paths.adapters for ffn in checkpoint.ffns if ffn.block == path}
+    paths = [found for pattern in patterns for found in matching(block, pattern)]
+    adapters = [block.get_parameter(f"{found}.weight") for found in paths]
+    values = [each.clone() for each in adapters]
     try:
+        for each in adapters:
+            each.zero_()  # what they add is no part of the FFN's own function
         yield differences
     finally:
+        for each, value in zip(adapters, values, strict=True):
+            each.copy_(value)
         for handle in handles:
             handle.remove()
 
