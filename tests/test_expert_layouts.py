@@ -27,6 +27,7 @@ PLAIN = {
     "switch_transformers": True,
     "nllb-moe": True,
     "deepseek_v3": True,
+    "deepseek_v4": True,
     "ernie4_5_vl_moe": False,
     "internlm3": True,
     "zamba": True,
