@@ -19,11 +19,12 @@ from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.detection import detect_architecture
 from ffsplit.models.family import Architecture, ModelKind, Tower
-from ffsplit.models.ffns import FFNPlace, base_prefixes, config_part, find_ffns, towers_in, without
+from ffsplit.models.ffns import FFNPlace, config_part, find_ffns, without
 from ffsplit.models.folder import CONFIG_NAME, ModelFolder, check_no_pointers, local_listing, sort_files
 from ffsplit.models.load_options import check_trusted, code_files
 from ffsplit.models.names import TensorNames, empty_class
 from ffsplit.models.not_a_model import check_is_model, check_modules, check_not_quantized
+from ffsplit.models.patterns import base_prefixes, towers_in
 from ffsplit.models.tensor_files import (
     ITEM_SIZES,
     TensorInfo,

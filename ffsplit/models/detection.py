@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -22,9 +22,10 @@ from ffsplit.compat.transformers import activation_of
 from ffsplit.errors import UnsupportedModelError, explained
 from ffsplit.ffn.activations import ACTIVATIONS
 from ffsplit.models.architectures import ARCHITECTURES
-from ffsplit.models.family import Architecture, FFNPaths, ModelKind, Reads, Tower
+from ffsplit.models.family import Architecture, FFNPaths, Reads, Tower
 from ffsplit.models.load_options import attention_advice, attention_options
-from ffsplit.models.names import base_of, main_inputs
+from ffsplit.models.modality import kind_of, modality_named, parents_of, reads_of
+from ffsplit.models.names import base_of
 from ffsplit.models.probe import gating_of
 from ffsplit.models.structure import (
     NOT_FFN_PATH,
@@ -39,10 +40,6 @@ from ffsplit.models.structure import (
 from ffsplit.models.width_fields import with_width_fields
 
 _ACTIVATION_WORDS = re.compile(r"act|feed_forward_proj")
-_SOUND_OR_PICTURE: tuple[tuple[str, Reads], ...] = (
-    (r"vision|visual|image|picture|video|vit|pixel|projector|q_?former|resampler|perceiver", "image"),
-    (r"audio|speech|sound|acoustic", "sound"),
-)
 
 
 def architecture_of(model: Any) -> Architecture:
@@ -139,7 +136,7 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
     towers = tuple(_towers(base, modules, found, config))
     return Architecture(
         model_type=family,
-        kind=_kind(base, config),
+        kind=kind_of(base, config),
         towers=towers,
         base="" if base is model else model.base_model_prefix,
         twins=tuple((block_of(one.up, modules) or "", block_of(two.up, modules) or "") for one, two in twins),
@@ -182,7 +179,7 @@ def _towers(
     for pattern, ffns in blocks.items():
         first, one = ffns[0]
         part = _part_of_config(base, modules, first)
-        reads = _reads(base, modules, first)
+        reads = reads_of(base, modules, first)
         activation = _activation(modules, first, one, _config_at(config, part))
         paths = dict.fromkeys(_paths(modules, block, each, activation, reads) for block, each in ffns)
         name = "" if len(blocks) == 1 else names[pattern]
@@ -252,7 +249,7 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str, reads: 
         module=inside(ffn.scope) if is_module else None,
         activation=None if is_module else _activation_path(modules[block], ffn, block),
         width_field=None,
-        reads=_modality(inside(ffn.scope)) if reads == "text" else None,
+        reads=modality_named(inside(ffn.scope)) if reads == "text" else None,
         label="" if ffn.experts or ffn.starred or ffn.scope == block else _label(inside(ffn.scope)),
     )
 
@@ -335,21 +332,12 @@ def _activation(modules: Modules, block: str, ffn: FoundFFN, config: Mapping[str
     return stated[0] if stated else "silu" if ffn.gate or ffn.fused else "gelu"
 
 
-def _parents(block: str, modules: Modules) -> Iterator[tuple[str, Any]]:
-    """The modules around a block, from the inside, that are models with a config of their own."""
-    parts = block.split(".")
-    for length in reversed(range(len(parts))):
-        path = ".".join(parts[:length])
-        if hasattr(modules[path], "config") and hasattr(modules[path], "main_input_name"):
-            yield path, modules[path]
-
-
 def _part_of_config(base: Any, modules: Modules, block: str) -> str | None:
     """The part of the config, as a dotted path, that the model around a block is made from; None: all."""
     if not hasattr(base, "config"):
         return None
     parts = dict(_config_parts(base.config))
-    for _, owner in _parents(block, modules):
+    for _, owner in parents_of(block, modules):
         if owner.config is base.config:
             return None
         same = [name for name, part in parts.items() if part is owner.config]
@@ -370,54 +358,3 @@ def _config_at(config: Mapping[str, Any], part: str | None) -> Mapping[str, Any]
     for name in part.split(".") if part else ():
         config = config.get(name) or {}
     return config
-
-
-def _reads(base: Any, modules: Modules, block: str) -> Reads:
-    """What the tokens of a tower are made from."""
-    for path, owner in _parents(block, modules):
-        if named := _modality(path):
-            return named
-        return _MAIN_INPUTS.get(main_inputs(owner)[0], "text")
-    return "text"
-
-
-def _modality(path: str) -> Reads | None:
-    """What a module reads that is named after it, other than text: vision_tower, or vision_moe in a block."""
-    return next((reads for pattern, reads in _SOUND_OR_PICTURE if re.search(pattern, path.lower())), None)
-
-
-_MAIN_INPUTS: dict[str, Reads] = {
-    "input_ids": "text",
-    "pixel_values": "image",
-    "input_values": "sound",
-    "input_features": "sound",
-}
-
-
-def _kind(base: Any, config: Mapping[str, Any]) -> ModelKind:
-    """What a model reads, and which of its outputs are compared."""
-    from transformers.models.auto import modeling_auto as auto
-
-    main, *_ = main_inputs(base)
-    reads = _MAIN_INPUTS.get(main)
-    family, (name, *_) = str(config["model_type"]), config.get("architectures") or [""]
-    if config.get("is_encoder_decoder") and "decoder_input_ids" in inspect.signature(base.forward).parameters:
-        kind = {"text": "seq2seq", "sound": "speech"}.get(reads or "")
-    elif hasattr(base, "get_text_features") and hasattr(base, "get_image_features"):
-        kind = "image_text"
-    elif reads != "text":
-        kind = {"image": "image", "sound": "audio"}.get(reads or "")
-    else:
-        named = str(name).endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
-        causal = family in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (
-            family in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        )
-        masked = family in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        kind = "causal_lm" if named or config.get("is_decoder") or (causal and not masked) else "encoder"
-    if kind is None:
-        made = f"makes text of {main}" if reads else f"reads {main}"
-        raise UnsupportedModelError(
-            f"{family} is not in the table of architectures, and it {made}: FFSplit calibrates models that "
-            "read text, pictures or sound, and those that make text of text or of sound"
-        )
-    return cast(ModelKind, kind)

@@ -12,6 +12,14 @@ from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.detection import architecture_of
 from ffsplit.models.family import Architecture, FFNPaths, Tower
 from ffsplit.models.names import TensorNames
+from ffsplit.models.patterns import (
+    as_regex,
+    base_prefixes,
+    down_patterns,
+    join_paths,
+    numbered,
+    numbers_in,
+)
 
 # The FFNs of a checkpoint: the tensors of each, and its place in the model.
 #
@@ -109,11 +117,6 @@ def without(ffns: Sequence[FFNPlace], left_out: Collection[str]) -> tuple[FFNPla
     return tuple(replace(ffn, index=index[ffn.index], unit=index[ffn.unit]) for ffn in kept)
 
 
-def join_paths(block: str, path: str) -> str:
-    """Join two module paths; either may be empty."""
-    return f"{block}.{path}" if block and path else block or path
-
-
 class Shaped(Protocol):
     """A tensor, or its entry in a file's header."""
 
@@ -136,7 +139,7 @@ def find_ffns(
     """
     found = base_prefixes(architecture, names)
     if len(found) != 1:
-        first = _downs(architecture.towers[0])[0].replace("*", "0")
+        first = down_patterns(architecture.towers[0])[0].replace("*", "0")
         what = f"tensor {names.stored(first)!r} below several prefixes ({', '.join(map(repr, found))})"
         raise UnsupportedModelError(
             f"{where}: {what if found else f'no tensor {names.stored(first)!r}'}, "
@@ -165,33 +168,12 @@ def ffns_of(model: Any, *, left_out: Collection[str] = ()) -> tuple[str, tuple[F
     return prefix, without(ffns, left_out)
 
 
-def base_prefixes(architecture: Architecture, names: TensorNames) -> list[str]:
-    """The prefixes of FFN module names, sorted. The FFNs of one model share one prefix."""
-    patterns = dict.fromkeys(each for tower in architecture.towers for each in _downs(tower))
-    regexes = [re.compile(rf"((?:.*\.)?){_regex(pattern)}") for pattern in patterns]
-    matches = (regex.fullmatch(name) for name in names.modules for regex in regexes)
-    found = {match[1] for match in matches if match}
-    if architecture.base is None:
-        return sorted(found)
-    return sorted(found & {"", f"{architecture.base}." if architecture.base else ""})
-
-
 def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
     """A tower's part of a config; empty if the config lacks it."""
     for key in name.split(".") if name else ():
         part = config.get(key)
         config = part if isinstance(part, Mapping) else {}
     return config
-
-
-def towers_in(architecture: Architecture, names: TensorNames) -> list[str]:
-    """The paths of a family's towers that have an FFN among these tensors."""
-    found = []
-    for tower in architecture.towers:
-        regexes = [re.compile(rf"(?:.*\.)?{_regex(pattern)}") for pattern in _downs(tower)]
-        if any(regex.fullmatch(name) for name in names.modules for regex in regexes):
-            found.append(tower.path)
-    return found
 
 
 class _Finder:
@@ -228,7 +210,7 @@ class _Finder:
         tell which blocks have an FFN, there may be others between them.
         """
         depth = tower.blocks.count("*")
-        numbers = [_regex(name).replace(r"\d+", r"(\d+)", depth) for name in _downs(tower)]
+        numbers = [as_regex(name).replace(r"\d+", r"(\d+)", depth) for name in down_patterns(tower)]
         regexes = [re.compile(re.escape(self._prefix) + each) for each in numbers]
         modules = self._names.modules
         matches = [match for name in modules for regex in regexes if (match := regex.fullmatch(name))]
@@ -237,7 +219,7 @@ class _Finder:
             stated = config_part(config, tower.config).get(tower.layers_field)
             count = next(index for index in range(len(present) + 1) if (index,) not in present)
             present = {(index,) for index in range(stated if isinstance(stated, int) and stated else count)}
-        return [_numbered(tower.blocks, numbers) for numbers in sorted(present)]
+        return [numbered(tower.blocks, numbers) for numbers in sorted(present)]
 
     def _is_stacked(self, paths: FFNPaths, block: str) -> bool:
         if paths.stack is None:
@@ -338,7 +320,7 @@ class _Finder:
 
     def _weight(self, tower: Tower, path: str, block: str, expert: int) -> str:
         """The name of a weight in one block, as its module has it."""
-        return f"{self._prefix}{_numbered(join_paths(block, path), (expert,))}.weight"
+        return f"{self._prefix}{numbered(join_paths(block, path), (expert,))}.weight"
 
     def _missing(self, name: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self._where}: {self._names.stored(name)} is missing or not a matrix")
@@ -355,7 +337,7 @@ class _Finder:
         first: int,
         expert: int | None,
     ) -> FFNPlace:
-        numbers = _numbers_in(block, tower.blocks)
+        numbers = numbers_in(block, tower.blocks)
         layer = f"layer {'.'.join(map(str, numbers))}" if tower.is_list else ""
         number = "" if expert is None else f"expert {expert}"
         name = " ".join(part for part in (tower.name, layer, paths.label, number) if part)
@@ -393,32 +375,5 @@ class _Finder:
         """The stored names of the adapters that add to an FFN's up projection."""
         if paths.adapters is None:
             return
-        regex = re.compile(f"{re.escape(self._prefix)}{_regex(join_paths(block, paths.adapters))}\\.weight")
+        regex = re.compile(f"{re.escape(self._prefix)}{as_regex(join_paths(block, paths.adapters))}\\.weight")
         yield from (stored for name, stored in self._names.modules.items() if regex.fullmatch(name))
-
-
-def _downs(tower: Tower) -> list[str]:
-    """Name patterns of a tower's down projections, relative to the base model."""
-    found = []
-    for paths in tower.ffns:
-        found.append(f"{join_paths(tower.blocks, paths.down)}.weight")
-        if paths.stack is not None:
-            found.append(join_paths(tower.blocks, f"{paths.module}.{paths.stack.down}"))
-    return found
-
-
-def _regex(pattern: str) -> str:
-    return re.escape(pattern).replace(r"\*", r"\d+")
-
-
-def _numbered(pattern: str, numbers: Sequence[int]) -> str:
-    """A pattern with numbers for its first `*`."""
-    for number in numbers:
-        pattern = pattern.replace("*", str(number), 1)
-    return pattern
-
-
-def _numbers_in(block: str, pattern: str) -> list[int]:
-    """The numbers of a block's path for the `*` in its pattern."""
-    pairs = zip(block.split("."), pattern.split("."), strict=True)
-    return [int(part) for part, wanted in pairs if wanted == "*"]

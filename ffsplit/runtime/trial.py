@@ -15,8 +15,9 @@ from ffsplit.ffn.activations import activation_named
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.experts import expert_matrices
-from ffsplit.models.ffns import FFNPlace, join_paths
+from ffsplit.models.ffns import FFNPlace
 from ffsplit.models.load import load_base_model
+from ffsplit.models.patterns import join_paths
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.runtime.ffn_tensors import load_ffn
 from ffsplit.runtime.modules import SplitExperts, install_split_ffn, matching
