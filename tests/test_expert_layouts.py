@@ -23,6 +23,7 @@ PLAIN = {
     "muse_spark_text": True,
     "inkling_text": True,
     "inkling_mm_model": True,
+    "inkling2_text": True,
     "step3p7": True,
     "switch_transformers": True,
     "nllb-moe": True,

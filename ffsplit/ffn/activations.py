@@ -71,11 +71,33 @@ class Clamped:
         return self.function(gate.clamp(max=self.limit)) * (up.clamp(-self.limit, self.limit) + self.shift)
 
 
+@dataclass(frozen=True)
+class Softcapped:
+    """The gating of Inkling 2: cap(gate) sigmoid(gate) cap(up), where cap(x) is c tanh(x / c)."""
+
+    gate_cap: float
+    up_cap: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.gate_cap * torch.tanh(x / self.gate_cap) * torch.sigmoid(x)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self(gate) * self.up_cap * torch.tanh(up / self.up_cap)
+
+
 def gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
     """The neuron activations of a gated FFN."""
-    return activation.gated(gate, up) if isinstance(activation, Clamped) else activation(gate) * up
+    if isinstance(activation, Clamped | Softcapped):
+        return activation.gated(gate, up)
+    return activation(gate) * up
 
 
+def changes_up(name: str) -> bool:
+    """Whether a gated FFN of this function is more than function(gate) up, as a split FFN computes it."""
+    return "," in name
+
+
+_SOFTCAPPED = re.compile(r"silu, softcapped at (\S+?) and (\S+)")
 _CLAMPED = re.compile(r"(\w+), clamped at (\S+?)(, up \+ 1)?")
 
 
@@ -84,10 +106,17 @@ def clamped_name(name: str, *, limit: float, shift: float) -> str:
     return f"{name}, clamped at {limit:g}" + (", up + 1" if shift else "")
 
 
+def softcapped_name(gate_cap: float, up_cap: float) -> str:
+    """`silu, softcapped at 10 and 20`: what `activation_named` reads."""
+    return f"silu, softcapped at {gate_cap:g} and {up_cap:g}"
+
+
 def activation_named(name: str) -> Activation:
     """The function a config calls `name`. Raises UnsupportedModelError for one not in the table."""
     if match := _CLAMPED.fullmatch(name):
         return Clamped(activation_named(match[1]), limit=float(match[2]), shift=float(bool(match[3])))
+    if match := _SOFTCAPPED.fullmatch(name):
+        return Softcapped(float(match[1]), float(match[2]))
     try:
         return ACTIVATIONS[name]
     except KeyError:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from ffsplit.config import Record
+from ffsplit.ffn.activations import changes_up
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -116,7 +117,7 @@ class FFNPaths(Record):
     @property
     def can_split(self) -> bool:
         """Whether modules can be replaced by a split FFN: else a compressed FFN may only be narrower."""
-        if self.narrow_only or (self.function is not None and "clamped" in self.function):
+        if self.narrow_only or (self.function is not None and changes_up(self.function)):
             return False
         return self.module is not None or (self.activation is not None and self.gate is None)
 

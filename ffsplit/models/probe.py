@@ -7,6 +7,7 @@ compared with what each known form would give. In float64, since two kinds of GE
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ffsplit.compat.transformers import StackedExperts, activation_of
-from ffsplit.ffn.activations import ACTIVATIONS, Activation, activation_named, clamped_name, gated
+from ffsplit.ffn.activations import (
+    ACTIVATIONS,
+    Activation,
+    activation_named,
+    clamped_name,
+    gated,
+    softcapped_name,
+)
 
 _HIDDEN, _NEURONS, _TOKENS = 8, 6, 64
 _CLAMPED = ("silu", "quick_gelu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -83,13 +91,17 @@ def _ways(
 
 
 def activations_of(module: Any) -> Iterator[tuple[str, Activation]]:
-    """The known activations, and those that clamp at one of the numbers that a module holds."""
+    """The known activations, and those that clamp, or cap softly, at numbers that a module holds."""
     yield from ACTIVATIONS.items()
     numbers = [value for value in vars(module).values() if isinstance(value, int | float)]
     for limit in sorted({float(value) for value in numbers if value > 1}):
         for shift in (0.0, 1.0):
             for name in (clamped_name(each, limit=limit, shift=shift) for each in _CLAMPED):
                 yield name, activation_named(name)
+    inner = [value for part in module.modules() for value in vars(part).values()]
+    caps = sorted({value for value in inner if isinstance(value, float) and 1 < value < torch.inf})
+    for name in (softcapped_name(*pair) for pair in itertools.product(caps, repeat=2)):
+        yield name, activation_named(name)
 
 
 def gating_of_experts(experts: Any, form: StackedExperts) -> str | None:
