@@ -72,3 +72,9 @@ def test_an_ffn_that_several_blocks_run_is_one_and_sees_what_all_read(tmp_path: 
         base(**arguments)
     (statistics,) = observer.statistics()
     assert statistics.num_tokens == 2 * ids.numel()
+
+
+def test_an_ffn_that_two_towers_share_is_refused(tmp_path: Path) -> None:
+    source = saved("diffusion_gemma", tmp_path / "model")
+    with pytest.raises(ffsplit.UnsupportedModelError, match="an FFN that several towers share"):
+        open_checkpoint(source)

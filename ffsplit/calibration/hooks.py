@@ -211,9 +211,9 @@ class FFNObserver:
 
     def _watch_experts(self, block: nn.Module, first: FFNPlace) -> None:
         mine = [ffn for ffn in self._ffns if ffn.unit == first.unit]
-        runner = self._base.get_submodule(first.runner)
+        runner = block.get_submodule(first.runner.removeprefix(f"{first.block}."))
         stack = first.paths.stack
-        modules = [] if stack else [self._base.get_submodule(ffn.split_path) for ffn in mine]
+        modules = [] if stack else [block.get_submodule(ffn.paths.split_path) for ffn in mine]
 
         def activations(ffn: FFNPlace, x_TD: Tensor) -> Tensor:
             default = ffn.tower.default_activation

@@ -139,7 +139,7 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
         kind=kind_of(base, config),
         towers=towers,
         base="" if base is model else model.base_model_prefix,
-        twins=tuple((block_of(one.up, modules) or "", block_of(two.up, modules) or "") for one, two in twins),
+        twins=_blocks_of(twins, modules, family),
         num_ffns=sum(each.num_ffns for each in found),
     )
 
@@ -150,7 +150,10 @@ def _without_twins(
     """The FFNs, tied ones once, and pairs of these and another of the same weights. Zamba has such blocks."""
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
     tied = getattr(model, "all_tied_weights_keys", None) or {}
-    by_name = {f"{prefix}{each.down}.weight": each for each in found}
+    by_name = {
+        f"{prefix}{f'{each.scope}.{each.stack.down}' if each.stack else f'{each.down}.weight'}": each
+        for each in found
+    }
     pairs = [
         (by_name[tied[name]], each)
         for name, each in by_name.items()
@@ -162,6 +165,24 @@ def _without_twins(
         for each in found
         if each.down not in twins
     ], pairs
+
+
+def _blocks_of(
+    twins: Sequence[tuple[FoundFFN, FoundFFN]], modules: Modules, family: str
+) -> tuple[tuple[str, str], ...]:
+    """The pairs of blocks that run the same FFN. Raises UnsupportedModelError if two towers share one."""
+
+    def block(ffn: FoundFFN) -> str:
+        return block_of(ffn.scope if ffn.stack else ffn.up, modules) or ""
+
+    pairs = tuple(dict.fromkeys((block(one), block(other)) for one, other in twins))
+    for first, other in pairs:
+        if _pattern(first, modules) != _pattern(other, modules):
+            raise UnsupportedModelError(
+                f"{family} is not in the table of architectures, and {first} and {other} run the same FFN: "
+                "FFSplit does not calibrate an FFN that several towers share"
+            )
+    return pairs
 
 
 # From the FFNs to the towers of a row.

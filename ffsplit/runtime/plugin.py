@@ -146,8 +146,9 @@ def narrow_ffns(model: Any, runs: Sequence[FFNRun], *, left_out: Sequence[str] =
                 narrow_ffn(model.get_submodule(f"{prefix}{block}"), place.paths, ffn.layout.num_neurons)
         elif place.index == place.unit:
             assert place.paths.stack is not None, "experts that a model runs are stacked"
-            experts = model.get_submodule(f"{prefix}{place.split_path}")
-            narrow_experts(experts, place.paths.stack, ffn.layout.num_neurons)
+            for block in (place.block, *place.twins):
+                experts = model.get_submodule(f"{prefix}{block}").get_submodule(place.paths.split_path)
+                narrow_experts(experts, place.paths.stack, ffn.layout.num_neurons)
     return model  # type: ignore[no-any-return]
 
 
