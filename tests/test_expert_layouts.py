@@ -78,3 +78,18 @@ def test_an_ffn_that_two_towers_share_is_refused(tmp_path: Path) -> None:
     source = saved("diffusion_gemma", tmp_path / "model")
     with pytest.raises(ffsplit.UnsupportedModelError, match="an FFN that several towers share"):
         open_checkpoint(source)
+
+
+def test_experts_that_are_only_narrowed_run_as_a_stack(tmp_path: Path) -> None:
+    """One layer of two, so that no config can state the width."""
+    job = SmallJob(tmp_path, saved("olmoe", tmp_path / "model"))
+    recipe = job.recipe(step="{kind: prune}", heavy_share=1.0)
+    manifest = ffsplit.compress(
+        job.config(tmp_path / "out", recipe=recipe, keep=0.5, samples=8, skip=("layer 1*",))
+    )
+    assert not manifest.plain
+    model = ffsplit.load(str(tmp_path / "out"))
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    assert type(first) is type(second) and type(first).__name__ == "OlmoeExperts"
+    assert first.down_proj.shape[2] < second.down_proj.shape[2] and first.down_proj.isfinite().all()
+    assert first.gate_up_proj.shape[1] == 2 * first.down_proj.shape[2]

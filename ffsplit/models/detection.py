@@ -270,7 +270,7 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str, reads: 
         module=inside(ffn.scope) if is_module else None,
         activation=None if is_module else _activation_path(modules[block], ffn, block),
         width_field=None,
-        reads=modality_named(inside(ffn.scope)) if reads == "text" else None,
+        reads=modality_named(inside(ffn.scope)) if reads == "text" and ffn.scope != block else None,
         label="" if ffn.experts or ffn.starred or ffn.scope == block else _label(inside(ffn.scope)),
     )
 
