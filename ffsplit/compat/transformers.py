@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +37,6 @@ def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
-        Chunk,
-        Concatenate,
         WeightConverter,
         WeightRenaming,
         dot_natural_key,
@@ -65,22 +63,32 @@ def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None
             whole.add(target)
             continue
         converter = next(each for each in converters if source in each.source_patterns)
-        rows = tensors[target].dim() - 2  # the dimension of the outputs
-        operations = [each for each in converter.operations if not _interleaves(each, rows)]
-        kinds = [type(each) for each in operations if getattr(each, "dim", None) == rows]
-        read = read._replace(interleaved=len(operations) < len(converter.operations))
-        first, *others = converter.target_patterns
-        if kinds == [Chunk] and len(operations) == 1:
-            rows_of = (target, *(target.replace(first, other) for other in others))
-            found[name] = read._replace(rows_of=rows_of)
-        elif kinds == [Concatenate] and len(operations) == 1:
-            found[name] = read._replace(part=converter.source_patterns.index(source))
-        elif read.interleaved and not operations:
-            found[name] = read._replace(renamed=re.sub(source, first, renamed))
-        elif "*" in source:
-            num_experts = len(tensors[target])
-            found[name] = read._replace(renamed=_of_expert(renamed, converter, source, num_experts))
+        found[name] = _converted(read, converter, source, tensors[target].shape)
     return found
+
+
+def _converted(read: ReadTensor, converter: Any, source: str, shape: Sequence[int]) -> ReadTensor:
+    """How a model reads a tensor that a converter joins with others, splits, or reorders.
+
+    `source` is the converter's pattern of its name, `shape` that of the model's tensor.
+    """
+    from transformers.core_model_loading import Chunk, Concatenate
+
+    is_bias = read.name.endswith("bias")
+    rows = len(shape) - (1 if is_bias else 2)  # the dimension of the outputs
+    operations = [each for each in converter.operations if not _interleaves(each, rows)]
+    kinds = [type(each) for each in operations if getattr(each, "dim", None) == rows]
+    read = read._replace(interleaved=len(operations) < len(converter.operations))
+    first, *others = converter.target_patterns
+    if kinds == [Chunk] and len(operations) == 1:
+        return read._replace(rows_of=(read.name, *(read.name.replace(first, other) for other in others)))
+    if kinds == [Concatenate] and len(operations) == 1:
+        return read._replace(part=converter.source_patterns.index(source))
+    if read.interleaved and not operations:
+        return read._replace(renamed=re.sub(source, first, read.renamed))
+    if "*" in source:
+        return read._replace(renamed=_of_expert(read.renamed, converter, source, shape[0]))
+    return read
 
 
 def _interleaves(operation: Any, dimension: int) -> bool:
