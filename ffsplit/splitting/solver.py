@@ -225,7 +225,7 @@ class Solver:
                 steps=self.steps,
                 num_energetic=self.num_energetic,
             )
-            return in_equal_shares(layouts, self.model)
+            return self._in_equal_shares(layouts)
         weights = profile or [1.0] * len(self.model.shapes)
         most = math.ceil(self.model.ffn_elements / min(weights)) + 1
         smallest = last_true(lambda size: self._scaled(size, weights) is None, first=0, last=most) + 1
@@ -242,7 +242,11 @@ class Solver:
 
         found = self._scaled(last_true(holds, first=smallest, last=most), weights)
         assert found is not None
-        return found if profile is not None else in_equal_shares(found, self.model)
+        return found if profile is not None else self._in_equal_shares(found)
+
+    def _in_equal_shares(self, layouts: Layouts) -> Layouts:
+        """The same layouts without the differences of rounding. An energy rule's differences are meant."""
+        return layouts if self.heavy.by == "energy" else in_equal_shares(layouts, self.model)
 
     def _narrowest(self, budget: Budget) -> str:
         """For a latency budget, a note on the table's narrowest width, which limits how small it can be."""
