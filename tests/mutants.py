@@ -163,8 +163,8 @@ MUTANTS = (
     # calibration
     Mutant(
         "calibration/hooks.py",
-        "(weight_TK * is_chosen_TK)[rows].sum(1)",
-        "weight_TK[rows].sum(1)",
+        "(pairs.weights * is_chosen_TK)[rows].sum(1)",
+        "pairs.weights[rows].sum(1)",
         "tests/calibration/test_experts.py::test_the_weighted_norm_is_that_of_what_each_expert_contributes",
     ),
     # healing

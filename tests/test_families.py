@@ -95,9 +95,8 @@ def test_an_exact_split_is_the_dense_model(saved: Saved, tmp_path: Path, family:
     assert (outputs(split) - outputs(dense)).abs().max() <= 1e-5
 
 
-NEVER_PLAIN = ("bloom", "swin", "deepseek_v3", "segformer", "levit")
-"""No config states Bloom's width; Swin's, SegFormer's and LeViT's are ratios; two shared experts are twice as
-wide as one expert."""
+NEVER_PLAIN = ("bloom", "swin", "segformer", "levit")
+"""No config states Bloom's width; Swin's, SegFormer's and LeViT's are ratios."""
 
 
 @pytest.mark.matrix(family=FAST)

@@ -166,6 +166,7 @@ def _finds(source: Path, expected: list[Found], *, richest: bool) -> Record:
 def _stored_digest(source: Path, place: Any) -> str:
     """Of a matrix in a file, as [out, in]."""
     tensor = _tensor(source, place.name)
+    tensor = tensor.view(place.flat, -1, tensor.shape[-1]) if place.flat else tensor
     tensor = tensor if place.expert is None else tensor[place.expert]
     return digest(tensor.T if place.transposed else tensor)
 

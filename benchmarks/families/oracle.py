@@ -87,10 +87,14 @@ class Found(NamedTuple):
     """Its index in a stack."""
     transposed: bool = False
     """Whether its parameter is [width, hidden size]."""
+    flat: bool = False
+    """Whether the experts' matrices are one below the other: [experts * width, hidden size]."""
 
     def matrix(self, model: nn.Module) -> Tensor:
         """A view of its down projection in a model, as [hidden size, width]."""
         found = model.get_parameter(self.down)
+        if self.flat:
+            found = found.view(-1, self.width, self.hidden_size)
         found = found if self.expert is None else found[self.expert]
         return found.T if self.transposed else found
 
@@ -138,7 +142,38 @@ def _at(name: str, parameters: dict[str, Tensor], modules: dict[str, nn.Module])
                 if found:
                     yield from found
                     return
+    if path not in modules and weight.dim() == 2:
+        yield from _below_each_other(name, parameters, modules)
+        return
     yield from _in_sequence(name, parameters, modules)
+
+
+def _below_each_other(
+    name: str, parameters: dict[str, Tensor], modules: dict[str, nn.Module]
+) -> Iterator[Found]:
+    """DBRX's experts: w1 and v1 are gate and up, w2 is down, each [experts * width, hidden size]."""
+    scope, _, own = name.rpartition(".")
+    names = [f"{scope}.{each}" for each in ("w1", "v1", "w2")]
+    holder = modules.get(scope.rpartition(".")[0])
+    number = getattr(holder, "num_experts", None)
+    if own != "w2" or not number or not all(each in parameters for each in names):
+        return
+    first = parameters[name]
+    stack = first.detach().view(number, -1, first.shape[-1])
+    for expert, matrix in enumerate(stack):
+        width, hidden = matrix.shape
+        yield Found(
+            name,
+            width,
+            hidden,
+            3 * matrix.numel(),
+            is_expert=True,
+            optional=False,
+            digest=digest(matrix.T),
+            expert=expert,
+            transposed=True,
+            flat=True,
+        )
 
 
 def _in_sequence(name: str, parameters: dict[str, Tensor], modules: dict[str, nn.Module]) -> Iterator[Found]:

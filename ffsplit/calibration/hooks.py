@@ -10,12 +10,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ffsplit.calibration.model_inputs import Batch
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.calibration.sums import NeuronSums
 from ffsplit.errors import CalibrationError
+from ffsplit.models.experts import (
+    as_pairs,
+    by_position,
+    called_module,
+    expert_activations,
+    expert_matrices,
+    expert_outputs,
+    own_activations,
+    sent_to_modules,
+)
 from ffsplit.models.ffns import FFNPlace
 from ffsplit.models.selection import not_run
 from ffsplit.models.streamed import StreamedModel
@@ -138,18 +147,17 @@ class FFNObserver:
         self._inputs: dict[int, list[dict[str, Tensor]]] = {}
 
     def __enter__(self) -> FFNObserver:
-        for path in dict.fromkeys(ffn.block for ffn in self._ffns):
+        for path in dict.fromkeys(path for ffn in self._ffns for path in (ffn.block, *ffn.twins)):
             self._watch(self._base.get_submodule(path), self._count_hook(path))
         for ffn in self._ffns:
-            block = self._base.get_submodule(ffn.block)
-            if ffn.expert is not None:
-                if ffn.index == ffn.unit:
-                    experts = block.get_submodule(ffn.split_path.removeprefix(f"{ffn.block}."))
-                    self._watch(experts, self._expert_hook(ffn))
-                continue
-            self._watch(block.get_submodule(ffn.paths.up), self._input_hook(ffn))
-            if not self._inputs_only:
-                self._watch(block.get_submodule(ffn.paths.down), self._activation_hook(ffn))
+            for path in (ffn.block, *ffn.twins):
+                block = self._base.get_submodule(path)
+                if ffn.expert is None:
+                    self._watch(block.get_submodule(ffn.paths.up), self._input_hook(ffn))
+                    if not self._inputs_only:
+                        self._watch(block.get_submodule(ffn.paths.down), self._activation_hook(ffn))
+                elif ffn.index == ffn.unit:
+                    self._watch_experts(block, ffn)
         return self
 
     def __exit__(
@@ -210,29 +218,42 @@ class FFNObserver:
 
         return hook
 
-    def _expert_hook(self, first: FFNPlace) -> Any:
-        def hook(module: Any, arguments: tuple[Tensor, ...]) -> None:
-            stream = self._stream(first, arguments[0])
-            tokens_TD, chosen_TK = (stream.tokens(each) for each in arguments[:2])
+    def _watch_experts(self, block: nn.Module, first: FFNPlace) -> None:
+        mine = [ffn for ffn in self._ffns if ffn.unit == first.unit]
+        runner = block.get_submodule(first.runner.removeprefix(f"{first.block}."))
+        stack = first.paths.stack
+        modules = [] if stack else [block.get_submodule(ffn.paths.split_path) for ffn in mine]
+
+        def activations(ffn: FFNPlace, x_TD: Tensor) -> Tensor:
+            default = ffn.tower.default_activation
+            if stack is None:
+                return own_activations(block, ffn.paths, x_TD, default=default)
+            return expert_activations(runner, ffn.paths, ffn.expert or 0, x_TD, default=default)
+
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if stack is None:
+                called = sent_to_modules(runner, modules, arguments)
+            else:
+                called = by_position(stack, len(mine), arguments)
+            stream = self._stream(first, called.states)
+            tokens = called.mapped(stream.tokens)
             rows = stream.sampled_rows()
             if len(rows):
-                self._keep(first, {"input": tokens_TD[rows].cpu(), "experts": chosen_TK[rows].cpu()})
+                kept = as_pairs(stack, tokens.mapped(lambda each: each[rows]), len(mine))
+                self._keep(first, {"input": kept.states.cpu(), "experts": kept.experts.cpu()})
             if self._inputs_only:
                 return
-            weight_TK = None if len(arguments) < 3 else stream.tokens(arguments[2])
-            for ffn in self._ffns:
-                if ffn.unit != first.unit:
-                    continue
-                assert ffn.expert is not None
-                is_chosen_TK = chosen_TK.eq(ffn.expert)
-                rows = is_chosen_TK.any(1).nonzero().flatten()
-                activation_TN, output_TD = _run_expert(module, ffn, tokens_TD[rows])
-                sums = self._sums[ffn.index]
+            pairs = as_pairs(stack, tokens, len(mine))
+            for ffn in mine:
+                is_chosen_TK = pairs.experts.eq(ffn.expert or 0)
+                rows = is_chosen_TK.any(1)
+                activation_TN, sums = activations(ffn, pairs.states[rows]), self._sums[ffn.index]
                 sums.add(activation_TN)
-                if weight_TK is not None and weight_TK.shape == chosen_TK.shape:
-                    sums.add_outputs(output_TD, (weight_TK * is_chosen_TK)[rows].sum(1))
+                if pairs.weights is not None:
+                    output_TD = expert_outputs(runner, ffn.paths, ffn.expert or 0, activation_TN)
+                    sums.add_outputs(output_TD, (pairs.weights * is_chosen_TK)[rows].sum(1))
 
-        return hook
+        self._watch(runner if stack is None else called_module(runner, stack), hook)
 
     def _keep(self, ffn: FFNPlace, tensors: dict[str, Tensor]) -> None:
         self._inputs.setdefault(ffn.unit, []).append(tensors)
@@ -255,22 +276,24 @@ class FFNObserver:
     def _check_counts(self, ffns: Sequence[FFNPlace]) -> None:
         """An FFN must see every token once each time that the model runs its block, most do once.
 
-        A block's experts together must see all tokens equally often. An FFN that sees other positions than
-        those of tokens, perhaps in several calls, must see at its end what it saw at its start.
+        A block's experts together must see all tokens equally often. Those that are modules of their own may
+        see fewer: a router with a capacity drops tokens. An FFN that sees other positions than those of
+        tokens, perhaps in several calls, must see at its end what it saw at its start.
         """
         first = ffns[0]
         total = self._own_streams.get(first.unit, self._streams[first.tower.name]).stop
         seen = sum(self._sums[ffn.index].num_tokens for ffn in ffns)
-        num_runs = self._num_calls[first.block] / max(1, self._num_batches)
+        num_calls = sum(self._num_calls[block] for block in (first.block, *first.twins))
+        num_runs = num_calls / max(1, self._num_batches)
         if first.expert is not None:
-            expected = bool(total) and seen % total == 0
+            expected = not first.is_stacked or (total > 0 and seen % total == 0)
         elif first.unit in self._own_streams:
             total = self._num_inputs[first.index]
             expected = seen == total
         else:
             expected = seen == total * num_runs
         what = first.name if first.expert is None else first.name.replace("expert 0", "experts")
-        if not self._num_calls[first.block]:
+        if not num_calls:
             raise CalibrationError(not_run([first]))
         if not total or not seen or not expected:
             raise CalibrationError(
@@ -286,26 +309,10 @@ class FFNObserver:
         }
 
 
-def _run_expert(module: Any, ffn: FFNPlace, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """The activations [T, N] and outputs [T, D] of one expert of a stack."""
-    expert = ffn.expert
-
-    def linear(name: str, input: Tensor, *, transposed: bool) -> Tensor:
-        weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
-        weight = weight.T if transposed else weight
-        return functional.linear(input, weight, None if bias is None else bias[expert])
-
-    up = linear("gate_up_proj" if ffn.shape.gated else "up_proj", x_TD, transposed=ffn.up.transposed)
-    activation_TN = module._apply_gate(up) if ffn.shape.gated else module.act_fn(up)
-    return activation_TN, linear("down_proj", activation_TN, transposed=ffn.down.transposed)
-
-
 def _down_weight(base_model: nn.Module, ffn: FFNPlace) -> Tensor:
     """The down projection as [D, N], however the module stores it."""
-    if ffn.expert is not None:
-        stack: Any = base_model.get_submodule(ffn.split_path)
-        down = stack.down_proj[ffn.expert].detach()
-        return down.T if ffn.down.transposed else down  # type: ignore[no-any-return]
+    if ffn.is_stacked:
+        return expert_matrices(base_model.get_submodule(ffn.runner), ffn.paths, ffn.expert or 0).down.detach()
     weight = base_model.get_submodule(f"{ffn.block}.{ffn.paths.down}").weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if ffn.down.transposed else weight.detach()

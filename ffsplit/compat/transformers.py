@@ -5,7 +5,8 @@ Known for 5.0 to 5.23.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -21,13 +22,18 @@ class ReadTensor(NamedTuple):
     name: str
     """The model's own tensor; the first, if one stored tensor holds several."""
     renamed: str
-    """The stored name after renaming, before tensors are joined or split, with its stored prefix."""
+    """The stored name after renaming, before tensors are joined or split, with its stored prefix.
+
+    Experts that the model stacks have the names of their places there: experts.3.gate_proj.weight.
+    """
     is_whole: bool
     """Whether the tensor is stored as the model has it, neither joined with others nor split."""
     rows_of: tuple[str, ...] = ()
     """The model's tensors that share its rows in equal parts, if it is split into several."""
     part: int | None = None
     """Which part of the model's tensor its rows are, if several are joined."""
+    interleaved: bool = False
+    """Whether rows that the model has one half after the other are stored by turns."""
 
 
 def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None]:
@@ -38,8 +44,6 @@ def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
-        Chunk,
-        Concatenate,
         WeightConverter,
         WeightRenaming,
         dot_natural_key,
@@ -66,14 +70,56 @@ def names_read(model: Any, stored: Iterable[str]) -> dict[str, ReadTensor | None
             whole.add(target)
             continue
         converter = next(each for each in converters if source in each.source_patterns)
-        kinds = [type(each) for each in converter.operations]
-        if kinds == [Chunk] and not converter.operations[0].dim:
-            first, *others = converter.target_patterns
-            rows_of = (target, *(target.replace(first, other) for other in others))
-            found[name] = read._replace(rows_of=rows_of)
-        elif kinds == [Concatenate] and not converter.operations[0].dim:
-            found[name] = read._replace(part=converter.source_patterns.index(source))
+        found[name] = _converted(read, converter, source, tensors[target].shape)
     return found
+
+
+def _converted(read: ReadTensor, converter: Any, source: str, shape: Sequence[int]) -> ReadTensor:
+    """How a model reads a tensor that a converter joins with others, splits, or reorders.
+
+    `source` is the converter's pattern of its name, `shape` that of the model's tensor.
+    """
+    from transformers.core_model_loading import Chunk, Concatenate
+
+    is_bias = read.name.endswith("bias")
+    rows = len(shape) - (1 if is_bias else 2)  # the dimension of the outputs
+    operations = [each for each in converter.operations if not _interleaves(each, rows)]
+    kinds = [type(each) for each in operations if getattr(each, "dim", None) == rows]
+    read = read._replace(interleaved=len(operations) < len(converter.operations))
+    first, *others = converter.target_patterns
+    if kinds == [Chunk] and len(operations) == 1:
+        return read._replace(rows_of=(read.name, *(read.name.replace(first, other) for other in others)))
+    if kinds == [Concatenate] and len(operations) == 1:
+        return read._replace(part=converter.source_patterns.index(source))
+    if read.interleaved and not operations:
+        return read._replace(renamed=re.sub(source, first, read.renamed))
+    if "*" in source:
+        return read._replace(renamed=_of_expert(read.renamed, converter, source, shape[0]))
+    return read
+
+
+def _interleaves(operation: Any, dimension: int) -> bool:
+    """Whether an operation undoes that rows of two halves are stored by turns."""
+    is_one = type(operation).__name__ == "Interleave" and not operation.inverse
+    return is_one and operation.dim == dimension
+
+
+def _of_expert(renamed: str, converter: Any, source: str, num_experts: int) -> str:
+    """The name of a matrix by its place in a stack, from the name by which files keep it.
+
+    Several stacks of `num_experts` each may be numbered through: ERNIE's for text, then those for pictures.
+    """
+    stored = re.search(source.replace(".*.", r"\.(\d+)\."), renamed)
+    if stored is None:
+        return renamed
+    stack, expert = divmod(int(stored[1]), num_experts)
+    targets = converter.target_patterns
+    path, _, name = targets[stack].rpartition(".") if stack < len(targets) else ("", "", "")
+    roles = ("gate_proj", "up_proj") if name == "gate_up_proj" else (name,)
+    if len(roles) != len(converter.source_patterns):
+        return renamed
+    role = roles[converter.source_patterns.index(source)]
+    return f"{renamed[: stored.start()]}{path}.{expert}.{role}.weight"
 
 
 def fill(model: Any, tensors: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> None:
@@ -116,6 +162,8 @@ class StackedExperts(NamedTuple):
     """[in, out] rather than [out, in]."""
     is_interleaved: bool
     """Rows of gate and up by turns, rather than one after the other."""
+    has_norm: bool
+    """Whether each expert's output is normalized."""
 
 
 def stacked_experts(module: Any) -> StackedExperts | None:
@@ -127,9 +175,10 @@ def stacked_experts(module: Any) -> StackedExperts | None:
     if not all(hasattr(module, name) for name in ("has_gate", "is_transposed", "is_concatenated")):
         return None
     names = ("down_proj", "gate_up_proj" if module.has_gate else "up_proj")
-    if getattr(module, "has_post_expert_norm", False) or not all(hasattr(module, name) for name in names):
+    if not all(hasattr(module, name) for name in names):
         return None
-    return StackedExperts(module.has_gate, module.is_transposed, not module.is_concatenated)
+    has_norm = bool(getattr(module, "has_post_expert_norm", False))
+    return StackedExperts(module.has_gate, module.is_transposed, not module.is_concatenated, has_norm)
 
 
 def activation_of(module: Any) -> str | None:

@@ -107,17 +107,44 @@ class Clamped:
         return self.function(gate.clamp(max=self.limit)) * (up.clamp(-self.limit, self.limit) + self.shift)
 
 
+@dataclass(frozen=True)
+class Softcapped:
+    """The gating of Inkling 2: cap(gate) sigmoid(gate) cap(up), where cap(x) is c tanh(x / c)."""
+
+    gate_cap: float
+    up_cap: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.gate_cap * torch.tanh(x / self.gate_cap) * torch.sigmoid(x)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self(gate) * self.up_cap * torch.tanh(up / self.up_cap)
+
+
 def gated(activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
     """The neuron activations of a gated FFN."""
-    return activation.gated(gate, up) if isinstance(activation, Clamped) else activation(gate) * up
+    if isinstance(activation, Clamped | Softcapped):
+        return activation.gated(gate, up)
+    return activation(gate) * up
 
 
+def changes_up(name: str) -> bool:
+    """Whether a gated FFN of this function is more than function(gate) up, as a split FFN computes it."""
+    return "," in name
+
+
+_SOFTCAPPED = re.compile(r"silu, softcapped at (\S+?) and (\S+)")
 _CLAMPED = re.compile(r"(\w+), clamped at (\S+?)(, up \+ 1)?")
 
 
 def clamped_name(name: str, *, limit: float, shift: float) -> str:
     """`silu, clamped at 7` or `quick_gelu, clamped at 7, up + 1`: what `activation_named` reads."""
     return f"{name}, clamped at {limit:g}" + (", up + 1" if shift else "")
+
+
+def softcapped_name(gate_cap: float, up_cap: float) -> str:
+    """`silu, softcapped at 10 and 20`: what `activation_named` reads."""
+    return f"silu, softcapped at {gate_cap:g} and {up_cap:g}"
 
 
 def activation_named(name: str, parameters: Mapping[str, Tensor] | None = None) -> Activation:
@@ -127,6 +154,8 @@ def activation_named(name: str, parameters: Mapping[str, Tensor] | None = None) 
     """
     if match := _CLAMPED.fullmatch(name):
         return Clamped(activation_named(match[1]), limit=float(match[2]), shift=float(bool(match[3])))
+    if match := _SOFTCAPPED.fullmatch(name):
+        return Softcapped(float(match[1]), float(match[2]))
     check_activation(name, parameters or {})
     return TRAINED[name](**(parameters or {})) if name in TRAINED else ACTIVATIONS[name]
 
@@ -137,6 +166,6 @@ def check_activation(name: str, parameters: Collection[str]) -> None:
         needed = [each.name for each in fields(TRAINED[name]) if each.default is MISSING]
         if missing := [each for each in needed if each not in parameters]:
             raise UnsupportedModelError(f"activation {name!r}: the model has no tensor {', '.join(missing)}")
-    elif name not in ACTIVATIONS and not _CLAMPED.fullmatch(name):
+    elif name not in ACTIVATIONS and not _CLAMPED.fullmatch(name) and not _SOFTCAPPED.fullmatch(name):
         known = ", ".join(sorted(ACTIVATIONS.keys() | TRAINED.keys()))
         raise UnsupportedModelError(f"activation {name!r} is not supported (known: {known})")

@@ -9,6 +9,7 @@ contains them, so that the layer can be rebuilt.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -236,21 +237,21 @@ def is_narrowed_form(layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape])
 def is_stock_form(
     layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape], *, groups: Sequence[int] | None = None
 ) -> bool:
-    """Whether stock modelling code can hold these FFNs: narrowed, to one width per group.
+    """Whether stock modelling code can hold these FFNs: narrowed, by one fraction per group.
 
     `groups` are as in `ModelShape.width_groups`.
     """
     if not is_narrowed_form(layouts, shapes):
         return False
     groups = groups or (0,) * len(layouts)
-    widths: dict[int, set[int]] = {}
+    fractions: dict[int, set[Fraction]] = {}
     for layout, shape, group in zip(layouts, shapes, groups, strict=True):
         if layout.is_dropped:
             continue
         if group < 0 and layout.num_neurons != shape.num_neurons:
             return False
-        widths.setdefault(group, set()).add(layout.num_neurons)
-    return all(len(each) == 1 for group, each in widths.items() if group >= 0)
+        fractions.setdefault(group, set()).add(Fraction(layout.num_neurons, shape.num_neurons))
+    return all(len(each) == 1 for group, each in fractions.items() if group >= 0)
 
 
 class Mixture(Record):
@@ -288,8 +289,8 @@ class ModelShape(Record):
     num_parameters_without_embeddings: int = Field(ge=1, description="of the blocks: no embeddings, no heads")
     width_groups: tuple[int, ...] | None = Field(
         default=None,
-        description="FFNs of one group share a width in config.json; -1: no field states it. "
-        "None: all are in one group",
+        description="FFNs of one group have the width that one field of config.json states, or a multiple "
+        "of it; -1: no field states it. None: all are in one group",
     )
     mixture: Mixture | None = Field(default=None, description="None if no experts may be dropped")
 

@@ -19,12 +19,13 @@ from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.detection import detect_architecture
 from ffsplit.models.family import TEXT, Architecture, Makes, Media, Tower
-from ffsplit.models.ffns import FFNPlace, base_prefixes, config_part, find_ffns, towers_in, without
+from ffsplit.models.ffns import FFNPlace, config_part, find_ffns, without
 from ffsplit.models.folder import CONFIG_NAME, ModelFolder, check_no_pointers, local_listing, sort_files
 from ffsplit.models.inputs import CLASSIFIERS, DECODERS, GENERATORS
 from ffsplit.models.load_options import check_trusted, code_files
 from ffsplit.models.names import TensorNames, empty_class
 from ffsplit.models.not_a_model import check_is_model, check_modules, check_not_quantized
+from ffsplit.models.patterns import base_prefixes, towers_in
 from ffsplit.models.tensor_files import (
     ITEM_SIZES,
     TensorInfo,
@@ -216,7 +217,10 @@ class Checkpoint:
 
     @property
     def width_groups(self) -> tuple[int, ...]:
-        """A group per FFN. A group shares one width, which the config states; -1: no config can state it."""
+        """A group per FFN: those of a group have the width that one field states, or a multiple of it.
+
+        -1: no config can state it.
+        """
         keys = list(dict.fromkeys(ffn.width_key for ffn in self.ffns))
         return tuple(-1 if ffn.paths.width_field is None else keys.index(ffn.width_key) for ffn in self.ffns)
 
@@ -328,7 +332,7 @@ def open_checkpoint(
         )
     row = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     tensors = read_headers(directory, named=config.get("transformers_weights"))
-    architecture = row or detect_architecture(directory, config, tensor_names=list(tensors))
+    architecture = row or detect_architecture(directory, config)
     if not stored:
         check_not_quantized(str(directory), config, tensors)
     read = None
@@ -340,7 +344,7 @@ def open_checkpoint(
     for ffn in ffns:
         for place in ffn.matrices:
             info = tensors.get(place.name)
-            if info is None or len(info.shape) != (2 if place.expert is None else 3):
+            if info is None or len(info.shape) != (2 if place.expert is None or place.flat else 3):
                 raise UnsupportedModelError(f"{directory}: {place.name} is missing or not a matrix")
             if info.dtype not in FFN_DTYPES:
                 raise UnsupportedModelError(
@@ -348,8 +352,8 @@ def open_checkpoint(
                 )
     _check_config(directory, config, ffns, widths_differ=bool(stored))
     if left_out is None:
-        reached = architecture.reached_by(reads or architecture.reads)
-        left_out = [ffn.name for ffn in ffns if ffn.tower not in reached]
+        given = reads or architecture.reads
+        left_out = [ffn.name for ffn in ffns if not architecture.reaches(ffn.tower, ffn.paths, given)]
     kept, others = without(ffns, left_out), tuple(ffn for ffn in ffns if ffn.name in left_out)
     checkpoint = Checkpoint(directory, config, architecture, tensors, prefix, kept, read, others, reads)
     check_modules(listing, checkpoint.folder.files)
@@ -414,7 +418,7 @@ def _check_config(
         part, field = ffn.width_key
         stated = None if field is None else config_part(config, part).get(field)
         width = ffn.shape.num_neurons
-        if stated is not None and stated != width:
+        if stated is not None and stated * ffn.paths.width_factor != width:
             raise UnsupportedModelError(
                 f"{directory}: config.json says {field} {stated!r}, {ffn.down.name} has {width} columns"
             )

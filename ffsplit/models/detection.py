@@ -23,9 +23,10 @@ from ffsplit.errors import UnsupportedModelError, explained
 from ffsplit.ffn.activations import ACTIVATIONS
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.family import Architecture, FFNPaths, Medium, Tower
-from ffsplit.models.inputs import MEDIUM_OF, use_of
+from ffsplit.models.inputs import use_of
 from ffsplit.models.load_options import attention_advice, attention_options
-from ffsplit.models.names import base_of, main_inputs
+from ffsplit.models.modality import modality_named, parents_of, reads_of
+from ffsplit.models.names import base_of
 from ffsplit.models.probe import function_between, gating_of
 from ffsplit.models.structure import (
     NOT_FFN_PATH,
@@ -35,14 +36,11 @@ from ffsplit.models.structure import (
     check_nothing_is_left,
     find_in_modules,
     lists_in_words,
+    with_experts_joined,
 )
 from ffsplit.models.width_fields import with_width_fields
 
 _ACTIVATION_WORDS = re.compile(r"act|feed_forward_proj")
-_SOUND_OR_PICTURE: tuple[tuple[str, Medium], ...] = (
-    (r"vision|visual|image|picture|video|vit|pixel|projector|q_?former|resampler|perceiver", "image"),
-    (r"audio|speech|sound|acoustic", "sound"),
-)
 
 
 def architecture_of(model: Any) -> Architecture:
@@ -51,29 +49,12 @@ def architecture_of(model: Any) -> Architecture:
     return row or row_by_structure(model, config=model.config.to_dict())
 
 
-def detect_architecture(
-    directory: Path, config: Mapping[str, Any], *, tensor_names: Sequence[str]
-) -> Architecture:
+def detect_architecture(directory: Path, config: Mapping[str, Any]) -> Architecture:
     """The row of a checkpoint's family, from the structure of its model; reads no weights.
 
-    `tensor_names` are the names in its files. Raises UnsupportedModelError.
+    Raises UnsupportedModelError.
     """
-    row = _row_of(directory, json.dumps(config, sort_keys=True))
-    if not any(re.search(r"experts\.\d+\.w1\.", name) for name in tensor_names):
-        return row
-
-    def as_stored(tower: Tower) -> Tower:
-        ffns = tuple(_with_mixtral_names(paths) if paths.experts else paths for paths in tower.ffns)
-        return tower.model_copy(update={"ffns": ffns})
-
-    return row.model_copy(update={"towers": tuple(map(as_stored, row.towers))})
-
-
-def _with_mixtral_names(experts: FFNPaths) -> FFNPaths:
-    """Experts that files keep one by one, by Mixtral's names: w1 for the gate, w3 for up, w2 for down."""
-    path = f"{experts.module}.*"
-    gate = None if experts.gate is None else f"{path}.w1"
-    return experts.model_copy(update={"up": f"{path}.w3", "gate": gate, "down": f"{path}.w2"})
+    return _row_of(directory, json.dumps(config, sort_keys=True))
 
 
 @lru_cache(maxsize=8)  # a worker opens one checkpoint for each of its layers
@@ -119,13 +100,20 @@ def empty_builder(directory: Path, config: Mapping[str, Any]) -> tuple[Any, Call
 
 
 def _class_of(config: Mapping[str, Any], made: Any) -> Any:
-    """The class that a config names, or its family's base model."""
+    """The class that a config names, or its family's base model.
+
+    A family without modelling code of its own names a class of another: InternLM3 those of Llama.
+    """
     import transformers
 
     (name, *_) = config.get("architectures") or [""]
     named = getattr(transformers, str(name), None)
-    is_own = named is not None and isinstance(made, named.config_class or type(made))
-    if is_own or type(made) not in transformers.MODEL_MAPPING:  # some families use another's class
+    base = transformers.MODEL_MAPPING.get(type(made), None)
+    if named is not None and (
+        base is None
+        or isinstance(made, named.config_class or type(made))
+        or named.__module__ == getattr(base, "__module__", None)
+    ):
         return named
     return transformers.MODEL_MAPPING[type(made)]
 
@@ -157,6 +145,8 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
             f"(known: {', '.join(sorted(ARCHITECTURES))})"
         )
     check_nothing_is_left(modules, found, family)
+    found, twins = _without_twins(model, base, found)
+    found = with_experts_joined(found, modules)
     towers = tuple(_towers(model, modules, found, config))
     use = use_of(model, base, config)
     return Architecture(
@@ -164,8 +154,50 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
         **use._asdict(),
         towers=towers,
         base="" if base is model else model.base_model_prefix,
+        twins=_blocks_of(twins, modules, family),
         num_ffns=sum(each.num_ffns for each in found),
     )
+
+
+def _without_twins(
+    model: Any, base: nn.Module, found: Sequence[FoundFFN]
+) -> tuple[list[FoundFFN], list[tuple[FoundFFN, FoundFFN]]]:
+    """The FFNs, tied ones once, and pairs of these and another of the same weights. Zamba has such blocks."""
+    prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    by_name = {
+        f"{prefix}{f'{each.scope}.{each.stack.down}' if each.stack else f'{each.down}.weight'}": each
+        for each in found
+    }
+    pairs = [
+        (by_name[tied[name]], each)
+        for name, each in by_name.items()
+        if name in tied and tied[name] in by_name
+    ]
+    twins = {each.down for _, each in pairs}
+    return [
+        each._replace(has_twins=any(one.down == each.down for one, _ in pairs))
+        for each in found
+        if each.down not in twins
+    ], pairs
+
+
+def _blocks_of(
+    twins: Sequence[tuple[FoundFFN, FoundFFN]], modules: Modules, family: str
+) -> tuple[tuple[str, str], ...]:
+    """The pairs of blocks that run the same FFN. Raises UnsupportedModelError if two towers share one."""
+
+    def block(ffn: FoundFFN) -> str:
+        return block_of(ffn.scope if ffn.stack else ffn.up, modules) or ""
+
+    pairs = tuple(dict.fromkeys((block(one), block(other)) for one, other in twins))
+    for first, other in pairs:
+        if _pattern(first, modules) != _pattern(other, modules):
+            raise UnsupportedModelError(
+                f"{family} is not in the table of architectures, and {first} and {other} run the same FFN: "
+                "FFSplit does not calibrate an FFN that several towers share"
+            )
+    return pairs
 
 
 # From the FFNs to the towers of a row.
@@ -183,15 +215,16 @@ def _towers(
     for pattern, ffns in blocks.items():
         first, one = ffns[0]
         part = _part_of_config(model, modules, first)
-        reads = _reads(modules, first)
+        reads = reads_of(modules, first)
         activation = _activation(modules, first, one, _config_at(config, part))
+        paths = dict.fromkeys(_paths(modules, block, each, activation, reads) for block, each in ffns)
         name = "" if len(blocks) == 1 else names[pattern]
         if list(names.values()).count(name) > 1:
             name = f"{name} ({pattern})"
         decodes = bool(config.get("is_encoder_decoder")) and "decoder" in pattern.split(".")
         yield Tower(
             blocks=pattern,
-            ffns=_told_apart(dict.fromkeys(_paths(modules, block, each, activation) for block, each in ffns)),
+            ffns=_told_apart(paths),
             name=name,
             config=part,
             layers_field=None,
@@ -218,10 +251,12 @@ def _tower_name(pattern: str) -> str:
     return " ".join(parts[:-1] or parts).replace("_", " ")
 
 
-def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str) -> FFNPaths:
-    """Where one FFN is, and how it is computed. `activation` is its tower's."""
+def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str, reads: Medium) -> FFNPaths:
+    """Where one FFN is, and how it is computed. `activation` and `reads` are its tower's."""
 
     def inside(path: str) -> str:
+        if ffn.starred is not None:
+            path = re.sub(rf"^{re.escape(ffn.scope)}(?=\.|$)", ffn.starred, path)
         return path.removeprefix(f"{block}.")
 
     is_module = ffn.experts or (ffn.is_alone and ffn.scope != block and _takes_one(modules[ffn.scope]))
@@ -246,17 +281,21 @@ def _paths(modules: Modules, block: str, ffn: FoundFFN, activation: str) -> FFNP
         gate=None if gate is None else inside(gate),
         down=inside(ffn.down),
         fused=ffn.fused,
-        gate_half=0 if gating is None else gating.gate_half,
+        gate_half=ffn.gate_half if gating is None else gating.gate_half,
         interleaved=ffn.interleaved or (gating is not None and gating.interleaved),
         transposed=ffn.transposed,
-        experts=ffn.experts,
+        experts=ffn.experts or ffn.starred is not None,
+        stack=ffn.stack,
+        narrow_only=ffn.narrow_only or ffn.has_twins or bool(ffn.adapters),
+        adapters=re.sub(r"\.\d+(?=\.)", ".*", inside(ffn.adapters[0])) if ffn.adapters else None,
         function=None if function is None or _is_same(function, activation) else function,
         module=inside(ffn.scope) if is_module else None,
         activation=path if trained or not is_module else None,
         trained=trained,
         per_neuron=tuple(map(inside, ffn.per_neuron)),
         width_field=None,
-        label="" if ffn.experts or ffn.scope == block else _label(inside(ffn.scope)),
+        reads=modality_named(inside(ffn.scope)) if reads == "text" and ffn.scope != block else None,
+        label="" if ffn.experts or ffn.starred or ffn.scope == block else _label(inside(ffn.scope)),
     )
 
 
@@ -282,11 +321,18 @@ def _told_apart(ffns: Iterable[FFNPaths]) -> tuple[FFNPaths, ...]:
     found = tuple(ffns)
     labels = Counter((each.label, each.experts) for each in found)
     return tuple(
-        each.model_copy(update={"label": _words(each.down.rpartition(".")[0] or each.down)})
+        each.model_copy(update={"label": _words(_place(each))})
         if labels[each.label, each.experts] > 1
         else each
         for each in found
     )
+
+
+def _place(ffn: FFNPaths) -> str:
+    """The path that tells an FFN apart: without the name of its down projection, or of a stack's module."""
+    if ffn.experts and ffn.module is not None:
+        return ffn.module.removesuffix(".experts")
+    return ffn.down.rpartition(".")[0] or ffn.down
 
 
 def _words(path: str) -> str:
@@ -333,15 +379,6 @@ def _activation(modules: Modules, block: str, ffn: FoundFFN, config: Mapping[str
     return stated[0] if stated else "silu" if ffn.gate or ffn.fused else "gelu"
 
 
-def _parents(block: str, modules: Modules) -> Iterator[tuple[str, Any]]:
-    """The modules around a block, from the inside, that are models with a config of their own."""
-    parts = block.split(".")
-    for length in reversed(range(len(parts))):
-        path = ".".join(parts[:length])
-        if hasattr(modules[path], "config") and hasattr(modules[path], "main_input_name"):
-            yield path, modules[path]
-
-
 def _part_of_config(model: Any, modules: Modules, block: str) -> str | None:
     """The part of a model's config, as a dotted path, that the model around a block is made from; None: all.
 
@@ -350,7 +387,7 @@ def _part_of_config(model: Any, modules: Modules, block: str) -> str | None:
     if not hasattr(model, "config"):
         return None
     parts = dict(_config_parts(model.config))
-    for _, owner in _parents(block, modules):
+    for _, owner in parents_of(block, modules):
         if owner.config is model.config:
             return None
         same = [name for name, part in parts.items() if part is owner.config]
@@ -371,15 +408,3 @@ def _config_at(config: Mapping[str, Any], part: str | None) -> Mapping[str, Any]
     for name in part.split(".") if part else ():
         config = config.get(name) or {}
     return config
-
-
-def _reads(modules: Modules, block: str) -> Medium:
-    """What the tokens of a tower are made from: by the innermost model around it that says so."""
-    for path, owner in _parents(block, modules):
-        for pattern, reads in _SOUND_OR_PICTURE:
-            if re.search(pattern, path.lower()):
-                return reads
-        main, *_ = main_inputs(owner)
-        if main in MEDIUM_OF:  # not states or latents, which the model around it makes
-            return MEDIUM_OF[main]
-    return "text"

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from ffsplit.config import Record
+from ffsplit.ffn.activations import changes_up
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The records that say where a model family keeps its feed-forward networks.
 #
@@ -21,6 +27,51 @@ TEXT: Media = ("text",)
 Makes = Literal["states", "next_tokens", "target", "embeddings"]
 """What a model makes of a row, which is what is compared: states (or a head's logits), the logits of each
 token from those before it, those of a decoder's target text, or one embedding for each medium."""
+WIDTH_WORDS = re.compile(r"intermediate|ffn|inner|mlp|feed_?forward|d_ff|hidden_dim|expert")
+"""In the names of a config's fields, or a module's attributes, that may state an FFN's width."""
+
+
+Call = Literal["routed", "repeated", "every", "grouped"]
+"""What the module that runs experts is given: `routed`, the states, each token's experts and their weights;
+`repeated`, the states once for each expert, zero for those that a token does not go to; `every`, the states
+alone, because all experts run for each token; `grouped`, the states of the first expert, then of the next,
+and how many these are, in the first of its linear maps."""
+
+
+class Stack(Record):
+    """How a module keeps all experts of a block: tensors [experts, out, in], by their paths below it."""
+
+    up: str = "gate_up_proj"
+    gate: str | None = Field(default=None, description="None: `up` holds its rows too, if there is one")
+    down: str = "down_proj"
+    transposed: bool = Field(default=False, description="up and gate are [experts, in, out]")
+    down_transposed: bool = Field(default=False, description="down is [experts, in, out]")
+    flat: int | None = Field(
+        default=None,
+        description="the number of experts, whose matrices lie one below the other: two dimensions",
+    )
+    call: Call = "routed"
+
+    def sides(self, shape: Sequence[int], *, is_down: bool = False) -> tuple[int, int, int]:
+        """The number of experts, and the outputs and inputs of each, of a tensor of this shape."""
+        first, second = shape[-2:]
+        if self.flat:
+            first //= self.flat
+        if self.down_transposed if is_down else self.transposed:
+            first, second = second, first
+        return self.flat or shape[0], first, second
+
+    def shape(self, num_experts: int, width: int, hidden_size: int, *, is_down: bool) -> tuple[int, ...]:
+        """The shape of the tensor of as many experts."""
+        sides = [hidden_size, width] if is_down else [width, hidden_size]
+        if self.down_transposed if is_down else self.transposed:
+            sides.reverse()
+        return (num_experts * sides[0], sides[1]) if self.flat else (num_experts, *sides)
+
+    def matrices(self, tensor: Tensor, *, is_down: bool = False) -> Tensor:
+        """A view of a tensor as [experts, out, in]."""
+        each = tensor.view(self.flat, -1, tensor.shape[-1]) if self.flat else tensor
+        return each.transpose(1, 2) if (self.down_transposed if is_down else self.transposed) else each
 
 
 class FFNPaths(Record):
@@ -37,7 +88,15 @@ class FFNPaths(Record):
     transposed: bool = Field(default=False, description="weights are [in, out]: transformers' Conv1D")
     gate_half: int = Field(default=0, description="fused: which half of the rows is the gate")
     interleaved: bool = Field(default=False, description="fused: rows of gate and up by turns")
-    experts: bool = Field(default=False, description="one FFN for each `*` in the paths; `module` runs all")
+    experts: bool = Field(
+        default=False,
+        description="one FFN for each `*` in the paths; `module` runs all, or, with a `*`, one",
+    )
+    stack: Stack | None = Field(default=None, description="how `module` keeps experts")
+    narrow_only: bool = Field(default=False, description="only `module`'s own code can run it")
+    adapters: str | None = Field(
+        default=None, description="matrices with the rows of `up`, of which a block's call adds one to it"
+    )
     module: str | None = None
     activation: str | None = Field(
         default=None, description="the module of its activation: needed without `module`, or if it is trained"
@@ -53,16 +112,25 @@ class FFNPaths(Record):
     function: str | None = Field(default=None, description="its activation, if not its tower's")
     output_norm: str | None = Field(default=None, description="the layer norm of x + FFN(x), if there is one")
     width_field: str | None = Field(default="intermediate_size", description="None: no config can state it")
+    width_factor: int = Field(default=1, ge=1, description="the width is so many times the field's value")
+    reads: Medium | None = Field(default=None, description="which tokens it sees, if not all of its tower's")
     label: str = Field(default="", description="distinguishes it from the block's other FFNs")
 
     @property
     def can_split(self) -> bool:
         """Whether modules can be replaced by a split FFN: else a compressed FFN may only be narrower."""
-        if self.function is not None and "clamped" in self.function:
+        if self.narrow_only or (self.function is not None and changes_up(self.function)):
             return False
         if self.per_neuron or (self.trained and self.module is None):
             return False
         return self.module is not None or (self.activation is not None and self.gate is None)
+
+    def of_expert(self, expert: int) -> FFNPaths:
+        """The paths of one expert that is a module of its own."""
+        found = {name: getattr(self, name) for name in ("up", "gate", "down", "module")}
+        return self.model_copy(
+            update={name: path and path.replace("*", str(expert)) for name, path in found.items()}
+        )
 
     @property
     def split_path(self) -> str:
@@ -78,8 +146,8 @@ class FFNPaths(Record):
     @property
     def guard(self) -> str:
         """The tensor, relative to `split_path`, that a split FFN stores with a shape that cannot match."""
-        if self.experts:
-            return "down_proj"
+        if self.stack is not None:
+            return self.stack.down
         path = self.down if self.module is not None else self.up
         return f"{path}.weight".removeprefix(f"{self.split_path}.")
 
@@ -133,6 +201,9 @@ class Architecture(Record):
         default=None, description="the base model's name in models with a head; None: any name"
     )
 
+    twins: tuple[tuple[str, str], ...] = Field(
+        default=(), description="a block, and another that runs the same FFN, of the same weights"
+    )
     num_ffns: int | None = Field(
         default=None, description="how many the model has, each expert counted; None: the tensors tell"
     )
@@ -141,6 +212,10 @@ class Architecture(Record):
         """The towers that rows of these media reach; all, if they reach none."""
         found = tuple(tower for tower in self.towers if tower.reads in media)
         return found or self.towers
+
+    def reaches(self, tower: Tower, ffn: FFNPaths, media: Media) -> bool:
+        """Whether rows of these media reach an FFN."""
+        return tower in self.reached_by(media) and (ffn.reads is None or ffn.reads in media)
 
     def can_heal(self, media: Media = TEXT) -> bool:
         """Whether it can be trained to reproduce its original's outputs on rows of these media.
@@ -153,9 +228,11 @@ class Architecture(Record):
     def can_stream(self, media: Media = TEXT) -> bool:
         """Whether rows of these media can go through it one block at a time.
 
-        They must be single texts, and reach one list of blocks.
+        They must be single texts, and reach one list of blocks, each with an FFN of its own.
         """
         (tower, *others) = self.reached_by(media)
+        if self.twins or any(ffn.adapters for ffn in tower.ffns):
+            return False
         is_one_list = not others and bool(tower.mask) and tower.is_list and tower.blocks.count("*") == 1
         return is_one_list and self.reads_text_alone(media)
 
@@ -203,6 +280,7 @@ def experts(**options: Any) -> FFNPaths:
         gate=f"{path}.*.gate_proj",
         down=f"{path}.*.down_proj",
         experts=True,
+        stack=Stack(),
         module=path,
         **options,
     )

@@ -14,6 +14,14 @@ from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.detection import architecture_of
 from ffsplit.models.family import Architecture, FFNPaths, Tower
 from ffsplit.models.names import TensorNames
+from ffsplit.models.patterns import (
+    as_regex,
+    base_prefixes,
+    down_patterns,
+    join_paths,
+    numbered,
+    numbers_in,
+)
 
 # The FFNs of a checkpoint: the tensors of each, and its place in the model.
 #
@@ -22,8 +30,6 @@ from ffsplit.models.names import TensorNames
 
 EXPERT_MULTIPLE = 8
 """torch multiplies experts in groups, of which each row must take a multiple of 16 bytes."""
-STACKED_GATE_UP, STACKED_UP, STACKED_DOWN = "gate_up_proj", "up_proj", "down_proj"
-"""Tensor names, below the experts' module, where transformers stacks all experts of a block."""
 
 
 class MatrixPlace(NamedTuple):
@@ -33,6 +39,8 @@ class MatrixPlace(NamedTuple):
     bias: str | None = None
     expert: int | None = None
     """Index of the matrix in a stack."""
+    flat: int | None = None
+    """How many matrices a stack has, if they lie one below the other, in a tensor of two dimensions."""
     half: int | None = None
     """Which half of the rows, 0 or 1, if gate and up share one tensor."""
     transposed: bool = False
@@ -54,6 +62,10 @@ class FFNPlace:
     down: MatrixPlace
     shape: FFNShape
     expert: int | None = None
+    twins: tuple[str, ...] = ()
+    """Other blocks that run the same FFN."""
+    adapters: tuple[str, ...] = ()
+    """Stored matrices with the rows of `up`, or of gate and up together."""
     unit: int = 0
     """For an expert, the index of the first FFN in its experts' module; otherwise its own index."""
     activation_tensors: Mapping[str, str] = field(default_factory=dict)
@@ -70,7 +82,17 @@ class FFNPlace:
     @property
     def split_prefix(self) -> str:
         """The prefix of a split FFN's tensor names, relative to the base model."""
-        return self.split_path if self.expert is None else f"{self.split_path}.{self.expert}"
+        return f"{self.split_path}.{self.expert}" if self.is_stacked else self.split_path
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it is an expert that has no module of its own."""
+        return self.paths.stack is not None
+
+    @property
+    def runner(self) -> str:
+        """For an expert, the module that runs all experts of its block."""
+        return self.split_path if self.is_stacked else self.split_path.rpartition(".")[0]
 
     @property
     def guard(self) -> str:
@@ -85,12 +107,14 @@ class FFNPlace:
     def tensor_names(self) -> tuple[str, ...]:
         """Every tensor it is stored in, each once, weights first."""
         names = [each.name for each in self.matrices] + [each.bias for each in self.matrices if each.bias]
-        return tuple(dict.fromkeys([*names, *self.row_tensors.values()]))
+        return tuple(dict.fromkeys((*names, *self.row_tensors.values(), *self.adapters)))
 
     @property
     def width_key(self) -> tuple[str | None, str | None]:
         """The part of config.json, and the field in it, that state its width."""
-        return self.tower.config, self.paths.width_field
+        inner, _, field = (self.paths.width_field or "").rpartition(".")
+        part = ".".join(each for each in (self.tower.config, inner) if each)
+        return part or None, field or None
 
 
 def without(ffns: Sequence[FFNPlace], left_out: Collection[str]) -> tuple[FFNPlace, ...]:
@@ -98,11 +122,6 @@ def without(ffns: Sequence[FFNPlace], left_out: Collection[str]) -> tuple[FFNPla
     kept = [ffn for ffn in ffns if ffn.name not in left_out and ffn.tower.blocks not in left_out]
     index = {ffn.index: number for number, ffn in enumerate(kept)}
     return tuple(replace(ffn, index=index[ffn.index], unit=index[ffn.unit]) for ffn in kept)
-
-
-def join_paths(block: str, path: str) -> str:
-    """Join two module paths; either may be empty."""
-    return f"{block}.{path}" if block and path else block or path
 
 
 class Shaped(Protocol):
@@ -127,7 +146,7 @@ def find_ffns(
     """
     found = base_prefixes(architecture, names)
     if len(found) != 1:
-        first = _downs(architecture.towers[0])[0].replace("*", "0")
+        first = down_patterns(architecture.towers[0])[0].replace("*", "0")
         what = f"tensor {names.stored(first)!r} below several prefixes ({', '.join(map(repr, found))})"
         raise UnsupportedModelError(
             f"{where}: {what if found else f'no tensor {names.stored(first)!r}'}, "
@@ -148,21 +167,12 @@ def ffns_of(model: Any, *, left_out: Collection[str] = ()) -> tuple[str, tuple[F
 
     `left_out` are those that are not asked for, by name or by the `blocks` of their tower.
     """
-    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    parameters = model.named_parameters(remove_duplicate=False)
+    tensors = {name: each for name, each in parameters if name not in tied}
     names = TensorNames(tensors, rules=())
     prefix, ffns = find_ffns(architecture_of(model), tensors, where=type(model).__name__, names=names)
     return prefix, without(ffns, left_out)
-
-
-def base_prefixes(architecture: Architecture, names: TensorNames) -> list[str]:
-    """The prefixes of FFN module names, sorted. The FFNs of one model share one prefix."""
-    patterns = dict.fromkeys(each for tower in architecture.towers for each in _downs(tower))
-    regexes = [re.compile(rf"((?:.*\.)?){_regex(pattern)}") for pattern in patterns]
-    matches = (regex.fullmatch(name) for name in names.modules for regex in regexes)
-    found = {match[1] for match in matches if match}
-    if architecture.base is None:
-        return sorted(found)
-    return sorted(found & {"", f"{architecture.base}." if architecture.base else ""})
 
 
 def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
@@ -171,16 +181,6 @@ def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any
         part = config.get(key)
         config = part if isinstance(part, Mapping) else {}
     return config
-
-
-def towers_in(architecture: Architecture, names: TensorNames) -> list[str]:
-    """The paths of a family's towers that have an FFN among these tensors."""
-    found = []
-    for tower in architecture.towers:
-        regexes = [re.compile(rf"(?:.*\.)?{_regex(pattern)}") for pattern in _downs(tower)]
-        if any(regex.fullmatch(name) for name in names.modules for regex in regexes):
-            found.append(tower.path)
-    return found
 
 
 class _Finder:
@@ -217,7 +217,7 @@ class _Finder:
         tell which blocks have an FFN, there may be others between them.
         """
         depth = tower.blocks.count("*")
-        numbers = [_regex(name).replace(r"\d+", r"(\d+)", depth) for name in _downs(tower)]
+        numbers = [as_regex(name).replace(r"\d+", r"(\d+)", depth) for name in down_patterns(tower)]
         regexes = [re.compile(re.escape(self._prefix) + each) for each in numbers]
         modules = self._names.modules
         matches = [match for name in modules for regex in regexes if (match := regex.fullmatch(name))]
@@ -226,40 +226,48 @@ class _Finder:
             stated = config_part(config, tower.config).get(tower.layers_field)
             count = next(index for index in range(len(present) + 1) if (index,) not in present)
             present = {(index,) for index in range(stated if isinstance(stated, int) and stated else count)}
-        return [_numbered(tower.blocks, numbers) for numbers in sorted(present)]
+        return [numbered(tower.blocks, numbers) for numbers in sorted(present)]
 
     def _is_stacked(self, paths: FFNPaths, block: str) -> bool:
-        name = f"{self._prefix}{join_paths(block, paths.module or '')}.{STACKED_DOWN}"
-        return paths.experts and name in self._names.modules
+        if paths.stack is None:
+            return False
+        name = f"{self._prefix}{join_paths(block, paths.module or '')}.{paths.stack.down}"
+        return name in self._names.modules
 
     def _stacked(self, tower: Tower, paths: FFNPaths, block: str, *, first: int) -> Iterator[FFNPlace]:
-        """Experts stacked in one tensor."""
-        stack = f"{self._prefix}{join_paths(block, paths.module or '')}."
-        first_name = STACKED_UP if paths.gate is None else STACKED_GATE_UP
-        names = {"up": first_name, "gate": first_name, "down": STACKED_DOWN}
-        names |= {f"{role}_bias": f"{name}_bias" for role, name in names.items()}
-        stored = {
-            role: self._names.stored(stack + name)
-            for role, name in names.items()
-            if not role.endswith("_bias") or stack + name in self._names.modules
-        }
-        halves = (None, None) if paths.gate is None else (1, 0)
-        for expert in range(self._tensors[stored["down"]].shape[0]):
-            roles = (("up", paths.up, halves[0]), ("gate", paths.gate, halves[1]), ("down", paths.down, None))
-            up, gate, down = (
-                None
-                if path is None
-                else MatrixPlace(
-                    stored[role],
-                    stored.get(f"{role}_bias"),
-                    expert=expert,
-                    half=half,
-                    transposed=paths.transposed,
-                    interleaved=paths.interleaved,
-                )
-                for role, path, half in roles
+        """Experts stacked in one tensor of each kind."""
+        stack = paths.stack
+        assert stack is not None
+        base = f"{self._prefix}{join_paths(block, paths.module or '')}."
+
+        def place(path: str, expert: int, *, half: int | None = None) -> MatrixPlace:
+            bias = f"{base}{path}_bias"
+            name = self._names.stored(base + path)
+            if base + path not in self._names.modules:
+                part = None if half is None else self._names.part_of(base + path, half)
+                joined = self._names.half_of(base + path)
+                name, half = (part, None) if part else joined or (name, half)
+            return MatrixPlace(
+                name,
+                self._names.stored(bias) if bias in self._names.modules else None,
+                expert=expert,
+                flat=stack.flat,
+                half=half,
+                transposed=stack.down_transposed if path == stack.down else stack.transposed,
+                interleaved=paths.interleaved or self._names.is_interleaved(name),
             )
-            assert up is not None and down is not None
+
+        num_experts, *_ = stack.sides(self._tensors[self._names.stored(base + stack.down)].shape)
+        for expert in range(num_experts):
+            gate = None
+            if stack.gate is not None:
+                up, gate = place(stack.up, expert), place(stack.gate, expert)
+            elif paths.gate is not None:
+                up = place(stack.up, expert, half=1 - paths.gate_half)
+                gate = place(stack.up, expert, half=paths.gate_half)
+            else:
+                up = place(stack.up, expert)
+            down = place(stack.down, expert)
             yield self._place(tower, paths, block, up, gate, down, first=first, expert=expert)
 
     def _separate(self, tower: Tower, paths: FFNPaths, block: str, *, first: int) -> Iterator[FFNPlace]:
@@ -310,14 +318,16 @@ class _Finder:
                 stored = self._names.part_of(name, half)
                 return None if stored is None else MatrixPlace(stored)
             found = self._names.half_of(name)
-            return None if found is None else MatrixPlace(found[0], half=found[1])
+            if found is None:
+                return None
+            return MatrixPlace(found[0], half=found[1], interleaved=self._names.is_interleaved(found[0]))
 
         weight, bias = place(name), place(f"{name.removesuffix('weight')}bias")
         return weight if weight is None or bias is None else weight._replace(bias=bias.name)
 
     def _weight(self, tower: Tower, path: str, block: str, expert: int) -> str:
         """The name of a weight in one block, as its module has it."""
-        return f"{self._prefix}{_numbered(join_paths(block, path), (expert,))}.weight"
+        return f"{self._prefix}{numbered(join_paths(block, path), (expert,))}.weight"
 
     def _missing(self, name: str) -> UnsupportedModelError:
         return UnsupportedModelError(f"{self._where}: {self._names.stored(name)} is missing or not a matrix")
@@ -334,13 +344,14 @@ class _Finder:
         first: int,
         expert: int | None,
     ) -> FFNPlace:
-        numbers = _numbers_in(block, tower.blocks)
+        numbers = numbers_in(block, tower.blocks)
         layer = f"layer {'.'.join(map(str, numbers))}" if tower.is_list else ""
         number = "" if expert is None else f"expert {expert}"
         name = " ".join(part for part in (tower.name, layer, paths.label, number) if part)
-        sizes = self._tensors[down.name].shape[-2:]
+        sizes = list(self._tensors[down.name].shape[-2:])
         if len(sizes) != 2:
             raise UnsupportedModelError(f"{self._where}: {down.name} is missing or not a matrix")
+        sizes[0] //= down.flat or 1
         width = sizes[0] if down.transposed else sizes[1]
         rows = self._rows(paths, block)
         shape = FFNShape(
@@ -350,8 +361,10 @@ class _Finder:
             up_bias=up.bias is not None,
             down_bias=down.bias is not None,
             per_neuron=sum(math.prod(self._tensors[stored].shape[1:]) for stored in rows.values()),
-            width_multiple=1 if expert is None else EXPERT_MULTIPLE,
+            width_multiple=1 if paths.stack is None else EXPERT_MULTIPLE,
         )
+        if expert is not None and paths.stack is None:
+            paths = paths.of_expert(expert)
         return FFNPlace(
             first + (expert or 0),
             name,
@@ -363,6 +376,8 @@ class _Finder:
             down,
             shape,
             expert=expert,
+            twins=tuple(twin for one, twin in self._row.twins if one == block),
+            adapters=tuple(self._adapters(paths, block)),
             unit=first,
             activation_tensors=self._trained(paths, block),
             row_tensors=rows,
@@ -392,29 +407,9 @@ class _Finder:
                 )
         return found
 
-
-def _downs(tower: Tower) -> list[str]:
-    """Name patterns of a tower's down projections, relative to the base model."""
-    found = []
-    for paths in tower.ffns:
-        found.append(f"{join_paths(tower.blocks, paths.down)}.weight")
-        if paths.experts:
-            found.append(join_paths(tower.blocks, f"{paths.module}.{STACKED_DOWN}"))
-    return found
-
-
-def _regex(pattern: str) -> str:
-    return re.escape(pattern).replace(r"\*", r"\d+")
-
-
-def _numbered(pattern: str, numbers: Sequence[int]) -> str:
-    """A pattern with numbers for its first `*`."""
-    for number in numbers:
-        pattern = pattern.replace("*", str(number), 1)
-    return pattern
-
-
-def _numbers_in(block: str, pattern: str) -> list[int]:
-    """The numbers of a block's path for the `*` in its pattern."""
-    pairs = zip(block.split("."), pattern.split("."), strict=True)
-    return [int(part) for part, wanted in pairs if wanted == "*"]
+    def _adapters(self, paths: FFNPaths, block: str) -> Iterator[str]:
+        """The stored names of the adapters that add to an FFN's up projection."""
+        if paths.adapters is None:
+            return
+        regex = re.compile(f"{re.escape(self._prefix)}{as_regex(join_paths(block, paths.adapters))}\\.weight")
+        yield from (stored for name, stored in self._names.modules.items() if regex.fullmatch(name))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -373,11 +373,11 @@ def _config_of_tokenizer(directory: Path) -> Any:
 
     path = directory / "tokenizer_config.json"
     stated = read_json(path, "") if path.is_file() else {}
-    if not stated.get("tokenizer_class") or remote_classes(directory):
-        load_config(directory)  # so that an invalid config is reported as such
-        return None
-    with explained(f"{directory}/config.json is invalid"):
-        return PreTrainedConfig.from_pretrained(directory, local_files_only=True)
+    if stated.get("tokenizer_class") and not remote_classes(directory):
+        with suppress(Exception):  # fields that only the family's own config accepts
+            return PreTrainedConfig.from_pretrained(directory, local_files_only=True)
+    load_config(directory)  # so that an invalid config is reported as such
+    return None
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

@@ -38,11 +38,14 @@ class TensorNames:
         self._stored: dict[str, str] = {}
         self._parts: dict[str, dict[int, str]] = {}
         self._halves: dict[str, tuple[str, int]] = {}
+        self._interleaved: set[str] = set()
         for name in sorted(stored):
             found = ReadTensor(name, name, True) if read is None or name not in read else read[name]
             if found is None:
                 continue
             self._stored.setdefault(self._module_name(found.renamed), name)
+            if found.interleaved:
+                self._interleaved.add(name)
             if found.part is not None:
                 self._parts.setdefault(found.name, {})[found.part] = name
             if len(found.rows_of) == 2:
@@ -51,6 +54,10 @@ class TensorNames:
     def half_of(self, module_name: str) -> tuple[str, int] | None:
         """The stored tensor of which a module's tensor is one half, and which half."""
         return self._halves.get(module_name)
+
+    def is_interleaved(self, stored_name: str) -> bool:
+        """Whether a stored tensor has the rows of two halves by turns, though the model has not."""
+        return stored_name in self._interleaved
 
     def part_of(self, module_name: str, part: int) -> str | None:
         """The stored tensor that is one part of a module's tensor."""

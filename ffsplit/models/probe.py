@@ -7,6 +7,7 @@ compared with what each known form would give. In float64, since two kinds of GE
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,7 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ffsplit.compat.transformers import StackedExperts, activation_of
-from ffsplit.ffn.activations import ACTIVATIONS, Activation, activation_named, clamped_name, gated
+from ffsplit.ffn.activations import (
+    ACTIVATIONS,
+    Activation,
+    activation_named,
+    clamped_name,
+    gated,
+    softcapped_name,
+)
 
 _HIDDEN, _NEURONS, _TOKENS = 8, 6, 64
 _CLAMPED = ("silu", "quick_gelu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -54,7 +62,7 @@ def gating_of(module: nn.Module, *, ups: tuple[str, ...], down: str, fused: bool
             return None
         rows = [maps[path](x) for path in ups]
         for gating, gate, up in _ways(rows, ups, fused=fused):
-            for name, activation in _activations(module):
+            for name, activation in activations_of(module):
                 output = maps[down](activation(up) if gate is None else gated(activation, gate, up))
                 for adds_input in (False, True):
                     wanted = x + output if adds_input else output
@@ -119,14 +127,18 @@ def _ways(
                 yield Gating("", gate_half=half, interleaved=interleaved), halves[half], halves[1 - half]
 
 
-def _activations(module: Any) -> Iterator[tuple[str, Activation]]:
-    """The known activations, and those that clamp at one of the numbers that a module holds."""
+def activations_of(module: Any) -> Iterator[tuple[str, Activation]]:
+    """The known activations, and those that clamp, or cap softly, at numbers that a module holds."""
     yield from ACTIVATIONS.items()
     numbers = [value for value in vars(module).values() if isinstance(value, int | float)]
     for limit in sorted({float(value) for value in numbers if value > 1}):
         for shift in (0.0, 1.0):
             for name in (clamped_name(each, limit=limit, shift=shift) for each in _CLAMPED):
                 yield name, activation_named(name)
+    inner = [value for part in module.modules() for value in vars(part).values()]
+    caps = sorted({value for value in inner if isinstance(value, float) and 1 < value < torch.inf})
+    for name in (softcapped_name(*pair) for pair in itertools.product(caps, repeat=2)):
+        yield name, activation_named(name)
 
 
 def gating_of_experts(experts: Any, form: StackedExperts) -> str | None:
@@ -144,7 +156,7 @@ def gating_of_experts(experts: Any, form: StackedExperts) -> str | None:
             expected = experts._apply_gate(by_turns if form.is_interleaved else torch.cat([gate, up], dim=1))
         except Exception:  # a family's own code, of another form
             return None
-        for name, activation in _activations(experts):
+        for name, activation in activations_of(experts):
             if torch.allclose(gated(activation, gate, up), expected.double(), rtol=1e-6, atol=1e-6):
                 return name
     return None

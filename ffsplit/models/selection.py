@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
 from ffsplit.errors import ConfigError
+from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.ffns import FFNPlace
 from ffsplit.store.manifest import LeftOutFFNs
@@ -41,22 +42,22 @@ def chosen(checkpoint: Checkpoint, *, only: Sequence[str], skip: Sequence[str]) 
 
 
 def left_out_ffns(checkpoint: Checkpoint) -> tuple[LeftOutFFNs, ...]:
-    """The FFNs that are left out, by tower."""
-    found = []
-    for tower in dict.fromkeys(ffn.tower for ffn in checkpoint.left_out):
-        shapes = [ffn.shape for ffn in checkpoint.left_out if ffn.tower == tower]
-        is_reached = tower in checkpoint.architecture.reached_by(checkpoint.reads)
-        found.append(
-            LeftOutFFNs(
-                tower=tower.name,
-                num_ffns=len(shapes),
-                num_elements=sum(shape.num_elements for shape in shapes),
-                reason="--only and --skip leave them out"
-                if is_reached
-                else "the calibration data does not reach them",
-            )
+    """The FFNs that are left out, by tower and reason."""
+    shapes: dict[tuple[str, bool], list[FFNShape]] = {}
+    for ffn in checkpoint.left_out:
+        is_reached = checkpoint.architecture.reaches(ffn.tower, ffn.paths, checkpoint.reads)
+        shapes.setdefault((ffn.tower.name, is_reached), []).append(ffn.shape)
+    return tuple(
+        LeftOutFFNs(
+            tower=tower,
+            num_ffns=len(found),
+            num_elements=sum(shape.num_elements for shape in found),
+            reason="--only and --skip leave them out"
+            if is_reached
+            else "the calibration data does not reach them",
         )
-    return tuple(found)
+        for (tower, is_reached), found in shapes.items()
+    )
 
 
 def not_run(ffns: Sequence[FFNPlace]) -> str:

@@ -19,19 +19,20 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ffsplit.compat.transformers import activation_of, is_conv1d, stacked_experts
+from ffsplit.compat.transformers import activation_of, is_conv1d
 from ffsplit.errors import UnsupportedModelError
-from ffsplit.models.probe import gating_of_experts
+from ffsplit.models.experts import stack_of
+from ffsplit.models.family import Stack
 
 _NOT_FFN_CLASS = re.compile(
     r"(Attention(V?\d|\dD)?|Attn|SelfOutput|Mixer|Mamba\d?|MambaLayer|ShortConv|DeltaNet|RecurrentBlock"
     r"|Retention|LightConv1d|Conv(olution)?Module|Router|Gate|Adapter|Pooler|Projector|Merger|Connector|Norm)$"
 )
 NOT_FFN_PATH = re.compile(
-    r"^(\w*attn|\w*attention|\w*_att|router|adapters?\w*|pooler|lora\w*|\w*norm\w*|bottleneck|ple_block"
+    r"^(\w*attn|\w*attention|\w*_att|router|\w*adapters?(_\w+)?|pooler|lora\w*|\w*norm\w*|bottleneck|ple_block"
     r"|per_layer_\w+|laurel|downsample|\w*bbox\w*|\w*class_embed\w*|\w*_head|projection|queries|keys_values"
     r"|modulation|patch_(?!encoder$)\w+|\w*hyper_connection|pwconv\d|pointwise_conv\d|\w*merger\w*|\w*projectors?"
-    r"|readout_projects)$"
+    r"|readout_projects|(pre|post)_expert_\w+)$"
 )
 _MIXES_POSITIONS = re.compile(
     r"(Attention(V?\d|\dD)?|Attn|Mixer|Mamba\d?|MambaLayer|ShortConv|DeltaNet|RecurrentBlock)$"
@@ -86,6 +87,16 @@ class FoundFFN(NamedTuple):
     """Depthwise convolutions and batch norms between up projection and activation."""
     function: str | None = None
     """The activation, where the experts' module tells it."""
+    stack: Stack | None = None
+    """How the scope keeps experts."""
+    gate_half: int = 0
+    narrow_only: bool = False
+    starred: str | None = None
+    """For all experts of a block that are modules of their own: their path, with `*` for the number."""
+    adapters: tuple[str, ...] = ()
+    """Linear maps whose outputs are added to those of up, one at a time."""
+    has_twins: bool = False
+    """Whether other blocks run the same FFN."""
     num_ffns: int = 1
     is_alone: bool = True
     """Whether the scope has no other parameters, so that it may be replaced as a whole."""
@@ -108,6 +119,7 @@ def find_in_modules(modules: Modules) -> list[FoundFFN]:
             up, gate, down, fused = group
             names = {each.path for each in (up, gate, down) if each is not None}
             taken |= names
+            adapters = _adapters(scope, up, modules)
             owners = {name.rpartition(".")[0] for name, _ in modules[scope].named_parameters()}
             others = {
                 f"{scope}.{owner}"
@@ -125,6 +137,7 @@ def find_in_modules(modules: Modules) -> list[FoundFFN]:
                     fused=fused,
                     transposed=up.transposed,
                     per_neuron=() if gate or fused or up.transposed else _per_neuron(scope, down, modules),
+                    adapters=adapters,
                     is_alone=not others,
                 )
             )
@@ -162,7 +175,12 @@ def check_nothing_is_left(modules: Modules, found: Sequence[FoundFFN], family: s
         hidden[_starred(block)].add(ffn.hidden_size)
     sizes = set().union(*hidden.values())
     taken = {path for each in found for path in (each.up, each.gate, each.down)}
-    stacks = {each.scope for each in found if each.experts}
+    stacked = {
+        f"{each.scope}.{name}"
+        for each in found
+        if each.stack is not None
+        for name in (each.stack.up, each.stack.gate, each.stack.down)
+    }
     left: dict[str, str] = {}
     for each in _maps(modules):
         narrow, wide = sorted((each.num_rows, each.num_columns))
@@ -175,15 +193,17 @@ def check_nothing_is_left(modules: Modules, found: Sequence[FoundFFN], family: s
             isinstance(module, _ConvNd)
             or "parametrizations" in path
             or _NOT_FFN_CLASS.search(type(module).__name__)
+            or any(NOT_FFN_PATH.search(part) for part in path.split("."))
         )
-        if path in stacks or block_of(path, modules) is None or is_other:
+        if block_of(path, modules) is None or is_other:
             continue
         for name, weight in module.named_parameters(recurse=False):
+            if f"{path}.{name}" in stacked:
+                continue
             if weight.dim() == 3 and sizes & set(weight.shape[1:]) and min(weight.shape[1:]) > 1:
                 left[_starred(f"{path}.{name}")] = str(list(weight.shape))
     for ffn in found:
-        parts = ffn.scope.split(".")
-        if "experts" in parts[:-1] and not ffn.experts:  # run by other code than the usual, for some tokens
+        if "experts" in ffn.scope.split(".")[:-1] and not ffn.experts and _expert_of(ffn, modules) is None:
             left[_starred(ffn.down)] = f"[{ffn.hidden_size}, {ffn.width}]"
         between = [
             path
@@ -241,27 +261,44 @@ def _maps(modules: Modules) -> list[_Map]:
     return found
 
 
+def _adapters(scope: str, up: _Map, modules: Modules) -> tuple[str, ...]:
+    """The last maps of an FFN's adapters, which have the rows of its up projection: Zamba 2."""
+    return tuple(
+        path
+        for path, module in modules.items()
+        if path.startswith(f"{scope}.")
+        and "adapter" in path.removeprefix(scope)
+        and isinstance(module, nn.Linear)
+        and len(module.weight) == up.num_rows
+    )
+
+
 def _stacks(modules: Modules) -> Iterator[FoundFFN]:
-    """The blocks' experts that transformers stacks in three-dimensional tensors."""
-    for path, module in modules.items():
-        form = stacked_experts(module)
-        function = None if form is None else gating_of_experts(module, form)
-        if form is None or function is None or block_of(path, modules) is None:
+    """The blocks' experts that one module stacks in tensors, the innermost module that does."""
+    around: set[str] = set()
+    for path, module in reversed(modules.items()):
+        is_other = any(NOT_FFN_PATH.search(part) for part in path.split("."))
+        if path in around or is_other or block_of(path, modules) is None:
             continue
-        experts: Any = module
-        hidden, width = experts.down_proj.shape[:0:-1] if form.is_transposed else experts.down_proj.shape[1:]
+        found = stack_of(module)
+        if found is None:
+            continue
+        parts = path.split(".")
+        around |= {".".join(parts[:length]) for length in range(1, len(parts))}
         yield FoundFFN(
             path,
             f"{path}.*.up_proj",
-            f"{path}.*.gate_proj" if form.is_gated else None,
+            f"{path}.*.gate_proj" if found.is_gated else None,
             f"{path}.*.down_proj",
-            width,
-            hidden,
-            transposed=form.is_transposed,
-            interleaved=form.is_interleaved,
+            found.width,
+            found.hidden_size,
+            interleaved=found.is_interleaved,
             experts=True,
-            function=function,
-            num_ffns=len(experts.down_proj),
+            function=found.function,
+            stack=found.stack,
+            gate_half=found.gate_half,
+            narrow_only=found.narrow_only,
+            num_ffns=found.num_experts,
         )
 
 
@@ -311,6 +348,37 @@ def _fits(maps: Sequence[_Map], *, is_named: bool) -> _Group | None:
 def _likeness(group: _Group) -> tuple[int, int]:
     up, gate, down, _ = group
     return 2 + (gate is not None), len(up.words & down.words)
+
+
+class Expert(NamedTuple):
+    """An expert that is a module of its own."""
+
+    runner: str
+    """The module that runs all experts of its block."""
+    starred: str
+    """The expert's path, with `*` for its number."""
+
+
+def _expert_of(ffn: FoundFFN, modules: Modules) -> Expert | None:
+    """The expert that an FFN is, if it is one of several in a module that sends tokens to them."""
+    runner, _, name = ffn.scope.rpartition(".")
+    starred = re.sub(r"\d+$", "*", name)
+    parent = modules.get(runner)
+    runs = isinstance(parent, nn.ModuleDict | nn.ModuleList) and "forward" in vars(type(parent))
+    return Expert(runner, f"{runner}.{starred}") if runs and starred != name else None
+
+
+def with_experts_joined(found: Sequence[FoundFFN], modules: Modules) -> list[FoundFFN]:
+    """The FFNs, with one for all experts of a block that are modules of their own: the first."""
+    joined: dict[str, FoundFFN] = {}
+    for ffn in found:
+        expert = _expert_of(ffn, modules)
+        key = ffn.scope + ffn.up if expert is None else expert.starred
+        if key in joined:
+            joined[key] = joined[key]._replace(num_ffns=joined[key].num_ffns + 1)
+        else:
+            joined[key] = ffn._replace(starred=None if expert is None else expert.starred)
+    return list(joined.values())
 
 
 def _starred(path: str) -> str:

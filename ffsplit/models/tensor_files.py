@@ -245,11 +245,13 @@ class TensorSpan(NamedTuple):
     """Where the bytes go on: the tensor is a stack or some rows, and this is its first part."""
 
     @classmethod
-    def stacked(cls, parts: Sequence[TensorSpan]) -> TensorSpan:
-        """Tensors of one shape as one, along a new first dimension."""
+    def stacked(cls, parts: Sequence[TensorSpan], *, flat: bool = False) -> TensorSpan:
+        """Tensors of one shape as one, along a new first dimension, or, `flat`, along their first."""
         first, *others = parts
         assert all((each.dtype, each.shape) == (first.dtype, first.shape) for each in others)
-        return first._replace(shape=(len(parts), *first.shape), others=tuple(others))
+        rows, *rest = first.shape
+        shape = (len(parts) * rows, *rest) if flat else (len(parts), *first.shape)
+        return first._replace(shape=shape, others=tuple(others))
 
     def rows(self, kept: Sequence[int]) -> TensorSpan:
         """Some of a tensor's rows: parts along its first dimension of more than 1."""

@@ -1,6 +1,7 @@
 """Which field of a config states the width of which FFNs: found by changing it and building the model again.
 
-A field is taken if it states the widths of FFNs exactly, and nothing else of the model changes with it.
+A field is taken if it states the widths of FFNs, and nothing else of the model changes with it. It may state
+a width in units: DeepSeek's shared expert is as wide as two of its experts.
 """
 
 from __future__ import annotations
@@ -11,26 +12,25 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ffsplit.models.family import Architecture, FFNPaths, Tower
+from ffsplit.models.family import WIDTH_WORDS, Architecture, FFNPaths, Tower
 from ffsplit.models.names import base_of
 from ffsplit.models.structure import Modules, find_in_modules
-
-_WIDTH_WORDS = re.compile(r"intermediate|ffn|inner|mlp|feed_?forward|d_ff|hidden_dim|expert")
 
 
 def with_width_fields(
     row: Architecture, model: Any, config: Any, build: Callable[[Any], Any]
 ) -> Architecture:
-    """The row with the fields that state a width, and nothing but widths of one kind of FFN."""
+    """The row with the fields that state widths, and nothing but widths."""
     before = _shapes_and_widths(model)
-    fields: dict[tuple[str, str | None], str] = {}
+    fields: dict[tuple[str, str | None], tuple[str, int]] = {}
     for part in dict.fromkeys(tower.config for tower in row.towers):
         for field in _candidates(config, part, widths=set(before.widths.values())):
             changed = type(config).from_dict(config.to_dict())
-            owner = config_at(changed, part)
-            value = 2 * (getattr(owner, field) or max(before.widths.values()))
+            inner, _, name = field.rpartition(".")
+            owner = config_at(config_at(changed, part), inner)
+            value = 2 * (getattr(owner, name) or max(before.widths.values()))
             try:
-                setattr(owner, field, value)
+                setattr(owner, name, value)
                 after = _shapes_and_widths(build(changed))
             except Exception:  # the value does not fit the others
                 continue
@@ -40,8 +40,9 @@ def with_width_fields(
                 for name in before.shapes.keys() | after.shapes.keys()
                 if before.shapes.get(name) != after.shapes.get(name)
             }
-            if not others and all(after.widths.get(name) == value for name in moved):
-                fields |= {(name, part): field for name in moved}
+            factors = {name: _quotient(after.widths.get(name, 0), value) for name in moved}
+            if not others and 1 in factors.values() and 0 not in factors.values():
+                fields |= {(name, part): (field, factor) for name, factor in factors.items()}
     towers = []
     for tower in row.towers:
         ffns = []
@@ -49,10 +50,16 @@ def with_width_fields(
             down = re.compile(_as_regex(tower, paths))
             named = [name for name in before.widths if down.fullmatch(name)]
             stated = {fields.get((name, tower.config)) for name in named}
-            width_field = stated.pop() if len(stated) == 1 else None
-            ffns.append(paths.model_copy(update={"width_field": width_field}))
+            one = stated.pop() if len(stated) == 1 else None
+            width_field, factor = one or (None, 1)
+            ffns.append(paths.model_copy(update={"width_field": width_field, "width_factor": factor}))
         towers.append(tower.model_copy(update={"ffns": tuple(ffns)}))
     return row.model_copy(update={"towers": tuple(towers)})
+
+
+def _quotient(width: int, value: int) -> int:
+    """How many times a value a width is; 0 if it is no multiple."""
+    return 0 if width % value else width // value
 
 
 class _Sizes(NamedTuple):
@@ -68,7 +75,11 @@ def _shapes_and_widths(model: Any) -> _Sizes:
     inside = tuple(
         f"{path}."
         for each in found
-        for path in ((each.scope,) if each.experts else (each.up, each.gate, each.down, *each.per_neuron))
+        for path in (
+            (each.scope,)
+            if each.experts
+            else (each.up, each.gate, each.down, *each.per_neuron, *each.adapters)
+        )
         if path is not None
     )
     shapes = {name: value.shape for name, value in base.named_parameters() if not name.startswith(inside)}
@@ -76,12 +87,15 @@ def _shapes_and_widths(model: Any) -> _Sizes:
 
 
 def _candidates(config: Any, part: str | None, *, widths: set[int]) -> list[str]:
-    """Fields of a part of a config that may state a width: those of its value, or without one."""
-    fields = vars(config_at(config, part))
+    """Fields of a config, and of parts in it, that may state a width: they have its value, or none."""
+    fields = dict(vars(config_at(config, part)))
+    for outer, inner in list(fields.items()):
+        if hasattr(inner, "to_dict"):
+            fields |= {f"{outer}.{name}": value for name, value in vars(inner).items()}
     return [
         name
         for name, value in fields.items()
-        if _WIDTH_WORDS.search(name)
+        if WIDTH_WORDS.search(name.rpartition(".")[2])
         and (value is None or (isinstance(value, int) and not isinstance(value, bool) and value in widths))
     ]
 
@@ -94,5 +108,5 @@ def config_at(config: Any, part: str | None) -> Any:
 
 
 def _as_regex(tower: Tower, paths: FFNPaths) -> str:
-    path = (paths.module if paths.experts else paths.down) or ""
+    path = (paths.module if paths.stack is not None else paths.down) or ""
     return re.escape(f"{tower.blocks}.{path}" if path else tower.blocks).replace(r"\*", r"\d+")

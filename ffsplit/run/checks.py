@@ -9,6 +9,7 @@ from ffsplit.calibration.model_inputs import TextReader, num_rows_within, tokeni
 from ffsplit.calibration.readers import Reader, make_reader
 from ffsplit.calibration.sampling import CalibrationSettings, TextSample
 from ffsplit.compressors import PruneCompressor
+from ffsplit.compressors.base import Compressor
 from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, explained
 from ffsplit.ffn.shapes import LayerLayout
@@ -84,7 +85,8 @@ def check_capabilities(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint
         check_has_experts(checkpoint, recipe=recipe)
     if config.block_by_block and not checkpoint.can_stream:
         raise ConfigError(
-            f"--block-by-block needs a model with a single stack of blocks; {family} has several"
+            "--block-by-block needs a model with a single stack of blocks, each with an FFN of its own; "
+            f"{family} has another form"
         )
     by_position = [ffn for ffn in checkpoint.ffns if ffn.paths.per_neuron]
     drops = all(isinstance(step, PruneCompressor) and step.only_drops for step in recipe.steps)
@@ -123,6 +125,13 @@ def can_refit(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
 
 def check_splits(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
     """Raise ConfigError if FFNs are to be split whose modules no split FFN can replace."""
+    adapted = next((ffn for ffn in checkpoint.ffns if ffn.adapters), None)
+    if adapted is not None and not all(_only_drops(step) for step in (*recipe.steps, *recipe.refits)):
+        raise ConfigError(
+            f"recipe {recipe.name}: {adapted.name} of this {checkpoint.architecture.model_type} can only "
+            "lose neurons, because adapters add to its up projection and a refit would ignore them: "
+            "use norm-prune"
+        )
     fixed = [ffn for ffn in checkpoint.ffns if not ffn.paths.can_split]
     if fixed and not keeps_names(checkpoint, layouts):
         raise ConfigError(
@@ -130,6 +139,10 @@ def check_splits(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, reci
             "made narrower, because the model's own code computes a step between its projections: "
             "use fast or norm-prune"
         )
+
+
+def _only_drops(step: Compressor) -> bool:
+    return isinstance(step, PruneCompressor) and step.order == "score" and step.compensation == "none"
 
 
 def check_stays_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def is_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
-    """Whether stock modelling code can load the result: one width for all layers, dense, no added bias.
+    """Whether stock modelling code can load the result: one width per field, dense, no added bias.
 
     Not if FFNs that are left out share the field that states a width.
     """
@@ -32,9 +32,15 @@ def is_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
 
 
 def keeps_names(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
-    """Whether the result has the original's tensor names: it is plain, or its layers are only narrowed."""
-    narrowed = not checkpoint.has_experts and is_narrowed_form(layouts, checkpoint.shapes)
-    return narrowed or is_plain(checkpoint, layouts)
+    """Whether the result has the original's tensor names: its FFNs are only narrowed.
+
+    Experts that one tensor holds must then have one width.
+    """
+    widths: dict[int, set[int]] = {}
+    for ffn, layout in zip(checkpoint.ffns, layouts, strict=True):
+        widths.setdefault(ffn.unit if ffn.is_stacked else ffn.index, set()).add(layout.num_neurons)
+    is_even = all(len(each) == 1 for each in widths.values())
+    return is_even and is_narrowed_form(layouts, checkpoint.shapes)
 
 
 def assemble(
@@ -124,7 +130,7 @@ def _left_out(checkpoint: Checkpoint) -> list[str]:
 
 def _with_width(config: dict[str, Any], ffn: FFNPlace, width: int) -> dict[str, Any]:
     """A config that states an FFN's width where its tower's code looks for it."""
-    return _stating(config, ffn.width_key, width)
+    return _stating(config, ffn.width_key, width // ffn.paths.width_factor)
 
 
 def _with_fewer_experts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -65,7 +66,7 @@ def load_ffn(checkpoint: Checkpoint, index: int, *, activation: Any, device: tor
     def linear(place: MatrixPlace) -> LinearMap:
         bias = None
         if place.bias is not None:
-            bias = _half(_read_float(checkpoint, place.bias, device=device, expert=place.expert), place)
+            bias = _half(_read_float(checkpoint, place.bias, device=device, part=place), place)
         return LinearMap.dense(read_matrix(checkpoint, place, device=device), bias)
 
     down = linear(ffn.down)
@@ -83,7 +84,7 @@ def load_ffn(checkpoint: Checkpoint, index: int, *, activation: Any, device: tor
 
 def read_matrix(checkpoint: Checkpoint, place: MatrixPlace, *, device: torch.device) -> Tensor:
     """One matrix [out, in] of an FFN in float32. From a stack of experts, only its own slice is read."""
-    weight = _read_float(checkpoint, place.name, device=device, expert=place.expert)
+    weight = _read_float(checkpoint, place.name, device=device, part=place)
     return _half(weight.T.contiguous() if place.transposed else weight, place)
 
 
@@ -116,13 +117,20 @@ def load_output_norm(checkpoint: Checkpoint, index: int, *, device: torch.device
 
 
 def _read_float(
-    checkpoint: Checkpoint, name: str, *, device: torch.device, expert: int | None = None
+    checkpoint: Checkpoint, name: str, *, device: torch.device, part: MatrixPlace | None = None
 ) -> Tensor:
     info = checkpoint.tensors.get(name)
     if info is None:
         raise UnsupportedModelError(f"{checkpoint.directory} has no tensor {name}")
     with opened(checkpoint.directory / info.file, "pt") as file:
-        tensor: Tensor = file.get_tensor(name) if expert is None else file.get_slice(name)[expert]
+        tensor: Tensor
+        if part is None or part.expert is None:
+            tensor = file.get_tensor(name)
+        elif part.flat:
+            rows = info.shape[0] // part.flat
+            tensor = file.get_slice(name)[part.expert * rows : (part.expert + 1) * rows]
+        else:
+            tensor = file.get_slice(name)[part.expert]
         return tensor.to(device=device, dtype=torch.float32)
 
 
@@ -140,6 +148,9 @@ def layer_tensors(
     if plain:
         for name, stored, tensor in _plain_tensors(ffn, weights):
             tensors[name] = tensor.to(_dtype(checkpoint, stored))
+        for name in ffn.adapters:
+            rows = _rows_of(checkpoint, ffn, name, neurons=weights.parts[0].neurons)
+            tensors[name] = rows.to(_dtype(checkpoint, name))
     else:
         base = f"{checkpoint.prefix}{ffn.split_prefix}."
         for name, tensor in _split_tensors(weights):
@@ -150,6 +161,15 @@ def layer_tensors(
                 1, dtype=_dtype(checkpoint, ffn.down.bias or ffn.down.name)
             )
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _rows_of(checkpoint: Checkpoint, ffn: FFNPlace, name: str, *, neurons: Tensor) -> Tensor:
+    """The rows of an adapter's matrix for these neurons, in the form of the up projection."""
+    whole = _read_float(checkpoint, name, device=neurons.device)
+    if ffn.gate is None or ffn.gate.name != ffn.up.name:
+        return whole[neurons]
+    gate, up = (_half(whole, place)[neurons] for place in (ffn.gate, ffn.up))
+    return _joined_halves(gate, up, ffn.up)
 
 
 def _dtype(checkpoint: Checkpoint, stored: str) -> torch.dtype:
@@ -185,24 +205,31 @@ def _plain_tensors(ffn: FFNPlace, weights: FFNWeights) -> Iterator[tuple[str, st
         pairs = [(ffn.up, up), (ffn.gate, part.gate), (ffn.down, down)]
     for place, linear in pairs:
         weight = linear.weight.T if place.transposed else linear.weight
-        yield _of_expert(place.name, place.expert), place.name, weight
+        yield _of_expert(place.name, place), place.name, weight
         if place.bias is not None and linear.bias is not None:
-            yield _of_expert(place.bias, place.expert), place.bias, linear.bias
+            yield _of_expert(place.bias, place), place.bias, linear.bias
     for name, stored in ffn.row_tensors.items():
         yield stored, stored, part.rows[name]
 
 
-def _of_expert(name: str, expert: int | None) -> str:
-    return name if expert is None else f"{name}#{expert:06d}"
+_STACKED, _BELOW = "#", "+"
+"""Before the number of a part of a stack: matrices that lie behind each other, or below each other."""
+
+
+def _of_expert(name: str, place: MatrixPlace) -> str:
+    mark = _BELOW if place.flat else _STACKED
+    return name if place.expert is None else f"{name}{mark}{place.expert:06d}"
 
 
 def stack_experts(spans: Mapping[str, TensorSpan]) -> dict[str, TensorSpan]:
     """The same tensors, with the parts that belong to one stack of experts as one tensor."""
-    parts: dict[str, list[TensorSpan]] = {}
+    parts: dict[tuple[str, str], list[TensorSpan]] = {}
     for name in sorted(spans):
-        parts.setdefault(name.rpartition("#")[0] or name, []).append(spans[name])
+        stack = re.fullmatch(rf"(.*)([{_STACKED}{_BELOW}])\d{{6}}", name)
+        parts.setdefault((stack[1], stack[2]) if stack else (name, ""), []).append(spans[name])
     return {
-        name: spans[name] if name in spans else TensorSpan.stacked(found) for name, found in parts.items()
+        name: TensorSpan.stacked(found, flat=mark == _BELOW) if mark else found[0]
+        for (name, mark), found in parts.items()
     }
 
 

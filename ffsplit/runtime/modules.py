@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ffsplit.ffn.shapes import FFNShape, Format, Integer, LayerLayout, LowRank, PartLayout
-from ffsplit.models.family import FFNPaths
+from ffsplit.models.family import WIDTH_WORDS, FFNPaths, Stack
 from ffsplit.runtime.quantized_linear import INITIALIZED, QuantizedLinear, share_inputs
 
 # Narrowing an FFN of a transformers model: the same modules, with fewer neurons.
@@ -17,7 +18,8 @@ from ffsplit.runtime.quantized_linear import INITIALIZED, QuantizedLinear, share
 
 def narrow_ffn(block: nn.Module, paths: FFNPaths, width: int) -> None:
     """Give a block's FFN `width` neurons. Its weights are uninitialized afterwards, and to be loaded."""
-    for path in dict.fromkeys(each for each in (paths.up, paths.gate) if each is not None):
+    ups = dict.fromkeys(each for each in (paths.up, paths.gate) if each is not None)
+    for path in (*ups, *matching(block, paths.adapters)):
         rows = 2 * width if paths.fused else width
         _resize(block.get_submodule(path), rows=rows, transposed=paths.transposed)
     _resize(block.get_submodule(paths.down), columns=width, transposed=paths.transposed)
@@ -35,6 +37,41 @@ def _narrow(module: Any, width: int) -> None:
     for name in ("in_channels", "out_channels", "groups", "num_features"):
         if hasattr(module, name):
             setattr(module, name, width)
+
+
+def matching(block: nn.Module, pattern: str | None) -> list[str]:
+    """The paths of a block's modules that match a pattern with `*` for numbers."""
+    if pattern is None:
+        return []
+    regex = re.compile(re.escape(pattern).replace(r"\*", r"\d+"))
+    return [path for path, _ in block.named_modules() if regex.fullmatch(path)]
+
+
+def narrow_experts(experts: nn.Module, stack: Stack, width: int) -> None:
+    """Give `width` neurons to all experts that a module stacks. Their weights are to be loaded.
+
+    The module's own code runs them, and may know their width.
+    """
+    _, hidden, before = stack.sides(experts.get_parameter(stack.down).shape, is_down=True)
+    for path in (stack.up, stack.gate, stack.down):
+        if path is None:
+            continue
+        parameter = experts.get_parameter(path)
+        is_down = path == stack.down
+        num_experts, rows, _ = stack.sides(parameter.shape, is_down=is_down)
+        wide = width if is_down else width * rows // before
+        _replace(experts, path, stack.shape(num_experts, wide, hidden, is_down=is_down))
+        if not is_down and hasattr(experts, f"{path}_bias"):
+            _replace(experts, f"{path}_bias", (num_experts, wide))
+    for part in experts.modules():
+        for name, value in vars(part).items():
+            if value == before and WIDTH_WORDS.search(name):
+                setattr(part, name, width)
+
+
+def _replace(module: nn.Module, path: str, shape: tuple[int, ...]) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, _empty_like(module.get_parameter(path), shape))
 
 
 def _resize(
@@ -189,7 +226,7 @@ class SplitFFN(nn.Module):
     ) -> None:
         super().__init__()
         if trained is not None:
-            owner, name = self._owner(trained)
+            owner, name = _owner(self, trained)
             owner.add_module(name, activation)
             activation = _Borrowed(activation)
         heavy, light = (
@@ -200,18 +237,7 @@ class SplitFFN(nn.Module):
         share_inputs(each for part in (heavy, light) if part is not None for each in part.first_linears)
         self.down_bias = nn.Parameter(torch.empty(shape.hidden_size)) if layout.down_bias else None
         if guard is not None:
-            owner, name = self._owner(guard)
-            owner.register_buffer(name, torch.zeros(1))
-
-    def _owner(self, path: str) -> tuple[nn.Module, str]:
-        """The module around a path below this one, made if there is none, and the path's last part."""
-        owner: nn.Module = self
-        *parts, name = path.split(".")
-        for part in parts:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        return owner, name
+            _add_guard(self, guard)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor | None = self.down_bias
@@ -221,6 +247,22 @@ class SplitFFN(nn.Module):
             y = self.light(x, y)
         assert y is not None
         return y
+
+
+def _add_guard(module: nn.Module, path: str) -> None:
+    """Give a module a tensor of this name that has a shape that no weight has."""
+    owner, name = _owner(module, path)
+    owner.register_buffer(name, torch.zeros(1))
+
+
+def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """The module around a path below another, made if there is none, and the path's last part."""
+    *parts, name = path.split(".")
+    for part in parts:
+        if part not in module._modules:
+            module.add_module(part, nn.Module())
+        module = module.get_submodule(part)
+    return module, name
 
 
 def install_split_ffn(block: nn.Module, paths: FFNPaths, split_ffn: nn.Module) -> None:
@@ -244,7 +286,7 @@ class SplitExperts(nn.Module):
     def __init__(self, *, guard: str | None) -> None:
         super().__init__()
         if guard is not None:
-            self.register_buffer(guard, torch.zeros(1))
+            _add_guard(self, guard)
         self._num_experts = 0
 
     def append(self, expert: nn.Module) -> None:

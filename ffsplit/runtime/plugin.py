@@ -24,7 +24,7 @@ from ffsplit.models.checkpoint import NARROWED, activation_name
 from ffsplit.models.ffns import FFNPlace, ffns_of
 from ffsplit.runtime.attention_int8 import install_linears
 from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, FFNRun, guarded
-from ffsplit.runtime.modules import SplitExperts, SplitFFN, install_split_ffn, narrow_ffn
+from ffsplit.runtime.modules import SplitExperts, SplitFFN, install_split_ffn, narrow_experts, narrow_ffn
 from ffsplit.store.pull import materialize
 
 METHOD = "ffsplit"
@@ -120,7 +120,7 @@ def install_split_ffns(
         else:
             activation = block.get_submodule(paths.activation)
         guard = paths.guard if place.index in guards else None
-        if place.expert is None:
+        if not place.is_stacked:
             split_ffn = SplitFFN(ffn.layout, ffn.shape, activation, guard=guard, trained=trained)
             install_split_ffn(block, paths, split_ffn)
             continue
@@ -146,7 +146,14 @@ def narrow_ffns(model: Any, runs: Sequence[FFNRun], *, left_out: Sequence[str] =
     """Give every FFN of an empty model the width of its layout."""
     prefix, places, ffns = _paired(model, runs, left_out=left_out)
     for place, ffn in zip(places, ffns, strict=True):
-        narrow_ffn(model.get_submodule(f"{prefix}{place.block}"), place.paths, ffn.layout.num_neurons)
+        if not place.is_stacked:
+            for block in (place.block, *place.twins):
+                narrow_ffn(model.get_submodule(f"{prefix}{block}"), place.paths, ffn.layout.num_neurons)
+        elif place.index == place.unit:
+            assert place.paths.stack is not None, "experts that a model runs are stacked"
+            for block in (place.block, *place.twins):
+                experts = model.get_submodule(f"{prefix}{block}").get_submodule(place.paths.split_path)
+                narrow_experts(experts, place.paths.stack, ffn.layout.num_neurons)
     return model  # type: ignore[no-any-return]
 
 

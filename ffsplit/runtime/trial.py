@@ -10,15 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from ffsplit.errors import UnsupportedModelError, explained
+from ffsplit.ffn.activations import activation_named
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.models.checkpoint import Checkpoint
-from ffsplit.models.ffns import FFNPlace, join_paths
+from ffsplit.models.experts import expert_matrices
+from ffsplit.models.ffns import FFNPlace
 from ffsplit.models.inputs import media_in_words, part_of, richer_rows
 from ffsplit.models.load import check_arguments, load_base_model, load_config
+from ffsplit.models.patterns import join_paths
 from ffsplit.models.selection import not_run
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.runtime.ffn_tensors import load_activation, load_ffn
-from ffsplit.runtime.modules import SplitExperts, install_split_ffn
+from ffsplit.runtime.modules import SplitExperts, install_split_ffn, matching
 
 TOLERANCE = 1e-4
 """Largest difference of an output, as a fraction of the largest output."""
@@ -120,7 +123,11 @@ def _recomputed(
 
     It tells which FFN is wrong, and tries those in which no split can be installed.
     """
-    differences: list[tuple[FFNPlace, float]] = []
+    differences = [
+        (ffn, _difference_of_stack(block, checkpoint, ffn))
+        for ffn in checkpoint.ffns
+        if ffn.block == path and ffn.is_stacked and ffn.paths.narrow_only
+    ]
     handles = []
 
     def watch(ffn: FFNPlace) -> None:
@@ -138,13 +145,37 @@ def _recomputed(
         handles.append(block.get_submodule(ffn.paths.down).register_forward_hook(after))
 
     for ffn in checkpoint.ffns:
-        if ffn.block == path and ffn.expert is None and not ffn.paths.per_neuron:
+        if ffn.block == path and not ffn.is_stacked and not ffn.paths.per_neuron:
             watch(ffn)
+    patterns = {ffn.paths.adapters for ffn in checkpoint.ffns if ffn.block == path}
+    paths = [found for pattern in patterns for found in matching(block, pattern)]
+    adapters = [block.get_parameter(f"{found}.weight") for found in paths]
+    values = [each.clone() for each in adapters]
     try:
+        for each in adapters:
+            each.zero_()  # what they add is no part of the FFN's own function
         yield differences
     finally:
+        for each, value in zip(adapters, values, strict=True):
+            each.copy_(value)
         for handle in handles:
             handle.remove()
+
+
+def _difference_of_stack(block: nn.Module, checkpoint: Checkpoint, ffn: FFNPlace) -> float:
+    """How far an expert's matrices are from those of its module, whose code was tried as it was found."""
+    stack, paths = ffn.paths.stack, ffn.paths
+    assert stack is not None and paths.module is not None and ffn.expert is not None
+    module = block.get_submodule(paths.module)
+    weights = load_ffn(checkpoint, ffn.index, activation=activation_named("relu"), device=CPU)
+    (part,) = weights.parts
+    own = expert_matrices(module, paths, ffn.expert)
+    loaded = (part.up, part.gate, part.down)
+    return max(
+        _relative(found.weight, wanted)
+        for found, wanted in zip(loaded, own, strict=True)
+        if found is not None and wanted is not None
+    )
 
 
 @contextmanager
@@ -159,7 +190,7 @@ def _watched(model: Any, checkpoint: Checkpoint) -> Iterator[list[FFNPlace]]:
             if any(isinstance(each, Tensor) and each.numel() for each in values):
                 missed.pop(ffn.index, None)
 
-        first = ffn.split_path if ffn.expert is not None else join_paths(ffn.block, ffn.paths.up)
+        first = join_paths(ffn.block, ffn.paths.up) if ffn.expert is None else ffn.runner
         return model.get_submodule(first).register_forward_pre_hook(hook, with_kwargs=True)
 
     handles = [watch(ffn) for ffn in list(missed.values())]
@@ -174,13 +205,7 @@ def _watched(model: Any, checkpoint: Checkpoint) -> Iterator[list[FFNPlace]]:
 @contextmanager
 def _altered(model: Any, ffns: Sequence[FFNPlace]) -> Iterator[None]:
     """The model with these FFNs' down projections negated: a norm after one would undo a factor."""
-    weights = [
-        model.get_submodule(join_paths(ffn.block, ffn.paths.down)).weight
-        if ffn.expert is None
-        else model.get_submodule(ffn.split_path).down_proj
-        for ffn in ffns
-        if ffn.index == ffn.unit
-    ]
+    weights = [_down_weight(model, ffn) for ffn in ffns if ffn.index == ffn.unit or not ffn.is_stacked]
     for weight in weights:
         weight.neg_()
     try:
@@ -188,6 +213,16 @@ def _altered(model: Any, ffns: Sequence[FFNPlace]) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.neg_()
+
+
+def _down_weight(model: Any, ffn: FFNPlace) -> Tensor:
+    """The down projection of an FFN, or of all experts that are stacked with it."""
+    if not ffn.is_stacked:
+        weight: Tensor = model.get_submodule(join_paths(ffn.block, ffn.paths.down)).weight
+        return weight
+    assert ffn.paths.stack is not None
+    stacked: Tensor = model.get_submodule(ffn.split_path).get_parameter(ffn.paths.stack.down)
+    return stacked
 
 
 def _outputs(model: Any, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -227,11 +262,11 @@ def _split_exactly(block: nn.Module, checkpoint: Checkpoint, path: str) -> None:
     for ffn in checkpoint.ffns:
         if ffn.block == path and ffn.paths.per_neuron:
             _reverse_neurons(block, ffn)
-        if ffn.block != path or (ffn.expert is None and not ffn.paths.can_split):
+        if ffn.block != path or ffn.paths.narrow_only or (not ffn.is_stacked and not ffn.paths.can_split):
             continue
         activation = load_activation(checkpoint, ffn.index, device=CPU)
         halves = _Halves(load_ffn(checkpoint, ffn.index, activation=activation, device=CPU))
-        if ffn.expert is None:
+        if not ffn.is_stacked:
             install_split_ffn(block, ffn.paths, halves)
             continue
         if ffn.index == ffn.unit:

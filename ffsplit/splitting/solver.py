@@ -18,6 +18,7 @@ from ffsplit.ffn.shapes import (
     LayerLayout,
     ModelShape,
     PartLayout,
+    is_narrowed_form,
     rounded_down,
 )
 from ffsplit.splitting.latency import LatencyTable
@@ -215,19 +216,20 @@ class Solver:
         with the smallest limit that can be met.
         """
         if budget.kind == "keep" and profile is None and not self.expert_share:
-            return uniform_layouts(
+            layouts = uniform_layouts(
                 self.model.shapes,
                 keep=budget.limit,
                 heavy=self.heavy,
                 steps=self.steps,
                 num_energetic=self.num_energetic,
             )
+            return self._in_equal_shares(layouts)
         weights = profile or [1.0] * len(self.model.shapes)
         most = math.ceil(self.model.ffn_elements / min(weights)) + 1
         smallest = last_true(lambda size: self._scaled(size, weights) is None, first=0, last=most) + 1
-        layouts = self._scaled(smallest, weights)
-        if layouts is None or not self._meets(budget, layouts):
-            least = "none" if layouts is None else _rounded_up(budget, self.cost(budget, layouts))
+        narrowest = self._scaled(smallest, weights)
+        if narrowest is None or not self._meets(budget, narrowest):
+            least = "none" if narrowest is None else _rounded_up(budget, self.cost(budget, narrowest))
             rest = " and the rest of the model" if budget.kind in OF_THE_WHOLE_MODEL else ""
             rest += self._narrowest(budget)
             raise BudgetError(f"{budget} is too small for {self._least}{rest}: the smallest is {least}")
@@ -238,7 +240,11 @@ class Solver:
 
         found = self._scaled(last_true(holds, first=smallest, last=most), weights)
         assert found is not None
-        return found
+        return found if profile is not None else self._in_equal_shares(found)
+
+    def _in_equal_shares(self, layouts: Layouts) -> Layouts:
+        """The same layouts without the differences of rounding. An energy rule's differences are meant."""
+        return layouts if self.heavy.by == "energy" else in_equal_shares(layouts, self.model)
 
     @property
     def _least(self) -> str:
@@ -329,6 +335,38 @@ class Solver:
         experts = {groups[index] for index in mixture.indices}
         others = {group for index, group in enumerate(groups) if index not in mixture.indices}
         return -1 not in experts and not experts & others
+
+
+def in_equal_shares(layouts: Layouts, model: ModelShape) -> Layouts:
+    """The layouts with FFNs narrowed, where one field of the config states their widths, by one fraction.
+
+    Rounding gives FFNs of different widths slightly different fractions, and the field can state only one:
+    the smallest. Layouts that are not merely narrower stay as they are.
+    """
+    if not is_narrowed_form(layouts, model.shapes):
+        return layouts
+    groups = model.width_groups or (0,) * len(layouts)
+    equal = list(layouts)
+    for group in set(groups) - {-1}:
+        members = [index for index, each in enumerate(groups) if each == group]
+        unit = min(model.shapes[index].num_neurons for index in members)  # the field's own value
+        value = min(layouts[index].num_neurons * unit // model.shapes[index].num_neurons for index in members)
+        multiple = max(model.shapes[index].width_multiple for index in members)
+        value -= value % multiple if value < unit else 0
+        for index in members if value else ():
+            equal[index] = _narrowed(layouts[index], value * model.shapes[index].num_neurons // unit)
+    return tuple(equal)
+
+
+def _narrowed(layout: LayerLayout, width: int) -> LayerLayout:
+    """A dense layout without the last of its neurons: light ones before heavy hitters."""
+    heavy = 0 if layout.heavy is None else min(width, layout.heavy.num_neurons)
+    widths = {"heavy": heavy, "light": width - heavy}
+    parts = {
+        name: part.model_copy(update={"num_neurons": widths[name]}) if part and widths[name] else None
+        for name, part in (("heavy", layout.heavy), ("light", layout.light))
+    }
+    return layout.model_copy(update=parts)
 
 
 def stored_layouts(

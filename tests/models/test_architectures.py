@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from ffsplit.models.detection import architecture_of
+from ffsplit.models.experts import expert_matrices
 from ffsplit.models.ffns import ffns_of
 from tests.tiny_families import FAMILIES, make_model
 
@@ -22,8 +23,8 @@ def test_the_row_finds_the_modules(model: Any) -> None:
     assert {ffn.tower for ffn in ffns} == set(architecture_of(model).towers)
     for ffn in ffns:
         if ffn.expert is not None:
-            stack = model.get_submodule(ffn.split_path).down_proj[ffn.expert]
-            assert stack.shape[0 if ffn.paths.transposed else 1] == ffn.shape.num_neurons
+            down = expert_matrices(model.get_submodule(ffn.runner), ffn.paths, ffn.expert).down
+            assert tuple(down.shape) == (ffn.shape.hidden_size, ffn.shape.num_neurons)
             continue
         block = model.get_submodule(ffn.block)
         down = block.get_submodule(ffn.paths.down).weight

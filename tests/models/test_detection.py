@@ -56,7 +56,7 @@ def test_text_to_sound_is_no_language_model() -> None:
     codes = {"vocab_size": 16, "num_codebooks": 2}
     depth = _TEXT | codes | {"backbone_hidden_size": 16, "max_position_embeddings": 4}
     model = on_meta("CsmForConditionalGeneration", **_TEXT | codes, depth_decoder_config=depth)
-    assert row_by_structure(model, config=model.config.to_dict()).kind == "encoder"
+    assert row_by_structure(model, config=model.config.to_dict()).makes == "states"
 
 
 class Seeing(nn.Module):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
@@ -190,3 +191,20 @@ def test_a_class_that_makes_nothing_of_the_config_is_said(tmp_path: Path) -> Non
         UnsupportedModelError, match="transformers cannot build T5ForTokenClassification from"
     ):
         open_checkpoint(tmp_path)
+
+
+def test_a_bias_is_split_with_its_matrix() -> None:
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, use_swiglu_ffn=True, image_size=28
+    )
+    model = transformers.Dinov2Model(config)
+    kinds = ("weight", "bias")
+    stored = [f"encoder.layer.0.mlp.weights_in.{kind}" for kind in kinds]
+    found = names_read(model, stored)
+    for kind, name in zip(kinds, stored, strict=True):
+        read = found[name]
+        assert read is not None
+        assert [each.rpartition("mlp.")[2] for each in read.rows_of] == [
+            f"gate_proj.{kind}",
+            f"up_proj.{kind}",
+        ]

@@ -13,7 +13,7 @@ from transformers.models.moonshine import MoonshineConfig
 from transformers.models.moonshine.modeling_moonshine import MoonshineDecoderMLP
 
 from ffsplit.compat.transformers import stacked_experts
-from ffsplit.ffn.activations import ACTIVATIONS, clamped_name
+from ffsplit.ffn.activations import ACTIVATIONS, clamped_name, softcapped_name
 from ffsplit.models.probe import Gating, function_between, gating_of, gating_of_experts
 
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -115,6 +115,16 @@ def test_a_module_that_adds_its_input_is_told() -> None:
     """No split FFN may take its place: it would lose the sum."""
     found = gating_of(Residual(), ups=("up",), down="down", fused=False)
     assert found == Gating("relu", adds_input=True)
+
+
+def test_soft_caps_are_told_by_numbers_of_the_module() -> None:
+    def softcapped(gate: Tensor, up: Tensor) -> Tensor:
+        return 9.5 * (gate / 9.5).tanh() * gate.sigmoid() * 4.5 * (up / 4.5).tanh()
+
+    module = Two(softcapped)
+    module.cap, module.other = 4.5, 9.5  # type: ignore[assignment]
+    found = gating_of(module, ups=("first", "second"), down="down", fused=False)
+    assert found == Gating(softcapped_name(9.5, 4.5), gate="first")
 
 
 def test_what_no_form_gives_is_none() -> None:

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from ffsplit.compressors import DistillCompressor, LowRankCompressor, PruneCompressor, QuantizeCompressor
 from ffsplit.config import Budget, BudgetKind
 from ffsplit.errors import BudgetError
-from ffsplit.ffn.shapes import FFNShape, LayerLayout, ModelShape
+from ffsplit.ffn.shapes import FFNShape, LayerLayout, ModelShape, is_stock_form
 from ffsplit.splitting.latency import LatencyPoint, LatencyTable
-from ffsplit.splitting.solver import HeavyRule, Solver
+from ffsplit.splitting.solver import HeavyRule, Solver, uniform_layouts
 
 MINILM = FFNShape(num_neurons=1536, hidden_size=384, gated=False, up_bias=True, down_bias=True)
 MODEL = ModelShape(
@@ -157,3 +157,31 @@ def test_heavy_hitters_by_energy_meet_budgets_in_bytes() -> None:
     assert MODEL.bytes_of(layouts) <= 8_000_000
     heavy = [layout.heavy.num_neurons for layout in layouts if layout.heavy]
     assert heavy[:4] == [5, 1, 40, 90] and heavy[5] < 1400
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.31, 0.07])
+def test_ffns_whose_widths_one_field_states_keep_one_fraction(keep: float) -> None:
+    """A shared expert as wide as three experts: each alone would be rounded to another fraction."""
+    expert = FFNShape(
+        num_neurons=1408, hidden_size=64, gated=True, up_bias=False, down_bias=False, width_multiple=8
+    )
+    shared = expert.model_copy(update={"num_neurons": 3 * 1408, "width_multiple": 1})
+    dense = expert.model_copy(update={"num_neurons": 1000, "width_multiple": 1})
+    shapes = (expert, expert, shared, dense)
+    model = MODEL.model_copy(update={"shapes": shapes, "width_groups": (0, 0, 0, 1)})
+    found = Solver(model=model, heavy=HALF, steps=(PruneCompressor(),)).solve(Budget(kind="keep", limit=keep))
+    first, second, third, other = widths(found)
+    assert first == second and first % 8 == 0 and third == 3 * first
+    alone = uniform_layouts(shapes, keep=keep, heavy=HALF, steps=(PruneCompressor(),))
+    assert other == alone[3].num_neurons
+    assert first == min(alone[0].num_neurons, alone[2].num_neurons // 3 // 8 * 8)
+    assert is_stock_form(found, shapes, groups=model.width_groups)
+
+
+def test_layouts_that_are_not_merely_narrower_keep_their_shares() -> None:
+    shapes = (MINILM, MINILM.model_copy(update={"num_neurons": 3 * 1536}))
+    model = MODEL.model_copy(update={"shapes": shapes, "width_groups": (0, 0)})
+    found = Solver(model=model, heavy=HALF, steps=(LowRankCompressor(),)).solve(
+        Budget(kind="keep", limit=0.31)
+    )
+    assert found == uniform_layouts(shapes, keep=0.31, heavy=HALF, steps=(LowRankCompressor(),))

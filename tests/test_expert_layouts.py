@@ -1,0 +1,95 @@
+"""Every layout of experts and shared FFNs: keeping all changes no bit, keeping half drops neurons alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import ffsplit
+from benchmarks.families.checks import check
+from benchmarks.families.tiny import model_types, save, tiny_model
+from ffsplit.calibration.hooks import FFNObserver
+from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.load import load_base_model
+from tests.small_jobs import SmallJob
+from tests.tiny_models import VOCAB_SIZE
+
+PLAIN = {
+    "llama4_text": True,
+    "dbrx": True,
+    "jetmoe": True,
+    "muse_spark_text": True,
+    "inkling_text": True,
+    "inkling_mm_model": True,
+    "inkling2_text": True,
+    "step3p7": True,
+    "switch_transformers": True,
+    "nllb-moe": True,
+    "deepseek_v3": True,
+    "deepseek_v4": True,
+    "ernie4_5_vl_moe": False,
+    "internlm3": True,
+    "zamba": True,
+    "zamba2": True,
+}
+"""Whether half of a type loads with transformers alone."""
+
+
+def saved(model_type: str, directory: Path) -> Path:
+    save(tiny_model(model_type, model_types()[model_type]), directory)
+    return directory
+
+
+@pytest.mark.matrix()
+@pytest.mark.parametrize("model_type", PLAIN)
+def test_a_layout_is_compressed_rightly(model_type: str, tmp_path: Path) -> None:
+    record = check(model_type, model_types()[model_type], tmp_path, quick=False)
+    assert record["outcome"] in ("right", "right in part"), record
+    assert record["keep 1: difference"] == 0
+    assert record["keep 0.5: plain"] == PLAIN[model_type]
+
+
+def test_a_refit_that_would_ignore_adapters_is_refused(tmp_path: Path) -> None:
+    source = saved("zamba2", tmp_path / "model")
+    config = SmallJob(tmp_path, source).config(tmp_path / "out", recipe="fast", samples=8)
+    with pytest.raises(ffsplit.ConfigError, match=r"adapters add to its up projection .* use norm-prune"):
+        ffsplit.compress(config)
+
+
+@torch.no_grad()
+def test_an_ffn_that_several_blocks_run_is_one_and_sees_what_all_read(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(saved("zamba", tmp_path / "model"))
+    (ffn,) = checkpoint.ffns
+    assert (ffn.block, ffn.twins) == ("layers.1", ("layers.3",))
+    assert not checkpoint.architecture.can_stream and not ffn.paths.can_split
+    base = load_base_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    ids = torch.randint(VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(0))
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with FFNObserver(base, checkpoint.ffns) as observer:
+        observer.next_batch(arguments)
+        base(**arguments)
+    (statistics,) = observer.statistics()
+    assert statistics.num_tokens == 2 * ids.numel()
+
+
+def test_an_ffn_that_two_towers_share_is_refused(tmp_path: Path) -> None:
+    source = saved("diffusion_gemma", tmp_path / "model")
+    with pytest.raises(ffsplit.UnsupportedModelError, match="an FFN that several towers share"):
+        open_checkpoint(source)
+
+
+def test_experts_that_are_only_narrowed_run_as_a_stack(tmp_path: Path) -> None:
+    """One layer of two, so that no config can state the width."""
+    job = SmallJob(tmp_path, saved("olmoe", tmp_path / "model"))
+    recipe = job.recipe(step="{kind: prune}", heavy_share=1.0)
+    manifest = ffsplit.compress(
+        job.config(tmp_path / "out", recipe=recipe, keep=0.5, samples=8, skip=("layer 1*",))
+    )
+    assert not manifest.plain
+    model = ffsplit.load(str(tmp_path / "out"))
+    first, second = (layer.mlp.experts for layer in model.model.layers)
+    assert type(first) is type(second) and type(first).__name__ == "OlmoeExperts"
+    assert first.down_proj.shape[2] < second.down_proj.shape[2] and first.down_proj.isfinite().all()
+    assert first.gate_up_proj.shape[1] == 2 * first.down_proj.shape[2]
