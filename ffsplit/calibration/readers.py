@@ -105,14 +105,15 @@ class MediaReader:
             by_length.setdefault(len(row.content) if is_grouped else 0, []).append(row)
         for _, rows in sorted(by_length.items(), reverse=True):
             for start in range(0, len(rows), MEDIA_BATCH_ROWS):
-                yield self._batch(rows[start : start + MEDIA_BATCH_ROWS])
+                yield self.batch(rows[start : start + MEDIA_BATCH_ROWS])
 
     def num_tokens(self, encoded: Sequence[_Row]) -> dict[str, int]:
         if self._decoder is None:
             return {}
         return {"decoder_attention_mask": sum(len(row.target) for row in encoded)}
 
-    def _batch(self, rows: Sequence[_Row]) -> Batch:
+    def batch(self, rows: Sequence[_Row]) -> Batch:
+        """One batch of all these rows, padded to the longest text."""
         contents = [self._decoded(row.content) for row in rows]
         targets = {} if self._decoder is None else self._decoder.arguments([row.target for row in rows])
         if self._prompts is None:

@@ -82,7 +82,7 @@ def example_inputs(
         size = vocab_size or vocab_size_of(model)
         inputs["input_ids"] = torch.randint(size, (num_rows, num_tokens), generator=generator)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    reads_text = main_inputs(model)[0] == "input_ids"
+    reads_text = "input_ids" in names and main_inputs(model)[0] == "input_ids"
     vision = getattr(config, "vision_config", config)
     if "pixel_values" in names and not (reads_text and not hasattr(model, "get_text_features")):
         sizes, channels = (getattr(vision, name, None) for name in ("image_size", "num_channels"))

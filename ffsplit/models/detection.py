@@ -307,13 +307,12 @@ def _is_same(first: str, second: str) -> bool:
 def _takes_one(module: nn.Module) -> bool:
     """Whether a module's forward needs one argument alone. MPT's FFN adds the residual itself.
 
-    A list has no forward: the code around it runs its modules.
+    Lists and dictionaries of modules are not called: their model calls what is in them.
     """
     if isinstance(module, nn.ModuleList | nn.ModuleDict):
         return False
     found = inspect.signature(module.forward).parameters.values()
-    named = [each for each in found if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
-    return sum(each.default is each.empty for each in named) == 1
+    return sum(each.default is each.empty and each.kind != each.VAR_KEYWORD for each in found) == 1
 
 
 def _told_apart(ffns: Iterable[FFNPaths]) -> tuple[FFNPaths, ...]:

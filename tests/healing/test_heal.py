@@ -25,7 +25,7 @@ from ffsplit.healing.losses import mean_distance
 from ffsplit.healing.settings import HealingSettings
 from tests.tiny_models import make_model, random_rows
 
-KINDS: list[tuple[str, str, Any]] = [("bert", "", "encoder"), ("llama", "ForCausalLM", "causal_lm")]
+KINDS: list[tuple[str, str, Any]] = [("bert", "", "states"), ("llama", "ForCausalLM", "next_tokens")]
 
 
 def disturbed(family: str, head: str, *, noise: float = 0.05) -> Any:
@@ -45,13 +45,13 @@ def data() -> HealingData:
     return HealingData(rows[:48], rows[48:], pad_id=0, batch_tokens=512)
 
 
-def run(student: Any, teacher: Any, kind: Any, **options: Any) -> HealingState:
+def run(student: Any, teacher: Any, makes: Any, **options: Any) -> HealingState:
     settings = HealingSettings(**({"epochs": 2, "batch_rows": 8, "learning_rate": 3e-3} | options))
     return heal(
         student,
         teacher,
         data(),
-        kind=kind,
+        makes=makes,
         settings=settings,
         seed=0,
         resume=lambda weights, optimizer: None,
@@ -59,13 +59,13 @@ def run(student: Any, teacher: Any, kind: Any, **options: Any) -> HealingState:
     )
 
 
-@pytest.mark.parametrize(("family", "head", "kind"), KINDS)
-def test_the_student_comes_closer(family: str, head: str, kind: Any) -> None:
+@pytest.mark.parametrize(("family", "head", "makes"), KINDS)
+def test_the_student_comes_closer(family: str, head: str, makes: Any) -> None:
     teacher, student = make_model(family, head=head), disturbed(family, head)
-    state = run(student, teacher, kind)
+    state = run(student, teacher, makes)
     assert state.best_loss < 0.8 * state.first_loss
     batches = [batch for batch in validation_batches()]
-    assert mean_distance(student, teacher, batches, kind=kind) == pytest.approx(state.best_loss, rel=1e-5)
+    assert mean_distance(student, teacher, batches, makes=makes) == pytest.approx(state.best_loss, rel=1e-5)
 
 
 def test_what_is_near_its_original_already_is_healed_at_a_lower_rate() -> None:
@@ -93,16 +93,16 @@ def test_a_classifier_is_judged_by_its_logits(family: str) -> None:
         return float((s_RL - t_RL).square().sum() / t_RL.square().sum())
 
     before = error()
-    state = run(student, teacher, "encoder", epochs=10, learning_rate=2e-3)
+    state = run(student, teacher, "states", epochs=10, learning_rate=2e-3)
     assert state.first_loss == pytest.approx(before) and state.best_loss == pytest.approx(error())
     assert state.best_loss < 0.8 * state.first_loss
 
 
-@pytest.mark.parametrize(("family", "head", "kind"), KINDS)
-def test_mixed_precision_learns_as_well(family: str, head: str, kind: Any) -> None:
+@pytest.mark.parametrize(("family", "head", "makes"), KINDS)
+def test_mixed_precision_learns_as_well(family: str, head: str, makes: Any) -> None:
     teacher = make_model(family, head=head)
     full, mixed = (
-        run(disturbed(family, head), teacher, kind, epochs=1, mixed_precision=precision)
+        run(disturbed(family, head), teacher, makes, epochs=1, mixed_precision=precision)
         for precision in ("no", "bf16")
     )
     assert mixed.first_loss == full.first_loss, "judged in full precision"
@@ -119,7 +119,7 @@ def validation_batches() -> list[Any]:
 def test_a_hopeless_learning_rate_returns_the_model_it_was_given() -> None:
     teacher, student = make_model("bert"), disturbed("bert", "", noise=0.001)
     before = {name: weight.detach().clone() for name, weight in trainable_weights(student).items()}
-    state = run(student, teacher, "encoder", learning_rate=1e8, max_gradient_norm=1e6, patience=2)
+    state = run(student, teacher, "states", learning_rate=1e8, max_gradient_norm=1e6, patience=2)
     assert state.best_step == 0
     assert state.step < 12
     assert all(torch.equal(weight, before[name]) for name, weight in trainable_weights(student).items())
@@ -143,14 +143,14 @@ def test_little_text_is_read_more_often(num_rows: int, epochs: int) -> None:
 def test_embeddings_stay_as_they_are() -> None:
     teacher, student = make_model("bert"), disturbed("bert", "")
     before = student.embeddings.word_embeddings.weight.detach().clone()
-    run(student, teacher, "encoder", epochs=1)
+    run(student, teacher, "states", epochs=1)
     assert torch.equal(student.embeddings.word_embeddings.weight, before)
 
 
 def test_a_stopped_run_gives_the_same_bytes(tmp_path: Path) -> None:
     teacher = make_model("bert")
     whole = disturbed("bert", "")
-    run(whole, teacher, "encoder")
+    run(whole, teacher, "states")
     path = tmp_path / "state.safetensors"
 
     class Stopped(Exception):
@@ -162,7 +162,7 @@ def test_a_stopped_run_gives_the_same_bytes(tmp_path: Path) -> None:
 
     settings = HealingSettings(epochs=2, batch_rows=8, learning_rate=3e-3, checkpoint_steps=5)
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731
-    common: dict[str, Any] = {"kind": "encoder", "settings": settings, "seed": 0}
+    common: dict[str, Any] = {"makes": "states", "settings": settings, "seed": 0}
     with pytest.raises(Stopped):
         heal(disturbed("bert", ""), teacher, data(), resume=nothing, checkpoint=stop, **common)
     resumed = disturbed("bert", "")
@@ -181,7 +181,7 @@ def test_quantization_in_mind_leaves_weights_on_the_grid() -> None:
     teacher, student = make_model("bert"), disturbed("bert", "")
     linears = [layer.intermediate.dense for layer in student.encoder.layer]
     fake_quantized(linears, num_bits=8, group_size=None)
-    state = run(student, teacher, "encoder", epochs=1)
+    state = run(student, teacher, "states", epochs=1)
     settle(linears)
     assert state.best_loss < state.first_loss
     for linear in linears:

@@ -31,23 +31,23 @@ class Plain:
         loss.backward()
 
 
-def gradients(family: str, head: str, kind: Any, *, rows: list[list[int]], size: int) -> dict[str, Tensor]:
+def gradients(family: str, head: str, makes: Any, *, rows: list[list[int]], size: int) -> dict[str, Tensor]:
     student = disturbed(family, head)
     weights = trainable_weights(student)
-    distillation = Distillation(student, make_model(family, head=head), weights, kind, Alone(size))
+    distillation = Distillation(student, make_model(family, head=head), weights, makes, Alone(size))
     distillation.set_gradient(rows, pad_id=0, accelerator=Plain())
     return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-@pytest.mark.parametrize(("family", "head", "kind"), KINDS)
-def test_the_shares_gradients_add_up_to_the_steps(family: str, head: str, kind: Any, size: int) -> None:
+@pytest.mark.parametrize(("family", "head", "makes"), KINDS)
+def test_the_shares_gradients_add_up_to_the_steps(family: str, head: str, makes: Any, size: int) -> None:
     """Rows of many lengths, and fewer rows than shares."""
     rows = random_rows(8, seed=3)
     assert len({len(row) for row in rows}) > 2
     for some in (rows, rows[: size - 1]):
-        whole = gradients(family, head, kind, rows=some, size=1)
-        shared = gradients(family, head, kind, rows=some, size=size)
+        whole = gradients(family, head, makes, rows=some, size=1)
+        shared = gradients(family, head, makes, rows=some, size=size)
         assert set(shared) == set(whole)
         for name, gradient in whole.items():
             torch.testing.assert_close(shared[name], gradient, rtol=1e-3, atol=1e-6)
@@ -127,9 +127,9 @@ def test_a_team_goes_on_only_from_one_step() -> None:
 
     student = disturbed("bert", "")
     weights = trainable_weights(student)
-    Distillation(student, student, weights, "encoder", Alone(2)).meet(5)
+    Distillation(student, student, weights, "states", Alone(2)).meet(5)
     with pytest.raises(RuntimeError, match="from step 5 here and from another step elsewhere"):
-        Distillation(student, student, weights, "encoder", Behind(2)).meet(5)
+        Distillation(student, student, weights, "states", Behind(2)).meet(5)
 
 
 PROCESS = """\

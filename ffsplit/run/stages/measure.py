@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ffsplit.calibration.readers import Reader, make_reader
+from ffsplit.calibration.readers import MediaReader, Reader, make_reader
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.ffn.shapes import LayerLayout
@@ -97,7 +97,8 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
 
     def example(num_rows: int) -> Mapping[str, Tensor]:
         rows = [encoded[index % len(encoded)] for index in range(num_rows)]
-        return next(reader.batches(rows)).to(device, dtype=dtype).arguments
+        assert isinstance(reader, MediaReader)
+        return reader.batch(rows).to(device, dtype=dtype).arguments
 
     on_device = (batch.to(device, dtype=dtype) for batch in batches)
     scores = fidelity(original, compressed, on_device, makes=checkpoint.compared_as) if batches else {}
