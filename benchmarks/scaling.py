@@ -166,6 +166,7 @@ def layer_jobs(out: Path, inputs: Path, sampled: Sequence[Result], *, repeats: i
                 LayerJob(
                     model=ModelSource(path=str(MODEL)),
                     plan=LayerPlan(layer=layer, layout=layout, heavy_neurons=tuple(range(KEPT_WIDTH))),
+                    becomes=layer,
                     steps=recipe.steps[:1],
                     plain=True,
                     inputs=tuple(entry for result in sampled for entry in result.files if part in entry.path),

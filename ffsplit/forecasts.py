@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import Field
 
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.calibration.statistics_file import read_statistics
 from ffsplit.config import Budget, BudgetKind, JobConfig, Record
-from ffsplit.errors import BudgetError
-from ffsplit.ffn.shapes import FFNShape, LayerLayout, is_stock_form
+from ffsplit.errors import BudgetError, ConfigError
+from ffsplit.ffn.shapes import FFNShape, LayerLayout, ModelShape, is_stock_form
 from ffsplit.machine import hardware_fingerprint
-from ffsplit.measurement.size import compressed_size, original_size
+from ffsplit.measurement.size import compressed_size, model_shape, original_size
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.fetch import locate_model
 from ffsplit.models.load import may_search
 from ffsplit.models.selection import left_out_ffns
 from ffsplit.recipes.recipe import Recipe, load_recipe, recipe_of
+from ffsplit.run.checks import check_has_experts
 from ffsplit.runtime.assemble import is_plain
 from ffsplit.splitting.latency import read_latency_table
-from ffsplit.splitting.scores import energy_counts, energy_outside, num_energetic, plan_split
-from ffsplit.splitting.solver import Solver, stored_layouts, uniform_layouts
+from ffsplit.splitting.scores import (
+    choose_dropped,
+    energy_counts,
+    energy_outside,
+    num_energetic,
+    plan_split,
+)
+from ffsplit.splitting.solver import Solver
 from ffsplit.store.artifact import open_statistics
 from ffsplit.store.manifest import LeftOutFFNs
 
@@ -38,6 +46,7 @@ class BudgetPreview(Record):
     plain: bool
     num_parameters: int
     num_parameters_without_embeddings: int
+    experts_per_block: int | None = Field(default=None, description="None if the recipe drops none")
 
 
 class FFNGroup(Record):
@@ -71,15 +80,20 @@ def inspect(model: str, *, recipe: str = "fast") -> Inspection:
     """Inspect a model without loading weights. Raises ConfigError if it cannot be compressed."""
     checkpoint = open_checkpoint(locate_model(model).directory)
     chosen = load_recipe(recipe).searching(may_search(checkpoint))
+    drops_experts = chosen.expert_share > 0
+    if drops_experts:
+        check_has_experts(checkpoint, recipe=chosen)
+    shape = model_shape(checkpoint, drops_experts=drops_experts)
+    solver = _solver(shape, chosen)
     may_be_plain = chosen.after_healing is None and chosen.allocation == "uniform"
     size = original_size(checkpoint)
     budgets, firsts = [], [indices[0] for indices in _alike(checkpoint).values()]
     for keep in BUDGETS:
         try:
-            layouts = uniform_layouts(checkpoint.shapes, keep=keep, heavy=chosen.heavy, steps=chosen.steps)
+            layouts = solver.solve(Budget(kind="keep", limit=keep))
         except BudgetError:
             continue
-        stored = stored_layouts(layouts, checkpoint.shapes, finish=chosen.after_healing)
+        stored = solver.stored(layouts)
         after = compressed_size(checkpoint, layouts, file_bytes=0)
         budgets.append(
             BudgetPreview(
@@ -88,6 +102,7 @@ def inspect(model: str, *, recipe: str = "fast") -> Inspection:
                 plain=may_be_plain and is_plain(checkpoint, layouts),
                 num_parameters=after.num_parameters,
                 num_parameters_without_embeddings=after.num_parameters_without_embeddings,
+                experts_per_block=_experts_left(shape, layouts),
             )
         )
     return Inspection(
@@ -103,6 +118,23 @@ def inspect(model: str, *, recipe: str = "fast") -> Inspection:
         recipe=chosen.name,
         budgets=tuple(budgets),
     )
+
+
+def _solver(model: ModelShape, recipe: Recipe, **more: Any) -> Solver:
+    return Solver(
+        model=model,
+        heavy=recipe.heavy,
+        steps=recipe.steps,
+        finish=recipe.after_healing,
+        expert_share=recipe.expert_share,
+        **more,
+    )
+
+
+def _experts_left(model: ModelShape, layouts: Sequence[LayerLayout]) -> int | None:
+    """How many experts of each block are left; None if none may be dropped."""
+    mixture = model.mixture
+    return None if mixture is None else mixture.num_experts - mixture.num_dropped(layouts)
 
 
 def _alike(checkpoint: Checkpoint) -> dict[tuple[str, FFNShape, str], list[int]]:
@@ -160,6 +192,7 @@ class BudgetForecast(Record):
     ffn_bytes: int
     latency_ms: float | None = Field(description="from the latency table, if one is given")
     energy_outside: float = Field(description="mean over the layers")
+    experts_per_block: int | None = Field(default=None, description="None if the recipe drops none")
     layers: tuple[LayerForecast, ...]
 
 
@@ -220,11 +253,14 @@ def plan(
         compute = manifest.compute
         hardware = hardware_fingerprint(compute.device)
         table = read_latency_table(latency_table, model=model, hardware=hardware, dtype=compute.dtype)
-    solver = Solver(
-        model=model,
-        heavy=chosen.heavy,
-        steps=chosen.steps,
-        finish=chosen.after_healing,
+    if chosen.expert_share and model.mixture is None:
+        raise ConfigError(
+            f"recipe {chosen.name} drops experts, and {uri} does not say which its router can spare: give a "
+            f"run of calibrate or compress with --recipe {chosen.name}"
+        )
+    solver = _solver(
+        model if chosen.expert_share else model.model_copy(update={"mixture": None}),
+        chosen,
         latency=table,
         num_energetic=num_energetic(chosen.heavy, statistics),
     )
@@ -263,6 +299,8 @@ def _forecast(
     budget: Budget, solver: Solver, statistics: Sequence[NeuronStats], *, recipe: Recipe
 ) -> BudgetForecast:
     model, layouts = solver.model, solver.solve(budget)
+    if model.mixture is not None:
+        layouts = choose_dropped(layouts, statistics, mixture=model.mixture)
     plans, stored = plan_split(statistics, layouts, score=recipe.score), solver.stored(layouts)
     layers = []
     for plan, layout, shape, stats in zip(plans, stored, model.shapes, statistics, strict=True):
@@ -284,12 +322,11 @@ def _forecast(
         keep=elements / model.ffn_elements,
         plain=is_stock_form(stored, model.shapes, groups=model.width_groups),
         num_parameters=model.parameters_of(layouts),
-        num_parameters_without_embeddings=model.num_parameters_without_embeddings
-        - model.ffn_elements
-        + elements,
+        num_parameters_without_embeddings=model.parameters_in_blocks_of(layouts),
         ffn_elements=elements,
         ffn_bytes=model.bytes_of(stored),
         latency_ms=solver.cost(in_latency, layouts) if timed else None,
         energy_outside=sum(layer.energy_outside for layer in layers) / len(layers),
+        experts_per_block=_experts_left(model, layouts),
         layers=tuple(layers),
     )

@@ -154,6 +154,19 @@ MUTANTS = (
         'order = np.argsort(scores, kind="stable")',
         "tests/splitting/test_scores.py::test_top_neurons_are_ascending_and_none_left_out_is_higher",
     ),
+    Mutant(
+        "splitting/scores.py",
+        "key=lambda index: -router_weighted_norm(statistics[index])",
+        "key=lambda index: router_weighted_norm(statistics[index])",
+        "tests/splitting/test_experts.py::test_the_lowest_scores_of_each_block_are_dropped",
+    ),
+    # calibration
+    Mutant(
+        "calibration/hooks.py",
+        "(weight_TK * is_chosen_TK)[rows].sum(1)",
+        "weight_TK[rows].sum(1)",
+        "tests/calibration/test_experts.py::test_the_weighted_norm_is_that_of_what_each_expert_contributes",
+    ),
     # healing
     Mutant(
         "healing/loop.py",
@@ -167,6 +180,12 @@ MUTANTS = (
         "if ffn.paths.output_norm is None:",
         "if ffn.paths.output_norm or True:",
         "tests/runtime/test_ffn_tensors.py::test_a_block_that_normalises_last_gives_the_norm_of_its_ffns_sum",
+    ),
+    Mutant(
+        "runtime/assemble.py",
+        "kept_rows = routing_of(checkpoint).kept_rows(layouts)",
+        "kept_rows = routing_of(checkpoint).kept_rows(sorted(layouts, key=lambda each: each.is_dropped))",
+        "tests/test_experts.py::test_the_result_is_the_dense_model_with_its_router_closed",
     ),
     # measurement
     Mutant(

@@ -136,6 +136,8 @@ def save_tokenizer(directory: Path, *, special: Mapping[str, int] | None = None,
         piece: index for index, piece in enumerate(pieces[:VOCAB_SIZE]) if index not in special.values()
     }
     vocabulary |= special
+    taken = set(vocabulary.values())
+    vocabulary |= {f"[unused{index}]": index for index in range(max(taken)) if index not in taken}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -17,18 +17,21 @@ from ffsplit.compat.transformers import pictures_alone
 from tests.tiny_models import save_tokenizer
 
 _LITERAL = re.compile(r"""["'](<[^<>"'\s/{}]+>|\[[A-Z_]+\])["']""")
-_OF_TOKENIZER = re.compile(r"tokenizer\.((?!add_)\w+_token)(?:_id)?\b")
+_OF_TOKENIZER = re.compile(r"""tokenizer(?:\.|, ")((?!add_)\w+_token)(?:_id)?\b""")
 _USUAL = ("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
 _ALIASES = {
     "merge_size": "spatial_merge_size",
     "spatial_merge_size": "merge_size",
     "image_seq_length": "mm_tokens_per_image",
     "image_seq_len": "image_seq_len",
-    "max_image_size": "image_size",
+    "img_size": "image_size",
 }
 
 _GIVEN = {"num_additional_image_tokens": 1, "vision_feature_select_strategy": "default"}
 """What LLaVA's processors must know of a CLIP vision tower: its class token is left out."""
+
+_PLACES = {"florence2": 2}
+"""Places of a picture in a text, where other rules than patches give them."""
 
 
 def save_processor(directory: Path, model: Any, *, extractor: Any = None, chat_template: str = "") -> bool:
@@ -43,7 +46,7 @@ def save_processor(directory: Path, model: Any, *, extractor: Any = None, chat_t
     with pictures_alone():
         try:
             processor = _with_ids(cls, directory, model.config, extractor, named=False)
-        except AttributeError:  # its tokenizer has attributes for its tokens
+        except Exception:  # its tokenizer has attributes for its tokens
             processor = _with_ids(cls, directory, model.config, extractor, named=True)
         if chat_template:
             processor.chat_template = chat_template
@@ -61,11 +64,27 @@ def _with_ids(cls: Any, directory: Path, config: Any, extractor: Any, *, named: 
 
     processor = made()
     for medium in ("image", "video", "audio"):
-        token = str(getattr(processor, f"{medium}_token", None) or "")
+        token = _place(processor, medium)
         if token and medium in ids and tokens.get(token) not in ids:
             others = {each: name for each, name in tokens.items() if name != medium and each != token}
             tokens = {token: medium} | others
-    return made()
+    processor = made()
+    for medium in ("image", "audio"):
+        token = _place(processor, medium)
+        if token and len(processor.tokenizer(token, add_special_tokens=False)["input_ids"]) != 1:
+            raise ValueError(f"{token} is not one token")
+    if missing := [
+        name for name, each in vars(processor).items() if name.endswith("_token") and each is None
+    ]:
+        raise ValueError(f"the tokenizer has no {missing[0]}")
+    return processor
+
+
+def _place(processor: Any, medium: str) -> str:
+    """The token that stands for the embeddings of a picture or sound in the model's inputs."""
+    number = getattr(processor, f"{medium}_token_id", None)
+    token = getattr(processor, f"{medium}_token", None) or ""
+    return str(token) if number is None else str(processor.tokenizer.convert_ids_to_tokens(number))
 
 
 def _tokens_of(cls: Any, *, named: bool) -> dict[str, str]:
@@ -149,12 +168,11 @@ def picture_processor(config: Any, *, like: str = "") -> Any:
 
     `like` is the class of the joint processor that it is for.
     """
-    families = config.model_type, re.sub("_vision(_model)?$", "", config.model_type)
+    same = [family for family, name in PROCESSOR_MAPPING_NAMES.items() if name == like]
+    families = [config.model_type, re.sub("_vision(_model)?$", "", config.model_type), *same]
     known = [IMAGE_PROCESSOR_MAPPING_NAMES.get(each) for each in families]
-    backends = next((each for each in known if each), None)
-    own = like.replace("Processor", "ImageProcessorPil")
-    usual = own if hasattr(transformers, own) else "ViTImageProcessorPil"
-    name = usual if backends is None else backends.get("pil")
+    backends = next((each for each in known if each), {"pil": "ViTImageProcessorPil"})
+    name = backends.get("pil", None if like else "ViTImageProcessorPil")
     if name is None:
         raise ValueError(f"{config.model_type} has no image processor without torchvision")
     cls = getattr(transformers, name)
@@ -185,12 +203,15 @@ def _small(default: Any, side: int) -> Any:
 
 def _num_places(config: Any) -> int:
     """The places of a picture in a text: a resampler's latents, or the patches, as far as they are merged."""
+    if config.model_type in _PLACES:
+        return _PLACES[config.model_type]
     latents = _stated(config, "resampler_n_latents")
     for part in _parts(config):
         latents = latents or getattr(part.get("perceiver_config"), "resampler_n_latents", None)
     patch = _stated(config, "patch_size")
     patches = (_side(config) // (patch if isinstance(patch, int) else 8)) ** 2
-    scale = _stated(config, "scale_factor") or _stated(config, "downsample_ratio") or 1
+    names = ("scale_factor", "downsample_ratio", "pixel_shuffle_factor")
+    scale = next((found for name in names if (found := _stated(config, name))), 1)
     return int(latents or (patches * scale**2 if scale < 1 else patches // scale**2))
 
 

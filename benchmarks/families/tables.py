@@ -174,6 +174,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "informer": _SERIES,
     "instructblip": {"image_token_index": 200},
     "instructblipvideo": {"video_token_index": 200},
+    "internvl": {"image_seq_length": 4},
     "jamba": {
         "num_hidden_layers": 4,
         "attn_layer_period": 2,
@@ -187,6 +188,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1,
         "layer_types": ["conv", "full_attention", "conv"],
     },
+    "layoutlmv3": {"coordinate_size": 6, "shape_size": 4},
     "lilt": {"hidden_size": 48},
     "llama4": {"vision_config": {"intermediate_size": 128}},
     "lw_detr": {"backbone_config": _WINDOWS},
@@ -195,7 +197,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "mask2former": {"feature_size": 32, "mask_feature_size": 32},
     "maskformer": {"fpn_feature_size": 32, "mask_feature_size": 32},
     "ministral": {"head_dim": 8},
-    "mllama": {"vision_config": {"vision_output_dim": 160}},
+    "mllama": {
+        "text_config": {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+        "vision_config": {"vision_output_dim": 160},
+    },
     "mm-grounding-dino": {"encoder_ffn_dim": 112},
     "mobilebert": {
         "hidden_size": 64,
@@ -239,6 +244,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "sam_hq": {"prompt_encoder_config": {"image_embedding_size": 4}},
     "sapiens2": {"num_key_value_heads_per_layer": [4, 2]},
     "seggpt": {"num_hidden_layers": 2, "merge_index": 0, "intermediate_hidden_state_indices": [1]},
+    "pix2struct": {"vision_config": {"patch_embed_hidden_size": 768}},
     "siglip2": {"vision_config": {"patch_size": 16}},
     "speecht5": {"vocab_size": 211},
     "step3p7": {"text_config": {"sliding_window": 16}},
@@ -324,7 +330,7 @@ INPUTS: dict[str, dict[str, Any]] = {
     "patchtsmixer": {"past_values": (2, 32, 1)},
     "patchtst": {"past_values": (2, 32, 1)},
     "pix2struct": {
-        "flattened_patches": ("whole", (2, 16, 34), 4),
+        "flattened_patches": ("whole", (2, 16, 770), 4),
         "decoder_input_ids": ("ids", (2, 8), 200),
     },
     "qwen2_audio": {

@@ -103,13 +103,20 @@ def save(model: Any, directory: Path) -> str:
             why = "its family has none"
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
+    save_parts(model, directory, extractor)
+    return why
+
+
+def save_parts(model: Any, directory: Path, extractor: Any = None) -> None:
+    """A tokenizer, and a processor of pictures or sounds alone, in place of a joint processor."""
+    (directory / "processor_config.json").unlink(missing_ok=True)
+    reads = set(arguments(model))
     if "input_ids" in reads or "decoder_input_ids" in reads:
         save_tokenizer(directory)
     if {"pixel_values", "flattened_patches"} & reads:
         picture_processor(model.config).save_pretrained(directory)
     elif extractor is not None:
         extractor.save_pretrained(directory)
-    return why
 
 
 def _feature_extractor(config: Any, plain: bool) -> Any:
@@ -133,6 +140,8 @@ def _feature_extractor(config: Any, plain: bool) -> Any:
         given = {name: bins[0] for name in ("feature_size", "num_mel_bins") if name in fields}
     if "max_length" in fields and hasattr(config, "max_length") and config.model_type.startswith("audio-s"):
         given["max_length"] = config.max_length
+    if cls.__name__ == "ClapFeatureExtractor":
+        given["truncation"] = "rand_trunc"  # for models without fusion
     if cls.__name__ == "WhisperFeatureExtractor":
         given["chunk_length"] = 1
         positions = next((each for part in parts if (each := getattr(part, "max_source_positions", 0))), 50)

@@ -14,71 +14,10 @@ from torch.nn import functional
 
 from ffsplit.calibration.model_inputs import Batch
 from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.calibration.sums import NeuronSums
 from ffsplit.errors import CalibrationError
 from ffsplit.models.ffns import FFNPlace
 from ffsplit.models.streamed import StreamedModel
-
-# Running sums of one FFN's neuron activations, at a small fraction of the cost of the forward pass.
-
-CHUNK_TOKENS = 256
-"""Rows of activations processed together on a CPU: few enough to stay in its cache for all the sums."""
-
-
-class NeuronSums:
-    """The sums, in float64 on the model's device.
-
-    Each chunk is summed in float32 around its own mean. So a small spread around a large mean survives in
-    the float64 sums; float32 sums of raw squares would lose it.
-    """
-
-    def __init__(self, down_weight_DN: Tensor, expert: int | None) -> None:
-        def zeros() -> Tensor:
-            return torch.zeros(down_weight_DN.shape[1], dtype=torch.float64, device=down_weight_DN.device)
-
-        self._expert = expert
-        self.down_norm = down_weight_DN.double().norm(dim=0)
-        self.num_tokens = 0
-        self.sum_abs, self.sum, self.sum_squares, self.max_abs, self.num_active = (zeros() for _ in range(5))
-
-    def add(self, activation_TN: Tensor, *, rows: Tensor | None = None) -> None:
-        """Add these rows, all of them when None. An expert that no token was sent to adds none."""
-        count = len(activation_TN) if rows is None else len(rows)
-        step = max(1, CHUNK_TOKENS if activation_TN.device.type == "cpu" else count)
-        self.num_tokens += count
-        for start in range(0, count, step):
-            if rows is None:
-                self._add(activation_TN[start : start + step].float())
-            else:
-                self._add(activation_TN.index_select(0, rows[start : start + step]).float())
-
-    def _add(self, a_TN: Tensor) -> None:
-        """Column sums are products with a vector of ones, because processors run these fastest."""
-        ones_T = torch.ones(len(a_TN), device=a_TN.device)
-        centre_N = (ones_T @ a_TN).div_(len(a_TN))
-        scratch_TN = a_TN - centre_N
-        beyond_N, centre_N = (ones_T @ scratch_TN).double(), centre_N.double()
-        total_N = centre_N * len(a_TN) + beyond_N
-        self.sum += total_N
-        self.sum_squares += (ones_T @ scratch_TN.square_()).double() + centre_N * (total_N + beyond_N)
-        absolute_TN = torch.abs(a_TN, out=scratch_TN)
-        self.sum_abs += ones_T @ absolute_TN
-        self.max_abs = torch.maximum(self.max_abs, absolute_TN.amax(0).double())
-        self.num_active += ones_T @ torch.gt(a_TN, 0, out=absolute_TN)
-
-    def result(self) -> NeuronStats:
-        def array(values: Tensor) -> Any:
-            return values.cpu().numpy()
-
-        return NeuronStats(
-            num_tokens=self.num_tokens,
-            sum_abs=array(self.sum_abs),
-            sum=array(self.sum),
-            sum_squares=array(self.sum_squares),
-            max_abs=array(self.max_abs),
-            num_active=array(self.num_active.long()),
-            down_norm=array(self.down_norm),
-            expert=self._expert,
-        )
 
 
 @dataclass(frozen=True)
@@ -277,17 +216,18 @@ class FFNObserver:
                 self._keep(first, {"input": tokens_TD[rows].cpu(), "experts": chosen_TK[rows].cpu()})
             if self._inputs_only:
                 return
+            weight_TK = None if len(arguments) < 3 else stream.tokens(arguments[2])
             for ffn in self._ffns:
                 if ffn.unit != first.unit:
                     continue
-                x_TD = tokens_TD[chosen_TK.eq(ffn.expert or 0).any(1)]
-                name = "gate_up_proj" if ffn.shape.gated else "up_proj"
-                weight, bias = getattr(module, name)[ffn.expert], getattr(module, f"{name}_bias", None)
-                weight = weight.T if ffn.up.transposed else weight
-                y_TN = functional.linear(x_TD, weight, None if bias is None else bias[ffn.expert])
-                self._sums[ffn.index].add(
-                    module._apply_gate(y_TN) if ffn.shape.gated else module.act_fn(y_TN)
-                )
+                assert ffn.expert is not None
+                is_chosen_TK = chosen_TK.eq(ffn.expert)
+                rows = is_chosen_TK.any(1).nonzero().flatten()
+                activation_TN, output_TD = _run_expert(module, ffn, tokens_TD[rows])
+                sums = self._sums[ffn.index]
+                sums.add(activation_TN)
+                if weight_TK is not None and weight_TK.shape == chosen_TK.shape:
+                    sums.add_outputs(output_TD, (weight_TK * is_chosen_TK)[rows].sum(1))
 
         return hook
 
@@ -332,6 +272,20 @@ class FFNObserver:
             index: {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             for index, parts in sorted(self._inputs.items())
         }
+
+
+def _run_expert(module: Any, ffn: FFNPlace, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """The activations [T, N] and outputs [T, D] of one expert of a stack."""
+    expert = ffn.expert
+
+    def linear(name: str, input: Tensor, *, transposed: bool) -> Tensor:
+        weight, bias = getattr(module, name)[expert], getattr(module, f"{name}_bias", None)
+        weight = weight.T if transposed else weight
+        return functional.linear(input, weight, None if bias is None else bias[expert])
+
+    up = linear("gate_up_proj" if ffn.shape.gated else "up_proj", x_TD, transposed=ffn.up.transposed)
+    activation_TN = module._apply_gate(up) if ffn.shape.gated else module.act_fn(up)
+    return activation_TN, linear("down_proj", activation_TN, transposed=ffn.down.transposed)
 
 
 def _down_weight(base_model: nn.Module, ffn: FFNPlace) -> Tensor:

@@ -33,6 +33,8 @@ class NeuronStats:
     down_norm: Floats
     expert: int | None = None
     """Which of its block's experts it is; None for an FFN that sees every token."""
+    sum_weighted_norm: float | None = None
+    """Of an expert: the sum over its tokens of the router's weight times the L2 norm of its output."""
 
     @property
     def num_neurons(self) -> int:
@@ -51,7 +53,12 @@ class NeuronStats:
             num_active=self.num_active + other.num_active,
             down_norm=self.down_norm,
             expert=self.expert,
+            sum_weighted_norm=_sum(self.sum_weighted_norm, other.sum_weighted_norm),
         )
+
+
+def _sum(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first + second
 
 
 def experts_together(statistics: Sequence[NeuronStats]) -> list[list[int]]:

@@ -29,6 +29,8 @@ COLUMNS: dict[str, tuple[pa.DataType, str]] = {
 
 EXPERT = "expert"
 """A column that only models with experts have: in these files each expert is a `layer`."""
+WEIGHTED_NORM = "sum_weighted_norm"
+"""The other such column."""
 _NO_EXPERT = -1
 
 
@@ -50,13 +52,28 @@ def write_statistics(path: Path, layers: Sequence[NeuronStats], *, lineage: Mapp
     schema = pa.schema(fields, metadata=metadata)
     table = pa.table([np.concatenate(columns[name]) for name in COLUMNS], schema=schema)
     if any(stats.expert is not None for stats in layers):
-        numbers = [_NO_EXPERT if stats.expert is None else stats.expert for stats in layers]
-        rows = [
-            np.full(stats.num_neurons, n, dtype=np.int32) for stats, n in zip(layers, numbers, strict=True)
-        ]
-        unit = {"unit": f"index of the expert in its block, from 0; {_NO_EXPERT}: no expert"}
-        table = table.append_column(pa.field(EXPERT, pa.int32(), metadata=unit), [np.concatenate(rows)])
+        table = _with_experts(table, layers)
     pq.write_table(table, path, compression="zstd")
+
+
+def _with_experts(table: pa.Table, layers: Sequence[NeuronStats]) -> pa.Table:
+    """The table with the columns of experts, which have one value for all neurons of an FFN."""
+    counts = [stats.num_neurons for stats in layers]
+    numbers = [_NO_EXPERT if stats.expert is None else stats.expert for stats in layers]
+    norms = [np.nan if stats.sum_weighted_norm is None else stats.sum_weighted_norm for stats in layers]
+    for name, type, values, unit in (
+        (EXPERT, pa.int32(), numbers, f"index of the expert in its block, from 0; {_NO_EXPERT}: no expert"),
+        (
+            WEIGHTED_NORM,
+            pa.float64(),
+            norms,
+            "sum over the expert's tokens of the router's weight times the L2 norm of its output; "
+            "NaN: no expert",
+        ),
+    ):
+        rows = np.repeat(np.asarray(values, dtype=type.to_pandas_dtype()), counts)
+        table = table.append_column(pa.field(name, type, metadata={"unit": unit}), [rows])
+    return table
 
 
 def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
@@ -67,7 +84,7 @@ def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
     with explained(f"{path} holds no neuron statistics", kind=CalibrationError):
         table = pq.read_table(path)
         _check_version(path, table.schema.metadata or {})
-        names = [*COLUMNS, *([EXPERT] if EXPERT in table.column_names else [])]
+        names = [*COLUMNS, *(name for name in (EXPERT, WEIGHTED_NORM) if name in table.column_names)]
         values = {name: table.column(name).to_numpy() for name in names}
     if table.num_rows == 0:
         raise CalibrationError(f"{path} holds no neuron statistics: it has no rows")
@@ -76,6 +93,7 @@ def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
     for rows in np.split(np.arange(len(values["layer"])), boundaries):
         part = {name: column[rows] for name, column in values.items()}
         expert = int(part[EXPERT][0]) if EXPERT in part else _NO_EXPERT
+        norm = float(part[WEIGHTED_NORM][0]) if WEIGHTED_NORM in part else np.nan
         layers.append(
             NeuronStats(
                 num_tokens=int(part["num_tokens"][0]),
@@ -86,6 +104,7 @@ def read_statistics(path: Path) -> tuple[NeuronStats, ...]:
                 num_active=part["num_active"],
                 down_norm=part["down_norm"],
                 expert=None if expert == _NO_EXPERT else expert,
+                sum_weighted_norm=None if np.isnan(norm) else norm,
             )
         )
     return tuple(layers)

@@ -160,10 +160,14 @@ def print_inspection(found: Inspection) -> None:
     for each in found.budgets:
         blocks = each.num_parameters_without_embeddings / found.num_parameters_without_embeddings - 1
         plain = "yes" if each.plain else "no"
-        layouts = " / ".join(dict.fromkeys(map(layout, each.layouts)))
+        layouts = " / ".join(dict.fromkeys(map(layout, each.layouts))) + _experts(each.experts_per_block)
         row = (f"{each.keep:g}", layouts, f"{each.num_parameters:,}", f"{blocks:+.1%}", plain)
         table.add_row(*row)
     _print(table)
+
+
+def _experts(left: int | None) -> str:
+    return "" if left is None else f", {left} experts per block"
 
 
 def _in_blocks(group: FFNGroup) -> str:
@@ -210,7 +214,7 @@ def print_latency_table(measured: LatencyTable) -> None:
 
 def print_plans(plans: Plans) -> None:
     """Budgets side by side, then each layer, then what the predicted error means."""
-    print(f"{plans.model}, recipe {plans.recipe}, the same share of every FFN; from {plans.statistics}")
+    print(f"{plans.model}, recipe {plans.recipe}, every layer alike; from {plans.statistics}")
     table = _table("budgets", "", "keep", "parameters", "FFN bytes", "forward", "plain", "predicted error")
     before = (f"{plans.num_parameters:,}", size(plans.ffn_bytes), "", "", "")
     table.add_row("original", "1", *before)
@@ -218,7 +222,7 @@ def print_plans(plans: Plans) -> None:
         change = each.num_parameters / plans.num_parameters - 1
         table.add_row(
             str(each.budget),
-            f"{each.keep:.4g}",
+            f"{each.keep:.4g}{_experts(each.experts_per_block)}",
             f"{each.num_parameters:,} ({change:+.1%})",
             size(each.ffn_bytes),
             "" if each.latency_ms is None else milliseconds(each.latency_ms),

@@ -134,7 +134,10 @@ class PartLayout(Record):
 
 
 class LayerLayout(Record):
-    """How one layer's FFN is stored: its heavy hitters, the rest, and whether its output has a bias."""
+    """How one layer's FFN is stored: its heavy hitters, the rest, and whether its output has a bias.
+
+    An expert without any part is dropped.
+    """
 
     heavy: PartLayout | None
     light: PartLayout | None
@@ -145,6 +148,15 @@ class LayerLayout(Record):
         """An ordinary FFN of `num_neurons` neurons, all of them when None."""
         part = PartLayout.dense(shape, num_neurons or shape.num_neurons)
         return cls(heavy=part, light=None, down_bias=shape.down_bias)
+
+    @classmethod
+    def dropped(cls) -> LayerLayout:
+        """Nothing: an expert that is left out of its mixture."""
+        return cls(heavy=None, light=None, down_bias=False)
+
+    @property
+    def is_dropped(self) -> bool:
+        return not self.parts
 
     @property
     def parts(self) -> tuple[PartLayout, ...]:
@@ -207,9 +219,12 @@ def rounded_down(size: int, *, most_lost: float) -> int:
 
 
 def is_narrowed_form(layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape]) -> bool:
-    """Whether these FFNs differ from the original's only in width: dense, no added bias."""
+    """Whether these FFNs differ from the original's only in width: dense, no added bias, or dropped."""
     pairs = zip(layouts, shapes, strict=True)
-    return all(layout.folded.is_dense and layout.down_bias == shape.down_bias for layout, shape in pairs)
+    return all(
+        layout.is_dropped or (layout.folded.is_dense and layout.down_bias == shape.down_bias)
+        for layout, shape in pairs
+    )
 
 
 def is_stock_form(
@@ -224,10 +239,38 @@ def is_stock_form(
     groups = groups or (0,) * len(layouts)
     widths: dict[int, set[int]] = {}
     for layout, shape, group in zip(layouts, shapes, groups, strict=True):
+        if layout.is_dropped:
+            continue
         if group < 0 and layout.num_neurons != shape.num_neurons:
             return False
         widths.setdefault(group, set()).add(layout.num_neurons)
     return all(len(each) == 1 for group, each in widths.items() if group >= 0)
+
+
+class Mixture(Record):
+    """The experts of a model, as many in each block, and what its router needs of them.
+
+    They are in as many groups of neighbours, each of which must keep the same number of experts.
+    """
+
+    num_experts: int = Field(ge=1, description="per block")
+    fewest: int = Field(ge=1, description="experts that must stay in each block: a token is sent to as many")
+    num_groups: int = Field(ge=1)
+    firsts: tuple[int, ...] = Field(min_length=1, description="index of the first expert of each block")
+    router_elements: int = Field(ge=0, description="elements of all routers that go with one expert of each")
+
+    def experts_of(self, first: int) -> range:
+        """The indices of a block's experts."""
+        return range(first, first + self.num_experts)
+
+    @property
+    def indices(self) -> frozenset[int]:
+        """The indices of all experts."""
+        return frozenset(index for first in self.firsts for index in self.experts_of(first))
+
+    def num_dropped(self, layouts: Sequence[LayerLayout]) -> int:
+        """How many experts of each block are dropped."""
+        return sum(layouts[index].is_dropped for index in self.experts_of(self.firsts[0]))
 
 
 class ModelShape(Record):
@@ -242,6 +285,7 @@ class ModelShape(Record):
         description="FFNs of one group share a width in config.json; -1: no field states it. "
         "None: all are in one group",
     )
+    mixture: Mixture | None = Field(default=None, description="None if no experts may be dropped")
 
     @property
     def ffn_elements(self) -> int:
@@ -262,4 +306,13 @@ class ModelShape(Record):
 
     def parameters_of(self, layouts: Sequence[LayerLayout]) -> int:
         """Parameters of the whole model with FFNs in these layouts."""
-        return self.num_parameters - self.ffn_elements + self.elements_of(layouts)
+        return self._without_dropped(self.num_parameters, layouts)
+
+    def parameters_in_blocks_of(self, layouts: Sequence[LayerLayout]) -> int:
+        """Parameters of the blocks, without embeddings and heads, with FFNs in these layouts."""
+        return self._without_dropped(self.num_parameters_without_embeddings, layouts)
+
+    def _without_dropped(self, num_parameters: int, layouts: Sequence[LayerLayout]) -> int:
+        mixture = self.mixture
+        routers = 0 if mixture is None else mixture.router_elements * mixture.num_dropped(layouts)
+        return num_parameters - self.ffn_elements + self.elements_of(layouts) - routers

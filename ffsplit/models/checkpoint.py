@@ -135,11 +135,8 @@ class Checkpoint:
     @property
     def compared_as(self) -> Makes:
         """Which outputs are compared. With another head, a language model is compared by its states."""
-        if self.makes == "next_tokens" and not self.class_name.endswith(GENERATORS):
-            return "states"
-        if self.makes == "target" and not self.class_name.endswith(DECODERS):
-            return "states"
-        return self.makes
+        heads = {"next_tokens": GENERATORS, "target": DECODERS}.get(self.makes, ("",))
+        return self.makes if self.class_name.endswith(heads) else "states"
 
     @property
     def reads_single_texts(self) -> bool:

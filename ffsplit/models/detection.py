@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -79,7 +79,6 @@ def _with_mixtral_names(experts: FFNPaths) -> FFNPaths:
 @lru_cache(maxsize=8)  # a worker opens one checkpoint for each of its layers
 def _row_of(directory: Path, text: str) -> Architecture:
     """The row of the model in a directory, whose config is `text`."""
-    import torch
     import transformers
 
     config = json.loads(text)
@@ -95,16 +94,28 @@ def _row_of(directory: Path, text: str) -> Architecture:
         kind=UnsupportedModelError,
         advice=attention_advice(config),
     ):
-        made = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-        chosen = _class_of(config, made)
-
-        def build(changed: Any) -> Any:
-            with torch.device("meta"):
-                return chosen._from_config(changed, **attention_options())
-
+        made, build = empty_builder(directory, config)
         model = build(made)
         row = row_by_structure(model, config={**made.to_dict(), **config})
         return with_width_fields(row, model, made, build)
+
+
+def empty_builder(directory: Path, config: Mapping[str, Any]) -> tuple[Any, Callable[[Any], Any]]:
+    """A directory's config as transformers reads it, and what builds its class from such a config.
+
+    The model is built on no device, without its weights.
+    """
+    import torch
+    import transformers
+
+    made = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    chosen = _class_of(config, made)
+
+    def build(changed: Any) -> Any:
+        with torch.device("meta"):
+            return chosen._from_config(changed, **attention_options())
+
+    return made, build
 
 
 def _class_of(config: Mapping[str, Any], made: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ffsplit.errors import UnsupportedModelError
@@ -43,10 +43,8 @@ def use_of(model: Any, base: Any, config: Mapping[str, Any]) -> Use:
     mains = [MEDIUM_OF[name] for name in main_inputs(base) if name in MEDIUM_OF]
     main = next((medium for medium in mains if medium in takes), takes[0] if takes else None)
     if main is None:
-        raise UnsupportedModelError(
-            f"{config['model_type']} is not in the table of architectures, and it reads "
-            f"{main_inputs(base)[0]}: FFSplit calibrates models that read text, pictures, sound or videos"
-        )
+        needed = needed_arguments(inspect.signature(model.forward).parameters)
+        raise unreadable(model.config, needed or main_inputs(base))
     others = tuple(medium for medium in takes if medium not in ("text", "video"))
     if _reads_videos(base, config):
         return Use(("video",), (), makes)
@@ -55,6 +53,21 @@ def use_of(model: Any, base: Any, config: Mapping[str, Any]) -> Use:
     medium = others[0] if main == "text" and others else main
     has_text = "text" in takes or makes == "target"
     return Use((medium, *TEXT) if has_text and medium != "text" else (medium,), (), makes)
+
+
+def needed_arguments(arguments: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Those of a forward's arguments that it cannot do without."""
+    named = [(name, each) for name, each in arguments.items() if each.kind == each.POSITIONAL_OR_KEYWORD]
+    return [name for name, each in named if each.default is each.empty and name != "self"]
+
+
+def unreadable(config: Any, names: Sequence[str]) -> UnsupportedModelError:
+    """The error for a model that needs arguments which no row gives: most often it is a part of another."""
+    named, advice = " and ".join(dict.fromkeys(names[:3])), part_of(config)
+    return UnsupportedModelError(
+        f"{config.model_type} reads {named}, which no row of text, pictures, sound or videos gives"
+        + (f"; {advice}" if advice else "")
+    )
 
 
 def _taken(model: Any) -> Media:
@@ -101,18 +114,19 @@ def media_in_words(media: Media) -> str:
 
 def richer_rows(architecture: Architecture, given: Media) -> str:
     """Advice for a model that fails on the least that its family reads; empty if it reads no more."""
-    more = [each for each in architecture.may_read if each not in given]
-    if not more:
+    if given != architecture.reads or not architecture.may_read:
         return ""
-    words = media_in_words((more[0], *given))
-    return f"give it {words}: --calibration FILE.parquet#{more[0]},text, or a folder with a captions.jsonl"
+    medium, *_ = architecture.may_read
+    words = media_in_words((medium, *given))
+    return f"give it {words}: --calibration FILE.parquet#{medium},text, or a folder with a captions.jsonl"
 
 
-def whole_of(config: Any) -> str | None:
-    """The model type that a config's model is a part of, in the same file of transformers; None: of none."""
+def part_of(config: Any) -> str:
+    """Advice for a part of a larger model, in the same file of transformers; empty if it is none."""
     own = type(config)
     for found in vars(sys.modules[own.__module__]).values():
         parts = getattr(found, "sub_configs", None)
-        if isinstance(parts, dict) and own in parts.values():
-            return str(getattr(found, "model_type", "")) or None
-    return None
+        whole = getattr(found, "model_type", "")
+        if isinstance(parts, dict) and own in parts.values() and whole:
+            return f"compress the {whole} that it is a part of, with --only for its FFNs"
+    return ""

@@ -20,7 +20,7 @@ from ffsplit.compat.transformers import (
 )
 from ffsplit.errors import ConfigError, UnsupportedModelError, explained
 from ffsplit.models.checkpoint import Checkpoint, tokenizer_files
-from ffsplit.models.inputs import CLASSIFIERS, GENERATORS, media_in_words, whole_of
+from ffsplit.models.inputs import CLASSIFIERS, GENERATORS, needed_arguments, unreadable
 from ffsplit.models.load_options import (
     attention_advice,
     attention_options,
@@ -307,15 +307,23 @@ def load_joint_processor(checkpoint: Checkpoint) -> Any | None:
 
 
 def forward_arguments(checkpoint: Checkpoint) -> Mapping[str, inspect.Parameter]:
-    """The arguments of the forward of a checkpoint's class; none for a class of the model's own code."""
+    """The arguments of the forward of a checkpoint's class; none for a class of the model's own code.
+
+    What a class hands on to its base model unnamed is among them.
+    """
     import transformers
 
     if remote_classes(checkpoint.directory):
         return {}
+    base = transformers.MODEL_MAPPING.get(type(load_config(checkpoint.directory)), None)
+    base = base[0] if isinstance(base, tuple) else base
     chosen = model_class(checkpoint.class_name, where=checkpoint.directory)
-    if chosen is transformers.AutoModel:
-        chosen = transformers.MODEL_MAPPING[type(load_config(checkpoint.directory))]
-    return inspect.signature(chosen.forward).parameters
+    chosen = base if chosen is transformers.AutoModel else chosen
+    found = dict(inspect.signature(chosen.forward).parameters)
+    if base is not None and any(each.kind == each.VAR_KEYWORD for each in found.values()):
+        handed_on = inspect.signature(base.forward).parameters
+        found |= {name: each for name, each in handed_on.items() if name not in found}
+    return found
 
 
 def check_arguments(checkpoint: Checkpoint, given: Collection[str]) -> None:
@@ -323,19 +331,10 @@ def check_arguments(checkpoint: Checkpoint, given: Collection[str]) -> None:
 
     Such a model is most often a part of another, which makes the arguments.
     """
-    needed = [
-        name
-        for name, each in forward_arguments(checkpoint).items()
-        if each.default is each.empty and each.kind == each.POSITIONAL_OR_KEYWORD
-    ]
-    missing = [name for name in needed if name not in ("self", *given)]
+    needed = needed_arguments(forward_arguments(checkpoint))
+    missing = [name for name in needed if name not in given]
     if missing:
-        whole = whole_of(load_config(checkpoint.directory))
-        advice = f": compress the {whole} that it is a part of, with --only for its FFNs" if whole else ""
-        raise UnsupportedModelError(
-            f"{checkpoint.architecture.model_type} reads {' and '.join(missing)}, which rows of "
-            f"{media_in_words(checkpoint.reads)} do not give{advice}"
-        )
+        raise unreadable(load_config(checkpoint.directory), missing)
 
 
 def _make(chosen: Any, config: Any, **options: Any) -> Any:

@@ -242,7 +242,7 @@ class TensorSpan(NamedTuple):
     start: int
     stop: int
     others: tuple[TensorSpan, ...] = ()
-    """Where the bytes go on: the tensor is a stack, and this is its first part."""
+    """Where the bytes go on: the tensor is a stack or some rows, and this is its first part."""
 
     @classmethod
     def stacked(cls, parts: Sequence[TensorSpan]) -> TensorSpan:
@@ -250,6 +250,16 @@ class TensorSpan(NamedTuple):
         first, *others = parts
         assert all((each.dtype, each.shape) == (first.dtype, first.shape) for each in others)
         return first._replace(shape=(len(parts), *first.shape), others=tuple(others))
+
+    def rows(self, kept: Sequence[int]) -> TensorSpan:
+        """Some of a tensor's rows: parts along its first dimension of more than 1."""
+        assert kept and not self.others
+        dim = next((index for index, size in enumerate(self.shape) if size > 1), 0)
+        step = (self.stop - self.start) // self.shape[dim]
+        starts = [self.start + row * step for row in kept]
+        first, *others = (self._replace(start=start, stop=start + step) for start in starts)
+        shape = (*self.shape[:dim], len(kept), *self.shape[dim + 1 :])
+        return first._replace(shape=shape, others=tuple(others))
 
     @property
     def size_bytes(self) -> int:

@@ -27,7 +27,7 @@ def with_width_fields(
     for part in dict.fromkeys(tower.config for tower in row.towers):
         for field in _candidates(config, part, widths=set(before.widths.values())):
             changed = type(config).from_dict(config.to_dict())
-            owner = _at(changed, part)
+            owner = config_at(changed, part)
             value = 2 * (getattr(owner, field) or max(before.widths.values()))
             try:
                 setattr(owner, field, value)
@@ -77,7 +77,7 @@ def _shapes_and_widths(model: Any) -> _Sizes:
 
 def _candidates(config: Any, part: str | None, *, widths: set[int]) -> list[str]:
     """Fields of a part of a config that may state a width: those of its value, or without one."""
-    fields = vars(_at(config, part))
+    fields = vars(config_at(config, part))
     return [
         name
         for name, value in fields.items()
@@ -86,7 +86,8 @@ def _candidates(config: Any, part: str | None, *, widths: set[int]) -> list[str]
     ]
 
 
-def _at(config: Any, part: str | None) -> Any:
+def config_at(config: Any, part: str | None) -> Any:
+    """A part of a config, given by its dotted path; None: all of it."""
     for name in part.split(".") if part else ():
         config = getattr(config, name)
     return config

@@ -53,6 +53,12 @@ class Recipe(Record):
     heavy_energy: float | None = Field(
         default=None, ge=0, le=1, description="of a layer's output energy, held by the fewest neurons"
     )
+    expert_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="of the saving, made by dropping whole experts; narrower experts make the rest",
+    )
     steps: tuple[AnyCompressor, ...] = Field(min_length=1)
     refits: tuple[DistillCompressor, ...] = Field(
         default=(), description="fits of all layers to the inputs that the compressed model gives them"
@@ -77,6 +83,12 @@ class Recipe(Record):
             raise ValueError(
                 f"exactly one of heavy_share, heavy_fraction and heavy_energy is needed, {given} is given"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _drops_experts_before_statistics(self) -> Recipe:
+        if self.expert_share and (self.heavy_energy is not None or self.allocation != "uniform"):
+            raise ValueError("expert_share needs heavy_share or heavy_fraction, and allocation: uniform")
         return self
 
     @model_validator(mode="after")

@@ -12,7 +12,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from ffsplit.measurement.gates import HEADLINES, verdict
 from ffsplit.report import humanize
-from ffsplit.report.humanize import load_in_words, noise, spread_in_words, unchanged_in_words
+from ffsplit.report.humanize import (
+    dropped_in_words,
+    load_in_words,
+    noise,
+    spread_in_words,
+    unchanged_in_words,
+)
 from ffsplit.report.plots import EnergyCurve, change_rows, energy_figure, error_columns, error_rows
 from ffsplit.store.manifest import LayerRecord, Manifest, Measurements, TaskScore
 
@@ -95,6 +101,8 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
         layouts=_layouts(manifest.layers),
         unit=_unit(manifest.layers),
         tokens_differ=len({layer.num_tokens for layer in manifest.layers}) > 1,
+        dropped="" if manifest.experts is None else dropped_in_words(manifest.experts),
+        weighs_experts=any(layer.router_weighted_norm is not None for layer in manifest.layers),
         starved=[layer for layer in manifest.layers if layer.by_weight_norm],
         hardware=_hardware(manifest),
         total_s=sum(stage.wall_s for stage in manifest.stages),

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from ffsplit.ffn.shapes import Dense, Integer, LayerLayout, LowRank, PartLayout
-from ffsplit.store.manifest import Latency, LeftOutFFNs, LoadAverage, Spread
+from ffsplit.store.manifest import ExpertsRecord, Latency, LeftOutFFNs, LoadAverage, Spread
 
 SPACE: Final = "\u00a0"
 MINUS: Final = "\u2212"
@@ -109,10 +109,10 @@ def unit(ffns: Iterable[tuple[str, int]]) -> str:
 
 
 def layout(layer: LayerLayout) -> str:
-    """One layer's layout in words: its width, the rank of factors, the bits of integers."""
+    """One layer's layout in words: its width, the rank of factors, the bits of integers; or dropped."""
     if layer.is_dense:
         return f"width {layer.num_neurons:,}"
-    return " + ".join(_part(part) for part in layer.parts) or "nothing kept"
+    return " + ".join(_part(part) for part in layer.parts) or "dropped"
 
 
 def _part(part: PartLayout) -> str:
@@ -188,3 +188,17 @@ def unchanged_in_words(left_out: Sequence[LeftOutFFNs], *, ffn_elements: int) ->
     share = ffn_elements / (ffn_elements + sum(each.num_elements for each in left_out))
     others = f"the others, {percent(share)} of all FFN elements"
     return f"Left unchanged: {'; '.join(parts)}. The budget applies to {others}."
+
+
+MOST_DROPPED: Final = 32
+"""Maximum number of dropped experts that are named in one line; the manifest lists all."""
+
+
+def dropped_in_words(experts: ExpertsRecord) -> str:
+    """How many experts of each block are left, and which were dropped."""
+    left = f"Experts left: {experts.num_kept} of {experts.num_experts} per block"
+    num_named = MOST_DROPPED // (experts.num_experts - experts.num_kept)
+    named = [f"{each.block} without {', '.join(map(str, each.experts))}" for each in experts.dropped]
+    if len(named) > num_named:
+        named = [*named[:num_named], "the manifest lists all that were dropped"]
+    return f"{left} ({'; '.join(named)})."

@@ -79,9 +79,20 @@ def check_capabilities(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint
             f"recipe {recipe.name}: healing and after_healing do not work for {family} yet: "
             "use a recipe without them, such as fast"
         )
+    if recipe.expert_share:
+        check_has_experts(checkpoint, recipe=recipe)
     if config.block_by_block and not checkpoint.can_stream:
         raise ConfigError(
             f"--block-by-block needs a model with a single stack of blocks; {family} has several"
+        )
+
+
+def check_has_experts(checkpoint: Checkpoint, *, recipe: Recipe) -> None:
+    """Raise ConfigError if a recipe that drops experts is given a model without any."""
+    if all(ffn.expert is None for ffn in (*checkpoint.ffns, *checkpoint.left_out)):
+        raise ConfigError(
+            f"recipe {recipe.name} drops experts, and this {checkpoint.architecture.model_type} has none: "
+            "use fast"
         )
 
 

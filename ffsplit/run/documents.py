@@ -20,12 +20,27 @@ from ffsplit.models.folder import CARD_NAME, ORIGINAL_CARD
 from ffsplit.models.selection import left_out_ffns
 from ffsplit.redaction import redacted, without_credentials
 from ffsplit.report.html import render_report
-from ffsplit.report.humanize import load_in_words, noise, number, spread_in_words, times, unchanged_in_words
+from ffsplit.report.humanize import (
+    dropped_in_words,
+    load_in_words,
+    noise,
+    number,
+    spread_in_words,
+    times,
+    unchanged_in_words,
+)
 from ffsplit.report.plots import energy_curve
 from ffsplit.run.job import Run
 from ffsplit.run.reused_statistics import calibration_record
 from ffsplit.runtime.assemble import is_plain
-from ffsplit.splitting.scores import LayerPlan, energy_counts, energy_share, is_starved, output_energy
+from ffsplit.splitting.scores import (
+    LayerPlan,
+    energy_counts,
+    energy_share,
+    is_starved,
+    output_energy,
+    router_weighted_norm,
+)
 from ffsplit.store.artifact import STATISTICS_PATH, locate, read_manifest
 from ffsplit.store.entries import (
     MANIFEST_NAME,
@@ -39,6 +54,8 @@ from ffsplit.store.manifest import (
     AllocationRecord,
     CalibrationRecord,
     Compute,
+    DroppedExperts,
+    ExpertsRecord,
     GateResult,
     Latency,
     LayerRecord,
@@ -59,7 +76,7 @@ class Outcome:
     num_tokens: int
     num_shards: int
     plans: tuple[LayerPlan, ...] = ()
-    errors: tuple[float, ...] = ()
+    errors: tuple[float | None, ...] = ()
     measurements: Measurements | None = None
     gates: tuple[GateResult, ...] = ()
     allocation: AllocationRecord | None = None
@@ -129,6 +146,7 @@ def _draft(run: Run, outcome: Outcome, *, attempt: str) -> Manifest:
         ),
         calibration=_calibration(run, outcome),
         layers=tuple(_layers(run, outcome)),
+        experts=experts_record(run, [plan.layout for plan in outcome.plans]) if is_model else None,
         allocation=outcome.allocation,
         linears=outcome.linears,
         measurements=outcome.measurements,
@@ -180,6 +198,26 @@ def _kept(run: Run, outcome: Outcome) -> float:
     return (elements + left_out) / (run.solver.model.ffn_elements + left_out)
 
 
+def experts_record(run: Run, layouts: Sequence[LayerLayout]) -> ExpertsRecord | None:
+    """Which experts these layouts drop; None if they drop none."""
+    mixture = run.solver.model.mixture
+    if mixture is None or not (num_dropped := mixture.num_dropped(layouts)):
+        return None
+    return ExpertsRecord(
+        num_experts=mixture.num_experts,
+        num_kept=mixture.num_experts - num_dropped,
+        dropped=tuple(
+            DroppedExperts(
+                block=run.checkpoint.ffns[first].name.removesuffix(" expert 0"),
+                experts=tuple(
+                    index - first for index in mixture.experts_of(first) if layouts[index].is_dropped
+                ),
+            )
+            for first in mixture.firsts
+        ),
+    )
+
+
 def _layers(run: Run, outcome: Outcome) -> list[LayerRecord]:
     records = []
     shapes, itemsize = run.checkpoint.shapes, run.checkpoint.itemsize
@@ -200,6 +238,7 @@ def _layers(run: Run, outcome: Outcome) -> list[LayerRecord]:
                 name=run.checkpoint.ffns[layer].name,
                 num_tokens=stats.num_tokens,
                 by_weight_norm=starved,
+                router_weighted_norm=None if stats.sum_weighted_norm is None else router_weighted_norm(stats),
             )
         )
     return records
@@ -227,6 +266,8 @@ def model_card(manifest: Manifest) -> str:
     ]
     if unchanged := unchanged_in_words(model.left_out_ffns, ffn_elements=model.shape.ffn_elements):
         body += ["", unchanged]
+    if manifest.experts is not None:
+        body += ["", dropped_in_words(manifest.experts)]
     if manifest.linears is not None:
         sizes = f"{manifest.linears.original_size_bytes:,} bytes became {manifest.linears.size_bytes:,}"
         body += ["", f"The linear layers of attention have int8 weights: {sizes}."]

@@ -41,10 +41,10 @@ from ffsplit.run.checks import (
 )
 from ffsplit.run.estimate import estimate
 from ffsplit.run.needs import Needs
-from ffsplit.run.reused_statistics import check_origin, inherit
+from ffsplit.run.reused_statistics import check_origin, check_weighs_experts, inherit
 from ffsplit.runtime.attention_int8 import attention_linears
 from ffsplit.splitting.latency import read_latency_table
-from ffsplit.splitting.scores import num_energetic
+from ffsplit.splitting.scores import choose_dropped, num_energetic
 from ffsplit.splitting.solver import Solver
 from ffsplit.store.artifact import PublishedStatistics, open_statistics
 from ffsplit.store.commits import Kind
@@ -161,6 +161,8 @@ class Run:
     def settled(self, statistics: Sequence[NeuronStats]) -> tuple[Solver, tuple[LayerLayout, ...]]:
         """Solve the layouts again, now with statistics. Returns the solver too."""
         solver = replace(self.solver, num_energetic=num_energetic(self.recipe.heavy, statistics))
+        if solver.model.mixture is not None:
+            return solver, choose_dropped(self.layouts, statistics, mixture=solver.model.mixture)
         return solver, self.layouts if solver.num_energetic is None else solver.solve(self.budget)
 
 
@@ -189,6 +191,8 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
     if profile.device == "cpu" or config.runner == "serial":  # else the GPUs may be on other hosts
         check_device(profile.device, profile.dtype)
     located = locate_model(config.model, revision=config.revision)
+    if origin is not None and recipe.expert_share:
+        check_weighs_experts(origin)
     checkpoint = _reading(open_checkpoint(located.directory), config)
     windows = _reads_windows(checkpoint)
     recipe = recipe.settled(windows=windows, max_positions=checkpoint.max_positions)
@@ -254,12 +258,17 @@ def _make_solver(
     config: JobConfig, recipe: Recipe, checkpoint: Checkpoint, profile: ComputeProfile
 ) -> Solver:
     """The solver that turns budgets into layouts, with the latency table if there is one."""
-    model, table = model_shape(checkpoint), None
+    model, table = model_shape(checkpoint, drops_experts=recipe.expert_share > 0), None
     if config.latency_table is not None:
         hardware = hardware_fingerprint(profile.device)
         table = read_latency_table(config.latency_table, model=model, hardware=hardware, dtype=profile.dtype)
     return Solver(
-        model=model, heavy=recipe.heavy, steps=recipe.steps, finish=recipe.after_healing, latency=table
+        model=model,
+        heavy=recipe.heavy,
+        steps=recipe.steps,
+        finish=recipe.after_healing,
+        latency=table,
+        expert_share=recipe.expert_share,
     )
 
 

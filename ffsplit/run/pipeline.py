@@ -20,8 +20,8 @@ from ffsplit.models.folder import left_out_in_one_line
 from ffsplit.models.selection import left_out_ffns
 from ffsplit.progress import Progress, StageLog
 from ffsplit.recipes.recipe import Recipe
-from ffsplit.report.humanize import unchanged_in_words
-from ffsplit.run.documents import Outcome, write_documents
+from ffsplit.report.humanize import dropped_in_words, unchanged_in_words
+from ffsplit.run.documents import Outcome, experts_record, write_documents
 from ffsplit.run.execution import Execution, start
 from ffsplit.run.job import Run
 from ffsplit.run.needs import in_one_line
@@ -141,6 +141,8 @@ def compute_model(execution: Execution, staging: Path) -> Outcome:
     statistics = reduce_statistics(execution, shards, staging / STATISTICS_PATH)
     _report_experts(execution, statistics)
     solver, layouts = run.settled(statistics)
+    if (experts := experts_record(run, layouts)) is not None:
+        execution.log.note(dropped_in_words(experts))
     part, allocation = "compress", None
     if run.recipe.allocation == "search":
         folder = staging.with_name("candidates")

@@ -77,6 +77,15 @@ def check_origin(
         )
 
 
+def check_weighs_experts(origin: PublishedStatistics) -> None:
+    """Raise ConfigError unless the statistics tell how the router weighted each expert."""
+    if all(layer.router_weighted_norm is None for layer in origin.manifest.layers):
+        raise ConfigError(
+            f"--stats {origin.uri} does not say how the router weighted each expert, so none can be dropped: "
+            "leave --stats out"
+        )
+
+
 def calibration_record(origin: PublishedStatistics, *, text: TextSample) -> CalibrationRecord:
     """What the statistics were collected on, and this run's held-out rows."""
     manifest = origin.manifest

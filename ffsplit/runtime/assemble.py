@@ -9,7 +9,8 @@ from typing import Any
 
 from ffsplit.ffn.shapes import LayerLayout, is_narrowed_form, is_stock_form
 from ffsplit.models.checkpoint import NARROWED, Checkpoint
-from ffsplit.models.ffns import FFNPlace
+from ffsplit.models.ffns import FFNPlace, config_part
+from ffsplit.models.routing import Routing, routing_of
 from ffsplit.models.tensor_files import INDEX_NAME, TensorSpan, read_spans, write_spans
 from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, runs_of, stack_experts
 
@@ -23,6 +24,8 @@ def is_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
     """
     shared = {ffn.width_key for ffn in checkpoint.left_out}
     for ffn, layout in zip(checkpoint.ffns, layouts, strict=True):
+        if layout.is_dropped:
+            continue
         if ffn.width_key in shared and layout.num_neurons != ffn.shape.num_neurons:
             return False
     return is_stock_form(layouts, checkpoint.shapes, groups=checkpoint.width_groups)
@@ -45,8 +48,8 @@ def assemble(
 ) -> None:
     """Write the checkpoint: the compressed layers, and all tensors outside the FFNs unchanged.
 
-    Tensors of `layer_files` replace the original's of the same name. `linears` is the config's entry for
-    quantized attention.
+    Routers lose the rows of dropped experts. Tensors of `layer_files` replace the original's of the same
+    name. `linears` is the config's entry for quantized attention.
 
     Bytes are copied from file to file in small pieces, so no whole model or shard is ever in memory.
     """
@@ -59,6 +62,9 @@ def assemble(
     for path in layer_files:
         parts |= read_spans(path)
     spans |= stack_experts(parts)
+    if any(layout.is_dropped for layout in layouts):
+        kept_rows = routing_of(checkpoint).kept_rows(layouts)
+        spans |= {name: spans[name].rows(kept) for name, kept in kept_rows.items()}
     _write_shards(spans, directory, max_shard_bytes=max_shard_bytes)
     config = artifact_config(checkpoint, layouts, linears=linears)
     checkpoint.folder.copy_companions(directory)
@@ -80,18 +86,25 @@ def replace_weights(directory: Path, replacements: Path) -> None:
 def artifact_config(
     checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, linears: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The original's config with the new width, or with the layout of every layer."""
+    """The original's config with the new width, or with the layout of every layer.
+
+    If experts are dropped, with the number that is left; the layouts are then those of the others.
+    """
     config = dict(checkpoint.config)
     config.pop("transformers_weights", None)  # the artifact's weights have the usual names
     layouts = [layout.folded for layout in layouts]
+    left = [pair for pair in zip(checkpoint.ffns, layouts, strict=True) if not pair[1].is_dropped]
+    if len(left) < len(layouts):
+        config = _with_fewer_experts(config, routing_of(checkpoint), layouts)
     if is_plain(checkpoint, layouts) and linears is None:
-        for ffn, layout in zip(checkpoint.ffns, layouts, strict=True):
+        for ffn, layout in left:
             config = _with_width(config, ffn, layout.num_neurons)
     else:
+        stored, shapes = [layout for _, layout in left], [ffn.shape for ffn, _ in left]
         config["quantization_config"] = {
             "quant_method": "ffsplit",
             "version": FORMAT_VERSION,
-            "ffns": [run.model_dump(mode="json") for run in runs_of(layouts, checkpoint.shapes)],
+            "ffns": [run.model_dump(mode="json") for run in runs_of(stored, shapes)],
         }
         if keeps_names(checkpoint, layouts) and not is_plain(checkpoint, layouts):
             config["quantization_config"]["form"] = NARROWED
@@ -114,17 +127,29 @@ def _with_width(config: dict[str, Any], ffn: FFNPlace, width: int) -> dict[str, 
     return _stating(config, ffn.width_key, width)
 
 
-def _stating(config: dict[str, Any], key: tuple[str | None, str | None], width: int) -> dict[str, Any]:
+def _with_fewer_experts(
+    config: dict[str, Any], routing: Routing, layouts: Sequence[LayerLayout]
+) -> dict[str, Any]:
+    """A config that states how many experts of each block are left, by every name that it has for that."""
+    number = routing.mixture.num_experts - routing.mixture.num_dropped(layouts)
+    stated = config_part(config, routing.part)
+    for position, field in enumerate(routing.fields):
+        if position == 0 or field in stated:
+            config = _stating(config, (routing.part, field), number)
+    return config
+
+
+def _stating(config: dict[str, Any], key: tuple[str | None, str | None], number: int) -> dict[str, Any]:
     part, field = key
     if field is None:
         return config
     if part is None:
-        return config | {field: width}
+        return config | {field: number}
     outer, _, inner = part.partition(".")
     if inner:
-        return config | {outer: _stating(dict(config.get(outer) or {}), (inner, field), width)}
+        return config | {outer: _stating(dict(config.get(outer) or {}), (inner, field), number)}
     parts = [part, *([f"{part}_dict"] if isinstance(config.get(f"{part}_dict"), dict) else [])]
-    return config | {name: dict(config.get(name) or {}) | {field: width} for name in parts}
+    return config | {name: dict(config.get(name) or {}) | {field: number} for name in parts}
 
 
 def _write_shards(spans: Mapping[str, TensorSpan], directory: Path, *, max_shard_bytes: int) -> None:

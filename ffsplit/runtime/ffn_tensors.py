@@ -118,9 +118,10 @@ def _read_float(
 def layer_tensors(
     checkpoint: Checkpoint, index: int, weights: FFNWeights, *, plain: bool
 ) -> dict[str, Tensor]:
-    """A compressed FFN's tensors under their names in the artifact.
+    """A compressed FFN's tensors, under the names in the artifact of the FFN with this index.
 
-    Each has the dtype of the original tensor that it replaces; dtypes may differ within an FFN.
+    That is its own index, less the experts that are dropped before it in its block. Each tensor has the dtype
+    of the original tensor that it replaces; dtypes may differ within an FFN.
     """
     ffn = checkpoint.ffns[index]
     weights = weights.folded()

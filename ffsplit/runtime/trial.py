@@ -15,8 +15,8 @@ from ffsplit.ffn.activations import activation_named
 from ffsplit.ffn.weights import FFNWeights
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.ffns import FFNPlace, join_paths
-from ffsplit.models.inputs import media_in_words, richer_rows
-from ffsplit.models.load import check_arguments, load_base_model
+from ffsplit.models.inputs import media_in_words, part_of, richer_rows
+from ffsplit.models.load import check_arguments, load_base_model, load_config
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.runtime.ffn_tensors import load_ffn
 from ffsplit.runtime.modules import SplitExperts, install_split_ffn
@@ -47,11 +47,12 @@ def check_by_trial(checkpoint: Checkpoint, inputs: Mapping[str, Tensor], *, bloc
     """
     check_arguments(checkpoint, inputs)
     rows = media_in_words(checkpoint.reads)
+    more = richer_rows(checkpoint.architecture, checkpoint.reads)
     with explained(
         f"{checkpoint.architecture.model_type} cannot be calibrated on {rows}: it is not in the table of "
         "architectures, and a trial of its FFNs on these rows failed",
         kind=UnsupportedModelError,
-        advice=richer_rows(checkpoint.architecture, checkpoint.reads),
+        advice=more or part_of(load_config(checkpoint.directory)),
     ):
         difference = (_difference_of_blocks if block_by_block else _difference)(checkpoint, inputs)
     if not difference <= TOLERANCE:

@@ -10,7 +10,7 @@ import numpy as np
 from ffsplit.calibration.statistics import Floats, Ints, NeuronStats, experts_together
 from ffsplit.config import Record
 from ffsplit.errors import CalibrationError
-from ffsplit.ffn.shapes import LayerLayout
+from ffsplit.ffn.shapes import LayerLayout, Mixture
 from ffsplit.splitting.solver import HeavyRule
 
 ScoreName = Literal["mean", "rms", "centred"]
@@ -79,6 +79,39 @@ SCORES: dict[ScoreName, Callable[[NeuronStats], Floats]] = {
     "rms": rms_output_norm,
     "centred": centred_output_norm,
 }
+
+
+def router_weighted_norm(stats: NeuronStats) -> float:
+    """Mean over an expert's tokens of the router's weight times the L2 norm of its output, g(x) |f(x)|.
+
+    In units of the residual stream; 0 if it saw no token. Source: REAP, arXiv:2510.13999, equation 9. Raises
+    CalibrationError if the statistics lack it.
+    """
+    if stats.sum_weighted_norm is None:
+        raise CalibrationError(
+            "these statistics do not say how experts were weighted, so none can be dropped: calibrate again"
+        )
+    return stats.sum_weighted_norm / max(1, stats.num_tokens)
+
+
+def choose_dropped(
+    layouts: Sequence[LayerLayout], statistics: Sequence[NeuronStats], *, mixture: Mixture
+) -> tuple[LayerLayout, ...]:
+    """The same layouts, with those of the dropped experts given to the lowest scores of their block.
+
+    If the router divides experts into groups, to the lowest of each group. Of equal scores the lower index
+    stays.
+    """
+    chosen, in_group = list(layouts), mixture.num_experts // mixture.num_groups
+    for first in mixture.firsts:
+        for start in range(first, first + mixture.num_experts, in_group):
+            group = range(start, start + in_group)
+            best = sorted(group, key=lambda index: -router_weighted_norm(statistics[index]))
+            kept = [layouts[index] for index in group if not layouts[index].is_dropped]
+            dropped = [LayerLayout.dropped()] * (in_group - len(kept))
+            for index, layout in zip(best, (*kept, *dropped), strict=True):
+                chosen[index] = layout
+    return tuple(chosen)
 
 
 def top_neurons(scores: Floats, *, count: int) -> Ints:

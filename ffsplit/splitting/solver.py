@@ -1,8 +1,4 @@
-"""From a budget of any kind to the layout of every layer, and how one budget may be divided over the layers.
-
-A division is only a proposal: the errors of single layers do not add up to the model's. The caller must
-compare it end to end with uniform layers.
-"""
+"""From a budget of any kind to the layout of every layer."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, Decimal
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -177,7 +173,8 @@ class Solver:
 
     `finish` is the recipe's last step, after all others: it stores the same elements in fewer bytes.
     `latency` is for budgets in milliseconds. `num_energetic`, one number per layer, is for an energy rule;
-    without it, that rule counts as one neuron per layer, the least it can ask for.
+    without it, that rule counts as one neuron per layer, the least it can ask for. `expert_share` of the
+    saving is made by dropping whole experts, if it is not 0; FFNs that see every token then stay whole.
     """
 
     model: ModelShape
@@ -186,6 +183,7 @@ class Solver:
     finish: Compressor | None = None
     latency: LatencyTable | None = None
     num_energetic: tuple[int, ...] | None = None
+    expert_share: float = 0.0
 
     def cost(self, budget: Budget, layouts: Sequence[LayerLayout]) -> float:
         """The cost of these layouts, in the budget's units."""
@@ -216,7 +214,7 @@ class Solver:
         Each layer keeps the same fraction, or a fraction in proportion to `profile`. Raises BudgetError,
         with the smallest limit that can be met.
         """
-        if budget.kind == "keep" and profile is None:
+        if budget.kind == "keep" and profile is None and not self.expert_share:
             return uniform_layouts(
                 self.model.shapes,
                 keep=budget.limit,
@@ -232,7 +230,7 @@ class Solver:
             least = "none" if layouts is None else _rounded_up(budget, self.cost(budget, layouts))
             rest = " and the rest of the model" if budget.kind in OF_THE_WHOLE_MODEL else ""
             rest += self._narrowest(budget)
-            raise BudgetError(f"{budget} is too small for one neuron per FFN{rest}: the smallest is {least}")
+            raise BudgetError(f"{budget} is too small for {self._least}{rest}: the smallest is {least}")
 
         def holds(size: int) -> bool:
             scaled = self._scaled(size, weights)
@@ -241,6 +239,14 @@ class Solver:
         found = self._scaled(last_true(holds, first=smallest, last=most), weights)
         assert found is not None
         return found
+
+    @property
+    def _least(self) -> str:
+        """What no budget can go below, in words."""
+        mixture = self.model.mixture
+        if not self.expert_share or mixture is None:
+            return "one neuron per FFN"
+        return f"the {mixture.fewest} of {mixture.num_experts} experts per block that the router needs"
 
     def _narrowest(self, budget: Budget) -> str:
         """For a latency budget, a note on the table's narrowest width, which limits how small it can be."""
@@ -256,6 +262,8 @@ class Solver:
 
     def _scaled(self, num_elements: int, weights: Sequence[float]) -> Layouts | None:
         """Layouts of about `num_elements` in all, if every weight is 1; None if a layer does not fit."""
+        if self.expert_share:
+            return self._with_dropped(num_elements)
         counts = self.num_energetic or (1,) * len(weights)
         share = num_elements / self.model.ffn_elements
         made: dict[tuple[FFNShape, float, int], LayerLayout | None] = {}
@@ -272,6 +280,56 @@ class Solver:
         layouts = [made[each] for each in zip(self.model.shapes, weights, counts, strict=True)]
         return tuple(each for each in layouts if each is not None) if all(layouts) else None
 
+    def _with_dropped(self, num_elements: int) -> Layouts | None:
+        """Layouts of at most `num_elements` in all, of which experts alone are dropped or narrowed.
+
+        Where no config can state a width of experts alone, those that are left stay whole. None if nothing
+        fits. Of two numbers of experts, the one that wastes less to the rounding of widths is taken.
+        """
+        mixture = self.model.mixture
+        assert mixture is not None, "experts are dropped from mixtures only"
+        of_each = sum(self.model.shapes[first].num_elements for first in mixture.firsts)
+        saved = self.model.ffn_elements - num_elements
+        share = self.expert_share if self._can_narrow_experts else 1
+        fewer, step = max(0, int(share * saved / of_each)) // mixture.num_groups, mixture.num_groups
+        found = []
+        for num_dropped in ((fewer + 1) * step, fewer * step):  # of equals, whole experts are dropped
+            num_dropped = min(num_dropped, mixture.num_experts - mixture.fewest)
+            left = (mixture.num_experts - num_dropped) * of_each
+            kept = max(0.0, 1 - (saved - num_dropped * of_each) / left)
+            if kept >= 1 or self._can_narrow_experts:
+                found.append(self._dropping(num_dropped, kept=kept))
+        return max((each for each in found if each), key=self.model.elements_of, default=None)
+
+    def _dropping(self, num_dropped: int, *, kept: float) -> Layouts | None:
+        """Layouts without some experts per block, of which the others keep a fraction; None if none fits.
+
+        The last of each group count as dropped, until statistics tell which.
+        """
+        mixture, shapes = self.model.mixture, self.model.shapes
+        assert mixture is not None
+        in_group = mixture.num_experts // mixture.num_groups
+        stays = in_group - num_dropped // mixture.num_groups
+        layouts = [LayerLayout.dense(shape) for shape in shapes]
+        for first in mixture.firsts:
+            budget = element_budget(shapes[first], kept)
+            layout = fit_layer(shapes[first], budget=budget, heavy=self.heavy, steps=self.steps)
+            if layout is None:
+                return None
+            for position, index in enumerate(mixture.experts_of(first)):
+                layouts[index] = layout if position % in_group < stays else LayerLayout.dropped()
+        return tuple(layouts)
+
+    @property
+    def _can_narrow_experts(self) -> bool:
+        """Whether config.json can state a width of the experts, and of nothing else."""
+        mixture, groups = self.model.mixture, self.model.width_groups
+        if mixture is None or groups is None:  # one width for all FFNs
+            return mixture is not None and len(mixture.indices) == len(self.model.shapes)
+        experts = {groups[index] for index in mixture.indices}
+        others = {group for index, group in enumerate(groups) if index not in mixture.indices}
+        return -1 not in experts and not experts & others
+
 
 def stored_layouts(
     layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape], *, finish: Compressor | None
@@ -282,6 +340,9 @@ def stored_layouts(
     stored = []
     for layout, shape in zip(layouts, shapes, strict=True):
         whole = layout.folded
+        if whole.is_dropped:
+            stored.append(whole)
+            continue
         finished = finish.plan(whole, shape=shape, budget=whole.num_elements(shape))
         assert finished is not None, "what a recipe ends with keeps every element"
         stored.append(finished)
@@ -292,62 +353,3 @@ def _rounded_up(budget: Budget, least: float) -> str:
     """A limit rounded up to few digits, in decimal: rounding binary fractions could end below the limit."""
     step = {"max_latency_ms": "0.001", "keep": "0.000001"}.get(budget.kind, "1")
     return str(Decimal(least).quantize(Decimal(step), ROUND_CEILING))
-
-
-UNIFORM, SENSITIVITY = "uniform", "sensitivity"
-HALVING = 0.18
-"""Every additional fraction of this size of an FFN's neurons halves its error.
-
-Measured with MiniLM on SST-2: with one layer compressed to .18, .35 and .53 of its neurons, the error of the
-logits halved at every step (benchmarks/quality-tried.md).
-"""
-SMALLEST_WEIGHT = 1 / 16
-"""No FFN is given less than this share of the average fraction."""
-
-
-class Candidate(NamedTuple):
-    """One way to divide the budget."""
-
-    name: str
-    layouts: tuple[LayerLayout, ...]
-
-
-def propose(
-    solver: Solver, budget: Budget, errors: Sequence[float], *, uniform: tuple[LayerLayout, ...]
-) -> Candidate | None:
-    """The layouts within the budget with the smallest predicted sum of errors.
-
-    `errors` has one number per FFN: the model's error with only that FFN in its uniform layout. None if
-    these layouts are the uniform ones, or do not fit.
-    """
-    sizes = [shape.num_elements for shape in solver.model.shapes]
-    kept = solver.model.elements_of(uniform) / solver.model.ffn_elements
-    fractions = least_error_fractions(errors, sizes=sizes, kept=kept)
-    try:
-        layouts = solver.solve(budget, profile=[fraction / kept for fraction in fractions])
-    except BudgetError:
-        return None
-    return None if layouts == uniform else Candidate(SENSITIVITY, layouts)
-
-
-def least_error_fractions(errors: Sequence[float], *, sizes: Sequence[int], kept: float) -> list[float]:
-    """The fraction of each FFN to keep, so that `kept` of all elements are kept.
-
-    Assume that every HALVING of an FFN halves its error, at a cost in proportion to its size. Then the sum
-    of errors is smallest if each FFN keeps HALVING log2(error / size) plus a common constant: reverse
-    water-filling, clamped to SMALLEST_WEIGHT * kept and 1.
-    """
-    least = 1e-9 * max(*errors, 1e-300)
-    levels = [
-        HALVING * math.log2(max(error, least) / size) for error, size in zip(errors, sizes, strict=True)
-    ]
-
-    def fractions(raised: float) -> list[float]:
-        return [min(1.0, max(SMALLEST_WEIGHT * kept, level + raised)) for level in levels]
-
-    low, high = -max(levels), 1.0 - min(levels)
-    for _ in range(60):
-        middle = (low + high) / 2
-        taken = sum(size * each for size, each in zip(sizes, fractions(middle), strict=True)) / sum(sizes)
-        low, high = (low, middle) if taken > kept else (middle, high)
-    return fractions(low)

@@ -128,6 +128,25 @@ class LayerRecord(Record):
     by_weight_norm: bool = Field(
         default=False, description="scored by weight norms: an expert with too few tokens for statistics"
     )
+    router_weighted_norm: float | None = Field(
+        default=None,
+        description="of an expert: mean over its tokens of the router's weight times the norm of its output",
+    )
+
+
+class DroppedExperts(Record):
+    """The experts that a block lost."""
+
+    block: str = Field(description="as in `layer 3`")
+    experts: tuple[int, ...] = Field(description="their numbers in the original, from 0")
+
+
+class ExpertsRecord(Record):
+    """How many experts each block of a mixture had and has, and which were dropped."""
+
+    num_experts: int
+    num_kept: int
+    dropped: tuple[DroppedExperts, ...]
 
 
 class LinearsRecord(Record):
@@ -293,6 +312,7 @@ class Manifest(Versioned):
     model: SourceModel
     calibration: CalibrationRecord
     layers: tuple[LayerRecord, ...]
+    experts: ExpertsRecord | None = Field(default=None, description="None if no expert was dropped")
     allocation: AllocationRecord | None = Field(default=None, description="None if nothing was searched")
     linears: LinearsRecord | None = Field(default=None, description="None if attention is unchanged")
     measurements: Measurements | None

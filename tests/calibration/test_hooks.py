@@ -51,6 +51,26 @@ def observe(
     return observer.statistics(), [tensors["input"] for tensors in observer.inputs().values()]
 
 
+def test_tokens_that_are_not_counted_are_taken_from_the_first_batch() -> None:
+    """Rows with pictures are not tokenized twice: the first batch tells how many tokens all will have."""
+    model = make_model("bert")
+    totals: list[int] = []
+
+    def choose(total: int) -> Tensor:
+        totals.append(total)
+        return torch.arange(0, total, 3)
+
+    batches = list(padded_batches(ROWS, batch_tokens=64, pad_id=0))
+    with FFNObserver(model, ffns_of(model)[1], sampling=Sampling(choose, {}, len(ROWS))) as observer:
+        for batch in batches:
+            observer.next_batch(batch.arguments)
+            model(**batch.arguments)
+    first = batches[0]
+    assert totals == [-(-first.num_tokens * len(ROWS) // first.num_rows)]
+    inputs = observer.inputs()[0]["input"]
+    assert len(inputs) == len(range(0, NUM_TOKENS, 3))
+
+
 @torch.no_grad()
 def watched_alone(model: Any, family: str, layer: int) -> tuple[Tensor, Tensor]:
     """FFN inputs [T, D] and activations [T, N] of one layer, each row run by itself without padding."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ffsplit.calibration.hooks import CHUNK_TOKENS, NeuronSums
+from ffsplit.calibration.sums import CHUNK_TOKENS, NeuronSums
 from ffsplit.splitting.scores import centred_output_norm
 
 

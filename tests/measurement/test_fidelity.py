@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from ffsplit.calibration.model_inputs import Batch, padded_batches
 from ffsplit.errors import FFSplitError
-from ffsplit.measurement.fidelity import encoder_fidelity, fidelity, token_fidelity
+from ffsplit.measurement.fidelity import embedding_fidelity, encoder_fidelity, fidelity, token_fidelity
+from tests.tiny_families import make_model as make_family
 from tests.tiny_models import make_model, random_rows
 
 ROWS = random_rows(7, seed=5)
@@ -102,6 +103,41 @@ def test_perplexity_is_the_models_own_loss() -> None:
         loss = float(model(input_ids=ids, labels=ids).loss)
     scores = token_fidelity(model, model, [Batch.of_tokens(ids, torch.ones_like(ids))])
     assert scores["original_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_embeddings_of_each_medium_are_compared() -> None:
+    batch = Batch({"input_ids": torch.zeros(3, 1)})
+
+    def embeds(seed: int) -> Any:
+        generator = torch.Generator().manual_seed(seed)
+        fields = {"image_embeddings": (3, 5, 4), "text_embeds": (3, 4)}
+        found = {name: torch.randn(shape, generator=generator) for name, shape in fields.items()}
+        return lambda **_: found | {"logits": torch.zeros(3, 3)}
+
+    a, b = embeds(0), embeds(1)
+    scores = embedding_fidelity(a, b, [batch])
+    cosine = functional.cosine_similarity
+    expected = {
+        "image_cosine": cosine(a()["image_embeddings"].mean(1), b()["image_embeddings"].mean(1)).mean(),
+        "text_cosine": cosine(a()["text_embeds"], b()["text_embeds"]).mean(),
+    }
+    assert scores == {name: pytest.approx(float(value), abs=1e-6) for name, value in expected.items()}
+    with pytest.raises(FFSplitError, match="returns no embeddings"):
+        embedding_fidelity(lambda **_: {}, lambda **_: {}, [batch])
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_a_decoder_is_compared_by_the_logits_of_its_target(family: str) -> None:
+    model = make_family(family, "ForConditionalGeneration")
+    ids = torch.tensor([[7, 8, 9, 10]])
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": ids.flip(1)}
+    arguments["decoder_attention_mask"] = torch.tensor([[1, 1, 1, 0]])
+    scores = fidelity(model, model, [Batch(arguments)], makes="target")
+    with torch.no_grad():
+        log_TV = model(**arguments).logits[0].log_softmax(-1)
+    expected = -(log_TV[0, 9] + log_TV[1, 8]) / 2
+    assert scores["original_perplexity"] == pytest.approx(math.exp(float(expected)), rel=1e-4)
+    assert scores["kl_divergence"] == 0
 
 
 def test_logits_that_are_not_finite_are_an_error() -> None:

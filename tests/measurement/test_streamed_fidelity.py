@@ -29,7 +29,7 @@ def test_scores_are_those_of_whole_models(
     compressed_of: CompressedFactory, family: str, recipe: str, dtype: torch.dtype
 ) -> None:
     made = compressed_of(family, recipe=recipe)
-    source, kind = made.source, "encoder" if family in ENCODERS else "causal_lm"
+    source, makes = made.source, "encoder" if family in ENCODERS else "causal_lm"
     directories = (source.directory, made.directory)
     whole = [load_whole_model(each, source.class_name, dtype=dtype) for each in directories]
     after = replace(source, directory=made.directory, tensors=read_headers(made.directory))
@@ -37,15 +37,15 @@ def test_scores_are_those_of_whole_models(
         StreamedModel(each, device=torch.device("cpu"), dtype=dtype, class_name=source.class_name)
         for each in (source, after)
     )
-    scores, blocks = streamed_fidelity(original, compressed, BATCHES, kind=kind)
-    assert scores == fidelity(*whole, BATCHES, kind=kind)
+    scores, blocks = streamed_fidelity(original, compressed, BATCHES, makes=makes)
+    assert scores == fidelity(*whole, BATCHES, makes=makes)
     assert [block.layer for block in blocks] == [0, 1, 2]
     assert all(0 < block.relative_error < 2 and block.cosine < 1 for block in blocks)
 
     expected = [model(**BATCHES[0].arguments, output_hidden_states=True).hidden_states[1] for model in whole]
     is_token = BATCHES[0].attention_mask.bool()
     a_TD, b_TD = (states[is_token].float() for states in expected)
-    _, first = streamed_fidelity(original, compressed, BATCHES[:1], kind=kind)
+    _, first = streamed_fidelity(original, compressed, BATCHES[:1], makes=makes)
     assert first[0].relative_error == pytest.approx(float((b_TD - a_TD).norm() / a_TD.norm()), rel=1e-5)
 
 

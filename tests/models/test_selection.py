@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 import ffsplit
+from benchmarks.families.tiny import save, tiny_model
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
@@ -92,6 +93,28 @@ def test_a_tower_that_text_does_not_reach_is_left_out_and_said(
     assert main(["inspect", str(job.model)]) == 0
     assert words(said) in words(capsys.readouterr().out)
     assert ffsplit.inspect(str(job.model)).left_out_ffns == (left_out,)
+
+
+@pytest.mark.parametrize("only", [(), ("vision tower*",)])
+def test_pictures_reach_all_towers(tmp_path: Path, only: tuple[str, ...]) -> None:
+    model = tiny_model("llava", "LlavaForConditionalGeneration")
+    assert not save(model, tmp_path / "model")
+    job = SmallJob(tmp_path, tmp_path / "model")
+    rows = (calibration(open_checkpoint(job.model), tmp_path, richest=True),)
+    recipe = job.recipe(step=PRUNE)
+    config = job.config(
+        tmp_path / "out", recipe=recipe, samples=8, calibration=rows, keep=0.5, only=only, max_length=16
+    )
+    manifest = ffsplit.compress(config)
+    towers = {layer.name.split(" layer")[0] for layer in manifest.layers}
+    assert towers == {"vision tower encoder"} | ({"language model"} if not only else set())
+    assert [each.tower for each in manifest.model.left_out_ffns] == (["language model"] if only else [])
+    assert manifest.keep is not None and (0.4 < manifest.keep <= 0.5 or only)
+    assert manifest.measurements is not None
+    assert set(manifest.measurements.fidelity) >= {"kl_divergence", "top1_agreement"}
+    assert {each.num_tokens for each in manifest.measurements.latency}.isdisjoint({8}), "held-out rows"
+    loaded = ffsplit.load(str(tmp_path / "out"))
+    assert type(loaded) is type(model)
 
 
 def test_split_ffns_beside_a_tower_that_is_left_out_load(tmp_path: Path) -> None:

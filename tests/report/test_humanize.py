@@ -4,6 +4,7 @@ import pytest
 
 from ffsplit.ffn.shapes import Integer, LayerLayout, LowRank, PartLayout
 from ffsplit.report import humanize
+from ffsplit.store.manifest import DroppedExperts, ExpertsRecord
 
 
 def plain(text: str) -> str:
@@ -120,3 +121,21 @@ def test_ffns_are_layers_where_each_is_a_layers_only_one() -> None:
     assert humanize.unit([("layer 0", 0), ("layer 1", 1)]) == "layer"
     assert humanize.unit([("layer 0", 0), ("layer 1 expert 0", 1)]) == "FFN"
     assert humanize.unit([("encoder layer 0", 0), ("decoder layer 0", 1)]) == "FFN"
+
+
+def test_dropped_experts_are_named_while_they_are_few() -> None:
+    def dropped(num_blocks: int, num_dropped: int) -> ExpertsRecord:
+        blocks = [
+            DroppedExperts(block=f"layer {index}", experts=tuple(range(num_dropped)))
+            for index in range(num_blocks)
+        ]
+        return ExpertsRecord(num_experts=64, num_kept=64 - num_dropped, dropped=tuple(blocks))
+
+    few = "Experts left: 62 of 64 per block (layer 0 without 0, 1; layer 1 without 0, 1)."
+    assert humanize.dropped_in_words(dropped(2, 2)) == few
+    many = humanize.dropped_in_words(dropped(48, 16))
+    assert (
+        "layer 1 without" in many and "layer 2" not in many and many.endswith("lists all that were dropped).")
+    )
+    none = "Experts left: 24 of 64 per block (the manifest lists all that were dropped)."
+    assert humanize.dropped_in_words(dropped(48, 40)) == none

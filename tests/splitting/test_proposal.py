@@ -9,15 +9,14 @@ import pytest
 from ffsplit.compressors import PruneCompressor
 from ffsplit.config import Budget
 from ffsplit.ffn.shapes import FFNShape, ModelShape
-from ffsplit.splitting.solver import (
+from ffsplit.splitting.proposal import (
     HALVING,
     SENSITIVITY,
     SMALLEST_WEIGHT,
-    HeavyRule,
-    Solver,
     least_error_fractions,
     propose,
 )
+from ffsplit.splitting.solver import HeavyRule, Solver
 
 SHAPE = FFNShape(num_neurons=400, hidden_size=32, gated=False, up_bias=True, down_bias=True)
 MODEL = ModelShape(

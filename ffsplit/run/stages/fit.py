@@ -36,18 +36,22 @@ if TYPE_CHECKING:
 
 
 class Layers(NamedTuple):
-    """The compressed layers of a model: the file, the layout and the error of each."""
+    """The compressed layers of a model: the layout and the error of each, and their files.
+
+    A dropped expert has no file and no error.
+    """
 
     files: tuple[Path, ...]
     layouts: tuple[LayerLayout, ...]
-    errors: tuple[float, ...]
+    errors: tuple[float | None, ...]
 
 
 class LayerJob(Record):
-    """One layer's plan and where its inputs are."""
+    """One layer's plan and where its inputs are. `becomes` is the FFN whose names it gets in the artifact."""
 
     model: ModelSource
     plan: LayerPlan
+    becomes: int
     steps: tuple[AnyCompressor, ...]
     plain: bool
     inputs: tuple[FileEntry, ...]
@@ -125,7 +129,7 @@ def _compress(job: LayerJob) -> Result:
         inputs=inputs,
         output_norm=load_output_norm(checkpoint, job.plan.layer, device=device),
     )
-    tensors = layer_tensors(checkpoint, job.plan.layer, compressed.weights, plain=job.plain)
+    tensors = layer_tensors(checkpoint, job.becomes, compressed.weights, plain=job.plain)
     return _saved(job, job.plan.layer, compressed, tensors)
 
 
@@ -171,12 +175,27 @@ def compress_layers(
     *,
     part: str,
 ) -> Layers:
-    """Compress every layer of a checkpoint, one task each. `shards` hold the sampled inputs."""
+    """Compress every layer of a checkpoint that is not dropped, one task each.
+
+    `shards` hold the sampled inputs.
+    """
     jobs = layer_jobs(execution, checkpoint, steps, plans, shards, part=part)
     planned = [plan.model_dump(mode="json") for plan in plans]
     key = stage_key(stage, {"run": execution.run.keys.run, "plans": planned})
     answers = execution.runner.map_tasks(stage, compress_layer_job, jobs)
-    return _layers(execution, execution.log.collect(stage, key, len(jobs), answers))
+    found = _layers(execution, execution.log.collect(stage, key, len(jobs), answers))
+    return _among_dropped(found, plans)
+
+
+def _among_dropped(found: Layers, plans: Sequence[LayerPlan]) -> Layers:
+    """The layers with those between them that are dropped."""
+    layouts, errors = iter(found.layouts), iter(found.errors)
+    is_dropped = [plan.layout.is_dropped for plan in plans]
+    return Layers(
+        files=found.files,
+        layouts=tuple(LayerLayout.dropped() if dropped else next(layouts) for dropped in is_dropped),
+        errors=tuple(None if dropped else next(errors) for dropped in is_dropped),
+    )
 
 
 def layer_jobs(
@@ -188,15 +207,16 @@ def layer_jobs(
     *,
     part: str,
 ) -> list[LayerJob]:
-    """One job per plan; the results go to `part` of the scratch."""
+    """One job per plan of an FFN that is not dropped; the results go to `part` of the scratch."""
     run = execution.run
-    plain = keeps_names(checkpoint, [plan.layout for plan in plans])
+    plain, becomes = keeps_names(checkpoint, [plan.layout for plan in plans]), _places(checkpoint, plans)
     ours = checkpoint.directory == run.checkpoint.directory
     model = execution.model if ours else execution.hand_over(checkpoint.directory)
     return [
         LayerJob(
             model=model,
             plan=plan,
+            becomes=becomes[plan.layer],
             steps=steps,
             plain=plain,
             inputs=tuple(input_files(shards, checkpoint.ffns[plan.layer].unit)),
@@ -204,7 +224,23 @@ def layer_jobs(
             profile=run.profile,
         )
         for plan in plans
+        if not plan.layout.is_dropped
     ]
+
+
+def _places(checkpoint: Checkpoint, plans: Sequence[LayerPlan]) -> dict[int, int]:
+    """By the index of each FFN that stays: the index of the FFN in whose place the artifact has it.
+
+    Experts that stay move up to the places of those that are dropped before them.
+    """
+    places: dict[int, int] = {}
+    next_free: dict[int, int] = {}
+    for plan in plans:
+        unit = checkpoint.ffns[plan.layer].unit
+        if not plan.layout.is_dropped:
+            places[plan.layer] = next_free.setdefault(unit, unit)
+            next_free[unit] += 1
+    return places
 
 
 def refit_layers(execution: Execution, layers: Layers, shards: Sequence[Result], staging: Path) -> Layers:

@@ -24,8 +24,9 @@ from ffsplit.models.load import load_whole_model
 from ffsplit.models.names import base_of
 from ffsplit.run.stages.fit import compress_layer_job, layer_jobs
 from ffsplit.runtime.assemble import assemble
+from ffsplit.splitting.proposal import UNIFORM, Candidate, propose
 from ffsplit.splitting.scores import plan_split
-from ffsplit.splitting.solver import UNIFORM, Candidate, Solver, propose
+from ffsplit.splitting.solver import Solver
 from ffsplit.store.manifest import AllocationRecord, CandidateRecord
 from ffsplit.store.scratch import Result
 

@@ -43,6 +43,7 @@ def layer_result(model: Path, folder: Path) -> tuple[Scratch, Result]:
     job = LayerJob(
         model=ModelSource(path=str(model)),
         plan=LayerPlan(layer=1, layout=layout, heavy_neurons=tuple(range(32))),
+        becomes=1,
         steps=(PRUNE,),
         plain=True,
         inputs=sampled(scratch, folder, "inputs", INPUTS_TD).files,
