@@ -21,7 +21,7 @@ from ffsplit.ffn.quantization import fake_quantize
 from ffsplit.healing.gradient import Distillation, tokens_a_pass
 from ffsplit.healing.losses import Distance
 from ffsplit.healing.rows import HealingData, num_epochs, rows_by_step, steps_an_epoch
-from ffsplit.healing.settings import HealingSettings
+from ffsplit.healing.settings import STEP_TOKENS, HealingSettings
 from ffsplit.healing.team import Alone, Team
 from ffsplit.models.family import Makes
 from ffsplit.models.load import classifies
@@ -240,12 +240,13 @@ def settle(linears: Sequence[nn.Module]) -> None:
 def peak_rate(settings: HealingSettings, first_loss: float, *, makes: Makes, far: float = FAR) -> float:
     """The peak learning rate: that of the settings, or for an encoder twice that, less if it is close.
 
-    Steps keep a model moving at a distance from its original that grows with their size. A model that
+    It is for steps of STEP_TOKENS tokens, and grows with the square root of their number. Steps keep a model moving at a distance from its original that grows with their size. A model that
     starts closer than that would first move away, and might not return before training ends.
     """
+    rate = settings.learning_rate * math.sqrt(settings.step_tokens / STEP_TOKENS)
     if makes != "states":
-        return settings.learning_rate
-    return settings.learning_rate * ENCODER_RATE * min(1.0, first_loss / far) ** 2
+        return rate
+    return rate * ENCODER_RATE * min(1.0, first_loss / far) ** 2
 
 
 def schedule(step: int, num_steps: int, *, warm_up: float) -> float:

@@ -32,7 +32,8 @@ class HealingSettings(Record):
     learning_rate: float = Field(
         default=5e-4,
         gt=0,
-        description="at its peak; for an encoder twice that, or less if it is close to its original",
+        description="at its peak, for steps of 2,048 tokens; it grows with the square root of their number. "
+        "For an encoder twice that, or less if it is close to its original",
     )
     warm_up: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")
     max_gradient_norm: float = Field(default=1.0, gt=0)

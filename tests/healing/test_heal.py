@@ -81,11 +81,17 @@ def test_the_student_comes_closer(family: str, head: str, makes: Any) -> None:
 
 
 def test_what_is_near_its_original_already_is_healed_at_a_lower_rate() -> None:
-    settings = HealingSettings(learning_rate=4e-4)
+    settings = settled(learning_rate=4e-4)
     rates = [peak_rate(settings, loss, makes="states") for loss in (0.3, 0.15, 0.075, 0.0)]
     assert rates == [8e-4, 8e-4, pytest.approx(2e-4), 0.0]
     assert peak_rate(settings, 0.01, makes="next_tokens") == 4e-4
     assert peak_rate(settings, 0.01, makes="states", far=0.02) == pytest.approx(2e-4)
+
+
+def test_larger_steps_have_higher_rates() -> None:
+    on_gpu = HealingSettings(learning_rate=4e-4).settled(large_steps=True, in_bfloat16=True)
+    assert (on_gpu.step_tokens, on_gpu.mixed_precision) == (24_576, "bf16")
+    assert peak_rate(on_gpu, 0.01, makes="next_tokens") == pytest.approx(4e-4 * 12**0.5)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
