@@ -240,8 +240,9 @@ def settle(linears: Sequence[nn.Module]) -> None:
 def peak_rate(settings: HealingSettings, first_loss: float, *, makes: Makes, far: float = FAR) -> float:
     """The peak learning rate: that of the settings, or for an encoder twice that, less if it is close.
 
-    It is for steps of STEP_TOKENS tokens, and grows with the square root of their number. Steps keep a model moving at a distance from its original that grows with their size. A model that
-    starts closer than that would first move away, and might not return before training ends.
+    It is for steps of STEP_TOKENS tokens, and grows with the square root of their number. Steps keep a model
+    moving at a distance from its original that grows with their size. A model that starts closer than that
+    would first move away, and might not return before training ends.
     """
     rate = settings.learning_rate * math.sqrt(settings.step_tokens / STEP_TOKENS)
     if makes != "states":
