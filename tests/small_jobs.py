@@ -33,7 +33,7 @@ LOW_RANK = "{kind: low_rank}"
 
 HEALED_SHARDS: dict[str, Any] = {
     "shard_size": 1,
-    "more": "healing: {epochs: 2, batch_rows: 8, learning_rate: 0.002, evaluations: 1, checkpoint_steps: 2}",
+    "more": "healing: {epochs: 2, batch_rows: 8, learning_rate: .002, evaluations: 1, checkpoint_minutes: 0}",
 }
 """Options of a recipe with every stage, and more shards than one task reduces."""
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import random
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ffsplit.calibration.model_inputs import Batch, padded_batches
+from ffsplit import logs
 from ffsplit.ffn.quantization import fake_quantize
-from ffsplit.healing.losses import distance, outputs, quotient, total_distance, weight
-from ffsplit.healing.settings import HealingSettings
+from ffsplit.healing.gradient import Distillation, tokens_a_pass
+from ffsplit.healing.losses import Distance
+from ffsplit.healing.rows import HealingData, num_epochs, rows_by_step, steps_an_epoch
+from ffsplit.healing.settings import STEP_TOKENS, HealingSettings
 from ffsplit.healing.team import Alone, Team
 from ffsplit.models.family import Makes
 from ffsplit.models.load import classifies
@@ -71,89 +73,6 @@ class HealingState:
         return state
 
 
-# One step's gradient, and the evaluation on validation rows, divided over a team.
-
-
-@dataclass(frozen=True)
-class Distillation:
-    """A student, its teacher, the student's trained weights, and the team that works on it.
-
-    All processes of the team call the same methods with the same arguments, and end with the same
-    weights and the same figures.
-    """
-
-    student: Any
-    teacher: Any
-    weights: dict[str, Tensor]
-    makes: Makes
-    team: Team
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.weights.values())).device
-
-    def meet(self, step: int) -> None:
-        """Wait until all processes are at this step, so that none writes a state while another reads one."""
-        steps = [torch.tensor([float(step)], dtype=torch.float64, device=self.device) for _ in self.team.mine]
-        if float(self.team.sum(steps)) != self.team.size * step:
-            raise RuntimeError(f"healing resumes from step {step} here and from another step elsewhere")
-
-    def set_gradient(self, rows: Sequence[Sequence[int]], *, pad_id: int, accelerator: Any) -> None:
-        """Set the weights' gradients to those of the rows' distance: the shares' sum, in their order.
-
-        A share without rows computes the first row with weight zero, so that all shares have the same
-        gradients to add.
-        """
-        shares = [rows[share :: self.team.size] for share in self.team.mine]
-        batches = [_whole_batch(share or rows[:1], pad_id).to(self.device) for share in shares]
-        with torch.no_grad():
-            expected = [outputs(self.teacher, batch, makes=self.makes) for batch in batches]
-        parts = [
-            weight(target, batch, makes=self.makes) * bool(share)
-            for share, batch, target in zip(shares, batches, expected, strict=True)
-        ]
-        whole = self.team.sum(parts)
-        flat = []
-        for batch, target, part in zip(batches, expected, parts, strict=True):
-            with accelerator.autocast():
-                found = outputs(self.student, batch, makes=self.makes)
-                loss = distance(found, target, batch, makes=self.makes)
-            for tensor in self.weights.values():
-                tensor.grad = None
-            accelerator.backward(loss * (part / whole))
-            gradients = [tensor.grad for tensor in self.weights.values() if tensor.grad is not None]
-            if self.team.size > 1:
-                flat.append(torch.cat([gradient.reshape(-1) for gradient in gradients]))
-        if self.team.size > 1:
-            summed = torch.split(self.team.sum(flat), [gradient.numel() for gradient in gradients])
-            for gradient, total in zip(gradients, summed, strict=True):
-                gradient.copy_(total.view_as(gradient))
-
-    def judge(self, state: HealingState, batches: Sequence[Batch]) -> None:
-        """Evaluate the student, and keep its weights if they are the best so far."""
-        sums = []
-        for share in self.team.mine:
-            mine = batches[share :: self.team.size]
-            totals = total_distance(self.student, self.teacher, mine, makes=self.makes)
-            sums.append(torch.tensor(totals, dtype=torch.float64, device=self.device))
-        loss = quotient(*self.team.sum(sums).tolist())
-        if loss < state.best_loss:
-            state.best_loss, state.best_step, state.num_worse = loss, state.step, 0
-            state.best = {name: tensor.detach().clone() for name, tensor in self.weights.items()}
-        else:
-            state.num_worse += 1
-
-
-def _whole_batch(rows: Sequence[Sequence[int]], pad_id: int) -> Batch:
-    """All rows in one batch."""
-    (batch,) = padded_batches(rows, batch_tokens=len(rows) * max(map(len, rows)), pad_id=pad_id)
-    return batch
-
-
-SORTED_BATCHES = 16
-"""Rows are shuffled, then sorted by length within this many batches, to reduce padding."""
-
-
 ENCODER_RATE = 2.0
 """The factor on the learning rate for an encoder."""
 FAR, FAR_LOGITS = 0.15, 0.02
@@ -177,16 +96,6 @@ class FakeQuantize(nn.Module):
         return fake_quantize(weight, **self._options)
 
 
-@dataclass(frozen=True)
-class HealingData:
-    """Token ids of the training rows, and of the validation rows that decide when to stop."""
-
-    rows: Sequence[Sequence[int]]
-    validation: Sequence[Sequence[int]]
-    pad_id: int
-    batch_tokens: int
-
-
 def heal(
     student: Any,
     teacher: Any,
@@ -202,7 +111,7 @@ def heal(
     """Train `student` in place, leave it in its best state, and return the record of the training.
 
     `resume` reads an earlier state into the weights and the optimizer, or returns None; `checkpoint` is
-    called every `checkpoint_steps` steps. The same arguments give the same bytes on one kind of
+    called every `checkpoint_minutes` minutes. The same arguments give the same bytes on one kind of
     processor, resumed or not; on a GPU, a causal language model's can differ in the last bits.
     Every process of a `team` calls this with the same arguments and ends with the same weights;
     `checkpoint` is called in all of them.
@@ -210,21 +119,27 @@ def heal(
     device = next(student.parameters()).device
     accelerator = fresh_accelerator(settings, device)
     weights = trainable_weights(student)
-    optimizer = torch.optim.AdamW(list(weights.values()), betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        list(weights.values()), betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
+    )
     optimizer = accelerator.prepare(optimizer)
     state = resume(weights, optimizer)
-    distillation = Distillation(student, teacher, weights, makes, team or Alone())
+    batches = [batch.to(device) for batch in data.validation_batches()]
+    distance = Distance.of(student, teacher, batches[-1], makes=makes)
+    distillation = Distillation(distance, weights, team or Alone())
     distillation.meet(state.step if state else 0)
-    batches = [batch.to(device) for batch in _validation(data)]
     if state is None:
         state = HealingState()
         distillation.judge(state, batches)
         state.first_loss = state.best_loss
+    pass_tokens = tokens_a_pass(distillation, data, accelerator=accelerator)
+    distillation = replace(distillation, pass_tokens=pass_tokens)
     far = FAR_LOGITS if classifies(teacher) else FAR
     peak = peak_rate(settings, state.first_loss, makes=makes, far=far)
     num_steps = num_epochs(data.rows, settings) * steps_an_epoch(data.rows, settings)
     evaluate_every = max(1, num_steps // (settings.epochs * settings.evaluations))
-    for step, rows in enumerate(_training(data, settings, seed=seed)):
+    pace = Pace(num_steps, settings.checkpoint_minutes)
+    for step, rows in enumerate(rows_by_step(data.rows, settings, seed=seed)):
         if step < state.step:
             continue
         for group in optimizer.param_groups:
@@ -233,15 +148,50 @@ def heal(
         accelerator.clip_grad_norm_(weights.values(), settings.max_gradient_norm)
         optimizer.step()
         state.step = step + 1
+        pace.count(rows)
         if state.step % evaluate_every == 0 or state.step == num_steps:
             distillation.judge(state, batches)
+            pace.log(state)
             if state.num_worse >= settings.patience:
                 break
-        if state.step % settings.checkpoint_steps == 0:
+        if pace.is_checkpoint_due():
             checkpoint(state, weights, optimizer)
     for name, tensor in state.best.items():
         weights[name].data.copy_(tensor)
     return state
+
+
+class Pace:
+    """How fast a run is, and when its next checkpoint is due."""
+
+    def __init__(self, num_steps: int, checkpoint_minutes: float) -> None:
+        self._num_steps, self._minutes = num_steps, checkpoint_minutes
+        self._started = self._saved = time.monotonic()
+        self._num_tokens = 0
+
+    def count(self, rows: Sequence[Sequence[int]]) -> None:
+        """Count a step's tokens."""
+        self._num_tokens += sum(map(len, rows))
+
+    def is_checkpoint_due(self) -> bool:
+        """Whether so many minutes are over since the last time that this was true, or since the start."""
+        now = time.monotonic()
+        if now - self._saved < 60 * self._minutes:
+            return False
+        self._saved = now
+        return True
+
+    def log(self, state: HealingState) -> None:
+        """Write a line about the state that was just evaluated."""
+        rate = self._num_tokens / max(1e-9, time.monotonic() - self._started)
+        logs.log(
+            "healing",
+            step=state.step,
+            steps=self._num_steps,
+            tokens_per_s=round(rate),
+            first_loss=round(state.first_loss, 5),
+            best_loss=round(state.best_loss, 5),
+        )
 
 
 def fresh_accelerator(settings: HealingSettings, device: torch.device) -> Any:
@@ -251,21 +201,6 @@ def fresh_accelerator(settings: HealingSettings, device: torch.device) -> Any:
 
     AcceleratorState._reset_state(reset_partial_state=True)  # or it rejects another precision or device
     return Accelerator(mixed_precision=settings.mixed_precision, cpu=device.type == "cpu")
-
-
-def rows_a_step(rows: Sequence[Sequence[int]], settings: HealingSettings) -> int:
-    """Rows per step: as many as the settings allow for rows of this mean length."""
-    mean_length = sum(map(len, rows)) / max(1, len(rows))
-    return max(1, min(settings.batch_rows, int(settings.batch_tokens / max(1.0, mean_length))))
-
-
-def steps_an_epoch(rows: Sequence[Sequence[int]], settings: HealingSettings) -> int:
-    return math.ceil(len(rows) / rows_a_step(rows, settings))
-
-
-def num_epochs(rows: Sequence[Sequence[int]], settings: HealingSettings) -> int:
-    """The number of epochs in the settings, or more if `min_steps` requires it."""
-    return max(settings.epochs, math.ceil(settings.min_steps / max(1, steps_an_epoch(rows, settings))))
 
 
 def trainable_weights(student: Any) -> dict[str, Tensor]:
@@ -305,32 +240,17 @@ def settle(linears: Sequence[nn.Module]) -> None:
 def peak_rate(settings: HealingSettings, first_loss: float, *, makes: Makes, far: float = FAR) -> float:
     """The peak learning rate: that of the settings, or for an encoder twice that, less if it is close.
 
-    Steps keep a model moving at a distance from its original that grows with their size. A model that
-    starts closer than that would first move away, and might not return before training ends.
+    It is for steps of STEP_TOKENS tokens, and grows with the square root of their number. Steps keep a model
+    moving at a distance from its original that grows with their size. A model that starts closer than that
+    would first move away, and might not return before training ends.
     """
+    rate = settings.learning_rate * math.sqrt(settings.step_tokens / STEP_TOKENS)
     if makes != "states":
-        return settings.learning_rate
-    return settings.learning_rate * ENCODER_RATE * min(1.0, first_loss / far) ** 2
+        return rate
+    return rate * ENCODER_RATE * min(1.0, first_loss / far) ** 2
 
 
 def schedule(step: int, num_steps: int, *, warm_up: float) -> float:
     """Linear warm-up over a share of the steps, then a half cosine to zero: a factor in [0, 1]."""
     rising = min(1.0, (step + 1) / max(1.0, warm_up * num_steps))
     return rising * 0.5 * (1.0 + math.cos(math.pi * step / num_steps))
-
-
-def _validation(data: HealingData) -> Iterator[Batch]:
-    return padded_batches(data.validation, batch_tokens=data.batch_tokens, pad_id=data.pad_id)
-
-
-def _training(data: HealingData, settings: HealingSettings, *, seed: int) -> Iterator[list[Sequence[int]]]:
-    """The rows of every step of all epochs, in an order that depends on the seed and the epoch alone."""
-    size = rows_a_step(data.rows, settings)
-    for epoch in range(num_epochs(data.rows, settings)):
-        generator = random.Random(f"{seed}/{epoch}")
-        order = generator.sample(range(len(data.rows)), len(data.rows))
-        for start in range(0, len(order), size * SORTED_BATCHES):
-            chunk = sorted(order[start : start + size * SORTED_BATCHES], key=lambda row: len(data.rows[row]))
-            groups = [chunk[first : first + size] for first in range(0, len(chunk), size)]
-            for group in generator.sample(groups, len(groups)):
-                yield [data.rows[row] for row in group]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,62 +15,132 @@ from ffsplit.models.family import Makes
 from ffsplit.models.load import classifies, row_logits
 from ffsplit.models.names import base_of
 
+CHUNK_LOGITS = 1 << 26
+"""Logits of a vocabulary that are computed at once: 256 MiB in float32."""
+SAME_LOGITS = 1e-3
+"""Relative to the largest: how far the head's logits may be from the model's own, in any dtype."""
 
-def outputs(model: Any, batch: Batch, *, makes: Makes) -> Tensor:
-    """The outputs to compare: an encoder's last hidden states [B, T, D], a causal LM's logits [B, T, V]."""
-    if makes == "states":
-        base = base_of(model)
-        states: Tensor = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
-        return states
+
+@dataclass(frozen=True)
+class Distance:
+    """The distance of a student from its teacher over the tokens of a batch, and its gradient.
+
+    Encoders: |s - t|^2 / |t|^2 of their last states. Causal language models: mean KL(t | s) per token, in
+    nats. Their logits are computed from the last states in chunks of tokens, so that a large vocabulary is
+    never the memory peak; `has_heads` is false for a model that changes the logits of its head, whose logits
+    are computed all at once.
+    """
+
+    student: Any
+    teacher: Any
+    makes: Makes
+    has_heads: bool
+
+    @classmethod
+    def of(cls, student: Any, teacher: Any, batch: Batch, *, makes: Makes) -> Distance:
+        """A distance that was tried on a batch."""
+        has_heads = makes == "next_tokens" and head_makes_logits(teacher, batch)
+        return cls(student, teacher, makes, has_heads)
+
+    def outputs(self, model: Any, batch: Batch) -> Tensor:
+        """What is compared, or what its logits are computed from, for the batch's tokens: [T, D]."""
+        of_states = self.has_heads or self.makes == "states"
+        found = last_states(model, batch) if of_states else logits_of(model, batch)
+        return found[batch.attention_mask.bool()]
+
+    def weight(self, target_TD: Tensor) -> Tensor:
+        """The divisor in the distance. Weighted by it, parts' distances average to the whole's."""
+        if self.makes == "states":
+            return target_TD.float().square().sum()
+        return torch.tensor(float(len(target_TD)), device=target_TD.device)
+
+    def backward(self, batch: Batch, target_TD: Tensor, *, factor: Tensor, accelerator: Any) -> None:
+        """Add the gradient of the distance times its weight times `factor` to the student's weights.
+
+        `target_TD` are the teacher's `outputs` for the batch.
+        """
+        with accelerator.autocast():
+            found_TD = self.outputs(self.student, batch)
+        if not self.has_heads:
+            accelerator.backward(self._sum(found_TD, target_TD) * factor)
+            return
+        leaf_TD = found_TD.detach().requires_grad_()
+        for part in self._chunks(target_TD):
+            with accelerator.autocast():
+                student_TV = self.student.get_output_embeddings()(leaf_TD[part])
+            with torch.no_grad():
+                teacher_TV = self.teacher.get_output_embeddings()(target_TD[part])
+            accelerator.backward(self._sum(student_TV, teacher_TV) * factor)
+        torch.autograd.backward(found_TD, leaf_TD.grad)
+
+    @torch.no_grad()
+    def totals(self, batches: Sequence[Batch]) -> tuple[float, float]:
+        """Numerator and denominator of the distance: sums over the batches, which can be added over parts.
+
+        They are the distances times the batches' tokens, and the tokens. For a classifier, they are the
+        squared error of its logits and their square, because its head does not read all states.
+        """
+        total = weights = 0.0
+        for batch in batches:
+            if classifies(self.teacher):
+                s_BL, t_BL = (row_logits(model, batch.arguments) for model in (self.student, self.teacher))
+                total += float((s_BL - t_BL).square().sum())
+                weights += float(t_BL.square().sum())
+                continue
+            found_TD, target_TD = (self.outputs(model, batch) for model in (self.student, self.teacher))
+            weight = batch.num_tokens / float(self.weight(target_TD))
+            if self.has_heads:
+                for part in self._chunks(target_TD):
+                    student_TV = self.student.get_output_embeddings()(found_TD[part])
+                    teacher_TV = self.teacher.get_output_embeddings()(target_TD[part])
+                    total += weight * float(self._sum(student_TV, teacher_TV))
+            else:
+                total += weight * float(self._sum(found_TD, target_TD))
+            weights += batch.num_tokens
+        return total, weights
+
+    def mean(self, batches: Sequence[Batch]) -> float:
+        """The student's loss: its distance over all batches."""
+        return quotient(*self.totals(batches))
+
+    def _sum(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The distance of some tokens' outputs times its weight."""
+        if self.makes == "states":
+            return (student.float() - teacher.float()).square().sum()
+        log_student = functional.log_softmax(student.float(), dim=-1)
+        log_teacher = functional.log_softmax(teacher.float(), dim=-1)
+        return functional.kl_div(log_student, log_teacher, log_target=True, reduction="sum")
+
+    def _chunks(self, target_TD: Tensor) -> Iterator[slice]:
+        size = max(1, CHUNK_LOGITS // self.teacher.get_output_embeddings().weight.shape[0])
+        return (slice(start, start + size) for start in range(0, len(target_TD), size))
+
+
+def last_states(model: Any, batch: Batch) -> Tensor:
+    """The last hidden states of a batch of texts: [B, T, D]."""
+    base = base_of(model)
+    states: Tensor = base(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+    return states
+
+
+def logits_of(model: Any, batch: Batch) -> Tensor:
+    """A causal language model's logits for a batch of texts: [B, T, V]."""
     logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     return logits
 
 
-def distance(student: Tensor, teacher: Tensor, batch: Batch, *, makes: Makes) -> Tensor:
-    """Encoders: |s - t|^2 / |t|^2 over all tokens. Causal LMs: mean KL(t | s) per token, in nats."""
-    is_token = batch.attention_mask.bool()
-    student, teacher = student[is_token].float(), teacher[is_token].float()
-    if makes == "states":
-        return (student - teacher).square().sum() / teacher.square().sum()
-    log_student = functional.log_softmax(student, dim=-1)
-    log_teacher = functional.log_softmax(teacher, dim=-1)
-    return functional.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean")
-
-
-def weight(teacher: Tensor, batch: Batch, *, makes: Makes) -> Tensor:
-    """The divisor in `distance`. Weighted by it, distances of parts of a batch average to the whole's."""
-    is_token = batch.attention_mask.bool()
-    if makes == "states":
-        return teacher[is_token].float().square().sum()
-    return is_token.sum().float()
-
-
-def mean_distance(student: Any, teacher: Any, batches: Sequence[Batch], *, makes: Makes) -> float:
-    """A student's loss: its distance over all batches, the quotient of `total_distance`."""
-    return quotient(*total_distance(student, teacher, batches, makes=makes))
+@torch.no_grad()
+def head_makes_logits(model: Any, batch: Batch) -> bool:
+    """Whether a model's logits are what its head makes of the last states: not scaled, not capped."""
+    head: Callable[[Tensor], Tensor] | None = model.get_output_embeddings()
+    if head is None or base_of(model) is model:
+        return False
+    expected = logits_of(model, batch)
+    found = head(last_states(model, batch))
+    if found.shape != expected.shape:
+        return False
+    return bool((found - expected).abs().max() <= SAME_LOGITS * expected.abs().max())
 
 
 def quotient(total: float, weight: float) -> float:
     return total / weight if weight > 0 else 0.0
-
-
-@torch.no_grad()
-def total_distance(
-    student: Any, teacher: Any, batches: Sequence[Batch], *, makes: Makes
-) -> tuple[float, float]:
-    """Numerator and denominator of the distance: sums over the batches, which can be added over parts.
-
-    They are the distances times the batches' tokens, and the tokens. For a classifier, they are the squared
-    error of its logits and their square, because its head does not read all states.
-    """
-    total = weights = 0.0
-    for batch in batches:
-        if classifies(teacher):
-            s_BL, t_BL = (row_logits(model, batch.arguments) for model in (student, teacher))
-            total += float((s_BL - t_BL).square().sum())
-            weights += float(t_BL.square().sum())
-            continue
-        found, expected = (outputs(model, batch, makes=makes) for model in (student, teacher))
-        total += float(distance(found, expected, batch, makes=makes)) * batch.num_tokens
-        weights += batch.num_tokens
-    return total, weights

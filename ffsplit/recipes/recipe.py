@@ -138,14 +138,20 @@ class Recipe(Record):
             return self
         return self.model_copy(update={"allocation": "search" if search else "uniform"})
 
-    def fitting(self, *, in_bfloat16: bool) -> Recipe:
-        """This recipe, with the precision of its fits decided, the same for all hosts."""
+    def training(self, *, in_bfloat16: bool, on_gpu: bool, windows: bool) -> Recipe:
+        """This recipe, with the precision of its fits and the steps of its healing decided for all hosts.
+
+        `windows`: rows are windows of running text, which healing reads in steps that fill a GPU.
+        """
         steps = tuple(
             step.settled(in_bfloat16=in_bfloat16) if isinstance(step, DistillCompressor) else step
             for step in self.steps
         )
         refits = tuple(step.settled(in_bfloat16=in_bfloat16) for step in self.refits)
-        return self.model_copy(update={"steps": steps, "refits": refits})
+        healing = self.healing and self.healing.settled(
+            large_steps=on_gpu and windows, in_bfloat16=on_gpu and in_bfloat16
+        )
+        return self.model_copy(update={"steps": steps, "refits": refits, "healing": healing})
 
     @property
     def fits_in_bfloat16(self) -> bool:

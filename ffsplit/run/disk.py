@@ -98,19 +98,12 @@ class Disk:
         yield max(1, self.num_candidates) * self.layers
         yield self.num_refits * (self.layers + self.inputs)
         if work.recipe.healing is not None:
-            state = self._healing_state * self._states_kept
-            yield max(state, state // max(1, self._states_kept) + work.compressed_bytes)
+            state = self._healing_state  # one stays until the next is written
+            yield state + max(state, work.compressed_bytes)
         if work.recipe.after_healing is not None:
             yield self.layers
         if self.is_spread:
             yield sum(self._handed_over())
-
-    @property
-    def _states_kept(self) -> int:
-        """Healing states: one stays until the next is written. Healing may take twice the estimated steps."""
-        settings = self.work.recipe.healing
-        assert settings is not None
-        return min(2, 2 * self.work.healing_steps // settings.checkpoint_steps)
 
     @property
     def _healing_state(self) -> int:
@@ -163,9 +156,8 @@ class Disk:
             downloaded += self.layers if self.is_remote else 0
         whole = self.statistics + self.checkpoint + downloaded
         if recipe.healing is not None:
-            resumed = self._healing_state if self.is_remote and self._states_kept else 0
-            kept = self._healing_state if self._states_kept else 0
-            yield whole + resumed + max(kept, work.compressed_bytes)
+            resumed = self._healing_state if self.is_remote else 0
+            yield whole + resumed + max(self._healing_state, work.compressed_bytes)
             fetched = work.compressed_bytes if self.is_remote else 0
             whole += resumed + fetched
             yield whole + min(work.compressed_bytes, MAX_SHARD_BYTES)

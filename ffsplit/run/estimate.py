@@ -134,7 +134,7 @@ def healing_seconds(work: Workload, *, speed: float) -> float:
     assert settings is not None, "only for recipes that heal"
     student = work.compressed_bytes / work.file_bytes
     passes = 1 + (1 + BACKWARD) * student
-    tokens = max(work.calibration_tokens * settings.epochs, settings.min_steps * settings.batch_tokens)
+    tokens = max(work.calibration_tokens * settings.epochs, settings.min_steps * settings.step_tokens)
     return 2 * work.num_elements * tokens * passes / speed
 
 

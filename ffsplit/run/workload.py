@@ -165,7 +165,7 @@ class Workload:
         settings = self.recipe.healing
         assert settings is not None, "only for recipes that heal"
         length = max(1, self.calibration_tokens // self.num_rows)
-        rows = max(1, min(settings.batch_rows, settings.batch_tokens // length))
+        rows = max(1, min(settings.batch_rows, settings.step_tokens // length))
         an_epoch = -(-self.num_rows // rows)
         return max(settings.epochs * an_epoch, settings.min_steps)
 

@@ -25,7 +25,7 @@ from tests.small_jobs import SmallJob, committed_digests
 
 NUM_KILLS = int(os.environ.get("FFSPLIT_TEST_KILLS", "0"))
 SEED = int(os.environ.get("FFSPLIT_TEST_SEED", "0"))
-HEALING = "healing: {epochs: 2, batch_rows: 8, learning_rate: 0.002, evaluations: 1, checkpoint_steps: 4}"
+HEALING = "healing: {epochs: 2, batch_rows: 8, learning_rate: 0.002, evaluations: 1, checkpoint_minutes: 0}"
 HEAL = "/heal/"
 
 

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
+from ffsplit.calibration.model_inputs import Batch
 from ffsplit.ffn.quantization import fake_quantize
+from ffsplit.healing import losses
+from ffsplit.healing.gradient import Distillation
 from ffsplit.healing.loop import (
-    HealingData,
     HealingState,
+    Pace,
     fake_quantized,
+    fresh_accelerator,
     heal,
-    num_epochs,
     peak_rate,
-    rows_a_step,
     settle,
     trainable_weights,
 )
-from ffsplit.healing.losses import mean_distance
+from ffsplit.healing.losses import Distance
+from ffsplit.healing.rows import HealingData, num_epochs, rows_a_step
 from ffsplit.healing.settings import HealingSettings
+from ffsplit.healing.team import Alone
 from tests.tiny_models import make_model, random_rows
 
 KINDS: list[tuple[str, str, Any]] = [("bert", "", "states"), ("llama", "ForCausalLM", "next_tokens")]
@@ -45,8 +51,18 @@ def data() -> HealingData:
     return HealingData(rows[:48], rows[48:], pad_id=0, batch_tokens=512)
 
 
+<<<<<<< HEAD
 def run(student: Any, teacher: Any, makes: Any, **options: Any) -> HealingState:
     settings = HealingSettings(**({"epochs": 2, "batch_rows": 8, "learning_rate": 3e-3} | options))
+=======
+def settled(**options: Any) -> HealingSettings:
+    """Settings for a CPU."""
+    return HealingSettings(**options).settled(large_steps=False, in_bfloat16=False)
+
+
+def run(student: Any, teacher: Any, makes: Any, **options: Any) -> HealingState:
+    settings = settled(**({"epochs": 2, "batch_rows": 8, "learning_rate": 3e-3} | options))
+>>>>>>> room-healing
     return heal(
         student,
         teacher,
@@ -64,16 +80,28 @@ def test_the_student_comes_closer(family: str, head: str, makes: Any) -> None:
     teacher, student = make_model(family, head=head), disturbed(family, head)
     state = run(student, teacher, makes)
     assert state.best_loss < 0.8 * state.first_loss
+<<<<<<< HEAD
     batches = [batch for batch in validation_batches()]
     assert mean_distance(student, teacher, batches, makes=makes) == pytest.approx(state.best_loss, rel=1e-5)
+=======
+    batches = validation_batches()
+    distance = Distance.of(student, teacher, batches[0], makes=makes)
+    assert distance.mean(batches) == pytest.approx(state.best_loss, rel=1e-5)
+>>>>>>> room-healing
 
 
 def test_what_is_near_its_original_already_is_healed_at_a_lower_rate() -> None:
-    settings = HealingSettings(learning_rate=4e-4)
+    settings = settled(learning_rate=4e-4)
     rates = [peak_rate(settings, loss, makes="states") for loss in (0.3, 0.15, 0.075, 0.0)]
     assert rates == [8e-4, 8e-4, pytest.approx(2e-4), 0.0]
     assert peak_rate(settings, 0.01, makes="next_tokens") == 4e-4
     assert peak_rate(settings, 0.01, makes="states", far=0.02) == pytest.approx(2e-4)
+
+
+def test_larger_steps_have_higher_rates() -> None:
+    on_gpu = HealingSettings(learning_rate=4e-4).settled(large_steps=True, in_bfloat16=True)
+    assert (on_gpu.step_tokens, on_gpu.mixed_precision) == (24_576, "bf16")
+    assert peak_rate(on_gpu, 0.01, makes="next_tokens") == pytest.approx(4e-4 * 12**0.5)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -110,10 +138,59 @@ def test_mixed_precision_learns_as_well(family: str, head: str, makes: Any) -> N
     assert mixed.best_loss == pytest.approx(full.best_loss, rel=0.1)
 
 
-def validation_batches() -> list[Any]:
-    from ffsplit.calibration.model_inputs import padded_batches
+def validation_batches() -> list[Batch]:
+    return list(data().validation_batches())
 
-    return list(padded_batches(data().validation, batch_tokens=512, pad_id=0))
+
+def gradients_of(student: Any, teacher: Any, makes: Any, **options: Any) -> dict[str, torch.Tensor]:
+    """The gradients of one step on a few rows of many lengths."""
+    rows, weights = data().rows[:12], trainable_weights(student)
+    distance = Distance.of(student, teacher, validation_batches()[0], makes=makes)
+    distillation = Distillation(replace(distance, **options.pop("distance", {})), weights, Alone(), **options)
+    distillation.set_gradient(rows, pad_id=0, accelerator=fresh_accelerator(settled(), torch.device("cpu")))
+    return {name: weight.grad.clone() for name, weight in weights.items() if weight.grad is not None}
+
+
+@pytest.mark.parametrize(("family", "head", "makes"), KINDS)
+def test_a_step_in_several_passes_has_the_same_gradient(family: str, head: str, makes: Any) -> None:
+    teacher, student = make_model(family, head=head), disturbed(family, head)
+    whole, parts = (gradients_of(student, teacher, makes, pass_tokens=tokens) for tokens in (None, 48))
+    assert set(whole) == set(parts) and any(gradient.abs().max() > 1e-4 for gradient in whole.values())
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_logits_in_chunks_have_the_gradient_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those of the head, which is not tied to the embeddings here."""
+    teacher, student = make_model("llama", head="ForCausalLM"), disturbed("llama", "ForCausalLM")
+    whole = gradients_of(student, teacher, "next_tokens", distance={"has_heads": False})
+    monkeypatch.setattr(losses, "CHUNK_LOGITS", 7 * student.config.vocab_size)
+    chunks = gradients_of(student, teacher, "next_tokens", distance={"has_heads": True})
+    assert set(whole) == set(chunks) and float(whole["lm_head.weight"].abs().max()) > 1e-5
+    for name, gradient in whole.items():
+        torch.testing.assert_close(chunks[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_a_model_that_changes_its_logits_is_compared_by_them() -> None:
+    """Gemma 2 caps its logits: those of its head alone are others."""
+    batch = validation_batches()[0]
+    plain = make_model("llama", head="ForCausalLM")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": plain.config.vocab_size}
+    capped = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, final_logit_softcapping=0.05)).eval()
+    assert Distance.of(plain, plain, batch, makes="next_tokens").has_heads
+    assert not Distance.of(capped, capped, batch, makes="next_tokens").has_heads
+
+
+def test_checkpoints_are_due_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("ffsplit.healing.loop.time.monotonic", lambda: now)
+    pace, due = Pace(100, 2), []
+    for each in (60.0, 119.0, 120.0, 180.0, 239.0, 250.0, 369.0, 371.0):
+        now = each
+        due.append(pace.is_checkpoint_due())
+    assert due == [False, False, True, False, False, True, False, True]
+    assert all(Pace(100, 0).is_checkpoint_due() for _ in range(3))
 
 
 def test_a_hopeless_learning_rate_returns_the_model_it_was_given() -> None:
@@ -136,7 +213,7 @@ def test_a_step_has_rows_up_to_its_tokens(lengths: list[int], rows: int) -> None
 @pytest.mark.parametrize(("num_rows", "epochs"), [(64, 7), (65, 6), (500, 2)])
 def test_little_text_is_read_more_often(num_rows: int, epochs: int) -> None:
     """Four rows a step: 16 steps an epoch, 17 and 125, of which there should be 100 in all."""
-    settings = HealingSettings(epochs=2, min_steps=100, batch_rows=4)
+    settings = settled(epochs=2, min_steps=100, batch_rows=4)
     assert num_epochs([[1] * 10] * num_rows, settings) == epochs
 
 
@@ -157,10 +234,11 @@ def test_a_stopped_run_gives_the_same_bytes(tmp_path: Path) -> None:
         pass
 
     def stop(state: HealingState, weights: dict[str, torch.Tensor], optimizer: Any) -> None:
-        state.save(path, weights, optimizer)
-        raise Stopped
+        if state.step == 5:
+            state.save(path, weights, optimizer)
+            raise Stopped
 
-    settings = HealingSettings(epochs=2, batch_rows=8, learning_rate=3e-3, checkpoint_steps=5)
+    settings = settled(epochs=2, batch_rows=8, learning_rate=3e-3, checkpoint_minutes=0)
     nothing: Callable[..., None] = lambda *_: None  # noqa: E731
     common: dict[str, Any] = {"makes": "states", "settings": settings, "seed": 0}
     with pytest.raises(Stopped):

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ffsplit.healing.loop import Distillation, HealingData, HealingState, heal, trainable_weights
-from ffsplit.healing.settings import HealingSettings
+from ffsplit.healing.gradient import Distillation
+from ffsplit.healing.loop import HealingState, heal, trainable_weights
+from ffsplit.healing.losses import Distance
+from ffsplit.healing.rows import HealingData
 from ffsplit.healing.team import Alone, find_team
-from tests.healing.test_heal import KINDS, data, disturbed
+from tests.healing.test_heal import KINDS, data, disturbed, settled
 from tests.tiny_models import make_model, random_rows
 
 Weights = dict[str, Tensor]
@@ -34,7 +36,12 @@ class Plain:
 def gradients(family: str, head: str, makes: Any, *, rows: list[list[int]], size: int) -> dict[str, Tensor]:
     student = disturbed(family, head)
     weights = trainable_weights(student)
+<<<<<<< HEAD
     distillation = Distillation(student, make_model(family, head=head), weights, makes, Alone(size))
+=======
+    teacher, batch = make_model(family, head=head), next(data().validation_batches())
+    distillation = Distillation(Distance.of(student, teacher, batch, makes=makes), weights, Alone(size))
+>>>>>>> room-healing
     distillation.set_gradient(rows, pad_id=0, accelerator=Plain())
     return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
 
@@ -58,7 +65,7 @@ def run(
     size: int, *, stop_at: int | None = None, path: Path | None = None, steps: int = 12
 ) -> dict[str, Tensor]:
     """Weights after healing in `size` shares, stopped at a step and taken up again where asked for."""
-    rows, settings = data(), HealingSettings(epochs=2, batch_rows=8, learning_rate=1.5e-3, checkpoint_steps=5)
+    rows, settings = data(), settled(epochs=2, batch_rows=8, learning_rate=1.5e-3, checkpoint_minutes=0)
     rows = HealingData(rows.rows[: 4 * steps], rows.validation, rows.pad_id, rows.batch_tokens)
     teacher, student = make_model("bert"), disturbed("bert", "")
 
@@ -127,9 +134,16 @@ def test_a_team_goes_on_only_from_one_step() -> None:
 
     student = disturbed("bert", "")
     weights = trainable_weights(student)
+<<<<<<< HEAD
     Distillation(student, student, weights, "states", Alone(2)).meet(5)
     with pytest.raises(RuntimeError, match="from step 5 here and from another step elsewhere"):
         Distillation(student, student, weights, "states", Behind(2)).meet(5)
+=======
+    distance = Distance(student, student, "states", has_heads=False)
+    Distillation(distance, weights, Alone(2)).meet(5)
+    with pytest.raises(RuntimeError, match="from step 5 here and from another step elsewhere"):
+        Distillation(distance, weights, Behind(2)).meet(5)
+>>>>>>> room-healing
 
 
 PROCESS = """\

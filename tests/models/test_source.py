@@ -11,7 +11,7 @@ import pytest
 
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.models.fetch import described, staged
+from ffsplit.models.fetch import ModelSource, described, staged
 from ffsplit.models.load import load_tokenizer
 from ffsplit.store.scratch import Scratch
 from tests.conftest import CheckpointFactory
@@ -29,7 +29,7 @@ def test_another_host_gets_the_folder_as_an_artifact_would_keep_it(tmp_path: Pat
     for name in ("pytorch_model.bin", "onnx/model.onnx", ".git/config"):
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(json.dumps(name))
-    source = described(directory)
+    source = described(ModelSource(path=str(directory)))
     assert tuple(entry.path for entry in source.files) == wanted and source.is_here()
     place = Scratch(uri=str(tmp_path / "store"), prefix="scratch/model")
     there = pickle.loads(pickle.dumps(staged(source, place, once=True)))
@@ -41,7 +41,7 @@ def test_another_host_gets_the_folder_as_an_artifact_would_keep_it(tmp_path: Pat
 
 def test_a_host_that_does_not_see_the_files_says_so(checkpoint_of: CheckpointFactory, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(checkpoint_of("bert"), tmp_path / "model"))
-    source = described(directory)
+    source = described(ModelSource(path=str(directory)))
     assert source.directory() == directory
     (directory / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"host .* has joined and does not see these files: .*s3://bucket"):
@@ -50,7 +50,7 @@ def test_a_host_that_does_not_see_the_files_says_so(checkpoint_of: CheckpointFac
 
 def test_what_is_staged_already_is_not_stored_again(checkpoint_of: CheckpointFactory, tmp_path: Path) -> None:
     """Unless it is not known to be of this content, or is of another size."""
-    source = described(checkpoint_of("bert"))
+    source = described(ModelSource(path=str(checkpoint_of("bert"))))
     place = Scratch(uri=str(tmp_path / "store"), prefix="scratch/model")
     staged(source, place, once=True)
     there = tmp_path / "store" / "scratch" / "model" / "config.json"

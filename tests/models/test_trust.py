@@ -14,7 +14,7 @@ import ffsplit
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
 from ffsplit.models.checkpoint import open_checkpoint
-from ffsplit.models.fetch import described, staged
+from ffsplit.models.fetch import ModelSource, described, staged
 from ffsplit.models.load import load_base_model
 from ffsplit.models.load_options import remote_classes, trusted, trusting
 from ffsplit.store.scratch import Scratch
@@ -114,7 +114,7 @@ def test_a_command_that_is_told_to_trusts(
 
 def test_another_host_gets_the_code_with_the_model(with_code: Path, tmp_path: Path) -> None:
     """A model that only the driver's host sees, put into the scratch for the others."""
-    source = described(with_code)
+    source = described(ModelSource(path=str(with_code)))
     assert "modeling_doubled.py" in {entry.path for entry in source.files}
     place = Scratch(uri=str(tmp_path / "store"), prefix="scratch/model")
     there = pickle.loads(pickle.dumps(staged(source, place, once=True)))

@@ -46,12 +46,15 @@ def test_the_recipes_that_are_shipped() -> None:
         "int8",
         "norm-prune",
         "paper",
+        "refit",
         "svd",
         "tiny",
         "whitened-svd",
     ]
     assert list(shipped_recipes()) == shipped
     fit = DistillCompressor(num_steps=400)
+    assert load_recipe("refit").steps == load_recipe("fast").steps[:1]
+    assert load_recipe("refit").calibration == load_recipe("fast").calibration
     assert load_recipe("fast").steps == (PruneCompressor(compensation="least_squares"), fit)
     assert load_recipe("fast").refits == load_recipe("int8").refits == (fit,)
     assert load_recipe("best").refits == load_recipe("tiny").refits == ()
@@ -77,7 +80,7 @@ def test_a_recipe_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_unknown_name_suggests_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown recipe '{name}', did you mean {near}") as caught:
         load_recipe(name)
-    assert "best, demo, experts, fast, flap, int8, norm-prune, paper, svd, tiny, whitened-svd" in str(
+    assert "best, demo, experts, fast, flap, int8, norm-prune, paper, refit, svd, tiny, whitened-svd" in str(
         caught.value
     )
     assert "\n" not in str(caught.value)

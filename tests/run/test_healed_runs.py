@@ -26,7 +26,7 @@ from tests.small_jobs import LOW_RANK, SmallJob, digests
 WEIGHTS = ("*.safetensors", "stats/*.parquet", "config.json")
 
 
-HEALING = "healing: {epochs: 10, batch_rows: 8, learning_rate: 0.002, evaluations: 1, checkpoint_steps: 4}"
+HEALING = "healing: {epochs: 10, batch_rows: 8, learning_rate: 0.002, evaluations: 1, checkpoint_minutes: 0}"
 SHORT = HEALING.replace("epochs: 10", "epochs: 3")
 
 

@@ -29,7 +29,7 @@ calibration: {shard_size: 64, held_out: 32, sampled_tokens: 8192}
 measurement: {latency_shapes: [[1, 16]], latency_pairs: 1, peak_memory: false}
 """
 SEARCH = "allocation: search\nrefits: [{num_steps: 3}, {num_steps: 3}]"
-HEALED = "healing: {epochs: 1, batch_rows: 64, checkpoint_steps: 1}"
+HEALED = "healing: {epochs: 1, batch_rows: 64, checkpoint_minutes: 0}"
 INT8 = f"{HEALED}\nafter_healing: {{kind: quantize}}\nlinears: int8"
 
 

@@ -20,8 +20,9 @@ from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
 from ffsplit.errors import UnsupportedModelError
-from ffsplit.healing.loop import HealingData, HealingState, fake_quantized, heal, settle, trainable_weights
-from ffsplit.healing.losses import outputs
+from ffsplit.healing.loop import HealingState, fake_quantized, heal, settle, trainable_weights
+from ffsplit.healing.losses import last_states, logits_of
+from ffsplit.healing.rows import HealingData
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.healing.team import Team, find_team
 from ffsplit.keys import stage_key
@@ -78,9 +79,13 @@ def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState, list
     original = job.original.checkpoint()
     compressed = job.compressed.checkpoint(uneven=True)
     device = torch.device(job.profile.device)
+    fast = device.type == "cuda" and job.settings.mixed_precision == "bf16"
     teacher, student = (
-        load_whole_model(each.directory, original.class_name, dtype=torch.float32).to(device)
-        for each in (original, compressed)
+        load_whole_model(each.directory, original.class_name, dtype=dtype).to(device)
+        for each, dtype in (
+            (original, torch.bfloat16 if fast else torch.float32),
+            (compressed, torch.float32),
+        )
     )
     tokenizer = load_tokenizer(original)
     rows, validation = (
@@ -217,7 +222,8 @@ def check_written(student: Any, checkpoint: Checkpoint, batch: Batch, *, makes: 
     unstored = {name: each for name, each in trainable_weights(student).items() if id(each) not in stored}
     if not unstored:
         return
-    torch.autograd.backward(outputs(student, batch, makes=makes).sum())
+    outputs = last_states(student, batch) if makes == "states" else logits_of(student, batch)
+    torch.autograd.backward(outputs.sum())
     lost = [name for name, parameter in unstored.items() if parameter.grad is not None]
     student.zero_grad(set_to_none=True)
     if lost:

@@ -38,7 +38,7 @@ def rounded(
     return student, _round(student, checkpoint, cast(HealJob, job))
 
 
-HEALING = "healing: {epochs: 1, batch_rows: 8, evaluations: 1, checkpoint_steps: 1}"
+HEALING = "healing: {epochs: 1, batch_rows: 8, evaluations: 1, checkpoint_minutes: 0}"
 
 
 class Seen(FFSplitError):
