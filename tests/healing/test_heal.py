@@ -51,10 +51,6 @@ def data() -> HealingData:
     return HealingData(rows[:48], rows[48:], pad_id=0, batch_tokens=512)
 
 
-<<<<<<< HEAD
-def run(student: Any, teacher: Any, makes: Any, **options: Any) -> HealingState:
-    settings = HealingSettings(**({"epochs": 2, "batch_rows": 8, "learning_rate": 3e-3} | options))
-=======
 def settled(**options: Any) -> HealingSettings:
     """Settings for a CPU."""
     return HealingSettings(**options).settled(large_steps=False, in_bfloat16=False)
@@ -62,7 +58,6 @@ def settled(**options: Any) -> HealingSettings:
 
 def run(student: Any, teacher: Any, makes: Any, **options: Any) -> HealingState:
     settings = settled(**({"epochs": 2, "batch_rows": 8, "learning_rate": 3e-3} | options))
->>>>>>> room-healing
     return heal(
         student,
         teacher,
@@ -80,14 +75,9 @@ def test_the_student_comes_closer(family: str, head: str, makes: Any) -> None:
     teacher, student = make_model(family, head=head), disturbed(family, head)
     state = run(student, teacher, makes)
     assert state.best_loss < 0.8 * state.first_loss
-<<<<<<< HEAD
-    batches = [batch for batch in validation_batches()]
-    assert mean_distance(student, teacher, batches, makes=makes) == pytest.approx(state.best_loss, rel=1e-5)
-=======
     batches = validation_batches()
     distance = Distance.of(student, teacher, batches[0], makes=makes)
     assert distance.mean(batches) == pytest.approx(state.best_loss, rel=1e-5)
->>>>>>> room-healing
 
 
 def test_what_is_near_its_original_already_is_healed_at_a_lower_rate() -> None:

@@ -36,12 +36,8 @@ class Plain:
 def gradients(family: str, head: str, makes: Any, *, rows: list[list[int]], size: int) -> dict[str, Tensor]:
     student = disturbed(family, head)
     weights = trainable_weights(student)
-<<<<<<< HEAD
-    distillation = Distillation(student, make_model(family, head=head), weights, makes, Alone(size))
-=======
     teacher, batch = make_model(family, head=head), next(data().validation_batches())
     distillation = Distillation(Distance.of(student, teacher, batch, makes=makes), weights, Alone(size))
->>>>>>> room-healing
     distillation.set_gradient(rows, pad_id=0, accelerator=Plain())
     return {name: weight.grad for name, weight in weights.items() if weight.grad is not None}
 
@@ -134,16 +130,10 @@ def test_a_team_goes_on_only_from_one_step() -> None:
 
     student = disturbed("bert", "")
     weights = trainable_weights(student)
-<<<<<<< HEAD
-    Distillation(student, student, weights, "states", Alone(2)).meet(5)
-    with pytest.raises(RuntimeError, match="from step 5 here and from another step elsewhere"):
-        Distillation(student, student, weights, "states", Behind(2)).meet(5)
-=======
     distance = Distance(student, student, "states", has_heads=False)
     Distillation(distance, weights, Alone(2)).meet(5)
     with pytest.raises(RuntimeError, match="from step 5 here and from another step elsewhere"):
         Distillation(distance, weights, Behind(2)).meet(5)
->>>>>>> room-healing
 
 
 PROCESS = """\
