@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 
 from ffsplit.errors import ConfigError
@@ -16,8 +16,8 @@ from ffsplit.store.manifest import LeftOutFFNs
 def chosen(checkpoint: Checkpoint, *, only: Sequence[str], skip: Sequence[str]) -> Checkpoint:
     """The checkpoint, of whose FFNs those are left out that `only` does not match, or that `skip` does.
 
-    Both are patterns of names. Raises ConfigError if a pattern matches nothing, if nothing is left, or if a
-    tower is named that the calibration data does not reach.
+    Both are patterns of names. Raises ConfigError if a pattern matches nothing, if nothing is left, if a
+    tower is named that the calibration data does not reach, or if experts of one block are told apart.
     """
     if not only and not skip:
         return checkpoint
@@ -34,11 +34,23 @@ def chosen(checkpoint: Checkpoint, *, only: Sequence[str], skip: Sequence[str]) 
     unreached = [ffn.name for ffn in checkpoint.left_out if only and is_chosen(ffn)]
     if unreached:
         raise ConfigError(f"--only: the calibration data of this model does not reach {unreached[0]}")
+    _check_whole_mixtures([ffn for ffn in checkpoint.ffns if ffn.expert is not None], is_chosen)
     left_out = [ffn.name for ffn in checkpoint.ffns if not is_chosen(ffn)]
     if len(left_out) == len(checkpoint.ffns):
         raise ConfigError("--only and --skip leave no FFN to compress")
     names = [*left_out, *(ffn.name for ffn in checkpoint.left_out)]
     return open_checkpoint(checkpoint.directory, left_out=names, reads=checkpoint.given)
+
+
+def _check_whole_mixtures(experts: Sequence[FFNPlace], is_chosen: Callable[[FFNPlace], bool]) -> None:
+    """Raise ConfigError if a part of a block's experts is chosen: they are stored together."""
+    units = {is_in: {ffn.unit for ffn in experts if is_chosen(ffn) == is_in} for is_in in (True, False)}
+    for ffn in experts:
+        if ffn.unit in units[True] & units[False]:
+            pattern = re.sub(r"\d+$", "*", ffn.name)
+            raise ConfigError(
+                f"--only and --skip choose all experts of a block, or none of them: name them {pattern!r}"
+            )
 
 
 def left_out_ffns(checkpoint: Checkpoint) -> tuple[LeftOutFFNs, ...]:

@@ -175,3 +175,9 @@ def test_bad_patterns_are_one_line(tmp_path: Path) -> None:
     pictures = open_checkpoint(save_checkpoint(tmp_path / "llava", "llava", "ForConditionalGeneration"))
     with pytest.raises(ConfigError, match="does not reach vision tower encoder layer 0"):
         chosen(pictures, only=("vision*",), skip=())
+    mixture = open_checkpoint(save_checkpoint(tmp_path / "mixtral", "mixtral", "ForCausalLM"))
+    for patterns in ({"only": ("*expert 0",), "skip": ()}, {"only": (), "skip": ("layer 1 expert 2",)}):
+        with pytest.raises(ConfigError, match=r"all experts of a block, or none .* 'layer \d expert \*'"):
+            chosen(mixture, **patterns)
+    whole = chosen(mixture, only=(), skip=("layer 1 expert *",))
+    assert [ffn.name for ffn in whole.ffns] == [f"layer 0 expert {number}" for number in range(4)]
