@@ -25,6 +25,7 @@ PLAIN = {
     "inkling_mm_model": True,
     "inkling2_text": True,
     "step3p7": True,
+    "step3p7/clamped": True,
     "switch_transformers": True,
     "nllb-moe": True,
     "deepseek_v3": True,
@@ -49,6 +50,15 @@ def test_a_layout_is_compressed_rightly(model_type: str, tmp_path: Path) -> None
     assert record["outcome"] in ("right", "right in part"), record
     assert record["keep 1: difference"] == 0
     assert record["keep 0.5: plain"] == PLAIN[model_type]
+
+
+def test_layers_may_have_other_functions_at_one_place(tmp_path: Path) -> None:
+    """Step 3.7 clamps the experts of its last layers only."""
+    checkpoint = open_checkpoint(saved("step3p7/clamped", tmp_path / "model"))
+    functions = {ffn.block: ffn.paths.function for ffn in checkpoint.ffns if ffn.expert == 0}
+    assert len(set(functions.values())) == 2, functions
+    assert all(ffn.block in ffn.paths.blocks for ffn in checkpoint.ffns if ffn.expert is not None)
+    assert len({ffn.name for ffn in checkpoint.ffns}) == len(checkpoint.ffns)
 
 
 def test_a_refit_that_would_ignore_adapters_is_refused(tmp_path: Path) -> None:

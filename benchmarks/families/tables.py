@@ -296,6 +296,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3_next/sparse": {"mlp_only_layers": []},
     "qwen3_next/wide": {"mlp_only_layers": [], **_WIDE},
     "solar_open/wide": {"moe_intermediate_size": 48},
+    "step3p7/clamped": {
+        "text_config": {
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention"] * 3,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "swiglu_limits": [None, None, 1.5],
+            "swiglu_limits_shared": [None, None, 1.5],
+        }
+    },
     "t5/gated": {"feed_forward_proj": "gated-gelu"},
 }
 """Models of a type that its default config does not show: fields over those of `OVERRIDES`."""

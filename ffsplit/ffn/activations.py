@@ -94,17 +94,25 @@ TRAINED: dict[str, type[XIELU] | type[PReLU]] = {"xielu": XIELU, "prelu": PReLU}
 
 @dataclass(frozen=True)
 class Clamped:
-    """The gating of gpt-oss and others: function(min(gate, limit)) (clamp(up, -limit, limit) + shift)."""
+    """The gating of gpt-oss and others: function(min(gate, limit)) (clamp(up, -limit, limit) + shift).
+
+    If `is_after`, the minimum is taken of the function's value: Step 3.7.
+    """
 
     function: Activation
     limit: float
     shift: float
+    is_after: bool = False
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.function(x)
 
     def gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.function(gate.clamp(max=self.limit)) * (up.clamp(-self.limit, self.limit) + self.shift)
+        if self.is_after:
+            activated = self.function(gate).clamp(max=self.limit)
+        else:
+            activated = self.function(gate.clamp(max=self.limit))
+        return activated * (up.clamp(-self.limit, self.limit) + self.shift)
 
 
 @dataclass(frozen=True)
@@ -134,12 +142,15 @@ def changes_up(name: str) -> bool:
 
 
 _SOFTCAPPED = re.compile(r"silu, softcapped at (\S+?) and (\S+)")
-_CLAMPED = re.compile(r"(\w+), clamped at (\S+?)(, up \+ 1)?")
+_CLAMPED = re.compile(r"(\w+), (then )?clamped at (\S+?)(, up \+ 1)?")
 
 
-def clamped_name(name: str, *, limit: float, shift: float) -> str:
-    """`silu, clamped at 7` or `quick_gelu, clamped at 7, up + 1`: what `activation_named` reads."""
-    return f"{name}, clamped at {limit:g}" + (", up + 1" if shift else "")
+def clamped_name(name: str, *, limit: float, shift: float, is_after: bool = False) -> str:
+    """`silu, clamped at 7`, `silu, then clamped at 7` or `quick_gelu, clamped at 7, up + 1`.
+
+    This is what `activation_named` reads.
+    """
+    return f"{name}, {'then ' if is_after else ''}clamped at {limit:g}" + (", up + 1" if shift else "")
 
 
 def softcapped_name(gate_cap: float, up_cap: float) -> str:
@@ -153,7 +164,8 @@ def activation_named(name: str, parameters: Mapping[str, Tensor] | None = None) 
     Raises UnsupportedModelError for a name that is not in the tables, or if a parameter is missing.
     """
     if match := _CLAMPED.fullmatch(name):
-        return Clamped(activation_named(match[1]), limit=float(match[2]), shift=float(bool(match[3])))
+        function, after, limit, shift = match.groups()
+        return Clamped(activation_named(function), float(limit), float(bool(shift)), is_after=bool(after))
     if match := _SOFTCAPPED.fullmatch(name):
         return Softcapped(float(match[1]), float(match[2]))
     check_activation(name, parameters or {})

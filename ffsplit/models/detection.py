@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -217,7 +217,9 @@ def _towers(
         part = _part_of_config(model, modules, first)
         reads = reads_of(modules, first)
         activation = _activation(modules, first, one, _config_at(config, part))
-        paths = dict.fromkeys(_paths(modules, block, each, activation, reads) for block, each in ffns)
+        paths: dict[FFNPaths, list[str]] = defaultdict(list)
+        for block, each in ffns:
+            paths[_paths(modules, block, each, activation, reads)].append(block)
         name = "" if len(blocks) == 1 else names[pattern]
         if list(names.values()).count(name) > 1:
             name = f"{name} ({pattern})"
@@ -315,16 +317,20 @@ def _takes_one(module: nn.Module) -> bool:
     return sum(each.default is each.empty and each.kind != each.VAR_KEYWORD for each in found) == 1
 
 
-def _told_apart(ffns: Iterable[FFNPaths]) -> tuple[FFNPaths, ...]:
-    """The FFNs of a tower's blocks, those that share a label by the paths of their down projections."""
-    found = tuple(ffns)
-    labels = Counter((each.label, each.experts) for each in found)
-    return tuple(
-        each.model_copy(update={"label": _words(_place(each))})
-        if labels[each.label, each.experts] > 1
-        else each
-        for each in found
-    )
+def _told_apart(ffns: Mapping[FFNPaths, Sequence[str]]) -> tuple[FFNPaths, ...]:
+    """The FFNs of a tower, with the blocks that have each.
+
+    Those of one block that share a label are told apart by the paths of their down projections, and those
+    at one place of different blocks by their blocks: some may have another function.
+    """
+    labels = Counter((label, experts) for label, experts, _ in {(e.label, e.experts, e.down) for e in ffns})
+    places = Counter(each.down for each in ffns)
+    found = []
+    for each, blocks in ffns.items():
+        label = _words(_place(each)) if labels[each.label, each.experts] > 1 else each.label
+        at_blocks = tuple(blocks) if places[each.down] > 1 else ()
+        found.append(each.model_copy(update={"label": label, "blocks": at_blocks}))
+    return tuple(found)
 
 
 def _place(ffn: FFNPaths) -> str:

@@ -110,6 +110,9 @@ class FFNPaths(Record):
         "convolution, a batch norm",
     )
     function: str | None = Field(default=None, description="its activation, if not its tower's")
+    blocks: tuple[str, ...] = Field(
+        default=(), description="the blocks that have it, where others have another at its place; (): all"
+    )
     output_norm: str | None = Field(default=None, description="the layer norm of x + FFN(x), if there is one")
     width_field: str | None = Field(default="intermediate_size", description="None: no config can state it")
     width_factor: int = Field(default=1, ge=1, description="the width is so many times the field's value")

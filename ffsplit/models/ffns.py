@@ -204,6 +204,8 @@ class _Finder:
             for block in self._blocks(tower, config):
                 before = len(found)
                 for paths in tower.ffns:
+                    if paths.blocks and block not in paths.blocks:
+                        continue
                     find = self._stacked if self._is_stacked(paths, block) else self._separate
                     found += find(tower, paths, block, first=len(found))
                 if len(found) == before:

@@ -132,8 +132,9 @@ def activations_of(module: Any) -> Iterator[tuple[str, Activation]]:
     yield from ACTIVATIONS.items()
     numbers = [value for value in vars(module).values() if isinstance(value, int | float)]
     for limit in sorted({float(value) for value in numbers if value > 1}):
-        for shift in (0.0, 1.0):
-            for name in (clamped_name(each, limit=limit, shift=shift) for each in _CLAMPED):
+        for shift, is_after in itertools.product((0.0, 1.0), (False, True)):
+            for each in _CLAMPED:
+                name = clamped_name(each, limit=limit, shift=shift, is_after=is_after)
                 yield name, activation_named(name)
     inner = [value for part in module.modules() for value in vars(part).values()]
     caps = sorted({value for value in inner if isinstance(value, float) and 1 < value < torch.inf})

@@ -80,6 +80,12 @@ def test_a_clamp_is_told_by_a_number_of_the_module() -> None:
 
     assert of_two(clamped) == Gating(clamped_name("silu", limit=7, shift=1), gate="first")
 
+    def clamped_after(gate: Tensor, up: Tensor) -> Tensor:
+        return torch.nn.functional.silu(gate).clamp(max=7) * up.clamp(-7, 7)
+
+    name = clamped_name("silu", limit=7, shift=0, is_after=True)
+    assert of_two(clamped_after) == Gating(name, gate="first")
+
 
 class Scaled(nn.Module):
     """RWKV's: another map of the inputs scales the output."""
