@@ -73,7 +73,7 @@ def test_an_ffn_that_several_blocks_run_is_one_and_sees_what_all_read(tmp_path: 
     checkpoint = open_checkpoint(saved("zamba", tmp_path / "model"))
     (ffn,) = checkpoint.ffns
     assert (ffn.block, ffn.twins) == ("layers.1", ("layers.3",))
-    assert not checkpoint.architecture.can_stream and not ffn.paths.can_split
+    assert not checkpoint.can_stream and not ffn.paths.can_split
     base = load_base_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     ids = torch.randint(VOCAB_SIZE, (2, 8), generator=torch.Generator().manual_seed(0))
     arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -14,12 +14,11 @@ import yaml
 
 from ffsplit.compat.transformers import ReadTensor, names_read
 from ffsplit.errors import ConfigError, UnsupportedModelError
-from ffsplit.ffn.activations import OTHER_NAMES
 from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.detection import detect_architecture
-from ffsplit.models.family import TEXT, Architecture, Makes, Media, Tower
-from ffsplit.models.ffns import FFNPlace, config_part, find_ffns, without
+from ffsplit.models.family import TEXT, Architecture, Makes, Media, Tower, activation_name, config_part
+from ffsplit.models.ffns import FFNPlace, find_ffns, without
 from ffsplit.models.folder import CONFIG_NAME, ModelFolder, check_no_pointers, local_listing, sort_files
 from ffsplit.models.inputs import CLASSIFIERS, DECODERS, GENERATORS
 from ffsplit.models.load_options import check_trusted, code_files
@@ -392,14 +391,6 @@ def _headers_tell(row: Architecture, tensors: Mapping[str, TensorInfo], config: 
     name = class_named(config)
     has_all = name.lower() in ("", f"{row.model_type}model") or name.endswith(WHOLE)
     return has_all or len(towers_in(row, names)) == 1
-
-
-def activation_name(config: Mapping[str, Any], tower: Tower) -> str:
-    """The name of a tower's activation function in its part of a config."""
-    field = tower.activation_field
-    stated = config_part(config, tower.config).get(field) if field else None
-    name = str(stated or tower.default_activation)
-    return OTHER_NAMES.get(name, name)
 
 
 def _check_config(

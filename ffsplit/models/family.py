@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from ffsplit.config import Record
-from ffsplit.ffn.activations import changes_up
+from ffsplit.ffn.activations import OTHER_NAMES, changes_up
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -242,6 +242,22 @@ class Architecture(Record):
     def reads_text_alone(self, media: Media) -> bool:
         """Whether a row of these media is a single text."""
         return media == TEXT and self.reads == TEXT and self.makes in ("states", "next_tokens")
+
+
+def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
+    """A tower's part of a config; empty if the config lacks it."""
+    for key in name.split(".") if name else ():
+        part = config.get(key)
+        config = part if isinstance(part, Mapping) else {}
+    return config
+
+
+def activation_name(config: Mapping[str, Any], tower: Tower) -> str:
+    """The name of a tower's activation function in its part of a config."""
+    field = tower.activation_field
+    stated = config_part(config, tower.config).get(field) if field else None
+    name = str(stated or tower.default_activation)
+    return OTHER_NAMES.get(name, name)
 
 
 def row(

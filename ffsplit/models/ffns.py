@@ -12,7 +12,7 @@ from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn.activations import TRAINED
 from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.detection import architecture_of
-from ffsplit.models.family import Architecture, FFNPaths, Tower
+from ffsplit.models.family import Architecture, FFNPaths, Tower, config_part
 from ffsplit.models.names import TensorNames
 from ffsplit.models.patterns import (
     as_regex,
@@ -173,14 +173,6 @@ def ffns_of(model: Any, *, left_out: Collection[str] = ()) -> tuple[str, tuple[F
     names = TensorNames(tensors, rules=())
     prefix, ffns = find_ffns(architecture_of(model), tensors, where=type(model).__name__, names=names)
     return prefix, without(ffns, left_out)
-
-
-def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any]:
-    """A tower's part of a config; empty if the config lacks it."""
-    for key in name.split(".") if name else ():
-        part = config.get(key)
-        config = part if isinstance(part, Mapping) else {}
-    return config
 
 
 class _Finder:

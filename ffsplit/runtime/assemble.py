@@ -9,7 +9,8 @@ from typing import Any
 
 from ffsplit.ffn.shapes import LayerLayout, is_narrowed_form, is_stock_form
 from ffsplit.models.checkpoint import NARROWED, Checkpoint
-from ffsplit.models.ffns import FFNPlace, config_part
+from ffsplit.models.family import config_part
+from ffsplit.models.ffns import FFNPlace
 from ffsplit.models.routing import Routing, routing_of
 from ffsplit.models.tensor_files import INDEX_NAME, TensorSpan, read_spans, write_spans
 from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, runs_of, stack_experts
@@ -38,6 +39,8 @@ def keeps_names(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
     """
     widths: dict[int, set[int]] = {}
     for ffn, layout in zip(checkpoint.ffns, layouts, strict=True):
+        if layout.is_dropped:
+            continue
         widths.setdefault(ffn.unit if ffn.is_stacked else ffn.index, set()).add(layout.num_neurons)
     is_even = all(len(each) == 1 for each in widths.values())
     return is_even and is_narrowed_form(layouts, checkpoint.shapes)

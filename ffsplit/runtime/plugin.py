@@ -20,7 +20,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ffsplit.errors import ArtifactError
-from ffsplit.models.checkpoint import NARROWED, activation_name
+from ffsplit.models.checkpoint import NARROWED
+from ffsplit.models.family import activation_name
 from ffsplit.models.ffns import FFNPlace, ffns_of
 from ffsplit.runtime.attention_int8 import install_linears
 from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, FFNRun, guarded

@@ -31,7 +31,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_half_of_the_channels_is_the_dense_model_without_the_others(source: Path, tmp_path: Path) -> None:
     job = SmallJob(tmp_path, source)
-    rows = (calibration("image", tmp_path),)
+    rows = (calibration(open_checkpoint(source), tmp_path),)
     recipe = job.recipe(step="{kind: prune}")
     manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, samples=16, calibration=rows))
     checkpoint = open_checkpoint(source)
@@ -69,7 +69,7 @@ def test_a_neurons_own_elements_are_counted(source: Path) -> None:
 def test_what_fits_an_ffn_to_its_inputs_is_refused(source: Path, tmp_path: Path, step: str) -> None:
     """A convolution reads the positions around a token too."""
     job = SmallJob(tmp_path, source)
-    rows = (calibration("image", tmp_path),)
+    rows = (calibration(open_checkpoint(source), tmp_path),)
     config = job.config(tmp_path / "out", recipe=job.recipe(step=step), calibration=rows)
     wanted = r"a convolution or a batch norm between .* only be dropped, not fitted: use norm-prune$"
     with pytest.raises(ConfigError, match=wanted):

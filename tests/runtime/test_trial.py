@@ -11,6 +11,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.families.tiny import save, tiny_model
 from ffsplit.calibration.hooks import FFNObserver, Sampling
 from ffsplit.calibration.model_inputs import Batch
 from ffsplit.errors import UnsupportedModelError
@@ -24,7 +25,6 @@ from tests.tiny_models import VOCAB_SIZE, randomize
 
 _SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
 _TEXT = _SIZES | {"vocab_size": VOCAB_SIZE, "max_position_embeddings": 64, "pad_token_id": 0}
-_AUDIO = {"audio_token_id": 60, "audio_bos_token_id": 61, "audio_delay_token_id": 62, "eos_token_id": 3}
 _PEGASUS = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 1, "num_global_tokens": 4, "block_size": 8}
 _PEGASUS |= {"encoder_ffn_dim": 40, "decoder_ffn_dim": 48, "vocab_size": VOCAB_SIZE}
 _PEGASUS |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
@@ -43,13 +43,15 @@ def saved(directory: Path, class_name: str, **config: Any) -> Checkpoint:
 
 
 def test_an_ffn_that_no_row_reaches_is_named_with_how_to_leave_it_out(tmp_path: Path) -> None:
-    """Higgs has a second FFN in each block, for the codes of sounds."""
-    sizes = _TEXT | {"num_key_value_heads": 1, "num_codebooks": 2, "codebook_size": 8, "head_dim": 8}
-    checkpoint = saved(tmp_path, "HiggsAudioV2ForConditionalGeneration", **sizes, **_AUDIO)
-    wanted = r"does not run layer 0 audio mlp on these .* with --skip 'layer \* audio mlp'$"
-    with pytest.raises(UnsupportedModelError, match=wanted):
+    """CSM turns texts into codes of sounds, and has decoders of these codes."""
+    save(tiny_model("csm", "CsmForConditionalGeneration"), tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    unread = ("depth decoder model layer *",)
+    with pytest.raises(
+        UnsupportedModelError, match=r"does not run depth .* --skip 'depth decoder model layer \*'$"
+    ):
         check_by_trial(checkpoint, TEXTS, block_by_block=False)
-    rest = chosen(checkpoint, only=(), skip=("layer * audio mlp",))
+    rest = chosen(checkpoint, only=(), skip=unread)
     assert check_by_trial(rest, TEXTS, block_by_block=False) <= 1e-5
 
 
