@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -185,16 +186,38 @@ def _in_folder(spec: str, folder: Path, medium: Medium) -> list[list[Any]]:
     return [[frames] for frames in videos.values()]
 
 
-def embedded(row: str) -> str:
-    """The row with the bytes of its picture, sound or frames in the place of their names."""
+def embedded(row: str, *, reads: Media) -> str:
+    """The row with the bytes of its picture, sound or frames in the place of their names.
+
+    Raises ConfigError, with the name, for what is no picture or sound.
+    """
     named, *text = json.loads(row)
     if isinstance(named, list):
-        return json.dumps([[_encoded(each) for each in named], *text])
-    return json.dumps([_encoded(named), *text])
+        return json.dumps([[_encoded(each, reads) for each in named], *text])
+    return json.dumps([_encoded(named, reads), *text])
 
 
-def _encoded(name: str) -> str:
-    return base64.b64encode(_content(name)).decode()
+def _encoded(name: str, reads: Media) -> str:
+    data = _content(name)
+    _check_decodes(name, data, is_sound="sound" in reads)
+    return base64.b64encode(data).decode()
+
+
+def _check_decodes(name: str, data: bytes, *, is_sound: bool) -> None:
+    """Read the header of a picture or sound. Without the library that reads it, the reader reports that."""
+    with suppress(ImportError):
+        if is_sound:
+            import soundfile
+
+            with explained(f"{name} cannot be decoded as a sound", advice="remove it"):
+                soundfile.info(io.BytesIO(data))
+        else:
+            from PIL import Image
+
+            try:
+                Image.open(io.BytesIO(data)).verify()
+            except Exception:
+                raise ConfigError(f"{name} cannot be decoded as a picture: remove it") from None
 
 
 def _content(name: str) -> bytes:
@@ -205,7 +228,12 @@ def _content(name: str) -> bytes:
         value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
         if isinstance(value, bytes):
             return value
-        name = str(Path(path).parent / str(value))
+        if not isinstance(value, str):
+            what = "nothing" if value is None else f"a {type(value).__name__}"
+            raise ConfigError(
+                f"{path}, row {row} of column {column!r}: it holds {what}, not one file: remove it"
+            )
+        name = str(Path(path).parent / value)
     with reading_texts(name):
         return Path(name).read_bytes()
 

@@ -156,7 +156,7 @@ class Prompts:
         self.processor = load_joint_processor(checkpoint)
         self._tokenizer = getattr(self.processor, "tokenizer", None) or load_tokenizer(checkpoint)
         self._name = "audio" if medium == "sound" else medium
-        self._has_mask = any(ffn.tower.mask for ffn in checkpoint.ffns)
+        self._has_mask = any(tower.mask for tower in checkpoint.towers)
         longest = checkpoint.max_positions
         self._max_length = max_length if longest is None else min(max_length, longest)
         self._padded_length = longest

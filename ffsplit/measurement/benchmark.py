@@ -119,7 +119,13 @@ def _find(uri: str, against: str | None) -> Pair:
 
 
 def _measure(uri: str, against: str | None, pair: Pair, settings: Settings) -> BenchmarkRecord:
-    shapes = _shapes(settings, open_checkpoint(pair.original))
+    checkpoint = open_checkpoint(pair.original)
+    if not checkpoint.reads_single_texts:
+        raise ConfigError(
+            f"ffsplit benchmark times models that read single texts, and {uri} does not: its manifest has "
+            "what the run itself timed"
+        )
+    shapes = _shapes(settings, checkpoint)
     device = "cuda" if settings.on_cuda else "cpu"
     loads: tuple[list[float], list[float]] = ([], [])
     for _ in range(NUM_LOADS):

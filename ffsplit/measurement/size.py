@@ -47,7 +47,7 @@ def compressed_size(original: Checkpoint, layouts: Sequence[LayerLayout], *, fil
     parameters = {n: info for n, info in original.tensors.items() if info.dtype in PARAMETER_DTYPES}
     total = sum(info.num_elements for info in parameters.values())
     in_blocks = sum(
-        info.num_elements for name, info in parameters.items() if name in original.names_in_blocks
+        info.num_elements for name, info in parameters.items() if name in original.names_in_all_blocks
     )
     itemsize = original.itemsize
     return Size(

@@ -253,8 +253,13 @@ class Checkpoint:
 
     @cached_property
     def names_in_blocks(self) -> frozenset[str]:
-        """The stored names of all blocks' tensors."""
+        """The stored names of the tensors of the blocks that the run is about."""
         return frozenset(self.block_tensors(*self.blocks))
+
+    @cached_property
+    def names_in_all_blocks(self) -> frozenset[str]:
+        """The same, with the blocks whose FFNs are left out."""
+        return frozenset(self.block_tensors(*dict.fromkeys(ffn.block for ffn in self._every_ffn)))
 
     @cached_property
     def license(self) -> str | None:

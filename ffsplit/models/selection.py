@@ -10,6 +10,7 @@ from ffsplit.errors import ConfigError
 from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.ffns import FFNPlace
+from ffsplit.models.inputs import richer_rows
 from ffsplit.store.manifest import LeftOutFFNs
 
 
@@ -33,7 +34,11 @@ def chosen(checkpoint: Checkpoint, *, only: Sequence[str], skip: Sequence[str]) 
 
     unreached = [ffn.name for ffn in checkpoint.left_out if only and is_chosen(ffn)]
     if unreached:
-        raise ConfigError(f"--only: the calibration data of this model does not reach {unreached[0]}")
+        advice = richer_rows(checkpoint.architecture, checkpoint.reads)
+        raise ConfigError(
+            f"--only: the calibration data of this model does not reach {unreached[0]}"
+            + (f": {advice}" if advice else "")
+        )
     _check_whole_mixtures([ffn for ffn in checkpoint.ffns if ffn.expert is not None], is_chosen)
     left_out = [ffn.name for ffn in checkpoint.ffns if not is_chosen(ffn)]
     if len(left_out) == len(checkpoint.ffns):

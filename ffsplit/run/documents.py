@@ -244,13 +244,20 @@ def _layers(run: Run, outcome: Outcome) -> list[LayerRecord]:
     return records
 
 
+def _loader(class_name: str) -> str:
+    """The class of transformers that loads a model with its head; AutoModel for a model's own code."""
+    import transformers
+
+    return class_name if hasattr(transformers, class_name) else "AutoModel"
+
+
 def model_card(manifest: Manifest) -> str:
     """The artifact's README.md: licence and origin, what was done to it, how to load it, its figures."""
     model, measured = manifest.model, manifest.measurements
     assert measured is not None, "no model is published unmeasured"
     front = ["---", f"base_model: {model.id}", "library_name: transformers", "tags: [ffsplit, compressed]"]
     front += [f"license: {model.license}"] if model.license else []
-    loader = "AutoModel.from_pretrained(directory)"
+    loader = f"{_loader(model.architecture)}.from_pretrained(directory)"
     how = (
         f"An ordinary checkpoint: `transformers.{loader}` loads it."
         if manifest.plain

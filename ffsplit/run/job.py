@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from ffsplit.calibration.media import embedded, media_given, read_media, read_pairs
@@ -289,7 +289,7 @@ def _sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint
         seed=seed,
         num_validation=settings.held_out if recipe.allocation == "search" or recipe.healing else 0,
     )
-    return sample if reads_text else sample.mapped(embedded)
+    return sample if reads_text else sample.mapped(partial(embedded, reads=checkpoint.reads))
 
 
 def _keys(run: Run) -> Keys:

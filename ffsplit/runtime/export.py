@@ -24,6 +24,7 @@ from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, explained, reason_of
 from ffsplit.models.checkpoint import tokenizer_files
 from ffsplit.models.folder import CONFIG_NAME, local_listing, sort_files
+from ffsplit.models.inputs import MEDIUM_OF
 from ffsplit.models.load import decodes, load_whole_model, quiet_transformers, tokenizer_in
 from ffsplit.models.names import main_inputs
 from ffsplit.runtime.kernels.int8 import SMALLEST_STEP
@@ -210,8 +211,11 @@ def example_inputs(model: Any, directory: Path) -> Inputs:
     else:
         given = {name: torch.zeros(1, 2, dtype=torch.long) for name in ("input_ids", "attention_mask")}
     needed, *_ = main_inputs(model)
-    if needed not in given:
-        raise ConfigError(f"--format onnx is for models that read only text; this one reads {needed}")
+    towers = [name for name in getattr(model.config, "sub_configs", {}) if name != "text_config"]
+    others = [name for name in takes if MEDIUM_OF.get(name, "text") != "text"]
+    if needed not in given or (towers and others):
+        reads = needed if needed not in given else others[0]
+        raise ConfigError(f"--format onnx is for models that read only text; this one reads {reads}")
     num_tokens = given["input_ids"].shape[1]
     inputs = {}
     for name in takes:

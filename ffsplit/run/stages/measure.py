@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 NOT_HELD = "latency and peak memory: the models were measured one block at a time, not held whole"
 
-NOT_MADE_UP = "peak memory: it is measured on made-up inputs, and this model reads texts with something else"
+NOT_MADE_UP = "peak memory: it is measured on made-up inputs, which this model cannot read"
 
 
 class MeasureJob(Record):
