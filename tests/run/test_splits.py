@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import ffsplit
 from benchmarks.families.tiny import model_types, save, tiny_model
+from ffsplit.models.checkpoint import open_checkpoint
+from ffsplit.models.load import load_whole_model
 from ffsplit.run import checks
 from ffsplit.run.job import prepare
 from tests.small_jobs import LOW_RANK, SmallJob
+from tests.tiny_rows import calibration
 
 INT8 = "after_healing: {kind: quantize, num_bits: 8}"
 
@@ -40,3 +44,19 @@ def test_experts_are_not_split_beside_others_that_are_left_out(
     with pytest.raises(ffsplit.FFSplitError, match=r"finds no tensor for .*vision_moe\.experts"):
         ffsplit.compress(config)
     assert not list(tmp_path.glob("out/*/commit.json"))
+
+
+@pytest.mark.parametrize("family", ["switch_transformers", "nllb-moe"])
+def test_experts_that_are_modules_may_be_split(tmp_path: Path, family: str) -> None:
+    job = job_of(family, tmp_path)
+    pairs = calibration(open_checkpoint(job.model), tmp_path)
+    recipe = job.recipe(step=LOW_RANK)
+    manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, samples=24, calibration=(pairs,)))
+    assert manifest.plain is False
+    model, dense = (
+        ffsplit.load(str(tmp_path / "out")),
+        load_whole_model(job.model, manifest.model.architecture),
+    )
+    assert any(type(module).__name__ == "SplitFFN" for module in model.modules())
+    routers = {name: each for name, each in dense.named_parameters() if "router" in name}
+    assert routers and all(torch.equal(each, model.get_parameter(name)) for name, each in routers.items())
