@@ -20,7 +20,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("ffsplit", "tests", "jobs", "pyproject.toml")
+COPIED = ("ffsplit", "tests", "benchmarks", "jobs", "pyproject.toml")
 NUM_AT_ONCE = 2
 FORK = multiprocessing.get_context("fork")
 LIBRARIES = ("torch", "transformers", "pyarrow.parquet", "pydantic", "boto3", "hypothesis")

@@ -27,7 +27,7 @@ def test_the_totals_of_model_types_are_those_of_the_page() -> None:
     right, part = totals["right"], totals["right, for the FFNs that the run compresses"]
     (built,) = re.findall(r"(\d+) were built and have FFNs", page)
     assert f"Of the {built} model types that have FFNs, {right} come out right" in README
-    assert f"models, {part} more for the part that text reaches" in README
+    assert f"models, {part} more for the part that their calibration rows reach" in README
     assert "silently wrong" not in totals and "fails with a traceback" not in totals
 
 
