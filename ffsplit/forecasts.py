@@ -264,11 +264,12 @@ def plan(
         latency=table,
         num_energetic=num_energetic(chosen.heavy, statistics),
     )
+    left_out = sum(each.num_elements for each in manifest.model.left_out_ffns)
     given = budgets or [Budget(kind="keep", limit=keep) for keep in DEFAULT_KEEPS]
     forecasts = []
     for budget in given:
         try:
-            forecasts.append(_forecast(budget, solver, statistics, recipe=chosen))
+            forecasts.append(_forecast(budget, solver, statistics, recipe=chosen, left_out=left_out))
         except BudgetError:
             if budgets:
                 raise
@@ -280,8 +281,8 @@ def plan(
         allocation="uniform",
         num_parameters=model.num_parameters,
         num_parameters_without_embeddings=model.num_parameters_without_embeddings,
-        ffn_elements=model.ffn_elements,
-        ffn_bytes=model.ffn_bytes,
+        ffn_elements=model.ffn_elements + left_out,
+        ffn_bytes=model.ffn_bytes + left_out * model.itemsize,
         concentration=tuple(
             Concentration(
                 layer=record.layer,
@@ -296,8 +297,9 @@ def plan(
 
 
 def _forecast(
-    budget: Budget, solver: Solver, statistics: Sequence[NeuronStats], *, recipe: Recipe
+    budget: Budget, solver: Solver, statistics: Sequence[NeuronStats], *, recipe: Recipe, left_out: int
 ) -> BudgetForecast:
+    """`left_out` are the elements of FFNs that stay as they are."""
     model, layouts = solver.model, solver.solve(budget)
     if model.mixture is not None:
         layouts = choose_dropped(layouts, statistics, mixture=model.mixture)
@@ -314,17 +316,17 @@ def _forecast(
                 energy_outside=energy_outside(stats, plan.heavy_neurons),
             )
         )
-    elements = model.elements_of(layouts)
+    elements = model.elements_of(layouts) + left_out
     timed = solver.latency is not None and all(layout.is_dense for layout in stored)
     in_latency = Budget(kind="max_latency_ms", limit=1)
     return BudgetForecast(
         budget=budget,
-        keep=elements / model.ffn_elements,
+        keep=elements / (model.ffn_elements + left_out),
         plain=is_stock_form(stored, model.shapes, groups=model.width_groups),
         num_parameters=model.parameters_of(layouts),
         num_parameters_without_embeddings=model.parameters_in_blocks_of(layouts),
         ffn_elements=elements,
-        ffn_bytes=model.bytes_of(stored),
+        ffn_bytes=model.bytes_of(stored) + left_out * model.itemsize,
         latency_ms=solver.cost(in_latency, layouts) if timed else None,
         energy_outside=sum(layer.energy_outside for layer in layers) / len(layers),
         experts_per_block=_experts_left(model, layouts),

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import ffsplit
+from benchmarks.families.config import tiny_config
 from benchmarks.families.tiny import model_types, save, tiny_model
 from ffsplit.calibration.hooks import FFNObserver
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_base_model
 from tests.small_jobs import SmallJob
-from tests.tiny_models import VOCAB_SIZE
+from tests.tiny_models import VOCAB_SIZE, randomize
 
 
 def saved(model_type: str, directory: Path) -> Path:
@@ -72,3 +74,26 @@ def test_experts_that_are_only_narrowed_run_as_a_stack(tmp_path: Path) -> None:
     assert type(first) is type(second) and type(first).__name__ == "OlmoeExperts"
     assert first.down_proj.shape[2] < second.down_proj.shape[2] and first.down_proj.isfinite().all()
     assert first.gate_up_proj.shape[1] == 2 * first.down_proj.shape[2]
+
+
+@torch.no_grad()
+def test_rows_that_are_sorted_by_expert_are_not_taken_for_positions(tmp_path: Path) -> None:
+    """JetMoE's, with one expert for each token: as many rows as positions, in another order."""
+    config = tiny_config("jetmoe")
+    config.num_experts_per_tok = 1
+    model = transformers.JetMoeForCausalLM(config)
+    randomize(model, seed=0)
+    save(model, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    base = load_base_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
+    ids = torch.randint(VOCAB_SIZE, (3, 8), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1:, 4:] = 0
+    seen = []
+    base.layers[0].mlp.input_linear.register_forward_pre_hook(lambda _, given: seen.append(list(given[1])))
+    with FFNObserver(base, checkpoint.ffns) as observer:
+        arguments = {"input_ids": ids, "attention_mask": mask}
+        observer.next_batch(arguments)
+        base(**arguments)
+    counts = [stats.num_tokens for stats in observer.statistics()[: config.num_local_experts]]
+    assert counts == [int(count) for count in seen[0]]

@@ -134,3 +134,15 @@ def test_usual_budgets_that_a_recipe_cannot_meet_are_left_out(small_job: SmallJo
     assert plan(uri, budgets=[], recipe=recipe).budgets == ()
     with pytest.raises(BudgetError):
         plan(uri, budgets=[checked_budget("keep", 0.5)], recipe=recipe)
+
+
+def test_what_is_left_out_counts_as_it_does_in_a_run(small_job: SmallJob, tmp_path: Path) -> None:
+    """Both layers have their width from one field of the config, and one layer stays as it is."""
+    recipe = small_job.recipe(step="{kind: prune}")
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out", recipe=recipe, skip=("layer 0",)))
+    assert manifest.measurements is not None
+    (found,) = plan(str(tmp_path / "out"), budgets=[checked_budget("keep", 0.5)]).budgets
+    size = manifest.measurements.compressed_size
+    assert found.keep == manifest.keep and found.keep > 0.6
+    assert (found.ffn_elements, found.ffn_bytes) == (size.ffn_elements, size.ffn_bytes)
+    assert found.plain is manifest.plain is False

@@ -179,10 +179,11 @@ class FFNObserver:
     def _stream(self, ffn: FFNPlace, values: Tensor) -> _Stream:
         """The stream of what an FFN sees: its tower's, or its own where it sees other positions.
 
-        Some models merge, pool or pad positions between their blocks.
+        Some models merge, pool or pad positions between their blocks, or sort them by expert.
         """
         stream = self._own_streams.get(ffn.unit, self._streams[ffn.tower.name])
-        if not stream.covers(values):
+        is_sorted = ffn.paths.stack is not None and ffn.paths.stack.call == "grouped"
+        if not stream.covers(values) or (is_sorted and ffn.unit not in self._own_streams):
             stream = self._own_streams[ffn.unit] = stream.without_mask()
             stream.next_batch(self._arguments)
         return stream

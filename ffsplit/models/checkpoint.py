@@ -218,10 +218,13 @@ class Checkpoint:
     def width_groups(self) -> tuple[int, ...]:
         """A group per FFN: those of a group have the width that one field states, or a multiple of it.
 
-        -1: no config can state it.
+        -1: no config can state it, because it has no field, or one that FFNs that are left out share.
         """
         keys = list(dict.fromkeys(ffn.width_key for ffn in self.ffns))
-        return tuple(-1 if ffn.paths.width_field is None else keys.index(ffn.width_key) for ffn in self.ffns)
+        fixed = {ffn.width_key for ffn in self.left_out} | {
+            ffn.width_key for ffn in self.ffns if ffn.paths.width_field is None
+        }
+        return tuple(-1 if ffn.width_key in fixed else keys.index(ffn.width_key) for ffn in self.ffns)
 
     @property
     def blocks(self) -> tuple[str, ...]:

@@ -182,12 +182,19 @@ def _see_whole_rows(model: Any) -> None:
 
 def load_whole_model(directory: Path, class_name: str, **options: Any) -> Any:
     """The model as the class it was saved from, in eval mode; options go to from_pretrained."""
+    return load_with_missing(directory, class_name, **options)[0]
+
+
+def load_with_missing(directory: Path, class_name: str, **options: Any) -> tuple[Any, frozenset[str]]:
+    """The same model, and the names of its tensors that the files lack: transformers made them up."""
     with trusting(bool(options.pop("trust_remote_code", False))), quiet_transformers():
         check_trusted(directory)
         chosen = model_class(class_name, where=directory)
         options |= {"local_files_only": True, "use_safetensors": True, "trust_remote_code": trusted()}
         with _loading(directory):
-            return chosen.from_pretrained(directory, **attention_options() | options).eval()
+            options = attention_options() | options | {"output_loading_info": True}
+            model, found = chosen.from_pretrained(directory, **options)
+            return model.eval(), frozenset(found["missing_keys"])
 
 
 @contextmanager

@@ -21,11 +21,15 @@ from ffsplit.errors import UnsupportedModelError, explained
 from ffsplit.ffn.shapes import LayerLayout, Mixture
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.detection import empty_builder
+from ffsplit.models.family import Stack
 from ffsplit.models.ffns import FFNPlace
 from ffsplit.models.load_options import attention_advice
 from ffsplit.models.names import base_of
 from ffsplit.models.width_fields import config_at
 
+NOT_BY_TOKEN = "its experts are not run by one module that also chooses them, for each token by itself"
+STACKED = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
+"""The usual names of the tensors that hold all experts of a block."""
 FEWEST_IN_GROUP = 2
 """Routers score a group of experts by its best two."""
 
@@ -103,13 +107,23 @@ def _check_whole(checkpoint: Checkpoint, firsts: Sequence[FFNPlace]) -> None:
         raise _refused(
             family,
             "config.json states one number of experts for all blocks, and some experts are left out: "
-            "give no --only or --skip that leaves out experts",
+            "give no --only or --skip that leaves out experts, and calibration data that reaches all",
         )
+    stacks = [first.paths.stack for first in firsts]
+    if any(stack is None or stack.call != "routed" for stack in stacks):
+        raise _refused(family, NOT_BY_TOKEN)
+    if not all(stack and _has_rows(stack) for stack in stacks):
+        raise _refused(family, "its experts lie in tensors of an unusual form")
     counts = {first.unit: sum(ffn.unit == first.unit for ffn in checkpoint.ffns) for first in firsts}
     if len(set(counts.values())) != 1 or len({ffn.tower.config for ffn in firsts}) != 1:
         raise _refused(family, "its blocks have different numbers of experts")
     if len({ffn.block for ffn in firsts}) != len(firsts):
         raise _refused(family, "a block has several groups of experts, each with a router of its own")
+
+
+def _has_rows(stack: Stack) -> bool:
+    """Whether experts lie in the usual tensors, a row for each."""
+    return stack.flat is None and stack.gate is None and {stack.up, stack.down} <= set(STACKED)
 
 
 @lru_cache(maxsize=8)
@@ -149,9 +163,7 @@ def _probe(directory: Path, text: str, part: str | None, stacks: tuple[str, ...]
         raise _refused(family, "its router has a table of integers, which may hold the numbers of experts")
     chosen = [_num_chosen(model, stack, per_expert) for stack in stacks]
     if None in chosen:
-        raise _refused(
-            family, "its experts are not run by one module that also chooses them, for each token by itself"
-        )
+        raise _refused(family, NOT_BY_TOKEN)
     num_groups = _num_groups(lambda count: with_experts(field, count), stacks[0], per_expert, number)
     aliases = getattr(type(owner), "attribute_map", None) or {}
     fields = (field, *sorted(alias for alias, name in aliases.items() if name == field))
@@ -197,8 +209,7 @@ def _per_expert(
     doubled = {
         name for name, (old, new) in pairs.items() if old[:1] == (number,) and new == (2 * number, *old[1:])
     }
-    names = ("gate_up_proj", "up_proj", "down_proj", "gate_up_proj_bias", "up_proj_bias", "down_proj_bias")
-    own = {f"{stack}.{name}" for stack in stacks for name in names} & before.keys()
+    own = {f"{stack}.{name}" for stack in stacks for name in STACKED} & before.keys()
     return frozenset(changed - own) if changed == doubled and own <= changed else None
 
 

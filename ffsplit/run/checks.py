@@ -133,11 +133,28 @@ def check_splits(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, reci
             "use norm-prune"
         )
     fixed = [ffn for ffn in checkpoint.ffns if not ffn.paths.can_split]
-    if fixed and not keeps_names(checkpoint, layouts):
+    if fixed and (recipe.after_healing is not None or not keeps_names(checkpoint, layouts)):
         raise ConfigError(
             f"recipe {recipe.name}: {fixed[0].name} of this {checkpoint.architecture.model_type} can only be "
             "made narrower, because the model's own code computes a step between its projections: "
             "use fast or norm-prune"
+        )
+    if not keeps_names(checkpoint, layouts):
+        _check_left_out_experts(checkpoint, recipe=recipe)
+
+
+def _check_left_out_experts(checkpoint: Checkpoint, *, recipe: Recipe) -> None:
+    """Raise ConfigError if experts are to be split beside others of their block that are left out.
+
+    Files may number both through, as ERNIE's do with those for text and those for pictures. Without the
+    first, transformers would not find the others, and make them up.
+    """
+    blocks = {ffn.block for ffn in checkpoint.ffns if ffn.expert is not None}
+    beside = [ffn for ffn in checkpoint.left_out if ffn.expert is not None and ffn.block in blocks]
+    if beside:
+        raise ConfigError(
+            f"recipe {recipe.name}: {beside[0].name} of this {checkpoint.architecture.model_type} is left "
+            "out, so the other experts of its block can only be made narrower: use fast or norm-prune"
         )
 
 

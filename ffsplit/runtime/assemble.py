@@ -19,16 +19,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def is_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
-    """Whether stock modelling code can load the result: one width per field, dense, no added bias.
-
-    Not if FFNs that are left out share the field that states a width.
-    """
-    shared = {ffn.width_key for ffn in checkpoint.left_out}
-    for ffn, layout in zip(checkpoint.ffns, layouts, strict=True):
-        if layout.is_dropped:
-            continue
-        if ffn.width_key in shared and layout.num_neurons != ffn.shape.num_neurons:
-            return False
+    """Whether stock modelling code can load the result: one width per field, dense, no added bias."""
     return is_stock_form(layouts, checkpoint.shapes, groups=checkpoint.width_groups)
 
 

@@ -124,6 +124,8 @@ def install_split_ffns(
         if not place.is_stacked:
             split_ffn = SplitFFN(ffn.layout, ffn.shape, activation, guard=guard, trained=trained)
             install_split_ffn(block, paths, split_ffn)
+            if place.expert is not None:
+                _keep_initialized(model, f"{prefix}{place.runner}")
             continue
         if place.index == place.unit:
             experts[place.split_path] = SplitExperts(guard=guard)
@@ -134,6 +136,15 @@ def install_split_ffns(
         base = model.get_submodule(prefix.removesuffix("."))
         install_linears(base, linears)
     return model  # type: ignore[no-any-return]
+
+
+def _keep_initialized(model: Any, runner: str) -> None:
+    """Stop the module around experts, and theirs, from initializing matrices that split experts lack.
+
+    Switch's does so. The other modules in them still initialize themselves.
+    """
+    for path in (runner, runner.rpartition(".")[0]):
+        model.get_submodule(path)._is_hf_initialized = True
 
 
 def _keep_wide(model: Any, downs: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import transformers
 
+from benchmarks.families.tiny import model_types, save, tiny_model
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.routing import routing_of
@@ -63,3 +64,19 @@ def test_some_experts_alone_are_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(directory, left_out=["layer 0 expert 1"])
     with pytest.raises(UnsupportedModelError, match="some experts are left out: give no --only or --skip"):
         routing_of(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("llama4_text", "its experts are not run by one module"),
+        ("switch_transformers", "its experts are not run by one module"),
+        ("dbrx", "its experts lie in tensors of an unusual form"),
+    ],
+)
+def test_experts_of_another_layout_are_refused_for_what_they_are(
+    tmp_path: Path, family: str, reason: str
+) -> None:
+    save(tiny_model(family, model_types()[family]), tmp_path)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        routing_of(open_checkpoint(tmp_path))

@@ -161,6 +161,19 @@ def test_healing_leaves_what_is_skipped_as_it_was(tmp_path: Path) -> None:
     assert not (first - skipped) & same, "the rest is healed"
 
 
+def test_healing_leaves_a_trained_activation_that_is_skipped(tmp_path: Path) -> None:
+    save(tiny_model("apertus", "ApertusForCausalLM"), tmp_path / "model")
+    job = SmallJob(tmp_path, tmp_path / "model")
+    healing = "healing: {epochs: 4, batch_rows: 4, learning_rate: 0.001, evaluations: 3, min_steps: 60}"
+    recipe = job.recipe(step=PRUNE, more=healing)
+    manifest = ffsplit.compress(job.config(tmp_path / "out", recipe=recipe, samples=24, skip=("layer 0",)))
+    attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
+    before, after = (load_file(folder / "model.safetensors") for folder in (job.model, attempt))
+    name = "model.layers.{}.mlp.act_fn.alpha_p"
+    assert torch.equal(before[name.format(0)], after[name.format(0)])
+    assert not torch.equal(before[name.format(1)], after[name.format(1)]), "the rest is healed"
+
+
 def test_bad_patterns_are_one_line(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(save_checkpoint(tmp_path / "mbart", "mbart", "ForConditionalGeneration"))
     there = r"there are encoder layer N, decoder layer N \(N: a number\)"

@@ -113,10 +113,12 @@ def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState, list
 
 def _freeze_left_out(student: Any, checkpoint: Checkpoint) -> None:
     """The FFNs that a run leaves as they were are not trained."""
-    left_out = {name for ffn in checkpoint.left_out for name in ffn.tensor_names}
+    left_out = {
+        name for ffn in checkpoint.left_out for name in (*ffn.tensor_names, *ffn.activation_tensors.values())
+    }
     parameters = dict(student.named_parameters(remove_duplicate=False))
     for stored, name in _stored_names(student, checkpoint).items():
-        if stored in left_out:
+        if stored in left_out and name in parameters:  # activations have buffers too
             parameters[name].requires_grad_(False)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ffsplit.calibration.readers import MediaReader, Reader, make_reader
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
+from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.keys import stage_key
 from ffsplit.measurement.fidelity import fidelity, streamed_fidelity
@@ -23,7 +24,7 @@ from ffsplit.measurement.size import compressed_size, original_size
 from ffsplit.measurement.tasks.evaluations import Evaluation, score_evaluations
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.fetch import ModelSource
-from ffsplit.models.load import forget_caches, load_tokenizer, load_whole_model
+from ffsplit.models.load import forget_caches, load_tokenizer, load_with_missing
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.models.tensor_files import read_headers
 from ffsplit.recipes.recipe import MeasurementSettings
@@ -86,10 +87,16 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
     """All measurements, with both models in memory."""
     directories = (checkpoint.directory, directory)
     dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
-    original, compressed = (
-        load_whole_model(each, checkpoint.class_name, dtype=dtype).to(device) for each in directories
+    (original, absent), (compressed, missing) = (
+        load_with_missing(each, checkpoint.class_name, dtype=dtype) for each in directories
     )
+    if lost := sorted(missing - absent):
+        raise UnsupportedModelError(
+            f"the compressed {checkpoint.architecture.model_type} does not load: transformers finds no "
+            f"tensor for {lost[0]} ({len(lost)} such tensors), and would make it up: use fast or norm-prune"
+        )
     for model in (original, compressed):
+        model.to(device)
         forget_caches(model)
     reader = _reader(job, checkpoint)
     encoded = reader.encode(job.held_out)
