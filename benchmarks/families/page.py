@@ -41,7 +41,7 @@ def write_page(records: Sequence[Record], path: Path) -> None:
     """Totals, a table of what works, and a list of the rest by outcome."""
     records = sorted(records, key=lambda record: record["type"])
     totals = Counter(record["outcome"] for record in records)
-    with_ffns = sum(bool(record.get("num_ffns")) for record in records)
+    with_ffns = sum(bool(each.get("num_ffns")) or each["outcome"] in WITH_TABLE for each in records)
     lines = [
         "# Models",
         "",

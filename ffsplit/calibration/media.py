@@ -230,9 +230,7 @@ def _content(name: str) -> bytes:
             return value
         if not isinstance(value, str):
             what = "nothing" if value is None else f"a {type(value).__name__}"
-            raise ConfigError(
-                f"{path}, row {row} of column {column!r}: it holds {what}, not one file: remove it"
-            )
+            raise ConfigError(f"{path}, row {row} of {column!r}, holds {what}, not one file: remove it")
         name = str(Path(path).parent / value)
     with reading_texts(name):
         return Path(name).read_bytes()

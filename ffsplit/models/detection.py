@@ -141,8 +141,7 @@ def row_by_structure(model: Any, *, config: Mapping[str, Any]) -> Architecture:
     if not found:
         raise UnsupportedModelError(
             f"{family} is not in the table of architectures, and its structure shows no FFN of two or three "
-            f"linear layers in its blocks. Found {lists_in_words(modules)} "
-            f"(known: {', '.join(sorted(ARCHITECTURES))})"
+            f"linear layers in its blocks. Found {lists_in_words(modules)}"
         )
     check_nothing_is_left(modules, found, family)
     found, twins = _without_twins(model, base, found)

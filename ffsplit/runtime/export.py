@@ -204,18 +204,13 @@ def example_inputs(model: Any, directory: Path) -> Inputs:
     only text.
     """
     takes = _parameters(model)
+    _check_reads_text(model, takes)
     if tokenizer_files(directory):
         tokenizer = tokenizer_in(directory)
         with explained(f"{directory}: its tokenizer does not read a pair of texts"):
             given = dict(tokenizer(*EXAMPLE_PAIR, return_tensors="pt"))
     else:
         given = {name: torch.zeros(1, 2, dtype=torch.long) for name in ("input_ids", "attention_mask")}
-    needed, *_ = main_inputs(model)
-    towers = [name for name in getattr(model.config, "sub_configs", {}) if name != "text_config"]
-    others = [name for name in takes if MEDIUM_OF.get(name, "text") != "text"]
-    if needed not in given or (towers and others):
-        reads = needed if needed not in given else others[0]
-        raise ConfigError(f"--format onnx is for models that read only text; this one reads {reads}")
     num_tokens = given["input_ids"].shape[1]
     inputs = {}
     for name in takes:
@@ -227,6 +222,16 @@ def example_inputs(model: Any, directory: Path) -> Inputs:
         | {"input_ids": EXAMPLE % model.config.get_text_config().vocab_size}
         | ({"attention_mask": torch.ones_like(EXAMPLE)} if "attention_mask" in inputs else {})
     )
+
+
+def _check_reads_text(model: Any, takes: Sequence[str]) -> None:
+    """Raise ConfigError for a model that reads no text, or has towers that read something else."""
+    needed, *_ = main_inputs(model)
+    towers = [name for name in getattr(model.config, "sub_configs", {}) if name != "text_config"]
+    others = [name for name in takes if towers and MEDIUM_OF.get(name, "text") != "text"]
+    if MEDIUM_OF.get(needed) != "text" or others:
+        reads = others[0] if others else needed
+        raise ConfigError(f"--format onnx is for models that read only text; this one reads {reads}")
 
 
 def _parameters(model: Any) -> list[str]:

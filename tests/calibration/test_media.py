@@ -14,13 +14,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
+from PIL import Image
 
 from ffsplit.calibration.media import decode_sound, embedded, read_media, read_pairs
 from ffsplit.calibration.readers import _image
 from ffsplit.errors import ConfigError
 from ffsplit.models.family import Media
 
-PICTURES = [b"one", b"two", b"three"]
+
+def png(shade: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (4, 4), shade).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+PICTURES = [png(shade) for shade in (0, 100, 200)]
 
 
 @pytest.fixture
@@ -48,13 +56,14 @@ def folder(tmp_path: Path) -> Path:
 )
 def test_pictures_from_every_form(folder: Path, spec: str) -> None:
     rows = read_media([f"{folder}/{spec}"], reads=("image",))
-    assert [base64.b64decode(json.loads(embedded(row))[0]) for row in rows] == PICTURES
+    assert [base64.b64decode(json.loads(embedded(row, reads=("image",)))[0]) for row in rows] == PICTURES
     assert all(len(row) < 500 for row in rows)  # named until they are sampled
 
 
 @pytest.mark.parametrize("spec", ["list.csv#picture,text", "table.parquet#record,text"])
 def test_a_text_beside_each_picture(folder: Path, spec: str) -> None:
-    rows = [json.loads(embedded(row)) for row in read_media([f"{folder}/{spec}"], reads=("image", "text"))]
+    reads: Media = ("image", "text")
+    rows = [json.loads(embedded(row, reads=reads)) for row in read_media([f"{folder}/{spec}"], reads=reads)]
     assert [base64.b64decode(content) for content, _ in rows] == PICTURES
     assert {text for _, text in rows} == {"words"}
 
@@ -80,11 +89,30 @@ def test_specs_that_name_no_media(folder: Path, spec: str, reads: Media, complai
 
 def test_a_picture_that_is_not_there_or_is_none(folder: Path) -> None:
     rows = read_media([f"{folder}/list.csv#picture"], reads=("image",))
+    (folder / "pictures" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ConfigError, match=r"pictures/a\.png cannot be decoded as a picture: remove it"):
+        embedded(rows[0], reads=("image",))
     with pytest.raises(ConfigError, match="a calibration picture cannot be decoded"):
-        _image(json.loads(embedded(rows[0]))[0])
+        _image(base64.b64encode(b"no picture").decode())
     (folder / "pictures" / "a.png").unlink()
     with pytest.raises(ConfigError, match=r"a\.png"):
-        embedded(rows[0])
+        embedded(rows[0], reads=("image",))
+
+
+@pytest.mark.parametrize(("value", "what"), [(None, "nothing"), ([{"bytes": PICTURES[0]}], "a list")])
+def test_a_row_of_none_or_of_several_pictures_is_named(tmp_path: Path, value: object, what: str) -> None:
+    kind = pa.list_(pa.struct([("bytes", pa.binary())])) if value else pa.binary()
+    pq.write_table(pa.table({"image": pa.array([value], kind)}), tmp_path / "odd.parquet")
+    (row,) = read_media([f"{tmp_path}/odd.parquet#image"], reads=("image",))
+    with pytest.raises(ConfigError, match=rf"odd.parquet, row 0 of 'image', holds {what}, not one file"):
+        embedded(row, reads=("image",))
+
+
+def test_a_sound_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(b"no sound")
+    (row,) = read_media([str(tmp_path)], reads=("sound",))
+    with pytest.raises(ConfigError, match=r"a\.wav cannot be decoded as a sound.*; remove it"):
+        embedded(row, reads=("sound",))
 
 
 def test_pairs_of_texts(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from ffsplit.errors import ConfigError
 from ffsplit.measurement.fidelity import token_logits
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_whole_model
+from ffsplit.models.selection import chosen
 from tests.tiny_rows import calibration, richest_reads
 
 TEMPLATE = (
@@ -52,7 +53,17 @@ def with_media(directory: Path) -> Checkpoint:
 def batches_of(checkpoint: Checkpoint, folder: Path, *, max_length: int = 16) -> list[Batch]:
     rows = read_media([calibration(checkpoint, folder)], reads=checkpoint.reads)
     reader = make_reader(checkpoint, max_length=max_length, batch_tokens=64)
-    return list(reader.batches(reader.encode([embedded(row) for row in rows])))
+    return list(reader.batches(reader.encode([embedded(row, reads=checkpoint.reads) for row in rows])))
+
+
+def test_rows_for_the_vision_tower_alone_are_those_for_all_towers(saved: Saved, tmp_path: Path) -> None:
+    """The language model reads them too, with a mask: they are not padded to its maximum length."""
+    both = with_media(saved("llava"))
+    vision = chosen(both, only=("vision*",), skip=())
+    assert {ffn.tower.mask for ffn in vision.ffns} == {None}
+    for one, other in zip(batches_of(both, tmp_path), batches_of(vision, tmp_path), strict=True):
+        assert one.arguments.keys() == other.arguments.keys()
+        assert all(torch.equal(one.arguments[name], other.arguments[name]) for name in one.arguments)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "blip", "gemma3", "paligemma", "qwen2_audio"])

@@ -277,7 +277,7 @@ BAD_MODELS: dict[str, str] = {
     "missing": "does not exist",
     "no config": "config.json",
     "pickle only": "safetensors",
-    "unknown family": "known: ",
+    "unknown family": "shows no FFN of two or three linear layers in its blocks",
     "truncated": "not a whole safetensors file",
     "missing shard": "model-00002-of-00002.safetensors is missing",
     "absent tensor": "names ghost.weight, which model-00001-of-00001.safetensors does not hold",

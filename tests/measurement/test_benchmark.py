@@ -28,6 +28,7 @@ from ffsplit.store.schema import read_record
 from ffsplit.store.store import open_store
 from tests.conftest import CheckpointFactory
 from tests.small_jobs import SmallJob
+from tests.tiny_families import save_checkpoint as save_family
 from tests.tiny_models import save_checkpoint
 
 QUICK = ("--pairs", "2", "--batch-sizes", "1", "2", "--lengths", "4", "9", "--no-memory")
@@ -85,6 +86,12 @@ def test_decoding_leaves_room_for_a_prompt(checkpoint_of: CheckpointFactory, cap
     model = str(checkpoint_of("opt", head="ForCausalLM"))
     assert main(["benchmark", model, *QUICK, "--new-tokens", "157", "--device", "cpu"]) == 2
     assert "--new-tokens 157 leaves no room for a prompt" in capsys.readouterr().err
+
+
+def test_models_of_other_inputs_than_texts_are_refused(tmp_path: Path) -> None:
+    model = save_family(tmp_path / "clip", "clip", "Model")
+    with pytest.raises(ConfigError, match=r"times models that read single texts, and .*clip does not"):
+        benchmark(str(model))
 
 
 def test_statistics_are_no_model_to_time(small_job: SmallJob, tmp_path: Path) -> None:

@@ -142,6 +142,13 @@ def test_a_run_about_one_tower_measures_the_whole_model(tmp_path: Path, family: 
     manifest = ffsplit.compress(job.config(tmp_path / "out", only=("encoder*",), **fields))
     assert {layer.name.split()[0] for layer in manifest.layers} == {"encoder"}
     assert manifest.calibration.sources == ("pairs.csv#source,target",)
+    model = load_whole_model(job.model, manifest.model.architecture)
+    named = model.named_parameters()
+    in_blocks = sum(each.numel() for name, each in named if re.search(r"\.(layers|block)\.\d", name))
+    assert manifest.measurements is not None
+    assert manifest.measurements.original_size.num_parameters_without_embeddings == in_blocks
+    card = (tmp_path / "out" / manifest.run_key / manifest.attempt / "README.md").read_text("utf-8")
+    assert f"{manifest.model.architecture}.from_pretrained" in card
     assert type(ffsplit.load(str(tmp_path / "out"))).__name__ == manifest.model.architecture
 
 

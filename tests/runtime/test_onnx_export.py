@@ -186,11 +186,12 @@ def test_a_decoder_that_takes_no_positions(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_models_that_read_more_than_text_are_refused(tmp_path: Path, capsys: Any) -> None:
-    config = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16
-    )
-    transformers.ViTModel(config).save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize(("family", "head"), [("vit", "Model"), ("llava", "ForConditionalGeneration")])
+def test_models_that_read_more_than_text_are_refused(
+    tmp_path: Path, capsys: Any, family: str, head: str
+) -> None:
+    """Also those that may read text alone: their other towers would be lost."""
+    save_family(tmp_path / "model", family, head)
     capsys.readouterr()
     assert main(["export", str(tmp_path / "model"), "--format", "onnx", "--out", str(tmp_path / "o")]) == 2
     error = capsys.readouterr().err
