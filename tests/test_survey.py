@@ -52,6 +52,8 @@ SHAPES: dict[str, dict[str, bool]] = {
     "experts for pictures": {"ernie4_5_vl_moe": NOT},
     "modelling code of another family": {"internlm3": PLAIN},
 }
+IN_PART = ("step3p7/clamped", "step3p7", "ernie4_5_vl_moe")
+"""Calibrated on text, since their processors need libraries that are not here: their vision towers stay."""
 REFUSED = {
     "convnext": "no FFN of two or three linear layers",
     "mamba2": "no FFN of two or three linear layers",
@@ -70,7 +72,7 @@ CASES = [
 @pytest.mark.parametrize(("model_type", "is_plain"), CASES)
 def test_a_type_of_this_shape_is_compressed_rightly(model_type: str, is_plain: bool, tmp_path: Path) -> None:
     record = check(model_type, model_types()[model_type], tmp_path, quick=False)
-    assert record["outcome"] in ("right", "right in part"), record
+    assert record["outcome"] == ("right in part" if model_type in IN_PART else "right"), record
     assert record["keep 1: difference"] == 0
     assert record["keep 0.5: plain"] == is_plain
 

@@ -101,7 +101,8 @@ def misfit(model: Any, source: Path, folder: Path) -> str:
             return ""
         rows = read_media([calibration(checkpoint, folder)], reads=checkpoint.reads)
         reader = make_reader(checkpoint, max_length=16, batch_tokens=64)
-        batch = next(reader.batches(reader.encode([embedded(rows[0])])))
+        row = embedded(rows[0], reads=checkpoint.reads)
+        batch = next(reader.batches(reader.encode([row])))
         run(model, dict(batch.arguments))
     except Exception as error:
         return _last_line(error)
