@@ -10,14 +10,21 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ffsplit.compat.transformers import ReadTensor, names_read
 from ffsplit.errors import ConfigError, UnsupportedModelError
 from ffsplit.ffn.shapes import FFNShape
 from ffsplit.models.architectures import ARCHITECTURES
 from ffsplit.models.detection import detect_architecture
-from ffsplit.models.family import TEXT, Architecture, Makes, Media, Tower, activation_name, config_part
+from ffsplit.models.family import (
+    TEXT,
+    Architecture,
+    Makes,
+    Media,
+    Tower,
+    activation_name,
+    class_named,
+    config_part,
+)
 from ffsplit.models.ffns import FFNPlace, find_ffns, without
 from ffsplit.models.folder import CONFIG_NAME, ModelFolder, check_no_pointers, local_listing, sort_files
 from ffsplit.models.inputs import CLASSIFIERS, DECODERS, GENERATORS
@@ -264,20 +271,6 @@ class Checkpoint:
         """The same, with the blocks whose FFNs are left out."""
         return frozenset(self.block_tensors(*dict.fromkeys(ffn.block for ffn in self._every_ffn)))
 
-    @cached_property
-    def license(self) -> str | None:
-        """The licence that the model card's front matter names."""
-        card = self.directory / "README.md"
-        if not card.is_file():
-            return None
-        front = re.match(r"---\n(.*?\n)---\s*$", card.read_text("utf-8", "replace"), re.S | re.M)
-        try:
-            fields = yaml.safe_load(front.group(1)) if front else None
-        except Exception:  # cards are written for people: invalid YAML just means no licence
-            return None
-        named = fields.get("license") if isinstance(fields, dict) else None
-        return ", ".join(map(str, named)) if isinstance(named, list) else str(named) if named else None
-
     def model_digest(self) -> str:
         """sha256 over the config, the model's own code and every weight file: 64 hex digits.
 
@@ -380,11 +373,6 @@ def _read_by_class(
     if read is None or renamed:
         return read
     return {name: each and each._replace(renamed=name) for name, each in read.items()}
-
-
-def class_named(config: Mapping[str, Any]) -> str:
-    """The class that a checkpoint was saved from, according to its config, or ""."""
-    return str((config.get("architectures") or [""])[0])
 
 
 def _headers_tell(row: Architecture, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]) -> bool:

@@ -252,6 +252,11 @@ def config_part(config: Mapping[str, Any], name: str | None) -> Mapping[str, Any
     return config
 
 
+def class_named(config: Mapping[str, Any]) -> str:
+    """The class that a checkpoint was saved from, according to its config, or ""."""
+    return str((config.get("architectures") or [""])[0])
+
+
 def activation_name(config: Mapping[str, Any], tower: Tower) -> str:
     """The name of a tower's activation function in its part of a config."""
     field = tower.activation_field

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from ffsplit.errors import ArtifactError, ConfigError
 from ffsplit.models.tensor_files import INDEX_NAME
 from ffsplit.store.artifact import STATISTICS_PATH
@@ -295,6 +297,20 @@ class ModelFolder:
         if twin := colliding((CONFIG_NAME, *_targets(files.companions).values())):
             raise ConfigError(f"{directory}: two file names differ only in case, {twin}: rename one of them")
         return cls(directory, files, {name: _stamp(directory / name) for name in files.wanted})
+
+    @property
+    def license(self) -> str | None:
+        """The licence that the model card's front matter names."""
+        card = self.directory / "README.md"
+        if not card.is_file():
+            return None
+        front = re.match(r"---\n(.*?\n)---\s*$", card.read_text("utf-8", "replace"), re.S | re.M)
+        try:
+            fields = yaml.safe_load(front.group(1)) if front else None
+        except Exception:  # cards are written for people: invalid YAML just means no licence
+            return None
+        named = fields.get("license") if isinstance(fields, dict) else None
+        return ", ".join(map(str, named)) if isinstance(named, list) else str(named) if named else None
 
     @property
     def companion_bytes(self) -> int:

@@ -139,7 +139,7 @@ def _draft(run: Run, outcome: Outcome, *, attempt: str) -> Manifest:
             tokenizer_digest=keys.digests["tokenizer"],
             model_type=checkpoint.architecture.model_type,
             architecture=checkpoint.class_name,
-            license=checkpoint.license,
+            license=checkpoint.folder.license,
             shape=run.solver.model,
             left_out=run.left_out if is_model else (),
             left_out_ffns=left_out_ffns(checkpoint),

@@ -107,11 +107,11 @@ def test_the_activation_is_the_one_transformers_would_use_where_the_config_is_si
 )
 def test_the_license_is_of_the_cards_front_matter(bert: Path, card: str, expected: str | None) -> None:
     (bert / "README.md").write_bytes(card.encode())
-    assert open_checkpoint(bert).license == expected
+    assert open_checkpoint(bert).folder.license == expected
 
 
 def test_without_a_card_no_license(checkpoint_of: CheckpointFactory) -> None:
-    assert open_checkpoint(checkpoint_of("bert")).license is None
+    assert open_checkpoint(checkpoint_of("bert")).folder.license is None
 
 
 def flip(path: Path, position: int) -> None:
