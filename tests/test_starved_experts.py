@@ -139,5 +139,14 @@ def test_the_line_names_the_starved_fewest_tokens_first_and_not_too_many() -> No
     assert "layer 0 expert 44 (15) and 44 more, in the manifest" in line and "expert 43" not in line
 
 
+def test_experts_that_are_dropped_keep_no_neurons_and_are_not_named() -> None:
+    few = [statistics_of(number, num_tokens=number) for number in range(3)]
+    names = [f"layer 0 expert {number}" for number in range(3)]
+    line = tokens_of_experts(few, names, dropped={0, 2})
+    assert line is not None and "3 experts saw 0 to 2 tokens each; 1 saw fewer than" in line
+    assert "expert 1 (1);" in line and "expert 0" not in line and "expert 2" not in line
+    assert tokens_of_experts(few, names, dropped={0, 1, 2}) == "3 experts saw 0 to 2 tokens each"
+
+
 def test_a_model_without_experts_has_no_such_line() -> None:
     assert tokens_of_experts([statistics_of(None, num_tokens=3)], ["layer 0"]) is None

@@ -125,7 +125,7 @@ def heal(
     optimizer = accelerator.prepare(optimizer)
     state = resume(weights, optimizer)
     batches = [batch.to(device) for batch in data.validation_batches()]
-    distance = Distance.of(student, teacher, batches[-1], makes=makes)
+    distance = Distance.of(student, teacher, data.first_batch().to(device), makes=makes)
     distillation = Distillation(distance, weights, team or Alone())
     distillation.meet(state.step if state else 0)
     if state is None:

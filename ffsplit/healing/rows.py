@@ -23,6 +23,10 @@ class HealingData:
     pad_id: int
     batch_tokens: int
 
+    def first_batch(self) -> Batch:
+        """The first training row alone."""
+        return next(padded_batches(self.rows[:1], batch_tokens=self.batch_tokens, pad_id=self.pad_id))
+
     def validation_batches(self) -> Iterator[Batch]:
         return padded_batches(self.validation, batch_tokens=self.batch_tokens, pad_id=self.pad_id)
 

@@ -57,7 +57,7 @@ class Recipe(Record):
         default=0.0,
         ge=0,
         le=1,
-        description="of the saving, made by dropping whole experts; narrower experts make the rest",
+        description="of the saving, made by dropping whole experts; narrower experts save the rest",
     )
     steps: tuple[AnyCompressor, ...] = Field(min_length=1)
     refits: tuple[DistillCompressor, ...] = Field(

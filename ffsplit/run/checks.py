@@ -89,8 +89,7 @@ def check_capabilities(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint
             f"{family} has another form"
         )
     by_position = [ffn for ffn in checkpoint.ffns if ffn.paths.per_neuron]
-    drops = all(isinstance(step, PruneCompressor) and step.only_drops for step in recipe.steps)
-    if by_position and (recipe.refits or not drops):
+    if by_position and not all(map(_only_drops, (*recipe.steps, *recipe.refits))):
         raise ConfigError(
             f"recipe {recipe.name}: {by_position[0].name} of this {family} has a convolution or a batch norm "
             "between its projections, so its neurons can only be dropped, not fitted: use norm-prune"
@@ -126,7 +125,7 @@ def can_refit(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
 def check_splits(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:
     """Raise ConfigError if FFNs are to be split whose modules no split FFN can replace."""
     adapted = next((ffn for ffn in checkpoint.ffns if ffn.adapters), None)
-    if adapted is not None and not all(_only_drops(step) for step in (*recipe.steps, *recipe.refits)):
+    if adapted is not None and not all(map(_only_drops, (*recipe.steps, *recipe.refits))):
         raise ConfigError(
             f"recipe {recipe.name}: {adapted.name} of this {checkpoint.architecture.model_type} can only "
             "lose neurons, because adapters add to its up projection and a refit would ignore them: "
@@ -159,7 +158,7 @@ def _check_left_out_experts(checkpoint: Checkpoint, *, recipe: Recipe) -> None:
 
 
 def _only_drops(step: Compressor) -> bool:
-    return isinstance(step, PruneCompressor) and step.order == "score" and step.compensation == "none"
+    return isinstance(step, PruneCompressor) and step.only_drops
 
 
 def check_stays_plain(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:

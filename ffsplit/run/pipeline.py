@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +130,7 @@ def compute_statistics(execution: Execution, staging: Path) -> Outcome:
     """Compute neuron statistics into `staging`."""
     shards = calibrate(execution)
     statistics = reduce_statistics(execution, shards, staging / STATISTICS_PATH)
-    _report_experts(execution, statistics)
+    _report_experts(execution, statistics, layouts=())
     return Outcome(statistics, _num_tokens(shards), len(shards))
 
 
@@ -139,8 +139,8 @@ def compute_model(execution: Execution, staging: Path) -> Outcome:
     run = execution.run
     shards = calibrate(execution)
     statistics = reduce_statistics(execution, shards, staging / STATISTICS_PATH)
-    _report_experts(execution, statistics)
     solver, layouts = run.settled(statistics)
+    _report_experts(execution, statistics, layouts)
     if (experts := experts_record(run, layouts)) is not None:
         execution.log.note(dropped_in_words(experts))
     part, allocation = "compress", None
@@ -211,22 +211,33 @@ def _quantization_plans(checkpoint: Checkpoint, recipe: Recipe) -> tuple[LayerPl
     return tuple(plans)
 
 
-def _report_experts(execution: Execution, statistics: Sequence[NeuronStats]) -> None:
-    """Report how many tokens the experts saw, and which of them saw too few."""
-    line = tokens_of_experts(statistics, [ffn.name for ffn in execution.run.checkpoint.ffns])
+def _report_experts(
+    execution: Execution, statistics: Sequence[NeuronStats], layouts: Sequence[LayerLayout]
+) -> None:
+    """Report how many tokens the experts saw, and which of those that stay saw too few."""
+    names = [ffn.name for ffn in execution.run.checkpoint.ffns]
+    dropped = {index for index, layout in enumerate(layouts) if layout.is_dropped}
+    line = tokens_of_experts(statistics, names, dropped=dropped)
     if line is not None:
         execution.log.note(line)
 
 
-def tokens_of_experts(statistics: Sequence[NeuronStats], names: Sequence[str]) -> str | None:
-    """One line on how many tokens the experts saw. It names those with too few, fewest tokens first."""
+def tokens_of_experts(
+    statistics: Sequence[NeuronStats], names: Sequence[str], *, dropped: Collection[int] = ()
+) -> str | None:
+    """One line on how many tokens the experts saw.
+
+    It names those with too few, fewest tokens first, except those that are dropped.
+    """
     experts = sorted(
         (stats.num_tokens, index) for index, stats in enumerate(statistics) if stats.expert is not None
     )
     if not experts:
         return None
     line = f"{len(experts)} experts saw {experts[0][0]:,} to {experts[-1][0]:,} tokens each"
-    starved = [(tokens, index) for tokens, index in experts if is_starved(statistics[index])]
+    starved = [
+        (tokens, index) for tokens, index in experts if index not in dropped and is_starved(statistics[index])
+    ]
     if not starved:
         return line
     shown = ", ".join(f"{names[index]} ({tokens})" for tokens, index in starved[:MOST_NAMED])

@@ -172,6 +172,23 @@ def test_a_model_that_changes_its_logits_is_compared_by_them() -> None:
     assert not Distance.of(capped, capped, batch, makes="next_tokens").has_heads
 
 
+def test_without_a_validation_row_the_model_stays_as_it_was() -> None:
+    """Held-out rows may hold nothing but special tokens: then nothing tells whether a step was better."""
+    some = data()
+    nothing: Callable[..., None] = lambda *_: None  # noqa: E731
+    state = heal(
+        disturbed("llama", "ForCausalLM"),
+        make_model("llama", head="ForCausalLM"),
+        HealingData(some.rows, [], pad_id=0, batch_tokens=512),
+        makes="next_tokens",
+        settings=settled(epochs=1, batch_rows=8),
+        seed=0,
+        resume=nothing,
+        checkpoint=nothing,
+    )
+    assert state.step > 0 and state.best_step == 0
+
+
 def test_checkpoints_are_due_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("ffsplit.healing.loop.time.monotonic", lambda: now)
