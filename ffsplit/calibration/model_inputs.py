@@ -109,6 +109,11 @@ def pad_id_of(checkpoint: Checkpoint, tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id or 0)
 
 
+def ordinary_ids(tokenizer: Any) -> list[int]:
+    """The ids of a tokenizer's vocabulary that are no special tokens, ascending."""
+    return sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+
+
 def padded_batches(rows: Sequence[Sequence[int]], *, batch_tokens: int, pad_id: int) -> Iterator[Batch]:
     """Batches of at most `batch_tokens` tokens, padding included (a longer row is a batch of its own).
 

@@ -54,6 +54,13 @@ class CalibrationSettings(Record):
     held_out_tokens: int = Field(
         default=32768, ge=1, description="upper limit on their tokens; rows beyond it are left out"
     )
+    own_share: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="of the rows, written by the model itself if it is a causal language model and "
+        "--calibration names neither self: nor shares",
+    )
 
     def reading(self, *, samples: int | None, max_length: int | None) -> CalibrationSettings:
         """These settings with the given values. A given number of rows has no limit on tokens."""
@@ -73,6 +80,19 @@ class CalibrationSettings(Record):
             length = length if max_positions is None else min(length, max_positions)
         rows = self.shard_size or max(1, SHARD_TOKENS // length)
         return self.model_copy(update={"max_length": length, "shard_size": rows})
+
+    @property
+    def most_rows(self) -> int:
+        """Upper limit on rows that are as long as they may be."""
+        limit = self.samples if self.max_tokens is None else self.max_tokens // self.row_length
+        return max(1, min(self.samples, limit))
+
+    def beside(self, own_rows: int) -> CalibrationSettings:
+        """The settings for the rows that are read, beside those that the model writes itself."""
+        if self.max_tokens is None or not own_rows:
+            return self
+        left = max(self.row_length, self.max_tokens - own_rows * self.row_length)
+        return self.model_copy(update={"max_tokens": left})
 
     @property
     def row_length(self) -> int:
@@ -103,6 +123,23 @@ class TextSample:
     """sha256 over all lists, 64 hex digits."""
     validation: tuple[str, ...] = ()
     """Rows to choose between candidates, neither calibrated on nor held out; empty unless requested."""
+    own_validation: tuple[str, ...] = ()
+    """More such rows, which the model wrote itself."""
+
+    @classmethod
+    def empty(cls) -> TextSample:
+        """No rows: the model writes them all."""
+        return cls((), (), True, _digest((), ()))
+
+    def with_own(
+        self, calibration: Sequence[str], validation: Sequence[str], held_out: Sequence[str]
+    ) -> TextSample:
+        """The sample with rows that the model wrote itself, spread evenly among the others."""
+        merged = interleaved([self.calibration, calibration])
+        held = (*self.held_out, *held_out)
+        own = tuple(validation)
+        digest = _digest(merged, held, (*self.validation, *own))
+        return TextSample(merged, held, self.held_out_is_disjoint, digest, self.validation, own)
 
     def mapped(self, change: Callable[[str], str]) -> TextSample:
         """The same sample with every row changed, and a new digest."""
@@ -151,6 +188,33 @@ def sample_texts(
     calibration = rest[: min(num_samples, len(rest) - spare)]
     validation = rest[len(calibration) : len(calibration) + spare]
     return TextSample(calibration, held_out, True, _digest(calibration, held_out, validation), validation)
+
+
+def interleaved(parts: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    """The rows of all parts in one order, in which every beginning has about the same share of each part."""
+    places = [
+        ((index + 0.5) / len(part), number, row)
+        for number, part in enumerate(parts)
+        for index, row in enumerate(part)
+    ]
+    return tuple(row for _, _, row in sorted(places, key=lambda place: place[:2]))
+
+
+def joined(samples: Sequence[TextSample]) -> TextSample:
+    """Samples of several sources as one, whose rows are spread evenly. A row of two sources is there once."""
+    calibration, held_out, validation = (
+        tuple(dict.fromkeys(interleaved(parts)))
+        for parts in (
+            [sample.calibration for sample in samples],
+            [sample.held_out for sample in samples],
+            [sample.validation for sample in samples],
+        )
+    )
+    elsewhere = {*held_out, *validation}
+    calibration = tuple(row for row in calibration if row not in elsewhere) or calibration
+    is_disjoint = all(sample.held_out_is_disjoint for sample in samples)
+    digest = _digest(calibration, held_out, validation)
+    return TextSample(calibration, held_out, is_disjoint, digest, validation)
 
 
 def passages(texts: Sequence[str], *, max_characters: int) -> list[str]:

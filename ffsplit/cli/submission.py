@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ffsplit import streams
+from ffsplit.calibration.mixture import specs_of, without_share
 from ffsplit.cli.commands import job_config
 from ffsplit.config import JobConfig
 from ffsplit.directories import user_path
@@ -119,7 +120,7 @@ def _is_here(config: JobConfig) -> bool:
     """Whether the model and all that a job names can be read on this machine, without a download."""
     if not user_path(config.model).is_dir():
         return False
-    specs = (*config.calibration, *config.eval)
+    specs = (*specs_of(config.calibration), *config.eval)
     if any(spec.startswith(("hf:", "lm-eval:")) or "://" in spec for spec in (*specs, config.stats or "")):
         return False
     files = [spec.partition("#")[0].rpartition(":")[2] for spec in specs]
@@ -132,7 +133,7 @@ def _check_paths(arguments: Sequence[str], *, working_dir: Path | None) -> None:
     if working_dir is not None and working_dir.resolve() == Path.cwd():
         return
     for argument in arguments:
-        name = argument.partition("#")[0].rpartition(":")[2]
+        name = without_share(argument).partition("#")[0].rpartition(":")[2]
         if name and not name.startswith(("/", "~", "-")) and Path(name).exists():
             raise ConfigError(
                 f"{name} is relative to this directory, which the job does not see: give --working-dir . "

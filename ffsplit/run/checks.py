@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ffsplit.calibration.model_inputs import TextReader, num_rows_within, tokenize_rows
+from ffsplit.calibration.mixture import Mixture
+from ffsplit.calibration.model_inputs import TextReader, num_rows_within, ordinary_ids, tokenize_rows
 from ffsplit.calibration.readers import Reader, make_reader
 from ffsplit.calibration.sampling import CalibrationSettings, TextSample
 from ffsplit.compressors import PruneCompressor
@@ -15,7 +17,7 @@ from ffsplit.errors import ConfigError, explained
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.family import TEXT
-from ffsplit.models.load import check_complete, check_model_class
+from ffsplit.models.load import check_complete, check_model_class, load_tokenizer
 from ffsplit.models.load_options import attention_advice
 from ffsplit.recipes.recipe import Recipe
 from ffsplit.runtime.assemble import is_plain, keeps_names
@@ -42,7 +44,8 @@ def check_inputs(run: Run) -> None:
 
             length = run.recipe.calibration.row_length
             reader = make_reader(run.checkpoint, max_length=length, batch_tokens=TRIAL_ROWS * length)
-            (batch, *_) = reader.batches(reader.encode(run.text.calibration[:TRIAL_ROWS]))
+            rows = run.text.calibration[:TRIAL_ROWS] or made_up_rows(run.checkpoint, TRIAL_ROWS)
+            (batch, *_) = reader.batches(reader.encode(rows))
             check_by_trial(run.checkpoint, batch.arguments, block_by_block=run.needs.block_by_block)
 
 
@@ -64,6 +67,27 @@ def check_calibrates(config: JobConfig) -> None:
         raise ConfigError("--stats is for compress: calibrate collects its own statistics")
     if config.gate or config.require_speedup is not None:
         raise ConfigError("gates are for compress: calibrate has no model to measure")
+
+
+def made_up_rows(checkpoint: Checkpoint, num_rows: int, *, num_words: int = 32) -> list[str]:
+    """Rows of random tokens, for a trial before the model has written any text."""
+    tokenizer, chosen = load_tokenizer(checkpoint), random.Random(0)
+    ids = ordinary_ids(tokenizer)
+    return [tokenizer.decode(chosen.choices(ids, k=num_words)) for _ in range(num_rows)]
+
+
+def check_writes(mixture: Mixture, *, checkpoint: Checkpoint, config: JobConfig) -> bool:
+    """Whether the model can write calibration text. Raises ConfigError if it cannot, and was asked to."""
+    family = checkpoint.architecture.model_type
+    if not checkpoint.reads_single_texts or checkpoint.compared_as != "next_tokens":
+        reason = f"needs a causal language model with its head, and this {family} writes no text"
+    elif config.block_by_block:
+        reason = "needs the whole model in memory, and --block-by-block holds one block at a time"
+    else:
+        return True
+    if mixture.is_named:
+        raise ConfigError(f"--calibration self: {reason}: name a text, such as file.txt")
+    return False
 
 
 def check_row_length(max_length: int, *, checkpoint: Checkpoint) -> None:
@@ -194,6 +218,8 @@ def readable(text: TextSample, *, settings: CalibrationSettings, checkpoint: Che
             _check_media(text.calibration, reader=reader)
             return text
         check_vocabulary(reader.tokenizer, checkpoint)
+        if not text.calibration:  # the model writes every row
+            return text
         _check_text(text.calibration, tokenizer=reader.tokenizer, max_length=length)
         return _within_tokens(text, settings=settings, tokenizer=reader.tokenizer)
 

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ffsplit import __version__
+from ffsplit.calibration.sampling import TextSample
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.calibration.statistics_file import read_statistics
 from ffsplit.directories import by_name, user_path
@@ -21,6 +22,7 @@ from ffsplit.models.selection import left_out_ffns
 from ffsplit.redaction import redacted, without_credentials
 from ffsplit.report.html import render_report
 from ffsplit.report.humanize import (
+    calibrated_in_words,
     dropped_in_words,
     load_in_words,
     noise,
@@ -73,6 +75,7 @@ class Outcome:
     """What a run computed. A run of statistics alone has no plans, errors or measurements."""
 
     statistics: tuple[NeuronStats, ...]
+    text: TextSample
     num_tokens: int
     num_shards: int
     plans: tuple[LayerPlan, ...] = ()
@@ -176,13 +179,14 @@ def _compute(run: Run) -> Compute:
 
 
 def _calibration(run: Run, outcome: Outcome) -> CalibrationRecord:
-    text = run.text
+    text = outcome.text
     if run.origin is not None:
         return calibration_record(run.origin, text=text)
     return CalibrationRecord(
         sources=run.config.calibration,
         text_digest=text.digest,
         num_rows=len(text.calibration),
+        own_rows=run.own.calibration,
         num_tokens=outcome.num_tokens,
         max_length=run.recipe.calibration.row_length,
         num_shards=outcome.num_shards,
@@ -271,6 +275,7 @@ def model_card(manifest: Manifest) -> str:
         "",
         how,
     ]
+    body += ["", calibrated_in_words(manifest.calibration)]
     if unchanged := unchanged_in_words(model.left_out_ffns, ffn_elements=model.shape.ffn_elements):
         body += ["", unchanged]
     if manifest.experts is not None:

@@ -14,8 +14,8 @@ from ffsplit.errors import explained
 from ffsplit.machine import bytes_below, device_of, free_bytes, operations_per_second
 from ffsplit.run.checks import can_refit
 from ffsplit.run.disk import Disk
-from ffsplit.run.needs import PEAK_MEMORY, DiskNeeds, Machine, Needs, StageNeeds, find_problems
-from ffsplit.run.workload import ITEM_SIZES, Workload
+from ffsplit.run.needs import GENERATE, PEAK_MEMORY, DiskNeeds, Machine, Needs, StageNeeds, find_problems
+from ffsplit.run.workload import ITEM_SIZES, Workload, rows_at_once
 from ffsplit.store.cache import Cache, is_remote
 from ffsplit.store.scratch import SCRATCH_PREFIX
 from ffsplit.store.store import open_store
@@ -42,6 +42,13 @@ def calibration_bytes(work: Workload, *, block_by_block: bool) -> int:
     layers_sampled = 1 if block_by_block else work.num_blocks
     sampled = min(work.sampled_tokens, work.shard_tokens) * work.shape.hidden_size * layers_sampled
     return process_bytes(work) + (held + sampled) * work.itemsize + _batch_bytes(work)
+
+
+def generation_bytes(work: Workload, *, rows: int) -> int:
+    """One worker with the whole model, the keys and values of its rows, and two copies of their logits."""
+    keys = rows * work.recipe.calibration.row_length * work.num_blocks * 2 * work.shape.hidden_size
+    logits = 3 * rows * work.num_logits * FLOAT32_BYTES
+    return process_bytes(work) + (work.num_elements + keys) * work.itemsize + logits
 
 
 def _batch_bytes(work: Workload) -> int:
@@ -109,6 +116,16 @@ def calibration_seconds(work: Workload, *, workers: int, speed: float, block_by_
     return (computed + loads * work.file_bytes / READ_BYTES_PER_S) / min(workers, work.num_shards)
 
 
+GENERATION_SHARE = 0.2
+"""Of the speed of long batches, what writing token after token reaches."""
+
+
+def generation_seconds(work: Workload, *, rows: int, workers: int, speed: float) -> float:
+    shards = -(-work.own.total // rows)
+    computed = 2 * work.num_elements * work.own_tokens / (GENERATION_SHARE * speed)
+    return (computed + workers * work.file_bytes / READ_BYTES_PER_S) / min(workers, shards)
+
+
 def compression_seconds(work: Workload, *, workers: int, speed: float) -> float:
     passes = 2 * work.shape.num_elements * work.sampled_tokens * (1 + work.kept) * 3
     layer = passes + sum(step.operations(work.of_layer) for step in work.recipe.steps)
@@ -117,7 +134,7 @@ def compression_seconds(work: Workload, *, workers: int, speed: float) -> float:
 
 def search_seconds(work: Workload, *, workers: int, single: float, speed: float) -> float:
     """Every layer is compressed one extra time; each block and both candidates are evaluated."""
-    tokens = work.tokens_of(work.text.validation)
+    tokens = work.validation_tokens
     evaluation = 2 * 2 * work.num_elements * tokens * (work.num_blocks + 2) / speed
     return compression_seconds(work, workers=workers, speed=single) + evaluation
 
@@ -166,6 +183,7 @@ def estimate(run: Run) -> Needs:
         recipe=run.recipe,
         layouts=run.layouts,
         text=run.sample,
+        own=run.own,
         itemsize=ITEM_SIZES[profile.dtype],
         is_one_process=config.runner == "serial",
     )
@@ -257,6 +275,15 @@ def _stages(
         )
 
     yield stage("digests", PROCESS_BYTES, digest_seconds(work))
+    if work.own_tokens:
+        length = work.recipe.calibration.row_length
+        rows = rows_at_once(work.checkpoint, device=profile.device, row_length=length)
+        yield stage(
+            GENERATE,
+            generation_bytes(work, rows=min(rows, work.own.total)),
+            generation_seconds(work, rows=rows, workers=workers, speed=speed),
+            alone=False,
+        )
     yield stage(
         "calibrate",
         calibration_bytes(work, block_by_block=streamed[0]),

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ffsplit.calibration.sampling import TextSample
 from ffsplit.distributed.runner import ANSWER_WITHIN_S, Runner
 from ffsplit.errors import ConfigError, FFSplitError, begun
 from ffsplit.machine import multiplies_bfloat16
@@ -28,13 +29,17 @@ SLOWEST_BYTES_PER_S = 1 << 20
 
 @dataclass(frozen=True)
 class Execution:
-    """What every stage needs to hand out its jobs. Their results are kept below `scratch`."""
+    """What every stage needs to hand out its jobs. Their results are kept below `scratch`.
+
+    `text` is the run's, and what the model wrote itself.
+    """
 
     run: Run
     runner: Runner
     log: StageLog
     scratch: Scratch
     model: ModelSource
+    text: TextSample
 
     def hand_over(self, directory: Path) -> ModelSource:
         """A checkpoint that this process assembled, readable by workers on any host."""
@@ -56,7 +61,7 @@ def start(run: Run, runner: Runner, log: StageLog, scratch: Scratch) -> Executio
     checkpoint = run.checkpoint
     left_out = tuple(ffn.name for ffn in checkpoint.left_out)
     model = ModelSource(path=str(checkpoint.directory), left_out=left_out, reads=checkpoint.reads)
-    execution = Execution(run, runner, log, scratch, model)
+    execution = Execution(run, runner, log, scratch, model, run.text)
     if not runner.is_spread:
         return execution
     _check_hosts_fit_alike(execution)

@@ -9,8 +9,9 @@ from functools import cached_property, partial
 from typing import Any
 
 from ffsplit.calibration.media import embedded, media_given, read_media, read_pairs
-from ffsplit.calibration.sampling import TextSample, passages, sample_texts
-from ffsplit.calibration.sources import read_all
+from ffsplit.calibration.mixture import Drawn, Mixture, OwnRows, draw, parse_mixture, specs_of
+from ffsplit.calibration.sampling import TextSample, passages
+from ffsplit.calibration.sources import read_texts
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Budget, JobConfig
@@ -37,6 +38,7 @@ from ffsplit.run.checks import (
     check_row_length,
     check_splits,
     check_stays_plain,
+    check_writes,
     readable,
 )
 from ffsplit.run.estimate import estimate
@@ -84,8 +86,9 @@ class Run:
 
     With --stats, `config` has the earlier run's text and seed unless it gave its own. `recipe` has this
     model's defaults filled in. `layouts` is the solved budget. If it depends on statistics, it is the
-    minimum until they exist. `sample` is the text that was drawn. `needs`, `keys`, `text` and `evaluations`
-    cost more than reading config and headers, so they are computed on first use.
+    minimum until they exist. `sample` is the text that was drawn, and `own` counts the rows that the model
+    is to write beside it. `needs`, `keys`, `text` and `evaluations` cost more than reading config and
+    headers, so they are computed on first use.
     """
 
     config: JobConfig
@@ -96,6 +99,7 @@ class Run:
     checkpoint: Checkpoint
     located: LocatedModel
     sample: TextSample
+    own: OwnRows
     origin: PublishedStatistics | None
     tasks: dict[str, AnyTask]
     profile: ComputeProfile
@@ -120,7 +124,8 @@ class Run:
         Loads the tokenizer, and so transformers. Raises ConfigError if the model cannot read the rows.
         """
         with explained("the job cannot be checked"), self.profile.loading():
-            return readable(self.sample, settings=self.recipe.calibration, checkpoint=self.checkpoint)
+            settings = self.recipe.calibration.beside(self.own.calibration)
+            return readable(self.sample, settings=settings, checkpoint=self.checkpoint)
 
     @cached_property
     def evaluations(self) -> tuple[Evaluation, ...]:
@@ -214,7 +219,10 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
         attention_linears(checkpoint)
     if config.plain:
         check_stays_plain(checkpoint, layouts, recipe=recipe)
-    sample = _sample_rows(config.calibration, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
+    mixture = parse_mixture(config.calibration, own_share=recipe.calibration.own_share)
+    if mixture.has_own and not check_writes(mixture, checkpoint=checkpoint, config=config):
+        mixture = mixture.without_own()
+    sample, own = _draw_rows(mixture, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
     check_row_length(recipe.calibration.row_length, checkpoint=checkpoint)
     tasks = read_tasks(config.eval, checkpoint=checkpoint, max_length=window)
     check_gates(gates, checkpoint=checkpoint, recipe=recipe, config=config)
@@ -227,6 +235,7 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
         checkpoint=checkpoint,
         located=located,
         sample=sample,
+        own=own,
         origin=origin,
         tasks=tasks,
         profile=profile,
@@ -237,7 +246,7 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
 
 def _reading(checkpoint: Checkpoint, config: JobConfig) -> Checkpoint:
     """The checkpoint with the FFNs that the calibration data reaches, and that --only and --skip leave."""
-    given = media_given(config.calibration, architecture=checkpoint.architecture)
+    given = media_given(specs_of(config.calibration), architecture=checkpoint.architecture)
     if given != checkpoint.architecture.reads:
         checkpoint = open_checkpoint(checkpoint.directory, reads=given)
     return chosen(checkpoint, only=config.only, skip=config.skip)
@@ -272,24 +281,29 @@ def _make_solver(
     )
 
 
-def _sample_rows(specs: Sequence[str], *, recipe: Recipe, checkpoint: Checkpoint, seed: int) -> TextSample:
+def _draw_rows(mixture: Mixture, *, recipe: Recipe, checkpoint: Checkpoint, seed: int) -> Drawn:
     """Calibration and held-out rows, each one text, one window of running text (causal LM), one source
     with its target, or one picture or sound."""
     settings, reads_text = recipe.calibration, checkpoint.reads == TEXT
-    if checkpoint.reads_single_texts:
-        texts = read_all(specs)
-    else:
-        texts = read_pairs(specs) if reads_text else read_media(specs, reads=checkpoint.reads)
+    texts = [_texts_of(spec, checkpoint=checkpoint) for spec in mixture.specs]
+    if mixture.shares is None and texts:
+        texts = [[text for source in texts for text in source]]
     if _reads_windows(checkpoint):
-        texts = passages(texts, max_characters=settings.row_length * CHARACTERS_PER_TOKEN)
-    sample = sample_texts(
-        texts,
-        num_samples=settings.samples,
-        num_held_out=settings.held_out,
-        seed=seed,
-        num_validation=settings.held_out if recipe.allocation == "search" or recipe.healing else 0,
-    )
-    return sample if reads_text else sample.mapped(partial(embedded, reads=checkpoint.reads))
+        longest = settings.row_length * CHARACTERS_PER_TOKEN
+        texts = [passages(source, max_characters=longest) for source in texts]
+    chooses = recipe.allocation == "search" or recipe.healing
+    num_validation = settings.held_out if chooses else 0
+    drawn = draw(mixture, texts, settings=settings, seed=seed, num_validation=num_validation)
+    if reads_text:
+        return drawn
+    return drawn._replace(sample=drawn.sample.mapped(partial(embedded, reads=checkpoint.reads)))
+
+
+def _texts_of(spec: str, *, checkpoint: Checkpoint) -> list[str]:
+    """The rows of one source, before windows are made of them."""
+    if checkpoint.reads_single_texts:
+        return read_texts(spec)
+    return read_pairs([spec]) if checkpoint.reads == TEXT else read_media([spec], reads=checkpoint.reads)
 
 
 def _keys(run: Run) -> Keys:
@@ -318,6 +332,8 @@ def _keys(run: Run) -> Keys:
         "profile": run.profile.key_inputs,
         "nonce": nonce,
     }
+    if run.own.total:
+        inputs["own_rows"] = run.own._asdict()
     if checkpoint.left_out:
         inputs["left_out"] = [ffn.name for ffn in checkpoint.left_out]
     split = _split_inputs(recipe, run.budget, run.solver, layouts=run.layouts)

@@ -175,6 +175,8 @@ def in_one_line(needs: Needs, *, asked: int | None = None) -> str:
 GB = 1e9
 PEAK_MEMORY = "peak memory"
 """The stage that loads each model once more, in another process."""
+GENERATE = "generate"
+"""The stage in which the model writes text."""
 UNIFORM = "set allocation: uniform in a copy of the recipe"
 KNOWN_BETTER = "if a worker may use more, give --memory-per-worker"
 
@@ -231,6 +233,8 @@ def _too_little_memory(stage: StageNeeds, needs: Needs, work: Workload) -> str:
         return f"{problem}: set measurement.peak_memory: false in a copy of the recipe, or {KNOWN_BETTER}"
     if stage.name == "allocate":
         return f"{problem}: {_search_needs(work)}: {UNIFORM}, or {KNOWN_BETTER}"
+    if stage.name == GENERATE:
+        return f"{problem}: give --calibration FILE:1, so that the model writes no text, or {KNOWN_BETTER}"
     if stage.name == "heal":
         return f"{problem}: use a recipe without healing, such as fast, or {KNOWN_BETTER}"
     alone = needs.machine.alone_bytes or 0

@@ -27,6 +27,7 @@ from ffsplit.run.job import Run
 from ffsplit.run.needs import in_one_line
 from ffsplit.run.stages.calibrate import calibrate
 from ffsplit.run.stages.fit import Layers, compress_layers, refit_layers
+from ffsplit.run.stages.generate import with_own_text
 from ffsplit.run.stages.heal import heal_checkpoint
 from ffsplit.run.stages.measure import measure
 from ffsplit.run.stages.reduce import reduce_statistics
@@ -77,6 +78,7 @@ def make_attempt(
         _announce(run, shown)
         execution = start(run, runner, log, scratch)
         with begun():
+            execution = with_own_text(execution)
             attempt = new_attempt_id()
             staging = folder / attempt
             (staging / STATISTICS_PATH).parent.mkdir(parents=True)
@@ -101,6 +103,9 @@ def _announce(run: Run, shown: Progress) -> None:
     shown.note(f"run {key}: {run.model} with recipe {run.recipe.name}, {run.budget}")
     if run.kind == "model" and (left_out := left_out_in_one_line(run.left_out)):
         shown.note(left_out)
+    if run.own.calibration:
+        tokens = run.own.calibration * run.recipe.calibration.row_length
+        shown.note(f"the model writes {tokens:,} tokens of the calibration text itself")
     if run.checkpoint.is_guessed:
         family = run.checkpoint.architecture.model_type
         shown.note(f"{family}: its FFNs are found by structure (docs/models.md says how that was tested)")
@@ -131,7 +136,7 @@ def compute_statistics(execution: Execution, staging: Path) -> Outcome:
     shards = calibrate(execution)
     statistics = reduce_statistics(execution, shards, staging / STATISTICS_PATH)
     _report_experts(execution, statistics, layouts=())
-    return Outcome(statistics, _num_tokens(shards), len(shards))
+    return Outcome(statistics, execution.text, _num_tokens(shards), len(shards))
 
 
 def compute_model(execution: Execution, staging: Path) -> Outcome:
@@ -157,6 +162,7 @@ def compute_model(execution: Execution, staging: Path) -> Outcome:
     measured = measure(execution, staging, layers.layouts)
     return Outcome(
         statistics=statistics,
+        text=execution.text,
         num_tokens=_num_tokens(shards),
         num_shards=len(shards),
         allocation=allocation,

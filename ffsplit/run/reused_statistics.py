@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ffsplit.calibration.mixture import parse_source
 from ffsplit.calibration.sampling import TextSample
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import JobConfig
@@ -33,14 +34,18 @@ def inherit(config: JobConfig, origin: PublishedStatistics) -> JobConfig:
 
 def _found(source: str, origin: PublishedStatistics) -> str:
     """A text of the earlier run. Local files are recorded by name: look here, then beside its store."""
-    match = re.fullmatch(r"((?:[A-Za-z][\w+.-]+:)?)(.*?)(#.*)?", source, re.DOTALL)
+    parsed = parse_source(source)
+    if parsed.is_own:
+        return source
+    share = source.removeprefix(parsed.spec)
+    match = re.fullmatch(r"((?:[A-Za-z][\w+.-]+:)?)(.*?)(#.*)?", parsed.spec, re.DOTALL)
     assert match is not None
     scheme, path, column = match[1], match[2], match[3] or ""
     if scheme in ("builtin:", "hf:") or path.startswith("//") or Path(path).exists():
         return source
     for folder in () if is_remote(origin.uri) else Path(origin.uri).parents[:3]:
         if (folder / path).exists():
-            return f"{scheme}{folder / path}{column}"
+            return f"{scheme}{folder / path}{column}{share}"
     raise ConfigError(
         f"--stats {origin.uri} was collected on {path}, which is neither here nor beside that run: "
         "give it, or another text, as --calibration"

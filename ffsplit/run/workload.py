@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from ffsplit.calibration.mixture import OwnRows
 from ffsplit.calibration.sampling import TextSample
 from ffsplit.compressors.base import LayerWork
 from ffsplit.ffn.shapes import FFNShape, LayerLayout
@@ -21,6 +22,23 @@ EXPERTS_A_TOKEN = 8
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
+GPU_ROWS, CPU_ROWS = 2048, 32
+GPU_CACHE_BYTES = 24 << 30
+"""Upper limit on the keys and values of the rows that a GPU writes side by side."""
+
+
+def rows_at_once(checkpoint: Checkpoint, *, device: str, row_length: int) -> int:
+    """Rows of one shard at most. All are written side by side, in one pass of the model per token."""
+    if device != "cuda":
+        return CPU_ROWS
+    config, item_bytes = checkpoint.text_config, 2
+    heads = config.get("num_attention_heads") or 1
+    width = config.get("head_dim") or checkpoint.shapes[0].hidden_size // heads
+    keys = (config.get("num_key_value_heads") or heads) * width
+    of_row = 2 * keys * len(checkpoint.blocks) * row_length * item_bytes
+    return max(1, min(GPU_ROWS, 1 << max(0, (GPU_CACHE_BYTES // of_row).bit_length() - 1)))
+
+
 @dataclass(frozen=True)
 class Workload:
     """What the estimates are made from. Elements are parameters.
@@ -34,6 +52,7 @@ class Workload:
     layouts: tuple[LayerLayout, ...]
     text: TextSample
     itemsize: int
+    own: OwnRows
     is_one_process: bool = False
 
     @cached_property
@@ -186,16 +205,36 @@ class Workload:
     @cached_property
     def num_rows(self) -> int:
         """Rows used for calibration."""
-        rows = self.text.calibration
-        return max(1, len(rows) * self.calibration_tokens // self.tokens_of(rows))
+        rows, own = self.text.calibration, self.own.calibration
+        read = len(rows) * self._read_tokens // self.tokens_of(rows) if rows else 0
+        return max(1, read + own)
 
     @cached_property
     def calibration_tokens(self) -> int:
-        return self._at_most(self.recipe.calibration.max_tokens, self.text.calibration)
+        return self._read_tokens + self.own.calibration * self.recipe.calibration.row_length
+
+    @property
+    def _read_tokens(self) -> int:
+        """Calibration tokens that the model does not write itself."""
+        settings = self.recipe.calibration.beside(self.own.calibration)
+        return self._at_most(settings.max_tokens, self.text.calibration)
+
+    @property
+    def own_tokens(self) -> int:
+        """Tokens that the model writes itself."""
+        return self.own.total * self.recipe.calibration.row_length
+
+    @cached_property
+    def validation_tokens(self) -> int:
+        """Tokens that candidates are compared on."""
+        own = self.own.validation * self.recipe.calibration.row_length
+        return self.tokens_of(self.text.validation) + own
 
     @cached_property
     def held_out_tokens(self) -> int:
-        return self._at_most(self.recipe.calibration.held_out_tokens, self.text.held_out)
+        settings = self.recipe.calibration
+        own = self.own.held_out * settings.row_length
+        return self._at_most(settings.held_out_tokens, self.text.held_out) + own
 
     @property
     def sampled_tokens(self) -> int:

@@ -80,6 +80,7 @@ class CalibrationRecord(Record):
     sources: tuple[str, ...]
     text_digest: str
     num_rows: int
+    own_rows: int = Field(default=0, description="of these, written by the model itself")
     num_tokens: int
     max_length: int
     num_shards: int

@@ -155,7 +155,7 @@ def _calibration(
     execution: Execution, model: ModelSource, *, part: str, inputs_only: bool = False
 ) -> tuple[CalibrationJob, list[Shard]]:
     run, settings = execution.run, execution.run.recipe.calibration
-    groups = shard(run.text.calibration, shard_size=settings.rows_per_shard)
+    groups = shard(execution.text.calibration, shard_size=settings.rows_per_shard)
     job = CalibrationJob(
         model=model,
         settings=settings,

@@ -237,12 +237,13 @@ def check_written(student: Any, checkpoint: Checkpoint, batch: Batch, *, makes: 
 
 def heal_checkpoint(execution: Execution, settings: HealingSettings, compressed: Path) -> Path:
     """Heal the checkpoint in a directory. Returns a file with its new weights."""
-    run, calibration, threads = execution.run, execution.run.recipe.calibration, execution.run.healing_threads
+    run, text, calibration = execution.run, execution.text, execution.run.recipe.calibration
+    threads = run.healing_threads
     job = HealJob(
         original=execution.model,
         compressed=execution.hand_over(compressed),
-        rows=run.text.calibration,
-        validation=run.text.validation or run.text.held_out,
+        rows=text.calibration,
+        validation=(*text.validation, *text.own_validation) or text.held_out,
         max_length=calibration.row_length,
         batch_tokens=calibration.batch_tokens,
         seed=run.config.seed,

@@ -190,7 +190,7 @@ def search(
     job = JudgeJob(
         original=execution.model,
         candidates=(),
-        rows=run.text.validation,
+        rows=(*execution.text.validation, *execution.text.own_validation),
         max_length=settings.row_length,
         batch_tokens=settings.batch_tokens,
         profile=run.profile,
