@@ -19,18 +19,18 @@ from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.folder import left_out_in_one_line
 from ffsplit.models.selection import left_out_ffns
 from ffsplit.progress import Progress, StageLog
-from ffsplit.recipes.recipe import Recipe
+from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.report.humanize import dropped_in_words, unchanged_in_words
 from ffsplit.run.documents import Outcome, experts_record, write_documents
 from ffsplit.run.execution import Execution, start
-from ffsplit.run.job import Run
+from ffsplit.run.job import Run, would_search
 from ffsplit.run.needs import in_one_line
 from ffsplit.run.stages.calibrate import calibrate
 from ffsplit.run.stages.fit import Layers, compress_layers, refit_layers
 from ffsplit.run.stages.heal import heal_checkpoint
 from ffsplit.run.stages.measure import measure
 from ffsplit.run.stages.reduce import reduce_statistics
-from ffsplit.run.stages.search import part_of, search
+from ffsplit.run.stages.search import search
 from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.runtime.attention_int8 import linears_config, quantize_linears
 from ffsplit.splitting.scores import FEWEST_TOKENS, LayerPlan, is_starved, plan_split
@@ -101,6 +101,10 @@ def _announce(run: Run, shown: Progress) -> None:
     shown.note(f"run {key}: {run.model} with recipe {run.recipe.name}, {run.budget}")
     if run.kind == "model" and (left_out := left_out_in_one_line(run.left_out)):
         shown.note(left_out)
+    asked = load_recipe(run.config.recipe)
+    is_uniform = run.kind == "model" and run.recipe.allocation == "uniform"
+    if is_uniform and would_search(run.config, asked, run.checkpoint):
+        shown.note("search: kept uniform widths; the original and a candidate do not fit in memory together")
     if run.checkpoint.is_guessed:
         family = run.checkpoint.architecture.model_type
         shown.note(f"{family}: its FFNs are found by structure (docs/models.md says how that was tested)")
@@ -147,7 +151,7 @@ def compute_model(execution: Execution, staging: Path) -> Outcome:
     if run.recipe.allocation == "search":
         folder = staging.with_name("candidates")
         found = search(execution, solver, layouts, statistics, shards, folder=folder)
-        layouts, allocation, part = found.chosen.layouts, found.record, part_of(found.chosen)
+        layouts, allocation, part = found.chosen.layouts, found.record, found.part
     plans = plan_split(statistics, layouts, score=run.recipe.score)
     layers = compress_layers(
         execution, "compress", run.checkpoint, run.recipe.steps, plans, shards, part=part
