@@ -143,6 +143,12 @@ def token_logits(model: Any, batch: Batch) -> Tensor:
     return logits
 
 
+def predicted_logits(model: Any, batch: Batch) -> Tensor:
+    """The logits [T, vocabulary] of the tokens of a batch that can be predicted."""
+    ids, follows = batch.predicted
+    return token_logits(model, batch)[:, -ids.shape[1] : -1][follows[:, 1:]]
+
+
 @torch.no_grad()
 def token_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> dict[str, float]:
     """Means over predicted tokens, in nats: KL(original | compressed), top-1 agreement, perplexities.
@@ -153,12 +159,11 @@ def token_fidelity(original: Any, compressed: Any, batches: Iterable[Batch]) -> 
     num_tokens = 0
     for batch in batches:
         ids, follows = batch.predicted
-        is_target = follows[:, 1:]
-        targets = ids[:, 1:][is_target]
-        logits = []
-        for model in (original, compressed):
-            output = token_logits(model, batch)[:, -ids.shape[1] : -1]
-            logits.append(functional.log_softmax(output[is_target].float(), dim=-1))
+        targets = ids[:, 1:][follows[:, 1:]]
+        logits = [
+            functional.log_softmax(predicted_logits(model, batch).float(), dim=-1)
+            for model in (original, compressed)
+        ]
         kl = functional.kl_div(logits[1], logits[0], log_target=True, reduction="sum")
         agreement = (logits[0].argmax(-1) == logits[1].argmax(-1)).sum()
         losses = [functional.nll_loss(each, targets, reduction="sum") for each in logits]

@@ -44,9 +44,11 @@ def classifies(model: Any) -> bool:
 def may_search(checkpoint: Checkpoint) -> bool:
     """Whether `allocation: auto` searches.
 
-    It does if layers matter unevenly (classifiers) and their widths may differ (no experts).
+    It does if layers matter unevenly (classifiers, causal language models) and their widths may differ (no
+    experts).
     """
-    return checkpoint.classifies and checkpoint.reads_single_texts and not checkpoint.has_experts
+    is_uneven = checkpoint.classifies or checkpoint.makes == "next_tokens"
+    return is_uneven and checkpoint.reads_single_texts and not checkpoint.has_experts
 
 
 def row_logits(model: Any, arguments: Mapping[str, Tensor]) -> Tensor:

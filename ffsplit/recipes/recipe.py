@@ -71,7 +71,8 @@ class Recipe(Record):
     allocation: Literal["uniform", "search", "auto"] = Field(
         default="uniform",
         description="of the budget over the layers; search also tries widths that single layers' errors "
-        "suggest, and takes them only if they beat uniform ones end to end; auto searches for classifiers",
+        "suggest, and takes them only if they beat uniform ones end to end; auto searches for classifiers "
+        "and causal language models",
     )
     calibration: CalibrationSettings = CalibrationSettings()
     measurement: MeasurementSettings = MeasurementSettings()

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ffsplit.calibration.mixture import Mixture
 from ffsplit.calibration.model_inputs import TextReader, num_rows_within, ordinary_ids, tokenize_rows
 from ffsplit.calibration.readers import Reader, make_reader
 from ffsplit.calibration.sampling import CalibrationSettings, TextSample
-from ffsplit.compressors import PruneCompressor
+from ffsplit.compressors import AnyCompressor, PruneCompressor
 from ffsplit.compressors.base import Compressor
 from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, explained
-from ffsplit.ffn.shapes import LayerLayout
+from ffsplit.ffn.shapes import LayerLayout, is_narrowed_form
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.family import TEXT
 from ffsplit.models.load import check_complete, check_model_class, load_tokenizer
@@ -144,6 +145,21 @@ def can_refit(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> bool:
     Experts do not: the router may send them other tokens.
     """
     return keeps_names(checkpoint, layouts) and not checkpoint.has_experts
+
+
+def closed_form(steps: Sequence[AnyCompressor]) -> tuple[PruneCompressor, ...]:
+    """The steps that a recipe begins with, without descent: they change nothing but the down projection."""
+    first = takewhile(lambda step: isinstance(step, PruneCompressor), steps)
+    return tuple(step for step in first if isinstance(step, PruneCompressor))
+
+
+def measures_widths(
+    checkpoint: Checkpoint, layouts: Sequence[LayerLayout], steps: Sequence[AnyCompressor]
+) -> bool:
+    """Whether a search measures tables of widths: a language model whose FFNs one closed form narrows."""
+    is_text = checkpoint.makes == "next_tokens" and checkpoint.reads_single_texts
+    is_narrowed = len(closed_form(steps)) == 1 and is_narrowed_form(layouts, checkpoint.shapes)
+    return is_text and is_narrowed and not checkpoint.has_experts
 
 
 def check_splits(checkpoint: Checkpoint, layouts: Sequence[LayerLayout], *, recipe: Recipe) -> None:

@@ -63,6 +63,15 @@ class Disk:
         return self.work.layer_bytes + self.work.num_ffns * FILE_BYTES
 
     @property
+    def _measures_widths(self) -> bool:
+        return self.work.recipe.allocation == "search" and self.work.measures_widths
+
+    @property
+    def widths(self) -> int:
+        """The FFNs at all measured widths, and the records of two tables."""
+        return self.work.width_bytes + 3 * self.work.num_ffns * FILE_BYTES
+
+    @property
     def checkpoint(self) -> int:
         """The assembled checkpoint, with the tokenizer and the other files of the model's folder."""
         return self.work.compressed_bytes + self.work.companion_bytes + self._headers
@@ -96,6 +105,8 @@ class Disk:
     def _scratch_of_model(self) -> Iterator[int]:
         work = self.work
         yield max(1, self.num_candidates) * self.layers
+        if self._measures_widths:
+            yield self.layers + self.widths
         yield self.num_refits * (self.layers + self.inputs)
         if work.recipe.healing is not None:
             state = self._healing_state  # one stays until the next is written
@@ -149,6 +160,7 @@ class Disk:
         work, recipe = self.work, self.work.recipe
         num_passes = max(1, self.num_candidates)
         downloaded = num_passes * self.layers if self.is_remote else 0
+        downloaded += self.layers if self.is_remote and self._measures_widths else 0
         fitting = self.workers * self._of_a_layer
         yield self.statistics + self.num_candidates * self.checkpoint + fitting + downloaded
         for _ in range(self.num_refits):
@@ -172,4 +184,6 @@ class Disk:
     def _of_a_layer(self) -> int:
         """One worker's layer on its way to the scratch, and the inputs it was fitted to, of both models."""
         of_inputs = (1 + bool(self.num_refits)) * self.inputs // self.work.num_units
-        return -(-self.layers // self.work.num_ffns) + (of_inputs if self.is_remote else 0)
+        of_widths = self.widths // self.work.num_ffns if self._measures_widths else 0
+        of_layer = max(-(-self.layers // self.work.num_ffns), of_widths)
+        return of_layer + (of_inputs if self.is_remote else 0)

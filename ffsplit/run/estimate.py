@@ -7,15 +7,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ffsplit.calibration.sampling import TextSample
 from ffsplit.compressors.base import CHUNK_TOKENS, FLOAT32_BYTES
 from ffsplit.compute_profile import ComputeProfile
+from ffsplit.config import JobConfig
 from ffsplit.directories import temporary_root
 from ffsplit.errors import explained
+from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.machine import bytes_below, device_of, free_bytes, operations_per_second
-from ffsplit.run.checks import can_refit
+from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.recipes.recipe import Recipe
+from ffsplit.run.checks import can_refit, closed_form
 from ffsplit.run.disk import Disk
 from ffsplit.run.needs import GENERATE, PEAK_MEMORY, DiskNeeds, Machine, Needs, StageNeeds, find_problems
 from ffsplit.run.workload import ITEM_SIZES, Workload, rows_at_once
+from ffsplit.splitting.knapsack import KL_ROWS, TABLE_TOKENS, measured_widths
 from ffsplit.store.cache import Cache, is_remote
 from ffsplit.store.scratch import SCRATCH_PREFIX
 from ffsplit.store.store import open_store
@@ -101,6 +107,8 @@ def healing_bytes(work: Workload) -> int:
 
 READ_BYTES_PER_S = 1e9
 WRITE_BYTES_PER_S = 5e8
+REUSED = 0.5
+"""Of a forward with one FFN exchanged, what is not known from before: the blocks after it, on average."""
 BACKWARD = 2
 """Cost of a backward pass, in forward passes."""
 
@@ -133,10 +141,35 @@ def compression_seconds(work: Workload, *, workers: int, speed: float) -> float:
 
 
 def search_seconds(work: Workload, *, workers: int, single: float, speed: float) -> float:
-    """Every layer is compressed one extra time; each block and both candidates are evaluated."""
+    """Every layer is compressed one extra time, and both candidates are evaluated; without tables, each block
+    too."""
     tokens = work.validation_tokens
-    evaluation = 2 * 2 * work.num_elements * tokens * (work.num_blocks + 2) / speed
+    num_models = 2 if work.measures_widths else work.num_blocks + 2
+    evaluation = 2 * 2 * work.num_elements * tokens * num_models / speed
     return compression_seconds(work, workers=workers, speed=single) + evaluation
+
+
+def tables_seconds(work: Workload, *, num_tokens: int, workers: int, single: float, speed: float) -> float:
+    """Every FFN is fitted at some widths, and each is measured twice."""
+    num_widths = sum(len(measured_widths(shape, kept=work.kept)) for shape in work.checkpoint.shapes)
+    tokens = min(num_tokens, work.tokens_of(work.text.validation))
+    evaluation = 2 * work.num_elements * tokens / speed * (REUSED if work.checkpoint.can_stream else 1)
+    (step,) = closed_form(work.recipe.steps)
+    fit = step.operations(work.of_layer) / single
+    return num_widths * (2 * evaluation + fit) / min(workers, work.num_ffns)
+
+
+def measures_tables(work: Workload) -> bool:
+    """Whether the run searches for widths by tables."""
+    return work.recipe.allocation == "search" and work.measures_widths
+
+
+def tables_bytes(work: Workload, *, device: str) -> int:
+    """The original, the logits of both models, and what every block gave."""
+    tokens = max(TABLE_TOKENS[device], work.recipe.calibration.row_length)
+    states = tokens * work.shape.hidden_size * work.num_blocks
+    logits = 2 * tokens * work.num_logits * work.itemsize + 2 * KL_ROWS * work.num_logits * FLOAT32_BYTES
+    return process_bytes(work) + (work.num_elements + states) * work.itemsize + logits + _batch_bytes(work)
 
 
 def refit_seconds(work: Workload, *, workers: int, speed: float, block_by_block: bool) -> float:
@@ -174,6 +207,28 @@ def assembly_seconds(work: Workload) -> float:
     return work.compressed_bytes / WRITE_BYTES_PER_S
 
 
+def holds_both(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    layouts: tuple[LayerLayout, ...],
+    *,
+    config: JobConfig,
+    profile: ComputeProfile,
+) -> bool:
+    """Whether a search can hold the original and a candidate in memory, as far as that is known here."""
+    work = Workload(
+        checkpoint=checkpoint,
+        recipe=recipe,
+        layouts=layouts,
+        text=TextSample((), (), True, ""),
+        itemsize=ITEM_SIZES[profile.dtype],
+        is_one_process=config.runner == "serial",
+    )
+    limit = Machine.of(config, profile, fits=lambda _: True).alone_bytes
+    needed = max(measurement_bytes(work, block_by_block=False), tables_bytes(work, device=profile.device))
+    return limit is None or needed <= limit
+
+
 @explained("the job cannot be checked")
 def estimate(run: Run) -> Needs:
     """Estimate what a run needs, and decide whether it runs block by block."""
@@ -195,8 +250,10 @@ def estimate(run: Run) -> Needs:
     def fits(worker_bytes: int) -> bool:
         whole = calibration_bytes(work, block_by_block=False)
         calibration = calibration_bytes(work, block_by_block=streamed(whole, worker_bytes))
-        compression = 0 if statistics_only else compression_bytes(work)
-        return max(calibration, compression) <= worker_bytes
+        others = [] if statistics_only else [compression_bytes(work)]
+        if not statistics_only and measures_tables(work):
+            others.append(tables_bytes(work, device=profile.device))
+        return max(calibration, *others) <= worker_bytes
 
     machine = Machine.of(config, profile, fits=fits)
     calibrates_so = streamed(calibration_bytes(work, block_by_block=False), machine.worker_bytes)
@@ -292,6 +349,14 @@ def _stages(
     )
     if statistics_only:
         return
+    if measures_tables(work):
+        few = TABLE_TOKENS[profile.device]
+        yield stage(
+            "tables",
+            max(compression_bytes(work), tables_bytes(work, device=profile.device)),
+            tables_seconds(work, num_tokens=few, workers=workers, single=single, speed=speed),
+            alone=False,
+        )
     if work.recipe.allocation == "search":
         yield stage(
             "allocate",

@@ -41,7 +41,7 @@ from ffsplit.run.checks import (
     check_writes,
     readable,
 )
-from ffsplit.run.estimate import estimate
+from ffsplit.run.estimate import estimate, holds_both
 from ffsplit.run.needs import Needs
 from ffsplit.run.reused_statistics import check_origin, check_weighs_experts, inherit
 from ffsplit.runtime.attention_int8 import attention_linears
@@ -203,7 +203,6 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
     recipe = recipe.settled(windows=windows, max_positions=checkpoint.max_positions)
     in_bfloat16, on_gpu = ComputeProfile.fits_in_bfloat16(config), profile.device == "cuda"
     recipe = recipe.training(in_bfloat16=in_bfloat16, on_gpu=on_gpu, windows=windows)
-    recipe = recipe.searching(may_search(checkpoint) and not (config.plain or config.block_by_block))
     for ffn in checkpoint.ffns:
         check_activation(checkpoint.activation_of(ffn.index), ffn.activation_tensors)
     check_capabilities(config, recipe, checkpoint)
@@ -212,6 +211,9 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
     if solver.latency is not None:
         recipe = recipe.timing([(solver.latency.batch_size, solver.latency.num_tokens)])
     layouts = solver.solve(budget)
+    if searches := would_search(config, recipe, checkpoint):
+        searches = holds_both(checkpoint, recipe, layouts, config=config, profile=profile)
+    recipe = recipe.searching(searches)
     if recipe.healing is not None or recipe.after_healing is not None:
         check_plain(checkpoint, layouts, recipe=recipe)
     check_splits(checkpoint, layouts, recipe=recipe)
@@ -242,6 +244,12 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
         layouts=layouts,
         gates=gates,
     )
+
+
+def would_search(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint) -> bool:
+    """Whether `allocation: auto` searches if there is enough memory."""
+    is_auto = recipe.allocation == "auto" and not (config.plain or config.block_by_block)
+    return is_auto and may_search(checkpoint)
 
 
 def _reading(checkpoint: Checkpoint, config: JobConfig) -> Checkpoint:

@@ -19,11 +19,11 @@ from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.folder import left_out_in_one_line
 from ffsplit.models.selection import left_out_ffns
 from ffsplit.progress import Progress, StageLog
-from ffsplit.recipes.recipe import Recipe
+from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.report.humanize import dropped_in_words, unchanged_in_words
 from ffsplit.run.documents import Outcome, experts_record, write_documents
 from ffsplit.run.execution import Execution, start
-from ffsplit.run.job import Run
+from ffsplit.run.job import Run, would_search
 from ffsplit.run.needs import in_one_line
 from ffsplit.run.stages.calibrate import calibrate
 from ffsplit.run.stages.fit import Layers, compress_layers, refit_layers
@@ -31,7 +31,7 @@ from ffsplit.run.stages.generate import with_own_text
 from ffsplit.run.stages.heal import heal_checkpoint
 from ffsplit.run.stages.measure import measure
 from ffsplit.run.stages.reduce import reduce_statistics
-from ffsplit.run.stages.search import part_of, search
+from ffsplit.run.stages.search import search
 from ffsplit.runtime.assemble import assemble, replace_weights
 from ffsplit.runtime.attention_int8 import linears_config, quantize_linears
 from ffsplit.splitting.scores import FEWEST_TOKENS, LayerPlan, is_starved, plan_split
@@ -106,6 +106,10 @@ def _announce(run: Run, shown: Progress) -> None:
     if run.own.calibration:
         tokens = run.own.calibration * run.recipe.calibration.row_length
         shown.note(f"the model writes {tokens:,} tokens of the calibration text itself")
+    asked = load_recipe(run.config.recipe)
+    is_uniform = run.kind == "model" and run.recipe.allocation == "uniform"
+    if is_uniform and would_search(run.config, asked, run.checkpoint):
+        shown.note("search: kept uniform widths; the original and a candidate do not fit in memory together")
     if run.checkpoint.is_guessed:
         family = run.checkpoint.architecture.model_type
         shown.note(f"{family}: its FFNs are found by structure (docs/models.md says how that was tested)")
@@ -152,7 +156,7 @@ def compute_model(execution: Execution, staging: Path) -> Outcome:
     if run.recipe.allocation == "search":
         folder = staging.with_name("candidates")
         found = search(execution, solver, layouts, statistics, shards, folder=folder)
-        layouts, allocation, part = found.chosen.layouts, found.record, part_of(found.chosen)
+        layouts, allocation, part = found.chosen.layouts, found.record, found.part
     plans = plan_split(statistics, layouts, score=run.recipe.score)
     layers = compress_layers(
         execution, "compress", run.checkpoint, run.recipe.steps, plans, shards, part=part

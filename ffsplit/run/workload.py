@@ -13,12 +13,15 @@ from ffsplit.ffn.shapes import FFNShape, LayerLayout
 from ffsplit.machine import bytes_below
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.recipes.recipe import Recipe
+from ffsplit.run.checks import measures_widths
+from ffsplit.splitting.knapsack import measured_widths
 from ffsplit.splitting.solver import stored_layouts
 
 CHARACTERS_PER_TOKEN = 4
 """A guess, for English text. A row is never longer than the recipe's row_length."""
 EXPERTS_A_TOKEN = 8
 """Used if the config does not state it."""
+INDEX_BYTES = 8
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -109,6 +112,19 @@ class Workload:
     @cached_property
     def kept_neurons(self) -> int:
         return max(layout.num_neurons for layout in self.layouts)
+
+    @property
+    def measures_widths(self) -> bool:
+        """Whether a search, if there is one, measures tables of widths."""
+        return measures_widths(self.checkpoint, self.layouts, self.recipe.steps)
+
+    @property
+    def width_bytes(self) -> int:
+        """Bytes of the down projections of all FFNs at all measured widths, and the numbers of neurons."""
+        widths = (
+            (shape, sum(measured_widths(shape, kept=self.kept)[:-1])) for shape in self.checkpoint.shapes
+        )
+        return sum(width * (shape.hidden_size * self.itemsize + INDEX_BYTES) for shape, width in widths)
 
     @property
     def of_layer(self) -> LayerWork:

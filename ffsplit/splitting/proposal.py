@@ -13,9 +13,10 @@ from typing import NamedTuple
 from ffsplit.config import Budget
 from ffsplit.errors import BudgetError
 from ffsplit.ffn.shapes import LayerLayout
+from ffsplit.splitting.knapsack import Curve, best_layouts
 from ffsplit.splitting.solver import Solver
 
-UNIFORM, SENSITIVITY = "uniform", "sensitivity"
+UNIFORM, SENSITIVITY, TABLES = "uniform", "sensitivity", "tables"
 HALVING = 0.18
 """Every additional fraction of this size of an FFN's neurons halves its error.
 
@@ -49,6 +50,20 @@ def propose(
     except BudgetError:
         return None
     return None if layouts == uniform else Candidate(SENSITIVITY, layouts)
+
+
+def propose_widths(
+    solver: Solver, budget: Budget, curves: Sequence[Curve], *, uniform: tuple[LayerLayout, ...]
+) -> Candidate | None:
+    """The layouts within the budget with the smallest sum of errors by the curves of all FFNs.
+
+    None if these layouts are the uniform ones, or do not fit.
+    """
+    try:
+        layouts = best_layouts(solver, budget, curves)
+    except BudgetError:
+        return None
+    return None if layouts == uniform else Candidate(TABLES, layouts)
 
 
 def least_error_fractions(errors: Sequence[float], *, sizes: Sequence[int], kept: float) -> list[float]:

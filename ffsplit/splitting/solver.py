@@ -228,7 +228,7 @@ class Solver:
         most = math.ceil(self.model.ffn_elements / min(weights)) + 1
         smallest = last_true(lambda size: self._scaled(size, weights) is None, first=0, last=most) + 1
         narrowest = self._scaled(smallest, weights)
-        if narrowest is None or not self._meets(budget, narrowest):
+        if narrowest is None or not self.meets(budget, narrowest):
             least = "none" if narrowest is None else _rounded_up(budget, self.cost(budget, narrowest))
             rest = " and the rest of the model" if budget.kind in OF_THE_WHOLE_MODEL else ""
             rest += self._narrowest(budget)
@@ -236,7 +236,7 @@ class Solver:
 
         def holds(size: int) -> bool:
             scaled = self._scaled(size, weights)
-            return scaled is not None and self._meets(budget, scaled)
+            return scaled is not None and self.meets(budget, scaled)
 
         found = self._scaled(last_true(holds, first=smallest, last=most), weights)
         assert found is not None
@@ -261,7 +261,8 @@ class Solver:
         width = self.latency.points[0].width
         return f" (FFNs narrower than {width:,} neurons were not timed, and count as {width:,})"
 
-    def _meets(self, budget: Budget, layouts: Layouts) -> bool:
+    def meets(self, budget: Budget, layouts: Layouts) -> bool:
+        """Whether these layouts are within a budget."""
         if budget.kind == "keep":
             return self.model.elements_of(layouts) <= int(budget.limit * self.model.ffn_elements + 1e-9)
         return self.cost(budget, layouts) <= budget.limit

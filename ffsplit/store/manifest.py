@@ -25,7 +25,9 @@ class CandidateRecord(Record):
         description="higher is better: minus the KL divergence, minus a classifier's logit error, or the "
         "mean of the cosines minus 1"
     )
-    fold_scores: tuple[float, ...] = Field(description="one per fold of the rows; `score` is their mean")
+    fold_scores: tuple[float, ...] = Field(
+        description="one per fold of the rows, of which none mixes groups of rows; `score` is their mean"
+    )
     fidelity: dict[str, float] = Field(description="mean over the folds")
 
 
@@ -39,7 +41,9 @@ class AllocationRecord(Record):
     chosen: str
     num_rows: int
     errors: tuple[float, ...] = Field(
-        default=(), description="per FFN: minus the score with only this FFN's block compressed"
+        default=(),
+        description="per FFN: minus the score with only this FFN's block compressed; with tables of widths, "
+        "with only this FFN at the measured width that is nearest to the uniform one",
     )
     candidates: tuple[CandidateRecord, ...]
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.report.humanize import size
 from ffsplit.run import estimate
 from ffsplit.run import needs as records
+from ffsplit.run.job import prepare
 from ffsplit.run.needs import in_one_line
 from tests.conftest import CheckpointFactory
 from tests.shaped_checkpoints import LLAMA_70B, save_llama_shape
@@ -160,6 +162,25 @@ def test_a_search_is_foreseen(small_job: SmallJob) -> None:
     assert set(searching) - set(stages) == {"allocate"}
     assert searching["allocate"].seconds > searching["compress"].seconds
     assert search.store.needed_bytes > uniform.store.needed_bytes
+
+
+def test_tables_of_widths_are_foreseen(small_job: SmallJob, checkpoint_of: Any) -> None:
+    """All workers measure them. A GPU measures more tokens, and needs the room for their logits."""
+    model = str(checkpoint_of("llama", head="ForCausalLM"))
+
+    def of(allocation: str, device: str = "cpu") -> Any:
+        recipe = small_job.recipe(allocation=allocation)
+        run = prepare(small_job.config("out", model=model, recipe=recipe, keep=0.5))
+        profile = run.profile.model_copy(update={"device": device})
+        return replace(run, profile=profile).needs
+
+    uniform, search = of("uniform"), of("search")
+    stages = {stage.name: stage for stage in search.stages}
+    assert set(stages) - {stage.name for stage in uniform.stages} == {"tables", "allocate"}
+    assert stages["tables"].seconds > stages["allocate"].seconds > 0
+    assert search.store.needed_bytes > uniform.store.needed_bytes
+    on_gpu = next(stage for stage in of("search", "cuda").stages if stage.name == "tables")
+    assert on_gpu.memory_bytes > stages["tables"].memory_bytes
 
 
 def test_fewer_workers_where_that_is_enough(

@@ -1,18 +1,25 @@
-"""The search for widths: two candidates, compressed like any run and compared end to end."""
+"""The search for widths: two candidates, compressed and compared end to end.
+
+One has uniform widths. The other's come from the errors that single layers cause: at some widths of each for
+language models (stages/widths.py), at the uniform one for all others.
+"""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from ffsplit.calibration.readers import make_reader
+from ffsplit.calibration.sampling import TextSample
 from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.compressors import AnyCompressor
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError
@@ -22,9 +29,12 @@ from ffsplit.measurement.fidelity import fidelity
 from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_whole_model
 from ffsplit.models.names import base_of
+from ffsplit.run.checks import closed_form, measures_widths
 from ffsplit.run.stages.fit import compress_layer_job, layer_jobs
+from ffsplit.run.stages.widths import measure_tables
 from ffsplit.runtime.assemble import assemble
-from ffsplit.splitting.proposal import UNIFORM, Candidate, propose
+from ffsplit.splitting.knapsack import TABLE_TOKENS
+from ffsplit.splitting.proposal import UNIFORM, Candidate, propose, propose_widths
 from ffsplit.splitting.scores import plan_split
 from ffsplit.splitting.solver import Solver
 from ffsplit.store.manifest import AllocationRecord, CandidateRecord
@@ -34,8 +44,12 @@ if TYPE_CHECKING:
     from ffsplit.run.execution import Execution
 
 Fidelity = dict[str, float]
+Row = TypeVar("Row")
 NUM_FOLDS = 4
-"""Parts of the rows that candidates are compared on. The winner must beat the uniform layers on each."""
+"""Parts of the rows that candidates are compared on. The winner must beat the uniform layers on each.
+
+No part mixes groups of rows, which differ in where they are from.
+"""
 LEAST_GAIN = 0.1
 """The fraction by which a candidate must reduce the uniform layers' distance from the original.
 
@@ -50,10 +64,15 @@ class JudgeJob(Record):
 
     original: ModelSource
     candidates: tuple[ModelSource, ...]
-    rows: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...]
     max_length: int
     batch_tokens: int
     profile: ComputeProfile
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """The rows of all groups."""
+        return tuple(chain.from_iterable(self.groups))
 
     def of(self, *candidates: ModelSource) -> JudgeJob:
         """This job, with these candidates."""
@@ -61,24 +80,23 @@ class JudgeJob(Record):
 
 
 class Allocation(NamedTuple):
-    """The candidate that was chosen, and what led to it."""
+    """The candidate that was chosen, and what led to it. Its layers may be in `part` of the scratch."""
 
     chosen: Candidate
     record: AllocationRecord
+    part: str
 
 
 class _Bench:
     """The original model and its batches, by fold. Made once per job."""
 
-    def __init__(self, job: JudgeJob, *, rows: Sequence[str], num_folds: int) -> None:
+    def __init__(self, job: JudgeJob, *, groups: Sequence[Sequence[str]], num_folds: int) -> None:
         self._checkpoint = job.original.checkpoint()
         self._dtype, self._device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
         reader = make_reader(self._checkpoint, max_length=job.max_length, batch_tokens=job.batch_tokens)
-        encoded = reader.encode(rows)
-        num_folds = min(num_folds, len(encoded))
         self._folds = [
-            [batch.to(self._device, dtype=self._dtype) for batch in reader.batches(encoded[start::num_folds])]
-            for start in range(num_folds)
+            [batch.to(self._device, dtype=self._dtype) for batch in reader.batches(fold)]
+            for fold in folds_of([reader.encode(rows) for rows in groups], num_folds=num_folds)
         ]
         self.original = self.load(self._checkpoint.directory)
         self.blocks = [ffn.block for ffn in self._checkpoint.ffns]
@@ -92,17 +110,26 @@ class _Bench:
         return tuple(fidelity(self.original, model, batches, makes=makes) for batches in self._folds)
 
 
+def folds_of(groups: Sequence[Sequence[Row]], *, num_folds: int) -> list[Sequence[Row]]:
+    """Folds of about equal numbers of rows, each of one group: as many of each, and at least one."""
+    groups = [group for group in groups if group]
+    each = max(1, num_folds // max(1, len(groups)))
+    return [
+        group[start :: min(each, len(group))] for group in groups for start in range(min(each, len(group)))
+    ]
+
+
 def judge_job(job: JudgeJob) -> tuple[tuple[Fidelity, ...], ...]:
     """The fidelity of each candidate to the original on each fold. The original is loaded once."""
     with job.profile.applied():
-        bench = _Bench(job, rows=job.rows, num_folds=NUM_FOLDS)
+        bench = _Bench(job, groups=job.groups, num_folds=NUM_FOLDS)
         return tuple(bench.judge(bench.load(source.directory())) for source in job.candidates)
 
 
 def single_errors_job(job: JudgeJob) -> tuple[float, ...]:
     """The error of each FFN's block: minus the score of the original with only this block compressed."""
     with job.profile.applied():
-        bench = _Bench(job, rows=job.rows[:MOST_ROWS], num_folds=1)
+        bench = _Bench(job, groups=[job.rows[:MOST_ROWS]], num_folds=1)
         (source,) = job.candidates
         mixed, blocks = bench.load(source.directory()), list(dict.fromkeys(bench.blocks))
         compressed = [_exchanged(mixed, block, _block(bench.original, block)) for block in blocks]
@@ -167,8 +194,27 @@ def in_one_line(record: AllocationRecord) -> str:
     shares = ", ".join(f"{100 * each / largest:.0f}" for each in found.num_elements)
     return (
         f"search: chose per-layer widths ({shares} % of the largest; error {ours}); "
-        f"uniform widths gave {theirs}"
+        f"uniform widths gave {theirs}; they need ffsplit to load, and --plain keeps one width"
     )
+
+
+def row_groups(text: TextSample) -> tuple[tuple[str, ...], ...]:
+    """The rows to choose by, in groups by where they are from. A candidate has to win on each group."""
+    return tuple(rows for rows in (text.validation, text.own_validation) if rows)
+
+
+def divided(
+    groups: Sequence[tuple[str, ...]], *, num_rows: int
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """About `num_rows` rows to measure tables on, as many of each group, and the groups of the others.
+
+    At most half of a group is taken. A single row serves for both.
+    """
+    wanted = -(-num_rows // max(1, len(groups)))
+    taken = [min(wanted, max(1, len(group) // 2)) for group in groups]
+    pairs = list(zip(groups, taken, strict=True))
+    rest = tuple(group[count:] or group for group, count in pairs)
+    return tuple(chain.from_iterable(group[:count] for group, count in pairs)), rest
 
 
 def search(
@@ -182,15 +228,21 @@ def search(
 ) -> Allocation:
     """Look for a better split of the budget over the layers than the uniform one.
 
-    Two candidates are compressed like any run and assembled in `folder`, which is removed afterwards: the
-    uniform layers, and the widths that their single errors suggest. The latter are chosen if they win.
+    Two candidates are compressed and assembled in `folder`, which is removed afterwards: the uniform layers,
+    and the widths that errors of single layers suggest. The latter are chosen if they win. Widths from
+    tables are compared by the closed form alone; others after all of the recipe's steps.
     """
     run, runner, uniform = execution.run, execution.runner, Candidate(UNIFORM, layouts)
-    settings = run.recipe.calibration
+    settings, groups, tables = run.recipe.calibration, row_groups(execution.text), None
+    steps: tuple[AnyCompressor, ...] = run.recipe.steps
+    if measures_widths(run.checkpoint, layouts, steps):
+        steps, num_rows = closed_form(steps), TABLE_TOKENS[run.profile.device] // settings.row_length
+        rows, groups = divided(groups, num_rows=num_rows)
+        tables = measure_tables(execution, solver, layouts, statistics, shards, rows=rows)
     job = JudgeJob(
         original=execution.model,
         candidates=(),
-        rows=(*execution.text.validation, *execution.text.own_validation),
+        groups=groups,
         max_length=settings.row_length,
         batch_tokens=settings.batch_tokens,
         profile=run.profile,
@@ -199,7 +251,7 @@ def search(
     def built(candidate: Candidate) -> ModelSource:
         directory = folder / candidate.name
         plans = plan_split(statistics, candidate.layouts, score=run.recipe.score)
-        jobs = layer_jobs(execution, run.checkpoint, run.recipe.steps, plans, shards, part=part_of(candidate))
+        jobs = layer_jobs(execution, run.checkpoint, steps, plans, shards, part=part_of(candidate))
         answers = dict(runner.map_tasks("allocate", compress_layer_job, jobs))
         files = [execution.scratch.path(answers[index].files[0]) for index in range(len(jobs))]
         assemble(run.checkpoint, files, candidate.layouts, directory)
@@ -207,16 +259,20 @@ def search(
 
     with execution.log.stage("allocate", stage_key("allocate", {"run": run.keys.run}), num_items=1):
         sources, candidates = [built(uniform)], [uniform]
-        errors = runner.run_alone("allocate", single_errors_job, job.of(*sources))
-        proposed = propose(solver, run.budget, errors, uniform=layouts)
+        if tables is None:
+            errors = runner.run_alone("allocate", single_errors_job, job.of(*sources))
+            proposed = propose(solver, run.budget, errors, uniform=layouts)
+        else:
+            errors = tables.errors_near(layouts)
+            proposed = propose_widths(solver, run.budget, tables.curves(solver.model), uniform=layouts)
         if proposed is not None:
             sources.append(built(proposed))
             candidates.append(proposed)
         scores = runner.run_alone("allocate", judge_job, job.of(*sources))
         shutil.rmtree(folder)
-        found = _chosen(candidates, scores, errors, model=run.solver.model, num_rows=len(job.rows))
-    execution.log.note(in_one_line(found.record))
-    return found
+        chosen, record = _chosen(candidates, scores, errors, model=run.solver.model, num_rows=len(job.rows))
+    execution.log.note(in_one_line(record))
+    return Allocation(chosen, record, part_of(chosen) if steps == run.recipe.steps else "compress")
 
 
 def _chosen(
@@ -226,7 +282,7 @@ def _chosen(
     *,
     model: ModelShape,
     num_rows: int,
-) -> Allocation:
+) -> tuple[Candidate, AllocationRecord]:
     """The last candidate if it beats the first, which is uniform; otherwise the first."""
     if not all(scores):
         raise ConfigError("the rows to compare candidates on are nothing but padding: give other text")
@@ -235,7 +291,7 @@ def _chosen(
     )
     chosen = candidates[-1] if len(candidates) > 1 and wins(records[-1], records[0]) else candidates[0]
     record = AllocationRecord(chosen=chosen.name, num_rows=num_rows, errors=errors, candidates=records)
-    return Allocation(chosen, record)
+    return chosen, record
 
 
 def part_of(candidate: Candidate) -> str:

@@ -22,8 +22,18 @@ from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.fetch import ModelSource
 from ffsplit.run.job import prepare
 from ffsplit.run.stages import search as allocate
-from ffsplit.run.stages.search import JudgeJob, judge_job, score_of, single_errors_job, wins
+from ffsplit.run.stages.search import (
+    JudgeJob,
+    divided,
+    folds_of,
+    judge_job,
+    score_of,
+    single_errors_job,
+    wins,
+)
+from ffsplit.run.stages.widths import Tables
 from ffsplit.runtime.assemble import assemble
+from ffsplit.splitting.knapsack import WidthTable
 from ffsplit.store.manifest import CandidateRecord, Manifest
 from tests.run.stages.blank_rows import with_blank_rows
 from tests.small_jobs import SmallJob, digests
@@ -44,7 +54,9 @@ def test_never_worse_than_uniform_on_its_own_judge(
     record = manifest.allocation
     assert record is not None
     uniform, *others = record.candidates
-    assert uniform.name == "uniform" and [each.name for each in others] in ([], ["sensitivity"])
+    by_tables = head == "ForCausalLM"
+    proposed = "tables" if by_tables else "sensitivity"
+    assert uniform.name == "uniform" and [each.name for each in others] in ([], [proposed])
     (chosen,) = (each for each in record.candidates if each.name == record.chosen)
     assert chosen.score >= uniform.score
     for candidate in record.candidates:
@@ -52,8 +64,11 @@ def test_never_worse_than_uniform_on_its_own_judge(
         assert candidate.score == pytest.approx(score_of(candidate.fidelity))
     assert len(record.errors) == len(manifest.layers) and min(record.errors) > 0
     assert chosen.num_elements == tuple(layer.num_elements for layer in manifest.layers)
-    assert [stage.name for stage in manifest.stages] == ["calibrate", "allocate", "compress", "measure"]
-    assert manifest.stages[2].num_reused == manifest.stages[2].num_items, "the winner is there already"
+    tables = ["widths", "tables", "tables again"] if by_tables else []
+    names = [stage.name for stage in manifest.stages]
+    assert names == ["calibrate", *tables, "allocate", "compress", "measure"]
+    (compress,) = (stage for stage in manifest.stages if stage.name == "compress")
+    assert compress.num_reused == compress.num_items, "the winner is there already"
 
 
 def test_the_error_of_one_layer_is_that_of_a_model_with_it_alone_compressed(
@@ -67,7 +82,7 @@ def test_the_error_of_one_layer_is_that_of_a_model_with_it_alone_compressed(
     job = JudgeJob(
         original=ModelSource(path=str(source)),
         candidates=(ModelSource(path=str(narrow)),),
-        rows=text,
+        groups=(text,),
         max_length=16,
         batch_tokens=64,
         profile=ComputeProfile.resolve(config),
@@ -112,6 +127,46 @@ def scored(*fold_scores: float) -> CandidateRecord:
 )
 def test_what_wins_is_clearly_closer_on_every_fold(folds: tuple[float, ...], won: bool) -> None:
     assert wins(scored(*folds), scored(-0.5, -0.5)) == won
+
+
+def test_no_fold_mixes_groups_and_each_group_has_as_many() -> None:
+    given, own = [f"g{number}" for number in range(9)], [f"o{number}" for number in range(4)]
+    folds = folds_of([given, own], num_folds=4)
+    assert [len(fold) for fold in folds] == [5, 4, 2, 2]
+    assert all(len({row[0] for row in fold}) == 1 for fold in folds)
+    assert sorted(row for fold in folds for row in fold) == sorted([*given, *own])
+    assert len(folds_of([given], num_folds=4)) == 4
+    assert folds_of([given[:2], [], own[:1]], num_folds=4) == [["g0"], ["g1"], ["o0"]]
+
+
+def test_tables_take_as_many_rows_of_each_group_and_leave_others_to_judge_by() -> None:
+    given, own = tuple(f"g{number}" for number in range(9)), tuple(f"o{number}" for number in range(4))
+    rows, groups = divided((given, own), num_rows=6)
+    assert rows == (*given[:3], *own[:2]) and groups == (given[3:], own[2:])
+    assert divided((("a",),), num_rows=4) == (("a",), (("a",),)), "a single row serves for both"
+
+
+def test_what_loses_on_one_group_of_rows_is_not_chosen(
+    small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_of: Any
+) -> None:
+    """The last rows count as another domain, on which the narrow widths are no better."""
+    model = str(checkpoint_of("llama", head="ForCausalLM"))
+    found = searched(small_job, tmp_path / "one", model=model).allocation
+    assert found is not None and found.chosen == "tables" and len(found.candidates[1].fold_scores) == 4
+    monkeypatch.setattr(
+        allocate, "row_groups", lambda text: (text.validation[:4], tuple(text.validation[4:]))
+    )
+    seen: list[tuple[str, ...]] = []
+
+    def judged(job: JudgeJob) -> Any:
+        seen.extend(job.groups)
+        uniform, proposed = judge_job(job)
+        return uniform, (*proposed[:-1], uniform[-1])
+
+    monkeypatch.setattr(allocate, "judge_job", judged)
+    kept = searched(small_job, tmp_path / "two", model=model, seed=0, fresh=True).allocation
+    assert kept is not None and kept.chosen == "uniform" and len(seen) == 2
+    assert kept.candidates[1].score > 0.9 * kept.candidates[0].score, "better on average"
 
 
 def test_every_candidate_meets_the_budget(small_job: SmallJob, tmp_path: Path) -> None:
@@ -159,6 +214,8 @@ def test_a_search_needs_tokens_to_judge_by(small_job: SmallJob, tmp_path: Path) 
 def uneven(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a search does where the first layer matters four times as much as the last."""
     monkeypatch.setattr(allocate, "single_errors_job", lambda job: (0.04, 0.02, 0.01))
+    alone = [WidthTable((8, 24, 64), (size, 0.3 * size, 0.0)) for size in (0.04, 0.02, 0.01)]
+    monkeypatch.setattr(allocate, "measure_tables", lambda *_, **__: Tables(tuple(alone)))
     monkeypatch.setattr(allocate, "wins", lambda record, uniform: True)
 
 
@@ -223,20 +280,16 @@ def test_what_comes_after_keeps_the_widths(
     assert digests(tmp_path / "out", *weights) == digests(tmp_path / "again", *weights)
 
 
+@pytest.mark.parametrize("head", ["ForSequenceClassification", "ForCausalLM", ""])
 @pytest.mark.parametrize(
-    ("head", "fields", "searches"),
-    [
-        ("ForSequenceClassification", {}, True),
-        ("ForSequenceClassification", {"plain": True}, False),
-        ("ForSequenceClassification", {"block_by_block": True}, False),
-        ("", {}, False),
-    ],
+    "fields", [{}, {"plain": True}, {"block_by_block": True}, {"memory_per_worker": 10**6}]
 )
-def test_auto_searches_for_classifiers_that_need_not_stay_plain(
-    head: str, fields: dict[str, Any], searches: bool, small_job: SmallJob, tmp_path: Path, checkpoint_of: Any
+def test_auto_searches_for_classifiers_and_language_models_that_need_not_stay_plain(
+    head: str, fields: dict[str, Any], small_job: SmallJob, tmp_path: Path, checkpoint_of: Any
 ) -> None:
+    searches = bool(head) and not fields
     recipe = small_job.recipe(allocation="auto")
-    model = str(checkpoint_of("bert", head=head))
+    model = str(checkpoint_of("llama" if head == "ForCausalLM" else "bert", head=head))
     run = prepare(small_job.config(tmp_path, model=model, recipe=recipe, **fields))
     assert run.recipe.allocation == ("search" if searches else "uniform")
     uniform = prepare(small_job.config(tmp_path, model=model, **fields))
