@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 from ffsplit.errors import ConfigError
 from ffsplit.store.manifest import Environment
@@ -48,6 +49,23 @@ def memory_limit_bytes() -> int:
     import psutil
 
     return min([int(psutil.virtual_memory().total), *_memory_limits()])
+
+
+class GPUs(NamedTuple):
+    """The GPUs that this process may use."""
+
+    number: int
+    smallest_bytes: int
+
+
+def gpus_here() -> GPUs | None:
+    """This machine's GPUs; None if torch finds none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    sizes = [torch.cuda.get_device_properties(each).total_memory for each in range(torch.cuda.device_count())]
+    return GPUs(len(sizes), min(sizes))
 
 
 def _memory_limits() -> Iterator[int]:

@@ -102,7 +102,11 @@ def place(function: Worker[Any, Any], *, size: int, threads: int, use_gpus: bool
     cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     if size > cpus or (use_gpus and size > gpus):
         has = f"{cpus} CPUs and {gpus} GPUs" if use_gpus else f"{cpus} CPUs"
-        raise ConfigError(f"--healing-workers {size}: the cluster has {has}")
+        fitting = max(1, min(cpus, gpus) if use_gpus else cpus)
+        raise ConfigError(
+            f"--healing-workers {size}: the cluster has {has}: give --healing-workers {fitting}, or a larger "
+            "cluster"
+        )
     largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
     return Together(
         function, size=size, cpus=max(1, min(threads, largest, cpus // size)), gpus=float(use_gpus)

@@ -6,25 +6,25 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ffsplit import logs
 from ffsplit.ffn.quantization import fake_quantize
-from ffsplit.healing.gradient import Distillation, tokens_a_pass
+from ffsplit.healing.gradient import Distillation, Training
 from ffsplit.healing.losses import Distance
 from ffsplit.healing.rows import HealingData, num_epochs, rows_by_step, steps_an_epoch
 from ffsplit.healing.settings import STEP_TOKENS, HealingSettings
 from ffsplit.healing.team import Alone, Team
 from ffsplit.models.family import Makes
 from ffsplit.models.load import classifies
+from ffsplit.models.tensor_files import write_tensors
 
 # The state of a healing run as one safetensors file, so that it can resume where it was stopped.
 
@@ -49,7 +49,7 @@ class HealingState:
         facts = {"step": self.step, "best_step": self.best_step, "num_worse": self.num_worse}
         losses = {"first_loss": self.first_loss, "best_loss": self.best_loss}
         metadata = {"state": json.dumps(facts | losses)}
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
+        write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: Path, weights: dict[str, Tensor], optimizer: Any) -> HealingState:
@@ -75,6 +75,8 @@ class HealingState:
 
 ENCODER_RATE = 2.0
 """The factor on the learning rate for an encoder."""
+WRITING_SHARE = 10
+"""Healing takes this many times longer than to write its checkpoints, at least."""
 FAR, FAR_LOGITS = 0.15, 0.02
 """An encoder closer to its original than this is healed at a lower rate; for a classifier, by its logits."""
 
@@ -107,6 +109,7 @@ def heal(
     resume: Callable[[dict[str, Tensor], Any], HealingState | None],
     checkpoint: Callable[[HealingState, dict[str, Tensor], Any], None],
     team: Team | None = None,
+    blocks: Sequence[str] | None = None,
 ) -> HealingState:
     """Train `student` in place, leave it in its best state, and return the record of the training.
 
@@ -114,26 +117,37 @@ def heal(
     called every `checkpoint_minutes` minutes. The same arguments give the same bytes on one kind of
     processor, resumed or not; on a GPU, a causal language model's can differ in the last bits.
     Every process of a `team` calls this with the same arguments and ends with the same weights;
-    `checkpoint` is called in all of them.
+    `checkpoint` is called in all of them. If the models are divided among these processes, `blocks` are the
+    paths of their blocks; weights, moments and states are then those of the process's part.
     """
     device = next(student.parameters()).device
     accelerator = fresh_accelerator(settings, device)
     weights = trainable_weights(student)
+    batch = data.first_batch().to(device)
+    distance = Distance.of(student, teacher, batch, makes=makes)
+    training: Training
+    if blocks is None:
+        training = Distillation(distance, weights, team or Alone())
+    else:
+        from ffsplit.healing.sharded import ShardedDistillation
+
+        assert team is not None, "only processes of a team divide a model"
+        training = ShardedDistillation.of(
+            distance, weights, team=team, accelerator=accelerator, blocks=blocks
+        )
+        weights = training.weights
     optimizer = torch.optim.AdamW(
         list(weights.values()), betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
     )
     optimizer = accelerator.prepare(optimizer)
     state = resume(weights, optimizer)
     batches = [batch.to(device) for batch in data.validation_batches()]
-    distance = Distance.of(student, teacher, data.first_batch().to(device), makes=makes)
-    distillation = Distillation(distance, weights, team or Alone())
-    distillation.meet(state.step if state else 0)
+    training.meet(state.step if state else 0)
     if state is None:
         state = HealingState()
-        distillation.judge(state, batches)
+        training.judge(state, batches)
         state.first_loss = state.best_loss
-    pass_tokens = tokens_a_pass(distillation, data, accelerator=accelerator)
-    distillation = replace(distillation, pass_tokens=pass_tokens)
+    training = training.in_passes(data, step_tokens=settings.step_tokens, accelerator=accelerator)
     far = FAR_LOGITS if classifies(teacher) else FAR
     peak = peak_rate(settings, state.first_loss, makes=makes, far=far)
     num_steps = num_epochs(data.rows, settings) * steps_an_epoch(data.rows, settings)
@@ -144,18 +158,19 @@ def heal(
             continue
         for group in optimizer.param_groups:
             group["lr"] = peak * schedule(step, num_steps, warm_up=settings.warm_up)
-        distillation.set_gradient(rows, pad_id=data.pad_id, accelerator=accelerator)
-        accelerator.clip_grad_norm_(weights.values(), settings.max_gradient_norm)
+        training.set_gradient(rows, pad_id=data.pad_id, accelerator=accelerator)
+        training.clip(settings.max_gradient_norm, accelerator=accelerator)
         optimizer.step()
         state.step = step + 1
         pace.count(rows)
         if state.step % evaluate_every == 0 or state.step == num_steps:
-            distillation.judge(state, batches)
+            training.judge(state, batches)
             pace.log(state)
             if state.num_worse >= settings.patience:
                 break
-        if pace.is_checkpoint_due():
+        if training.agree(pace.is_checkpoint_due()):
             checkpoint(state, weights, optimizer)
+            pace.wrote_checkpoint()
     for name, tensor in state.best.items():
         weights[name].data.copy_(tensor)
     return state
@@ -165,7 +180,7 @@ class Pace:
     """How fast a run is, and when its next checkpoint is due."""
 
     def __init__(self, num_steps: int, checkpoint_minutes: float) -> None:
-        self._num_steps, self._minutes = num_steps, checkpoint_minutes
+        self._num_steps, self._wait_s = num_steps, 60 * checkpoint_minutes
         self._started = self._saved = time.monotonic()
         self._num_tokens = 0
 
@@ -176,10 +191,17 @@ class Pace:
     def is_checkpoint_due(self) -> bool:
         """Whether so many minutes are over since the last time that this was true, or since the start."""
         now = time.monotonic()
-        if now - self._saved < 60 * self._minutes:
+        if now - self._saved < self._wait_s:
             return False
         self._saved = now
         return True
+
+    def wrote_checkpoint(self) -> None:
+        """Wait longer for the next one if this took long to write."""
+        now = time.monotonic()
+        if self._wait_s:
+            self._wait_s = max(self._wait_s, WRITING_SHARE * (now - self._saved))
+            self._saved = now
 
     def log(self, state: HealingState) -> None:
         """Write a line about the state that was just evaluated."""

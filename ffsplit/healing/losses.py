@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,12 +66,15 @@ class Distance:
             accelerator.backward(self._sum(found_TD, target_TD) * factor)
             return
         leaf_TD = found_TD.detach().requires_grad_()
-        for part in self._chunks(target_TD):
-            with accelerator.autocast():
-                student_TV = self.student.get_output_embeddings()(leaf_TD[part])
-            with torch.no_grad():
-                teacher_TV = self.teacher.get_output_embeddings()(target_TD[part])
-            accelerator.backward(self._sum(student_TV, teacher_TV) * factor)
+        *most, last = self._chunks(target_TD)
+        with self._whole_heads() as (student_head, teacher_head):
+            for part in (*most, last):
+                add_up_gradients(student_head, now=part is last)
+                with accelerator.autocast():
+                    student_TV = student_head(leaf_TD[part])
+                with torch.no_grad():
+                    teacher_TV = teacher_head(target_TD[part])
+                accelerator.backward(self._sum(student_TV, teacher_TV) * factor)
         torch.autograd.backward(found_TD, leaf_TD.grad)
 
     @torch.no_grad()
@@ -90,10 +94,10 @@ class Distance:
             found_TD, target_TD = (self.outputs(model, batch) for model in (self.student, self.teacher))
             weight = batch.num_tokens / float(self.weight(target_TD))
             if self.has_heads:
-                for part in self._chunks(target_TD):
-                    student_TV = self.student.get_output_embeddings()(found_TD[part])
-                    teacher_TV = self.teacher.get_output_embeddings()(target_TD[part])
-                    total += weight * float(self._sum(student_TV, teacher_TV))
+                with self._whole_heads() as (student_head, teacher_head):
+                    for part in self._chunks(target_TD):
+                        logits = student_head(found_TD[part]), teacher_head(target_TD[part])
+                        total += weight * float(self._sum(*logits))
             else:
                 total += weight * float(self._sum(found_TD, target_TD))
             weights += batch.num_tokens
@@ -111,9 +115,34 @@ class Distance:
         log_teacher = functional.log_softmax(teacher.float(), dim=-1)
         return functional.kl_div(log_student, log_teacher, log_target=True, reduction="sum")
 
+    @contextmanager
+    def _whole_heads(self) -> Iterator[tuple[Any, Any]]:
+        heads = self.student.get_output_embeddings(), self.teacher.get_output_embeddings()
+        with whole(heads[0]), whole(heads[1]):
+            yield heads
+
     def _chunks(self, target_TD: Tensor) -> Iterator[slice]:
         size = max(1, CHUNK_LOGITS // self.teacher.get_output_embeddings().weight.shape[0])
         return (slice(start, start + size) for start in range(0, len(target_TD), size))
+
+
+@contextmanager
+def whole(module: Any) -> Iterator[None]:
+    """Gather a divided module's weights once for all calls in this context. Other modules are whole."""
+    is_divided = hasattr(module, "unshard")
+    if is_divided:
+        module.unshard()
+    try:
+        yield
+    finally:
+        if is_divided:
+            module.reshard()
+
+
+def add_up_gradients(module: Any, *, now: bool) -> None:
+    """Add up a divided module's gradients over the processes in the next backward pass, or keep them."""
+    if hasattr(module, "set_requires_gradient_sync"):
+        module.set_requires_gradient_sync(now)
 
 
 def last_states(model: Any, batch: Batch) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -64,14 +64,7 @@ class StreamedModel:
 
     def _load_rest(self, in_blocks: set[nn.Parameter]) -> None:
         """Load everything but the blocks."""
-        inside = self._checkpoint.names_in_blocks
-        self._load([name for name in self._checkpoint.tensors if name not in inside])
-        self.model.tie_weights()
-        for name, parameter in self.model.named_parameters():
-            if parameter.is_meta and parameter not in in_blocks:
-                if not is_made_up(name, of_base=True):
-                    raise ConfigError(f"{self._checkpoint.directory} holds no tensor for {name}")
-                self.model.set_submodule(name.rpartition(".")[0], nn.Identity())
+        load_outside_blocks(self.model, self._checkpoint, in_blocks, device=self.device, dtype=self._dtype)
 
     def _load(self, names: Sequence[str]) -> None:
         load_tensors(self.model, self._checkpoint, names, device=self.device, dtype=self._dtype)
@@ -134,6 +127,54 @@ class StreamedModel:
             raise _Answered
 
         return forward
+
+
+def load_outside_blocks(
+    model: Any,
+    checkpoint: Checkpoint,
+    in_blocks: Collection[nn.Parameter],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Fill an empty model except for its blocks. What transformers would make up is left out.
+
+    Raises ConfigError when a tensor is missing.
+    """
+    inside = checkpoint.names_in_blocks
+    names = [name for name in checkpoint.tensors if name not in inside]
+    load_tensors(model, checkpoint, names, device=device, dtype=dtype)
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and parameter not in in_blocks:
+            if not is_made_up(name, of_base=True):
+                raise ConfigError(f"{checkpoint.directory} holds no tensor for {name}")
+            model.set_submodule(name.rpartition(".")[0], nn.Identity())
+
+
+def load_in_blocks(
+    checkpoint: Checkpoint,
+    class_name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    loaded: Callable[[Any, str], None],
+) -> Any:
+    """A model that is loaded one block after the other; `loaded` may reduce each before the next is read.
+
+    It is called with the model and the block's path. What lies outside the blocks is loaded last.
+    """
+    model = empty_model(checkpoint, class_name=class_name, dtype=dtype)
+    for path in checkpoint.blocks:
+        load_tensors(model, checkpoint, checkpoint.block_tensors(path), device=device, dtype=dtype)
+        absent = [
+            name for name, each in base_of(model).get_submodule(path).named_parameters() if each.is_meta
+        ]
+        if absent:
+            raise ConfigError(f"{checkpoint.directory} holds no tensor for {path}.{absent[0]}")
+        loaded(model, path)
+    load_outside_blocks(model, checkpoint, (), device=device, dtype=dtype)
+    return model
 
 
 def unload(module: nn.Module) -> None:

@@ -288,22 +288,46 @@ def read_spans(path: Path) -> dict[str, TensorSpan]:
 
 def write_spans(path: Path, spans: Mapping[str, TensorSpan]) -> None:
     """Write tensors of other files to a new one, with the header that the library would write."""
-    ordered = sorted(spans, key=lambda name: (_rank(spans[name].dtype), name.encode()))
-    header: dict[str, Any] = {METADATA: {"format": "pt"}}
-    position = 0
-    for name in ordered:
-        span = spans[name]
-        offsets = [position, position + span.size_bytes]
-        header[name] = {"dtype": span.dtype, "shape": list(span.shape), "data_offsets": offsets}
-        position += span.size_bytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    entries = {name: (span.dtype, span.shape, span.size_bytes) for name, span in spans.items()}
+    ordered, header = _header(entries, {"format": "pt"})
     with path.open("wb") as target:
-        target.write(len(text).to_bytes(8, "little") + text)
+        target.write(header)
         for name in ordered:
             for span in (spans[name], *spans[name].others):
                 with span.path.open("rb") as source:
                     _copy(source, target, span=span)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the bytes of safetensors' `save_file`, with a copy of one tensor at a time in memory."""
+    names = {dtype: name for name, dtype in FLOATS.items()}
+    entries = {name: (names[each.dtype], tuple(each.shape), each.nbytes) for name, each in tensors.items()}
+    ordered, header = _header(entries, metadata)
+    with path.open("wb") as target:
+        target.write(header)
+        for name in ordered:
+            values = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+            target.write(values.view(torch.uint8).numpy().data)
+
+
+def _header(
+    entries: Mapping[str, tuple[str, tuple[int, ...], int]], metadata: Mapping[str, str]
+) -> tuple[list[str], bytes]:
+    """The order of a file's tensors, given their dtypes, shapes and bytes, and all that comes before them."""
+    ordered = sorted(entries, key=lambda name: (_rank(entries[name][0]), name.encode()))
+    header: dict[str, Any] = {METADATA: dict(metadata)}
+    position = 0
+    for name in ordered:
+        dtype, shape, num_bytes = entries[name]
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [position, position + num_bytes],
+        }
+        position += num_bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    return ordered, len(text).to_bytes(8, "little") + text
 
 
 def _rank(dtype: str) -> tuple[int, str]:

@@ -13,6 +13,7 @@ from ffsplit.calibration.readers import Reader, make_reader
 from ffsplit.calibration.sampling import CalibrationSettings, TextSample
 from ffsplit.compressors import AnyCompressor, PruneCompressor
 from ffsplit.compressors.base import Compressor
+from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import JobConfig
 from ffsplit.errors import ConfigError, explained
 from ffsplit.ffn.shapes import LayerLayout, is_narrowed_form
@@ -105,6 +106,12 @@ def check_capabilities(config: JobConfig, recipe: Recipe, checkpoint: Checkpoint
         raise ConfigError(
             f"recipe {recipe.name}: healing and after_healing do not work for {family} yet: "
             "use a recipe without them, such as fast"
+        )
+    is_divided = config.healing_workers > 1 and ComputeProfile.resolve(config).device == "cuda"
+    if is_divided and recipe.healing is not None and recipe.healing.mixed_precision == "fp16":
+        raise ConfigError(
+            f"recipe {recipe.name}: with --healing-workers {config.healing_workers} on GPUs, "
+            "healing.mixed_precision may be auto, bf16 or no"
         )
     if recipe.expert_share:
         check_has_experts(checkpoint, recipe=recipe)

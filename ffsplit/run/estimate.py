@@ -19,6 +19,7 @@ from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.recipes.recipe import Recipe
 from ffsplit.run.checks import can_refit, closed_form
 from ffsplit.run.disk import Disk
+from ffsplit.run.healing_memory import bytes_of_a_gpu
 from ffsplit.run.needs import GENERATE, PEAK_MEMORY, DiskNeeds, Machine, Needs, StageNeeds, find_problems
 from ffsplit.run.workload import ITEM_SIZES, Workload, rows_at_once
 from ffsplit.splitting.knapsack import KL_ROWS, TABLE_TOKENS, measured_widths
@@ -310,6 +311,24 @@ def _disk(place: str, needed_bytes: int, *, there: int = 0, is_here: bool = True
     return DiskNeeds(place=place, needed_bytes=needed_bytes, free_bytes=free, device=device_of(Path(place)))
 
 
+def _healing(work: Workload, machine: Machine, profile: ComputeProfile) -> StageNeeds:
+    """Several workers divide the models on GPUs, and hold them whole on CPUs."""
+    settings = work.recipe.healing
+    assert settings is not None, "only for recipes that heal"
+    on_gpu = profile.device == "cuda"
+    dtype = "bfloat16" if on_gpu and settings.mixed_precision == "bf16" else "float32"
+    workers = 1 if work.is_one_process or not on_gpu else machine.healing_workers
+    with profile.pinned():
+        seconds = healing_seconds(work, speed=workers * operations_per_second(profile.device, dtype))
+    return StageNeeds(
+        name="heal",
+        num_workers=workers,
+        memory_bytes=bytes_of_a_gpu(work, workers=workers) if on_gpu else healing_bytes(work),
+        available_bytes=machine.gpu_bytes if on_gpu else machine.alone_bytes,
+        seconds=seconds if math.isfinite(seconds) else None,
+    )
+
+
 def _stages(
     work: Workload,
     machine: Machine,
@@ -383,7 +402,7 @@ def _stages(
             alone=False,
         )
     if work.recipe.healing is not None:
-        yield stage("heal", healing_bytes(work), healing_seconds(work, speed=single))
+        yield _healing(work, machine, profile)
     yield stage("assemble", PROCESS_BYTES, assembly_seconds(work))
     yield stage(
         "measure",

@@ -10,8 +10,9 @@ from pydantic import Field, computed_field
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import JobConfig, Record
 from ffsplit.errors import ConfigError
-from ffsplit.machine import memory_limit_bytes, num_workers_here
+from ffsplit.machine import gpus_here, memory_limit_bytes, num_workers_here
 from ffsplit.report.humanize import duration, size
+from ffsplit.run.healing_memory import bytes_of_a_gpu, fewest_gpus
 from ffsplit.run.workload import Workload
 from ffsplit.store.entries import LeftOut
 
@@ -30,6 +31,9 @@ class Machine(Record):
     alone_bytes: int | None
     is_elsewhere: bool = Field(default=False, description="a cluster, whose hosts hand files to each other")
     is_one_process: bool = Field(default=False, description="every stage runs in this process")
+    healing_workers: int = 1
+    num_gpus: int | None = Field(default=None, description="that workers on GPUs may use; None if not known")
+    gpu_bytes: int | None = Field(default=None, description="of one GPU that healing may use")
 
     @classmethod
     def of(cls, config: JobConfig, profile: ComputeProfile, *, fits: Callable[[int], bool]) -> Machine:
@@ -55,7 +59,14 @@ class Machine(Record):
                 most = range(workers, 1, -1)
                 workers = next((fewer for fewer in most if fits(alone_bytes // fewer)), 1)
             worker_bytes = alone_bytes // workers
+        gpus = gpus_here() if on_gpu and not elsewhere else None
+        gpu_bytes = given if on_gpu else None
+        if gpus is not None and given is None:
+            gpu_bytes = int(gpus.smallest_bytes * SHARE_OF_MEMORY)
         return cls(
+            healing_workers=config.healing_workers,
+            num_gpus=None if gpus is None else gpus.number,
+            gpu_bytes=gpu_bytes,
             num_workers=workers,
             worker_bytes=worker_bytes,
             alone_bytes=alone_bytes,
@@ -183,6 +194,7 @@ KNOWN_BETTER = "if a worker may use more, give --memory-per-worker"
 
 def find_problems(needs: Needs, *, work: Workload, num_evaluations: int) -> Iterator[str]:
     """Memory first, then disk."""
+    yield from _too_few_gpus(needs)
     for stage in needs.stages:
         if not stage.fits:
             yield _too_little_memory(stage, needs, work)
@@ -196,6 +208,17 @@ def find_problems(needs: Needs, *, work: Workload, num_evaluations: int) -> Iter
         if work.recipe.allocation == "search":
             yield f"{_search_needs(work)}, and they do not fit{room}: {UNIFORM}, or {KNOWN_BETTER}"
     yield from _too_little_disk(needs)
+
+
+def _too_few_gpus(needs: Needs) -> Iterator[str]:
+    """Several healing workers take a GPU each."""
+    has = needs.machine.num_gpus
+    asked = next((stage.num_workers for stage in needs.stages if stage.name == "heal"), 1)
+    if has is not None and asked > max(1, has):
+        yield (
+            f"--healing-workers {asked} takes a GPU for each worker, and this machine has {has}: "
+            f"give --healing-workers {max(1, has)}, or the --address of a cluster with {asked} GPUs"
+        )
 
 
 def _too_little_disk(needs: Needs) -> Iterator[str]:
@@ -235,6 +258,8 @@ def _too_little_memory(stage: StageNeeds, needs: Needs, work: Workload) -> str:
         return f"{problem}: {_search_needs(work)}: {UNIFORM}, or {KNOWN_BETTER}"
     if stage.name == GENERATE:
         return f"{problem}: give --calibration FILE:1, so that the model writes no text, or {KNOWN_BETTER}"
+    if stage.name == "heal" and needs.machine.gpu_bytes is not None:
+        return _too_small_gpus(stage, needs, work)
     if stage.name == "heal":
         return f"{problem}: use a recipe without healing, such as fast, or {KNOWN_BETTER}"
     alone = needs.machine.alone_bytes or 0
@@ -250,6 +275,23 @@ def _too_little_memory(stage: StageNeeds, needs: Needs, work: Workload) -> str:
     else:
         return f"{problem}: use a machine with more memory, or {KNOWN_BETTER}"
     return f"{problem}: give {smaller} in a copy of the recipe, or {KNOWN_BETTER}"
+
+
+def _too_small_gpus(stage: StageNeeds, needs: Needs, work: Workload) -> str:
+    """What would fit: more GPUs of this kind, each with a smaller part."""
+    available, plural = stage.available_bytes or 0, "s" if stage.num_workers > 1 else ""
+    problem = (
+        f"heal needs about {_size(stage.memory_bytes)} per GPU with {stage.num_workers} worker{plural}, "
+        f"and {_size(available)} are available"
+    )
+    enough = fewest_gpus(work, available=available)
+    if enough is None:
+        return f"{problem}, nor would more such GPUs do: use larger ones, or a recipe without healing"
+    each = _size(bytes_of_a_gpu(work, workers=enough))
+    return (
+        f"{problem}: give --healing-workers {enough}, on as many GPUs (about {each} each), or use a recipe "
+        "without healing, such as fast"
+    )
 
 
 def _size(num_bytes: float) -> str:

@@ -105,8 +105,17 @@ class Scratch(Record):
 
         Each has its own name and record, so the newest record's file is complete at any moment.
         """
+        saved = self.save_numbered(series, number, path)
+        self.drop_older(series, number)
+        return saved
+
+    def save_numbered(self, series: str, number: int, path: Path) -> Result:
+        """Store a file as the `number`-th of a series, beside the earlier ones."""
         name = f"{series}-{number:08d}"
-        saved = self.save(name, {f"{name}{path.suffix}": path}, facts={"number": number})
+        return self.save(name, {f"{name}{path.suffix}": path}, facts={"number": number})
+
+    def drop_older(self, series: str, number: int) -> None:
+        """Remove what a series has before its `number`-th."""
         store, older = _store(self.uri), []
         for key in store.list(self.prefix):
             found = _numbered(key.removeprefix(f"{self.prefix}/"), series)
@@ -114,7 +123,14 @@ class Scratch(Record):
                 older.append(key)
         for key in sorted(older, key=lambda key: not key.endswith(".json")):  # no record without its file
             store.delete(key)
-        return saved
+
+    def load_numbered(self, series: str, number: int) -> Result | None:
+        """The `number`-th of a series, None if it is missing or not complete."""
+        return self.load(f"{series}-{number:08d}")
+
+    def numbers(self, series: str) -> list[int]:
+        """The numbers in a series that have a record, in order."""
+        return sorted(int(name.removeprefix(f"{series}-")) for name in self._names(series))
 
     def load_newest(self, series: str) -> Result | None:
         """The newest complete result of a series, None if there is none. Raises StoreError as `load` does."""

@@ -200,6 +200,20 @@ def test_checkpoints_are_due_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(Pace(100, 0).is_checkpoint_due() for _ in range(3))
 
 
+def test_checkpoints_that_take_long_are_written_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("ffsplit.healing.loop.time.monotonic", lambda: now)
+    pace, always = Pace(100, 2), Pace(100, 0)
+    now = 120.0
+    assert pace.is_checkpoint_due() and always.is_checkpoint_due()
+    now = 150.0  # 30 s later it is written
+    pace.wrote_checkpoint()
+    always.wrote_checkpoint()
+    for seconds, due in ((151.0, False), (449.0, False), (450.0, True)):
+        now = seconds
+        assert pace.is_checkpoint_due() == due and always.is_checkpoint_due()
+
+
 def test_a_hopeless_learning_rate_returns_the_model_it_was_given() -> None:
     teacher, student = make_model("bert"), disturbed("bert", "", noise=0.001)
     before = {name: weight.detach().clone() for name, weight in trainable_weights(student).items()}

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ffsplit.errors import ConfigError
-from ffsplit.models.tensor_files import CHUNK_BYTES, read_spans, write_spans
+from ffsplit.models.tensor_files import CHUNK_BYTES, read_spans, write_spans, write_tensors
 
 DTYPES = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16),
@@ -62,3 +62,18 @@ def test_what_is_no_safetensors_file(tmp_path: Path, data: bytes) -> None:
         read_spans(tmp_path / "a")
     with pytest.raises(ConfigError, match="is missing"):
         read_spans(tmp_path / "b")
+
+
+def test_tensors_written_one_at_a_time_are_the_librarys(tmp_path: Path) -> None:
+    """Also those that are not contiguous, have no element or no dimension."""
+    values = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    tensors = {
+        f"{index}.{name}": each.to(dtype)
+        for index, dtype in enumerate(dtypes)
+        for name, each in (("a", values), ("rows", values[:3]), ("none", values[:0]), ("step", values[0, 0]))
+    }
+    metadata = {"state": '{"step": 3}'}
+    save_file(tensors, tmp_path / "expected", metadata)
+    write_tensors(tmp_path / "written", tensors | {"2.a": tensors["2.a"].T.contiguous().T}, metadata)
+    assert (tmp_path / "written").read_bytes() == (tmp_path / "expected").read_bytes()

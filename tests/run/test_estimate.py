@@ -362,3 +362,90 @@ def test_experts_keep_where_their_tokens_went(small_job: SmallJob, tmp_path: Pat
     flight = needs_of(small_job.config("out", model=model))
     assert flight.store.needed_bytes > flight.artifact_bytes
     assert not flight.problems
+
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+}
+HEALS = "healing: {epochs: 1}"
+
+
+@pytest.fixture(scope="module")
+def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama_shape(tmp_path_factory.mktemp("shape") / "llama-8b", **LLAMA_8B)
+
+
+def on_gpus(
+    small_job: SmallJob, model: Path, *, workers: int, gigabytes: int | None = None, **fields: Any
+) -> records.Needs:
+    config = small_job.config(
+        "out",
+        model=str(model),
+        recipe=small_job.recipe(step="{kind: prune}", more=HEALS),
+        runner="ray",
+        device="cuda",
+        healing_workers=workers,
+        memory_per_worker=None if gigabytes is None else gigabytes * GB,
+        **fields,
+    )
+    return needs_of(config)
+
+
+def heal_of(needs: records.Needs) -> records.StageNeeds:
+    return next(stage for stage in needs.stages if stage.name == "heal")
+
+
+def test_healing_a_model_of_8_billion_is_planned_on_two_gpus(small_job: SmallJob, llama_8b: Path) -> None:
+    """Each has its part of weights, gradients, moments and teacher; one alone would have all."""
+    two, one = (on_gpus(small_job, llama_8b, workers=workers, gigabytes=80) for workers in (2, 1))
+    assert two.problems == ()
+    assert 50 * GB < heal_of(two).memory_bytes < 72 * GB
+    assert heal_of(two).num_workers == 2 and two.totals.memory_bytes == 2 * heal_of(two).memory_bytes
+    (problem,) = one.problems
+    told = r"heal needs about (\d+) GB per GPU with 1 worker, and 80 GB are available: give --healing-workers"
+    found = re.match(told + r" 2, on as many GPUs \(about (\d+) GB each\)", problem)
+    assert (
+        found
+        and int(found[1]) > 110
+        and int(found[2]) == pytest.approx(heal_of(two).memory_bytes / GB, abs=1)
+    )
+    for workers, fewest in ((2, 4), (4, None)):
+        needs = on_gpus(small_job, llama_8b, workers=workers, gigabytes=45)
+        assert (f"give --healing-workers {fewest}" in "".join(needs.problems)) == (fewest is not None), needs
+
+
+def test_a_gpu_that_no_number_of_would_do_is_told(small_job: SmallJob, llama_70b: Path) -> None:
+    """Block by block everything but healing fits into 24 GB."""
+    problem = on_gpus(small_job, llama_70b, workers=8, gigabytes=12).problems[0]
+    assert "nor would more such GPUs do" in problem and "\n" not in problem
+
+
+def test_fewer_gpus_than_healing_workers_are_refused(
+    small_job: SmallJob,
+    llama_8b: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(records, "gpus_here", lambda: machine.GPUs(2, 85 * GB))
+    assert on_gpus(small_job, llama_8b, workers=2).problems == ()
+    assert heal_of(on_gpus(small_job, llama_8b, workers=2)).available_bytes == int(0.9 * 85 * GB)
+    recipe = small_job.recipe(step="{kind: prune}", more=HEALS)
+    options = ["--recipe", recipe, "--device", "cuda", "--healing-workers", "4", "--dry-run"]
+    given = ["--calibration", str(small_job.text), "--keep", "0.5", "--max-length", "16"]
+    assert main(["compress", str(llama_8b), "--out", "out", *options, *given]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--healing-workers 4 takes a GPU for each worker, and this machine has 2: give" in error
+
+
+def test_half_precision_heals_on_one_gpu_alone(small_job: SmallJob) -> None:
+    recipe = small_job.recipe(more="healing: {epochs: 1, mixed_precision: fp16}")
+    options: dict[str, Any] = {"recipe": recipe, "runner": "ray", "device": "cuda"}
+    needs_of(small_job.config("out", **options))
+    with pytest.raises(ConfigError, match=r"healing\.mixed_precision may be auto, bf16 or no"):
+        needs_of(small_job.config("out", healing_workers=2, **options))

@@ -197,6 +197,21 @@ def test_a_state_that_is_replaced_while_it_is_read_is_not_lost(
     assert (newest := place.load_newest("progress")) is not None and newest.facts == {"number": 10}
 
 
+def test_parts_of_a_state_stay_until_all_are_written(tmp_path: Path) -> None:
+    """A series whose name begins like another's, or holds a number, is another."""
+    place = Scratch(uri=str(tmp_path / "out"), prefix="run/heal")
+    for number in (3, 12):
+        for part in ("progress-0-of-2", "progress-1-of-2"):
+            place.save_numbered(part, number, file_with(tmp_path, part.encode()))
+    place.save_numbered("progress", 9, file_with(tmp_path, b"whole"))
+    assert place.numbers("progress-0-of-2") == [3, 12] and place.numbers("progress") == [9]
+    place.drop_older("progress-0-of-2", 12)
+    assert place.numbers("progress-0-of-2") == [12] and place.numbers("progress-1-of-2") == [3, 12]
+    assert place.load_numbered("progress-0-of-2", 3) is None
+    found = place.load_numbered("progress-1-of-2", 3)
+    assert found is not None and place.path(found.files[0]).read_bytes() == b"progress-1-of-2"
+
+
 def test_a_record_of_a_later_version_is_read(place: Scratch, store: Store, tmp_path: Path) -> None:
     place.save("one", {"one.safetensors": file_with(tmp_path, b"weights")}, facts={})
     record = json.loads(store.get_bytes(place.key("one.json")).partition(b"\n")[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +24,7 @@ from ffsplit.healing.loop import HealingState, fake_quantized, heal, settle, tra
 from ffsplit.healing.losses import last_states, logits_of
 from ffsplit.healing.rows import HealingData
 from ffsplit.healing.settings import HealingSettings
-from ffsplit.healing.team import Team, find_team
+from ffsplit.healing.team import Team, Together, find_team
 from ffsplit.keys import stage_key
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.family import Makes
@@ -74,68 +74,147 @@ def heal_job(job: HealJob) -> Result | None:
         return None
 
 
-def _heal(job: HealJob, team: Team) -> tuple[Any, Checkpoint, HealingState, list[nn.Module]]:
-    """The healed student, its checkpoint, the final state, and its linear layers on an integer grid."""
+def _heal(job: HealJob, team: Team) -> tuple[dict[str, Tensor], HealingState]:
+    """The healed tensors as they are stored, and the final state. Divided models' tensors go to the first."""
     original = job.original.checkpoint()
     compressed = job.compressed.checkpoint(uneven=True)
     device = torch.device(job.profile.device)
-    fast = device.type == "cuda" and job.settings.mixed_precision == "bf16"
-    teacher, student = (
-        load_whole_model(each.directory, original.class_name, dtype=dtype).to(device)
-        for each, dtype in (
-            (original, torch.bfloat16 if fast else torch.float32),
-            (compressed, torch.float32),
-        )
-    )
     tokenizer = load_tokenizer(original)
     rows, validation = (
         tokenize_rows(tokenizer, texts, max_length=job.max_length) for texts in (job.rows, job.validation)
     )
     data = HealingData(rows, validation, pad_id_of(original, tokenizer), job.batch_tokens)
     one = next(padded_batches(rows[:1], batch_tokens=job.max_length, pad_id=data.pad_id)).to(device)
+    fast = device.type == "cuda" and job.settings.mixed_precision == "bf16"
+    dtype = torch.bfloat16 if fast else torch.float32
+    train = partial(heal, makes=original.compared_as, settings=job.settings, seed=job.seed, team=team)
+    if is_divided(team, device):
+        return _heal_divided(job, team, original, compressed, data, one, dtype=dtype, train=train)
+    teacher, student = (
+        load_whole_model(each.directory, original.class_name, dtype=kind).to(device)
+        for each, kind in ((original, dtype), (compressed, torch.float32))
+    )
     _freeze_left_out(student, compressed)
     check_written(student, compressed, one, makes=original.compared_as)
     rounded = _round(student, compressed, job)
-    state = heal(
+    state = train(
         student,
         teacher,
         data,
-        makes=original.compared_as,
-        settings=job.settings,
-        seed=job.seed,
         resume=lambda weights, optimizer: _resume(job.scratch, weights, optimizer),
         checkpoint=partial(_checkpoint, job.scratch) if 0 in team.mine else _keep_nothing,
-        team=team,
     )
     settle(rounded)
-    return student, compressed, state, rounded
+    on_grid = {id(linear.weight) for linear in rounded}
+    wide = frozenset(name for name, parameter in student.named_parameters() if id(parameter) in on_grid)
+    return stored_tensors(student, compressed, wide=wide), state
+
+
+def is_divided(team: Team, device: torch.device) -> bool:
+    """Whether processes divide the models among them, rather than hold each of them whole.
+
+    They do so on GPUs, always: it is faster there than to exchange whole gradients, and what is computed
+    should not depend on how much memory a GPU has.
+    """
+    return device.type == "cuda" and isinstance(team, Together)
+
+
+def _heal_divided(
+    job: HealJob,
+    team: Team,
+    original: Checkpoint,
+    compressed: Checkpoint,
+    data: HealingData,
+    batch: Batch,
+    *,
+    dtype: torch.dtype,
+    train: Callable[..., HealingState],
+) -> tuple[dict[str, Tensor], HealingState]:
+    """The same with models that are divided among the processes."""
+    from ffsplit.healing.sharded import Sharding, gathered
+
+    device = torch.device(job.profile.device)
+    teacher = Sharding(device).load(original, original.class_name, dtype=dtype, batch=batch)
+    teacher.requires_grad_(False)
+    names: dict[str, str] = {}
+    rounded: list[nn.Module] = []
+
+    def prepare(student: Any, block: str) -> None:
+        if not names:
+            names.update(_stored_names(student, compressed))
+        rounded.extend(_round(student, compressed, job, block=block))
+
+    # a grid's points need float32 until they are rounded; other weights are gathered as they are multiplied
+    narrow = torch.bfloat16 if job.settings.mixed_precision == "bf16" and job.quantization is None else None
+    sharding = Sharding(device, narrow)
+    student = sharding.load(
+        compressed, original.class_name, dtype=torch.float32, batch=batch, prepare=prepare
+    )
+    _freeze(student, compressed, names)
+    with sharding.computing():
+        check_parameters(student, compressed, names, batch, makes=original.compared_as)
+    shard = f"{PROGRESS}-{team.mine[0]}-of-{team.size}"
+    state = train(
+        student,
+        teacher,
+        data,
+        resume=lambda weights, optimizer: _resume_part(job.scratch, shard, weights, optimizer),
+        checkpoint=partial(_checkpoint_part, job.scratch, shard),
+        blocks=compressed.blocks,
+    )
+    values, wide = student.state_dict(), {id(module) for module in rounded}
+    tensors = {}
+    for stored, name in names.items():
+        path, _, kind = name.rpartition(".")
+        module = student.get_submodule(path)
+        is_rounded = kind == "weight" and id(module) in wide
+        value = gathered(values[f"{path}.parametrizations.weight.original" if is_rounded else name])
+        if is_rounded:
+            value = module.parametrizations.weight[0](value)
+        if 0 in team.mine:
+            tensors[stored] = _as_stored(value, compressed, stored, is_wide=is_rounded)
+    return tensors, state
 
 
 def _freeze_left_out(student: Any, checkpoint: Checkpoint) -> None:
     """The FFNs that a run leaves as they were are not trained."""
+    _freeze(student, checkpoint, _stored_names(student, checkpoint))
+
+
+def _freeze(student: Any, checkpoint: Checkpoint, names: Mapping[str, str]) -> None:
     left_out = {
         name for ffn in checkpoint.left_out for name in (*ffn.tensor_names, *ffn.activation_tensors.values())
     }
     parameters = dict(student.named_parameters(remove_duplicate=False))
-    for stored, name in _stored_names(student, checkpoint).items():
+    for stored, name in names.items():
         if stored in left_out and name in parameters:  # activations have buffers too
             parameters[name].requires_grad_(False)
 
 
-def _round(student: Any, checkpoint: Checkpoint, job: HealJob) -> list[nn.Module]:
-    """Let the student compute with the integers that it will be stored with. Returns those linear layers."""
+def _round(
+    student: Any, checkpoint: Checkpoint, job: HealJob, *, block: str | None = None
+) -> list[nn.Module]:
+    """Let the student compute with the integers that it will be stored with. Returns those linear layers.
+
+    All of them, or those of a block.
+    """
     if job.quantization is None:
         return []
     base = base_of(student)
     num_bits, group_size = job.quantization.num_bits, job.quantization.group_size
     rounded: list[nn.Module] = []
     for ffn in checkpoint.ffns:
+        if block not in (None, ffn.block):
+            continue
         paths = [path for path in (ffn.paths.up, ffn.paths.gate, ffn.paths.down) if path is not None]
         linears = [base.get_submodule(f"{ffn.block}.{path}") for path in dict.fromkeys(paths)]
         fake_quantized(linears, num_bits=num_bits, group_size=group_size, transposed=ffn.paths.transposed)
         rounded += linears
     if job.linears == "int8":
-        linears = [base.get_submodule(path) for path in attention_linears(checkpoint)]
+        of_block = "" if block is None else f"{block}."
+        linears = [
+            base.get_submodule(path) for path in attention_linears(checkpoint) if path.startswith(of_block)
+        ]
         fake_quantized(linears, num_bits=8, group_size=None)
         rounded += linears
     return rounded
@@ -162,21 +241,47 @@ def _keep_nothing(state: HealingState, weights: dict[str, Tensor], optimizer: An
     """Do nothing: another worker has the same state and writes it."""
 
 
-def _save(
-    scratch: Scratch,
-    student: Any,
-    checkpoint: Checkpoint,
-    state: HealingState,
-    rounded: Sequence[nn.Module] = (),
-) -> Result:
-    """Save the student's tensors, under the checkpoint's names and in its dtypes.
+def _checkpoint_part(
+    scratch: Scratch, shard: str, state: HealingState, weights: dict[str, Tensor], optimizer: Any
+) -> None:
+    """Store this process's part, and remove the earlier one when all processes have stored theirs."""
+    from torch import distributed
 
-    Matrices that will be quantized stay float32: in 16 bits they would leave the grid that they were healed
-    on, and might round to other integers.
-    """
-    on_grid = {id(linear.weight) for linear in rounded}
-    wide = frozenset(name for name, parameter in student.named_parameters() if id(parameter) in on_grid)
-    tensors = stored_tensors(student, checkpoint, wide=wide)
+    with temporary_folder() as folder:
+        path = folder / f"{PROGRESS}.safetensors"
+        state.save(path, weights, optimizer)
+        scratch.save_numbered(shard, state.step, path)
+    distributed.barrier()
+    scratch.drop_older(shard, state.step)
+
+
+def _resume_part(
+    scratch: Scratch, shard: str, weights: dict[str, Tensor], optimizer: Any
+) -> HealingState | None:
+    """Resume from the newest step of which every process has its part."""
+    for step in reversed(_in_all(scratch.numbers(shard))):
+        record = scratch.load_numbered(shard, step)
+        if step not in _in_all([] if record is None else [step]):
+            continue
+        assert record is not None, "it is in this process's list"
+        with scratch.reading(record.files[0]) as path:
+            state = HealingState.load(path, weights, optimizer)
+        logs.log("resumed", step=state.step)
+        return state
+    return None
+
+
+def _in_all(numbers: Collection[int]) -> list[int]:
+    """The numbers that every process has, in order."""
+    from torch import distributed
+
+    everyones: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everyones, sorted(numbers))
+    return sorted(set(everyones[0]).intersection(*everyones[1:]))
+
+
+def _save(scratch: Scratch, tensors: dict[str, Tensor], state: HealingState) -> Result:
+    """Save the healed tensors and the record of the training."""
     with temporary_folder() as folder:
         path = folder / f"{RESULT}.safetensors"
         save_file(tensors, path)
@@ -192,15 +297,19 @@ def _save(
 def stored_tensors(student: Any, checkpoint: Checkpoint, *, wide: Collection[str] = ()) -> dict[str, Tensor]:
     """A model's floating-point tensors, under the names and in the dtypes of the checkpoint's files.
 
-    Parameters of the model named in `wide` are float32.
+    Parameters of the model named in `wide` are float32: matrices that will be quantized. In 16 bits they
+    would leave the grid that they were healed on, and might round to other integers.
     """
     values: dict[str, Tensor] = student.state_dict()
     return {
-        stored: values[name]
-        .to("cpu", torch.float32 if name in wide else FLOATS[checkpoint.tensors[stored].dtype])
-        .contiguous()
+        stored: _as_stored(values[name], checkpoint, stored, is_wide=name in wide)
         for stored, name in _stored_names(student, checkpoint).items()
     }
+
+
+def _as_stored(value: Tensor, checkpoint: Checkpoint, stored: str, *, is_wide: bool) -> Tensor:
+    dtype = torch.float32 if is_wide else FLOATS[checkpoint.tensors[stored].dtype]
+    return value.detach().to("cpu", dtype).contiguous()
 
 
 def _stored_names(student: Any, checkpoint: Checkpoint) -> dict[str, str]:
@@ -218,9 +327,17 @@ def check_written(student: Any, checkpoint: Checkpoint, batch: Batch, *, makes: 
 
     A parameter that a batch's outputs do not depend on, such as a newly initialized pooler, is not trained.
     """
+    check_parameters(student, checkpoint, _stored_names(student, checkpoint), batch, makes=makes)
+
+
+def check_parameters(
+    student: Any, checkpoint: Checkpoint, names: Mapping[str, str], batch: Batch, *, makes: Makes
+) -> None:
+    """`check_written`, given the model's names of stored tensors. Rounded weights have names of their own."""
     parameters = dict(student.named_parameters(remove_duplicate=False))
-    names = _stored_names(student, checkpoint).values()
-    stored = {id(parameters[name]) for name in names if name in parameters}
+    renamed = {name.removesuffix("weight") + "parametrizations.weight.original" for name in names.values()}
+    written = parameters.keys() & {*names.values(), *renamed}
+    stored = {id(parameters[name]) for name in written}
     unstored = {name: each for name, each in trainable_weights(student).items() if id(each) not in stored}
     if not unstored:
         return
