@@ -244,7 +244,7 @@ def heal_checkpoint(execution: Execution, settings: HealingSettings, compressed:
         rows=run.text.calibration,
         validation=run.text.validation or run.text.held_out,
         max_length=calibration.row_length,
-        batch_tokens=calibration.batch_tokens,
+        batch_tokens=calibration.compared_tokens,
         seed=run.config.seed,
         settings=settings,
         quantization=run.recipe.after_healing,

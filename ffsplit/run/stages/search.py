@@ -192,7 +192,7 @@ def search(
         candidates=(),
         rows=run.text.validation,
         max_length=settings.row_length,
-        batch_tokens=settings.batch_tokens,
+        batch_tokens=settings.compared_tokens,
         profile=run.profile,
     )
 
