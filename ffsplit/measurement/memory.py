@@ -94,10 +94,10 @@ def _measure(
     dtype: str,
     options: str,
 ) -> int:
-    from ffsplit.measurement.latency import example_inputs  # libraries are not the model's memory
+    from ffsplit.measurement import latency  # libraries are not the model's memory
     from ffsplit.models.load import model_class
 
-    assert example_inputs
+    assert latency
     where, shape = Path(directory), (int(rows), int(tokens))
     model_class(class_name, where=where)  # nor does the modelling code
     before = _resident_peak_bytes()
