@@ -184,7 +184,7 @@ def overhead(*, num_rows: int, rounds: int) -> Overhead:
     model = load_base_model(checkpoint, device=torch.device("cpu"), dtype=torch.float32)
     texts = list(read_all(["builtin:pydoc"]))[:num_rows]
     rows = tokenize_rows(load_tokenizer(checkpoint), texts, max_length=settings.row_length)
-    batches = list(padded_batches(rows, batch_tokens=settings.batch_tokens, pad_id=0))
+    batches = list(padded_batches(rows, batch_tokens=settings.tokens_per_batch, pad_id=0))
     num_tokens = sum(map(len, rows))
 
     def plain() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -41,6 +42,15 @@ class Found(NamedTuple):
     reductions: Sequence[Reduction]
 
 
+class GPURun(NamedTuple):
+    """A run with a number of GPUs: seconds by stage and of the whole command, and where its workers were."""
+
+    num_gpus: int
+    stages: dict[str, float]
+    seconds: float
+    placed: Sequence[str]
+
+
 class Row(NamedTuple):
     """A number of workers: medians over all turns."""
 
@@ -70,7 +80,35 @@ def write_page(found: Found, page: Path) -> None:
     reasons = Path(__file__).with_name("scaling-reasons.md").read_text("utf-8")
     parts = [_head(found), *_workers(found), _overhead(found.overhead)]
     parts += [f"A run that is committed already, from the shell and back: {found.rerun_s:.2f} s."]
-    page.write_text("\n\n".join([*parts, *_simulated(found), reasons]), "utf-8")
+    text = "\n\n".join([*parts, *_simulated(found), reasons])
+    page.write_text(with_gpu_section(text, page.with_name("scaling_gpu.json")), "utf-8")
+
+
+GPU_HEADING = "## GPUs of one host"
+
+
+def with_gpu_section(page: str, record: Path) -> str:
+    """The page with the section on GPUs at its end, as `scaling_gpu.py` recorded it."""
+    page = page.partition(f"\n{GPU_HEADING}\n")[0].rstrip("\n") + "\n"
+    if not record.is_file():
+        return page
+    found = json.loads(record.read_text("utf-8"))
+    runs = [GPURun(**each) for each in found["runs"]]
+    counts = [str(run.num_gpus) for run in runs]
+    rows = []
+    for stage in [*runs[0].stages, "the whole command"]:
+        seconds = [run.stages.get(stage, run.seconds) for run in runs]
+        speedups = [f"{seconds[0] / each:.2f}" for each in seconds[1:]]
+        rows.append(f"| {' | '.join([stage, *(f'{each:.1f} s' for each in seconds), *speedups])} |")
+    header = ("stage", *(f"{count} GPU" for count in counts), *(f"{count} over one" for count in counts[1:]))
+    parts = [
+        f"Written by `python -m benchmarks.scaling_gpu`. {found['about']}. A worker per GPU, through Ray; a "
+        "stage's seconds contain the start of its workers.",
+        _table(header, rows),
+        f"Where the log of the run on {counts[-1]} says that its workers were:",
+        "```\n" + "\n".join(runs[-1].placed) + "\n```",
+    ]
+    return "\n".join([page, GPU_HEADING, "", "\n\n".join(parts), ""])
 
 
 def _head(found: Found) -> str:

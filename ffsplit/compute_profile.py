@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,6 +11,68 @@ from ffsplit.config import Attention, JobConfig, Record
 from ffsplit.errors import ConfigError
 from ffsplit.machine import check_device, multiplies_bfloat16
 from ffsplit.models.load_options import attending, trusting
+
+
+class _Shared:
+    """A setting of the whole process that contexts change, several of them in threads of one worker.
+
+    Those of one thread nest. Of several threads, the first changes it and the last changes it back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._own = threading.Lock(), threading.local()
+        self._num_threads = 0
+        self._restore: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def changed(self, change: Callable[[], Callable[[], None]]) -> Iterator[None]:
+        """Call `change`, which returns how to undo it, and undo it at the end."""
+        if getattr(self._own, "is_inside", False):
+            restore = change()
+            try:
+                yield
+            finally:
+                restore()
+            return
+        with self._lock:
+            restore = change()
+            self._num_threads += 1
+            if self._num_threads == 1:
+                self._restore = restore
+        self._own.is_inside = True
+        try:
+            yield
+        finally:
+            self._own.is_inside = False
+            with self._lock:
+                self._num_threads -= 1
+                if not self._num_threads:
+                    self._restore()
+
+
+_threads, _determinism = _Shared(), _Shared()
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Choose deterministic algorithms. New memory need not be filled for that: no algorithm here reads it."""
+    import torch
+
+    settings: Any = torch.utils.deterministic  # its attributes are properties that type checkers do not see
+
+    def change() -> Callable[[], None]:
+        before, fills = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+
+        def restore() -> None:
+            torch.use_deterministic_algorithms(before)
+            settings.fill_uninitialized_memory = fills
+
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        settings.fill_uninitialized_memory = False
+        return restore
+
+    with _determinism.changed(change):
+        yield
 
 
 class ComputeProfile(Record):
@@ -64,12 +127,13 @@ class ComputeProfile(Record):
         """Compute with the profile's CPU threads, or `threads`, in this context."""
         import torch
 
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads or self.threads)
-        try:
+        def change() -> Callable[[], None]:
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads or self.threads)
+            return lambda: torch.set_num_threads(before)
+
+        with _threads.changed(change):
             yield
-        finally:
-            torch.set_num_threads(before)
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -83,13 +147,6 @@ class ComputeProfile(Record):
 
         Raises ConfigError if the process has no such device, or the device lacks the dtype.
         """
-        import torch
-
         check_device(self.device, self.dtype)
-        before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            with self.pinned(threads=threads), self.loading():
-                yield
-        finally:
-            torch.use_deterministic_algorithms(before)
+        with _deterministic(), self.pinned(threads=threads), self.loading():
+            yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -220,6 +221,19 @@ def describe_environment() -> Environment:
     if torch.cuda.is_available():
         hardware["gpu"] = torch.cuda.get_device_name()
     return Environment(versions=package_versions(), hardware=hardware)
+
+
+def where_it_runs() -> str:
+    """This process and its GPUs: host, process, and the name, index and id of each."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    cards = []
+    for number in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(number)
+        index = visible[number] if number < len(visible) and visible[number] else str(number)
+        cards.append(f"{found.name} {index} (GPU-{found.uuid})")
+    return f"{socket.gethostname()}, process {os.getpid()}: {', '.join(cards) or 'no GPU'}"
 
 
 def hardware_fingerprint(device: str) -> dict[str, str | int]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ffsplit.calibration.model_inputs import Batch
+from ffsplit.calibration.model_inputs import Batch, on_device
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.calibration.sums import NeuronSums
 from ffsplit.errors import CalibrationError
@@ -58,13 +59,14 @@ class _Stream:
         self._num_rows = self._num_positions = 0
         self._is_known = False
         self._sampled = torch.empty(0, dtype=torch.long)
+        self._sampled_here: Tensor | None = None
         self.start = self.stop = 0
         self.rows: Tensor | None = None
         if mask is not None and mask in sampling.num_tokens:
             self._sampled = sampling.choose(sampling.num_tokens[mask])
 
     def next_batch(self, arguments: Mapping[str, Tensor]) -> None:
-        self.start, self.rows = self.stop, None
+        self.start, self.rows, self._sampled_here = self.stop, None, None
         self._num_rows = len(next(iter(arguments.values())))
         mask = None if self._mask is None else arguments.get(self._mask)
         self._is_known = mask is not None
@@ -97,7 +99,7 @@ class _Stream:
             if self.start == 0:
                 self._sampled = self._chosen_of(len(flat))
             self.stop, self._is_known, self._num_positions = self.start + len(flat), True, len(flat)
-        self.rows = None if self.rows is None else self.rows.to(flat.device)
+        self.rows = None if self.rows is None else on_device(self.rows, flat.device)
         return flat
 
     def tokens(self, values: Tensor) -> Tensor:
@@ -105,15 +107,18 @@ class _Stream:
         flat = self.positions(values)
         return flat if self.rows is None else flat.index_select(0, self.rows)
 
-    def sampled_rows(self) -> Tensor:
-        """Which of this batch's tokens are sampled."""
-        bounds = torch.tensor([self.start, self.stop])
-        first, last = torch.searchsorted(self._sampled, bounds).tolist()
-        return self._sampled[first:last] - self.start
+    def sampled_rows(self, device: torch.device) -> Tensor:
+        """Which of this batch's tokens are sampled. Found and moved once per batch, not once per FFN."""
+        if self._sampled_here is None:
+            bounds = torch.tensor([self.start, self.stop])
+            first, last = torch.searchsorted(self._sampled, bounds).tolist()
+            self._sampled_here = self._sampled[first:last] - self.start
+        self._sampled_here = on_device(self._sampled_here, device)
+        return self._sampled_here
 
     @property
     def may_be_sampled(self) -> bool:
-        return not self._is_known or len(self.sampled_rows()) > 0
+        return not self._is_known or len(self.sampled_rows(torch.device("cpu"))) > 0
 
 
 class FFNObserver:
@@ -212,10 +217,10 @@ class FFNObserver:
             stream = self._stream(ffn, arguments[0])
             flat_TD = stream.positions(arguments[0])
             self._num_inputs[ffn.index] += len(flat_TD if stream.rows is None else stream.rows)
-            rows = stream.sampled_rows().to(flat_TD.device)
+            rows = stream.sampled_rows(flat_TD.device)
             if len(rows):
                 rows = rows if stream.rows is None else stream.rows[rows]
-                self._keep(ffn, {"input": flat_TD[rows].cpu()})
+                self._keep(ffn, {"input": flat_TD[rows]})
 
         return hook
 
@@ -238,10 +243,10 @@ class FFNObserver:
                 called = by_position(stack, len(mine), arguments)
             stream = self._stream(first, called.states)
             tokens = called.mapped(stream.tokens)
-            rows = stream.sampled_rows()
+            rows = stream.sampled_rows(called.states.device)
             if len(rows):
                 kept = as_pairs(stack, tokens.mapped(lambda each: each[rows]), len(mine))
-                self._keep(first, {"input": kept.states.cpu(), "experts": kept.experts.cpu()})
+                self._keep(first, {"input": kept.states, "experts": kept.experts})
             if self._inputs_only:
                 return
             pairs = as_pairs(stack, tokens, len(mine))
@@ -266,13 +271,14 @@ class FFNObserver:
         """
         for unit in dict.fromkeys(ffn.unit for ffn in self._ffns):
             self._check_counts([ffn for ffn in self._ffns if ffn.unit == unit])
-        for ffn in self._ffns:
-            if not bool(torch.isfinite(self._sums[ffn.index].sum_squares).all()):
+        statistics = NeuronSums.results([self._sums[ffn.index] for ffn in self._ffns])
+        for ffn, stats in zip(self._ffns, statistics, strict=True):
+            if not np.isfinite(stats.sum_squares).all():
                 raise CalibrationError(
                     f"{ffn.name} has activations that are not finite: look for NaN or infinite weights, "
                     "or compute in a wider --dtype"
                 )
-        return tuple(self._sums[ffn.index].result() for ffn in self._ffns)
+        return tuple(statistics)
 
     def _check_counts(self, ffns: Sequence[FFNPlace]) -> None:
         """An FFN must see every token once each time that the model runs its block, most do once.
@@ -303,11 +309,32 @@ class FFNObserver:
 
     def inputs(self) -> dict[int, dict[str, Tensor]]:
         """The sampled inputs [T, D], in the model's dtype, by the index of the FFN. A block's experts share
-        one entry, at the index of the first, with the experts [T, K] that each token was sent to."""
-        return {
-            index: {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            for index, parts in sorted(self._inputs.items())
-        }
+        one entry, at the index of the first, with the experts [T, K] that each token was sent to.
+
+        They were gathered on the model's device, and are moved off it here, all at once.
+        """
+        return to_cpu(
+            {
+                index: {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                for index, parts in sorted(self._inputs.items())
+            }
+        )
+
+
+def to_cpu(tensors: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    """The same on the CPU. From a GPU all are copied to pinned memory, and the GPU is waited for once."""
+    moved = {
+        index: {name: _begin_copy(tensor) for name, tensor in each.items()} for index, each in tensors.items()
+    }
+    if any(tensor.is_cuda for each in tensors.values() for tensor in each.values()):
+        torch.cuda.current_stream().synchronize()
+    return moved
+
+
+def _begin_copy(tensor: Tensor) -> Tensor:
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _down_weight(base_model: nn.Module, ffn: FFNPlace) -> Tensor:

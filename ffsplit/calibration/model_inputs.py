@@ -71,11 +71,19 @@ class Batch:
 
     def to(self, device: torch.device, *, dtype: torch.dtype | None = None) -> Batch:
         """The same on a device, with pixels and sound in the dtype that the model computes in."""
-        moved = {
-            name: tensor.to(device, dtype if tensor.is_floating_point() else None)
-            for name, tensor in self.arguments.items()
-        }
-        return Batch(moved, None if self.is_text is None else self.is_text.to(device))
+        moved = {name: on_device(tensor, device) for name, tensor in self.arguments.items()}
+        if dtype is not None:
+            moved = {
+                name: each.to(dtype) if each.is_floating_point() else each for name, each in moved.items()
+            }
+        return Batch(moved, None if self.is_text is None else on_device(self.is_text, device))
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device. A copy to a GPU is queued there: neither waits for the other."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def tokenize_rows(tokenizer: Any, rows: Sequence[str], *, max_length: int) -> list[list[int]]:

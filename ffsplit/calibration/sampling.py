@@ -21,6 +21,9 @@ ROW_TOKENS, WINDOW_TOKENS = 128, 512
 Neither a fit nor healing learns anything about positions beyond the window.
 """
 SHARD_TOKENS = 16384
+CPU_BATCH_TOKENS, GPU_BATCH_TOKENS = 4096, SHARD_TOKENS
+"""Tokens per batch by default. A GPU needs many to be busy; a shard has no more."""
+COMPARED_TOKENS = 4096
 MAX_SAMPLED_SHARDS = 64
 """FFN inputs are sampled from at most this many shards, evenly spaced, however many there are."""
 FAN_IN = 32
@@ -30,7 +33,7 @@ FAN_IN = 32
 class CalibrationSettings(Record):
     """How much text is read, and how. Every field changes the statistics' bytes.
 
-    The two fields that default to None depend on the model; `settled` gives them their values.
+    The fields that default to None depend on the model or the device; `settled` gives them their values.
     """
 
     samples: int = Field(default=2048, ge=1, description="rows of text")
@@ -46,7 +49,11 @@ class CalibrationSettings(Record):
     shard_size: int | None = Field(
         default=None, ge=1, description="rows per shard; by default as many as hold 16,384 tokens"
     )
-    batch_tokens: int = Field(default=4096, ge=1, description="tokens per batch, padding included")
+    batch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="tokens per batch, padding included; by default 4,096 on CPUs and 16,384 on GPUs",
+    )
     sampled_tokens: int = Field(
         default=32768, ge=1, description="tokens whose FFN inputs are kept for refits"
     )
@@ -69,7 +76,9 @@ class CalibrationSettings(Record):
             changes["max_length"] = max_length
         return self.model_copy(update=changes)
 
-    def settled(self, *, windows: bool, max_positions: int | None) -> CalibrationSettings:
+    def settled(
+        self, *, windows: bool, max_positions: int | None, on_gpu: bool = False
+    ) -> CalibrationSettings:
         """The same with every field set, for rows that are windows of running text or not.
 
         `max_positions` None: no limit.
@@ -79,7 +88,8 @@ class CalibrationSettings(Record):
             length = WINDOW_TOKENS if windows else ROW_TOKENS
             length = length if max_positions is None else min(length, max_positions)
         rows = self.shard_size or max(1, SHARD_TOKENS // length)
-        return self.model_copy(update={"max_length": length, "shard_size": rows})
+        batch = self.batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
+        return self.model_copy(update={"max_length": length, "shard_size": rows, "batch_tokens": batch})
 
     @property
     def most_rows(self) -> int:
@@ -99,6 +109,17 @@ class CalibrationSettings(Record):
         """`max_length`, once it is settled."""
         assert self.max_length is not None, "settings are settled before any text is read"
         return self.max_length
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """`batch_tokens`, once it is settled."""
+        assert self.batch_tokens is not None, "settings are settled before any text is read"
+        return self.batch_tokens
+
+    @property
+    def compared_tokens(self) -> int:
+        """Tokens per batch where outputs are compared: few, since logits take memory by the vocabulary."""
+        return min(self.tokens_per_batch, COMPARED_TOKENS)
 
     @property
     def rows_per_shard(self) -> int:

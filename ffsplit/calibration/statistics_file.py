@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +35,16 @@ WEIGHTED_NORM = "sum_weighted_norm"
 _NO_EXPERT = -1
 
 
-def write_statistics(path: Path, layers: Sequence[NeuronStats], *, lineage: Mapping[str, str]) -> None:
+def statistics_bytes(layers: Sequence[NeuronStats], *, lineage: Mapping[str, str]) -> bytes:
+    """The bytes of the file that `write_statistics` writes."""
+    buffer = io.BytesIO()
+    write_statistics(buffer, layers, lineage=lineage)
+    return buffer.getvalue()
+
+
+def write_statistics(
+    path: Path | io.BytesIO, layers: Sequence[NeuronStats], *, lineage: Mapping[str, str]
+) -> None:
     """Write the statistics of all layers as one file, whose bytes depend on its arguments alone."""
     columns: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     for index, stats in enumerate(layers):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import socket
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ffsplit.compressors.base import FLOAT32_BYTES, LayerContext, LayerWork, relative_error
 from ffsplit.compressors.least_squares import refit_down
+from ffsplit.compressors.replayed import repeat
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError
 from ffsplit.ffn.shapes import FFNShape, LayerLayout, PartLayout
@@ -104,12 +106,12 @@ class DistillCompressor(Record):
     def _narrowed(self, ffn: FFNWeights, *, count: int, context: LayerContext) -> FFNWeights:
         """Keep the strongest light neurons only, and refit their down projection beside the heavy hitters."""
         assert ffn.light is not None
-        strength_N = torch.zeros(len(ffn.light.neurons), dtype=torch.float64)
+        strength_N = ffn.light.down.weight.new_zeros(len(ffn.light.neurons), dtype=torch.float64)
         for x_TD in context.chunks():
             hidden_TN = ffn.light.hidden(x_TD, ffn.activation)
-            strength_N += hidden_TN.square().sum(0, dtype=torch.float64).cpu()
-        strength_N *= ffn.light.down.weight.square().sum(0, dtype=torch.float64).cpu()
-        light = ffn.light.select(strength_N.topk(count).indices.sort().values)
+            strength_N += hidden_TN.square().sum(0, dtype=torch.float64)
+        strength_N *= ffn.light.down.weight.square().sum(0, dtype=torch.float64)
+        light = ffn.light.select(strength_N.cpu().topk(count).indices.sort().values)
         swapped = replace(ffn, heavy=light, light=ffn.heavy)
         refitted = refit_down(swapped, context=context, ridge=self.ridge)
         return replace(refitted, heavy=refitted.light, light=refitted.heavy)
@@ -122,25 +124,69 @@ class DistillCompressor(Record):
             for tensor in _tensors(trainable)
             if tensor.requires_grad
         ]
-        optimizer = torch.optim.Adam(groups, lr=self.learning_rate, betas=(0.9, 0.99))
         inputs_TD, targets_TD = context.examples()
         scale = 1.0 if context.output_norm is not None else targets_TD.square().mean()
         device = inputs_TD.device.type
         in_bfloat16 = self._in_bfloat16(device)
-        generator = torch.Generator().manual_seed(0)
-        for step in range(self.num_steps):
-            for group in optimizer.param_groups:
-                group["lr"] = self.learning_rate * group["scale"] * schedule(step, self.num_steps)
-            rows = torch.randint(len(inputs_TD), (self.batch_tokens,), generator=generator)
+
+        def backward(rows: Tensor) -> None:
             x_TD = inputs_TD[rows]
             with torch.autocast(device, torch.bfloat16, enabled=in_bfloat16):
                 y_TD = trainable(x_TD)
             error_TD = context.passed_on(x_TD, y_TD.float()) - targets_TD[rows % len(targets_TD)]
             loss = error_TD.square().mean() / scale
-            optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+
+        generator = torch.Generator().manual_seed(0)
+        drawn = (
+            torch.randint(len(inputs_TD), (self.batch_tokens,), generator=generator)
+            for _ in range(self.num_steps)
+        )
+        rates = [self.learning_rate * schedule(step, self.num_steps) for step in range(self.num_steps)]
+        train = _train_on_gpu if device == "cuda" else _train
+        train(groups, drawn, rates, backward)
         return _detached(trainable)
+
+
+BETAS = (0.9, 0.99)
+Backward = Callable[[Tensor], None]
+"""Adds the gradients of the loss at some rows of the inputs."""
+
+
+def _train(
+    groups: list[dict[str, Any]], drawn: Iterable[Tensor], rates: Sequence[float], backward: Backward
+) -> None:
+    """A step of Adam per batch of rows and rate. A group's rate is `scale` times that."""
+    optimizer = torch.optim.Adam(groups, lr=rates[0], betas=BETAS)
+    for rows, rate in zip(drawn, rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        optimizer.zero_grad()
+        backward(rows)
+        optimizer.step()
+
+
+def _train_on_gpu(
+    groups: list[dict[str, Any]], drawn: Iterable[Tensor], rates: Sequence[float], backward: Backward
+) -> None:
+    """The same steps as `_train`, with all rows and rates on the GPU, so that one graph replays them."""
+    rows_SB = torch.stack(list(drawn)).cuda()
+    rates_S = torch.tensor(rates, device="cuda")
+    step = torch.zeros(1, dtype=torch.long, device="cuda")
+    for group in groups:
+        group["lr"] = torch.zeros((), device="cuda")
+    optimizer = torch.optim.Adam(groups, betas=BETAS, fused=True, capturable=True)
+
+    def one() -> None:
+        rate = rates_S.index_select(0, step).squeeze()
+        for group in optimizer.param_groups:
+            torch.mul(rate, group["scale"], out=group["lr"])
+        optimizer.zero_grad()
+        backward(rows_SB.index_select(0, step).flatten())
+        optimizer.step()
+        step.add_(1)
+
+    repeat(one, times=len(rates))
 
 
 def rate_scale(tensor: Tensor) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.util.metrics import Counter
 
-from ffsplit import logs
+from ffsplit import logs, streams
 from ffsplit.distributed.runner import Worker, stage_explained
 from ffsplit.redaction import guarded
 from ffsplit.store.scratch import Result
@@ -57,6 +57,13 @@ class Observed:
         count("ffsplit_failures", 1, stage=self.stage)
         with logs.fields(**self.fields, stage=self.stage):
             logs.log("lost", level=logging.WARNING, reason=reason)
+
+    def placed(self, where: str) -> None:
+        """Report, in the driver, which GPU a worker has."""
+        with logs.fields(**self.fields, stage=self.stage):
+            logs.log("placed", where=where)
+        if self.log_format == "text":
+            streams.note(f"{self.stage}: a worker on {where}")
 
     def _count(self, answer: Any) -> None:
         if isinstance(answer, Result) and answer.reused:

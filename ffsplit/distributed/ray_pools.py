@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Callable
 from itertools import count
 from queue import Empty, SimpleQueue
@@ -25,6 +26,7 @@ from ffsplit.distributed.dispatch import Done, Event, Failed, Lost, Ready
 from ffsplit.distributed.observing import Observed
 from ffsplit.distributed.runner import Worker, stage_explained
 from ffsplit.errors import FFSplitError, reason_of
+from ffsplit.machine import where_it_runs
 from ffsplit.redaction import guarded
 
 OUT_OF_MEMORY = "its host was out of memory: give fewer --workers or a larger host"
@@ -43,16 +45,24 @@ Options = dict[str, Any]
 
 
 class _Host:
-    """An actor that holds one worker."""
+    """An actor that holds one worker, which several threads may call."""
 
     def __init__(self, factory: Callable[[], Worker[Any, Any]], observed: Observed) -> None:
         self._factory, self._observed = factory, observed
+        self._lock = threading.Lock()
+        self._worker: Worker[Any, Any] | None = None
 
-    def ready(self) -> None:
-        with stage_explained(self._observed.stage, None):
-            self._worker = guarded(lambda _: self._factory(), None)
+    def ready(self) -> str | None:
+        """Make the worker. Says once where it is, if it has a GPU."""
+        with self._lock:
+            if self._worker is not None:
+                return None
+            with stage_explained(self._observed.stage, None):
+                self._worker = guarded(lambda _: self._factory(), None)
+            return where_it_runs() if ray.get_gpu_ids() else None
 
     def run(self, item: Any) -> Any:
+        assert self._worker is not None, "`ready` has been called"
         return self._observed(self._worker, item)
 
 
@@ -85,6 +95,8 @@ class _Pool:
                 event = _event_of(slot, future, ready=ready)
                 if isinstance(event, Lost):
                     self._observed.lost(event.reason)
+                elif ready and isinstance(event, Ready) and future.result() is not None:
+                    self._observed.placed(future.result())
             except BaseException as error:  # Ray's own thread would swallow it
                 event = Failed(slot, error)
             self._events.put(event)
@@ -123,7 +135,7 @@ class TaskPool(_Pool):
 
 
 class ActorPool(_Pool):
-    """Each slot is an actor that holds one worker, named after the stage."""
+    """Each slot is a lane of an actor that holds one worker, named after the stage."""
 
     def __init__(
         self,
@@ -132,19 +144,38 @@ class ActorPool(_Pool):
         stage: str,
         room: Callable[[], int],
         options: Callable[[], Options],
+        lanes: int = 1,
     ) -> None:
         super().__init__(stage=stage, room=room, options=options)
-        self._host, self._factory = ray.remote(_Host), factory
+        self._host, self._factory, self._lanes = ray.remote(_Host), factory, lanes
+        self._num_workers = 1
         self._actors: dict[int, Any] = {}
         self._nonce = secrets.token_hex(3)  # several runs in one process must not share names
 
+    def room(self) -> int:
+        self._num_workers = self._room()
+        return self._num_workers * self._lanes
+
     def open(self) -> int:
         slot = next(self._names)
-        name = f"{self._stage} {self._nonce}-{slot}"
-        options = {"max_restarts": 0, "max_task_retries": 0, "name": name} | self._options()
-        actor = self._actors[slot] = self._host.options(**options).remote(self._factory, self._observed)
+        actor = self._actors[slot] = self._with_fewest_lanes() or self._made(slot)
         self._watch(slot, actor.ready.options(name=f"{self._stage} (start)").remote(), ready=True)
         return slot
+
+    def _with_fewest_lanes(self) -> Any:
+        """An actor with a free lane, once there are as many actors as there may be; else None."""
+        slots: dict[int, list[int]] = {}
+        for slot, actor in self._actors.items():
+            slots.setdefault(id(actor), []).append(slot)
+        fewest = min(slots.values(), key=len, default=[])
+        is_full = len(slots) < self._num_workers or len(fewest) >= self._lanes
+        return None if is_full else self._actors[fewest[0]]
+
+    def _made(self, slot: int) -> Any:
+        name = f"{self._stage} {self._nonce}-{slot}"
+        options = {"max_restarts": 0, "max_task_retries": 0, "name": name} | self._options()
+        options |= {"max_concurrency": self._lanes} if self._lanes > 1 else {}
+        return self._host.options(**options).remote(self._factory, self._observed)
 
     def start(self, slot: int, item: Any) -> None:
         self._watch(slot, self._actors[slot].run.options(name=self._stage).remote(item))
@@ -152,7 +183,7 @@ class ActorPool(_Pool):
     def close(self, slot: int) -> None:
         self._running.pop(slot, None)
         actor = self._actors.pop(slot, None)
-        if actor is not None:
+        if actor is not None and all(each is not actor for each in self._actors.values()):
             ray.kill(actor)  # an actor on an unreachable host may still run; does nothing to a dead one
 
 

@@ -101,9 +101,16 @@ class RayRunner:
         return self._dispatch(pool, items, stage=stage)
 
     def map_workers(
-        self, stage: str, factory: Callable[[], Worker[Item, Answer]], items: Sequence[Item]
+        self,
+        stage: str,
+        factory: Callable[[], Worker[Item, Answer]],
+        items: Sequence[Item],
+        *,
+        lanes: int = 1,
     ) -> Iterator[tuple[int, Answer]]:
-        pool = ActorPool(factory, stage=stage, room=lambda: self.num_workers, options=self._options)
+        pool = ActorPool(
+            factory, stage=stage, room=lambda: self.num_workers, options=self._options, lanes=lanes
+        )
         return self._dispatch(pool, items, stage=stage)
 
     def run_alone(

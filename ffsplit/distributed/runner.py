@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from contextvars import copy_context
 from types import TracebackType
 from typing import Protocol, TypeVar
 
@@ -57,9 +59,17 @@ class Runner(Protocol):
         ...
 
     def map_workers(
-        self, stage: str, factory: Callable[[], Worker[Item, Answer]], items: Sequence[Item]
+        self,
+        stage: str,
+        factory: Callable[[], Worker[Item, Answer]],
+        items: Sequence[Item],
+        *,
+        lanes: int = 1,
     ) -> Iterator[tuple[int, Answer]]:
-        """Distribute the items over workers that keep their state. The factory makes each worker once."""
+        """Distribute the items over workers that keep their state. The factory makes each worker once.
+
+        A worker is given up to `lanes` items at once, each in a thread of its own.
+        """
         ...
 
     def run_alone(
@@ -121,11 +131,32 @@ class SerialRunner:
             yield index, answer
 
     def map_workers(
-        self, stage: str, factory: Callable[[], Worker[Item, Answer]], items: Sequence[Item]
+        self,
+        stage: str,
+        factory: Callable[[], Worker[Item, Answer]],
+        items: Sequence[Item],
+        *,
+        lanes: int = 1,
     ) -> Iterator[tuple[int, Answer]]:
         with stage_explained(stage, None):
             worker = factory()
-        yield from self.map_tasks(stage, worker, items)
+        if lanes == 1:
+            yield from self.map_tasks(stage, worker, items)
+            return
+
+        def answer(item: Item) -> Answer:
+            with stage_explained(stage, item):
+                return worker(item)
+
+        threads = ThreadPoolExecutor(lanes)
+        try:
+            calls = {
+                threads.submit(copy_context().run, answer, item): index for index, item in enumerate(items)
+            }
+            for call in as_completed(calls):
+                yield calls[call], call.result()
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def run_alone(
         self,

@@ -73,7 +73,8 @@ class XIELU:
 
     def __call__(self, x: Tensor) -> Tensor:
         positive = functional.softplus(self.alpha_p) * x.square()
-        below = torch.minimum(x, torch.as_tensor(self.eps, dtype=x.dtype, device=x.device))
+        eps = self.eps.to(x.dtype) if isinstance(self.eps, Tensor) else x.new_full((), self.eps)
+        below = torch.minimum(x, eps)  # `new_full` fills on the device; a copy would wait for it
         negative = (self.beta + functional.softplus(self.alpha_n)) * (below.expm1() - x)
         return torch.where(x > 0, positive, negative) + self.beta * x
 

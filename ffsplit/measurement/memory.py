@@ -1,4 +1,4 @@
-"""Peak memory of loading and running a model, measured in a new process.
+"""Peak memory of loading and running a model: on a GPU by its allocator, on the CPU in a new process.
 
 `python -m ffsplit.measurement.memory DIRECTORY CLASS ROWS TOKENS DEVICE DTYPE OPTIONS` prints the bytes;
 OPTIONS is a JSON object of arguments for from_pretrained.
@@ -7,14 +7,17 @@ OPTIONS is a JSON object of arguments for from_pretrained.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from ffsplit.errors import FFSplitError
+from ffsplit.errors import FFSplitError, explained
 from ffsplit.models.load_options import attention_options, trusted
 
 PR_SET_PDEATHSIG = 1
@@ -28,9 +31,12 @@ def peak_memory_bytes(
     """Peak memory of one load and one forward pass at `shape`.
 
     On the CPU: peak resident memory above that of the process with its libraries loaded but no model. On
-    CUDA: the allocator's peak.
+    CUDA: the allocator's peak above what this process holds there.
     """
     options = {"trust_remote_code": trusted(), **attention_options()}
+    if device == "cuda":
+        with explained(f"measuring the memory of {directory} failed", kind=FFSplitError):
+            return _peak_on_gpu(directory, class_name, shape=shape, dtype=dtype, options=options)
     arguments = [str(directory), class_name, *map(str, shape), device, dtype, json.dumps(options)]
     command = [sys.executable, "-m", "ffsplit.measurement.memory", *arguments]
     try:
@@ -46,6 +52,39 @@ def peak_memory_bytes(
     return int(json.loads(done.stdout.splitlines()[-1]))
 
 
+def _peak_on_gpu(
+    directory: Path, class_name: str, *, shape: tuple[int, int], dtype: str, options: Mapping[str, Any]
+) -> int:
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    _run_once(directory, class_name, shape=shape, device="cuda", dtype=dtype, options=options)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _run_once(
+    directory: Path,
+    class_name: str,
+    *,
+    shape: tuple[int, int],
+    device: str,
+    dtype: str,
+    options: Mapping[str, Any],
+) -> None:
+    import torch
+
+    from ffsplit.measurement.latency import batches_allowed, example_inputs
+    from ffsplit.models.load import load_whole_model
+
+    model = load_whole_model(directory, class_name, dtype=getattr(torch, dtype), **options).to(device)
+    inputs = example_inputs(model, num_rows=shape[0], num_tokens=shape[1])
+    with torch.inference_mode(), batches_allowed(model):
+        model(**inputs)
+
+
 def _measure(
     directory: str,
     class_name: str,
@@ -55,21 +94,15 @@ def _measure(
     dtype: str,
     options: str,
 ) -> int:
-    import torch
+    from ffsplit.measurement import latency  # libraries are not the model's memory
+    from ffsplit.models.load import model_class
 
-    from ffsplit.measurement.latency import batches_allowed, example_inputs
-    from ffsplit.models.load import load_whole_model, model_class
-
-    where = Path(directory)
-    model_class(
-        class_name, where=where
-    )  # imports the modelling code, which does not count as the model's memory
+    assert latency
+    where, shape = Path(directory), (int(rows), int(tokens))
+    model_class(class_name, where=where)  # nor does the modelling code
     before = _resident_peak_bytes()
-    model = load_whole_model(where, class_name, dtype=getattr(torch, dtype), **json.loads(options)).to(device)
-    inputs = example_inputs(model, num_rows=int(rows), num_tokens=int(tokens))
-    with torch.inference_mode(), batches_allowed(model):
-        model(**inputs)
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident_peak_bytes() - before
+    _run_once(where, class_name, shape=shape, device=device, dtype=dtype, options=json.loads(options))
+    return _resident_peak_bytes() - before
 
 
 def _resident_peak_bytes() -> int:

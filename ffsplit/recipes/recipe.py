@@ -125,12 +125,12 @@ class Recipe(Record):
         calibration = self.calibration.reading(samples=samples, max_length=max_length)
         return self.model_copy(update={"calibration": calibration})
 
-    def settled(self, *, windows: bool, max_positions: int | None) -> Recipe:
+    def settled(self, *, windows: bool, max_positions: int | None, on_gpu: bool = False) -> Recipe:
         """This recipe, with calibration defaults for rows that are windows of running text, or not.
 
         `max_positions` None: no limit.
         """
-        calibration = self.calibration.settled(windows=windows, max_positions=max_positions)
+        calibration = self.calibration.settled(windows=windows, max_positions=max_positions, on_gpu=on_gpu)
         return self.model_copy(update={"calibration": calibration})
 
     def searching(self, search: bool) -> Recipe:

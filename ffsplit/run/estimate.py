@@ -85,7 +85,7 @@ def measurement_bytes(work: Workload, *, block_by_block: bool) -> int:
         held = 2 * work.outside_elements + work.block_elements
     else:
         held = int(work.num_elements * (1 + work.compressed_bytes / work.file_bytes))
-    logits = work.batch_tokens * work.num_logits * FLOAT32_BYTES * LOGIT_COPIES
+    logits = work.compared_tokens * work.num_logits * FLOAT32_BYTES * LOGIT_COPIES
     return process_bytes(work) + held * work.itemsize + _batch_bytes(work) + logits
 
 

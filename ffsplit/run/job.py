@@ -200,8 +200,8 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
         check_weighs_experts(origin)
     checkpoint = _reading(open_checkpoint(located.directory), config)
     windows = _reads_windows(checkpoint)
-    recipe = recipe.settled(windows=windows, max_positions=checkpoint.max_positions)
     in_bfloat16, on_gpu = ComputeProfile.fits_in_bfloat16(config), profile.device == "cuda"
+    recipe = recipe.settled(windows=windows, max_positions=checkpoint.max_positions, on_gpu=on_gpu)
     recipe = recipe.training(in_bfloat16=in_bfloat16, on_gpu=on_gpu, windows=windows)
     for ffn in checkpoint.ffns:
         check_activation(checkpoint.activation_of(ffn.index), ffn.activation_tensors)

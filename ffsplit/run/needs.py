@@ -271,7 +271,7 @@ def _too_little_memory(stage: StageNeeds, needs: Needs, work: Workload) -> str:
         smaller = f"a smaller sampled_tokens (now {settings.sampled_tokens})"
     elif stage.name in ("calibrate", "measure") and work.checkpoint.can_stream:
         dtype = "" if work.itemsize == 2 else "--dtype bfloat16, or "
-        smaller = f"{dtype}a smaller batch_tokens (now {settings.batch_tokens})"
+        smaller = f"{dtype}a smaller batch_tokens (now {settings.tokens_per_batch})"
     else:
         return f"{problem}: use a machine with more memory, or {KNOWN_BETTER}"
     return f"{problem}: give {smaller} in a copy of the recipe, or {KNOWN_BETTER}"

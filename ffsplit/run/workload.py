@@ -207,7 +207,13 @@ class Workload:
     @property
     def batch_tokens(self) -> int:
         settings = self.recipe.calibration
-        return max(settings.batch_tokens, settings.row_length)
+        return max(settings.tokens_per_batch, settings.row_length)
+
+    @property
+    def compared_tokens(self) -> int:
+        """Tokens of a batch where outputs are compared."""
+        settings = self.recipe.calibration
+        return max(settings.compared_tokens, settings.row_length)
 
     @property
     def shard_tokens(self) -> int:

@@ -255,6 +255,7 @@ class Measurements(Record):
     device: str
     dtype: str
     num_threads: int
+    seconds: dict[str, float] = Field(default={}, description="how long each part of the measurement took")
 
 
 class GateResult(Record):

@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from functools import cache
@@ -79,9 +80,35 @@ class Scratch(Record):
             key = self.key(file_name)
             store.put_file(key, path)
             entries.append(FileEntry(path=key, size_bytes=path.stat().st_size, sha256=sha256_file(path)))
-        result = Result(name=name, files=tuple(entries), facts=dict(facts))
+        return self.record(name, entries, facts=facts)
+
+    def put_each(
+        self, files: Iterable[tuple[str, Callable[[], bytes]]], *, num_threads: int
+    ) -> list[FileEntry]:
+        """Store files that are made in memory, and return them in order; a record must follow.
+
+        Each is made and stored in one of `num_threads` threads, and no more files than that wait.
+        """
+        store = _store(self.uri)
+
+        def put(file_name: str, make: Callable[[], bytes]) -> FileEntry:
+            key, data = self.key(file_name), make()
+            store.put_bytes(key, data)
+            return FileEntry(path=key, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+        entries: list[Future[FileEntry]] = []
+        with ThreadPoolExecutor(num_threads) as threads:
+            for file_name, make in files:
+                entries.append(threads.submit(put, file_name, make))
+                if len(entries) > 2 * num_threads:
+                    entries[-2 * num_threads].result()
+        return [each.result() for each in entries]
+
+    def record(self, name: str, files: Iterable[FileEntry], *, facts: Mapping[str, JsonValue]) -> Result:
+        """Write the record that makes stored files valid."""
+        result = Result(name=name, files=tuple(files), facts=dict(facts))
         record = result.model_dump_json().encode()
-        store.put_bytes(self.key(f"{name}.json"), record + b"\n" + _sha256(record))
+        _store(self.uri).put_bytes(self.key(f"{name}.json"), record + b"\n" + _sha256(record))
         return result
 
     def load(self, name: str) -> Result | None:

@@ -37,6 +37,18 @@ def test_rows_are_as_long_as_the_model_asks_for(
     assert settings.settled(windows=windows, max_positions=max_positions) == settings
 
 
+def test_batches_are_larger_on_gpus_unless_a_recipe_says_how_large() -> None:
+    """Where outputs are compared they are not: a large vocabulary's logits would take the memory."""
+
+    def settled(on_gpu: bool, **given: int) -> tuple[int, int]:
+        settings = CalibrationSettings(**given).settled(windows=True, max_positions=None, on_gpu=on_gpu)
+        return settings.tokens_per_batch, settings.compared_tokens
+
+    assert settled(False) == (4096, 4096)
+    assert settled(True) == (16384, 4096)
+    assert settled(True, batch_tokens=1024) == settled(False, batch_tokens=1024) == (1024, 1024)
+
+
 def test_a_causal_model_reads_windows_as_long_as_its_positions(
     small_job: SmallJob, checkpoint_of: Any, tmp_path: Path
 ) -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from ffsplit.calibration.hooks import Observed, Sampling, observe
 from ffsplit.calibration.readers import Reader, make_reader
 from ffsplit.calibration.sampling import MAX_SAMPLED_SHARDS, CalibrationSettings, shard
-from ffsplit.calibration.statistics_file import write_statistics
+from ffsplit.calibration.statistics import NeuronStats
+from ffsplit.calibration.statistics_file import statistics_bytes
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
-from ffsplit.directories import temporary_folder
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_base_model
@@ -26,6 +27,13 @@ from ffsplit.store.scratch import Result, Scratch
 
 if TYPE_CHECKING:
     from ffsplit.run.execution import Execution
+
+
+GPU_SAVING_THREADS = 8
+"""Threads that write a shard's files: a GPU reads a shard in less time than one thread writes it."""
+
+GPU_LANES = 3
+"""Shards that a worker on a GPU has in hand: one is in the model, the others are tokenized or written."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,11 @@ class CalibrationJob(Record):
     block_by_block: bool = False
     """Hold one block of the model at a time. The results are the same bytes."""
 
+    @property
+    def lanes(self) -> int:
+        """How many shards a worker has in hand at once."""
+        return GPU_LANES if self.profile.device == "cuda" and not self.block_by_block else 1
+
     def num_sampled(self, shard: int) -> int:
         """How many tokens of a shard have their FFN inputs sampled."""
         step = max(1, -(-self.num_shards // MAX_SAMPLED_SHARDS))
@@ -63,10 +76,14 @@ class CalibrationJob(Record):
 
 
 class CalibrationWorker:
-    """Holds the model, which is loaded for the first shard that is not finished yet."""
+    """Holds the model, which is loaded for the first shard that is not finished yet.
+
+    On a GPU several threads call it: while one shard is in the model, others are tokenized and written.
+    """
 
     def __init__(self, job: CalibrationJob) -> None:
         self._job = job
+        self._reading, self._running = threading.Lock(), threading.Lock()
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
@@ -76,7 +93,7 @@ class CalibrationWorker:
     def _reader(self) -> Reader:
         settings = self._job.settings
         return make_reader(
-            self._checkpoint, max_length=settings.row_length, batch_tokens=settings.batch_tokens
+            self._checkpoint, max_length=settings.row_length, batch_tokens=settings.tokens_per_batch
         )
 
     @cached_property
@@ -94,16 +111,17 @@ class CalibrationWorker:
 
     def _collect(self, shard: Shard) -> Result:
         job = self._job
-        rows = self._reader.encode(shard.rows)
-        num_tokens = self._reader.num_tokens(rows)
+        with self._reading:  # tokenizers do not allow two calls at once
+            rows = self._reader.encode(shard.rows)
+            num_tokens = self._reader.num_tokens(rows)
+            batches = list(self._reader.batches(rows))
         sampling = Sampling(partial(self._sampled, shard), num_tokens, len(rows))
-        observed = observe(
-            self._model,
-            self._checkpoint.ffns,
-            list(self._reader.batches(rows)),
-            sampling=sampling,
-            inputs_only=job.inputs_only,
-        )
+        with self._running:
+            observed: Iterable[Observed] = observe(
+                self._model, self._checkpoint.ffns, batches, sampling=sampling, inputs_only=job.inputs_only
+            )
+            if not job.block_by_block:  # else each block is run when its results are about to be saved
+                observed = list(observed)
         return self._save(shard, observed, num_tokens=sum(num_tokens.values()), num_rows=len(rows))
 
     def _sampled(self, shard: Shard, num_tokens: int) -> torch.Tensor:
@@ -113,24 +131,25 @@ class CalibrationWorker:
         return torch.randperm(num_tokens, generator=generator)[:count].sort().values
 
     def _save(self, shard: Shard, observed: Iterable[Observed], *, num_tokens: int, num_rows: int) -> Result:
-        with temporary_folder() as folder:
-            files = {}
-            statistics = []
+        statistics: list[NeuronStats | None] = []
+
+        def files() -> Iterator[tuple[str, Callable[[], bytes]]]:
             for index, (stats, inputs) in enumerate(observed):
                 statistics.append(stats)
                 if inputs is not None:
-                    path = folder / f"layer-{index:03d}.safetensors"
-                    save_file({each: tensor.contiguous() for each, tensor in inputs.items()}, path)
-                    files[f"inputs/{path.stem}/{shard.name}.safetensors"] = path
+                    tensors = {each: tensor.contiguous() for each, tensor in inputs.items()}
+                    yield f"inputs/layer-{index:03d}/{shard.name}.safetensors", partial(save, tensors)
             if not self._job.inputs_only:
-                path = folder / f"{shard.name}.parquet"
                 lineage = {**self._job.lineage, "shard": str(shard.index)}
-                write_statistics(path, tuple(each for each in statistics if each), lineage=lineage)
-                files = {path.name: path} | files
-            if not num_tokens:  # without a mask, every position is a token
-                num_tokens = max((each.num_tokens for each in statistics if each), default=0)
-            facts = {"index": shard.index, "num_tokens": num_tokens, "num_rows": num_rows}
-            return self._job.scratch.save(shard.name, files, facts=facts)
+                layers = tuple(each for each in statistics if each)
+                yield f"{shard.name}.parquet", partial(statistics_bytes, layers, lineage=lineage)
+
+        num_threads = GPU_SAVING_THREADS if self._job.profile.device == "cuda" else 1
+        entries = self._job.scratch.put_each(files(), num_threads=num_threads)
+        if not num_tokens:  # without a mask, every position is a token
+            num_tokens = max((each.num_tokens for each in statistics if each), default=0)
+        facts = {"index": shard.index, "num_tokens": num_tokens, "num_rows": num_rows}
+        return self._job.scratch.record(shard.name, entries, facts=facts)
 
 
 def calibrate(execution: Execution) -> list[Result]:
@@ -139,7 +158,8 @@ def calibrate(execution: Execution) -> list[Result]:
     if run.origin is not None:
         return sample_inputs(execution, execution.model, part="calibrate", key=run.keys.statistics)
     job, shards = _calibration(execution, execution.model, part="calibrate")
-    answers = execution.runner.map_workers("calibrate", partial(CalibrationWorker, job), shards)
+    factory = partial(CalibrationWorker, job)
+    answers = execution.runner.map_workers("calibrate", factory, shards, lanes=job.lanes)
     return execution.log.collect("calibrate", run.keys.statistics, len(shards), answers)
 
 
@@ -147,7 +167,8 @@ def sample_inputs(execution: Execution, model: ModelSource, *, part: str, key: s
     """Only the FFN inputs of the sampled tokens, of the original or of a compressed model."""
     job, shards = _calibration(execution, model, part=part, inputs_only=True)
     shards = [each for each in shards if job.num_sampled(each.index)]
-    answers = execution.runner.map_workers("sample", partial(CalibrationWorker, job), shards)
+    factory = partial(CalibrationWorker, job)
+    answers = execution.runner.map_workers("sample", factory, shards, lanes=job.lanes)
     return execution.log.collect("sample", key, len(shards), answers)
 
 

@@ -362,7 +362,7 @@ def heal_checkpoint(execution: Execution, settings: HealingSettings, compressed:
         rows=text.calibration,
         validation=(*text.validation, *text.own_validation) or text.held_out,
         max_length=calibration.row_length,
-        batch_tokens=calibration.batch_tokens,
+        batch_tokens=calibration.compared_tokens,
         seed=run.config.seed,
         settings=settings,
         quantization=run.recipe.after_healing,

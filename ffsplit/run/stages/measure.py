@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ffsplit import logs
 from ffsplit.calibration.readers import MediaReader, Reader, make_reader
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
@@ -83,8 +85,23 @@ def _measure(job: MeasureJob) -> Measurements:
     return empty.model_copy(update=measure(job, checkpoint, compressed))
 
 
+class Clock:
+    """How long each part took, from the end of the one before it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    def ended(self, part: str) -> None:
+        now = time.monotonic()
+        self.seconds[part] = round(now - self._since, 3)
+        self._since = now
+        logs.log("measured", part=part, seconds=self.seconds[part])
+
+
 def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
     """All measurements, with both models in memory."""
+    clock = Clock()
     directories = (checkpoint.directory, directory)
     dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
     (original, absent), (compressed, missing) = (
@@ -98,6 +115,7 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
     for model in (original, compressed):
         model.to(device)
         forget_caches(model)
+    clock.ended("loading")
     reader = _reader(job, checkpoint)
     encoded = reader.encode(job.held_out)
     batches = list(reader.batches(encoded))
@@ -109,6 +127,7 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
 
     on_device = (batch.to(device, dtype=dtype) for batch in batches)
     scores = fidelity(original, compressed, on_device, makes=checkpoint.compared_as) if batches else {}
+    clock.ended("fidelity")
     before = load_average()
     latency = paired_latency(
         original,
@@ -119,12 +138,16 @@ def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> d
         example=example if checkpoint.reads_jointly else None,
     )
     load = load_since(before)
+    clock.ended("latency")
     tasks: tuple[TaskScore, ...] = ()
     if job.evaluations:
         tasks = score_evaluations(job.evaluations, original, compressed, load_tokenizer(checkpoint))
+        clock.ended("tasks")
     del original, compressed
     peaks = (None, None) if checkpoint.reads_jointly else _peak_memory(job, checkpoint, directories)
+    clock.ended("peak memory")
     return {
+        "seconds": clock.seconds,
         "skipped": (NOT_MADE_UP,) if checkpoint.reads_jointly and job.settings.peak_memory else (),
         "fidelity": scores,
         "latency": latency,
@@ -193,11 +216,14 @@ def measure(execution: Execution, compressed: Path, layouts: tuple[LayerLayout, 
         held_out=execution.text.held_out,
         evaluations=run.evaluations,
         max_length=calibration.row_length,
-        batch_tokens=calibration.batch_tokens,
+        batch_tokens=calibration.compared_tokens,
         settings=run.measurement,
         speed_limits=speed_limits(run.gates),
         profile=run.profile,
         block_by_block=run.needs.measured_block_by_block,
     )
     with execution.log.stage("measure", stage_key("measure", {"run": run.keys.run}), num_items=1):
-        return execution.runner.run_alone("measure", measure_job, job, reserved=True)
+        found = execution.runner.run_alone("measure", measure_job, job, reserved=True)
+    if found.seconds:
+        execution.log.note(f"measure: {', '.join(f'{part} {s:.1f} s' for part, s in found.seconds.items())}")
+    return found

@@ -244,7 +244,7 @@ def search(
         candidates=(),
         groups=groups,
         max_length=settings.row_length,
-        batch_tokens=settings.batch_tokens,
+        batch_tokens=settings.compared_tokens,
         profile=run.profile,
     )
 
