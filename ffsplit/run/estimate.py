@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ffsplit.calibration.mixture import OwnRows
 from ffsplit.calibration.sampling import TextSample
 from ffsplit.compressors.base import CHUNK_TOKENS, FLOAT32_BYTES
 from ffsplit.compute_profile import ComputeProfile
@@ -222,6 +223,7 @@ def holds_both(
         recipe=recipe,
         layouts=layouts,
         text=TextSample((), (), True, ""),
+        own=OwnRows(),
         itemsize=ITEM_SIZES[profile.dtype],
         is_one_process=config.runner == "serial",
     )

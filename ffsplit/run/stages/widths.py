@@ -331,7 +331,7 @@ def measure_tables(
         around=None,
         rows=rows,
         max_length=run.recipe.calibration.row_length,
-        batch_tokens=run.recipe.calibration.batch_tokens,
+        batch_tokens=run.recipe.calibration.compared_tokens,
         scratch=execution.scratch.part("tables/alone"),
         profile=run.profile,
     )
