@@ -40,6 +40,11 @@ class CalibrationSettings(Record):
     max_tokens: int | None = Field(
         default=262144, ge=1, description="upper limit on tokens; rows beyond it are left out"
     )
+    max_tokens_on_gpu: int | None = Field(
+        default=None,
+        ge=1,
+        description="the same for causal language models on GPUs; by default as elsewhere",
+    )
     max_length: int | None = Field(
         default=None,
         ge=1,
@@ -71,7 +76,9 @@ class CalibrationSettings(Record):
 
     def reading(self, *, samples: int | None, max_length: int | None) -> CalibrationSettings:
         """These settings with the given values. A given number of rows has no limit on tokens."""
-        changes: dict[str, int | None] = {} if samples is None else {"samples": samples, "max_tokens": None}
+        changes: dict[str, int | None] = {}
+        if samples is not None:
+            changes = {"samples": samples, "max_tokens": None, "max_tokens_on_gpu": None}
         if max_length is not None:
             changes["max_length"] = max_length
         return self.model_copy(update=changes)
@@ -89,7 +96,12 @@ class CalibrationSettings(Record):
             length = length if max_positions is None else min(length, max_positions)
         rows = self.shard_size or max(1, SHARD_TOKENS // length)
         batch = self.batch_tokens or (GPU_BATCH_TOKENS if on_gpu else CPU_BATCH_TOKENS)
-        return self.model_copy(update={"max_length": length, "shard_size": rows, "batch_tokens": batch})
+        changes: dict[str, object] = {"max_length": length, "shard_size": rows, "batch_tokens": batch}
+        if not windows:
+            changes["own_share"] = 0.0
+        if windows and on_gpu and self.max_tokens_on_gpu is not None:
+            changes["max_tokens"] = self.max_tokens_on_gpu
+        return self.model_copy(update=changes)
 
     @property
     def most_rows(self) -> int:

@@ -73,6 +73,8 @@ class HealingState:
         return state
 
 
+BETAS = {False: (0.9, 0.99), True: (0.9, 0.95)}
+"""Adam's, of encoders and of causal language models (benchmarks/quality-tried.md)."""
 ENCODER_RATE = 2.0
 """The factor on the learning rate for an encoder."""
 WRITING_SHARE = 10
@@ -121,10 +123,18 @@ def heal(
     paths of their blocks; weights, moments and states are then those of the process's part.
     """
     device = next(student.parameters()).device
+    on_gpu = device.type == "cuda"
     accelerator = fresh_accelerator(settings, device)
     weights = trainable_weights(student)
     batch = data.first_batch().to(device)
-    distance = Distance.of(student, teacher, batch, makes=makes)
+    distance = Distance.of(
+        student,
+        teacher,
+        batch,
+        makes=makes,
+        text_share=settings.text_share,
+        states_weight=settings.states_weight,
+    )
     training: Training
     if blocks is None:
         training = Distillation(distance, weights, team or Alone())
@@ -137,7 +147,7 @@ def heal(
         )
         weights = training.weights
     optimizer = torch.optim.AdamW(
-        list(weights.values()), betas=(0.9, 0.99), weight_decay=0.0, fused=device.type == "cuda"
+        list(weights.values()), betas=BETAS[makes == "next_tokens"], weight_decay=0.0, fused=on_gpu
     )
     optimizer = accelerator.prepare(optimizer)
     state = resume(weights, optimizer)

@@ -18,6 +18,8 @@ from ffsplit.models.names import base_of
 
 CHUNK_LOGITS = 1 << 26
 """Logits of a vocabulary that are computed at once: 256 MiB in float32."""
+NO_LABEL = -100
+"""Of a token that none follows, the last of its row."""
 SAME_LOGITS = 1e-3
 """Relative to the largest: how far the head's logits may be from the model's own, in any dtype."""
 
@@ -30,18 +32,35 @@ class Distance:
     nats. Their logits are computed from the last states in chunks of tokens, so that a large vocabulary is
     never the memory peak; `has_heads` is false for a model that changes the logits of its head, whose logits
     are computed all at once.
+
+    What is minimised for a causal language model may be more than the distance: `text_share` of it is the
+    cross entropy of the text itself, and `states_weight` times |s - t|^2 / |t|^2 of the last states is added
+    where they are at hand.
     """
 
     student: Any
     teacher: Any
     makes: Makes
     has_heads: bool
+    text_share: float = 0.0
+    states_weight: float = 0.0
 
     @classmethod
-    def of(cls, student: Any, teacher: Any, batch: Batch, *, makes: Makes) -> Distance:
+    def of(
+        cls,
+        student: Any,
+        teacher: Any,
+        batch: Batch,
+        *,
+        makes: Makes,
+        text_share: float = 0.0,
+        states_weight: float = 0.0,
+    ) -> Distance:
         """A distance that was tried on a batch."""
-        has_heads = makes == "next_tokens" and head_makes_logits(teacher, batch)
-        return cls(student, teacher, makes, has_heads)
+        if makes != "next_tokens":
+            return cls(student, teacher, makes, has_heads=False)
+        has_heads = head_makes_logits(teacher, batch)
+        return cls(student, teacher, makes, has_heads, text_share, states_weight)
 
     def outputs(self, model: Any, batch: Batch) -> Tensor:
         """What is compared, or what its logits are computed from, for the batch's tokens: [T, D]."""
@@ -56,14 +75,15 @@ class Distance:
         return torch.tensor(float(len(target_TD)), device=target_TD.device)
 
     def backward(self, batch: Batch, target_TD: Tensor, *, factor: Tensor, accelerator: Any) -> None:
-        """Add the gradient of the distance times its weight times `factor` to the student's weights.
+        """Add the gradient of what is minimised, times its weight times `factor`, to the student's weights.
 
         `target_TD` are the teacher's `outputs` for the batch.
         """
+        labels_T = next_tokens(batch) if self.text_share else None
         with accelerator.autocast():
             found_TD = self.outputs(self.student, batch)
         if not self.has_heads:
-            accelerator.backward(self._sum(found_TD, target_TD) * factor)
+            accelerator.backward(self._minimised(found_TD, target_TD, labels_T) * factor)
             return
         leaf_TD = found_TD.detach().requires_grad_()
         *most, last = self._chunks(target_TD)
@@ -74,8 +94,14 @@ class Distance:
                     student_TV = student_head(leaf_TD[part])
                 with torch.no_grad():
                     teacher_TV = teacher_head(target_TD[part])
-                accelerator.backward(self._sum(student_TV, teacher_TV) * factor)
-        torch.autograd.backward(found_TD, leaf_TD.grad)
+                labels = None if labels_T is None else labels_T[part]
+                accelerator.backward(self._minimised(student_TV, teacher_TV, labels) * factor)
+        gradient_TD = leaf_TD.grad
+        assert gradient_TD is not None, "the head reads the states"
+        if self.states_weight:
+            scale = 2 * self.states_weight * factor / target_TD.float().square().sum(-1).mean()
+            gradient_TD += (scale * (found_TD.detach().float() - target_TD.float())).to(gradient_TD.dtype)
+        torch.autograd.backward(found_TD, gradient_TD)
 
     @torch.no_grad()
     def totals(self, batches: Sequence[Batch]) -> tuple[float, float]:
@@ -115,6 +141,14 @@ class Distance:
         log_teacher = functional.log_softmax(teacher.float(), dim=-1)
         return functional.kl_div(log_student, log_teacher, log_target=True, reduction="sum")
 
+    def _minimised(self, student: Tensor, teacher: Tensor, labels_T: Tensor | None) -> Tensor:
+        """What is minimised of some tokens' outputs, times its weight, but for the states' part."""
+        distance = self._sum(student, teacher)
+        if labels_T is None:
+            return distance
+        text = functional.cross_entropy(student.float(), labels_T, ignore_index=NO_LABEL, reduction="sum")
+        return (1 - self.text_share) * distance + self.text_share * text
+
     @contextmanager
     def _whole_heads(self) -> Iterator[tuple[Any, Any]]:
         heads = self.student.get_output_embeddings(), self.teacher.get_output_embeddings()
@@ -143,6 +177,14 @@ def add_up_gradients(module: Any, *, now: bool) -> None:
     """Add up a divided module's gradients over the processes in the next backward pass, or keep them."""
     if hasattr(module, "set_requires_gradient_sync"):
         module.set_requires_gradient_sync(now)
+
+
+def next_tokens(batch: Batch) -> Tensor:
+    """The id of the token that follows each of the batch's tokens, or NO_LABEL: [T]."""
+    is_token = batch.attention_mask.bool()
+    following = torch.full_like(batch.input_ids, NO_LABEL)
+    following[:, :-1] = torch.where(is_token[:, 1:], batch.input_ids[:, 1:], NO_LABEL)
+    return following[is_token]
 
 
 def last_states(model: Any, batch: Batch) -> Tensor:

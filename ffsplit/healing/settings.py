@@ -35,6 +35,17 @@ class HealingSettings(Record):
         description="at its peak, for steps of 2,048 tokens; it grows with the square root of their number. "
         "For an encoder twice that, or less if it is close to its original",
     )
+    text_share: float = Field(
+        default=0.1,
+        ge=0,
+        lt=1,
+        description="of what a causal language model minimises: the cross entropy of the text itself",
+    )
+    states_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="of the last states' relative squared error, which a causal language model minimises too",
+    )
     warm_up: float = Field(default=0.1, ge=0, lt=1, description="share of all steps")
     max_gradient_norm: float = Field(default=1.0, gt=0)
     evaluations: int = Field(default=2, ge=1)
