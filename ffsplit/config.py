@@ -102,10 +102,10 @@ class JobConfig(Record):
         default=None, description="an earlier run of this model, whose statistics are reused"
     )
     calibration: Annotated[tuple[str, ...], Flag("SPEC")] = Field(
-        default=("builtin:pydoc",),
+        default=("builtin:text",),
         min_length=1,
         description="file.txt, file.jsonl#field, file.csv#column, file.tsv#column, file.parquet#column, "
-        "hf:dataset[:config]#column@split or builtin:pydoc (the default); may be repeated. "
+        "hf:dataset[:config]#column@split, builtin:text (the default) or builtin:pydoc; may be repeated. "
         "Pictures, sound and videos, alone or with texts (experimental): docs/calibration-text.md",
     )
     eval: Annotated[tuple[str, ...], Flag("SPEC", compress_only=True)] = Field(
