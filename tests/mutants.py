@@ -58,6 +58,18 @@ MUTANTS = (
         'if recipe.allocation == "search" else 0',
         "tests/run/stages/test_heal.py::test_healing_sees_no_held_out_row",
     ),
+    Mutant(
+        "run/checks.py",
+        "if share < LEAST_KNOWN",
+        "if share > LEAST_KNOWN",
+        "tests/run/test_calibration_text.py::test_a_task_of_other_words_is_named",
+    ),
+    Mutant(
+        "calibration/builtin_text.py",
+        "[*documentation, *docstrings(), *everyday(NUM_EVERYDAY)]",
+        "[*documentation, *docstrings()]",
+        "tests/calibration/test_builtin_text.py::test_the_default_text_has_every_part_and_no_sentence_twice",
+    ),
     # run/stages
     Mutant(
         "run/stages/heal.py",

@@ -75,7 +75,7 @@ def test_a_stage_key_changes_with_each_of_its_inputs(monkeypatch: pytest.MonkeyP
 
 def test_the_defaults() -> None:
     job = JobConfig.checked(model="m", out="o")
-    assert (job.recipe, job.keep, job.calibration, job.seed) == ("fast", None, ("builtin:pydoc",), 0)
+    assert (job.recipe, job.keep, job.calibration, job.seed) == ("fast", None, ("builtin:text",), 0)
     assert job.eval == ()
     assert (job.runner, job.device, job.dtype, job.fresh) == ("ray", "auto", "auto", False)
     assert JobConfig.model_validate_json(job.model_dump_json()) == job

@@ -1,4 +1,4 @@
-"""Texts to calibrate on, read from a file, the Hugging Face hub or Python's own documentation.
+"""Texts to calibrate on, read from a file, the Hugging Face hub or what Python and this package ship.
 
 A source is named by one string, the SPEC of `--calibration`; the forms are listed in `FORMS`.
 """
@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from ffsplit.calibration.builtin_text import BUILTINS
 from ffsplit.errors import ConfigError, explained, reason_of
 
 # Text files: lines, and the rows of .csv, .tsv and .jsonl. Errors name file and line.
@@ -153,7 +154,7 @@ def checked_text(where: str, field: str, value: object) -> str:
 
 FORMS = (
     "file.txt, file.jsonl#field, file.csv#column, file.tsv#column, file.parquet#column, "
-    "hf:dataset[:config]#column@split, builtin:pydoc"
+    "hf:dataset[:config]#column@split, builtin:text, builtin:pydoc"
 )
 
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]+):(.*)", re.DOTALL)  # two characters at least: C:\ is a drive
@@ -281,40 +282,13 @@ def _strings(spec: str, column: str, values: Sequence[object]) -> list[str]:
 
 
 def _read_builtin(spec: str, name: str) -> list[str]:
-    if name != "pydoc":
-        raise source_error(spec, f"unknown builtin {name!r}; the only one is builtin:pydoc")
+    if name not in BUILTINS:
+        known = " and ".join(f"builtin:{each}" for each in BUILTINS)
+        raise source_error(spec, f"unknown builtin {name!r}; there are {known}")
     try:
-        from pydoc_data.topics import topics
+        return BUILTINS[name]()
     except ImportError:
         raise source_error(spec, "this Python came without pydoc_data; name a file") from None
-    sentences = (sentence for _, topic in sorted(topics.items()) for sentence in _prose(topic))
-    return list(dict.fromkeys(sentences))  # topics quote one another
-
-
-_NOT_PROSE = re.compile(r"::=|>>>|\{\w*\}|  #|^\s*([+|#]|[*=\-~^]{3,}\s*$|(def|class|import) )", re.M)
-_NEXT_ITEM = re.compile(r"\n(?=\s*(?:[*-]|\d+\.)\s)")
-_PREFIX = re.compile(r"^([*-]|\d+\.|\[\d+\]|\w+ (in|since) version [\d.]+\w*[:,])\s+")
-_MARKUP = re.compile(r"\s\[\d+\]|(?<!\w)\*+(?=\w)|(?<=\w)\*+(?!\w)|[\"`]")
-_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+(?=[A-Z])")
-_WORD = re.compile(r"[(“]?[A-Za-z]+(?:['\u2019-][A-Za-z]+)*[)”]?[.,;:!?]?")
-
-
-def _prose(topic: str) -> Iterator[str]:
-    """The English sentences of one topic: no titles, code, tables, grammar or markup."""
-    for block in re.split(r"\n\s*\n", topic):
-        if _NOT_PROSE.search(block):
-            continue
-        for item in _NEXT_ITEM.split(block):
-            joined = re.sub(r"(?<=\w)-\n\s*(?=\w)", "-", item.strip())
-            paragraph = " ".join(_MARKUP.sub("", _PREFIX.sub("", joined)).split())
-            yield from filter(_is_prose, _SENTENCE_END.split(paragraph))
-
-
-def _is_prose(sentence: str) -> bool:
-    """Six words at least, three in four of them plain English, and a full stop or colon at the end."""
-    words = sentence.split()
-    num_plain = sum(_WORD.fullmatch(word) is not None for word in words)
-    return len(words) >= 6 and num_plain >= 0.75 * len(words) and bool(re.search(r"[.!?:][)”]?$", sentence))
 
 
 _SUFFIXES: dict[str, Callable[[str, Path, str], list[str]]] = {

@@ -56,7 +56,7 @@ def job_config(parsed: argparse.Namespace) -> JobConfig:
 
 def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> int:
     """Print what a run would need, then raise ConfigError if it cannot be done."""
-    from ffsplit.run.checks import check_rows
+    from ffsplit.run.checks import check_rows, default_text, far_from_evaluation
     from ffsplit.run.job import prepare
 
     run = prepare(config, kind=kind)
@@ -67,6 +67,9 @@ def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> in
         from ffsplit.cli.tables import print_needs
 
         print_needs(run.needs, asked=config.workers if config.runner == "ray" else None)
+        for note in (default_text(run), *far_from_evaluation(run)):
+            if note is not None:
+                print(note)
     run.needs.check()
     return DONE
 

@@ -281,7 +281,8 @@ def test_an_empty_spec() -> None:
 
 
 def test_an_unknown_builtin() -> None:
-    assert error_of("builtin:x") == "builtin:x: unknown builtin 'x'; the only one is builtin:pydoc"
+    known = "there are builtin:text and builtin:pydoc"
+    assert error_of("builtin:x") == f"builtin:x: unknown builtin 'x'; {known}"
 
 
 class FakeDataset(dict[str, list[object]]):
@@ -330,58 +331,3 @@ def test_hub_errors(hub: list[tuple[object, ...]]) -> None:
     assert error_of(spec) == f"{spec}: there is no column 'x'; the columns there are 'text', 'label'"
     spec = "hf:imdb#label@train"
     assert error_of(spec) == f"{spec}: column 'label' holds int, not text; name another"
-
-
-# ---- builtin:pydoc -------------------------------------------------------------------------------
-
-
-def test_pydoc_gives_over_a_thousand_distinct_sentences_each_time_the_same() -> None:
-    texts = read_texts("builtin:pydoc")
-    assert len(texts) == len(set(texts)) > 1_000
-    assert texts == read_texts("builtin:pydoc")
-    assert all(len(text.split()) >= 6 and text == " ".join(text.split()) for text in texts)
-    assert not any(mark in text for text in texts for mark in ("::=", ">>>", '"', "`", "+--", "****"))
-
-
-def test_pydoc_keeps_prose_and_drops_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    topic = """The "x" statement of this language here.
-***************************************
-
-It is a *very* plain statement, e.g. \"assert\", which is left-
-hand.  Here is another sentence about nothing [3].  Too short.
-
-   stmt ::= "The x statement is followed by a word."
-
-   >>> print("This is code that reads like an English sentence.")
-
-   # This is a comment that reads like an English sentence.
-   x = 1
-
-+--------------------+
-| This is a table row with quite a few words in it. |
-
-* The first item of a list of two.
-* The second item of the list of two.
-
-Changed in version 3.8: The items of the list were swapped.
-
-   x = a + b * c / d - e.
-"""
-    module = ModuleType("pydoc_data.topics")
-    monkeypatch.setattr(
-        module, "topics", {"b": topic, "a": "Topics are read by the order of their names."}, raising=False
-    )
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", module)
-    assert read_texts("builtin:pydoc") == [
-        "Topics are read by the order of their names.",
-        "It is a very plain statement, e.g. assert, which is left-hand.",
-        "Here is another sentence about nothing.",
-        "The first item of a list of two.",
-        "The second item of the list of two.",
-        "The items of the list were swapped.",
-    ]
-
-
-def test_a_python_without_pydoc_data(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    assert error_of("builtin:pydoc") == "builtin:pydoc: this Python came without pydoc_data; name a file"

@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
+from ffsplit.calibration.model_inputs import TOKENIZED_ROWS
 from ffsplit.config import Record
 from ffsplit.errors import FFSplitError, explained
 from ffsplit.measurement.tasks import AnyTask
 from ffsplit.measurement.tasks.base import Score, task_error
 from ffsplit.models.checkpoint import Checkpoint
+from ffsplit.models.load import quiet_transformers
 from ffsplit.store.manifest import TaskScore
 
 # How much of the evaluation text is in the calibration set.
@@ -41,6 +43,26 @@ def count_overlap(texts: Iterable[str], calibration: Iterable[str], *, running: 
     else:
         wanted = {_normal(text) for text in texts}
     return len(wanted & known)
+
+
+def share_known(
+    texts: Sequence[str], calibration: Sequence[str], *, tokenizer: Any, max_length: int
+) -> float:
+    """The share of the texts' tokens that occur in the calibration rows, as a model reads them: in [0, 1].
+
+    1 if the texts have no token but special ones.
+    """
+    special = set(tokenizer.all_special_ids)
+
+    def tokens(rows: Sequence[str], **cut: Any) -> Iterator[int]:
+        for start in range(0, len(rows), TOKENIZED_ROWS):
+            with quiet_transformers():  # it would warn that a text is longer than the model reads
+                encoded = tokenizer(list(rows[start : start + TOKENIZED_ROWS]), **cut)["input_ids"]
+            yield from (token for ids in encoded for token in ids if token not in special)
+
+    known = set(tokens(calibration, truncation=True, max_length=max_length))
+    seen = [token in known for token in tokens(texts)]
+    return sum(seen) / len(seen) if seen else 1.0
 
 
 def _sentences(text: str) -> Iterator[str]:

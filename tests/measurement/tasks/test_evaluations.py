@@ -19,6 +19,7 @@ from ffsplit.measurement.tasks.evaluations import (
     key_inputs,
     read_tasks,
     score_evaluations,
+    share_known,
 )
 from ffsplit.models.checkpoint import Checkpoint
 from tests.measurement.tasks.conftest import LoadedFactory
@@ -68,6 +69,20 @@ def test_a_spec_given_twice_counts_once(loaded: LoadedFactory, pairs: Path) -> N
 def test_sentences_seen_in_calibration_are_counted(loaded: LoadedFactory, pairs: Path) -> None:
     (found,) = read(f"sts:{pairs}", loaded("bert").checkpoint, calibration=("At home", "many years", "other"))
     assert found.overlap_with_calibration == 2
+
+
+def test_the_share_of_tokens_that_calibration_has(loaded: LoadedFactory) -> None:
+    tokenizer = loaded("bert").tokenizer
+
+    def share(*calibration: str, max_length: int = 16) -> float:
+        texts = ("the people the", "many years")
+        return share_known(texts, calibration, tokenizer=tokenizer, max_length=max_length)
+
+    assert share("the people", "years many") == 1
+    assert share("the") == 2 / 5  # each occurrence counts
+    assert share("home", "") == 0  # special tokens do not
+    assert share("home the people", max_length=3) == 0, "what a row is cut to counts"
+    assert share_known((), ("home",), tokenizer=tokenizer, max_length=8) == 1
 
 
 def test_scores_of_both_models(loaded: LoadedFactory, pairs: Path) -> None:
