@@ -106,7 +106,7 @@ class JobConfig(Record):
         min_length=1,
         description="file.txt, file.jsonl#field, file.csv#column, file.tsv#column, file.parquet#column, "
         "hf:dataset[:config]#column@split, builtin:text (the default) or builtin:pydoc; self:4M is that many "
-        "tokens that a causal language model writes itself; may be repeated, with shares, as in file.txt:0.5. "
+        "tokens that a causal language model writes itself; may be repeated, with shares: file.txt:0.5. "
         "Pictures, sound and videos, alone or with texts (experimental): docs/calibration-text.md",
     )
     eval: Annotated[tuple[str, ...], Flag("SPEC", compress_only=True)] = Field(

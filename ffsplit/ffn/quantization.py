@@ -1,7 +1,8 @@
 """Integer grids: matrices as int8, or as two 4-bit integers per byte, with bfloat16 scales.
 
 Names follow compressed-tensors: `weight` [rows, columns] or packed, `weight_scale` [rows, groups].
-Grids are symmetric, so there are no zero points.
+Grids are symmetric, so there are no zero points. A 4-bit grid may reach to -8, and its scale may be negative:
+then a group's largest magnitude takes the 16th integer, whatever its sign.
 
 A scale needs range, not precision: weights are rounded to the grid of the stored scale, so a coarse scale
 costs nothing. bfloat16 has the range of float32 in two bytes. float16 ends at 6e-5, where rows of small
@@ -16,6 +17,11 @@ import torch
 from torch import Tensor
 
 SCALE_DTYPE = torch.bfloat16
+
+
+def integer_limits(num_bits: int) -> tuple[int, int]:
+    """The lowest and the highest integer: all 16 of 4 bits; with 8 bits as many on both sides of 0."""
+    return (-8, 7) if num_bits == 4 else (-127, 127)
 
 
 def scales_of(weight: Tensor, *, num_bits: int, group_size: int | None) -> Tensor:
@@ -39,14 +45,21 @@ def quantize_rows(
 ) -> dict[str, Tensor]:
     """Round a matrix [rows, columns] to the grid of its scales [rows, groups].
 
-    Returns `weight`, int8, or uint8 with two values per byte for 4 bits, and `weight_scale`.
+    Returns them as `stored_integers` does.
     """
     limit = 2 ** (num_bits - 1) - 1
-    values = (
-        (weight.float() / _spread(weight_scale, weight.shape[1], group_size)).round().clamp(-limit, limit)
-    )
-    integers = values.to(torch.int8)
-    return {"weight": pack_nibbles(integers) if num_bits == 4 else integers, "weight_scale": weight_scale}
+    scale = spread_scales(weight_scale, num_columns=weight.shape[1], group_size=group_size)
+    integers = (weight.float() / scale).round().clamp(-limit, limit)
+    return stored_integers(integers, weight_scale, num_bits=num_bits)
+
+
+def stored_integers(integers: Tensor, weight_scale: Tensor, *, num_bits: int) -> dict[str, Tensor]:
+    """A matrix of integers [rows, columns] in any type, and its scales [rows, groups], as they are stored.
+
+    Returns `weight`, int8, or uint8 with two values per byte for 4 bits, and `weight_scale`.
+    """
+    narrow = integers.to(torch.int8)
+    return {"weight": pack_nibbles(narrow) if num_bits == 4 else narrow, "weight_scale": weight_scale}
 
 
 def dequantize(
@@ -63,14 +76,9 @@ def dequantize(
     weight, scale = tensors["weight"], tensors["weight_scale"]
     integers = unpack_nibbles(weight, num_columns) if weight.dtype == torch.uint8 else weight
     wide = torch.float32 if dtype == torch.float16 else dtype
-    return (integers.to(wide) * _spread(scale, num_columns, group_size).to(wide)).to(dtype)
-
-
-def fake_round(weight: Tensor, weight_scale: Tensor, *, num_bits: int) -> Tensor:
-    """A matrix rounded to the grid of one scale per row, in floating point."""
-    limit = 2 ** (num_bits - 1) - 1
-    scale = weight_scale.to(weight.dtype)
-    return (weight / scale).round().clamp(-limit, limit) * scale
+    return (
+        integers.to(wide) * spread_scales(scale, num_columns=num_columns, group_size=group_size).to(wide)
+    ).to(dtype)
 
 
 def fake_quantize(weight: Tensor, *, num_bits: int, group_size: int | None) -> Tensor:
@@ -83,7 +91,7 @@ def fake_quantize(weight: Tensor, *, num_bits: int, group_size: int | None) -> T
     return weight + change
 
 
-def _spread(weight_scale: Tensor, num_columns: int, group_size: int | None) -> Tensor:
+def spread_scales(weight_scale: Tensor, *, num_columns: int, group_size: int | None) -> Tensor:
     """One scale per column, float32; a single scale per row is left to broadcast."""
     if group_size is None or weight_scale.shape[1] == 1:
         return weight_scale.float()

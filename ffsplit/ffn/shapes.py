@@ -174,6 +174,10 @@ class LayerLayout(Record):
         """One dense part: the form of an ordinary FFN, perhaps with fewer neurons."""
         return len(self.parts) == 1 and self.parts[0].is_dense
 
+    def is_whole(self, shape: FFNShape) -> bool:
+        """Whether nothing was done to the FFN: it has all its neurons, as they were."""
+        return self.folded == LayerLayout.dense(shape)
+
     @property
     def can_fold(self) -> bool:
         """Whether a checkpoint stores both parts as one: their matrices share a format that allows it.

@@ -15,6 +15,7 @@ from ffsplit.compressors import AnyCompressor, DistillCompressor, QuantizeCompre
 from ffsplit.config import Record, describe_validation_error
 from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, explained, reason_of
+from ffsplit.ffn.shapes import FFNShape, LayerLayout
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.splitting.scores import ScoreName
 from ffsplit.splitting.solver import HeavyRule
@@ -105,6 +106,20 @@ class Recipe(Record):
         if self.linears != "kept" and self.after_healing is None:
             raise ValueError("linears: int8 needs after_healing, which quantizes the FFNs")
         return self
+
+    @property
+    def healed_for(self) -> QuantizeCompressor | None:
+        """The integers that healing rounds to. GPTQ chooses its own, so it starts from unrounded weights."""
+        last = self.after_healing
+        return None if last is None or last.method == "gptq" else last
+
+    def samples_again(self, layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape]) -> bool:
+        """Whether `after_healing` uses inputs, and the FFNs have others by then than in the original.
+
+        `layouts` are those before it.
+        """
+        is_original = self.healing is None and all(map(LayerLayout.is_whole, layouts, shapes))
+        return self.after_healing is not None and self.after_healing.method == "gptq" and not is_original
 
     def _rules(self) -> list[HeavyRule]:
         rules: list[HeavyRule] = []

@@ -112,7 +112,8 @@ class Disk:
             state = self._healing_state  # one stays until the next is written
             yield state + max(state, work.compressed_bytes)
         if work.recipe.after_healing is not None:
-            yield self.layers
+            samples_again = work.recipe.samples_again(work.layouts, work.checkpoint.shapes)
+            yield self.layers + (self.inputs if samples_again else 0)
         if self.is_spread:
             yield sum(self._handed_over())
 

@@ -233,7 +233,7 @@ def _layers(run: Run, outcome: Outcome) -> list[LayerRecord]:
             LayerRecord(
                 layer=layer,
                 layout=layout,
-                num_heavy_hitters=len(plan.heavy_neurons) if plan is not None else 0,
+                num_heavy_hitters=plan.num_heavy_hitters if plan is not None else 0,
                 num_elements=layout.num_elements(shape),
                 size_bytes=layout.size_bytes(shape, itemsize),
                 relative_error=outcome.errors[layer] if outcome.errors else None,

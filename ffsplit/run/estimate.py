@@ -77,6 +77,8 @@ def compression_bytes(work: Workload) -> int:
     chunk = min(tokens, CHUNK_TOKENS) * (4 * shape.num_neurons + 4 * shape.hidden_size) * FLOAT32_BYTES
     steps = (*work.recipe.steps, *work.recipe.refits)
     most = max((step.memory_bytes(work.of_layer) for step in steps), default=0)
+    if (last := work.recipe.after_healing) is not None:
+        most = max(most, last.memory_bytes(work.of_layer))
     return process_bytes(work) + weights + inputs + chunk + most
 
 
@@ -139,6 +141,8 @@ def generation_seconds(work: Workload, *, rows: int, workers: int, speed: float)
 def compression_seconds(work: Workload, *, workers: int, speed: float) -> float:
     passes = 2 * work.shape.num_elements * work.sampled_tokens * (1 + work.kept) * 3
     layer = passes + sum(step.operations(work.of_layer) for step in work.recipe.steps)
+    if (last := work.recipe.after_healing) is not None:
+        layer += last.operations(work.of_layer)
     return layer * work.num_ffns / (speed * min(workers, work.num_ffns))
 
 

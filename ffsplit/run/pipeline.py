@@ -14,6 +14,7 @@ from ffsplit.distributed import make_runner
 from ffsplit.distributed.runner import Runner
 from ffsplit.errors import begun
 from ffsplit.ffn.shapes import LayerLayout
+from ffsplit.keys import stage_key
 from ffsplit.measurement.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.folder import left_out_in_one_line
@@ -26,7 +27,7 @@ from ffsplit.run.documents import Outcome, experts_record, write_documents
 from ffsplit.run.execution import Execution, start
 from ffsplit.run.job import Run, would_search
 from ffsplit.run.needs import in_one_line
-from ffsplit.run.stages.calibrate import calibrate
+from ffsplit.run.stages.calibrate import calibrate, sample_inputs
 from ffsplit.run.stages.fit import Layers, compress_layers, refit_layers
 from ffsplit.run.stages.generate import with_own_text
 from ffsplit.run.stages.heal import heal_checkpoint
@@ -199,6 +200,10 @@ def _finish(
     checkpoint = execution.model.model_copy(update={"path": str(whole), "stored": None}).checkpoint(
         uneven=True
     )
+    if recipe.samples_again(layers.layouts, run.checkpoint.shapes):
+        key = stage_key("sample", {"run": run.keys.run, "for": "quantize"})
+        model = execution.hand_over(whole)
+        shards = sample_inputs(execution, model, part="quantize/sample", key=key)
     plans = _quantization_plans(checkpoint, recipe)
     quantized = compress_layers(
         execution, "quantize", checkpoint, (recipe.after_healing,), plans, shards, part="quantize"

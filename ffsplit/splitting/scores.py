@@ -171,6 +171,14 @@ class LayerPlan(Record):
     layout: LayerLayout
     heavy_neurons: tuple[int, ...]
 
+    @property
+    def num_heavy_hitters(self) -> int:
+        """How many neurons are better kept than the rest: those that were chosen, or those split off last."""
+        heavy = self.layout.heavy
+        if heavy is None or self.layout.light is None:
+            return len(self.heavy_neurons)
+        return heavy.num_neurons
+
     def stored_as(self, layout: LayerLayout) -> LayerPlan:
         """This plan with the layout that resulted."""
         return self.model_copy(update={"layout": layout})

@@ -10,7 +10,8 @@ import torch
 from ffsplit.compressors import PruneCompressor, QuantizeCompressor
 from ffsplit.compressors.layer import CompressedLayer, compress_layer
 from ffsplit.ffn.quantization import dequantize, fake_quantize, quantize_rows, scales_of
-from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout
+from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout, LowRank, PartLayout
+from ffsplit.recipes.recipe import load_recipe
 from ffsplit.splitting.solver import HeavyRule, uniform_layouts
 from tests.compressors.random_ffn import FORMS, random_ffn, random_inputs
 
@@ -128,3 +129,70 @@ def test_integers_after_pruning_take_no_output_bias_from_the_budget() -> None:
     assert pruned.heavy is not None and quantized.heavy is not None
     assert quantized.heavy.num_neurons == pruned.heavy.num_neurons == 24
     assert quantized.heavy.up == Integer(num_bits=8) and not quantized.down_bias
+
+
+def test_heavy_hitters_are_the_neurons_of_the_largest_output_norm() -> None:
+    """They are split off so that the others fill whole groups."""
+    shape = FORMS["gated-biased"]
+    step = QuantizeCompressor(num_bits=4, group_size=8, method="gptq", heavy_fraction=0.2)
+    inputs = correlated_inputs(shape.hidden_size)
+    made = quantized(shape, step, inputs).weights
+    ffn = random_ffn(shape)
+    assert ffn.heavy is not None and made.heavy is not None and made.light is not None
+    norms = sum(ffn.heavy.hidden(x_TD, ffn.activation).square().sum(0) for x_TD in inputs).sqrt()
+    norms = norms * ffn.heavy.down.weight.norm(dim=0)
+    assert made.heavy.neurons.tolist() == norms.topk(8).indices.sort().values.tolist()
+    assert (made.heavy.layout.num_neurons, made.light.layout.num_neurons) == (8, 40)
+    assert set(made.heavy.layout.formats) == {Integer(num_bits=8)}
+    assert set(made.light.layout.formats) == {Integer(num_bits=4, group_size=8)}
+    assert torch.equal(made.heavy.up.bias, ffn.heavy.up.bias[made.heavy.neurons])  # type: ignore[index,arg-type]
+
+
+@forms
+def test_heavy_hitters_in_more_bits_and_calibration_each_lower_the_error(shape: FFNShape) -> None:
+    inputs = correlated_inputs(shape.hidden_size)
+    plain = QuantizeCompressor(num_bits=4, group_size=8)
+    gptq = plain.model_copy(update={"method": "gptq"})
+    split = gptq.model_copy(update={"heavy_fraction": 0.2})
+    errors = [quantized(shape, step, inputs).relative_error for step in (plain, gptq, split)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+@pytest.mark.parametrize(
+    ("num_neurons", "hidden_size", "gated"), [(1536, 576, True), (11008, 4096, True), (3072, 768, False)]
+)
+def test_the_shipped_split_takes_two_sevenths_of_bfloat16(
+    num_neurons: int, hidden_size: int, gated: bool
+) -> None:
+    step = load_recipe("split").after_healing
+    assert step is not None
+    shape = FFNShape(
+        num_neurons=num_neurons, hidden_size=hidden_size, gated=gated, up_bias=False, down_bias=False
+    )
+    layout = step.plan(LayerLayout.dense(shape), shape=shape, budget=shape.num_elements)
+    assert layout is not None and layout.light is not None and layout.num_neurons == num_neurons
+    assert layout.light.num_neurons % 64 == 0
+    assert 3.5 <= 2 * shape.num_elements / layout.size_bytes(shape, 2) < 3.53
+
+
+@pytest.mark.parametrize("num_neurons", [1, 2, 7, 16, 100])
+def test_few_neurons_are_split_or_stay_in_one_part(num_neurons: int) -> None:
+    shape = FFNShape(num_neurons=num_neurons, hidden_size=8, gated=False, up_bias=False, down_bias=False)
+    step = QuantizeCompressor(num_bits=4, group_size=16, heavy_fraction=0.1)
+    layout = step.plan(LayerLayout.dense(shape), shape=shape, budget=shape.num_elements)
+    assert layout is not None and layout.num_neurons == num_neurons
+    sizes = [part.num_neurons for part in layout.parts]
+    assert sizes == {1: [1], 2: [1, 1], 7: [1, 6], 16: [1, 15], 100: [4, 96]}[num_neurons]
+
+
+def test_an_ffn_in_parts_of_other_formats_is_not_split_again() -> None:
+    shape = FORMS["plain"]
+    split = LayerLayout(
+        heavy=LayerLayout.dense(shape, 10).heavy,
+        light=PartLayout(num_neurons=38, up=LowRank(rank=2), down=LowRank(rank=2)),
+        down_bias=False,
+    )
+    step = QuantizeCompressor(num_bits=4, heavy_fraction=0.2)
+    layout = step.plan(split, shape=shape, budget=shape.num_elements)
+    assert layout is not None and layout.light == split.light
+    assert layout.heavy is not None and layout.heavy.num_neurons == 10

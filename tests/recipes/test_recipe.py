@@ -32,7 +32,7 @@ def test_every_shipped_recipe_loads_and_bears_its_own_name(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description.endswith(".") and "\n" not in recipe.description
-    assert recipe.keep == (0.75 if name == "experts" else 0.3535)
+    assert recipe.keep == {"experts": 0.75, "split": 1}.get(name, 0.3535)
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
@@ -47,6 +47,7 @@ def test_the_recipes_that_are_shipped() -> None:
         "norm-prune",
         "paper",
         "refit",
+        "split",
         "svd",
         "tiny",
         "whitened-svd",
@@ -80,9 +81,10 @@ def test_a_recipe_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_unknown_name_suggests_the_nearest(name: str, near: str) -> None:
     with pytest.raises(ConfigError, match=f"unknown recipe '{name}', did you mean {near}") as caught:
         load_recipe(name)
-    assert "best, demo, experts, fast, flap, int8, norm-prune, paper, refit, svd, tiny, whitened-svd" in str(
-        caught.value
+    shipped = (
+        "best, demo, experts, fast, flap, int8, norm-prune, paper, refit, split, svd, tiny, whitened-svd"
     )
+    assert shipped in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -365,7 +365,7 @@ def heal_checkpoint(execution: Execution, settings: HealingSettings, compressed:
         batch_tokens=calibration.compared_tokens,
         seed=run.config.seed,
         settings=settings,
-        quantization=run.recipe.after_healing,
+        quantization=run.recipe.healed_for,
         linears=run.recipe.linears,
         scratch=execution.scratch.part("heal"),
         profile=run.profile,
