@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
+from itertools import islice
 from types import TracebackType
 from typing import Protocol, TypeVar
 
@@ -150,11 +151,15 @@ class SerialRunner:
 
         threads = ThreadPoolExecutor(lanes)
         try:
-            calls = {
-                threads.submit(copy_context().run, answer, item): index for index, item in enumerate(items)
-            }
-            for call in as_completed(calls):
-                yield calls[call], call.result()
+            waiting = iter(enumerate(items))
+            calls: dict[Future[Answer], int] = {}
+            while True:
+                for index, item in islice(waiting, lanes - len(calls)):
+                    calls[threads.submit(copy_context().run, answer, item)] = index
+                if not calls:
+                    return
+                for call in wait(calls, return_when=FIRST_COMPLETED).done:
+                    yield calls.pop(call), call.result()
         finally:
             threads.shutdown(cancel_futures=True)
 

@@ -46,7 +46,7 @@ def test_an_error_ends_the_stage_before_items_that_wait() -> None:
 
     with pytest.raises(CalibrationError, match=r"item [01] cannot be done"):
         list(SerialRunner().map_workers("fail", lambda: fail, list(range(50)), lanes=2))
-    assert len(begun) < 50
+    assert set(begun) <= {0, 1}
 
 
 def test_settings_of_the_process_hold_until_the_last_thread_is_done() -> None:
