@@ -51,7 +51,7 @@ def decoder_section(
         f"### {first.case}: what it writes",
         "",
         f"Repeated {GRAM}-grams in greedy continuations of {WRITTEN_TOKENS} tokens, in % of all: a "
-        f"model that has collapsed writes loops. Dense: **{100 * first.repeated['original']:.1f}**.",
+        f"model that has collapsed writes loops. Dense: **{_short(100 * first.repeated['original'])}**.",
         "",
         *_table(names, keeps, cells, lambda run: 100 * run.repeated["compressed"]),
         "",
@@ -117,5 +117,5 @@ def _median(figure: Figure, runs: Sequence[Run]) -> float:
 
 
 def _short(value: float) -> str:
-    """Four digits are enough for a perplexity."""
+    """About four digits."""
     return f"{value:.2f}" if value < 100 else f"{value:.1f}" if value < 1000 else f"{value:,.0f}"

@@ -20,6 +20,8 @@ RECIPES = (*PEERS, "refit", "fast", "best", "tiny", "int8")
 KEEPS = (0.3535, 0.5, 0.2, 0.125)
 DECODER_KEEPS = (0.9, 0.8, 0.65, 0.5, 0.3535)
 BASE_ENCODER = "STS-B-base"
+BASE_ENCODER_GRID = (("fast", "best"), (0.3535,))
+"""Its recipes and budgets."""
 
 TITLES = {
     "smollm2-135m": "SmolLM2-135M-Instruct, a Llama of 30 SwiGLU layers, dequantized from its 4-bit file",
@@ -145,8 +147,8 @@ def write_page(new: Sequence[Run], *, folder: Path) -> None:
     ]
     for name in names:
         mine = [run for run in runs if run.case == name]
-        recipes = ("fast", "best") if name == BASE_ENCODER else order
-        keeps = DECODER_KEEPS if mine[0].domains else (0.3535,) if name == BASE_ENCODER else KEEPS
+        grid = order, DECODER_KEEPS if mine[0].domains else KEEPS
+        recipes, keeps = BASE_ENCODER_GRID if name == BASE_ENCODER else grid
         section = decoder_section if mine[0].domains else table
         title = TITLES.get(name, name)
         lines += ["", *section(mine, order, machines, title), *not_run(mine, recipes, keeps)]
@@ -196,7 +198,8 @@ def not_run(runs: Sequence[Run], order: Sequence[str], keeps: Sequence[float]) -
         keep: [recipe for recipe in order if recipe not in whole and (keep, recipe) not in found]
         for keep in sorted(keeps)
     }
-    parts = [f"{keep:g} {', '.join(recipes)}" for keep, recipes in reversed(missing.items()) if recipes]
+    names = {keep: "all" if recipes == [*order] else ", ".join(recipes) for keep, recipes in missing.items()}
+    parts = [f"{keep:g} {recipes}" for keep, recipes in reversed(names.items()) if recipes]
     return ["", f"Not run: {'; '.join(parts)}."] if parts else []
 
 
