@@ -69,7 +69,7 @@ def test_tensors_written_one_at_a_time_are_the_librarys(tmp_path: Path) -> None:
     values = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     dtypes = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
     tensors = {
-        f"{index}.{name}": each.to(dtype)
+        f"{index}.{name}": each.to(dtype, copy=True)
         for index, dtype in enumerate(dtypes)
         for name, each in (("a", values), ("rows", values[:3]), ("none", values[:0]), ("step", values[0, 0]))
     }

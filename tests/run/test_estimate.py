@@ -381,6 +381,11 @@ def llama_8b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama_shape(tmp_path_factory.mktemp("shape") / "llama-8b", **LLAMA_8B)
 
 
+@pytest.fixture
+def large_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "free_bytes", lambda path: 10**15)
+
+
 def on_gpus(
     small_job: SmallJob, model: Path, *, workers: int, gigabytes: int | None = None, **fields: Any
 ) -> records.Needs:
@@ -401,6 +406,7 @@ def heal_of(needs: records.Needs) -> records.StageNeeds:
     return next(stage for stage in needs.stages if stage.name == "heal")
 
 
+@pytest.mark.usefixtures("large_disk")
 def test_healing_a_model_of_8_billion_is_planned_on_two_gpus(small_job: SmallJob, llama_8b: Path) -> None:
     """Each has its part of weights, gradients, moments and teacher; one alone would have all."""
     two, one = (on_gpus(small_job, llama_8b, workers=workers, gigabytes=80) for workers in (2, 1))
@@ -420,12 +426,14 @@ def test_healing_a_model_of_8_billion_is_planned_on_two_gpus(small_job: SmallJob
         assert (f"give --healing-workers {fewest}" in "".join(needs.problems)) == (fewest is not None), needs
 
 
+@pytest.mark.usefixtures("large_disk")
 def test_a_gpu_that_no_number_of_would_do_is_told(small_job: SmallJob, llama_70b: Path) -> None:
     """Block by block everything but healing fits into 24 GB."""
     problem = on_gpus(small_job, llama_70b, workers=8, gigabytes=12).problems[0]
     assert "nor would more such GPUs do" in problem and "\n" not in problem
 
 
+@pytest.mark.usefixtures("large_disk")
 def test_fewer_gpus_than_healing_workers_are_refused(
     small_job: SmallJob,
     llama_8b: Path,
