@@ -20,9 +20,8 @@ from ffsplit.recipes.recipe import Recipe
 from ffsplit.run.checks import can_refit, closed_form
 from ffsplit.run.disk import Disk
 from ffsplit.run.needs import PEAK_MEMORY, DiskNeeds, Machine, Needs, StageNeeds, find_problems
-from ffsplit.run.stages.widths import KL_ROWS, TABLE_TOKENS
 from ffsplit.run.workload import ITEM_SIZES, Workload
-from ffsplit.splitting.knapsack import measured_widths
+from ffsplit.splitting.knapsack import KL_ROWS, TABLE_TOKENS, measured_widths
 from ffsplit.store.cache import Cache, is_remote
 from ffsplit.store.scratch import SCRATCH_PREFIX
 from ffsplit.store.store import open_store

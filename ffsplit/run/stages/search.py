@@ -31,8 +31,9 @@ from ffsplit.models.load import load_whole_model
 from ffsplit.models.names import base_of
 from ffsplit.run.checks import closed_form, measures_widths
 from ffsplit.run.stages.fit import compress_layer_job, layer_jobs
-from ffsplit.run.stages.widths import TABLE_TOKENS, measure_tables
+from ffsplit.run.stages.widths import measure_tables
 from ffsplit.runtime.assemble import assemble
+from ffsplit.splitting.knapsack import TABLE_TOKENS
 from ffsplit.splitting.proposal import UNIFORM, Candidate, propose, propose_widths
 from ffsplit.splitting.scores import plan_split
 from ffsplit.splitting.solver import Solver

@@ -39,6 +39,7 @@ from ffsplit.run.checks import closed_form
 from ffsplit.run.stages.calibrate import input_files
 from ffsplit.runtime.ffn_tensors import load_activation, load_ffn
 from ffsplit.splitting.knapsack import (
+    KL_ROWS,
     Curve,
     WidthTable,
     best_layouts,
@@ -54,11 +55,6 @@ from ffsplit.store.scratch import Result, Scratch
 
 if TYPE_CHECKING:
     from ffsplit.run.execution import Execution
-
-TABLE_TOKENS = {"cuda": 8192, "cpu": 2048}
-"""How many tokens the tables are measured on, about. A CPU takes minutes for these few."""
-KL_ROWS = 1024
-"""Tokens whose log-probabilities are held at a time, in float32."""
 
 
 class WidthsJob(Record):
