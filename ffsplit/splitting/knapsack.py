@@ -25,6 +25,10 @@ KL_ROWS = 1024
 
 BELOW, ABOVE = (0.25, 0.5, 0.75, 1.0), (0.25, 0.6)
 """Measured widths: these parts of the uniform width, and these parts of the way from it to the whole FFN."""
+TABLE_TOKENS = {"cuda": 8192, "cpu": 2048}
+"""How many tokens the tables are measured on, about. A CPU takes minutes for these few."""
+KL_ROWS = 1024
+"""Tokens whose log-probabilities are held at a time, in float32."""
 FEWEST_STEPS = 16
 """Widths are multiples of the largest fast one of which an FFN has at least so many."""
 

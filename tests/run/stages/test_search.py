@@ -149,13 +149,11 @@ def test_tables_take_as_many_rows_of_each_group_and_leave_others_to_judge_by() -
 def test_what_loses_on_one_group_of_rows_is_not_chosen(
     small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint_of: Any
 ) -> None:
-    """The last rows count as another domain, on which the narrow widths are no better."""
+    """Held-out rows count as another domain, on a fold of which the proposed widths are no better."""
     model = str(checkpoint_of("llama", head="ForCausalLM"))
     found = searched(small_job, tmp_path / "one", model=model).allocation
-    assert found is not None and found.chosen == "tables" and len(found.candidates[1].fold_scores) == 4
-    monkeypatch.setattr(
-        allocate, "row_groups", lambda text: (text.validation[:4], tuple(text.validation[4:]))
-    )
+    assert found is not None and found.chosen == "tables"
+    monkeypatch.setattr(allocate, "row_groups", lambda text: (text.validation, text.held_out))
     seen: list[tuple[str, ...]] = []
 
     def judged(job: JudgeJob) -> Any:
@@ -164,9 +162,9 @@ def test_what_loses_on_one_group_of_rows_is_not_chosen(
         return uniform, (*proposed[:-1], uniform[-1])
 
     monkeypatch.setattr(allocate, "judge_job", judged)
-    kept = searched(small_job, tmp_path / "two", model=model, seed=0, fresh=True).allocation
+    kept = searched(small_job, tmp_path / "two", model=model).allocation
     assert kept is not None and kept.chosen == "uniform" and len(seen) == 2
-    assert kept.candidates[1].score > 0.9 * kept.candidates[0].score, "better on average"
+    assert kept.candidates[1].score > kept.candidates[0].score, "it is better on average"
 
 
 def test_every_candidate_meets_the_budget(small_job: SmallJob, tmp_path: Path) -> None:
