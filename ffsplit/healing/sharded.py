@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import checkpoint
 
 from ffsplit.calibration.model_inputs import Batch, padded_batches
@@ -244,7 +245,6 @@ class ShardedDistillation:
     def clip(self, max_norm: float, *, accelerator: Any) -> None:
         from torch import distributed
 
-        gradients = [each.grad for each in self.weights.values() if each.grad is not None]
         counted = [
             each.grad
             for name, each in self.weights.items()
@@ -252,9 +252,9 @@ class ShardedDistillation:
         ]
         total = torch.zeros((), device=self.device)
         if counted:
-            total += torch.stack(torch._foreach_norm(counted)).square().sum()
+            total += get_total_norm(counted).square()
         distributed.all_reduce(total)
-        torch._foreach_mul_(gradients, (max_norm / (total.sqrt() + 1e-6)).clamp(max=1.0))
+        clip_grads_with_norm_(self.weights.values(), max_norm, total.sqrt())
 
     def judge(self, state: HealingState, batches: Sequence[Batch]) -> None:
         mine = list(batches[self._rank :: self.team.size])
