@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -87,47 +84,14 @@ class RefitJob(Record):
 
 def compress_layer_job(job: LayerJob) -> Result:
     """Compress one layer into one safetensors file in the scratch."""
-    with job.profile.applied(), _own_stream(job.profile):
+    with job.profile.applied():
         return job.scratch.load_or_compute(job.name, lambda: _compress(job))
 
 
 def refit_layer_job(job: RefitJob) -> Result:
     """Refit one layer of a compressed model, into a file like that of `compress_layer_job`."""
-    with job.profile.applied(), _own_stream(job.profile):
+    with job.profile.applied():
         return job.scratch.load_or_compute(job.name, lambda: _refit(job))
-
-
-_streams = threading.local()
-
-
-def _own_stream(profile: ComputeProfile) -> AbstractContextManager[object]:
-    """A stream of the GPU for each thread, so that layers in several threads run at once."""
-    if profile.device != "cuda":
-        return nullcontext()
-    if not hasattr(_streams, "own"):
-        _streams.own = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    return torch.cuda.stream(_streams.own)
-
-
-MOST_LAYERS_AT_ONCE = 4
-SMALL_LAYERS_BYTES = 16e9
-"""Memory of a GPU that several layers together may take."""
-
-
-def map_layers(
-    execution: Execution, stage: str, function: Callable[[Job], Result], jobs: Sequence[Job]
-) -> Iterator[tuple[int, Result]]:
-    """Hand out a layer per task; on GPUs, several to each worker where one is too small to fill its GPU."""
-    run, runner = execution.run, execution.runner
-    if run.profile.device != "cuda":
-        return runner.map_tasks(stage, function, jobs)
-    needed = next(each.memory_bytes for each in run.needs.stages if each.name == "compress")
-    lanes = max(1, min(MOST_LAYERS_AT_ONCE, int(SMALL_LAYERS_BYTES / needed)))
-    return runner.map_workers(stage, partial(_always, function), jobs, lanes=lanes)
-
-
-def _always(function: Callable[[Job], Result]) -> Callable[[Job], Result]:
-    return function
 
 
 def _layer_name(layer: int) -> str:
@@ -220,7 +184,7 @@ def compress_layers(
     jobs = layer_jobs(execution, checkpoint, steps, plans, shards, part=part)
     planned = [plan.model_dump(mode="json") for plan in plans]
     key = stage_key(stage, {"run": execution.run.keys.run, "plans": planned})
-    answers = map_layers(execution, stage, compress_layer_job, jobs)
+    answers = execution.runner.map_tasks(stage, compress_layer_job, jobs)
     found = _layers(execution, execution.log.collect(stage, key, len(jobs), answers))
     return _among_dropped(found, plans)
 
@@ -319,7 +283,7 @@ def _refit_once(
         )
         for layer, ffn in enumerate(run.checkpoint.ffns)
     ]
-    answers = map_layers(execution, "refit", refit_layer_job, jobs)
+    answers = execution.runner.map_tasks("refit", refit_layer_job, jobs)
     return _layers(execution, execution.log.collect("refit", key, len(jobs), answers))
 
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ffsplit.calibration.model_inputs import ordinary_ids, pad_id_of
-from ffsplit.calibration.sampling import interleaved
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
@@ -32,37 +31,19 @@ if TYPE_CHECKING:
     from ffsplit.run.execution import Execution
 
 SCHEMA_VERSION = 1
-SEED_STEP = 1_000_003
-
-
-class Opening(StrEnum):
-    """How rows begin: with a random token, or as the turn of a user, for models with a chat template."""
-
-    RANDOM = "random"
-    TURN = "turn"
+SEED_STEP, SECOND_SEED = 1_000_003, 1 << 40
 
 
 @dataclass(frozen=True)
 class OwnShard:
-    """Some rows to be written, all with the same opening."""
+    """Some rows to be written."""
 
     index: int
     num_rows: int
-    opening: Opening
 
     @property
     def name(self) -> str:
         return f"own-{self.index:05d}"
-
-
-def shards_of(num_rows: int, *, most: int, openings: Sequence[Opening]) -> list[OwnShard]:
-    """Shards of at most `most` rows. The openings have the same number of rows each, up to one."""
-    shards: list[OwnShard] = []
-    for number, opening in enumerate(openings):
-        size = len(range(number, num_rows, len(openings)))
-        for start in range(0, size, most):
-            shards.append(OwnShard(len(shards), min(most, size - start), opening))
-    return shards
 
 
 class GenerateJob(Record):
@@ -102,14 +83,14 @@ class Writer:
             return self._job.scratch.load_or_compute(shard.name, lambda: self._write(shard))
 
     def _write(self, shard: OwnShard) -> Result:
-        job, seed = self._job, self._job.seed * SEED_STEP + shard.index
-        ids = sample_rows(
+        job = self._job
+        ids = written_rows(
             self._model,
-            starts(self._tokenizer, shard, seed=seed),
-            skipped=int(self._tokenizer.bos_token_id is not None),
+            self._tokenizer,
+            shard.num_rows,
             num_tokens=job.row_length,
             pad_id=pad_id_of(self._checkpoint, self._tokenizer),
-            seed=seed,
+            seed=job.seed * SEED_STEP + shard.index,
         )
         texts = [text.strip() for text in self._tokenizer.batch_decode(ids)]
         with temporary_folder() as folder:
@@ -119,21 +100,34 @@ class Writer:
             return job.scratch.save(shard.name, {path.name: path}, facts=facts)
 
 
-def starts(tokenizer: Any, shard: OwnShard, *, seed: int) -> Tensor:
-    """What each row of a shard begins with, after the tokenizer's start token if it has one.
+def written_rows(
+    model: Any, tokenizer: Any, num_rows: int, *, num_tokens: int, pad_id: int, seed: int
+) -> Tensor:
+    """Rows that a model writes: [num_rows, num_tokens].
 
-    Returns [num_rows, length]. Without random first tokens, rows would be variations of a few openings.
+    They begin with the tokenizer's start token, if it has one, which is left out here, and then with a random
+    token: without it, rows would be variations of a few openings. If the tokenizer has a chat template, every
+    second row begins as the turn of a user.
     """
-    if shard.opening == Opening.TURN:
-        opening = torch.tensor(tokenizer(turn_of_user(tokenizer), add_special_tokens=False)["input_ids"])
-        begun = opening.expand(shard.num_rows, -1)
-    else:
-        ordinary = torch.tensor(ordinary_ids(tokenizer))
-        generator = torch.Generator().manual_seed(seed)
-        begun = ordinary[torch.randint(len(ordinary), (shard.num_rows, 1), generator=generator)]
-    if tokenizer.bos_token_id is None:
-        return begun
-    return torch.cat([torch.full((shard.num_rows, 1), tokenizer.bos_token_id), begun], dim=1)
+    turn = torch.tensor(
+        tokenizer(turn_of_user(tokenizer), add_special_tokens=False)["input_ids"][:num_tokens]
+    )
+    num_turns = num_rows // 2 if len(turn) else 0
+    write = partial(sample_rows, model, bos_id=tokenizer.bos_token_id, pad_id=pad_id)
+    begun = random_openings(tokenizer, num_rows - num_turns, seed=seed)
+    if num_turns:  # all rows go on from the same length
+        begun = write(begun, num_tokens=len(turn), seed=seed + SECOND_SEED)
+        both = torch.empty(num_rows, len(turn), dtype=torch.long)
+        both[::2], both[1::2] = begun, turn
+        begun = both
+    return write(begun, num_tokens=num_tokens, seed=seed)
+
+
+def random_openings(tokenizer: Any, num_rows: int, *, seed: int) -> Tensor:
+    """A random token for each row, none of them special: [num_rows, 1]."""
+    ordinary = torch.tensor(ordinary_ids(tokenizer))
+    generator = torch.Generator().manual_seed(seed)
+    return ordinary[torch.randint(len(ordinary), (num_rows, 1), generator=generator)]
 
 
 def turn_of_user(tokenizer: Any) -> str:
@@ -150,15 +144,20 @@ def turn_of_user(tokenizer: Any) -> str:
 
 @torch.inference_mode()
 def sample_rows(
-    model: Any, start: Tensor, *, skipped: int, num_tokens: int, pad_id: int, seed: int
+    model: Any, begun: Tensor, *, num_tokens: int, bos_id: int | None, pad_id: int, seed: int
 ) -> Tensor:
-    """Sample a continuation of each row at temperature 1, through the end of one text into the next.
+    """Sample a continuation of each row [rows, length], through the end of one text into the next.
 
-    Returns token ids [rows, num_tokens], without the start token and with what follows it. Greedy decoding
-    of logits plus Gumbel noise samples from their softmax exactly; `multinomial` would be the slowest step.
+    Returns token ids [rows, num_tokens], what was begun among them, and without the start token, which the
+    model reads first if there is one. The temperature is 1: greedy decoding of logits plus Gumbel noise
+    samples from their softmax exactly. `multinomial` would be the slowest step.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
+    if begun.shape[1] >= num_tokens:
+        return begun[:, :num_tokens]
+    skipped = 0 if bos_id is None else 1
+    start = functional.pad(begun, (skipped, 0), value=bos_id or 0)
     config = GenerationConfig(
         do_sample=False,
         min_length=0,
@@ -172,7 +171,7 @@ def sample_rows(
     try:
         written = model.generate(
             start.to(model.device),
-            attention_mask=torch.ones_like(start).to(model.device),
+            attention_mask=torch.ones_like(start, device=model.device),
             generation_config=config,
             logits_processor=LogitsProcessorList([_GumbelNoise(model.device, seed)]),
         )
@@ -223,10 +222,8 @@ def with_own_text(execution: Execution) -> Execution:
         return execution
     length = run.recipe.calibration.row_length
     most = rows_at_once(run.checkpoint, device=run.profile.device, row_length=length)
-    openings = [Opening.RANDOM]
-    if turn_of_user(load_tokenizer(run.checkpoint)):
-        openings.append(Opening.TURN)
-    shards = shards_of(run.own.total, most=most, openings=openings)
+    sizes = [min(most, run.own.total - start) for start in range(0, run.own.total, most)]
+    shards = [OwnShard(index, size) for index, size in enumerate(sizes)]
     job = GenerateJob(
         model=execution.model,
         row_length=length,
@@ -237,11 +234,10 @@ def with_own_text(execution: Execution) -> Execution:
     )
     answers = execution.runner.map_workers("generate", partial(Writer, job), shards)
     results = execution.log.collect("generate", run.keys.statistics, len(shards), answers)
-    written: dict[Opening, list[str]] = {opening: [] for opening in openings}
-    for shard, result in zip(shards, results, strict=True):
+    rows, numbers = [], run.own
+    for result in results:
         with job.scratch.reading(result.files[0]) as path:
-            written[shard.opening] += read_rows(path)
-    rows, numbers = interleaved(list(written.values())), run.own
+            rows += read_rows(path)
     first, second = numbers.held_out, numbers.held_out + numbers.validation
     text = run.text.with_own(calibration=rows[second:], validation=rows[first:second], held_out=rows[:first])
     return replace(execution, text=text)

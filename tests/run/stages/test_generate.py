@@ -18,7 +18,7 @@ from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.run import workload
 from ffsplit.run.job import prepare
 from ffsplit.run.stages import generate
-from ffsplit.run.stages.generate import Opening, OwnShard, sample_rows, shards_of, starts, turn_of_user
+from ffsplit.run.stages.generate import random_openings, sample_rows, turn_of_user, written_rows
 from tests.small_jobs import SmallJob, committed_digests
 
 Checkpoints = Callable[..., Path]
@@ -33,15 +33,15 @@ def llama_job(checkpoint_of: Checkpoints, tmp_path: Path) -> SmallJob:
     return SmallJob(tmp_path, checkpoint_of("llama", head="ForCausalLM"))
 
 
-def random_starts(tokenizer: Any, num_rows: int = 64) -> torch.Tensor:
-    return starts(tokenizer, OwnShard(0, num_rows, Opening.RANDOM), seed=3)
+def write(model: Any, tokenizer: Any, num_rows: int, num_tokens: int, *, seed: int = 1) -> torch.Tensor:
+    return written_rows(model, tokenizer, num_rows, num_tokens=num_tokens, pad_id=0, seed=seed)
 
 
 def test_rows_follow_the_models_own_distribution(checkpoint_of: Checkpoints) -> None:
     checkpoint = open_checkpoint(checkpoint_of("llama", head="ForCausalLM"))
     model = load_whole_model(checkpoint.directory, checkpoint.class_name, dtype=torch.float32)
     start = torch.full((4000, 1), 7)
-    rows = sample_rows(model, start, skipped=0, num_tokens=2, pad_id=0, seed=1)
+    rows = sample_rows(model, start, num_tokens=2, bos_id=None, pad_id=0, seed=1)
     with torch.no_grad():
         expected = model(start[:1]).logits[0, -1].softmax(-1)
     found = torch.bincount(rows[:, 1], minlength=len(expected)) / len(rows)
@@ -52,40 +52,44 @@ def test_rows_follow_the_models_own_distribution(checkpoint_of: Checkpoints) -> 
 def test_the_same_seed_gives_the_same_rows(checkpoint_of: Checkpoints) -> None:
     checkpoint = open_checkpoint(checkpoint_of("llama", head="ForCausalLM"))
     model = load_whole_model(checkpoint.directory, checkpoint.class_name, dtype=torch.float32)
-    start = random_starts(load_tokenizer(checkpoint), 4)
-    options: dict[str, Any] = {"skipped": 0, "num_tokens": 6, "pad_id": 0}
-    first, again, other = (sample_rows(model, start, seed=seed, **options) for seed in (1, 1, 2))
+    own, tokenizer = model.generation_config, load_tokenizer(checkpoint)
+    first, again, other = (write(model, tokenizer, 4, 6, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert torch.equal(first[:, 0], start[:, -1])
-    assert model.generation_config.max_length != 6
+    assert first.shape == (4, 6) and model.generation_config is own
 
 
 def test_rows_begin_with_many_tokens_none_of_them_special(checkpoint_of: Checkpoints) -> None:
     tokenizer = load_tokenizer(open_checkpoint(checkpoint_of("llama", head="ForCausalLM")))
-    first = random_starts(tokenizer)[:, -1].tolist()
+    first = random_openings(tokenizer, 64, seed=3).flatten().tolist()
     assert len(set(first)) > 20
     assert not set(first) & set(tokenizer.all_special_ids)
 
 
-def test_a_chat_begins_with_the_turn_of_a_user(checkpoint_of: Checkpoints) -> None:
-    tokenizer = load_tokenizer(open_checkpoint(checkpoint_of("llama", head="ForCausalLM")))
+def test_every_second_row_of_a_chat_model_begins_as_the_turn_of_a_user(checkpoint_of: Checkpoints) -> None:
+    checkpoint = open_checkpoint(checkpoint_of("llama", head="ForCausalLM"))
+    model = load_whole_model(checkpoint.directory, checkpoint.class_name, dtype=torch.float32)
+    tokenizer = load_tokenizer(checkpoint)
     assert turn_of_user(tokenizer) == ""
     tokenizer.chat_template = TEMPLATE
     assert turn_of_user(tokenizer) == " end ask "
-    begun = starts(tokenizer, OwnShard(0, 3, Opening.TURN), seed=0)
-    assert begun.tolist() == [tokenizer("end ask", add_special_tokens=False)["input_ids"]] * 3
+    turn = tokenizer("end ask", add_special_tokens=False)["input_ids"]
+    rows = write(model, tokenizer, 5, 8 + len(turn))
+    assert rows[1::2, : len(turn)].tolist() == [turn] * 2
+    assert torch.equal(rows[::2, :1], random_openings(tokenizer, 3, seed=1))
+    assert len({tuple(row) for row in rows.tolist()}) == 5
+    assert write(model, tokenizer, 2, 1)[1].tolist() == turn[:1]
     tokenizer.chat_template = "{{ raise_exception('one turn only') }}"
     assert turn_of_user(tokenizer) == ""
 
 
-def test_shards_divide_the_rows_among_the_openings() -> None:
-    shards = shards_of(21, most=8, openings=list(Opening))
-    assert [(each.index, each.num_rows, each.opening) for each in shards] == [
-        (0, 8, Opening.RANDOM),
-        (1, 3, Opening.RANDOM),
-        (2, 8, Opening.TURN),
-        (3, 2, Opening.TURN),
-    ]
+def test_the_start_token_is_read_and_left_out(checkpoint_of: Checkpoints) -> None:
+    checkpoint = open_checkpoint(checkpoint_of("llama", head="ForCausalLM"))
+    model = load_whole_model(checkpoint.directory, checkpoint.class_name, dtype=torch.float32)
+    options: dict[str, Any] = {"num_tokens": 4, "pad_id": 0, "seed": 1}
+    begun = torch.full((64, 1), 9)
+    with_start = sample_rows(model, begun, bos_id=5, **options)
+    assert with_start.shape == (64, 4) and bool((with_start[:, 0] == 9).all())
+    assert not torch.equal(with_start, sample_rows(model, begun, bos_id=None, **options))
 
 
 def test_a_run_needs_no_data(llama_job: SmallJob, tmp_path: Path) -> None:
@@ -134,22 +138,21 @@ def test_an_unfinished_run_writes_nothing_twice(
     config = llama_job.config(tmp_path / "out", calibration=("self:640",), samples=None)
     written: list[int] = []
 
-    def fail_at_the_last(model: Any, start: torch.Tensor, **options: Any) -> torch.Tensor:
+    def fail_at_the_last(model: Any, tokenizer: Any, num_rows: int, **options: Any) -> torch.Tensor:
         if len(written) == 3:
             raise RuntimeError("killed")
-        written.append(len(start))
-        return sample_rows(model, start, **options)
+        return counted(model, tokenizer, num_rows, **options)
+
+    def counted(model: Any, tokenizer: Any, num_rows: int, **options: Any) -> torch.Tensor:
+        written.append(num_rows)
+        return written_rows(model, tokenizer, num_rows, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "sample_rows", fail_at_the_last)
+        patch.setattr(generate, "written_rows", fail_at_the_last)
         with pytest.raises(ffsplit.FFSplitError, match="killed"):
             ffsplit.compress(config)
     written.clear()
-    monkeypatch.setattr(
-        generate,
-        "sample_rows",
-        lambda model, start, **options: written.append(len(start)) or sample_rows(model, start, **options),
-    )
+    monkeypatch.setattr(generate, "written_rows", counted)
     resumed = ffsplit.compress(config)
     assert written == [8, 8, 8]  # of the six shards
     unbroken = ffsplit.compress(llama_job.config(tmp_path / "other", calibration=("self:640",), samples=None))
