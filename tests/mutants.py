@@ -54,8 +54,8 @@ MUTANTS = (
     # run
     Mutant(
         "run/job.py",
-        'if recipe.allocation == "search" or recipe.healing else 0',
-        'if recipe.allocation == "search" else 0',
+        'chooses = recipe.allocation == "search" or recipe.healing',
+        'chooses = recipe.allocation == "search"',
         "tests/run/stages/test_heal.py::test_healing_sees_no_held_out_row",
     ),
     Mutant(
@@ -72,15 +72,27 @@ MUTANTS = (
     ),
     # run/stages
     Mutant(
+        "run/stages/generate.py",
+        "return scores.float() - waiting.log()",
+        "return scores.float() + waiting.log()",
+        "tests/run/stages/test_generate.py::test_rows_follow_the_models_own_distribution",
+    ),
+    Mutant(
+        "calibration/mixture.py",
+        "own_rows = round(drawn * share / (1 - share))",
+        "own_rows = round(drawn * share)",
+        "tests/calibration/test_mixture.py::test_little_text_asks_for_little_of_the_models_own",
+    ),
+    Mutant(
         "run/stages/heal.py",
-        "rows=run.text.calibration,",
-        "rows=run.text.calibration + run.text.held_out,",
+        "rows=text.calibration,",
+        "rows=text.calibration + text.held_out,",
         "tests/run/stages/test_heal.py::test_healing_sees_no_held_out_row",
     ),
     Mutant(
         "run/stages/heal.py",
-        "validation=run.text.validation or run.text.held_out,",
-        "validation=run.text.held_out,",
+        "validation=(*text.validation, *text.own_validation) or text.held_out,",
+        "validation=text.held_out,",
         "tests/run/stages/test_heal.py::test_healing_sees_no_held_out_row",
     ),
     Mutant(

@@ -47,7 +47,7 @@ def may_search(checkpoint: Checkpoint) -> bool:
     It does if layers matter unevenly (classifiers, causal language models) and their widths may differ (no
     experts).
     """
-    is_uneven = checkpoint.classifies or checkpoint.makes == "next_tokens"
+    is_uneven = checkpoint.classifies or checkpoint.compared_as == "next_tokens"
     return is_uneven and checkpoint.reads_single_texts and not checkpoint.has_experts
 
 

@@ -203,7 +203,7 @@ def measures_widths(
     checkpoint: Checkpoint, layouts: Sequence[LayerLayout], steps: Sequence[AnyCompressor]
 ) -> bool:
     """Whether a search measures tables of widths: a language model whose FFNs one closed form narrows."""
-    is_text = checkpoint.makes == "next_tokens" and checkpoint.reads_single_texts
+    is_text = checkpoint.compared_as == "next_tokens" and checkpoint.reads_single_texts
     is_narrowed = len(closed_form(steps)) == 1 and is_narrowed_form(layouts, checkpoint.shapes)
     return is_text and is_narrowed and not checkpoint.has_experts
 

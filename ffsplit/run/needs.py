@@ -254,7 +254,7 @@ def _too_little_memory(stage: StageNeeds, needs: Needs, work: Workload) -> str:
     problem = f"{needed}, and {_size(available)} are available"
     if stage.name == PEAK_MEMORY:
         return f"{problem}: set measurement.peak_memory: false in a copy of the recipe, or {KNOWN_BETTER}"
-    if stage.name == "allocate":
+    if stage.name in ("allocate", "tables"):
         return f"{problem}: {_search_needs(work)}: {UNIFORM}, or {KNOWN_BETTER}"
     if stage.name == GENERATE:
         return f"{problem}: give --calibration FILE:1, so that the model writes no text, or {KNOWN_BETTER}"

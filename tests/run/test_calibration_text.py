@@ -39,7 +39,7 @@ def test_a_run_says_that_it_was_given_no_text(
     small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     texts = small_job.text.read_text().splitlines()
-    monkeypatch.setattr("ffsplit.run.job.read_all", lambda specs: texts)
+    monkeypatch.setattr("ffsplit.run.job.read_texts", lambda spec: texts)
     given = small_job.config(tmp_path / "out")
     assert default_text(prepare(given)) is None
     fields = given.model_dump(exclude={"calibration"}, exclude_unset=True)

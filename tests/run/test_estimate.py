@@ -429,7 +429,7 @@ def test_healing_a_model_of_8_billion_is_planned_on_two_gpus(small_job: SmallJob
 @pytest.mark.usefixtures("large_disk")
 def test_a_gpu_that_no_number_of_would_do_is_told(small_job: SmallJob, llama_70b: Path) -> None:
     """Block by block everything but healing fits into 24 GB."""
-    problem = on_gpus(small_job, llama_70b, workers=8, gigabytes=12).problems[0]
+    problem = on_gpus(small_job, llama_70b, workers=8, gigabytes=18).problems[0]
     assert "nor would more such GPUs do" in problem and "\n" not in problem
 
 

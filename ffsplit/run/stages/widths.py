@@ -95,7 +95,7 @@ def _fit(job: WidthsJob) -> Result:
         assert fitted.heavy is not None
         found = {"neurons": fitted.heavy.neurons, "down": fitted.heavy.down.weight.to(dtype)}
         if fitted.down_bias is not None:
-            found["bias"] = fitted.down_bias.to(dtype)
+            found["bias"] = fitted.down_bias.to(dtype, copy=True)
         tensors |= {f"{len(kept)}.{name}": each.cpu().contiguous() for name, each in found.items()}
     with temporary_folder() as folder:
         path = folder / f"{job.name}.safetensors"
