@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ffsplit.calibration.model_inputs import ordinary_ids, pad_id_of
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
-from ffsplit.errors import FFSplitError
+from ffsplit.errors import FFSplitError, explained
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.fetch import ModelSource
 from ffsplit.models.load import load_tokenizer, load_whole_model
@@ -30,6 +31,9 @@ from ffsplit.store.scratch import Result, Scratch
 if TYPE_CHECKING:
     from ffsplit.run.execution import Execution
 
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Attention kernels without cuDNN's, which plan anew for each length, and so for each token."""
+ADVICE = "give --calibration FILE:1, so that it writes none"
 SCHEMA_VERSION = 1
 SEED_STEP, SECOND_SEED = 1_000_003, 1 << 40
 
@@ -84,14 +88,15 @@ class Writer:
 
     def _write(self, shard: OwnShard) -> Result:
         job = self._job
-        ids = written_rows(
-            self._model,
-            self._tokenizer,
-            shard.num_rows,
-            num_tokens=job.row_length,
-            pad_id=pad_id_of(self._checkpoint, self._tokenizer),
-            seed=job.seed * SEED_STEP + shard.index,
-        )
+        with explained("the model cannot write text", advice=ADVICE, kind=FFSplitError):
+            ids = written_rows(
+                self._model,
+                self._tokenizer,
+                shard.num_rows,
+                num_tokens=job.row_length,
+                pad_id=pad_id_of(self._checkpoint, self._tokenizer),
+                seed=job.seed * SEED_STEP + shard.index,
+            )
         texts = [text.strip() for text in self._tokenizer.batch_decode(ids)]
         with temporary_folder() as folder:
             path = folder / f"{shard.name}.parquet"
@@ -169,12 +174,13 @@ def sample_rows(
     config.bos_token_id = None
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        written = model.generate(
-            start.to(model.device),
-            attention_mask=torch.ones_like(start, device=model.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([_GumbelNoise(model.device, seed)]),
-        )
+        with sdpa_kernel(KERNELS):
+            written = model.generate(
+                start.to(model.device),
+                attention_mask=torch.ones_like(start, device=model.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([_GumbelNoise(model.device, seed)]),
+            )
     finally:
         model.generation_config = own
     rows: Tensor = written[:, skipped:].cpu()
