@@ -149,9 +149,7 @@ def test_an_unfinished_run_writes_nothing_twice(
 
     with monkeypatch.context() as patch:
         patch.setattr(generate, "written_rows", fail_at_the_last)
-        with pytest.raises(
-            ffsplit.FFSplitError, match=r"write text: .*killed.* FILE:1"
-        ):
+        with pytest.raises(ffsplit.FFSplitError, match=r"write text: .*killed.* FILE:1"):
             ffsplit.compress(config)
     written.clear()
     monkeypatch.setattr(generate, "written_rows", counted)
