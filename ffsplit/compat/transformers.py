@@ -227,3 +227,8 @@ def pictures_alone() -> Iterator[None]:
         yield
     finally:
         module.AutoVideoProcessor, base_classes["video_processor"] = before
+
+
+def has_static_cache(model: Any) -> bool:
+    """Whether keys and values may be kept in tensors of the full length from the start (5.16 to 5.23)."""
+    return bool(getattr(model, "_can_compile_fullgraph", False))

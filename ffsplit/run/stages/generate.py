@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ffsplit.calibration.model_inputs import ordinary_ids, pad_id_of
+from ffsplit.compat.transformers import has_static_cache
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import Record
 from ffsplit.directories import temporary_folder
@@ -172,6 +173,9 @@ def sample_rows(
         use_cache=True,
     )
     config.bos_token_id = None
+    if model.device.type == "cpu" and has_static_cache(model):
+        # a cache that grows is copied at every token, which takes longer than all else
+        config.cache_implementation, config.disable_compile = "static", True
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         with sdpa_kernel(KERNELS):
