@@ -106,6 +106,13 @@ class Mixture(NamedTuple):
     def has_own(self) -> bool:
         return self.own_share > 0 or self.own_tokens is not None
 
+    def allowed(self, settings: CalibrationSettings) -> CalibrationSettings:
+        """The settings with room for the number of tokens that `self:` names, whatever the recipe reads."""
+        if self.own_tokens is None or settings.max_tokens is None:
+            return settings
+        room = None if self.own_share else settings.max_tokens + self.own_tokens
+        return settings.model_copy(update={"max_tokens": room})
+
     def without_own(self) -> Mixture:
         """The sources that are read, alone."""
         return self._replace(own_share=0.0, own_tokens=None)
@@ -186,7 +193,7 @@ def draw(
         most_tokens = int(drawn * share / (1 - share)) * settings.row_length
         raise ConfigError(
             f"--calibration: the sources have {drawn:,} of the {read:,} rows that their share asks for "
-            f"beside self: give self:{max(1, most_tokens // 1000)}K, or another share"
+            f"beside self: give self:{most_tokens}, or another share"
         )
     if mixture.own_tokens is None and share:
         own_rows = round(drawn * share / (1 - share))

@@ -224,6 +224,7 @@ def _prepare(config: JobConfig, kind: Kind) -> Run:
     mixture = parse_mixture(config.calibration, own_share=recipe.calibration.own_share)
     if mixture.has_own and not check_writes(mixture, checkpoint=checkpoint, config=config):
         mixture = mixture.without_own()
+    recipe = recipe.model_copy(update={"calibration": mixture.allowed(recipe.calibration)})
     sample, own = _draw_rows(mixture, recipe=recipe, checkpoint=checkpoint, seed=config.seed)
     check_row_length(recipe.calibration.row_length, checkpoint=checkpoint)
     tasks = read_tasks(config.eval, checkpoint=checkpoint, max_length=window)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -140,5 +141,9 @@ def test_a_share_beside_a_number_of_tokens_needs_enough_text() -> None:
     mixture = parse_mixture(("a:0.5", "self:600"), own_share=0)
     found = draw(mixture, [texts("a", 90)], settings=SETTINGS, seed=0, num_validation=0)
     assert len(found.sample.calibration) == found.own.calibration == 60
-    with pytest.raises(ConfigError, match="60 rows"):
+    with pytest.raises(ConfigError, match="60 rows") as caught:
         draw(mixture, [texts("a", 40)], settings=SETTINGS, seed=0, num_validation=0)
+    advised = re.search(r"give (self:\d+)", str(caught.value))
+    assert advised is not None
+    mixture = parse_mixture(("a:0.5", advised[1]), own_share=0)
+    draw(mixture, [texts("a", 40)], settings=SETTINGS, seed=0, num_validation=0)

@@ -121,6 +121,19 @@ def test_a_recipe_asks_for_the_models_own_text(llama_job: SmallJob, tmp_path: Pa
     assert streamed.own.total == 0
 
 
+@pytest.mark.parametrize(("share", "num_read"), [("", 4), (":0.5", 16)])
+def test_a_number_of_tokens_leaves_the_read_rows_their_room(
+    llama_job: SmallJob, tmp_path: Path, share: str, num_read: int
+) -> None:
+    """The recipe reads 64 tokens, and the model writes 16 rows of 16 beside them, or as many as are read."""
+    recipe = Path(llama_job.recipe().replace(".yaml", "-limited.yaml"))
+    text = Path(llama_job.recipe()).read_text("utf-8").replace("held_out: 8", "held_out: 1, max_tokens: 64")
+    recipe.write_text(text, "utf-8")
+    sources = (f"{llama_job.text}{share}", "self:256")
+    run = prepare(llama_job.config(tmp_path / "out", recipe=str(recipe), samples=None, calibration=sources))
+    assert run.own.calibration == 16 and len(run.text.calibration) == num_read
+
+
 def test_an_encoder_cannot_write(small_job: SmallJob, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="self: needs a causal language model"):
         prepare(small_job.config(tmp_path / "out", calibration=("self:",)))
