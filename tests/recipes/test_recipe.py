@@ -56,6 +56,8 @@ def test_the_recipes_that_are_shipped() -> None:
     fit = DistillCompressor(num_steps=400)
     assert load_recipe("refit").steps == load_recipe("fast").steps[:1]
     assert load_recipe("refit").calibration == load_recipe("fast").calibration
+    assert load_recipe("int8").calibration == load_recipe("fast").calibration
+    assert load_recipe("tiny").calibration == load_recipe("best").calibration
     assert load_recipe("fast").steps == (PruneCompressor(compensation="least_squares"), fit)
     assert load_recipe("fast").refits == load_recipe("int8").refits == (fit,)
     assert load_recipe("best").refits == load_recipe("tiny").refits == ()
