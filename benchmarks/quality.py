@@ -64,6 +64,7 @@ class Settings(NamedTuple):
     num_windows: int
     num_prompts: int
     reuse_statistics: bool
+    num_beside: int = 0
 
 
 class Cell(NamedTuple):
@@ -140,6 +141,7 @@ def run(cell: Cell) -> Run:
         stages=seconds,
         reused_statistics=lent is not None,
         peak_gpu_bytes=peak,
+        num_beside=settings.num_beside,
         wall_s=round(time.perf_counter() - begun, 1),
     )
 
@@ -272,6 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_windows=parsed.windows,
         num_prompts=parsed.prompts,
         reuse_statistics=parsed.reuse_statistics,
+        num_beside=-(-parsed.jobs // len(parsed.gpus)) - 1 if parsed.gpus else 0,
     )
     parsed.out.mkdir(parents=True, exist_ok=True)
     own_keeps = untimed_recipes(parsed.recipes or all_recipes(), parsed.out, samples=parsed.samples)

@@ -25,9 +25,10 @@ def decoder_section(
     lines = [
         f"## {first.case}",
         "",
-        f"{title}. Calibrated and healed on running English prose, and on nothing else. Perplexity (lower "
-        f"is better), in brackets the KL divergence from the original in nats a token; **bold** is the "
-        f"lowest of a column. Run on {numbers}.",
+        f"{title}. Calibrated and healed on running English prose; recipes with an `own_share` let the "
+        "model write that share of the text itself. No other domain was read. Perplexity (lower is better), "
+        "in brackets the KL divergence from the original in nats per token; **bold** is the lowest of a "
+        f"column. Run on {numbers}.",
     ]
     for domain in first.domains:
         dense = first.domains[domain]
@@ -58,7 +59,7 @@ def decoder_section(
         f"### {first.case}: what a run takes",
         "",
         "Seconds without measuring, with the GPU memory at its peak if it ran on one; FFN bytes at the "
-        "smallest budget, as a fraction of the original's.",
+        f"smallest budget, as a fraction of the original's. {_shared(runs)}".rstrip(),
         "",
         *_costs(names, keeps, cells),
     ]
@@ -105,6 +106,11 @@ def _costs(
         share = smallest.original_ffn_bytes / smallest.ffn_bytes
         lines.append(f"| {name} | {' | '.join(row)} | 1/{share:.1f} |")
     return lines
+
+
+def _shared(runs: Sequence[Run]) -> str:
+    most = max(run.num_beside for run in runs)
+    return f"Up to {most} other runs shared the card, so the seconds are upper bounds." if most else ""
 
 
 def _head(keeps: Sequence[float], *more: str) -> list[str]:

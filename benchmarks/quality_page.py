@@ -48,7 +48,8 @@ class Run:
     """One recipe at one budget with one seed, scored.
 
     `domains` and `repeated` are a decoder's (`quality_text.py`). `seconds` are the run's without measuring;
-    if it reused statistics, with those that they took. `wall_s` are the cell's, scoring included.
+    if it reused statistics, with those that they took. `wall_s` are the cell's, scoring included. `num_beside`
+    other runs at most shared the card.
     """
 
     case: str
@@ -71,6 +72,7 @@ class Run:
     stages: dict[str, float] = field(default_factory=dict)
     reused_statistics: bool = False
     peak_gpu_bytes: int | None = None
+    num_beside: int = 0
     wall_s: float | None = None
 
     @property

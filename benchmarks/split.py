@@ -33,19 +33,18 @@ from ffsplit.recipes.recipe import load_recipe
 
 SHIPPED = load_recipe("split").after_healing
 assert SHIPPED is not None
+COARSER = SHIPPED.model_copy(update={"heavy_fraction": 0.085, "group_size": 64})
 OURS: dict[str, QuantizeCompressor] = {
     "rounded to nearest, groups of 64": QuantizeCompressor(num_bits=4, group_size=64),
     "rounded to nearest, groups of 32": QuantizeCompressor(num_bits=4, group_size=32),
-    "`split`'s parts, rounded to nearest": SHIPPED.model_copy(update={"method": "rtn"}),
-    "GPTQ, no heavy hitters, groups of 64": SHIPPED.model_copy(update={"heavy_fraction": 0.0}),
-    "GPTQ, no heavy hitters, groups of 32": SHIPPED.model_copy(
-        update={"heavy_fraction": 0.0, "group_size": 32}
-    ),
-    "GPTQ, .02 heavy, groups of 32": SHIPPED.model_copy(update={"heavy_fraction": 0.022, "group_size": 32}),
+    ".08 heavy, groups of 64, rounded to nearest": COARSER.model_copy(update={"method": "rtn"}),
+    "GPTQ, no heavy hitters, groups of 64": COARSER.model_copy(update={"heavy_fraction": 0.0}),
+    "GPTQ, no heavy hitters, groups of 32": SHIPPED.model_copy(update={"heavy_fraction": 0.0}),
+    "GPTQ, .08 heavy, groups of 64": COARSER,
     "GPTQ, .11 heavy, groups of 128": SHIPPED.model_copy(update={"heavy_fraction": 0.115, "group_size": 128}),
-    "`split`": SHIPPED,
+    "`split`: GPTQ, .02 heavy, groups of 32": SHIPPED,
 }
-SOURCES = ("argparse", "tarfile", "subprocess", "zipfile", "inspect", "statistics", "typing", "pickle")
+SOURCES = ("argparse", "tarfile", "subprocess", "shutil", "inspect", "statistics", "typing", "pickle")
 
 
 def windows(tokenizer: Any, text: str, *, number: int, size: int) -> Tensor:
@@ -197,6 +196,7 @@ def main() -> None:
         start = time.monotonic()
         try:
             made, share = make()
+            made.to(given.device)  # some tools leave it on the CPU
         except ImportError as error:
             print(f"{name}: not installed ({error})", flush=True)
             continue
