@@ -292,7 +292,7 @@ def zoo(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(batch.model_dump_json(indent=2))
     else:
-        from ffsplit.cli.tables import print_batch
+        from ffsplit.cli.batch_lines import print_batch
 
         print_batch(batch, destination=zoo.destination)
     return batch.exit_code

@@ -232,3 +232,20 @@ def pictures_alone() -> Iterator[None]:
 def has_static_cache(model: Any) -> bool:
     """Whether keys and values may be kept in tensors of the full length from the start (5.16 to 5.23)."""
     return bool(getattr(model, "_can_compile_fullgraph", False))
+
+
+def auto_class_of(class_name: str, *, model_type: str) -> str | None:
+    """The Auto class that loads a model of this type as this class; None if none does.
+
+    AutoModel first, then the others as transformers lists them, and those for several tasks last.
+    """
+    from transformers.models.auto import modeling_auto
+
+    several = ("AutoModelForPreTraining", "AutoModelForMultimodalLM", "AutoModelForTextEncoding")
+    names = [name for name in vars(modeling_auto) if name.startswith("AutoModel")]
+    for name in sorted(names, key=lambda name: (name in several, name != "AutoModel")):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        listed = getattr(mapping, "_model_mapping", {}).get(model_type, ())
+        if class_name == listed or class_name in (listed if isinstance(listed, tuple | list) else ()):
+            return name
+    return None
