@@ -212,6 +212,13 @@ def pull(parsed: argparse.Namespace) -> int:
     return DONE
 
 
+def push(parsed: argparse.Namespace) -> int:
+    from ffsplit.store.push import push
+
+    print(push(parsed.uri, parsed.repo, public=parsed.public))
+    return DONE
+
+
 def share(parsed: argparse.Namespace) -> int:
     from ffsplit.redaction import print_credential
     from ffsplit.store.links import share
@@ -309,6 +316,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "benchmark": benchmark,
     "export": export,
     "pull": pull,
+    "push": push,
     "share": share,
     "list": list_runs,
     "pin": pin,

@@ -242,7 +242,7 @@ def auto_class_of(class_name: str, *, model_type: str) -> str | None:
     from transformers.models.auto import modeling_auto
 
     several = ("AutoModelForPreTraining", "AutoModelForMultimodalLM", "AutoModelForTextEncoding")
-    names = [name for name in vars(modeling_auto) if name.startswith("AutoModel")]
+    names: list[str] = [name for name in vars(modeling_auto) if name.startswith("AutoModel")]
     for name in sorted(names, key=lambda name: (name in several, name != "AutoModel")):
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
         listed = getattr(mapping, "_model_mapping", {}).get(model_type, ())
