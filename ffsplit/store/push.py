@@ -48,7 +48,7 @@ def push(uri: str, repo: str, *, public: bool = False) -> str:
     data = read_manifest_bytes(location)
     manifest = parse_manifest(location, data)
     if manifest.kind != "model":
-        raise ConfigError(f"{location.uri} holds statistics: give the URI of a model")
+        raise ConfigError(f"{location.uri} holds statistics, not a model: give the URI of a model")
     additions = _additions(materialize(location.uri), manifest, data)
     parent = _claim(api, repo, public=public)
     with begun(), _asking(api, f"{repo} was not uploaded"), _bars_on_terminals_alone():

@@ -227,7 +227,7 @@ def test_what_is_not_committed_or_no_model(hub: Hub, out: Path, tmp_path: Path, 
     assert "is not committed: only a committed run can be pushed" in said
     publish(open_store(str(out)), tmp_path / "statistics", run_key="f" * 16, kind="statistics")
     said = refused(capsys, f"{out}/{'f' * 16}", "org/name")
-    assert "holds statistics: give the URI of a model" in said
+    assert "holds statistics, not a model: give the URI of a model" in said
     assert "holds no artifact" in refused(capsys, str(tmp_path / "nowhere"), "org/name")
     assert hub.requests == []
 
