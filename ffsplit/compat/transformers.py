@@ -237,13 +237,15 @@ def has_static_cache(model: Any) -> bool:
 def auto_class_of(class_name: str, *, model_type: str) -> str | None:
     """The Auto class that loads a model of this type as this class; None if none does.
 
-    AutoModel first, then the others as transformers lists them, and those for several tasks last.
+    Of several, the first of the usual ones, then any other; those for several tasks come last.
     """
     from transformers.models.auto import modeling_auto
 
+    usual = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
     several = ("AutoModelForPreTraining", "AutoModelForMultimodalLM", "AutoModelForTextEncoding")
     names: list[str] = [name for name in vars(modeling_auto) if name.startswith("AutoModel")]
-    for name in sorted(names, key=lambda name: (name in several, name != "AutoModel")):
+    others = sorted((name for name in names if name not in usual), key=several.__contains__)
+    for name in (*usual, *others):
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
         listed = getattr(mapping, "_model_mapping", {}).get(model_type, ())
         if class_name == listed or class_name in (listed if isinstance(listed, tuple | list) else ()):

@@ -144,8 +144,9 @@ def test_statistics_have_no_line(small_job: SmallJob, tmp_path: Path, capsys: Ca
 
 @pytest.mark.s3
 def test_a_bucket_has_no_latest_and_a_line_all_the_same(
-    small_job: SmallJob, s3_uri: str, capsys: Captured
+    small_job: SmallJob, s3_uri: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("FFSPLIT_CACHE", str(tmp_path / "cache"))
     assert main(run(small_job, s3_uri)) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     manifest = ffsplit.compress(small_job.config(s3_uri))

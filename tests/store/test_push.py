@@ -5,7 +5,7 @@ A server in this process stands for the hub; the client is the real one.
 
 from __future__ import annotations
 
-import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ import pytest
 
 import ffsplit
 from ffsplit.cli import main
-from ffsplit.errors import ArtifactError, ConfigError, RunError, StoreError
+from ffsplit.errors import ArtifactError, RunError, StoreError
 from ffsplit.store import push as push_module
 from ffsplit.store.push import push
 from ffsplit.store.store import open_store
@@ -39,6 +39,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("FFSPLIT_CACHE", str(tmp_path / "cache"))
     with serving(hub):
         yield hub
 
@@ -290,30 +291,36 @@ def test_a_hub_that_is_away(hub: Hub, out: Path, capsys: Captured, monkeypatch: 
 
 DOWNLOAD = """
 import sys, ffsplit
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from transformers import AutoModel
-print(snapshot_download("org/name", local_dir=sys.argv[1]))
-assert AutoModel.from_pretrained("org/name").config.model_type == "bert"
+snapshot_download("org/small", local_dir=sys.argv[1])
+assert AutoModel.from_pretrained("org/small").config.model_type == "bert"
+found = ModelCard.load("org/small").data
+print(found.base_model, found.library_name, found.license, found.tags)
 """
 
 
 @pytest.mark.subprocess
-def test_the_command_line_and_back(small_job: SmallJob, tmp_path: Path) -> None:
-    """What others download is the artifact, byte by byte, and transformers loads it by its name."""
-    ffsplit.compress(small_job.config(tmp_path / "out"))
+def test_from_the_hub_and_back(small_job: SmallJob, tmp_path: Path) -> None:
+    """What others download is the artifact, byte by byte; transformers loads it, and its card is read."""
     hub = Hub(tmp_path / "hub")
+    shutil.copytree(small_job.model, hub.add("org/original"), dirs_exist_ok=True)
+    (hub.folder / "org/original/README.md").write_text("---\nlicense: mit\n---\n")
+    environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": TOKEN}
+
+    def done(*command: str) -> str:
+        ran = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True)
+        assert ran.returncode == 0 and TOKEN not in ran.stdout + ran.stderr, ran.stderr
+        return ran.stdout
+
     with serving(hub):
-        environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": TOKEN}
-        options = {"env": environment, "capture_output": True, "text": True, "check": True}
-        command = [sys.executable, "-m", "ffsplit.cli", "push", str(tmp_path / "out" / "latest"), "org/name"]
-        done = subprocess.run(command, **options)  # type: ignore[call-overload]
-        assert done.stdout == f"{hub.uri}/org/name\n" and TOKEN not in done.stderr
-        copy = tmp_path / "copy"
-        subprocess.run([sys.executable, "-c", DOWNLOAD, str(copy)], **options)  # type: ignore[call-overload]
-    assert hub.repositories["org/name"].private and len(hub.repositories["org/name"].commits) == 1
-    assert ffsplit.verify(str(copy)).ok
-    assert os.path.samefile(
-        tmp_path / "out" / "latest", ffsplit.compress(small_job.config(tmp_path / "out")).path
-    )
-    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
-        push(str(tmp_path / "out"), "org/again")
+        arguments = ["org/original", *small_job.arguments(tmp_path / "out", "--runner", "serial")[1:]]
+        done("-m", "ffsplit.cli", "compress", *arguments)
+        printed = done("-m", "ffsplit.cli", "push", str(tmp_path / "out" / "latest"), "org/small")
+        assert printed == f"{hub.uri}/org/small\n"
+        card = done("-c", DOWNLOAD, str(tmp_path / "copy"))
+    assert card == "org/original transformers mit ['ffsplit', 'compressed']\n"
+    assert hub.repositories["org/small"].private and len(hub.repositories["org/small"].commits) == 1
+    assert ffsplit.verify(str(tmp_path / "copy")).ok
+    front = (tmp_path / "copy" / "README.md").read_text().split("---\n")[1]
+    assert "base_model: org/original\nbase_model_relation: finetune\n" in front
