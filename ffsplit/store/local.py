@@ -228,11 +228,11 @@ def _is_pointed(link: Path, target: Path) -> bool:
 
 
 def _was_pointed(link: Path) -> bool:
-    """Whether something that exists was made by `point`: a link to an attempt, or an attempt's files."""
+    """Whether something that exists was made by `point`: a link to an attempt, or hard links to its files."""
     if link.is_symlink():
         ends = Path(os.readlink(link)).parts[-2:]
         return len(ends) == 2 and bool(RUN_KEY.fullmatch(ends[0]) and ATTEMPT_ID.fullmatch(ends[1]))
-    return (link / MANIFEST_NAME).is_file()
+    return (link / MANIFEST_NAME).is_file() and (link / MANIFEST_NAME).stat().st_nlink > 1
 
 
 def _link_directory(staged: Path, target: Path) -> None:

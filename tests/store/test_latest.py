@@ -23,7 +23,7 @@ from ffsplit.store.manifest import Manifest
 from ffsplit.store.pull import materialize, pull, verify
 from ffsplit.store.store import Store, open_store
 
-from .attempts import ATTEMPT, RUN_KEY, publish
+from .attempts import ATTEMPT, RUN_KEY, publish, write_attempt
 
 RUNS = [f"{number:016x}" for number in range(8)]
 
@@ -105,7 +105,7 @@ def test_a_reader_corrects_it(root: Path, tmp_path: Path, damage: str) -> None:
     assert latest_commit(store) is not None and named(root) == RUNS[1]
 
 
-@pytest.mark.parametrize("kind", ["file", "folder", "link"])
+@pytest.mark.parametrize("kind", ["file", "folder", "copy", "link"])
 def test_what_a_user_has_there_stays(root: Path, tmp_path: Path, kind: str) -> None:
     root.mkdir()
     mine = root / "latest"
@@ -114,6 +114,8 @@ def test_what_a_user_has_there_stays(root: Path, tmp_path: Path, kind: str) -> N
     elif kind == "folder":
         mine.mkdir()
         (mine / "notes.txt").write_text("mine")
+    elif kind == "copy":
+        write_attempt(mine)
     else:
         mine.symlink_to(tmp_path)
     store = open_store(str(root))
@@ -121,6 +123,7 @@ def test_what_a_user_has_there_stays(root: Path, tmp_path: Path, kind: str) -> N
     assert latest_commit(store) == commit and verify(str(root)).ok
     assert mine.is_symlink() == (kind == "link") and mine.is_dir() == (kind != "file")
     assert kind != "folder" or [path.name for path in mine.iterdir()] == ["notes.txt"]
+    assert kind != "copy" or (mine / "manifest.json").stat().st_nlink == 1
 
 
 def test_runs_that_end_at_once_leave_the_newest(root: Path, tmp_path: Path) -> None:
