@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -193,12 +194,15 @@ def latest_commit(store: Store) -> Commit | None:
 def move_hint(store: Store, commit: Commit) -> None:
     """Point latest.json and `latest` to a commit unless there is a newer one.
 
-    Raises StoreError when the store fails.
+    Raises StoreError when the store fails. That `latest` cannot be made is only a warning.
     """
     hint = read_hint(store)
     if hint is None or hint.order < commit.order:
         _write_hint(store, commit, after=hint)
-        store.point(LATEST_LINK, f"{commit.run_key}/{commit.attempt}")
+        try:
+            store.point(LATEST_LINK, f"{commit.run_key}/{commit.attempt}")
+        except FFSplitError as error:
+            logs.log(f"warning: {error}", level=logging.WARNING)
 
 
 def read_hint(store: Store) -> Latest | None:

@@ -106,7 +106,9 @@ def test_a_reader_corrects_it(root: Path, tmp_path: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "copy", "link"])
-def test_what_a_user_has_there_stays(root: Path, tmp_path: Path, kind: str) -> None:
+def test_what_a_user_has_there_stays(
+    root: Path, tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     root.mkdir()
     mine = root / "latest"
     if kind == "file":
@@ -120,6 +122,8 @@ def test_what_a_user_has_there_stays(root: Path, tmp_path: Path, kind: str) -> N
         mine.symlink_to(tmp_path)
     store = open_store(str(root))
     commit = publish(store, tmp_path / "a")
+    (said,) = (record.message for record in caplog.records if record.levelname == "WARNING")
+    assert said == f"warning: {mine} was not made by FFSplit: rename it, so that it can name the newest"
     assert latest_commit(store) == commit and verify(str(root)).ok
     assert mine.is_symlink() == (kind == "link") and mine.is_dir() == (kind != "file")
     assert kind != "folder" or [path.name for path in mine.iterdir()] == ["notes.txt"]
