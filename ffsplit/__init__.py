@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ffsplit.store.manifest import Manifest as Manifest
     from ffsplit.store.pull import pull as pull
     from ffsplit.store.pull import verify as verify
+    from ffsplit.store.push import push as push
 
 __version__ = "0.1.0"
 
@@ -46,6 +47,7 @@ _HOMES = {
     "ffsplit.runtime.plugin": ("load",),
     "ffsplit.store.manifest": ("Manifest",),
     "ffsplit.store.pull": ("pull", "verify"),
+    "ffsplit.store.push": ("push",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME_OF)

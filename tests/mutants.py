@@ -51,6 +51,37 @@ MUTANTS = (
         "if hint is None or hint.order > commit.order:",
         "tests/store/test_publish.py::test_publishing_an_old_run_again_does_not_move_latest_back",
     ),
+    Mutant(
+        "store/commits.py",
+        "return latest_commit(store)  # a commit",
+        "return latest  # a commit",
+        "tests/store/test_latest.py::test_a_commit_after_the_listing_is_not_lost",
+    ),
+    Mutant(
+        "store/local.py",
+        "if os.path.lexists(link) and not _was_pointed(link):",
+        "if False:",
+        "tests/store/test_latest.py::test_what_a_user_has_there_stays",
+    ),
+    Mutant(
+        "store/push.py",
+        "api.create_repo(repo, private=not public)",
+        "api.create_repo(repo, private=public)",
+        "tests/store/test_push.py::test_public_where_asked_and_from_python",
+    ),
+    Mutant(
+        "store/push.py",
+        "if additions[entry.path].upload_info.sha256.hex() != entry.sha256:",
+        "if False:",
+        "tests/store/test_push.py::test_a_file_that_is_not_the_manifests_is_not_uploaded",
+    ),
+    # report
+    Mutant(
+        "report/card.py",
+        "if manifest.model.revision is not None:",
+        "if True:",
+        "tests/report/test_card.py::test_a_folder_is_no_base_model_whatever_its_name",
+    ),
     # run
     Mutant(
         "run/job.py",

@@ -212,6 +212,13 @@ def pull(parsed: argparse.Namespace) -> int:
     return DONE
 
 
+def push(parsed: argparse.Namespace) -> int:
+    from ffsplit.store.push import push
+
+    print(push(parsed.uri, parsed.repo, public=parsed.public))
+    return DONE
+
+
 def share(parsed: argparse.Namespace) -> int:
     from ffsplit.redaction import print_credential
     from ffsplit.store.links import share
@@ -292,7 +299,7 @@ def zoo(parsed: argparse.Namespace) -> int:
     if parsed.json:
         print(batch.model_dump_json(indent=2))
     else:
-        from ffsplit.cli.tables import print_batch
+        from ffsplit.cli.batch_lines import print_batch
 
         print_batch(batch, destination=zoo.destination)
     return batch.exit_code
@@ -309,6 +316,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "benchmark": benchmark,
     "export": export,
     "pull": pull,
+    "push": push,
     "share": share,
     "list": list_runs,
     "pin": pin,

@@ -230,6 +230,11 @@ def _add_store_commands(command: Command) -> None:
     add(
         "--verify-key", metavar="KEY", help="refuse an artifact that is not signed by this public key's owner"
     )
+    push = command("push", "upload an artifact to the Hugging Face hub, in one commit")
+    add = push.add_argument
+    add("uri", help="where runs were published, a run or an attempt")
+    add("repo", metavar="ORG/NAME", help="a new repository on the hub, or an empty one")
+    add("--public", action="store_true", help="let everybody see it; default: private")
     share = command("share", "make a link that pulls an artifact without credentials")
     share.add_argument("uri", help="where runs were published, a run or an attempt, in s3://")
     share.add_argument("--expires", default="1h", metavar="T", help="90s, 30m, 12h or 7d; default: 1h")

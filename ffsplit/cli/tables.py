@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -11,8 +14,8 @@ from rich.table import Table
 
 from ffsplit.errors import ConfigError
 from ffsplit.measurement.gates import describe_result
+from ffsplit.report.card import loading_line
 from ffsplit.report.humanize import (
-    change,
     described,
     duration,
     layout,
@@ -32,10 +35,10 @@ from ffsplit.report.humanize import (
 )
 from ffsplit.store.benchmark_records import BenchmarkRecord, Timing
 from ffsplit.store.commits import RunSummary, latest_commit, list_runs
+from ffsplit.store.entries import LATEST_LINK, MANIFEST_NAME
 from ffsplit.store.gc import Plan, Removal, pinned_runs
 from ffsplit.store.manifest import REPORT_NAME, Latency, Manifest, Measurements
 from ffsplit.store.store import Store
-from ffsplit.zoo.batch import INDEX_NAME, STATES, Batch, BatchModel, Figures, batch_key, headline, slowest
 
 if TYPE_CHECKING:
     from ffsplit.forecasts import FFNGroup, Inspection, LayerForecast, Plans
@@ -47,7 +50,7 @@ WIDTH = 100
 
 
 def print_manifest(manifest: Manifest, *, out: str, refused_report: str | None = None) -> None:
-    """Before and after, the gates, and where the artifact and its report are.
+    """Before and after, the gates, where the artifact and its report are, and the line that loads it.
 
     `refused_report` is the report's key below `out` if the gates refused the artifact.
     """
@@ -69,6 +72,21 @@ def print_manifest(manifest: Manifest, *, out: str, refused_report: str | None =
         return
     print(f"artifact: {where}")
     print(f"report:   {where}/{REPORT_NAME}")
+    if manifest.kind == "model":
+        print(loading_line(manifest, _place(manifest, out.rstrip("/"))))
+
+
+def _place(manifest: Manifest, out: str) -> str:
+    """`latest` below `out`, if that is this artifact, else its own directory or URI."""
+    own = f"{manifest.run_key}/{manifest.attempt}"
+    if manifest.path is None:
+        return f"{out}/{own}"
+    root = manifest.path.parent.parent
+    shown = out if Path(out).absolute() == root else root  # no program but this knows ~ and file://
+    with suppress(OSError):  # another run may be newer
+        if os.path.samefile(root / LATEST_LINK / MANIFEST_NAME, manifest.path / MANIFEST_NAME):
+            return f"{shown}/{LATEST_LINK}"
+    return f"{shown}/{own}"
 
 
 def _before_after(manifest: Manifest, measured: Measurements) -> Table:
@@ -379,42 +397,3 @@ def _add(table: Table, timing: Timing) -> None:
         figures = (getattr(each, f"{name}_ms") for each in (first, second))
         table.add_row(f"  {name}", *map(milliseconds, figures), note)
     table.add_row("  tokens/s", number(first.tokens_per_s), number(second.tokens_per_s))
-
-
-# What the command line prints of a batch.
-
-
-def print_batch(batch: Batch, *, destination: str) -> None:
-    """One line per model and per failed gate, and where the batch's documents are."""
-    for model in batch.models:
-        print(f"{model.name}: {STATES[model.state]}{_facts(model)}")
-        for result in model.result.gates if model.result else ():
-            if not result.met:
-                print(f"  {describe_result(result)}")
-    published = batch.count("published", "committed already")
-    interrupted = batch.count("interrupted")
-    print(
-        f"{published} of {len(batch.models)} published ({batch.count('published')} now), "
-        f"{batch.count('refused')} refused by gates, {batch.count('failed')} failed"
-        + (f", {interrupted} interrupted" if interrupted else "")
-    )
-    print(f"batch: {destination}/{batch_key(batch.id)}")
-    print(f"index: {destination}/{INDEX_NAME}")
-
-
-def _facts(model: BatchModel) -> str:
-    if model.result is None or model.result.figures is None:
-        return f": {model.error}" if model.error else ""
-    figures = model.result.figures
-    facts = [f"{size(figures.size_bytes[1])} ({change(figures.size_bytes[0], after=figures.size_bytes[1])})"]
-    speedup, fidelity = slowest(figures), headline(figures)
-    facts += [] if speedup is None else [f"speed-up {times(speedup)}{_spread(figures, speedup)}"]
-    facts += [] if fidelity is None else [f"fidelity {number(fidelity)}"]
-    facts += [] if figures.noise is None else [figures.noise.replace("\u00a0", " ")]
-    return f", {', '.join(facts)}"
-
-
-def _spread(figures: Figures, speedup: float) -> str:
-    """The spread at the shape that has this speed-up."""
-    shape = next(shape for shape, each in figures.speedups.items() if each == speedup)
-    return f" ({spread_in_words(figures.spreads[shape])})" if shape in figures.spreads else ""

@@ -232,3 +232,22 @@ def pictures_alone() -> Iterator[None]:
 def has_static_cache(model: Any) -> bool:
     """Whether keys and values may be kept in tensors of the full length from the start (5.16 to 5.23)."""
     return bool(getattr(model, "_can_compile_fullgraph", False))
+
+
+def auto_class_of(class_name: str, *, model_type: str) -> str | None:
+    """The Auto class that loads a model of this type as this class; None if none does.
+
+    Of several, the first of the usual ones, then any other; those for several tasks come last.
+    """
+    from transformers.models.auto import modeling_auto
+
+    usual = ("AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+    several = ("AutoModelForPreTraining", "AutoModelForMultimodalLM", "AutoModelForTextEncoding")
+    names: list[str] = [name for name in vars(modeling_auto) if name.startswith("AutoModel")]
+    others = sorted((name for name in names if name not in usual), key=several.__contains__)
+    for name in (*usual, *others):
+        mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
+        listed = getattr(mapping, "_model_mapping", {}).get(model_type, ())
+        if class_name == listed or class_name in (listed if isinstance(listed, tuple | list) else ()):
+            return name
+    return None

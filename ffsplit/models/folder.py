@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from ffsplit.errors import ArtifactError, ConfigError
+from ffsplit.models.source_card import CARD_NAME, ORIGINAL_CARD, read_card
 from ffsplit.models.tensor_files import INDEX_NAME
 from ffsplit.store.artifact import STATISTICS_PATH
 from ffsplit.store.entries import MANIFEST_NAME, SIGNATURE_NAME, LeftOut, colliding, is_safe_path
@@ -27,9 +26,6 @@ from ffsplit.store.manifest import REPORT_NAME
 
 CONFIG_NAME = "config.json"
 SINGLE_NAME = "model.safetensors"
-CARD_NAME = "README.md"
-ORIGINAL_CARD = "README.original.md"
-"""The original's model card in an artifact, whose README.md is its own card."""
 
 COPY = "another copy of the original's weights"
 PICKLE = "a pickle, which can run code when it is loaded"
@@ -301,16 +297,8 @@ class ModelFolder:
     @property
     def license(self) -> str | None:
         """The licence that the model card's front matter names."""
-        card = self.directory / "README.md"
-        if not card.is_file():
-            return None
-        front = re.match(r"---\n(.*?\n)---\s*$", card.read_text("utf-8", "replace"), re.S | re.M)
-        try:
-            fields = yaml.safe_load(front.group(1)) if front else None
-        except Exception:  # cards are written for people: invalid YAML just means no licence
-            return None
-        named = fields.get("license") if isinstance(fields, dict) else None
-        return ", ".join(map(str, named)) if isinstance(named, list) else str(named) if named else None
+        named = read_card(self.directory).strings("license")
+        return ", ".join(named) or None
 
     @property
     def companion_bytes(self) -> int:

@@ -44,6 +44,16 @@ def remote_classes(directory: Path) -> dict[str, str]:
     return found
 
 
+def loading_class(class_name: str, *, model_type: str, where: Path) -> str:
+    """The Auto class that loads a checkpoint with its head; its own class if no Auto class does."""
+    from ffsplit.compat.transformers import auto_class_of
+
+    for auto, target in remote_classes(where).items():
+        if auto.startswith("AutoModel") and target.rpartition(".")[2] == class_name:
+            return auto
+    return auto_class_of(class_name, model_type=model_type) or class_name or "AutoModel"
+
+
 def _auto_map(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(path.read_text("utf-8"))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from ffsplit.ffn.shapes import Dense, Integer, LayerLayout, LowRank, PartLayout
-from ffsplit.store.manifest import CalibrationRecord, ExpertsRecord, Latency, LeftOutFFNs, LoadAverage, Spread
+from ffsplit.store.manifest import ExpertsRecord, Latency, LeftOutFFNs, LoadAverage, Spread
 
 SPACE: Final = "\u00a0"
 MINUS: Final = "\u2212"
@@ -188,21 +188,6 @@ def unchanged_in_words(left_out: Sequence[LeftOutFFNs], *, ffn_elements: int) ->
     share = ffn_elements / (ffn_elements + sum(each.num_elements for each in left_out))
     others = f"the others, {percent(share)} of all FFN elements"
     return f"Left unchanged: {'; '.join(parts)}. The budget applies to {others}."
-
-
-def calibrated_in_words(calibration: CalibrationRecord) -> str:
-    """What a model was calibrated on, and how much of it the model wrote itself."""
-    tokens = f"{count(calibration.num_tokens)} tokens"
-    own, sources = calibration.own_rows, ", ".join(f"`{each}`" for each in calibration.sources)
-    if not own:
-        return f"Calibrated on {tokens} of {sources}."
-    if own == calibration.num_rows:
-        return f"Calibrated on {tokens} that the original model wrote itself: no data was used."
-    given = ", ".join(f"`{each}`" for each in calibration.sources if not each.startswith("self:"))
-    share = percent(own / calibration.num_rows)
-    return (
-        f"Calibrated on {tokens}: {share} was written by the original model itself, the rest is from {given}."
-    )
 
 
 MOST_DROPPED: Final = 32

@@ -15,22 +15,13 @@ from ffsplit.directories import by_name, user_path
 from ffsplit.errors import ConfigError
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.machine import describe_environment
-from ffsplit.measurement.gates import describe_result
 from ffsplit.models.fetch import model_name
-from ffsplit.models.folder import CARD_NAME, ORIGINAL_CARD
+from ffsplit.models.load_options import loading_class
 from ffsplit.models.selection import left_out_ffns
+from ffsplit.models.source_card import CARD_NAME, read_card
 from ffsplit.redaction import redacted, without_credentials
+from ffsplit.report.card import model_card
 from ffsplit.report.html import render_report
-from ffsplit.report.humanize import (
-    calibrated_in_words,
-    dropped_in_words,
-    load_in_words,
-    noise,
-    number,
-    spread_in_words,
-    times,
-    unchanged_in_words,
-)
 from ffsplit.report.plots import energy_curve
 from ffsplit.run.job import Run
 from ffsplit.run.reused_statistics import calibration_record
@@ -59,7 +50,6 @@ from ffsplit.store.manifest import (
     DroppedExperts,
     ExpertsRecord,
     GateResult,
-    Latency,
     LayerRecord,
     LinearsRecord,
     Manifest,
@@ -104,7 +94,7 @@ def write_documents(
         return manifest.listing([*manifest.files, file_entry(directory / name, name)])
 
     if run.kind == "model":
-        manifest = add(CARD_NAME, model_card(manifest))
+        manifest = add(CARD_NAME, model_card(manifest, original=read_card(directory)))
     manifest = add(REPORT_NAME, report_of(manifest, outcome.statistics))
     (directory / MANIFEST_NAME).write_text(manifest.to_json(), "utf-8")
     return manifest
@@ -142,6 +132,11 @@ def _draft(run: Run, outcome: Outcome, *, attempt: str) -> Manifest:
             tokenizer_digest=keys.digests["tokenizer"],
             model_type=checkpoint.architecture.model_type,
             architecture=checkpoint.class_name,
+            loading_class=loading_class(
+                checkpoint.class_name,
+                model_type=checkpoint.architecture.model_type,
+                where=checkpoint.directory,
+            ),
             license=checkpoint.folder.license,
             shape=run.solver.model,
             left_out=run.left_out if is_model else (),
@@ -246,72 +241,6 @@ def _layers(run: Run, outcome: Outcome) -> list[LayerRecord]:
             )
         )
     return records
-
-
-def _loader(class_name: str) -> str:
-    """The class of transformers that loads a model with its head; AutoModel for a model's own code."""
-    import transformers
-
-    return class_name if hasattr(transformers, class_name) else "AutoModel"
-
-
-def model_card(manifest: Manifest) -> str:
-    """The artifact's README.md: licence and origin, what was done to it, how to load it, its figures."""
-    model, measured = manifest.model, manifest.measurements
-    assert measured is not None, "no model is published unmeasured"
-    front = ["---", f"base_model: {model.id}", "library_name: transformers", "tags: [ffsplit, compressed]"]
-    front += [f"license: {model.license}"] if model.license else []
-    loader = f"{_loader(model.architecture)}.from_pretrained(directory)"
-    how = (
-        f"An ordinary checkpoint: `transformers.{loader}` loads it."
-        if manifest.plain
-        else f"`import ffsplit`, then `transformers.{loader}`; without ffsplit the load fails."
-    )
-    body = [
-        f"# {model.id}, compressed with FFSplit",
-        "",
-        f"The feed-forward networks keep {manifest.keep:.4g} of their elements (recipe "
-        f"`{manifest.recipe['name']}`: {manifest.recipe['description']})",
-        "",
-        how,
-    ]
-    body += ["", calibrated_in_words(manifest.calibration)]
-    if unchanged := unchanged_in_words(model.left_out_ffns, ffn_elements=model.shape.ffn_elements):
-        body += ["", unchanged]
-    if manifest.experts is not None:
-        body += ["", dropped_in_words(manifest.experts)]
-    if manifest.linears is not None:
-        sizes = f"{manifest.linears.original_size_bytes:,} bytes became {manifest.linears.size_bytes:,}"
-        body += ["", f"The linear layers of attention have int8 weights: {sizes}."]
-    before, after = measured.original_size, measured.compressed_size
-    body += ["", "| | original | compressed | |", "|---|---|---|---|"]
-    body += [f"| parameters | {before.num_parameters:,} | {after.num_parameters:,} | |"]
-    body += [f"| bytes | {before.file_bytes:,} | {after.file_bytes:,} | |"]
-    body += [_card_latency(each) for each in measured.latency]
-    body += [
-        f"| {task.name}, {task.metric} | {task.original:.4f} | {task.compressed:.4f} | |"
-        for task in measured.tasks
-    ]
-    body += ["", *(f"- {name}: {value:.5f}" for name, value in measured.fidelity.items())]
-    if measured.load is not None:
-        body += ["", f"Timed on {measured.device}, {measured.dtype}: {load_in_words(measured.load)}."]
-    if disturbed := noise(measured.latency, measured.load):
-        body += ["", f"**{disturbed[0].upper()}{disturbed[1:]}.**"]
-    if manifest.gates:
-        body += ["", *(f"- {describe_result(result)}" for result in manifest.gates)]
-    if any(entry.path == ORIGINAL_CARD for entry in manifest.files):
-        body += ["", f"The original's card: [{ORIGINAL_CARD}]({ORIGINAL_CARD})."]
-    if model.left_out:
-        body += ["", "These files of the original are not included:", ""]
-        body += [f"- `{each.path}`: {each.reason}" for each in model.left_out]
-    return "\n".join([*front, "---", "", *body, ""])
-
-
-def _card_latency(each: Latency) -> str:
-    """One row: both medians, their ratio, and how much single pairs vary."""
-    before, after = (number(ms) for ms in (each.original_p50_ms, each.compressed_p50_ms))
-    ratio = times(each.speedup) + (f" ({spread_in_words(each.spread)})" if each.spread else "")
-    return f"| forward {each.batch_size} x {each.num_tokens}, p50 ms | {before} | {after} | {ratio} |"
 
 
 def render_published(uri: str, *, out: str) -> Path:

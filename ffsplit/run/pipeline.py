@@ -137,7 +137,7 @@ def _publish(run: Run, outcome: Outcome, staging: Path, *, store: Store, sign_ke
         standing = upload.commit(staging, kind=run.kind, move_latest=run.kind == "model")
     if standing.attempt != attempt:  # another run of the same key committed first
         return read_manifest(locate(f"{store.uri}/{key}"))
-    return manifest
+    return manifest.at(f"{store.uri}/{key}/{attempt}")
 
 
 def compute_statistics(execution: Execution, staging: Path) -> Outcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from ffsplit.directories import process_folder
 from ffsplit.errors import ArtifactError, ConfigError
 from ffsplit.store.commits import Commit, latest_commit, list_commits, read_commit
-from ffsplit.store.entries import ATTEMPT_ID, MANIFEST_NAME, RUN_KEY, FileEntry
+from ffsplit.store.entries import ATTEMPT_ID, LATEST_LINK, MANIFEST_NAME, RUN_KEY, FileEntry
 from ffsplit.store.manifest import MAX_MANIFEST_BYTES, Manifest
 from ffsplit.store.store import MissingKey, Store, open_store, read_at_most, root_uri
 
@@ -47,10 +48,11 @@ def locate(uri: str) -> Location:
     """The artifact that a URI names.
 
     The URI may be where runs were published (gives the newest model), URI/<run key> (gives its committed
-    attempt), or the directory of one attempt. Raises ConfigError, in one line, if it names none of
-    these or the run is not committed; ArtifactError if a commit is invalid.
+    attempt), or the directory of one attempt, which `latest` in a directory of runs is too. Raises
+    ConfigError, in one line, if it names none of these or the run is not committed; ArtifactError if a
+    commit is invalid.
     """
-    root = root_uri(uri)
+    root = _followed(root_uri(uri))
     match = _RUN_URI.fullmatch(root)
     if match and (location := _locate_run(match)):
         return location
@@ -63,6 +65,12 @@ def locate(uri: str) -> Location:
     if commit:
         return _committed(store, commit)
     raise ConfigError(_why_not(store, uri))
+
+
+def _followed(root: str) -> str:
+    """The attempt that `latest` links to; any other root as it is."""
+    path = Path(root)
+    return str(path.parent / os.readlink(path)) if path.name == LATEST_LINK and path.is_symlink() else root
 
 
 def _locate_run(match: re.Match[str]) -> Location | None:
@@ -118,7 +126,10 @@ def read_manifest_bytes(location: Location) -> bytes:
 
 
 def parse_manifest(location: Location, data: bytes) -> Manifest:
-    """The manifest in these bytes. Raises ArtifactError if it is invalid, or belongs to another attempt."""
+    """The manifest in these bytes, with its place.
+
+    Raises ArtifactError if it is invalid, or belongs to another attempt.
+    """
     try:
         manifest = Manifest.from_json(data)
     except ArtifactError as error:
@@ -127,7 +138,7 @@ def parse_manifest(location: Location, data: bytes) -> Manifest:
     if named != (manifest.run_key, manifest.attempt):
         owner = f"{manifest.run_key}/{manifest.attempt}"
         raise ArtifactError(f"{location.uri}: {MANIFEST_NAME} belongs to {owner}")
-    return manifest
+    return manifest.at(location.uri)
 
 
 # The neuron statistics of a published run, which a later run can reuse.

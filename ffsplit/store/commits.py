@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -14,7 +15,7 @@ from pydantic import Field
 from ffsplit import logs
 from ffsplit.config import Record
 from ffsplit.errors import ArtifactError, FFSplitError
-from ffsplit.store.entries import ATTEMPT_ID, MANIFEST_NAME, RUN_KEY
+from ffsplit.store.entries import ATTEMPT_ID, LATEST_LINK, MANIFEST_NAME, RUN_KEY
 from ffsplit.store.manifest import MAX_MANIFEST_BYTES, Manifest
 from ffsplit.store.schema import NewerSchema, UtcTime, Versioned, read_record
 from ffsplit.store.store import MissingKey, Store, read_at_most
@@ -171,7 +172,7 @@ def add_to_index(store: Store, commit: Commit, manifest: Manifest) -> None:
 
 
 def latest_commit(store: Store) -> Commit | None:
-    """The newest committed model, None if there is none. Corrects latest.json if it can write to it."""
+    """The newest committed model, None if there is none. Corrects latest.json and `latest`, if it may."""
     with ThreadPoolExecutor(1) as pool:
         hinted = pool.submit(read_hint, store)
         index, present = _index_and_runs(store)
@@ -184,14 +185,24 @@ def latest_commit(store: Store) -> Commit | None:
         hint = hinted.result()
         if latest and (hint is None or hint.order != latest.order or hint.attempt != latest.attempt):
             _write_hint(store, latest, after=hint)
+    with _logged(LATEST_LINK):
+        if latest and store.point(LATEST_LINK, f"{latest.run_key}/{latest.attempt}"):
+            return latest_commit(store)  # a commit since the listing may have been pointed to before
     return latest
 
 
 def move_hint(store: Store, commit: Commit) -> None:
-    """Point latest.json to a commit unless it names a newer one. Raises StoreError when the store fails."""
+    """Point latest.json and `latest` to a commit unless there is a newer one.
+
+    Raises StoreError when the store fails. That `latest` cannot be made is only a warning.
+    """
     hint = read_hint(store)
     if hint is None or hint.order < commit.order:
         _write_hint(store, commit, after=hint)
+        try:
+            store.point(LATEST_LINK, f"{commit.run_key}/{commit.attempt}")
+        except FFSplitError as error:
+            logs.log(f"warning: {error}", level=logging.WARNING)
 
 
 def read_hint(store: Store) -> Latest | None:

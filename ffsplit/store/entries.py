@@ -20,6 +20,8 @@ from ffsplit.errors import ArtifactError, ConfigError
 
 MANIFEST_NAME = "manifest.json"
 SIGNATURE_NAME = "manifest.json.sig"
+LATEST_LINK = "latest"
+"""In a directory where runs are published, the newest model. Buckets have no links."""
 UNLISTED = frozenset({MANIFEST_NAME, SIGNATURE_NAME})
 """Files of an artifact that its manifest does not list."""
 
@@ -57,7 +59,9 @@ def colliding(paths: Iterable[str]) -> str | None:
 
 def check_outside_attempts(path: str, *, flag: str) -> None:
     """Raise ConfigError if a path or URI lies in a published attempt: those are never written to."""
-    if re.search(rf"(^|/){RUN_KEY.pattern}/{ATTEMPT_ID.pattern}(/|$)", path):
+    above = (folder for folder in (Path(path), *Path(path).parents) if folder.name == LATEST_LINK)
+    in_latest = any((folder / MANIFEST_NAME).is_file() for folder in above)
+    if in_latest or re.search(rf"(^|/){RUN_KEY.pattern}/{ATTEMPT_ID.pattern}(/|$)", path):
         raise ConfigError(f"{flag} {path} lies in a published attempt: choose another place")
 
 

@@ -14,12 +14,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from ffsplit.errors import ConfigError, StoreError
-from ffsplit.store.entries import StoreGuarantees, read_chunks
+from ffsplit.store.entries import ATTEMPT_ID, MANIFEST_NAME, RUN_KEY, StoreGuarantees, read_chunks
 from ffsplit.store.store import MissingKey, Names, Stored, check_key, check_prefix
 
 _TEMPORARY = re.compile(r"\.ffsplit-[0-9a-f]{16}\.tmp")
-_NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-_MKDIR_ATTEMPTS = 20
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+_MKDIR_ATTEMPTS = _SWAP_ATTEMPTS = 20
 
 
 class LocalStore:
@@ -98,12 +98,28 @@ class LocalStore:
     def presign(self, key: str, *, expires_s: int) -> str | None:
         return None
 
+    def point(self, name: str, prefix: str) -> bool:
+        link, target = self._path(name), self._directory(prefix)
+        with _os_errors(f"link {link}"):
+            if _is_pointed(link, target):
+                return False
+            if os.path.lexists(link) and not _was_pointed(link):
+                raise StoreError(f"{link} was not made by FFSplit: rename it, so that it can name the newest")
+            staged = _temporary_beside(link)
+            try:
+                _link_directory(staged, target)
+                _swap(staged, link)
+            finally:
+                _remove(staged)
+            _sync_directory(link.parent)
+            return True
+
     def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
         found = self._walk("", wanted=lambda name: bool(_TEMPORARY.fullmatch(name)))
         old = [self._root / entry.key for entry in found if entry.modified_at < before]
         for path in [] if dry_run else old:
             with _os_errors(f"delete {path}"):
-                path.unlink(missing_ok=True)
+                _remove(path)
         return len(old)
 
     def _walk(self, prefix: str, *, wanted: Callable[[str], bool]) -> Iterator[Stored]:
@@ -112,7 +128,9 @@ class LocalStore:
         with _os_errors(f"list {top}"):
             for directory, children, names in os.walk(top, onerror=_raise_unless_missing):
                 links = [name for name in children if os.path.islink(os.path.join(directory, name))]
-                for name in filter(wanted, names + links):
+                staged = [name for name in children if _TEMPORARY.fullmatch(name) and name not in links]
+                children[:] = [name for name in children if name not in staged]
+                for name in filter(wanted, names + links + staged):
                     path = Path(directory) / name
                     with suppress(FileNotFoundError):
                         status = path.lstat()
@@ -182,7 +200,7 @@ class LocalStore:
 
 def _stage(target: Path, chunks: Iterable[bytes]) -> Path:
     """Write chunks to a new, synced temporary file beside the target. Raises OSError."""
-    staged = target.with_name(f".ffsplit-{secrets.token_hex(8)}.tmp")
+    staged = _temporary_beside(target)
     descriptor = _create(staged)
     try:
         with open(descriptor, "wb") as file:
@@ -194,6 +212,58 @@ def _stage(target: Path, chunks: Iterable[bytes]) -> Path:
         staged.unlink(missing_ok=True)
         raise
     return staged
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(f".ffsplit-{secrets.token_hex(8)}.tmp")
+
+
+def _is_pointed(link: Path, target: Path) -> bool:
+    """Whether a link leads to a directory, or a directory holds the same manifest as another."""
+    if link.is_symlink():
+        return link.parent / os.readlink(link) == target
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return os.path.samefile(link / MANIFEST_NAME, target / MANIFEST_NAME)
+    return False
+
+
+def _was_pointed(link: Path) -> bool:
+    """Whether something that exists was made by `point`: a link to an attempt, or hard links to its files."""
+    if link.is_symlink():
+        ends = Path(os.readlink(link)).parts[-2:]
+        return len(ends) == 2 and bool(RUN_KEY.fullmatch(ends[0]) and ATTEMPT_ID.fullmatch(ends[1]))
+    return (link / MANIFEST_NAME).is_file() and (link / MANIFEST_NAME).stat().st_nlink > 1
+
+
+def _link_directory(staged: Path, target: Path) -> None:
+    """A relative link to a directory beside or below it; a directory of hard links if there are no links."""
+    try:
+        os.symlink(os.path.relpath(target, staged.parent), staged)
+    except OSError as error:
+        if error.errno not in _NO_LINKS or not (target / MANIFEST_NAME).is_file():
+            raise
+        shutil.copytree(target, staged, copy_function=os.link)
+
+
+def _swap(staged: Path, link: Path) -> None:
+    """Rename over the old link. A directory cannot be renamed over, so an old one is moved away first."""
+    for _ in range(_SWAP_ATTEMPTS):
+        try:
+            return os.replace(staged, link)
+        except OSError as error:
+            if error.errno not in (errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        aside = _temporary_beside(link)
+        with suppress(FileNotFoundError):  # another process has just moved it
+            os.rename(link, aside)
+        _remove(aside)
+    raise StoreError(f"{link} is changed by other processes all the time: read it again")
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, a link or a directory, if it exists."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _create(path: Path) -> int:
@@ -242,6 +312,6 @@ def _reason(error: OSError) -> str:
         return "the file system is read-only: choose another directory"
     if error.errno == errno.ENOSPC:
         return "no space left on the device: free some or choose another directory"
-    if error.filename2 and error.errno in _NO_HARD_LINKS:
+    if error.filename2 and error.errno in _NO_LINKS:
         return "the file system has no hard links, which a commit needs: choose another directory"
     return f"{error.strerror or error}: choose another directory"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from ffsplit.config import Budget, Record
 from ffsplit.ffn.shapes import LayerLayout, ModelShape
@@ -70,6 +71,9 @@ class SourceModel(Record):
     tokenizer_digest: str = Field(description="of every file except weights and documents")
     model_type: str
     architecture: str
+    loading_class: str = Field(
+        default="AutoModel", description="the class of transformers that loads it and its compressed form"
+    )
     license: str | None
     shape: ModelShape = Field(description="from which `ffsplit plan` computes budgets")
     left_out: tuple[LeftOut, ...] = Field(
@@ -327,6 +331,26 @@ class Manifest(Versioned):
     environment: Environment
     store: StoreGuarantees | None = Field(default=None, description="of the store it was first published to")
     files: tuple[FileEntry, ...]
+    _uri: str | None = PrivateAttr(default=None)
+
+    @property
+    def uri(self) -> str | None:
+        """The directory that the artifact was published to or read from, or its s3:// URI.
+
+        None if nothing was published. It is not part of the stored record.
+        """
+        return self._uri
+
+    @property
+    def path(self) -> Path | None:
+        """The artifact's directory; None if it is in a bucket, or nothing was published."""
+        return None if self._uri is None or "://" in self._uri else Path(self._uri)
+
+    def at(self, uri: str) -> Manifest:
+        """This manifest as that of an artifact at a place."""
+        placed = self.model_copy()
+        placed._uri = uri
+        return placed
 
     def listing(self, files: Iterable[FileEntry]) -> Manifest:
         """This manifest with these files, sorted by path. The later of two files with one path is kept."""

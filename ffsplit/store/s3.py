@@ -206,6 +206,9 @@ class S3Store:
             where = {"Bucket": self._bucket, "Key": self._name(key)}
             return self._client.generate_presigned_url("get_object", Params=where, ExpiresIn=expires_s)
 
+    def point(self, name: str, prefix: str) -> bool:
+        return False
+
     def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
         """Abort unfinished multipart uploads, which cost storage but appear in no listing of keys."""
         old: list[Any] = []

@@ -100,6 +100,14 @@ class Store(Source, Protocol):
     def presign(self, key: str, *, expires_s: int) -> str | None:
         """A link with which anybody can read a value until it expires; None if the store has no links."""
 
+    def point(self, name: str, prefix: str) -> bool:
+        """Make `name` stand for the directory of an artifact, for programs that read directories.
+
+        In a directory it becomes a symbolic link, or a directory with the same files where the file system
+        has no such links. In a bucket this does nothing. Returns whether anything changed. Raises StoreError
+        if `name` is something else.
+        """
+
     def remove_leftovers(self, before: datetime, *, dry_run: bool) -> int:
         """Remove invisible leftovers of killed writes older than `before`; returns how many there were."""
 
@@ -140,6 +148,10 @@ def root_uri(uri: str) -> str:
     scheme, rest = (match[1].lower(), match[2]) if match else ("", uri)
     if scheme == "s3":
         return "s3://" + "/".join(filter(None, parse_s3(rest)))
+    if scheme == "hf":
+        raise ConfigError(
+            f"{uri} is not a store: use s3://bucket/prefix or a local path, then `ffsplit push URI {rest}`"
+        )
     if scheme not in ("", "file"):
         raise ConfigError(f"{scheme}:// is not a supported store: use s3://bucket/prefix or a local path")
     return str(parse_file_url(rest) if scheme else parse_path(uri))
@@ -184,6 +196,8 @@ def parse_file_url(rest: str) -> Path:
 
 def parse_path(text: str) -> Path:
     """An absolute path; `~/` is the home directory. Raises ConfigError."""
+    if re.match(r"hf:", text, re.IGNORECASE):
+        root_uri(f"hf://{text[3:]}")
     if re.match(r"(s3|file):", text, re.IGNORECASE):
         raise ConfigError(f"{text!r} lacks slashes: write s3://bucket/prefix or file:///path")
     if not text or "\0" in text:

@@ -102,7 +102,8 @@ def test_the_activation_is_the_one_transformers_would_use_where_the_config_is_si
         ("---\nlicense:\n- mit\n---\n", "mit"),
         ("---\r\nlicense: mit\r\n---\r\n", "mit"),
         ("---\nlicense:\ntags: [a]\n---\n", None),
-        ("---\ndate: 2026-02-30\nlicense: mit\n---\n", None),
+        ("---\ndate: 2026-02-30\nlicense: mit\n---\n", "mit"),
+        ("---\nlicense: [\n---\n", None),
     ],
 )
 def test_the_license_is_of_the_cards_front_matter(bert: Path, card: str, expected: str | None) -> None:

@@ -123,5 +123,6 @@ def publish_directory(
 
 
 def contents(store: Store) -> dict[str, str]:
-    """Every key of a store and the digest of its value."""
-    return {key: hashlib.sha256(store.get_bytes(key)).hexdigest() for key in store.list("")}
+    """Every key of a store and the digest of its value. The link `latest` is no key."""
+    keys = (key for key in store.list("") if key != "latest")
+    return {key: hashlib.sha256(store.get_bytes(key)).hexdigest() for key in keys}

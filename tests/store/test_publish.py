@@ -166,7 +166,7 @@ def test_eight_threads_racing_have_one_winner_and_leave_nothing_else(tmp_path: P
     store = open_store(str(root))
     assert read_commit(store, RUN_KEY) == commits[0]
     assert store.list_directories(RUN_KEY) == [commits[0].attempt]
-    assert {path.name for path in root.iterdir()} == {RUN_KEY, "latest.json", "index.json"}
+    assert {path.name for path in root.iterdir()} == {RUN_KEY, "latest.json", "index.json", "latest"}
     assert hint(store)["attempt"] == commits[0].attempt
 
 

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ffsplit.cli.tables import print_batch
+from ffsplit.cli.batch_lines import print_batch
 from ffsplit.store.local import LocalStore
 from ffsplit.store.manifest import GateResult, Spread
 from ffsplit.zoo.batch import (

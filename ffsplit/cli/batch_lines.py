@@ -1,0 +1,43 @@
+"""What the command line prints of a batch."""
+
+from __future__ import annotations
+
+from ffsplit.measurement.gates import describe_result
+from ffsplit.report.humanize import change, number, size, spread_in_words, times
+from ffsplit.zoo.batch import INDEX_NAME, STATES, Batch, BatchModel, Figures, batch_key, headline, slowest
+
+
+def print_batch(batch: Batch, *, destination: str) -> None:
+    """One line per model and per failed gate, and where the batch's documents are."""
+    for model in batch.models:
+        print(f"{model.name}: {STATES[model.state]}{_facts(model)}")
+        for result in model.result.gates if model.result else ():
+            if not result.met:
+                print(f"  {describe_result(result)}")
+    published = batch.count("published", "committed already")
+    interrupted = batch.count("interrupted")
+    print(
+        f"{published} of {len(batch.models)} published ({batch.count('published')} now), "
+        f"{batch.count('refused')} refused by gates, {batch.count('failed')} failed"
+        + (f", {interrupted} interrupted" if interrupted else "")
+    )
+    print(f"batch: {destination}/{batch_key(batch.id)}")
+    print(f"index: {destination}/{INDEX_NAME}")
+
+
+def _facts(model: BatchModel) -> str:
+    if model.result is None or model.result.figures is None:
+        return f": {model.error}" if model.error else ""
+    figures = model.result.figures
+    facts = [f"{size(figures.size_bytes[1])} ({change(figures.size_bytes[0], after=figures.size_bytes[1])})"]
+    speedup, fidelity = slowest(figures), headline(figures)
+    facts += [] if speedup is None else [f"speed-up {times(speedup)}{_spread(figures, speedup)}"]
+    facts += [] if fidelity is None else [f"fidelity {number(fidelity)}"]
+    facts += [] if figures.noise is None else [figures.noise.replace("\u00a0", " ")]
+    return f", {', '.join(facts)}"
+
+
+def _spread(figures: Figures, speedup: float) -> str:
+    """The spread at the shape that has this speed-up."""
+    shape = next(shape for shape, each in figures.speedups.items() if each == speedup)
+    return f" ({spread_in_words(figures.spreads[shape])})" if shape in figures.spreads else ""
