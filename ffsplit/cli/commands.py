@@ -42,16 +42,16 @@ def calibrate(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         return _dry_run(parsed, config, kind="statistics")
 
-    from ffsplit.run.driver import calibrate
+    from ffsplit.run.driver import run_to_end
 
-    _show(parsed, calibrate(config, sign_key=_sign_key(parsed)))
+    _show(parsed, run_to_end(config, kind="statistics", sign_key=_sign_key(parsed)).manifest)
     return DONE
 
 
 def job_config(parsed: argparse.Namespace) -> JobConfig:
     """The job that the flags describe. Raises ConfigError."""
     fields = {name: value for name, value in vars(parsed).items() if name in JobConfig.model_fields}
-    return JobConfig.checked(**{name: value for name, value in fields.items() if value is not None})
+    return JobConfig.of_flags(**{name: value for name, value in fields.items() if value is not None})
 
 
 def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> int:
@@ -124,7 +124,7 @@ def latency_table(parsed: argparse.Namespace) -> int:
     from ffsplit.measurement.latency_table import check_target, measure_latency_table, write_latency_table
     from ffsplit.progress import Progress
 
-    config = JobConfig.checked(
+    config = JobConfig.of_flags(
         model=parsed.model,
         out=parsed.out,
         device=parsed.device or "auto",

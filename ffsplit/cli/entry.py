@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import re
 import types
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from ffsplit import __version__, logs
-from ffsplit.config import Flag, JobConfig, flag_of, parse_size
-from ffsplit.errors import ConfigError
+from ffsplit.config import Flag, JobConfig, flag_of
+from ffsplit.errors import ConfigError, did_you_mean
 from ffsplit.exit_codes import DESCRIPTION, DONE, checked_output, exit_code_of, show_tracebacks
 from ffsplit.models.load_options import attending, trusting
 from ffsplit.store.entries import check_absolute
@@ -27,11 +27,29 @@ Command = Callable[[str, str], argparse.ArgumentParser]
 """Adds a command, from its name and description."""
 
 
+_WRONG_NAME = re.compile(r"unrecognized arguments: (?P<flag>-[^\s=]+)|: invalid choice: '(?P<choice>[^']*)'")
+
+
 class _Parser(argparse.ArgumentParser):
-    """Reports a usage error in one line."""
+    """Reports a usage error in one line, with the closest flag or choice."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        wrong = _WRONG_NAME.search(message)
+        if wrong is None:
+            raise ConfigError(message)
+        if wrong["flag"]:
+            known = {name for parser in (self, *self._commands()) for name in parser._option_string_actions}
+            raise ConfigError(message + did_you_mean(wrong["flag"], sorted(known)))
+        choices = [name for action in self._actions for name in action.choices or ()]
+        raise ConfigError(message + did_you_mean(wrong["choice"], choices))
+
+    def _commands(self) -> list[argparse.ArgumentParser]:
+        return [
+            each
+            for action in self._actions
+            if isinstance(action.choices, dict)
+            for each in action.choices.values()
+        ]
 
 
 def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int:
@@ -129,10 +147,6 @@ def _add_fields(parser: argparse.ArgumentParser, *names: str) -> None:
             options["metavar"] = flag.metavar
             if get_origin(kind) is tuple:
                 options["action"] = "append"
-            elif flag.is_size:
-                options["type"] = partial(parse_size, name=flag_of(name))
-            elif kind is not str:
-                options["type"] = kind
         parser.add_argument(flag_of(name), required=field.is_required(), **options)
 
 
@@ -167,10 +181,10 @@ def _add_planning_commands(command: Command) -> None:
     plan = command("plan", "forecast budgets from an earlier run's statistics, without a run")
     add = plan.add_argument
     add("uri", help="an artifact, or a run of ffsplit calibrate")
-    add("--keep", type=float, nargs="+", default=[], metavar="F")
-    add("--max-bytes", type=int, nargs="+", default=[], metavar="N", help="maximum for all FFNs")
-    add("--max-parameters", type=int, nargs="+", default=[], metavar="N", help="maximum for the whole model")
-    add("--max-latency-ms", type=float, nargs="+", default=[], metavar="F")
+    add("--keep", nargs="+", default=[], metavar="F", help="such as 0.35 or 35%%")
+    add("--max-bytes", nargs="+", default=[], metavar="SIZE", help="maximum for all FFNs, such as 5MB")
+    add("--max-parameters", nargs="+", default=[], metavar="N", help="maximum for the whole model")
+    add("--max-latency-ms", nargs="+", default=[], metavar="F")
     add("--latency-table", metavar="FILE", help="for --max-latency-ms")
     add("--recipe", metavar="NAME|FILE.yaml", help="default: the earlier run's own")
     add("--json", action="store_true", help="print only the plans, with the indices of heavy hitters")

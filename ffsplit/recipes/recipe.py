@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from ffsplit.calibration.sampling import CalibrationSettings
 from ffsplit.compressors import AnyCompressor, DistillCompressor, QuantizeCompressor
 from ffsplit.config import Record, describe_validation_error
 from ffsplit.directories import user_path
-from ffsplit.errors import ConfigError, explained, reason_of
+from ffsplit.errors import ConfigError, did_you_mean, explained, reason_of
 from ffsplit.ffn.shapes import FFNShape, LayerLayout
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.splitting.scores import ScoreName
@@ -200,7 +199,7 @@ def load_recipe(name: str) -> Recipe:
         return parse_recipe(shipped[name], where=f"recipe {name}")
     path = user_path(name)
     if path.suffix not in (".yaml", ".yml"):
-        near = _suggestion(name, list(shipped))
+        near = did_you_mean(name, list(shipped))
         raise ConfigError(
             f"unknown recipe {name!r}{near} (shipped: {', '.join(shipped)}; or give a .yaml file)"
         )
@@ -241,19 +240,14 @@ def recipe_of(fields: dict[str, Any], *, where: str) -> Recipe:
 def _describe(error: ValidationError) -> str:
     unknown = [each for each in error.errors() if each["type"] == "extra_forbidden"]
     if not unknown:
-        return describe_validation_error(error, prefix="")
+        return describe_validation_error(error)
     first = unknown[0]
     name = str(first["loc"][-1])
     path = ".".join(str(part) for part in first["loc"])
-    return f"unknown field {path}{_suggestion(name, _all_fields())}"
+    return f"unknown field {path}{did_you_mean(name, _all_fields())}"
 
 
 def _all_fields() -> list[str]:
     records: list[Any] = [Recipe, CalibrationSettings, MeasurementSettings, HealingSettings]
     records += AnyCompressor.__origin__.__args__  # type: ignore[attr-defined]
     return sorted({field for record in records for field in record.model_fields})
-
-
-def _suggestion(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
