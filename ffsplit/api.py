@@ -1,7 +1,7 @@
 """What Python calls: `ffsplit.compress` and `ffsplit.calibrate`, with keyword arguments and objects.
 
-Keywords are the fields of JobConfig. A model object and a list of texts are saved to a temporary folder first, so
-that a run reads files whatever it was given, and its key depends on their contents alone.
+Keywords are the fields of JobConfig. A model object and a list of texts are saved to a temporary folder
+first: a run reads files whatever it was given, and its key depends on their contents alone.
 """
 
 from __future__ import annotations

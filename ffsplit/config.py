@@ -225,13 +225,14 @@ class JobConfig(Record):
     def _has_one_budget(self, info: ValidationInfo) -> JobConfig:
         prefix = _prefix_of(info)
         given = [_as_written(kind, prefix) for kind in BUDGET_KINDS if getattr(self, kind) is not None]
-        latency, table = _as_written("max_latency_ms", prefix), _as_written("latency_table", prefix)
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are {len(given)} budgets: give one")
         if self.max_latency_ms is not None and self.latency_table is None:
-            raise ValueError(f"{latency} needs {table} FILE, which ffsplit latency-table MODEL measures")
+            raise ValueError(
+                "--max-latency-ms needs --latency-table FILE, which ffsplit latency-table MODEL measures"
+            )
         if self.max_latency_ms is None and self.latency_table is not None:
-            raise ValueError(f"{table} is for {latency}, which is not given")
+            raise ValueError("--latency-table is for --max-latency-ms, which is not given")
         return self
 
     @model_validator(mode="wrap")
