@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ffsplit import streams
+from ffsplit.cli.overview import listed_recipes
 from ffsplit.config import BUDGET_KINDS, JobConfig, flag_of, parse_span
 from ffsplit.directories import user_path
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, did_you_mean
 from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, REFUSED
+from ffsplit.recipes import shipped_recipes
 from ffsplit.store.entries import check_absolute
 
 if TYPE_CHECKING:
@@ -91,7 +94,7 @@ def inspect(parsed: argparse.Namespace) -> int:
     from ffsplit.cli.tables import print_inspection
     from ffsplit.forecasts import inspect as inspect_model
 
-    print_inspection(inspect_model(parsed.model, recipe=parsed.recipe))
+    print_inspection(inspect_model(parsed.model, recipe=parsed.recipe or "fast"))
     return DONE
 
 
@@ -298,11 +301,35 @@ def zoo(parsed: argparse.Namespace) -> int:
     return batch.exit_code
 
 
+def recipes(parsed: argparse.Namespace) -> int:
+    shipped = shipped_recipes()
+    if parsed.name is None:
+        print(listed_recipes(shipped, width=shutil.get_terminal_size().columns))
+        return DONE
+    if parsed.name not in shipped:
+        hint = did_you_mean(parsed.name, shipped) or f"; shipped are {', '.join(shipped)}"
+        raise ConfigError(f"no shipped recipe is named {parsed.name!r}{hint}")
+    print(shipped[parsed.name], end="")
+    return DONE
+
+
+def completion(parsed: argparse.Namespace) -> int:
+    try:
+        from argcomplete.shell_integration import shellcode
+    except ImportError:
+        raise ConfigError(
+            "argcomplete is not installed: pip install argcomplete, here and where you use ffsplit"
+        ) from None
+    print(shellcode(["ffsplit"], shell=parsed.shell))
+    return DONE
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "compress": compress,
     "calibrate": calibrate,
     "inspect": inspect,
     "plan": plan,
+    "recipes": recipes,
     "latency-table": latency_table,
     "verify": verify,
     "report": report,
@@ -315,4 +342,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "gc": gc,
     "zoo": zoo,
     "submit": submit,
+    "completion": completion,
 }

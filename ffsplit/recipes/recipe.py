@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any, Literal
 
 import yaml
@@ -16,6 +15,7 @@ from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, did_you_mean, explained, reason_of
 from ffsplit.ffn.shapes import FFNShape, LayerLayout
 from ffsplit.healing.settings import HealingSettings
+from ffsplit.recipes import shipped_recipes
 from ffsplit.splitting.scores import ScoreName
 from ffsplit.splitting.solver import HeavyRule
 
@@ -178,15 +178,6 @@ class Recipe(Record):
     def heavy(self) -> HeavyRule:
         """How many of a layer's neurons are heavy hitters."""
         return self._rules()[0]
-
-
-def shipped_recipes() -> dict[str, str]:
-    """The YAML text of every recipe in the package, by name."""
-    folder = resources.files("ffsplit.recipes")
-    files = sorted(
-        (item for item in folder.iterdir() if item.name.endswith(".yaml")), key=lambda item: item.name
-    )
-    return {item.name.removesuffix(".yaml"): item.read_text("utf-8") for item in files}
 
 
 def load_recipe(name: str) -> Recipe:
