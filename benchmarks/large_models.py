@@ -117,7 +117,7 @@ def run(folder: Path, *, num_layers: int, num_rows: int, memory: str) -> Outcome
 def drive_run(folder: Path, *, num_rows: int, memory: str) -> None:
     """One start of the run, in the process that is watched."""
     import ffsplit
-    from ffsplit.store.gc import parse_size
+    from ffsplit.config import parse_size
 
     drive(
         ffsplit.JobConfig(

@@ -41,7 +41,8 @@ from benchmarks.quality_page import RECIPES, Run, read_runs, write_page
 from benchmarks.quality_text import Scored, read_scored, repetition, score_domains
 from ffsplit.keys import ALGORITHM_VERSION
 from ffsplit.models.load import load_whole_model, tokenizer_in
-from ffsplit.recipes.recipe import load_recipe, shipped_recipes
+from ffsplit.recipes import shipped_recipes
+from ffsplit.recipes.recipe import load_recipe
 from ffsplit.store.manifest import Manifest
 
 HEALED = ("best", "tiny")

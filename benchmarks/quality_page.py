@@ -48,8 +48,8 @@ class Run:
     """One recipe at one budget with one seed, scored.
 
     `domains` and `repeated` are a decoder's (`quality_text.py`). `seconds` are the run's without measuring;
-    if it reused statistics, with those that they took. `wall_s` are the cell's, scoring included. `num_beside`
-    other runs at most shared the card.
+    if it reused statistics, with those that they took. `wall_s` are the cell's, scoring included. At most
+    `num_beside` other runs shared the card.
     """
 
     case: str

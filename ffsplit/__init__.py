@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from ffsplit.api import calibrate as calibrate
+    from ffsplit.api import compress as compress
     from ffsplit.config import JobConfig as JobConfig
     from ffsplit.errors import ArtifactError as ArtifactError
     from ffsplit.errors import BudgetError as BudgetError
@@ -19,8 +21,6 @@ if TYPE_CHECKING:
     from ffsplit.errors import UnsupportedModelError as UnsupportedModelError
     from ffsplit.forecasts import inspect as inspect
     from ffsplit.forecasts import plan as plan
-    from ffsplit.run.driver import calibrate as calibrate
-    from ffsplit.run.driver import compress as compress
     from ffsplit.runtime.plugin import load as load
     from ffsplit.store.manifest import Manifest as Manifest
     from ffsplit.store.pull import pull as pull
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ffsplit.api": ("calibrate", "compress"),
     "ffsplit.config": ("JobConfig",),
     "ffsplit.errors": (
         "ArtifactError",
@@ -43,7 +44,6 @@ _HOMES = {
         "UnsupportedModelError",
     ),
     "ffsplit.forecasts": ("inspect", "plan"),
-    "ffsplit.run.driver": ("calibrate", "compress"),
     "ffsplit.runtime.plugin": ("load",),
     "ffsplit.store.manifest": ("Manifest",),
     "ffsplit.store.pull": ("pull", "verify"),
@@ -60,6 +60,10 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
 
 
 @wrapt.when_imported("transformers.quantizers.auto")

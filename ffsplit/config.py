@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     SerializerFunctionWrapHandler,
     ValidationError,
+    ValidationInfo,
     model_serializer,
     model_validator,
 )
 
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, did_you_mean
 
 Device = Literal["auto", "cpu", "cuda"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -64,28 +69,62 @@ class Flag(NamedTuple):
 
     metavar: str = ""
     compress_only: bool = False
-    is_size: bool = False
+
+
+def _path_as_text(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _share_as_number(value: Any) -> Any:
+    """35% as 0.35."""
+    text = value.strip() if isinstance(value, str) else ""
+    try:
+        return float(text.removesuffix("%")) / 100 if text.endswith("%") else value
+    except ValueError:
+        raise ValueError("must be a number such as 0.35 or 35%") from None
+
+
+def _size_as_number(value: Any) -> Any:
+    """5MB as 5000000."""
+    if not isinstance(value, str):
+        return value
+    if (size := _bytes_of(value)) is None:
+        raise ValueError("must be a size such as 500MB or 50GB")
+    return size
+
+
+def _one_as_several(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Text = Annotated[str, BeforeValidator(_path_as_text)]
+Texts = Annotated[tuple[Text, ...], BeforeValidator(_one_as_several), BeforeValidator(_path_as_text)]
+Share = Annotated[float, BeforeValidator(_share_as_number)]
+Size = Annotated[int, BeforeValidator(_size_as_number)]
 
 
 class JobConfig(Record):
     """One compression run. A field with a Flag is an option of the command line, by the same name.
 
+    Fields take what people write: a path for a string, one string for several, `35%`, `5MB`. Every mistake
+    raises ConfigError.
+
     `samples`, `max_length` and the budget default to the recipe's. With `stats`, the calibration, samples,
     max_length and seed that are not given are those of the earlier run.
     """
 
-    model: str = Field(
+    model: Text = Field(
         min_length=1, description="a local directory, s3://bucket/prefix, a store of runs or a hub id"
     )
-    out: Annotated[str, Flag("URI")] = Field(min_length=1, description="a directory or s3://bucket/prefix")
-    recipe: Annotated[str, Flag("NAME|FILE.yaml")] = Field(
+    out: Annotated[Text, Flag("URI")] = Field(min_length=1, description="a directory or s3://bucket/prefix")
+    recipe: Annotated[Text, Flag("NAME|FILE.yaml")] = Field(
         default="fast", description="a shipped recipe or a file; default: fast"
     )
-    keep: Annotated[float | None, Flag("F")] = Field(
-        default=None, gt=0, le=1, description="fraction of the FFN elements to keep, in (0, 1]"
+    keep: Annotated[Share | None, Flag("F")] = Field(
+        default=None, gt=0, le=1, description="fraction of the FFN elements to keep, such as 0.35 or 35%"
     )
-    max_bytes: Annotated[int | None, Flag("N", compress_only=True)] = Field(
-        default=None, ge=1, description="instead of --keep: bytes of all FFNs, at most"
+    max_bytes: Annotated[Size | None, Flag("SIZE", compress_only=True)] = Field(
+        default=None, ge=1, description="instead of --keep: bytes of all FFNs, at most, such as 5MB"
     )
     max_parameters: Annotated[int | None, Flag("N", compress_only=True)] = Field(
         default=None, ge=1, description="instead of --keep: parameters of the whole model, at most"
@@ -95,13 +134,13 @@ class JobConfig(Record):
         gt=0,
         description="instead of --keep: milliseconds of a forward pass, at most (experimental)",
     )
-    latency_table: Annotated[str | None, Flag("FILE", compress_only=True)] = Field(
+    latency_table: Annotated[Text | None, Flag("FILE", compress_only=True)] = Field(
         default=None, description="for --max-latency-ms: the file that ffsplit latency-table wrote"
     )
-    stats: Annotated[str | None, Flag("URI", compress_only=True)] = Field(
+    stats: Annotated[Text | None, Flag("URI", compress_only=True)] = Field(
         default=None, description="an earlier run of this model, whose statistics are reused"
     )
-    calibration: Annotated[tuple[str, ...], Flag("SPEC")] = Field(
+    calibration: Annotated[Texts, Flag("SPEC")] = Field(
         default=("builtin:text",),
         min_length=1,
         description="file.txt, file.jsonl#field, file.csv#column, file.tsv#column, file.parquet#column, "
@@ -109,13 +148,13 @@ class JobConfig(Record):
         "tokens that a causal language model writes itself; may be repeated, with shares: file.txt:0.5. "
         "Pictures, sound and videos, alone or with texts (experimental): docs/calibration-text.md",
     )
-    eval: Annotated[tuple[str, ...], Flag("SPEC", compress_only=True)] = Field(
+    eval: Annotated[Texts, Flag("SPEC", compress_only=True)] = Field(
         default=(),
         description="score both models: sts:file.csv[#first,second,score], "
         "classification:file.tsv[#text,label], perplexity:file.txt or lm-eval:task[,task] "
         "(experimental); may be repeated",
     )
-    gate: Annotated[tuple[str, ...], Flag("SPEC", compress_only=True)] = Field(
+    gate: Annotated[Texts, Flag("SPEC", compress_only=True)] = Field(
         default=(),
         description="publish only a result with, for example, 'fidelity >= 0.98', 'sts drop <= 0.5', "
         "'speedup@8x128 >= 1.3' or 'size reduction >= 20%'; may be repeated",
@@ -126,12 +165,12 @@ class JobConfig(Record):
     plain: Annotated[bool, Flag(compress_only=True)] = Field(
         default=False, description="refuse a recipe whose result would need ffsplit to load"
     )
-    only: Annotated[tuple[str, ...], Flag("PATTERN")] = Field(
+    only: Annotated[Texts, Flag("PATTERN")] = Field(
         default=(),
         description="compress only FFNs whose name matches, such as 'decoder*' or 'layer 1?'; may be "
         "repeated. A pattern that matches nothing lists the names",
     )
-    skip: Annotated[tuple[str, ...], Flag("PATTERN")] = Field(
+    skip: Annotated[Texts, Flag("PATTERN")] = Field(
         default=(), description="leave FFNs as they are whose name matches; may be repeated"
     )
     samples: Annotated[int | None, Flag("N")] = Field(
@@ -169,7 +208,7 @@ class JobConfig(Record):
         default=False,
         description="hold one block of the model in memory at a time; default: if the model does not fit",
     )
-    memory_per_worker: Annotated[int | None, Flag("SIZE", is_size=True)] = Field(
+    memory_per_worker: Annotated[Size | None, Flag("SIZE")] = Field(
         default=None, ge=1, description="such as 6GB; default: a worker's share of this machine's memory"
     )
     attn_implementation: Annotated[Attention | None, Flag()] = Field(
@@ -183,8 +222,9 @@ class JobConfig(Record):
     )
 
     @model_validator(mode="after")
-    def _has_one_budget(self) -> JobConfig:
-        given = [flag_of(kind) for kind in BUDGET_KINDS if getattr(self, kind) is not None]
+    def _has_one_budget(self, info: ValidationInfo) -> JobConfig:
+        prefix = _prefix_of(info)
+        given = [_as_written(kind, prefix) for kind in BUDGET_KINDS if getattr(self, kind) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are {len(given)} budgets: give one")
         if self.max_latency_ms is not None and self.latency_table is None:
@@ -194,6 +234,17 @@ class JobConfig(Record):
         if self.max_latency_ms is None and self.latency_table is not None:
             raise ValueError("--latency-table is for --max-latency-ms, which is not given")
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _raise_config_errors(
+        cls, fields: Any, validate: ModelWrapValidatorHandler[JobConfig], info: ValidationInfo
+    ) -> JobConfig:
+        try:
+            return validate(fields)
+        except ValidationError as error:
+            message = describe_validation_error(error, prefix=_prefix_of(info), known=cls.model_fields)
+            raise ConfigError(message) from None
 
     def inheriting(
         self, *, calibration: tuple[str, ...], seed: int, samples: int | None, max_length: int | None
@@ -216,24 +267,39 @@ class JobConfig(Record):
         return None
 
     @classmethod
-    def checked(cls, **fields: Any) -> JobConfig:
-        """Build a config. Turns pydantic's report into one clear ConfigError."""
-        try:
-            return cls(**fields)
-        except ValidationError as error:
-            raise ConfigError(describe_validation_error(error)) from None
+    def of_flags(cls, **fields: Any) -> JobConfig:
+        """A config from the command line. Errors name flags rather than fields."""
+        return cls.model_validate(fields, context={"prefix": FLAG_PREFIX})
 
 
-def describe_validation_error(error: ValidationError, prefix: str = "--") -> str:
-    """pydantic's first error as one line, with the field's name as the user wrote it."""
+FLAG_PREFIX = "--"
+
+
+def _prefix_of(info: ValidationInfo) -> str:
+    return FLAG_PREFIX if info.context and info.context.get("prefix") == FLAG_PREFIX else ""
+
+
+def _as_written(field: str, prefix: str) -> str:
+    return flag_of(field) if prefix == FLAG_PREFIX else prefix + field
+
+
+def describe_validation_error(
+    error: ValidationError, *, prefix: str = "", known: Collection[str] = ()
+) -> str:
+    """pydantic's first error as one line, with the field's name as the user wrote it.
+
+    An unknown field is told with the closest of the `known` ones.
+    """
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
-    flag = prefix + path.replace("_", "-") if prefix == "--" else prefix + path
+    if first["type"] == "extra_forbidden":
+        names = [_as_written(name, prefix) for name in (path, *known)]
+        return f"unknown field {names[0]}{did_you_mean(names[0], names[1:])}"
     given = "" if first["type"] == "missing" else f", not {first['input']!r}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if not path:
         return message
-    return f"{flag} {message}{given}"
+    return f"{_as_written(path, prefix)} {message}{given}"
 
 
 # Sizes and spans of time as people write them.
@@ -245,12 +311,16 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MAX_SPAN_DAYS = 36500
 
 
+def _bytes_of(text: str) -> int | None:
+    match = _SIZE.fullmatch(text)
+    return int(float(match[1]) * _BYTES[match[2].upper()]) if match else None
+
+
 def parse_size(text: str, *, name: str) -> int:
     """Bytes in a size such as 500MB, 50GB or 1.5T. Raises ConfigError, which names the flag `name`."""
-    match = _SIZE.fullmatch(text)
-    if not match:
+    if (size := _bytes_of(text)) is None:
         raise ConfigError(f"{name} {text}: give a size such as 500MB or 50GB")
-    return int(float(match[1]) * _BYTES[match[2].upper()])
+    return size
 
 
 def parse_span(text: str, *, name: str) -> timedelta:

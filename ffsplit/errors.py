@@ -5,7 +5,8 @@ A library's errors are turned into one of these at the boundary: `with explained
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from ffsplit.redaction import redacted
@@ -86,6 +87,12 @@ def reason_of(error: BaseException, *, besides: str = "") -> str:
     if isinstance(error, LookupError | AssertionError):  # "'text'" alone tells little
         line = f"{type(error).__name__}: {line}"
     return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The closest of the known names as the end of a message, or nothing if none is close."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 def _is_panic(error: BaseException) -> bool:

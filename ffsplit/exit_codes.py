@@ -22,7 +22,8 @@ exit codes:
   0    done
   1    a failure while running, or a result that could not be printed
   2    a mistake in the command, a file or a setting; nothing was written
-  3    completed, but a gate failed or is undecided (noisy timings); nothing was published
+  3    completed, but a gate failed or is undecided (noisy timings);
+       nothing was published
   130  interrupted; nothing was committed
 """
 

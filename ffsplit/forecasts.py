@@ -223,11 +223,11 @@ class Plans(Record):
     budgets: tuple[BudgetForecast, ...]
 
 
-def checked_budget(kind: BudgetKind, limit: float, *, latency_table: str | None = None) -> Budget:
+def checked_budget(kind: BudgetKind, limit: float | str, *, latency_table: str | None = None) -> Budget:
     """A budget, checked like a job's. Raises ConfigError in one line."""
     table = latency_table if kind == "max_latency_ms" else None
     fields = {kind: limit, "latency_table": table}
-    budget = JobConfig.checked(model="-", out="-", **fields).budget
+    budget = JobConfig.of_flags(model="-", out="-", **fields).budget
     assert budget is not None
     return budget
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,11 +14,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as RichProgress
 
 from ffsplit import logs, streams
+from ffsplit.store.beacon import Beacon, Position
 from ffsplit.store.manifest import Stage
 from ffsplit.store.scratch import Result
 from ffsplit.streams import Stream, stderr
 
 LINE_EVERY_S = 10.0
+SILENT_S = 30.0
+"""A log has a line at least this often."""
+LOOK_EVERY_S = 5.0
+"""Seconds between two looks at how far a task of one item is."""
+BEAT_S = 1.0
 
 
 class Progress:
@@ -27,7 +34,10 @@ class Progress:
         self._stream = Stream(stream)
         self._bars: RichProgress | None = None
         self._stage, self._total, self._done = "", 0, 0
-        self._started = self._last_line = 0.0
+        self._started = self._last_line = self._looked = 0.0
+        self._beacon: Beacon | None = None
+        self._position: Position | None = None
+        self._lock, self._ended = threading.RLock(), threading.Event()
         self._json = logs.asked_for() == "json"
         if self._stream.isatty() and not self._json:
             columns = (
@@ -48,49 +58,86 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._bars is not None:
             self._bars.start()
+        self._ended.clear()
+        self._beats = threading.Thread(target=self._beat, name="ffsplit-progress", daemon=True)
+        self._beats.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._beats.join()
         if self._bars is not None:
             self._bars.stop()
 
     def note(self, message: str) -> None:
         """One line about something that happened."""
-        if self._json:
-            logs.log("note", message=message)
-        elif self._bars is not None:
-            self._bars.console.print(message, highlight=False, markup=False)
-        else:
-            self._stream.write(f"{message}\n")
-            self._stream.flush()
+        with self._lock:
+            if self._json:
+                logs.log("note", message=message)
+            elif self._bars is not None:
+                self._bars.console.print(message, highlight=False, markup=False)
+            else:
+                self._stream.write(f"{message}\n")
+                self._stream.flush()
 
-    def start(self, stage: str, total: int) -> None:
-        """A stage of `total` items begins."""
-        self._stage, self._total, self._done = stage, total, 0
-        self._started = time.monotonic()
-        self._last_line = self._started
-        if self._bars is not None:
-            self._task = self._bars.add_task(stage, total=total)
+    def start(self, stage: str, total: int, *, beacon: Beacon | None = None) -> None:
+        """A stage of `total` items begins. A `beacon` tells how far its only task is."""
+        with self._lock:
+            self._stage, self._total, self._done = stage, total, 0
+            self._beacon, self._position = beacon, None
+            self._started = self._last_line = self._looked = time.monotonic()
+            if self._bars is not None:
+                self._task = self._bars.add_task(stage, total=total)
 
     def advance(self) -> None:
         """One more item of the stage is done."""
-        self._done += 1
+        with self._lock:
+            self._done += 1
+            self._beacon = self._position = None
+            if self._bars is not None:
+                self._bars.update(
+                    self._task, description=self._stage, total=self._total, completed=self._done
+                )
+            elif self._done == self._total or time.monotonic() - self._last_line >= LINE_EVERY_S:
+                self._write_line()
+
+    def _beat(self) -> None:
+        """Look how far a task is, and break a long silence. Runs in a thread of its own."""
+        while not self._ended.wait(BEAT_S):
+            beacon, now = self._beacon, time.monotonic()
+            if beacon is not None and now - self._looked >= LOOK_EVERY_S:
+                self._looked = now
+                found = beacon.read()  # may take long, so nobody waits for it
+                with self._lock:
+                    if self._beacon is beacon and found is not None and found != self._position:
+                        self._show(found)
+            with self._lock:
+                if self._bars is None and self._done < self._total and now - self._last_line >= SILENT_S:
+                    self._write_line()
+
+    def _show(self, position: Position) -> None:
+        self._position = position
         if self._bars is not None:
-            self._bars.advance(self._task)
-            return
+            title = f"{self._stage}: {position.doing}"
+            self._bars.update(self._task, description=title, total=position.total, completed=position.done)
+        elif time.monotonic() - self._last_line >= LINE_EVERY_S:
+            self._write_line()
+
+    def _write_line(self) -> None:
         now = time.monotonic()
-        if self._done < self._total and now - self._last_line < LINE_EVERY_S:
-            return
         self._last_line = now
         elapsed = now - self._started
-        left = elapsed / self._done * (self._total - self._done)
+        at = self._position or Position(done=self._done, total=self._total, doing="")
+        left = elapsed / at.done * (at.total - at.done) if at.done else None
         if self._json:
-            stage, done, total = self._stage, self._done, self._total
-            logs.log("progress", stage=stage, done=done, total=total, seconds_left=round(left, 1))
+            seconds_left = None if left is None else round(left, 1)
+            with logs.fields(stage=self._stage, **({"doing": at.doing} if at.doing else {})):
+                logs.log("progress", done=at.done, total=at.total, seconds_left=seconds_left)
             return
-        self.note(
-            f"{self._stage}: {self._done}/{self._total}, {elapsed:.0f} s elapsed, about {left:.0f} s left"
-        )
+        parts = [at.doing] if at.doing else []
+        parts += [f"{at.done}/{at.total}", f"{elapsed:.0f} s elapsed"]
+        parts += [] if left is None else [f"about {left:.0f} s left"]
+        self.note(f"{self._stage}: {', '.join(parts)}")
 
 
 class StageLog:
@@ -117,10 +164,10 @@ class StageLog:
         return [results[index] for index in range(total)]
 
     @contextmanager
-    def stage(self, name: str, key: str, *, num_items: int) -> Iterator[None]:
-        """A stage that is one task."""
+    def stage(self, name: str, key: str, *, num_items: int, beacon: Beacon | None = None) -> Iterator[None]:
+        """A stage that is one task. A `beacon` tells how far it is."""
         started = time.monotonic()
-        self._progress.start(name, num_items)
+        self._progress.start(name, num_items, beacon=beacon)
         yield
         for _ in range(num_items):
             self._progress.advance()

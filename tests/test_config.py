@@ -74,7 +74,7 @@ def test_a_stage_key_changes_with_each_of_its_inputs(monkeypatch: pytest.MonkeyP
 
 
 def test_the_defaults() -> None:
-    job = JobConfig.checked(model="m", out="o")
+    job = JobConfig.of_flags(model="m", out="o")
     assert (job.recipe, job.keep, job.calibration, job.seed) == ("fast", None, ("builtin:text",), 0)
     assert job.eval == ()
     assert (job.runner, job.device, job.dtype, job.fresh) == ("ray", "auto", "auto", False)
@@ -97,12 +97,12 @@ def test_the_defaults() -> None:
         ({"model": ""}, "--model"),
         ({"out": ""}, "--out"),
         ({"calibration": ()}, "--calibration"),
-        ({"kep": 0.5}, "--kep"),
+        ({"kep": 0.5}, "unknown field --kep, did you mean '--keep'?"),
     ],
 )
 def test_a_wrong_setting_is_one_line_that_names_its_flag(fields: dict[str, object], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        JobConfig.checked(**({"model": "m", "out": "o"} | fields))
+        JobConfig.of_flags(**({"model": "m", "out": "o"} | fields))
     message = str(caught.value)
     assert message.startswith(expected) and "\n" not in message
     assert isinstance(caught.value, FFSplitError) and caught.value.__cause__ is None
@@ -110,10 +110,10 @@ def test_a_wrong_setting_is_one_line_that_names_its_flag(fields: dict[str, objec
 
 def test_a_missing_setting_is_named() -> None:
     with pytest.raises(ConfigError, match=r"^--out Field required$"):
-        JobConfig.checked(model="m")
+        JobConfig.of_flags(model="m")
 
 
 def test_a_config_is_frozen() -> None:
-    job = JobConfig.checked(model="m", out="o")
+    job = JobConfig.of_flags(model="m", out="o")
     with pytest.raises(ValidationError):
         job.keep = 0.5  # type: ignore[misc]

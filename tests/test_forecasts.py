@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import ffsplit
+from ffsplit import api
 from ffsplit.calibration.statistics_file import read_statistics
 from ffsplit.cli import main
 from ffsplit.config import Budget
 from ffsplit.errors import BudgetError
 from ffsplit.forecasts import Plans, checked_budget, plan
-from ffsplit.run import driver
 from ffsplit.splitting.scores import output_energy
 from tests.small_jobs import LOW_RANK, PRUNE, SmallJob
 
@@ -35,7 +35,7 @@ def test_the_sizes_are_those_that_compress_makes(
     recipe = small_job.recipe(**rule, step=step, more=after)  # type: ignore[arg-type]
     original, small_job.model = small_job.model, tmp_path / "copy"
     shutil.copytree(original, small_job.model)
-    statistics = driver.calibrate(small_job.config(tmp_path / "stats", recipe=recipe))
+    statistics = api.calibrate(small_job.config(tmp_path / "stats", recipe=recipe))
     shutil.rmtree(small_job.model)  # no model is needed to plan
     budgets = [checked_budget("keep", 0.4), checked_budget("max_bytes", max_bytes)]
     plans = plan(f"{tmp_path}/stats/{statistics.run_key}", budgets=budgets)
@@ -77,7 +77,7 @@ def test_the_predicted_error_is_the_energy_outside_the_heavy_hitters(
 def test_the_command_prints_tables_or_json(
     small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    driver.calibrate(small_job.config(tmp_path / "out"))
+    api.calibrate(small_job.config(tmp_path / "out"))
     command = ["plan", str(tmp_path / "out"), "--keep", "0.5", "0.25", "--max-parameters", "30000"]
     capsys.readouterr()
     assert main(command) == 0
@@ -94,7 +94,7 @@ def test_the_command_prints_tables_or_json(
 
 
 def test_another_recipe_and_the_usual_budgets(small_job: SmallJob, tmp_path: Path) -> None:
-    driver.calibrate(small_job.config(tmp_path / "out"))
+    api.calibrate(small_job.config(tmp_path / "out"))
     plans = plan(str(tmp_path / "out"), recipe="paper")
     assert plans.recipe == "paper"
     assert [each.budget.limit for each in plans.budgets] == [0.75, 0.5, 0.3535, 0.25, 0.2, 0.125]
@@ -103,7 +103,7 @@ def test_another_recipe_and_the_usual_budgets(small_job: SmallJob, tmp_path: Pat
 def test_bad_input_is_one_line(
     small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    driver.calibrate(small_job.config(tmp_path / "out"))
+    api.calibrate(small_job.config(tmp_path / "out"))
     (tmp_path / "empty").mkdir()
     capsys.readouterr()
     for arguments, expected in (
@@ -121,7 +121,7 @@ def test_bad_input_is_one_line(
 
 
 def test_a_budget_that_cannot_be_met_is_not_left_out(small_job: SmallJob, tmp_path: Path) -> None:
-    driver.calibrate(small_job.config(tmp_path / "out"))
+    api.calibrate(small_job.config(tmp_path / "out"))
     with pytest.raises(BudgetError):
         plan(str(tmp_path / "out"), budgets=[Budget(kind="max_parameters", limit=10)])
 
@@ -129,7 +129,7 @@ def test_a_budget_that_cannot_be_met_is_not_left_out(small_job: SmallJob, tmp_pa
 def test_usual_budgets_that_a_recipe_cannot_meet_are_left_out(small_job: SmallJob, tmp_path: Path) -> None:
     """A budget that was asked for is refused; those of no budget at all are what can be met."""
     recipe = small_job.recipe(step="{kind: quantize}")
-    statistics = driver.calibrate(small_job.config(tmp_path / "stats"))
+    statistics = api.calibrate(small_job.config(tmp_path / "stats"))
     uri = f"{tmp_path}/stats/{statistics.run_key}"
     assert plan(uri, budgets=[], recipe=recipe).budgets == ()
     with pytest.raises(BudgetError):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ffsplit import streams
+from ffsplit.cli.overview import listed_recipes
 from ffsplit.config import BUDGET_KINDS, JobConfig, flag_of, parse_span
 from ffsplit.directories import user_path
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, did_you_mean
 from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, REFUSED
+from ffsplit.recipes import shipped_recipes
 from ffsplit.store.entries import check_absolute
 
 if TYPE_CHECKING:
@@ -42,16 +45,16 @@ def calibrate(parsed: argparse.Namespace) -> int:
     if parsed.dry_run:
         return _dry_run(parsed, config, kind="statistics")
 
-    from ffsplit.run.driver import calibrate
+    from ffsplit.run.driver import run_to_end
 
-    _show(parsed, calibrate(config, sign_key=_sign_key(parsed)))
+    _show(parsed, run_to_end(config, kind="statistics", sign_key=_sign_key(parsed)).manifest)
     return DONE
 
 
 def job_config(parsed: argparse.Namespace) -> JobConfig:
     """The job that the flags describe. Raises ConfigError."""
     fields = {name: value for name, value in vars(parsed).items() if name in JobConfig.model_fields}
-    return JobConfig.checked(**{name: value for name, value in fields.items() if value is not None})
+    return JobConfig.of_flags(**{name: value for name, value in fields.items() if value is not None})
 
 
 def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> int:
@@ -91,7 +94,7 @@ def inspect(parsed: argparse.Namespace) -> int:
     from ffsplit.cli.tables import print_inspection
     from ffsplit.forecasts import inspect as inspect_model
 
-    print_inspection(inspect_model(parsed.model, recipe=parsed.recipe))
+    print_inspection(inspect_model(parsed.model, recipe=parsed.recipe or "fast"))
     return DONE
 
 
@@ -124,7 +127,7 @@ def latency_table(parsed: argparse.Namespace) -> int:
     from ffsplit.measurement.latency_table import check_target, measure_latency_table, write_latency_table
     from ffsplit.progress import Progress
 
-    config = JobConfig.checked(
+    config = JobConfig.of_flags(
         model=parsed.model,
         out=parsed.out,
         device=parsed.device or "auto",
@@ -305,11 +308,35 @@ def zoo(parsed: argparse.Namespace) -> int:
     return batch.exit_code
 
 
+def recipes(parsed: argparse.Namespace) -> int:
+    shipped = shipped_recipes()
+    if parsed.name is None:
+        print(listed_recipes(shipped, width=shutil.get_terminal_size().columns))
+        return DONE
+    if parsed.name not in shipped:
+        hint = did_you_mean(parsed.name, shipped) or f"; shipped are {', '.join(shipped)}"
+        raise ConfigError(f"no shipped recipe is named {parsed.name!r}{hint}")
+    print(shipped[parsed.name], end="")
+    return DONE
+
+
+def completion(parsed: argparse.Namespace) -> int:
+    try:
+        from argcomplete.shell_integration import shellcode
+    except ImportError:
+        raise ConfigError(
+            "argcomplete is not installed: pip install argcomplete, here and where you use ffsplit"
+        ) from None
+    print(shellcode(["ffsplit"], shell=parsed.shell))
+    return DONE
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "compress": compress,
     "calibrate": calibrate,
     "inspect": inspect,
     "plan": plan,
+    "recipes": recipes,
     "latency-table": latency_table,
     "verify": verify,
     "report": report,
@@ -323,4 +350,5 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "gc": gc,
     "zoo": zoo,
     "submit": submit,
+    "completion": completion,
 }

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import sys
 import types
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from ffsplit import __version__, logs
-from ffsplit.config import Flag, JobConfig, flag_of, parse_size
-from ffsplit.errors import ConfigError
-from ffsplit.exit_codes import DESCRIPTION, DONE, checked_output, exit_code_of, show_tracebacks
+from ffsplit.cli.overview import FLAG_GROUPS, overview, with_examples
+from ffsplit.config import Flag, JobConfig, flag_of
+from ffsplit.errors import ConfigError, did_you_mean
+from ffsplit.exit_codes import DESCRIPTION, DONE, MISTAKE, checked_output, exit_code_of, show_tracebacks
 from ffsplit.models.load_options import attending, trusting
+from ffsplit.recipes import shipped_recipes
 from ffsplit.store.entries import check_absolute
 
-PRINTING = ("benchmark", "inspect", "list", "plan", "share", "verify")
+PRINTING = ("benchmark", "completion", "inspect", "list", "plan", "recipes", "share", "verify")
 """Commands whose only result is what they print."""
 SUBMITTED = ("compress", "calibrate", "zoo", "benchmark", "pull")
 """Commands that can run as a job on a cluster."""
@@ -27,11 +31,39 @@ Command = Callable[[str, str], argparse.ArgumentParser]
 """Adds a command, from its name and description."""
 
 
+_WRONG_NAME = re.compile(r"unrecognized arguments: (?P<flag>-[^\s=]+)|: invalid choice: '(?P<choice>[^']*)'")
+
+
 class _Parser(argparse.ArgumentParser):
-    """Reports a usage error in one line."""
+    """Reports a usage error in one line, with the closest flag or choice."""
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(message)
+        wrong = _WRONG_NAME.search(message)
+        if wrong is None:
+            raise ConfigError(message)
+        if wrong["flag"]:
+            known = {name for parser in (self, *self._commands()) for name in parser._option_string_actions}
+            raise ConfigError(message + did_you_mean(wrong["flag"], sorted(known)))
+        choices = [name for action in self._actions for name in action.choices or ()]
+        raise ConfigError(message + did_you_mean(wrong["choice"], choices))
+
+    def _commands(self) -> list[argparse.ArgumentParser]:
+        return [
+            each
+            for action in self._actions
+            if isinstance(action.choices, dict)
+            for each in action.choices.values()
+        ]
+
+
+class _Root(_Parser):
+    """Its help is the overview of all commands."""
+
+    def format_help(self) -> str:
+        return overview(
+            {each.get_default("title"): each.description or "" for each in self._commands()},
+            ending=DESCRIPTION,
+        )
 
 
 def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int:
@@ -41,8 +73,16 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
     """
 
     def run() -> int:
+        parser = build_parser()
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks what could come next
+            import argcomplete
+
+            argcomplete.autocomplete(parser)
+        if not (sys.argv[1:] if arguments is None else arguments):
+            parser.print_help()
+            return MISTAKE
         try:
-            parsed = build_parser().parse_args(arguments)
+            parsed = parser.parse_args(arguments)
         except SystemExit as printed:  # --help, --version
             return checked_output(int(printed.code or DONE), is_result=True)
         parsed.in_job = in_job
@@ -74,22 +114,17 @@ def _prints_its_result(parsed: argparse.Namespace) -> bool:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="ffsplit",
-        description="Compress transformer models by splitting their feed-forward networks.",
-        epilog=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _Root(prog="ffsplit")
     parser.add_argument("--version", action="version", version=f"ffsplit {__version__}")
     _add_debug_flag(parser)
-    commands = parser.add_subparsers(metavar="command", required=True)
+    commands = parser.add_subparsers(metavar="command", required=True, parser_class=_Parser)
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
         added: argparse.ArgumentParser = commands.add_parser(
             name,
             help=about,
             description=about,
-            epilog=DESCRIPTION,
+            epilog=with_examples(name, DESCRIPTION),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         added.set_defaults(title=name)
@@ -101,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_result_commands(command)
     _add_store_commands(command)
     _add_batch_commands(command)
+    _add_shell_commands(command)
     return parser
 
 
@@ -114,12 +150,20 @@ def _add_debug_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_fields(parser: argparse.ArgumentParser, *names: str) -> None:
-    """Options for fields of JobConfig, from their types and Flags."""
-    for name in names:
+def _add_fields(parser: argparse.ArgumentParser, *names: str) -> dict[str, argparse._ArgumentGroup]:
+    """Options for fields of JobConfig, from their types and Flags. Returns their groups by title."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    title_of = {name: title for title, fields in FLAG_GROUPS.items() for name in fields}
+    for name in sorted(names, key=[*title_of].index):
+        title = title_of[name]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
         field = JobConfig.model_fields[name]
         flag = next(each for each in field.metadata if isinstance(each, Flag))
-        options: dict[str, Any] = {"help": (field.description or "").replace("%", "%%"), "default": None}
+        about = field.description or ""
+        if name == "recipe":
+            about += f"; shipped are {', '.join(shipped_recipes())}"
+        options: dict[str, Any] = {"help": about.replace("%", "%%"), "default": None}
         kind = _kind_of(field.annotation)
         if kind is bool:
             options["action"] = "store_true"
@@ -129,11 +173,8 @@ def _add_fields(parser: argparse.ArgumentParser, *names: str) -> None:
             options["metavar"] = flag.metavar
             if get_origin(kind) is tuple:
                 options["action"] = "append"
-            elif flag.is_size:
-                options["type"] = partial(parse_size, name=flag_of(name))
-            elif kind is not str:
-                options["type"] = kind
-        parser.add_argument(flag_of(name), required=field.is_required(), **options)
+        groups[title].add_argument(flag_of(name), required=field.is_required(), **options)
+    return groups
 
 
 def _kind_of(annotation: Any) -> Any:
@@ -149,10 +190,10 @@ def _add_job_commands(command: Command) -> None:
     compress = command("compress", "calibrate, split, compress, measure and publish a model")
     calibrate = command("calibrate", "collect and publish neuron statistics alone")
     for parser in (compress, calibrate):
-        add = parser.add_argument
-        add("model", help=JobConfig.model_fields["model"].description)
+        parser.usage = f"{parser.prog} MODEL --out URI [flags]"
+        parser.add_argument("model", metavar="MODEL", help=JobConfig.model_fields["model"].description)
         shown = [name for name, flag in flags.items() if parser is compress or not flag.compress_only]
-        _add_fields(parser, *shown)
+        add = _add_fields(parser, *shown)["output"].add_argument
         add("--dry-run", action="store_true", help="print what the run would need, and stop")
         add("--sign-key", metavar="KEY", help="sign the manifest with this EC private key (PEM)")
         add("--json", action="store_true", help="print only the manifest on stdout")
@@ -162,18 +203,19 @@ def _add_job_commands(command: Command) -> None:
 def _add_planning_commands(command: Command) -> None:
     inspect = command("inspect", "show a model's FFNs and what each budget would give")
     inspect.add_argument("model")
-    inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
-    _add_fields(inspect, *LOADING)
+    _add_fields(inspect, "recipe", *LOADING)
     plan = command("plan", "forecast budgets from an earlier run's statistics, without a run")
     add = plan.add_argument
     add("uri", help="an artifact, or a run of ffsplit calibrate")
-    add("--keep", type=float, nargs="+", default=[], metavar="F")
-    add("--max-bytes", type=int, nargs="+", default=[], metavar="N", help="maximum for all FFNs")
-    add("--max-parameters", type=int, nargs="+", default=[], metavar="N", help="maximum for the whole model")
-    add("--max-latency-ms", type=float, nargs="+", default=[], metavar="F")
+    add("--keep", nargs="+", default=[], metavar="F", help="such as 0.35 or 35%%")
+    add("--max-bytes", nargs="+", default=[], metavar="SIZE", help="maximum for all FFNs, such as 5MB")
+    add("--max-parameters", nargs="+", default=[], metavar="N", help="maximum for the whole model")
+    add("--max-latency-ms", nargs="+", default=[], metavar="F")
     add("--latency-table", metavar="FILE", help="for --max-latency-ms")
     add("--recipe", metavar="NAME|FILE.yaml", help="default: the earlier run's own")
     add("--json", action="store_true", help="print only the plans, with the indices of heavy hitters")
+    recipes = command("recipes", "list the shipped recipes, or print one as YAML")
+    recipes.add_argument("name", nargs="?", metavar="NAME", help="print this recipe")
     table = command("latency-table", "time a model at a dozen FFN widths here (experimental)")
     add = table.add_argument
     add("model", help="a local directory or a hub id")
@@ -252,6 +294,11 @@ def _add_store_commands(command: Command) -> None:
     add("--delete", action="store_true", help="delete; the default is a dry run")
 
 
+def _add_shell_commands(command: Command) -> None:
+    completion = command("completion", "print a script that completes commands and flags in a shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
 def _add_batch_commands(command: Command) -> None:
     zoo = command("zoo", "compress every model of a zoo file, and publish what passes its gates")
     add = zoo.add_argument
@@ -268,5 +315,7 @@ def _add_batch_commands(command: Command) -> None:
     )
     add("--working-dir", metavar="DIR", help="upload this directory; relative paths are inside it")
     add("--stop-on-interrupt", action="store_true", help="Ctrl-C stops the job; default: it keeps running")
-    add("command", choices=SUBMITTED)
-    add("arguments", nargs=argparse.REMAINDER, help="its arguments; an output must be an absolute path")
+    add("command", choices=SUBMITTED, metavar="COMMAND", help=f"one of {', '.join(SUBMITTED)}")
+    add(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="its arguments; outputs are absolute paths"
+    )

@@ -25,6 +25,7 @@ from ffsplit.healing.team import Alone, Team
 from ffsplit.models.family import Makes
 from ffsplit.models.load import classifies
 from ffsplit.models.tensor_files import write_tensors
+from ffsplit.store.beacon import Tell, tell_nobody
 
 # The state of a healing run as one safetensors file, so that it can resume where it was stopped.
 
@@ -112,13 +113,14 @@ def heal(
     checkpoint: Callable[[HealingState, dict[str, Tensor], Any], None],
     team: Team | None = None,
     blocks: Sequence[str] | None = None,
+    tell: Tell = tell_nobody,
 ) -> HealingState:
     """Train `student` in place, leave it in its best state, and return the record of the training.
 
     `resume` reads an earlier state into the weights and the optimizer, or returns None; `checkpoint` is
-    called every `checkpoint_minutes` minutes. The same arguments give the same bytes on one kind of
-    processor, resumed or not; on a GPU, a causal language model's can differ in the last bits.
-    Every process of a `team` calls this with the same arguments and ends with the same weights;
+    called every `checkpoint_minutes` minutes, and `tell` after every step. The same arguments give the same
+    bytes on one kind of processor, resumed or not; on a GPU, a causal language model's can differ in the last
+    bits. Every process of a `team` calls this with the same arguments and ends with the same weights;
     `checkpoint` is called in all of them. If the models are divided among these processes, `blocks` are the
     paths of their blocks; weights, moments and states are then those of the process's part.
     """
@@ -162,7 +164,7 @@ def heal(
     peak = peak_rate(settings, state.first_loss, makes=makes, far=far)
     num_steps = num_epochs(data.rows, settings) * steps_an_epoch(data.rows, settings)
     evaluate_every = max(1, num_steps // (settings.epochs * settings.evaluations))
-    pace = Pace(num_steps, settings.checkpoint_minutes)
+    pace = Pace(num_steps, settings.checkpoint_minutes, tell)
     for step, rows in enumerate(rows_by_step(data.rows, settings, seed=seed)):
         if step < state.step:
             continue
@@ -172,7 +174,7 @@ def heal(
         training.clip(settings.max_gradient_norm, accelerator=accelerator)
         optimizer.step()
         state.step = step + 1
-        pace.count(rows)
+        pace.count(rows, state.step)
         if state.step % evaluate_every == 0 or state.step == num_steps:
             training.judge(state, batches)
             pace.log(state)
@@ -189,14 +191,19 @@ def heal(
 class Pace:
     """How fast a run is, and when its next checkpoint is due."""
 
-    def __init__(self, num_steps: int, checkpoint_minutes: float) -> None:
-        self._num_steps, self._wait_s = num_steps, 60 * checkpoint_minutes
+    def __init__(self, num_steps: int, checkpoint_minutes: float, tell: Tell = tell_nobody) -> None:
+        self._num_steps, self._wait_s, self._tell = num_steps, 60 * checkpoint_minutes, tell
         self._started = self._saved = time.monotonic()
         self._num_tokens = 0
 
-    def count(self, rows: Sequence[Sequence[int]]) -> None:
-        """Count a step's tokens."""
+    def count(self, rows: Sequence[Sequence[int]], step: int) -> None:
+        """Count a step's tokens, and tell how far the run is."""
         self._num_tokens += sum(map(len, rows))
+        self._tell(step, self._num_steps, f"{self._tokens_per_s:,.0f} tokens per second")
+
+    @property
+    def _tokens_per_s(self) -> float:
+        return self._num_tokens / max(1e-9, time.monotonic() - self._started)
 
     def is_checkpoint_due(self) -> bool:
         """Whether so many minutes are over since the last time that this was true, or since the start."""
@@ -215,12 +222,11 @@ class Pace:
 
     def log(self, state: HealingState) -> None:
         """Write a line about the state that was just evaluated."""
-        rate = self._num_tokens / max(1e-9, time.monotonic() - self._started)
         logs.log(
             "healing",
             step=state.step,
             steps=self._num_steps,
-            tokens_per_s=round(rate),
+            tokens_per_s=round(self._tokens_per_s),
             first_loss=round(state.first_loss, 5),
             best_loss=round(state.best_loss, 5),
         )

@@ -13,14 +13,13 @@ undecided.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from ffsplit.config import Record
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, did_you_mean
 from ffsplit.keys import stage_key
 from ffsplit.store.manifest import GateResult, Latency, Measurements, TaskScore
 
@@ -262,9 +261,8 @@ def _canonical(spec: str, metric: str) -> str:
     known += [f"{name} reduction" for name in REDUCTIONS]
     if metric in known:
         return metric
-    near = difflib.get_close_matches(metric, known, n=1)
-    hint = f", did you mean {near[0]!r}?" if near else ""
-    raise _error(spec, f"{metric!r} is not measured{hint or ': the forms are ' + FORMS}")
+    hint = did_you_mean(metric, known) or f": the forms are {FORMS}"
+    raise _error(spec, f"{metric!r} is not measured{hint}")
 
 
 def _better(metric: str) -> Sense:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any, Literal
 
 import yaml
@@ -14,9 +12,10 @@ from ffsplit.calibration.sampling import CalibrationSettings
 from ffsplit.compressors import AnyCompressor, DistillCompressor, QuantizeCompressor
 from ffsplit.config import Record, describe_validation_error
 from ffsplit.directories import user_path
-from ffsplit.errors import ConfigError, explained, reason_of
+from ffsplit.errors import ConfigError, did_you_mean, explained, reason_of
 from ffsplit.ffn.shapes import FFNShape, LayerLayout
 from ffsplit.healing.settings import HealingSettings
+from ffsplit.recipes import shipped_recipes
 from ffsplit.splitting.scores import ScoreName
 from ffsplit.splitting.solver import HeavyRule
 
@@ -181,15 +180,6 @@ class Recipe(Record):
         return self._rules()[0]
 
 
-def shipped_recipes() -> dict[str, str]:
-    """The YAML text of every recipe in the package, by name."""
-    folder = resources.files("ffsplit.recipes")
-    files = sorted(
-        (item for item in folder.iterdir() if item.name.endswith(".yaml")), key=lambda item: item.name
-    )
-    return {item.name.removesuffix(".yaml"): item.read_text("utf-8") for item in files}
-
-
 def load_recipe(name: str) -> Recipe:
     """A shipped recipe by its name, or one from a YAML file.
 
@@ -200,7 +190,7 @@ def load_recipe(name: str) -> Recipe:
         return parse_recipe(shipped[name], where=f"recipe {name}")
     path = user_path(name)
     if path.suffix not in (".yaml", ".yml"):
-        near = _suggestion(name, list(shipped))
+        near = did_you_mean(name, list(shipped))
         raise ConfigError(
             f"unknown recipe {name!r}{near} (shipped: {', '.join(shipped)}; or give a .yaml file)"
         )
@@ -241,19 +231,14 @@ def recipe_of(fields: dict[str, Any], *, where: str) -> Recipe:
 def _describe(error: ValidationError) -> str:
     unknown = [each for each in error.errors() if each["type"] == "extra_forbidden"]
     if not unknown:
-        return describe_validation_error(error, prefix="")
+        return describe_validation_error(error)
     first = unknown[0]
     name = str(first["loc"][-1])
     path = ".".join(str(part) for part in first["loc"])
-    return f"unknown field {path}{_suggestion(name, _all_fields())}"
+    return f"unknown field {path}{did_you_mean(name, _all_fields())}"
 
 
 def _all_fields() -> list[str]:
     records: list[Any] = [Recipe, CalibrationSettings, MeasurementSettings, HealingSettings]
     records += AnyCompressor.__origin__.__args__  # type: ignore[attr-defined]
     return sorted({field for record in records for field in record.model_fields})
-
-
-def _suggestion(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""

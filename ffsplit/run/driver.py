@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ffsplit.config import JobConfig
-from ffsplit.errors import ConfigError, FFSplitError, GateError, StoreError
+from ffsplit.errors import ConfigError, FFSplitError, StoreError
 from ffsplit.measurement.gates import refusal
 from ffsplit.models.load_options import attending, trusting
 from ffsplit.progress import Progress
@@ -35,30 +35,6 @@ class Finished(NamedTuple):
     report: str
 
 
-def compress(
-    config: JobConfig, *, progress: Progress | None = None, sign_key: Path | None = None
-) -> Manifest:
-    """Calibrate, split, compress, measure and publish. Returns the committed manifest.
-
-    A run whose key is committed already is not run again. Raises ConfigError for a user's mistake,
-    before anything is written, GateError for a result that does not pass its gates, and other
-    FFSplitErrors for failures while running. Finished work then stays in the scratch, and the next call
-    for the same result resumes from it. `sign_key` is a private key to sign the manifest with; it is not
-    recorded anywhere.
-    """
-    finished = run_to_end(config, progress=progress, sign_key=sign_key)
-    if finished.state == "refused":
-        raise GateError(refusal(finished.manifest.gates) or "refused")
-    return finished.manifest
-
-
-def calibrate(
-    config: JobConfig, *, progress: Progress | None = None, sign_key: Path | None = None
-) -> Manifest:
-    """Collect and publish neuron statistics alone; `latest` never moves to them."""
-    return run_to_end(config, kind="statistics", progress=progress, sign_key=sign_key).manifest
-
-
 def run_to_end(
     config: JobConfig,
     *,
@@ -66,7 +42,12 @@ def run_to_end(
     progress: Progress | None = None,
     sign_key: Path | None = None,
 ) -> Finished:
-    """Like `compress` and `calibrate`, but returns a result that its gates refuse, with its measurements."""
+    """Run a job, unless its key is committed already. What its gates refuse is returned, not published.
+
+    Raises ConfigError for a user's mistake, before anything is written, and other FFSplitErrors for failures
+    while running. Finished work then stays in the scratch, and the next call for the same result resumes
+    from it.
+    """
     with (
         trusting(config.trust_remote_code),
         attending(config.attn_implementation),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +12,13 @@ from pydantic import Field, ValidationError
 
 from ffsplit.config import BUDGET_KINDS, JobConfig, Record, describe_validation_error
 from ffsplit.directories import user_path
-from ffsplit.errors import ConfigError, reason_of
+from ffsplit.errors import ConfigError, did_you_mean, reason_of
 from ffsplit.keys import digest_of
 from ffsplit.measurement.gates import parse_gates
 
 PLACES = ("out", "address", "runner", "fresh")
 """Fields of a job that the batch sets, not the file."""
 JOB_FIELDS = tuple(name for name in JobConfig.model_fields if name not in PLACES)
-LISTS = ("calibration", "eval", "gate")
 """Fields that take one value or a list of them."""
 RESERVED_NAMES = ("batches", "index.html")
 """Names that a batch itself writes to the destination."""
@@ -85,7 +83,7 @@ def parse_zoo(text: str, *, where: str, name: str) -> Zoo:
     try:
         file = ZooFile.model_validate(fields)
     except ValidationError as error:
-        raise ConfigError(f"{where}: {describe_validation_error(error, prefix='')}") from None
+        raise ConfigError(f"{where}: {describe_validation_error(error)}") from None
     _check_names(file.defaults, known=JOB_FIELDS, where=f"{where}: defaults")
     models = tuple(_model(file, index, where=where) for index in range(len(file.models)))
     _check_apart(models, where=where)
@@ -130,13 +128,10 @@ def _model(file: ZooFile, index: int, *, where: str) -> ZooModel:
             f"{' or '.join(RESERVED_NAMES)}"
         )
     entry_name = f"{entry_name} ({name})"
-    for field in LISTS:
-        if isinstance(fields.get(field), str):
-            fields[field] = [fields[field]]
     try:
         job = JobConfig(out=f"{file.destination.rstrip('/')}/{name}", **fields)
-    except ValidationError as error:
-        raise ConfigError(f"{entry_name}: {describe_validation_error(error, prefix='')}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{entry_name}: {error}") from None
     try:
         parse_gates(job.gate, require_speedup=job.require_speedup)
     except ConfigError as error:
@@ -157,8 +152,7 @@ def _check_names(fields: Mapping[Any, Any], *, known: Collection[str], where: st
             continue
         if name in PLACES:
             raise ConfigError(f"{where}: {name} cannot be set in a zoo file: give `destination`, or a flag")
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})"
+        hint = did_you_mean(str(name), known) or f" (known: {', '.join(known)})"
         raise ConfigError(f"{where}: unknown field {name}{hint}")
 
 

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 import ffsplit
 from ffsplit import logs
 from ffsplit.cli import main
+from ffsplit.cli.commands import job_config
+from ffsplit.cli.entry import build_parser
 from ffsplit.models.tensor_files import INDEX_NAME
 from tests.small_jobs import SmallJob
 from tests.tiny_families import save_checkpoint
@@ -403,3 +405,36 @@ def test_padding_alone_is_refused(small_job: SmallJob, tmp_path: Path, capsys: C
     code = main(["compress", *small_job.arguments(tmp_path / "out", "--runner", "serial")])
     assert_one_line(code, "nothing but padding", capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compres", "m"], "did you mean 'compress'?"),
+        (
+            ["compress", "m", "--out", "o", "--kep", "0.5"],
+            "unrecognized arguments: --kep 0.5, did you mean '--keep'?",
+        ),
+        (["compress", "m", "--out", "o", "--device", "cud"], "did you mean 'cuda'?"),
+        (
+            ["compress", "m", "--out", "o", "--keep", "x%"],
+            "--keep must be a number such as 0.35 or 35%, not 'x%'",
+        ),
+        (["plan", "u", "--max-bytes", "5XB"], "--max-bytes must be a size such as 500MB or 50GB, not '5XB'"),
+    ],
+)
+def test_a_slip_is_told_with_what_was_meant(arguments: list[str], message: str, capsys: Captured) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_sizes_and_shares_as_people_write_them() -> None:
+    for given, field, value in (
+        ("35%", "keep", 0.35),
+        ("5MB", "max_bytes", 5_000_000),
+        ("9", "max_bytes", 9),
+    ):
+        parsed = build_parser().parse_args(
+            ["compress", "m", "--out", "o", f"--{field.replace('_', '-')}", given]
+        )
+        assert getattr(job_config(parsed), field) == value

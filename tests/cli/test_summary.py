@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from ffsplit.api import calibrate
 from ffsplit.cli import main
 from ffsplit.cli.tables import print_manifest
-from ffsplit.run import driver
 from ffsplit.store.manifest import Manifest
 from tests.report.conftest import manifest_fields, measurement_fields
 from tests.small_jobs import LOW_RANK, SmallJob
@@ -56,7 +56,7 @@ def test_statistics_have_nothing_before_and_after(capsys: Captured) -> None:
 def test_a_forecast_tells_heavy_hitters_where_they_are_not_all(
     small_job: SmallJob, tmp_path: Path, capsys: Captured
 ) -> None:
-    driver.calibrate(small_job.config(tmp_path / "out"))
+    calibrate(small_job.config(tmp_path / "out"))
     capsys.readouterr()
     command = ["plan", str(tmp_path / "out"), "--keep", "0.5", "--recipe"]
     assert main([*command, small_job.recipe(heavy_share=0.5, step=LOW_RANK)]) == 0

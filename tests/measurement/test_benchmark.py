@@ -11,13 +11,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import ffsplit
+from ffsplit.api import calibrate
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
 from ffsplit.ffn.shapes import Integer
 from ffsplit.measurement.benchmark import Settings, benchmark
 from ffsplit.measurement.latency import Work, work_of
 from ffsplit.models.load import load_whole_model
-from ffsplit.run.driver import calibrate
 from ffsplit.runtime.modules import DenseLinear, LowRankLinear
 from ffsplit.runtime.quantized_linear import QuantizedLinear
 from ffsplit.store.artifact import locate

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 import ffsplit
+from ffsplit.api import calibrate
 from ffsplit.errors import ConfigError
 from ffsplit.models.fetch import LocatedModel, locate_model
 from ffsplit.models.folder import OWN
-from ffsplit.run.driver import calibrate
 from ffsplit.store.pull import verify
 from tests.small_jobs import LOW_RANK, SmallJob
 

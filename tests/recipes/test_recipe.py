@@ -8,7 +8,8 @@ import pytest
 
 from ffsplit.compressors import DistillCompressor, LowRankCompressor, PruneCompressor
 from ffsplit.errors import ConfigError
-from ffsplit.recipes.recipe import Recipe, load_recipe, parse_recipe, recipe_of, shipped_recipes
+from ffsplit.recipes import shipped_recipes
+from ffsplit.recipes.recipe import Recipe, load_recipe, parse_recipe, recipe_of
 
 GOOD = """\
 name: mine

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 
 import ffsplit
-from ffsplit import JobConfig
+from ffsplit import JobConfig, api
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
-from ffsplit.run import driver
 from ffsplit.run.job import prepare
 from ffsplit.run.stages.calibrate import CalibrationJob
 from ffsplit.store.pull import verify
@@ -30,7 +29,7 @@ def reusing(small_job: SmallJob, out: Path, stats: Path | str, **fields: Any) ->
 
 
 def test_the_same_bytes_as_a_run_that_collects_its_own(small_job: SmallJob, tmp_path: Path) -> None:
-    statistics = driver.calibrate(small_job.config(tmp_path / "stats"))
+    statistics = api.calibrate(small_job.config(tmp_path / "stats"))
     alone = ffsplit.compress(small_job.config(tmp_path / "alone", keep=0.3))
     again = ffsplit.compress(reusing(small_job, tmp_path / "again", tmp_path / "stats", keep=0.3))
     assert digests(tmp_path / "again", *WEIGHTS) == digests(tmp_path / "alone", *WEIGHTS)
@@ -50,13 +49,13 @@ def test_the_rows_that_a_limit_of_tokens_left_are_lent(small_job: SmallJob, tmp_
     )
     (limited := tmp_path / "limited.yaml").write_text(recipe, "utf-8")
     fields = small_job.config(tmp_path / "stats", recipe=str(limited)).model_dump(exclude_unset=True)
-    statistics = driver.calibrate(JobConfig(**(fields | {"samples": None})))
+    statistics = api.calibrate(JobConfig(**(fields | {"samples": None})))
     assert 3 < statistics.calibration.num_rows < 40
     assert 100 < statistics.calibration.num_tokens <= 150
     again = ffsplit.compress(reusing(small_job, tmp_path / "again", tmp_path / "stats", keep=0.3))
     assert again.calibration.statistics_from is not None
     assert again.calibration.statistics_from.sampled_text_digest == statistics.calibration.text_digest
-    given = driver.calibrate(small_job.config(tmp_path / "given", recipe=str(limited)))
+    given = api.calibrate(small_job.config(tmp_path / "given", recipe=str(limited)))
     assert given.calibration.num_rows == 40
 
 
@@ -75,7 +74,7 @@ def test_only_what_the_sample_needs_is_read(
 def test_the_text_that_is_here_comes_before_the_one_beside_the_store(
     is_here: bool, small_job: SmallJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver.calibrate(small_job.config(tmp_path / "stats"))
+    api.calibrate(small_job.config(tmp_path / "stats"))
     (tmp_path / "here").mkdir()
     if is_here:
         shutil.copy(small_job.text, tmp_path / "here" / "text.txt")
@@ -86,7 +85,7 @@ def test_the_text_that_is_here_comes_before_the_one_beside_the_store(
 
 def test_the_run_key_has_the_digest_of_the_statistics(small_job: SmallJob, tmp_path: Path) -> None:
     for name, seed in (("one", 0), ("two", 1)):
-        driver.calibrate(small_job.config(tmp_path / name, seed=seed))
+        api.calibrate(small_job.config(tmp_path / name, seed=seed))
     keys = {
         prepare(small_job.config(tmp_path / "out", stats=str(tmp_path / name))).keys.run
         for name in ("one", "two", "one")
@@ -95,7 +94,7 @@ def test_the_run_key_has_the_digest_of_the_statistics(small_job: SmallJob, tmp_p
 
 
 def test_other_text_for_the_sample_is_recorded(small_job: SmallJob, tmp_path: Path) -> None:
-    driver.calibrate(small_job.config(tmp_path / "stats"))
+    api.calibrate(small_job.config(tmp_path / "stats"))
     config = reusing(small_job, tmp_path / "out", tmp_path / "stats", samples=20)
     manifest = ffsplit.compress(config.model_copy(update={"samples": 20}))
     origin = manifest.calibration.statistics_from
@@ -107,7 +106,7 @@ def test_other_text_for_the_sample_is_recorded(small_job: SmallJob, tmp_path: Pa
 def test_statistics_that_do_not_hold_are_refused(
     case: str, small_job: SmallJob, tmp_path: Path, checkpoint_of: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    statistics = driver.calibrate(small_job.config(tmp_path / "stats"))
+    statistics = api.calibrate(small_job.config(tmp_path / "stats"))
     stats, flags, code = tmp_path / "stats", [], 2
     if case == "model":
         small_job.model, expected = checkpoint_of("bert", seed=5), "another model or revision"
@@ -138,7 +137,7 @@ def test_statistics_that_do_not_hold_are_refused(
 
 
 def test_statistics_of_other_ffns_are_refused(small_job: SmallJob, tmp_path: Path) -> None:
-    driver.calibrate(small_job.config(tmp_path / "stats", only=("layer 0",)))
+    api.calibrate(small_job.config(tmp_path / "stats", only=("layer 0",)))
     again = ffsplit.compress(reusing(small_job, tmp_path / "again", tmp_path / "stats", only=("layer 0",)))
     assert [layer.name for layer in again.layers] == ["layer 0"]
     for which in ({"only": ("layer 1",)}, {}):
@@ -149,7 +148,7 @@ def test_statistics_of_other_ffns_are_refused(small_job: SmallJob, tmp_path: Pat
 
 def test_calibrate_takes_no_statistics(small_job: SmallJob, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--stats is for compress"):
-        driver.calibrate(small_job.config(tmp_path / "out", stats="anything"))
+        api.calibrate(small_job.config(tmp_path / "out", stats="anything"))
 
 
 def test_the_window_of_perplexity_is_not_inherited(
@@ -157,7 +156,7 @@ def test_the_window_of_perplexity_is_not_inherited(
 ) -> None:
     """Or the same --eval would score otherwise with --stats than without."""
     small_job.model = checkpoint_of("llama", head="ForCausalLM")
-    driver.calibrate(small_job.config(tmp_path / "stats"))
+    api.calibrate(small_job.config(tmp_path / "stats"))
     spec = (f"perplexity:{small_job.text}",)
     without = small_job.config(tmp_path / "out", eval=spec, max_length=None)
     with_statistics = reusing(small_job, tmp_path / "out", tmp_path / "stats", eval=spec)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import ffsplit
+from ffsplit import api
 from ffsplit.calibration.statistics_file import read_statistics
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, FFSplitError, GateError
@@ -227,7 +228,7 @@ def test_statistics_alone_never_move_latest(small_job: SmallJob, tmp_path: Path)
     out = tmp_path / "out"
     model = ffsplit.compress(small_job.config(out))
     hint = (out / "latest.json").read_bytes()
-    statistics = driver.calibrate(small_job.config(out))
+    statistics = api.calibrate(small_job.config(out))
     assert (out / "latest.json").read_bytes() == hint
     attempt = out / statistics.run_key / statistics.attempt
     assert {path.name for path in attempt.iterdir()} == {"manifest.json", "report.html", "stats"}
@@ -315,7 +316,7 @@ def test_a_run_that_another_finishes_first_is_done(
 
     def finish_first(*arguments: Any, **options: Any) -> None:
         if not finished:
-            finished.append(driver.compress(small_job.config(tmp_path / "other")))
+            finished.append(api.compress(small_job.config(tmp_path / "other")))
             (tmp_path / "other" / finished[0].run_key).rename(tmp_path / "out" / finished[0].run_key)
             if fails:
                 raise FileNotFoundError("the scratch is gone")
@@ -381,7 +382,7 @@ def test_statistics_of_many_shards_are_reduced_by_tasks(small_job: SmallJob, tmp
     found = []
     for size in (1, 40):
         out = tmp_path / str(size)
-        manifest = driver.calibrate(small_job.config(out, recipe=small_job.recipe(shard_size=size)))
+        manifest = api.calibrate(small_job.config(out, recipe=small_job.recipe(shard_size=size)))
         layers = read_statistics(out / manifest.run_key / manifest.attempt / "stats/neurons.parquet")
         found.append(([stage.name for stage in manifest.stages], layers))
     (many, reduced), (one, whole) = found
@@ -411,7 +412,7 @@ def test_what_is_longer_than_the_model_reads_is_refused(small_job: SmallJob, tmp
 def test_statistics_have_no_gates(small_job: SmallJob, tmp_path: Path) -> None:
     for fields in ({"gate": ("fidelity >= 0.9",)}, {"require_speedup": 1.1}):
         with pytest.raises(ConfigError, match="gates are for compress"):
-            driver.calibrate(small_job.config(tmp_path / "out", **fields))
+            api.calibrate(small_job.config(tmp_path / "out", **fields))
     assert not (tmp_path / "out").exists()
 
 

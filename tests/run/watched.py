@@ -87,7 +87,7 @@ def main(path: str) -> None:
     from ffsplit.config import JobConfig
     from tests.small_jobs import needs_of
 
-    config = JobConfig.checked(**fields)
+    config = JobConfig(**fields)
     needs = needs_of(config)
     with Watch(places) as watch:
         ffsplit.compress(config)

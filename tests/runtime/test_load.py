@@ -16,7 +16,8 @@ import ffsplit  # noqa: F401  (registers the split format with transformers)
 from ffsplit.errors import ArtifactError, UnsupportedModelError
 from ffsplit.models.checkpoint import open_checkpoint
 from ffsplit.models.load import load_whole_model
-from ffsplit.recipes.recipe import load_recipe, shipped_recipes
+from ffsplit.recipes import shipped_recipes
+from ffsplit.recipes.recipe import load_recipe
 from ffsplit.runtime.modules import SplitFFN
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import compress, head_of, outputs, reference

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from ffsplit.compressors import DistillCompressor, LowRankCompressor, QuantizeCompressor
 from ffsplit.errors import BudgetError
 from ffsplit.ffn.shapes import FFNShape, LayerLayout, LowRank
-from ffsplit.recipes.recipe import Recipe, load_recipe, shipped_recipes
+from ffsplit.recipes import shipped_recipes
+from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.splitting.solver import HeavyRule, fit_layer, uniform_layouts
 
 RECIPES = {name: load_recipe(name) for name in shipped_recipes()}

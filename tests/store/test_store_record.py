@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 import ffsplit
+from ffsplit.api import calibrate
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError
-from ffsplit.run.driver import calibrate
 from ffsplit.store import s3 as s3_module
 from ffsplit.store.entries import StoreGuarantees
 from ffsplit.store.gc import collect, plan

@@ -7,7 +7,6 @@ nothing.
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
@@ -18,7 +17,7 @@ from torch.nn import functional
 from ffsplit.calibration.model_inputs import padded_batches
 from ffsplit.calibration.sources import lines
 from ffsplit.config import Record
-from ffsplit.errors import FFSplitError, explained, reason_of
+from ffsplit.errors import FFSplitError, did_you_mean, explained, reason_of
 from ffsplit.keys import digest_of
 from ffsplit.measurement.latency import vocab_size_of
 from ffsplit.measurement.tasks.base import Score, longest_row, read_decoded, task_error, task_file
@@ -130,8 +129,7 @@ class HarnessTasks(Record):
             manager = TaskManager()
         for name in tasks:
             if name not in manager.all_tasks:
-                near = difflib.get_close_matches(name, manager.all_tasks, n=1)
-                hint = f", did you mean {near[0]!r}?" if near else ""
+                hint = did_you_mean(name, manager.all_tasks)
                 raise task_error(spec, f"lm-eval has no task {name!r}{hint}")
         try:
             manager.load(list(tasks))

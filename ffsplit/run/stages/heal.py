@@ -33,6 +33,7 @@ from ffsplit.models.load import load_tokenizer, load_whole_model
 from ffsplit.models.names import base_of
 from ffsplit.models.tensor_files import FLOATS
 from ffsplit.runtime.attention_int8 import attention_linears
+from ffsplit.store.beacon import Beacon
 from ffsplit.store.scratch import Result, Scratch
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ class HealJob(Record):
     profile: ComputeProfile
     threads: int
     workers: int
+
+    @property
+    def beacon(self) -> Beacon:
+        """Where the first worker tells how far it is."""
+        return Beacon(scratch=self.scratch, name="heal")
 
 
 def heal_job(job: HealJob) -> Result | None:
@@ -88,6 +94,8 @@ def _heal(job: HealJob, team: Team) -> tuple[dict[str, Tensor], HealingState]:
     fast = device.type == "cuda" and job.settings.mixed_precision == "bf16"
     dtype = torch.bfloat16 if fast else torch.float32
     train = partial(heal, makes=original.compared_as, settings=job.settings, seed=job.seed, team=team)
+    if 0 in team.mine:
+        train = partial(train, tell=job.beacon.teller())
     if is_divided(team, device):
         return _heal_divided(job, team, original, compressed, data, one, dtype=dtype, train=train)
     teacher, student = (
@@ -372,7 +380,9 @@ def heal_checkpoint(execution: Execution, settings: HealingSettings, compressed:
         threads=threads,
         workers=run.config.healing_workers,
     )
-    with execution.log.stage("heal", stage_key("heal", {"run": run.keys.run}), num_items=1):
+    with execution.log.stage(
+        "heal", stage_key("heal", {"run": run.keys.run}), num_items=1, beacon=job.beacon
+    ):
         healed = execution.runner.run_together("heal", heal_job, job, size=job.workers, threads=threads)
     assert healed is not None, "the first worker returns the result"
     return execution.scratch.path(healed.files[0])

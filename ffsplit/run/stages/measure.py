@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from ffsplit.models.load import forget_caches, load_tokenizer, load_with_missing
 from ffsplit.models.streamed import StreamedModel
 from ffsplit.models.tensor_files import read_headers
 from ffsplit.recipes.recipe import MeasurementSettings
+from ffsplit.store.beacon import Beacon, Tell
 from ffsplit.store.manifest import Measurements, TaskScore
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class MeasureJob(Record):
     """The speed-ups that gates require, at one shape or at every shape."""
     profile: ComputeProfile
     block_by_block: bool = False
+    beacon: Beacon
+    """Where the worker tells which part it is at."""
 
 
 def measure_job(job: MeasureJob) -> Measurements:
@@ -86,22 +89,26 @@ def _measure(job: MeasureJob) -> Measurements:
 
 
 class Clock:
-    """How long each part took, from the end of the one before it."""
+    """How long each part took, from the end of the one before it. Tells which one runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, parts: Sequence[str], tell: Tell) -> None:
         self.seconds: dict[str, float] = {}
         self._since = time.monotonic()
+        self._parts, self._tell = parts, tell
 
     def ended(self, part: str) -> None:
         now = time.monotonic()
         self.seconds[part] = round(now - self._since, 3)
         self._since = now
         logs.log("measured", part=part, seconds=self.seconds[part])
+        if len(self.seconds) < len(self._parts):
+            self._tell(len(self.seconds), len(self._parts), self._parts[len(self.seconds)])
 
 
 def _side_by_side(job: MeasureJob, checkpoint: Checkpoint, directory: Path) -> dict[str, Any]:
     """All measurements, with both models in memory."""
-    clock = Clock()
+    parts = ["loading", "fidelity", "latency", *(["tasks"] if job.evaluations else []), "peak memory"]
+    clock = Clock(parts, job.beacon.teller(every_s=0))
     directories = (checkpoint.directory, directory)
     dtype, device = getattr(torch, job.profile.dtype), torch.device(job.profile.device)
     (original, absent), (compressed, missing) = (
@@ -221,8 +228,10 @@ def measure(execution: Execution, compressed: Path, layouts: tuple[LayerLayout, 
         speed_limits=speed_limits(run.gates),
         profile=run.profile,
         block_by_block=run.needs.measured_block_by_block,
+        beacon=Beacon(scratch=execution.scratch, name="measure"),
     )
-    with execution.log.stage("measure", stage_key("measure", {"run": run.keys.run}), num_items=1):
+    key = stage_key("measure", {"run": run.keys.run})
+    with execution.log.stage("measure", key, num_items=1, beacon=job.beacon):
         found = execution.runner.run_alone("measure", measure_job, job, reserved=True)
     if found.seconds:
         execution.log.note(f"measure: {', '.join(f'{part} {s:.1f} s' for part, s in found.seconds.items())}")
