@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, explained, reason_of
 from ffsplit.models.checkpoint import tokenizer_files
-from ffsplit.models.folder import CONFIG_NAME, local_listing, sort_files
+from ffsplit.models.folder import CARD_NAME, CONFIG_NAME, local_listing, sort_files
 from ffsplit.models.inputs import MEDIUM_OF
 from ffsplit.models.load import decodes, load_whole_model, quiet_transformers, tokenizer_in
 from ffsplit.models.names import main_inputs
@@ -76,8 +76,11 @@ def export(uri: str, *, format: ExportFormat, out: Path, scheme: Scheme | None =
 
 
 def _copy_companions(source: Path, target: Path) -> None:
-    """Copy the config and every other file except weights, graphs and records of a run."""
+    """Copy the config and every other file except weights, graphs, and an artifact's own records and card."""
+    is_artifact = (source / MANIFEST_NAME).is_file()
     for name in (CONFIG_NAME, *sort_files(local_listing(source)).companions):
+        if is_artifact and name == CARD_NAME:  # it says how to load the artifact
+            continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
 

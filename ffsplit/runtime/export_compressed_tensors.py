@@ -150,7 +150,7 @@ def _scheme_of(format: Integer, scheme: Scheme, *, targets: Iterable[str]) -> An
 
 
 def _write_config(target: Path, formats: dict[str, Integer], *, ignored: list[str], scheme: Scheme) -> None:
-    """Add the library's entry to config.json: a group of modules per format, and the modules that have none."""
+    """Add the library's entry to config.json: modules by format, and those without one."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 

@@ -92,7 +92,7 @@ def _check_linear(ffns: Sequence[FFNPlace]) -> None:
 def _indivisible(what: str, columns: int) -> ConfigError:
     return ConfigError(
         f"{what} has rows of {columns}, which groups of {FEWEST_COLUMNS} weights or more do not divide: "
-        "compress to widths that are multiples of 64"
+        "compress with --width-multiple 64"
     )
 
 
@@ -294,13 +294,14 @@ def _stored_maps(run: FFNRun) -> dict[str, tuple[Integer, int, int]]:
     """The matrices that hold an FFN of one part: format, rows and columns, by name."""
     (part,) = run.layout.parts
     width, hidden = part.num_neurons, run.shape.hidden_size
-    if part.is_fused:
-        maps = {"gate_up": (part.up, 2 * width, hidden)}
-    else:
-        maps = {"up": (part.up, width, hidden)}
-        maps |= {} if part.gate is None else {"gate": (part.gate, width, hidden)}
-    maps["down"] = (part.down, hidden, width)
-    return {name: (format, *shape) for name, (format, *shape) in maps.items() if isinstance(format, Integer)}
+    ups = {"gate_up": part.up} if part.is_fused else {"up": part.up, "gate": part.gate}
+    formats = {**ups, "down": part.down}
+    shapes = {"gate_up": (2 * width, hidden), "down": (hidden, width)}
+    return {
+        name: (format, *shapes.get(name, (width, hidden)))
+        for name, format in formats.items()
+        if isinstance(format, Integer)
+    }
 
 
 def _held(format: Integer, columns: int) -> Integer:
@@ -327,14 +328,20 @@ def _check_layouts(ffns: Sequence[FFNPlace], runs: Sequence[FFNRun], left_out: S
                 f"{ffn.name} has heavy hitters in {parts[0]} and other neurons in {parts[1]}, and "
                 "compressed-tensors holds one format per matrix: compress with int8 or tiny"
             )
-        if run.layout.down_bias != run.shape.down_bias:
+        if run.layout.down_bias != ffn.shape.down_bias:
             raise ConfigError(
                 f"{ffn.name} has an output bias that only ffsplit can load: compress with fast --plain"
             )
-    layouts = [LayerLayout.dense(run.shape, run.layout.num_neurons) for run in runs]
+    layouts = [
+        LayerLayout.dense(ffn.shape, run.layout.num_neurons) for ffn, run in zip(ffns, runs, strict=True)
+    ]
     groups = width_groups(ffns, left_out=left_out)
-    if not is_stock_form(layouts, [run.shape for run in runs], groups=groups):
+    if not is_stock_form(layouts, [ffn.shape for ffn in ffns], groups=groups):
         widths = sorted({run.layout.num_neurons for run in runs})
+        if len(widths) == 1:
+            raise ConfigError(
+                f"no field of config.json states the FFNs' width, {widths[0]}: only ffsplit can load it"
+            )
         raise ConfigError(
             f"the FFNs have different widths, {widths[0]} to {widths[-1]}, which only ffsplit can load: "
             "compress with fast --plain and export with --scheme, or with allocation: uniform in the recipe"
