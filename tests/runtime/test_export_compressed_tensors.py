@@ -37,7 +37,8 @@ import torch, transformers
 from safetensors.torch import save_file
 
 for directory, class_name, answer in json.load(open(sys.argv[1])):
-    model, found = getattr(transformers, class_name).from_pretrained(directory, output_loading_info=True)
+    options = {"dtype": torch.float32, "output_loading_info": True}
+    model, found = getattr(transformers, class_name).from_pretrained(directory, **options)
     assert not found["missing_keys"], found
     with torch.no_grad():
         outputs = model.eval()(input_ids=torch.arange(5, 29).view(2, 12))[0]
@@ -117,23 +118,26 @@ def loaded(
         assert main([*given, *case.given]) == 0
         made[name] = (case, folder / "out", manifest.model.architecture, exported)
         jobs.append([str(exported), case.loaded_as or manifest.model.architecture, str(folder / "answer")])
-    folder = tmp_path_factory.mktemp("loads")
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    (folder / "loads.py").write_text(LOADS)
-    done = subprocess.run(
-        [sys.executable, folder / "loads.py", folder / "jobs.json"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    answers = [load_file(answer) for *_, answer in jobs]
+    answers = load_elsewhere(tmp_path_factory.mktemp("loads"), jobs)
     return {
         name: Loaded(*each, answer.pop(""), answer)
         for (name, each), answer in zip(made.items(), answers, strict=True)
     }
 
 
+def load_elsewhere(folder: Path, jobs: list[list[str]]) -> list[dict[str, Tensor]]:
+    """The outputs and weights of each (directory, class, answer), in a process without ffsplit."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    (folder / "loads.py").write_text(LOADS)
+    command = [sys.executable, folder / "loads.py", folder / "jobs.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [load_file(answer) for *_, answer in jobs]
+
+
 def ours(each: Loaded, *, in_floating_point: bool = False) -> Tensor:
     """What the artifact itself gives; `in_floating_point`: with dequantized matrices, as for gradients."""
-    model = ffsplit.load(str(each.artifact))
+    model = ffsplit.load(str(each.artifact), dtype=torch.float32)
     if each.case.loaded_as:
         model = model.base_model
     with torch.set_grad_enabled(in_floating_point):
@@ -284,6 +288,37 @@ def test_a_plain_result_is_rounded_to_nearest(
             group_size = None if scheme == "W8A8" else size
             expected = fake_quantize(expected, num_bits=int(scheme[1]), group_size=group_size)
         torch.testing.assert_close(module.weight, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.subprocess
+@pytest.mark.parametrize(
+    ("more", "keep", "scheme"), [(INT8 + ATTENTION, 0.6, "W8A8"), (int4(64) + ATTENTION, 1.0, "W4A16")]
+)
+def test_a_trained_model(development_data: Path, tmp_path: Path, more: str, keep: float, scheme: str) -> None:
+    """Of 320 columns and 864 neurons, in float16. The bounds are those of the tests above."""
+    job = SmallJob(tmp_path, development_data / "tiny-llama")
+    ffsplit.compress(job.config(tmp_path / "out", recipe=job.recipe(more=more), keep=keep))
+    given = [
+        "export",
+        str(tmp_path / "out"),
+        "--format",
+        "compressed-tensors",
+        "--out",
+        str(tmp_path / "new"),
+    ]
+    assert main(given) == 0
+    (answer,) = load_elsewhere(
+        tmp_path, [[str(tmp_path / "new"), "LlamaForCausalLM", str(tmp_path / "answer")]]
+    )
+    case = Case("llama", more, scheme)
+    each = Loaded(case, tmp_path / "out", "LlamaForCausalLM", tmp_path / "new", answer.pop(""), answer)
+    exact, rounded = ours(each, in_floating_point=True), ours(each)
+    if scheme == "W8A8":
+        assert 0 < distance(each.outputs, exact) <= 1.5 * distance(rounded, exact)
+        assert distance(each.outputs, rounded) <= 2 * distance(rounded, exact)
+    else:
+        assert distance(each.outputs, exact) <= 1e-5
 
 
 SPLIT = "after_healing: {kind: quantize, num_bits: 4, group_size: 32, heavy_fraction: 0.3}"
