@@ -107,6 +107,9 @@ def test_five_packages_load_and_run_an_int8_artifact(
     ):
         done = subprocess.run([python, "-I", *arguments], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
+    missing = [python, "-I", "-m", "ffsplit.cli", "verify", "s3://bucket/prefix"]
+    done = subprocess.run(missing, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and " is not installed: " in done.stderr
     answer = torch.load(answer_file)
     assert str(tmp_path / "env") in answer.pop("at")
     with torch.no_grad():
