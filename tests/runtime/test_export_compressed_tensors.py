@@ -50,6 +50,10 @@ INT8, ATTENTION = "after_healing: {kind: quantize, num_bits: 8}", "\nlinears: in
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
 
 
+def export(source: Path, out: Path, *more: str) -> int:
+    return main(["export", str(source), "--format", "compressed-tensors", "--out", str(out), *more])
+
+
 def int4(group_size: int) -> str:
     return f"after_healing: {{kind: quantize, num_bits: 4, group_size: {group_size}, method: gptq}}"
 
@@ -82,7 +86,6 @@ class Loaded(NamedTuple):
 
     case: Case
     artifact: Path
-    class_name: str
     export: Path
     outputs: Tensor
     weights: dict[str, Tensor]
@@ -101,7 +104,7 @@ def loaded(
         for each in items
         if each.path == request.path and "name" in getattr(getattr(each, "callspec", None), "params", {})
     }
-    made: dict[str, tuple[Case, Path, str, Path]] = {}
+    made: dict[str, tuple[Case, Path, Path]] = {}
     jobs = []
     for name in sorted(names):
         case, folder = CASES[name], tmp_path_factory.mktemp("exported")
@@ -113,11 +116,10 @@ def loaded(
         job = SmallJob(folder, source)
         keep = 1.0 if "group_size" in case.more else 0.76
         manifest = ffsplit.compress(job.config(folder / "out", recipe=job.recipe(more=case.more), keep=keep))
-        exported = folder / "export"
-        given = ["export", str(folder / "out"), "--format", "compressed-tensors", "--out", str(exported)]
-        assert main([*given, *case.given]) == 0
-        made[name] = (case, folder / "out", manifest.model.architecture, exported)
-        jobs.append([str(exported), case.loaded_as or manifest.model.architecture, str(folder / "answer")])
+        made[name] = (case, folder / "out", folder / "export")
+        assert export(folder / "out", folder / "export", *case.given) == 0
+        class_name = case.loaded_as or manifest.model.architecture
+        jobs.append([str(folder / "export"), class_name, str(folder / "answer")])
     answers = load_elsewhere(tmp_path_factory.mktemp("loads"), jobs)
     return {
         name: Loaded(*each, answer.pop(""), answer)
@@ -272,8 +274,7 @@ def test_a_plain_result_is_rounded_to_nearest(
     from transformers import Qwen2ForCausalLM
 
     source = checkpoint_of("qwen2", head="ForCausalLM", hidden_size=128, intermediate_size=192)
-    given = ["export", str(source), "--format", "compressed-tensors", "--scheme", scheme]
-    assert main([*given, "--out", str(tmp_path / "new")]) == 0
+    assert export(source, tmp_path / "new", "--scheme", scheme) == 0
     stored = load_file(tmp_path / "new" / "model.safetensors")
     for name, shape in shapes.items():
         assert stored[f"model.layers.2.mlp.{name}"].shape == shape
@@ -299,20 +300,10 @@ def test_a_trained_model(development_data: Path, tmp_path: Path, more: str, keep
     """Of 320 columns and 864 neurons, in float16. The bounds are those of the tests above."""
     job = SmallJob(tmp_path, development_data / "tiny-llama")
     ffsplit.compress(job.config(tmp_path / "out", recipe=job.recipe(more=more), keep=keep))
-    given = [
-        "export",
-        str(tmp_path / "out"),
-        "--format",
-        "compressed-tensors",
-        "--out",
-        str(tmp_path / "new"),
-    ]
-    assert main(given) == 0
-    (answer,) = load_elsewhere(
-        tmp_path, [[str(tmp_path / "new"), "LlamaForCausalLM", str(tmp_path / "answer")]]
-    )
-    case = Case("llama", more, scheme)
-    each = Loaded(case, tmp_path / "out", "LlamaForCausalLM", tmp_path / "new", answer.pop(""), answer)
+    assert export(tmp_path / "out", tmp_path / "new") == 0
+    jobs = [[str(tmp_path / "new"), "LlamaForCausalLM", str(tmp_path / "answer")]]
+    (answer,) = load_elsewhere(tmp_path, jobs)
+    each = Loaded(Case("llama", more, scheme), tmp_path / "out", tmp_path / "new", answer.pop(""), answer)
     exact, rounded = ours(each, in_floating_point=True), ours(each)
     if scheme == "W8A8":
         assert 0 < distance(each.outputs, exact) <= 1.5 * distance(rounded, exact)
@@ -355,11 +346,7 @@ def test_what_the_format_cannot_hold_is_one_line(
         (artifact("split", SPLIT), "", "heavy hitters in int8 and other neurons in int4 in groups of 32"),
         (low_rank, "", "is stored low rank"),
         (artifact("groups", int4(64), width=80), "", "rows of 80, which groups of 32 weights or more do not"),
-        (
-            whole,
-            "W4A16",
-            "would round integers again, which are stored for W8A8: omit --scheme",
-        ),
+        (whole, "W4A16", "would round integers again, which are stored for W8A8: omit --scheme"),
         (artifact("plain"), "", "is in floating point: give --scheme W8A8, W8A16 or W4A16"),
         (uneven, "", "to 64, which only ffsplit can load: compress with fast --plain"),
         (mixed, "", "have different widths, 48 to 96, which only ffsplit can load"),
@@ -370,8 +357,7 @@ def test_what_the_format_cannot_hold_is_one_line(
     ]
     for directory, scheme, said in cases:
         capsys.readouterr()
-        given = ["export", str(directory), "--format", "compressed-tensors", "--out", str(tmp_path / "new")]
-        assert main([*given, *(["--scheme", scheme] if scheme else [])]) == 2
+        assert export(directory, tmp_path / "new", *(["--scheme", scheme] if scheme else [])) == 2
         error = capsys.readouterr().err
         assert said in error and error.count("\n") == 1, error
         assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".export-*"))
@@ -396,21 +382,13 @@ def test_a_missing_library_and_a_misplaced_scheme(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = [
-        "export",
-        str(checkpoint_of("bert")),
-        "--scheme",
-        "W8A8",
-        "--out",
-        str(tmp_path / "new"),
-        "--format",
-    ]
+    model, new = str(checkpoint_of("bert")), tmp_path / "new"
     capsys.readouterr()
-    assert main([*given, "onnx"]) == 2
+    assert main(["export", model, "--format", "onnx", "--scheme", "W8A8", "--out", str(new)]) == 2
     said = "ffsplit: --scheme goes with --format compressed-tensors, not with onnx\n"
     assert capsys.readouterr().err == said
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
-    assert main([*given, "compressed-tensors"]) == 2
+    assert export(Path(model), new) == 2
     error = capsys.readouterr().err
     assert "needs compressed_tensors: pip install 'ffsplit[compressed-tensors]'" in error
     assert error.count("\n") == 1
