@@ -153,6 +153,7 @@ def _stating(config: dict[str, Any], key: tuple[str | None, str | None], number:
 
 
 def write_shards(spans: Mapping[str, TensorSpan], directory: Path, *, max_shard_bytes: int) -> None:
+    """Write tensors of other files as a checkpoint's weights, with an index if one file is not enough."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name in sorted(spans):
