@@ -10,7 +10,7 @@ help: ## List the targets
 .venv/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,dev,docs,sign,onnx]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,dev,docs,sign,onnx,compressed-tensors]'
 	@touch $@
 
 .PHONY: venv
@@ -108,7 +108,7 @@ test-newest: ## Test with the newest versions allowed, in .bounds/newest
 
 define test_bounds
 	$(PYTHON) -m venv .bounds/$(1)
-	.bounds/$(1)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev,onnx]' $(2)
+	.bounds/$(1)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[demo,dev,onnx,compressed-tensors]' $(2)
 	.bounds/$(1)/bin/python -m pip list | grep -E '^(torch|transformers|ray) '
 	HF_HUB_OFFLINE=1 .bounds/$(1)/bin/python -m pytest -p no:cacheprovider $(BOUNDS_TESTS)
 endef

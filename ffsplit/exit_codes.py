@@ -17,6 +17,7 @@ from ffsplit.redaction import guarded_streams
 
 DONE, FAILED, MISTAKE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 DEBUG_VARIABLE = "FFSPLIT_DEBUG"
+COMPLETE_INSTALL = "this command needs ffsplit with its dependencies: pip install ffsplit, without --no-deps"
 DESCRIPTION = """\
 exit codes:
   0    done
@@ -50,6 +51,9 @@ def exit_code_of(run: Callable[[], int]) -> int:
             streams.note("ffsplit: interrupted, nothing was committed")
             return INTERRUPTED
         except Exception as error:  # a bug, or an unforeseen error
+            if isinstance(error, ModuleNotFoundError) and not (error.name or "ffsplit").startswith("ffsplit"):
+                _report(ConfigError(f"{error.name} is not installed: {COMPLETE_INSTALL}"), cause=error)
+                return MISTAKE
             what = f"{type(error).__name__}: {reason_of(error)}"
             _report(FFSplitError(f"unexpected error, {what} (--debug shows where)"), cause=error)
             return FAILED

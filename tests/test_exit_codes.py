@@ -45,6 +45,14 @@ def test_what_nobody_foresaw_is_one_line(error: Exception, capsys: Any) -> None:
     assert "--debug" in captured.err
 
 
+def test_a_missing_dependency_is_a_mistake_in_the_installation(capsys: Any) -> None:
+    """ffsplit's own modules cannot be missing: that is a bug."""
+    assert exit_code_of(raising(ModuleNotFoundError("No module named 'boto3'", name="boto3"))) == MISTAKE
+    said = capsys.readouterr().err
+    assert said.startswith("ffsplit: boto3 is not installed: ") and said.count("\n") == 1
+    assert exit_code_of(raising(ModuleNotFoundError("No", name="ffsplit.absent"))) == FAILED
+
+
 @pytest.mark.parametrize(
     ("error", "code"), [(ConfigError("a"), MISTAKE), (StoreError("a"), FAILED), (ValueError("a"), FAILED)]
 )

@@ -200,7 +200,8 @@ def benchmark(parsed: argparse.Namespace) -> int:
 def export(parsed: argparse.Namespace) -> int:
     from ffsplit.runtime.export import export
 
-    print(export(parsed.uri, format=parsed.format, out=user_path(parsed.out)))
+    out = user_path(parsed.out)
+    print(export(parsed.uri, format=parsed.format, out=out, scheme=parsed.scheme))
     return DONE
 
 

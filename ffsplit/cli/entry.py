@@ -259,7 +259,12 @@ def _add_result_commands(command: Command) -> None:
     export = command("export", "write an artifact in another format")
     add = export.add_argument
     add("uri", help="an artifact, or a model's directory")
-    add("--format", required=True, choices=("onnx",))
+    add("--format", required=True, choices=("onnx", "compressed-tensors"))
+    add(
+        "--scheme",
+        choices=("W8A8", "W8A16", "W4A16"),
+        help="compressed-tensors: bits of weights and inputs; default: as stored. Rounds a plain result",
+    )
     add("--out", required=True, metavar="DIR", help="a new or empty directory")
     _add_fields(export, *LOADING)
 

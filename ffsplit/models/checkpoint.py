@@ -25,7 +25,7 @@ from ffsplit.models.family import (
     class_named,
     config_part,
 )
-from ffsplit.models.ffns import FFNPlace, find_ffns, without
+from ffsplit.models.ffns import FFNPlace, find_ffns, width_groups, without
 from ffsplit.models.folder import CONFIG_NAME, ModelFolder, check_no_pointers, local_listing, sort_files
 from ffsplit.models.inputs import CLASSIFIERS, DECODERS, GENERATORS
 from ffsplit.models.load_options import check_trusted, code_files
@@ -223,15 +223,8 @@ class Checkpoint:
 
     @property
     def width_groups(self) -> tuple[int, ...]:
-        """A group per FFN: those of a group have the width that one field states, or a multiple of it.
-
-        -1: no config can state it, because it has no field, or one that FFNs that are left out share.
-        """
-        keys = list(dict.fromkeys(ffn.width_key for ffn in self.ffns))
-        fixed = {ffn.width_key for ffn in self.left_out} | {
-            ffn.width_key for ffn in self.ffns if ffn.paths.width_field is None
-        }
-        return tuple(-1 if ffn.width_key in fixed else keys.index(ffn.width_key) for ffn in self.ffns)
+        """A group per FFN, as in `ModelShape.width_groups`."""
+        return width_groups(self.ffns, left_out=self.left_out)
 
     @property
     def blocks(self) -> tuple[str, ...]:

@@ -124,6 +124,17 @@ def without(ffns: Sequence[FFNPlace], left_out: Collection[str]) -> tuple[FFNPla
     return tuple(replace(ffn, index=index[ffn.index], unit=index[ffn.unit]) for ffn in kept)
 
 
+def width_groups(ffns: Sequence[FFNPlace], *, left_out: Sequence[FFNPlace] = ()) -> tuple[int, ...]:
+    """A group per FFN: those of a group have the width that one field states, or a multiple of it.
+
+    -1: no config can state it, because it has no field, or one that FFNs that are left out share.
+    """
+    keys = list(dict.fromkeys(ffn.width_key for ffn in ffns))
+    unstated = [ffn for ffn in ffns if ffn.paths.width_field is None]
+    fixed = {ffn.width_key for ffn in (*left_out, *unstated)}
+    return tuple(-1 if ffn.width_key in fixed else keys.index(ffn.width_key) for ffn in ffns)
+
+
 class Shaped(Protocol):
     """A tensor, or its entry in a file's header."""
 

@@ -65,7 +65,7 @@ def assemble(
     if any(layout.is_dropped for layout in layouts):
         kept_rows = routing_of(checkpoint).kept_rows(layouts)
         spans |= {name: spans[name].rows(kept) for name, kept in kept_rows.items()}
-    _write_shards(spans, directory, max_shard_bytes=max_shard_bytes)
+    write_shards(spans, directory, max_shard_bytes=max_shard_bytes)
     config = artifact_config(checkpoint, layouts, linears=linears)
     checkpoint.folder.copy_companions(directory)
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
@@ -98,7 +98,7 @@ def artifact_config(
         config = _with_fewer_experts(config, routing_of(checkpoint), layouts)
     if is_plain(checkpoint, layouts) and linears is None:
         for ffn, layout in left:
-            config = _with_width(config, ffn, layout.num_neurons)
+            config = with_width(config, ffn, layout.num_neurons)
     else:
         stored, shapes = [layout for _, layout in left], [ffn.shape for ffn, _ in left]
         config["quantization_config"] = {
@@ -122,7 +122,7 @@ def _left_out(checkpoint: Checkpoint) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _with_width(config: dict[str, Any], ffn: FFNPlace, width: int) -> dict[str, Any]:
+def with_width(config: dict[str, Any], ffn: FFNPlace, width: int) -> dict[str, Any]:
     """A config that states an FFN's width where its tower's code looks for it."""
     return _stating(config, ffn.width_key, width // ffn.paths.width_factor)
 
@@ -152,7 +152,8 @@ def _stating(config: dict[str, Any], key: tuple[str | None, str | None], number:
     return config | {name: dict(config.get(name) or {}) | {field: number} for name in parts}
 
 
-def _write_shards(spans: Mapping[str, TensorSpan], directory: Path, *, max_shard_bytes: int) -> None:
+def write_shards(spans: Mapping[str, TensorSpan], directory: Path, *, max_shard_bytes: int) -> None:
+    """Write tensors of other files as a checkpoint's weights, with an index if one file is not enough."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name in sorted(spans):

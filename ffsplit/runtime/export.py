@@ -23,29 +23,34 @@ from transformers import DynamicCache
 from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, explained, reason_of
 from ffsplit.models.checkpoint import tokenizer_files
-from ffsplit.models.folder import CONFIG_NAME, local_listing, sort_files
+from ffsplit.models.folder import CARD_NAME, CONFIG_NAME, local_listing, sort_files
 from ffsplit.models.inputs import MEDIUM_OF
 from ffsplit.models.load import decodes, load_whole_model, quiet_transformers, tokenizer_in
 from ffsplit.models.names import main_inputs
+from ffsplit.runtime.export_compressed_tensors import Scheme, export_compressed_tensors
 from ffsplit.runtime.kernels.int8 import SMALLEST_STEP
 from ffsplit.runtime.quantized_linear import QuantizedLinear
 from ffsplit.store.entries import MANIFEST_NAME, check_outside_attempts
 from ffsplit.store.pull import materialize
 
-ExportFormat = Literal["onnx"]
+ExportFormat = Literal["onnx", "compressed-tensors"]
 
 ONNX_FOLDER = "onnx"
 """The subfolder of a model in which sentence-transformers looks for graphs."""
 SENTENCE_MODULES = "modules.json"
 
 
-def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
-    """Write the artifact, or the dense model, at `uri` into the new directory `out`. Returns its main file.
+def export(uri: str, *, format: ExportFormat, out: Path, scheme: Scheme | None = None) -> Path:
+    """Write the artifact, or the dense model, at `uri` into the new directory `out`.
+
+    Returns its graph, or the directory if it is a checkpoint. `scheme` is for compressed-tensors.
 
     The config, the tokenizer and the modules of sentence-transformers are copied beside it, so that the new
     directory is read like the old. Raises ConfigError, with nothing written, if `out` is not empty, the extra
     is missing, or the format cannot hold the model.
     """
+    if scheme is not None and format != "compressed-tensors":
+        raise ConfigError(f"--scheme goes with --format compressed-tensors, not with {format}")
     check_outside_attempts(out.resolve().as_posix(), flag="--out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists already and is not an empty directory")
@@ -53,21 +58,29 @@ def export(uri: str, *, format: ExportFormat, out: Path) -> Path:
     is_checkpoint = (local / "config.json").is_file() and not (local / MANIFEST_NAME).is_file()
     directory = local if is_checkpoint else materialize(uri)
     graph = Path(ONNX_FOLDER if (directory / SENTENCE_MODULES).is_file() else "", FILE_NAME)
+    graph = graph if format == "onnx" else Path()
     with ExitStack() as stack:
         with explained(f"--out {out} cannot be written"):
             out.parent.mkdir(parents=True, exist_ok=True)
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-"))
         whole = Path(folder) / "out"
-        (whole / graph).parent.mkdir(parents=True)
-        export_onnx(directory, whole / graph)
-        _copy_companions(directory, whole)
+        (whole / graph.parent).mkdir(parents=True)
+        if format == "compressed-tensors":
+            _copy_companions(directory, whole)
+            export_compressed_tensors(directory, whole, scheme=scheme)
+        else:
+            export_onnx(directory, whole / graph)
+            _copy_companions(directory, whole)
         whole.rename(out)  # also replaces an empty directory
     return out / graph
 
 
 def _copy_companions(source: Path, target: Path) -> None:
-    """Copy the config and every other file except weights, graphs and records of a run."""
+    """Copy the config and every other file except weights, graphs, and an artifact's own records and card."""
+    is_artifact = (source / MANIFEST_NAME).is_file()
     for name in (CONFIG_NAME, *sort_files(local_listing(source)).companions):
+        if is_artifact and name == CARD_NAME:  # it says how to load the artifact
+            continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / name, target / name)
 

@@ -94,7 +94,7 @@ def _half(rows: Tensor, place: MatrixPlace) -> Tensor:
     return (rows[place.half :: 2] if place.interleaved else rows.chunk(2)[place.half]).contiguous()
 
 
-def _joined_halves(gate: Tensor, up: Tensor, of_up: MatrixPlace) -> Tensor:
+def joined_halves(gate: Tensor, up: Tensor, of_up: MatrixPlace) -> Tensor:
     """Gate and up as the one tensor that holds them, in rows."""
     pair = [gate, up] if of_up.half else [up, gate]
     return torch.stack(pair, dim=1).flatten(0, 1) if of_up.interleaved else torch.cat(pair)
@@ -169,7 +169,7 @@ def _rows_of(checkpoint: Checkpoint, ffn: FFNPlace, name: str, *, neurons: Tenso
     if ffn.gate is None or ffn.gate.name != ffn.up.name:
         return whole[neurons]
     gate, up = (_half(whole, place)[neurons] for place in (ffn.gate, ffn.up))
-    return _joined_halves(gate, up, ffn.up)
+    return joined_halves(gate, up, ffn.up)
 
 
 def _dtype(checkpoint: Checkpoint, stored: str) -> torch.dtype:
@@ -196,10 +196,10 @@ def _plain_tensors(ffn: FFNPlace, weights: FFNWeights) -> Iterator[tuple[str, st
     if ffn.gate is None or part.gate is None:
         pairs = [(ffn.up, up), (ffn.down, down)]
     elif ffn.gate.name == ffn.up.name:
-        fused = _joined_halves(part.gate.weight, up.weight, ffn.up)
+        fused = joined_halves(part.gate.weight, up.weight, ffn.up)
         both = None
         if up.bias is not None and part.gate.bias is not None:
-            both = _joined_halves(part.gate.bias, up.bias, ffn.up)
+            both = joined_halves(part.gate.bias, up.bias, ffn.up)
         pairs = [(ffn.up, LinearMap.dense(fused, both)), (ffn.down, down)]
     else:
         pairs = [(ffn.up, up), (ffn.gate, part.gate), (ffn.down, down)]

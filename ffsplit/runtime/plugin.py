@@ -109,7 +109,7 @@ def install_split_ffns(
 
     The linear layers named in `linears` become quantized ones.
     """
-    prefix, places, ffns = _paired(model, runs, left_out=left_out)
+    prefix, places, ffns = paired(model, runs, left_out=left_out)
     config = model.config.to_dict()
     experts: dict[str, SplitExperts] = {}
     guards = guarded(places)
@@ -156,7 +156,7 @@ def _keep_wide(model: Any, downs: Sequence[str]) -> None:
 
 def narrow_ffns(model: Any, runs: Sequence[FFNRun], *, left_out: Sequence[str] = ()) -> nn.Module:
     """Give every FFN of an empty model the width of its layout."""
-    prefix, places, ffns = _paired(model, runs, left_out=left_out)
+    prefix, places, ffns = paired(model, runs, left_out=left_out)
     for place, ffn in zip(places, ffns, strict=True):
         if not place.is_stacked:
             for block in (place.block, *place.twins):
@@ -169,7 +169,7 @@ def narrow_ffns(model: Any, runs: Sequence[FFNRun], *, left_out: Sequence[str] =
     return model  # type: ignore[no-any-return]
 
 
-def _paired(
+def paired(
     model: Any, runs: Sequence[FFNRun], *, left_out: Sequence[str]
 ) -> tuple[str, Sequence[FFNPlace], list[FFNRun]]:
     """The prefix of the base model, its FFNs, and the config.json entry of each."""

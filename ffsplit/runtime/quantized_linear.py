@@ -163,8 +163,11 @@ class QuantizedLinear(nn.Module):
                 if self.num_bits == 8:
                     packed: Packed = int8_kernels.pack(weight, scale, inputs=self.inputs)
                 else:
-                    assert self._kernel_group_size is not None, "checked by _has_kernel"
-                    packed = int4_kernels.pack(weight, scale, group_size=self._kernel_group_size, like=x)
+                    size = self._kernel_group_size
+                    assert size is not None, "checked by _has_kernel"
+                    packed = int4_kernels.pack(
+                        weight, scale, stored_group_size=self.group_size, group_size=size, like=x
+                    )
                 self.weight, self._packed = None, packed
             return self._packed
 

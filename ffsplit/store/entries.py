@@ -33,6 +33,11 @@ _REFUSED_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Control and invisible characters, lone surrogates, line separators: they mislead readers or break tools."""
 
 
+def is_link(uri: str) -> bool:
+    """Whether this is a link from `ffsplit share`."""
+    return bool(re.match(r"https?://[^/\s]", uri, re.IGNORECASE))
+
+
 def is_safe_path(path: str) -> bool:
     """Whether a path stays inside the directory it is relative to, on any system and in any store.
 

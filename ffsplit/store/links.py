@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 import secrets
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pydantic import Field, field_validator
 
 from ffsplit.errors import ArtifactError, ConfigError, StoreError
 from ffsplit.store.artifact import Location, locate, read_manifest
-from ffsplit.store.entries import CHUNK_BYTES, MANIFEST_NAME, SIGNATURE_NAME, is_safe_path
+from ffsplit.store.entries import CHUNK_BYTES, MANIFEST_NAME, SIGNATURE_NAME, is_link, is_safe_path
 from ffsplit.store.schema import NewerSchema, Versioned, read_record
 from ffsplit.store.store import MAX_ATTEMPTS, MissingKey, backoff_s
 
@@ -44,10 +43,6 @@ class Share(Versioned):
             if not is_safe_path(path) or not is_link(url):
                 raise ValueError(f"{path!r} is not a safe path, or its link is not an http(s) URL")
         return files
-
-
-def is_link(uri: str) -> bool:
-    return bool(re.match(r"https?://[^/\s]", uri, re.IGNORECASE))
 
 
 def share(uri: str, *, expires: timedelta) -> str:

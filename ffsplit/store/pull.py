@@ -15,8 +15,15 @@ from ffsplit.config import Record
 from ffsplit.errors import ArtifactError, ConfigError, StoreError
 from ffsplit.store.artifact import Location, locate, parse_manifest, read_manifest_bytes
 from ffsplit.store.cache import Cache
-from ffsplit.store.entries import MANIFEST_NAME, SIGNATURE_NAME, UNLISTED, FileEntry, colliding, sha256_file
-from ffsplit.store.links import LinkedFiles, is_link
+from ffsplit.store.entries import (
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    UNLISTED,
+    FileEntry,
+    colliding,
+    is_link,
+    sha256_file,
+)
 from ffsplit.store.local import LocalStore
 from ffsplit.store.locks import locked
 from ffsplit.store.manifest import MAX_MANIFEST_BYTES, Manifest
@@ -101,6 +108,8 @@ def _located(location: Location) -> _Origin:
 
 
 def _linked(link: str) -> _Origin:
+    from ffsplit.store.links import LinkedFiles  # needs urllib3, which serving an artifact does not
+
     files = LinkedFiles(link)
     data = read_at_most(files, MANIFEST_NAME, MAX_MANIFEST_BYTES)
     manifest = Manifest.from_json(data)

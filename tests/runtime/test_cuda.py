@@ -93,7 +93,7 @@ def test_int8_products_compile_in_one_graph(num_tokens: int) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("columns", [128, 192, 2752])
-@pytest.mark.parametrize("group_size", [32, 64])
+@pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("num_tokens", [1, 40])
 def test_4_bit_weights_by_the_kernel_for_them(columns: int, group_size: int, num_tokens: int) -> None:
     linear, x = made(4, 96, columns, group_size=group_size), inputs(num_tokens, columns)

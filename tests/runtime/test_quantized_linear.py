@@ -155,7 +155,18 @@ def test_an_activation_on_the_way_out(name: str) -> None:
 @pytest.mark.parametrize("num_rows", [1, 15, MANY_ROWS])
 @pytest.mark.parametrize(
     ("rows", "columns", "group_size"),
-    [(48, 64, 32), (128, 64, None), (64, 256, 64), (16, 96, 32), (30, 64, 32), (16, 33, 8), (16, 128, 48)],
+    [
+        *(
+            (48, 64, 32),
+            (128, 64, None),
+            (64, 256, 64),
+            (16, 96, 32),
+            (30, 64, 32),
+            (16, 33, 8),
+            (16, 128, 48),
+        ),
+        *((128, 192, 128), (48, 96, 64)),  # the last group is shorter
+    ],
 )
 def test_int4_equals_its_matrix(
     rows: int, columns: int, group_size: int | None, num_rows: int, dtype: torch.dtype
@@ -163,7 +174,7 @@ def test_int4_equals_its_matrix(
     """No further from it than bfloat16 moves inputs, scales, their product and the sum with the bias."""
     linear, x = made(4, rows, columns, group_size=group_size), inputs(num_rows, columns).to(dtype)
     found = linear(x)
-    assert linear.is_packed == (rows % 16 == 0 and group_size in (32, 64, None) and columns % 32 == 0)
+    assert linear.is_packed == (rows % 16 == 0 and group_size in (32, 64, 128, None) and columns % 32 == 0)
     weight = linear.float_weight(torch.float32)
     expected = functional.linear(x.float(), weight, linear.bias)
     bound = 4 * BFLOAT16_STEP * functional.linear(x.float().abs(), weight.abs(), linear.bias.abs()) + 1e-4

@@ -123,8 +123,13 @@ def packs(num_rows: int, group_size: int | None, *, like: Tensor) -> bool:
     return like.is_cpu and num_rows % 16 == 0
 
 
-def pack(weight: Tensor, weight_scale: Tensor, *, group_size: int, like: Tensor) -> Packed:
-    """Pack nibbles [rows, columns / 2] for inputs like `like`. `packs` must be true for them."""
+def pack(
+    weight: Tensor, weight_scale: Tensor, *, stored_group_size: int | None, group_size: int, like: Tensor
+) -> Packed:
+    """Pack nibbles [rows, columns / 2] for inputs like `like`. `packs` must be true for them.
+
+    Each stored group becomes several of `group_size` columns; the last stored group may be shorter.
+    """
     num_columns = 2 * weight.shape[1]
     missing = -num_columns % CUDA_COLUMNS if like.is_cuda else 0
     values = functional.pad(unpack_nibbles(weight, num_columns).to(torch.int32), (0, missing)) + 8
@@ -133,7 +138,8 @@ def pack(weight: Tensor, weight_scale: Tensor, *, group_size: int, like: Tensor)
         packed = int4_pack_cuda(pairs)
     else:
         packed = int4_pack(values)
-    scale = weight_scale.repeat_interleave(num_columns // group_size // weight_scale.shape[1], dim=1)
+    repeats = (stored_group_size or num_columns) // group_size
+    scale = weight_scale.repeat_interleave(repeats, dim=1)[:, : num_columns // group_size]
     scale = functional.pad(scale, (0, missing // group_size))
     scales = torch.stack([scale, torch.zeros_like(scale)], dim=-1).transpose(0, 1).contiguous()
     return Packed(packed, scales, weight_scale.clone(), num_columns, group_size)
