@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,9 +77,9 @@ class Inspection(Record):
     budgets: tuple[BudgetPreview, ...]
 
 
-def inspect(model: str, *, recipe: str = "fast") -> Inspection:
+def inspect(model: str | os.PathLike[str], *, recipe: str = "fast") -> Inspection:
     """Inspect a model without loading weights. Raises ConfigError if it cannot be compressed."""
-    checkpoint = open_checkpoint(locate_model(model).directory)
+    checkpoint = open_checkpoint(locate_model(os.fspath(model)).directory)
     chosen = load_recipe(recipe).searching(may_search(checkpoint))
     drops_experts = chosen.expert_share > 0
     if drops_experts:
@@ -233,7 +234,7 @@ def checked_budget(kind: BudgetKind, limit: float | str, *, latency_table: str |
 
 
 def plan(
-    uri: str,
+    uri: str | os.PathLike[str],
     *,
     budgets: Sequence[Budget] = (),
     recipe: str | None = None,
@@ -244,6 +245,7 @@ def plan(
     Raises ConfigError when the URI holds no statistics, and BudgetError when one of the budgets cannot be
     met.
     """
+    uri = os.fspath(uri)
     published = open_statistics(uri)
     manifest, model = published.manifest, published.manifest.model.shape
     statistics = read_statistics(published.path)

@@ -112,3 +112,22 @@ def test_the_package_shows_its_public_names() -> None:
     code = "import sys, ffsplit; ffsplit.compress; print([m for m in ('torch', 'ray') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_manifest_prints_and_loads(checkpoint_of: CheckpointFactory, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    manifest = ffsplit.compress(model=checkpoint_of("bert"), out=out, calibration=TEXTS, **QUICK)
+    text = str(manifest)
+    assert text == repr(manifest) and 8 <= len(text.splitlines()) <= 12
+    for part in ("norm-prune, --keep 0.5", "not scored on a task", "transformers alone", manifest.run_key):
+        assert part in text and part in manifest._repr_html_()
+    assert manifest.uri is not None and manifest.uri in text
+    assert type(manifest.load()).__name__ == "BertModel"
+    assert manifest.report().startswith("<!DOCTYPE html>") and "<iframe" in manifest.report()._repr_html_()
+    assert ffsplit.verify(manifest.path or "").problems == ()
+    copy = ffsplit.pull(out, str(tmp_path / "copy"))
+    assert type(ffsplit.load(copy)).__name__ == "BertModel"
+    unpublished = type(manifest).from_json(manifest.to_json())
+    assert "not published" in str(unpublished)
+    with pytest.raises(ConfigError, match="was not published"):
+        unpublished.load()

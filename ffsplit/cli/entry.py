@@ -204,7 +204,7 @@ def _add_planning_commands(command: Command) -> None:
     inspect = command("inspect", "show a model's FFNs and what each budget would give")
     inspect.add_argument("model")
     _add_fields(inspect, "recipe", *LOADING)
-    plan = command("plan", "forecast budgets from an earlier run's statistics, without a run")
+    plan = command("plan", "forecast budgets from an earlier run's statistics")
     add = plan.add_argument
     add("uri", help="an artifact, or a run of ffsplit calibrate")
     add("--keep", nargs="+", default=[], metavar="F", help="such as 0.35 or 35%%")
@@ -305,13 +305,13 @@ def _add_shell_commands(command: Command) -> None:
 
 
 def _add_batch_commands(command: Command) -> None:
-    zoo = command("zoo", "compress every model of a zoo file, and publish what passes its gates")
+    zoo = command("zoo", "compress the models of a zoo file, publish what passes gates")
     add = zoo.add_argument
     add("file", metavar="ZOO.yaml", help="models, recipes, budgets, gates and the destination")
     add("--workers", type=int, metavar="N", help="per model; default: an equal share of the cluster")
     _add_fields(zoo, "address", "runner")
     add("--json", action="store_true", help="print only the batch's manifest on stdout")
-    submit = command("submit", "run a command as a job on a cluster, follow it, return its exit code")
+    submit = command("submit", "run a command as a job on a cluster and return its exit code")
     add = submit.add_argument
     add(
         "--address",

@@ -55,7 +55,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "export": (
         "ffsplit export out/small --format onnx --out onnx",
-        "ffsplit export out/small --format onnx --out onnx --trust-remote-code",
+        "ffsplit export out/int8 --format compressed-tensors --out vllm",
     ),
     "push": ("ffsplit push out/small org/small", "ffsplit push s3://models/name org/small --public"),
     "share": ("ffsplit share s3://models/name", "ffsplit share s3://models/name --expires 7d"),

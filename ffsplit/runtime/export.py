@@ -23,10 +23,11 @@ from transformers import DynamicCache
 from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, explained, reason_of
 from ffsplit.models.checkpoint import tokenizer_files
-from ffsplit.models.folder import CARD_NAME, CONFIG_NAME, local_listing, sort_files
+from ffsplit.models.folder import CONFIG_NAME, local_listing, sort_files
 from ffsplit.models.inputs import MEDIUM_OF
 from ffsplit.models.load import decodes, load_whole_model, quiet_transformers, tokenizer_in
 from ffsplit.models.names import main_inputs
+from ffsplit.models.source_card import CARD_NAME
 from ffsplit.runtime.export_compressed_tensors import Scheme, export_compressed_tensors
 from ffsplit.runtime.kernels.int8 import SMALLEST_STEP
 from ffsplit.runtime.quantized_linear import QuantizedLinear

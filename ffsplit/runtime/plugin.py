@@ -8,6 +8,7 @@ transformers itself is imported, and never before.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -183,7 +184,7 @@ def paired(
 # Loading a published artifact as a model of the original's class.
 
 
-def load(uri: str, **options: Any) -> Any:
+def load(uri: str | os.PathLike[str], **options: Any) -> Any:
     """The compressed model, of the original's class, in eval mode.
 
     `uri` is an output URI (its newest run), a run or an attempt, local or s3://. `options` go to
@@ -192,6 +193,6 @@ def load(uri: str, **options: Any) -> Any:
     """
     from ffsplit.models.load import load_whole_model
 
-    directory = materialize(uri)
+    directory = materialize(os.fspath(uri))
     config = json.loads((directory / "config.json").read_text("utf-8"))
     return load_whole_model(directory, (config.get("architectures") or [""])[0], **options)

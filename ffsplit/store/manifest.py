@@ -10,9 +10,12 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr
 
 from ffsplit.config import Budget, Record
+from ffsplit.errors import ConfigError
 from ffsplit.ffn.shapes import LayerLayout, ModelShape
 from ffsplit.store.entries import MANIFEST_NAME, FileEntry, LeftOut, StoreGuarantees
 from ffsplit.store.schema import Versioned, read_record
+from ffsplit.store.store import open_store
+from ffsplit.store.summary import Page, as_html, as_text
 
 # The result of a search over the layers' shares of the budget, as the manifest records it.
 
@@ -345,6 +348,29 @@ class Manifest(Versioned):
     def path(self) -> Path | None:
         """The artifact's directory; None if it is in a bucket, or nothing was published."""
         return None if self._uri is None or "://" in self._uri else Path(self._uri)
+
+    def load(self, **options: Any) -> Any:
+        """The compressed model, as `ffsplit.load` gives it."""
+        import ffsplit
+
+        return ffsplit.load(self._published(), **options)
+
+    def report(self) -> Page:
+        """The HTML report. A notebook shows it."""
+        return Page(open_store(self._published()).get_bytes(REPORT_NAME).decode("utf-8"))
+
+    def _published(self) -> str:
+        if self._uri is None:
+            raise ConfigError(f"run {self.run_key} was not published: there is nothing to load or to show")
+        return self._uri
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    __str__ = __repr__
+
+    def _repr_html_(self) -> str:
+        return as_html(self)
 
     def at(self, uri: str) -> Manifest:
         """This manifest as that of an artifact at a place."""

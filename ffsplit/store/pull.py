@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -50,8 +51,8 @@ class _Origin:
 
 
 def pull(
-    uri: str,
-    directory: Path | None = None,
+    uri: str | os.PathLike[str],
+    directory: str | os.PathLike[str] | None = None,
     *,
     verify_key: Path | None = None,
     progress: Progress | None = None,
@@ -64,6 +65,7 @@ def pull(
     `locate` does, and if the directory cannot be created or has other content; ArtifactError if the
     artifact is incomplete or not signed; StoreError if the store fails: the next pull then resumes.
     """
+    uri, directory = os.fspath(uri), None if directory is None else Path(directory)
     if verify_key is not None:
         check_key_kind(verify_key, private=False)
     origin = _linked(uri) if is_link(uri) else _located(locate(uri))
@@ -215,14 +217,14 @@ class VerifyReport(Record):
         return not self.problems
 
 
-def verify(uri: str) -> VerifyReport:
+def verify(uri: str | os.PathLike[str]) -> VerifyReport:
     """Read every file of an artifact and compare size and sha256 with its manifest.
 
     Reported as problems, by name: a file that differs, is missing, is not listed, is listed twice or is
     a symbolic link; a manifest that lists an unsafe path, cannot be read, or is not the committed one.
     Raises ConfigError if the URI names no artifact, StoreError if the store cannot be listed.
     """
-    location = locate(uri)
+    location = locate(os.fspath(uri))
     manifest, problems = _check_manifest(location)
     if manifest is None:
         return VerifyReport(location=location.uri, num_files=0, total_bytes=0, problems=tuple(problems))

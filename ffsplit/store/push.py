@@ -7,6 +7,7 @@ while it sends them, before the commit that makes them visible; small files are 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sys
 import warnings
@@ -32,7 +33,7 @@ HUB_OWN = frozenset({".gitattributes"})
 LOG_IN = "set HF_TOKEN, or run `hf auth login`"
 
 
-def push(uri: str, repo: str, *, public: bool = False) -> str:
+def push(uri: str | os.PathLike[str], repo: str, *, public: bool = False) -> str:
     """Upload a committed artifact to a new repository of the hub, `org/name`, and return its address.
 
     The repository is private unless `public`. One that exists is used only if it is empty, as an
@@ -42,7 +43,7 @@ def push(uri: str, repo: str, *, public: bool = False) -> str:
     not match the manifest, and StoreError if the hub fails; then nothing is visible there.
     """
     api = _connected(repo)
-    location = locate(uri)
+    location = locate(os.fspath(uri))
     if location.run_key is not None and location.commit is None:
         raise ConfigError(f"{location.uri} is not committed: only a committed run can be pushed")
     data = read_manifest_bytes(location)
