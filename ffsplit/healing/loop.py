@@ -125,33 +125,20 @@ def heal(
     paths of their blocks; weights, moments and states are then those of the process's part.
     """
     device = next(student.parameters()).device
-    on_gpu = device.type == "cuda"
     accelerator = fresh_accelerator(settings, device)
     weights = trainable_weights(student)
-    batch = data.first_batch().to(device)
     distance = Distance.of(
         student,
         teacher,
-        batch,
+        data.first_batch().to(device),
         makes=makes,
         text_share=settings.text_share,
         states_weight=settings.states_weight,
     )
-    training: Training
-    if blocks is None:
-        training = Distillation(distance, weights, team or Alone())
-    else:
-        from ffsplit.healing.sharded import ShardedDistillation
-
-        assert team is not None, "only processes of a team divide a model"
-        training = ShardedDistillation.of(
-            distance, weights, team=team, accelerator=accelerator, blocks=blocks
-        )
-        weights = training.weights
-    optimizer = torch.optim.AdamW(
-        list(weights.values()), betas=BETAS[makes == "next_tokens"], weight_decay=0.0, fused=on_gpu
-    )
-    optimizer = accelerator.prepare(optimizer)
+    training, weights = _training(distance, weights, team=team, blocks=blocks, accelerator=accelerator)
+    betas, on_gpu = BETAS[makes == "next_tokens"], device.type == "cuda"
+    adam = torch.optim.AdamW(list(weights.values()), betas=betas, weight_decay=0.0, fused=on_gpu)
+    optimizer = accelerator.prepare(adam)
     state = resume(weights, optimizer)
     batches = [batch.to(device) for batch in data.validation_batches()]
     training.meet(state.step if state else 0)
@@ -186,6 +173,24 @@ def heal(
     for name, tensor in state.best.items():
         weights[name].data.copy_(tensor)
     return state
+
+
+def _training(
+    distance: Distance,
+    weights: dict[str, Tensor],
+    *,
+    team: Team | None,
+    blocks: Sequence[str] | None,
+    accelerator: Any,
+) -> tuple[Training, dict[str, Tensor]]:
+    """What computes gradients, and the weights they are of: if models are divided, this process's part."""
+    if blocks is None:
+        return Distillation(distance, weights, team or Alone()), weights
+    from ffsplit.healing.sharded import ShardedDistillation
+
+    assert team is not None, "only processes of a team divide a model"
+    divided = ShardedDistillation.of(distance, weights, team=team, accelerator=accelerator, blocks=blocks)
+    return divided, divided.weights
 
 
 class Pace:
