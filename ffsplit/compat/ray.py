@@ -15,6 +15,7 @@ from ray._private.services import canonicalize_bootstrap_address
 from ray._raylet import (  # type: ignore[attr-defined]
     GRPC_STATUS_CODE_UNIMPLEMENTED,
     IMPLICIT_RESOURCE_PREFIX,
+    AuthenticationTokenLoader,
     InnerGcsClient,
 )
 from ray.exceptions import RpcError
@@ -27,9 +28,13 @@ class NotAHead(Exception):
     """The server that answered speaks gRPC, but is not the head of a cluster."""
 
 
-def find_token() -> None:
-    """Look for a token as `ray.init(address="auto")` does."""
+def find_token() -> bool:
+    """Whether there is a token. Ray then sends it to every cluster, unless RAY_AUTH_MODE says otherwise.
+
+    That is what `ray.init(address="auto")` does.
+    """
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
 
 
 def whole_address(address: str) -> str:

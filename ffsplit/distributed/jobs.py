@@ -20,7 +20,8 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from ffsplit.compat.ray import server_version
+from ffsplit.compat.ray import find_token, server_version
+from ffsplit.distributed.ray_cluster import token_problem
 from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.exit_codes import DONE, INTERRUPTED
 
@@ -32,6 +33,9 @@ LOOK_EVERY_S = 30.0
 """How often the state of a job that prints nothing is checked."""
 LOST_AFTER_S = 120.0
 """How long a job server may be silent before its follower gives up. The job itself continues."""
+AGENT_WITHIN_S = 60.0
+"""How long a cluster whose nodes are starting may have no agent to start a job."""
+NO_AGENT = "No available agent"
 STOP_WITHIN_S = 120.0
 """How long a job may take to end after it is stopped."""
 
@@ -60,11 +64,10 @@ class JobServer:
         self.address = address
         try:
             _check_listening(address)
+            find_token()
             self._client = _Client(address)
         except AuthenticationError:
-            raise ConfigError(
-                f"Ray at {address} refuses this token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH"
-            ) from None
+            raise ConfigError(token_problem(address)) from None
         except Exception as error:  # any server may listen there and answer anything
             raise ConfigError(f"Ray at {address} cannot be reached: {_reason(error)}") from error
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -88,19 +91,28 @@ class JobServer:
         """
         submission_id = f"{name}-{after.number + 1 if after else 1}"
         runtime_env: dict[str, Any] = {} if working_dir is None else {"working_dir": str(working_dir)}
-        try:
-            return str(
-                self._client.submit_job(
-                    entrypoint=entrypoint, submission_id=submission_id, runtime_env=runtime_env
+        gives_up_at = time.monotonic() + AGENT_WITHIN_S
+        while True:
+            try:
+                return str(
+                    self._client.submit_job(
+                        entrypoint=entrypoint, submission_id=submission_id, runtime_env=runtime_env
+                    )
                 )
-            )
-        except Exception as error:
-            with suppress(FFSplitError):  # if this request fails too, report the first error
-                newest = self.last_attempt(name)
-                if newest is not None and newest.id == submission_id:
-                    return submission_id
-            message = f"Ray at {self.address} does not accept this job: {_reason(error)}"
-            raise (FFSplitError if isinstance(error, OSError) else ConfigError)(message) from error
+            except Exception as error:
+                with suppress(FFSplitError):  # if this request fails too, report the first error
+                    newest = self.last_attempt(name)
+                    if newest is not None and newest.id == submission_id:
+                        return submission_id
+                if NO_AGENT not in str(error):
+                    message = f"Ray at {self.address} does not accept this job: {_reason(error)}"
+                    raise (FFSplitError if isinstance(error, OSError) else ConfigError)(message) from error
+                if time.monotonic() >= gives_up_at:
+                    raise FFSplitError(
+                        f"Ray at {self.address} has had no agent to start the job for {AGENT_WITHIN_S:g} s: "
+                        "its nodes may still be starting, so try again, or read dashboard_agent.log there"
+                    ) from error
+            time.sleep(POLL_EVERY_S)
 
     def follow(self, submission_id: str, write: Callable[[str], object]) -> int:
         """Print a job's output until it is over. Returns the exit code of its process.

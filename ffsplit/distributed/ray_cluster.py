@@ -118,8 +118,20 @@ def _processes_started_here() -> list[psutil.Process]:
     return found
 
 
+def token_problem(address: str) -> str:
+    """Why a cluster that asks for a token cannot be used, and the two ways to give one."""
+    ways = "set RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names (default: ~/.ray/auth_token)"
+    if not find_token():
+        return f"Ray at {address} asks for a token, and there is none here: {ways}"
+    if (mode := os.environ.get("RAY_AUTH_MODE", "token")) != "token":
+        return f"Ray at {address} asks for a token, and RAY_AUTH_MODE={mode} sends none: unset it"
+    return f"Ray at {address} refuses the token that is set here: {ways}"
+
+
 def refusal(address: str, reason: str) -> str:
     """Why a cluster cannot be used, in one line."""
+    if any(sign in reason for sign in ("InvalidAuthToken", "no authentication token was found")):
+        return token_problem(address)
     if "ersion mismatch" in reason:
         found = _VERSIONS.findall(reason)
         if len(found) == 2:
@@ -138,8 +150,7 @@ def _probe(address: str) -> None:
     if address == "local":
         return
     addresses = [] if address == "auto" else [address]
-    if address == "auto":
-        find_token()
+    find_token()
     if "://" not in address:
         addresses.append(whole_address(address))
     for each in dict.fromkeys(addresses):

@@ -23,6 +23,7 @@ class Server:
 
     def __init__(self) -> None:
         self.answers: dict[str, object] = {"/api/version": {"ray_version": ray.__version__}}
+        self.refusals: list[str] = []
         self.asked: list[str] = []
         self.over = threading.Event()
 
@@ -40,8 +41,11 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Server, JobServer]
             if path not in known.answers:
                 known.over.wait()
                 return
-            body = json.dumps(known.answers[path]).encode()
-            self.send_response(200)
+            answer = known.answers[path]
+            if self.command == "POST" and known.refusals:
+                answer = known.refusals.pop(0)
+            body = answer.encode() if isinstance(answer, str) else json.dumps(answer).encode()
+            self.send_response(500 if isinstance(answer, str) else 200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
@@ -164,3 +168,21 @@ def test_a_job_that_does_not_stop(server: tuple[Server, JobServer]) -> None:
         FFSplitError, match=r"^name-1 has not ended in 0.1 s, and may still run: `ray job status"
     ):
         server[1].stop("name-1")
+
+
+def test_a_cluster_without_an_agent_is_asked_again(
+    server: tuple[Server, JobServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while its nodes start. After a while it is a failure, in its own words."""
+    monkeypatch.setattr(jobs, "AGENT_WITHIN_S", 30.0)
+    none = "No available agent to submit job, please try again later."
+    known, asked = server
+    known.answers["/api/jobs"] = {"submission_id": "name-1", "job_id": "name-1"}
+    known.refusals = [none, none]
+    assert asked.start("name", after=None, entrypoint="true", working_dir=None) == "name-1"
+    assert known.refusals == []
+    monkeypatch.setattr(jobs, "AGENT_WITHIN_S", 0.0)
+    known.refusals = [none]
+    with pytest.raises(FFSplitError, match="has had no agent to start the job for 0 s") as caught:
+        asked.start("name", after=None, entrypoint="true", working_dir=None)
+    assert type(caught.value) is FFSplitError
