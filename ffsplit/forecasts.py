@@ -29,7 +29,7 @@ from ffsplit.splitting.scores import (
     num_energetic,
     plan_split,
 )
-from ffsplit.splitting.solver import Solver
+from ffsplit.splitting.solver import Solver, checked_multiple
 from ffsplit.store.artifact import open_statistics
 from ffsplit.store.manifest import LeftOutFFNs
 
@@ -127,6 +127,7 @@ def _solver(model: ModelShape, recipe: Recipe, **more: Any) -> Solver:
         steps=recipe.steps,
         finish=recipe.after_healing,
         expert_share=recipe.expert_share,
+        multiple=checked_multiple(recipe.width_multiple, model=model),
         **more,
     )
 

@@ -47,7 +47,7 @@ from ffsplit.run.reused_statistics import check_origin, check_weighs_experts, in
 from ffsplit.runtime.attention_int8 import attention_linears
 from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.scores import choose_dropped, num_energetic
-from ffsplit.splitting.solver import Solver
+from ffsplit.splitting.solver import Solver, checked_multiple
 from ffsplit.store.artifact import PublishedStatistics, open_statistics
 from ffsplit.store.commits import Kind
 from ffsplit.store.entries import LeftOut, check_outside_attempts
@@ -269,6 +269,7 @@ def _reads_windows(checkpoint: Checkpoint) -> bool:
 def _recipe_of(config: JobConfig) -> Recipe:
     """The recipe with the flags that override it."""
     recipe = load_recipe(config.recipe)
+    recipe = recipe.in_multiples_of(config.width_multiple)
     return recipe.reading(samples=config.samples, max_length=config.max_length)
 
 
@@ -287,6 +288,7 @@ def _make_solver(
         finish=recipe.after_healing,
         latency=table,
         expert_share=recipe.expert_share,
+        multiple=checked_multiple(recipe.width_multiple, model=model),
     )
 
 

@@ -223,7 +223,9 @@ def _quantization_plans(checkpoint: Checkpoint, recipe: Recipe) -> tuple[LayerPl
     plans = []
     for layer, shape in enumerate(checkpoint.shapes):
         dense = LayerLayout.dense(shape)
-        layout = recipe.after_healing.plan(dense, shape=shape, budget=shape.num_elements)
+        layout = recipe.after_healing.plan(
+            dense, shape=shape, budget=shape.num_elements, multiple=recipe.width_multiple
+        )
         assert layout is not None, "quantization keeps every element"
         neurons = tuple(range(shape.num_neurons))
         plans.append(LayerPlan(layer=layer, layout=layout, heavy_neurons=neurons))

@@ -15,8 +15,9 @@ from ffsplit.compressors import PruneCompressor
 from ffsplit.config import Budget
 from ffsplit.errors import BudgetError, CalibrationError
 from ffsplit.ffn.shapes import FFNShape, LayerLayout, Mixture, ModelShape
+from ffsplit.splitting.layer import HeavyRule
 from ffsplit.splitting.scores import choose_dropped, router_weighted_norm
-from ffsplit.splitting.solver import HeavyRule, Solver
+from ffsplit.splitting.solver import Solver
 from tests.calibration.random_statistics import random_statistics
 
 SHARED = FFNShape(num_neurons=128, hidden_size=32, gated=True, up_bias=False, down_bias=False)

@@ -22,8 +22,9 @@ from ffsplit.splitting.knapsack import (
     nearest_measured,
     width_step,
 )
+from ffsplit.splitting.layer import HeavyRule
 from ffsplit.splitting.proposal import TABLES, propose_widths
-from ffsplit.splitting.solver import HeavyRule, Solver
+from ffsplit.splitting.solver import Solver
 
 
 def shape_of(num_neurons: int = 64, hidden_size: int = 16) -> FFNShape:
