@@ -56,7 +56,7 @@ def job_config(parsed: argparse.Namespace) -> JobConfig:
 
 def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> int:
     """Print what a run would need, then raise ConfigError if it cannot be done."""
-    from ffsplit.run.checks import check_rows, default_text, far_from_evaluation
+    from ffsplit.run.checks import check_rows, default_text, far_from_evaluation, rounding_note
     from ffsplit.run.job import prepare
 
     run = prepare(config, kind=kind)
@@ -67,7 +67,7 @@ def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> in
         from ffsplit.cli.tables import print_needs
 
         print_needs(run.needs, asked=config.workers if config.runner == "ray" else None)
-        for note in (default_text(run), *far_from_evaluation(run)):
+        for note in (rounding_note(run), default_text(run), *far_from_evaluation(run)):
             if note is not None:
                 print(note)
     run.needs.check()
@@ -87,11 +87,18 @@ def _show(parsed: argparse.Namespace, manifest: Manifest, *, refused_report: str
     print_manifest(manifest, out=parsed.out, refused_report=refused_report)
 
 
+def checked_multiple_flag(parsed: argparse.Namespace) -> int | None:
+    """--width-multiple, checked like a job's."""
+    fields = {"model": "-", "out": "-", "width_multiple": parsed.width_multiple}
+    return JobConfig.checked(**fields).width_multiple
+
+
 def inspect(parsed: argparse.Namespace) -> int:
-    from ffsplit.cli.tables import print_inspection
+    from ffsplit.cli.inspection import print_inspection
     from ffsplit.forecasts import inspect as inspect_model
 
-    print_inspection(inspect_model(parsed.model, recipe=parsed.recipe))
+    multiple = checked_multiple_flag(parsed)
+    print_inspection(inspect_model(parsed.model, recipe=parsed.recipe, width_multiple=multiple))
     return DONE
 
 
@@ -105,7 +112,13 @@ def plan(parsed: argparse.Namespace) -> int:
         for kind in BUDGET_KINDS
         for limit in vars(parsed)[kind]
     ]
-    plans = plan_budgets(parsed.uri, budgets=budgets, recipe=parsed.recipe, latency_table=table)
+    plans = plan_budgets(
+        parsed.uri,
+        budgets=budgets,
+        recipe=parsed.recipe,
+        latency_table=table,
+        width_multiple=checked_multiple_flag(parsed),
+    )
     if parsed.json:
         print(plans.model_dump_json(indent=2))
     else:

@@ -163,7 +163,7 @@ def _add_planning_commands(command: Command) -> None:
     inspect = command("inspect", "show a model's FFNs and what each budget would give")
     inspect.add_argument("model")
     inspect.add_argument("--recipe", default="fast", metavar="NAME|FILE.yaml")
-    _add_fields(inspect, *LOADING)
+    _add_fields(inspect, "width_multiple", *LOADING)
     plan = command("plan", "forecast budgets from an earlier run's statistics, without a run")
     add = plan.add_argument
     add("uri", help="an artifact, or a run of ffsplit calibrate")
@@ -173,6 +173,7 @@ def _add_planning_commands(command: Command) -> None:
     add("--max-latency-ms", type=float, nargs="+", default=[], metavar="F")
     add("--latency-table", metavar="FILE", help="for --max-latency-ms")
     add("--recipe", metavar="NAME|FILE.yaml", help="default: the earlier run's own")
+    _add_fields(plan, "width_multiple")
     add("--json", action="store_true", help="print only the plans, with the indices of heavy hitters")
     table = command("latency-table", "time a model at a dozen FFN widths here (experimental)")
     add = table.add_argument

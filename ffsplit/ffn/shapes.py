@@ -18,8 +18,8 @@ from ffsplit.config import Record
 
 FAST_MULTIPLES = (64, 32, 16, 8)
 """Widths and ranks that kernels like, the best first: 64 and its multiples fill every tile."""
-MOST_OF_FFN, MOST_OF_SIZE = 50, 16
-"""Rounding to one of these gives up less than 1/50 of the FFN's elements, and 1/16 of the width or rank."""
+MOST_OF_FFN, MOST_OF_SIZE = 50, 12
+"""Rounding to one of these gives up less than 1/50 of the FFN's elements, and 1/12 of the width or rank."""
 
 
 class Dense(Record):
@@ -222,7 +222,7 @@ def rounded_down(size: int, *, multiple: int | None, cost: int, whole: int) -> i
     """Round a width or rank down to a multiple of `multiple`; None: of the largest fast one that is near.
 
     Fast ones are 64, 32, 16 and 8. An FFN has `whole` elements, of which each unit of the size takes `cost`.
-    A multiple is near if rounding gives up less than 2 % of the FFN's elements and less than a sixteenth of
+    A multiple is near if rounding gives up less than 2 % of the FFN's elements and less than a twelfth of
     the size. If none is near, the size stays as it is. A `multiple` is binding: the result is 0 if the size
     is below it.
     """

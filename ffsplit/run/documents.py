@@ -132,7 +132,8 @@ def _draft(run: Run, outcome: Outcome, *, attempt: str) -> Manifest:
         seed=run.config.seed,
         compute=_compute(run),
         recipe=run.recipe.model_dump(mode="json"),
-        keep=_kept(run, outcome) if is_model else None,
+        keep=run.kept([plan.layout for plan in outcome.plans]) if is_model else None,
+        keep_unrounded=run.kept_unrounded(outcome.statistics) if is_model else None,
         budget=run.budget if is_model else None,
         nonce=keys.nonce,
         model=SourceModel(
@@ -193,13 +194,6 @@ def _calibration(run: Run, outcome: Outcome) -> CalibrationRecord:
         held_out_rows=len(text.held_out),
         held_out_is_disjoint=text.held_out_is_disjoint,
     )
-
-
-def _kept(run: Run, outcome: Outcome) -> float:
-    """The elements of all FFNs, those that are left out included, as a fraction of the original's."""
-    left_out = sum(each.num_elements for each in left_out_ffns(run.checkpoint))
-    elements = run.solver.model.elements_of([plan.layout for plan in outcome.plans])
-    return (elements + left_out) / (run.solver.model.ffn_elements + left_out)
 
 
 def experts_record(run: Run, layouts: Sequence[LayerLayout]) -> ExpertsRecord | None:

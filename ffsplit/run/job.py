@@ -29,7 +29,7 @@ from ffsplit.models.family import TEXT
 from ffsplit.models.fetch import LocatedModel, locate_model
 from ffsplit.models.load import may_search
 from ffsplit.models.load_options import attending, trusting
-from ffsplit.models.selection import chosen
+from ffsplit.models.selection import chosen, left_out_ffns
 from ffsplit.recipes.recipe import MeasurementSettings, Recipe, load_recipe
 from ffsplit.run.checks import (
     check_calibrates,
@@ -169,6 +169,17 @@ class Run:
         if solver.model.mixture is not None:
             return solver, choose_dropped(self.layouts, statistics, mixture=solver.model.mixture)
         return solver, self.layouts if solver.num_energetic is None else solver.solve(self.budget)
+
+    def kept(self, layouts: Sequence[LayerLayout]) -> float:
+        """The elements of all FFNs, those that are left out included, as a fraction of the original's."""
+        left_out = sum(each.num_elements for each in left_out_ffns(self.checkpoint))
+        elements = self.solver.model.elements_of(layouts)
+        return (elements + left_out) / (self.solver.model.ffn_elements + left_out)
+
+    def kept_unrounded(self, statistics: Sequence[NeuronStats] | None = None) -> float:
+        """The same of the layouts that the budget allows if no width or rank is rounded."""
+        solver = self.solver if statistics is None else self.settled(statistics)[0]
+        return self.kept(solver.unrounded.solve(self.budget))
 
 
 @explained("the job cannot be checked")

@@ -71,9 +71,8 @@ def fit_layer(
     unit = math.lcm(kernels, multiple or 1)
 
     def rounded(width: int) -> int:
-        width = rounded_down(
-            width, multiple=multiple, cost=shape.elements_per_neuron, whole=shape.num_elements
-        )
+        cost, whole = shape.elements_per_neuron, shape.num_elements
+        width = rounded_down(width, multiple=multiple, cost=cost, whole=whole)
         return width - width % unit
 
     fewest = unit if heavy.value > 0 else 0

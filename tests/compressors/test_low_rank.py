@@ -73,7 +73,7 @@ def test_the_plan_takes_the_largest_rank_that_fits() -> None:
     ("budget", "most", "rank"), [(1_025_000, 132, 128), (1_100_000, 142, 136), (90_000, 11, 11)]
 )
 def test_the_plan_takes_a_rank_that_kernels_like_where_one_is_near(budget: int, most: int, rank: int) -> None:
-    """128 would give up 2.3 % of the FFN for 142, and 8 more than a sixteenth of 11."""
+    """128 would give up 2.3 % of the FFN for 142, and 8 more than a twelfth of 11."""
     shape = FFNShape(num_neurons=3072, hidden_size=768, gated=False, up_bias=True, down_bias=True)
     layout = LayerLayout(heavy=None, light=PartLayout.dense(shape, 3072), down_bias=True)
     for multiple, expected in ((None, rank), (1, most), (48, most // 48 * 48)):

@@ -61,7 +61,7 @@ def test_a_budget_without_room_cuts_the_heavy_hitters_down(
     assert layout is not None and layout.num_elements(MINILM) <= budget
     assert rounded is not None and rounded.num_elements(MINILM) <= budget
     width = heavy_hitters(layout)
-    assert 0 <= width - heavy_hitters(rounded) < min(0.02 * 1536, max(width / 16, 1))
+    assert 0 <= width - heavy_hitters(rounded) < min(0.02 * 1536, max(width / 12, 1))
     if width < count:
         assert fitted(width + 1, 1) == layout
 
