@@ -56,7 +56,8 @@ def job_config(parsed: argparse.Namespace) -> JobConfig:
 
 def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> int:
     """Print what a run would need, then raise ConfigError if it cannot be done."""
-    from ffsplit.run.checks import check_rows, default_text, far_from_evaluation, rounding_note
+    from ffsplit.run.checks import check_rows, default_text, far_from_evaluation
+    from ffsplit.run.documents import rounding_note
     from ffsplit.run.job import prepare
 
     run = prepare(config, kind=kind)

@@ -23,7 +23,6 @@ from ffsplit.models.family import TEXT
 from ffsplit.models.load import check_complete, check_model_class, load_tokenizer
 from ffsplit.models.load_options import attention_advice
 from ffsplit.recipes.recipe import Recipe
-from ffsplit.report.humanize import rounding_in_words
 from ffsplit.runtime.assemble import is_plain, keeps_names
 
 if TYPE_CHECKING:
@@ -74,17 +73,6 @@ def default_text(run: Run) -> str | None:
         f"no --calibration: the run reads {text}, general English that comes with Python and ffsplit; "
         "text like what the model will read gives a better result"
     )
-
-
-def rounding_note(run: Run) -> str | None:
-    """One line on the widths of a run's uniform layers, and what the budget gives up to rounding.
-
-    None if it gives up nothing, or the statistics decide.
-    """
-    if run.kind != "model" or run.solver.heavy.by == "energy":
-        return None
-    shapes = run.solver.model.shapes
-    return rounding_in_words(run.layouts, shapes, keep=run.kept(run.layouts), unrounded=run.kept_unrounded())
 
 
 LEAST_KNOWN = 0.9

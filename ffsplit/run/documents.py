@@ -27,6 +27,7 @@ from ffsplit.report.humanize import (
     load_in_words,
     noise,
     number,
+    rounding_in_words,
     spread_in_words,
     times,
     unchanged_in_words,
@@ -194,6 +195,17 @@ def _calibration(run: Run, outcome: Outcome) -> CalibrationRecord:
         held_out_rows=len(text.held_out),
         held_out_is_disjoint=text.held_out_is_disjoint,
     )
+
+
+def rounding_note(run: Run) -> str | None:
+    """One line on the widths of a run's uniform layers, and what the budget gives up to rounding.
+
+    None if it gives up nothing, or the statistics decide.
+    """
+    if run.kind != "model" or run.solver.heavy.by == "energy":
+        return None
+    shapes = run.solver.model.shapes
+    return rounding_in_words(run.layouts, shapes, keep=run.kept(run.layouts), unrounded=run.kept_unrounded())
 
 
 def experts_record(run: Run, layouts: Sequence[LayerLayout]) -> ExpertsRecord | None:

@@ -22,8 +22,8 @@ from ffsplit.models.selection import left_out_ffns
 from ffsplit.progress import Progress, StageLog
 from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.report.humanize import dropped_in_words, unchanged_in_words
-from ffsplit.run.checks import default_text, far_from_evaluation, rounding_note
-from ffsplit.run.documents import Outcome, experts_record, write_documents
+from ffsplit.run.checks import default_text, far_from_evaluation
+from ffsplit.run.documents import Outcome, experts_record, rounding_note, write_documents
 from ffsplit.run.execution import Execution, start
 from ffsplit.run.job import Run, would_search
 from ffsplit.run.needs import in_one_line
