@@ -211,7 +211,15 @@ def benchmark(parsed: argparse.Namespace) -> int:
 def export(parsed: argparse.Namespace) -> int:
     from ffsplit.runtime.export import export
 
-    print(export(parsed.uri, format=parsed.format, out=user_path(parsed.out)))
+    print(
+        export(
+            parsed.uri,
+            format=parsed.format,
+            out=user_path(parsed.out),
+            optimize=parsed.optimize,
+            quantize=parsed.quantize,
+        )
+    )
     return DONE
 
 

@@ -220,6 +220,8 @@ def _add_result_commands(command: Command) -> None:
     add("uri", help="an artifact, or a model's directory")
     add("--format", required=True, choices=("onnx",))
     add("--out", required=True, metavar="DIR", help="a new or empty directory")
+    add("--optimize", action="store_true", help="onnx: fuse operators by onnxruntime's own optimizer")
+    add("--quantize", choices=("int8",), help="onnx: also write a graph with dynamic int8, by onnxruntime")
     _add_fields(export, *LOADING)
 
 
