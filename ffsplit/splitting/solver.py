@@ -217,10 +217,13 @@ class Solver:
         stays = in_group - num_dropped // mixture.num_groups
         layouts = [LayerLayout.dense(shape) for shape in shapes]
         for first in mixture.firsts:
-            budget = element_budget(shapes[first], kept)
-            layout = fit_layer(
-                shapes[first], budget=budget, heavy=self.heavy, steps=self.steps, multiple=self.multiple
-            )
+            shape = shapes[first]
+            layout: LayerLayout | None = LayerLayout.dense(shape)
+            if kept < 1:
+                budget = element_budget(shape, kept)
+                layout = fit_layer(
+                    shape, budget=budget, heavy=self.heavy, steps=self.steps, multiple=self.multiple
+                )
             if layout is None:
                 return None
             for position, index in enumerate(mixture.experts_of(first)):

@@ -76,6 +76,17 @@ def test_whole_experts_are_dropped_before_any_is_narrowed() -> None:
     assert (MIXTURE.num_dropped(layouts), layouts[1].num_neurons) == (4, 64), "no config states a width"
 
 
+@pytest.mark.parametrize("multiple", [16, 24])
+def test_narrower_experts_are_multiples_and_whole_ones_stay_whole(multiple: int) -> None:
+    """Also where the multiple does not divide their width: a whole expert needs no config to state it."""
+    for limit in (0.9, 0.7, 0.5, 0.35):
+        widths = {each.num_neurons for each in replace(HALF, multiple=multiple).solve(keep(limit))[1:]} - {0}
+        assert len(widths) == 1 and all(width % multiple == 0 or width == 64 for width in widths)
+        fixed = replace(FIXED, multiple=multiple).solve(keep(limit))
+        assert {each.num_neurons for each in fixed[1:]} == {0, 64}
+        assert fixed == FIXED.solve(keep(limit))
+
+
 def test_a_budget_in_parameters_counts_the_rows_of_routers() -> None:
     whole = 2 * EXPERT.num_elements + MIXTURE.router_elements
     layouts = SOLVER.solve(Budget(kind="max_parameters", limit=200_000 - whole))
