@@ -135,7 +135,7 @@ def rounding_in_words(
     pairs = dict.fromkeys(zip(layouts, shapes, strict=True))
     widths = [f"{layout(each)} of {shape.num_neurons:,}" for each, shape in pairs if not each.is_dropped]
     more = f" and {len(widths) - 3} more" if len(widths) > 3 else ""
-    return f"{', '.join(widths[:3])}{more} neurons: keep {keep:.4f}; {given_up} (--width-multiple)"
+    return f"{', '.join(widths[:3])}{more} neurons: keep {keep:.4f}; {given_up} (--width-multiple 1 uses it)"
 
 
 def _part(part: PartLayout) -> str:

@@ -123,7 +123,7 @@ def test_what_rounding_gave_up_is_one_line() -> None:
     line = humanize.rounding_in_words(layouts, shapes, keep=0.3335, unrounded=0.3531)
     assert line == (
         "width 512 of 1,536 neurons: keep 0.3335; "
-        "rounding widths gave up 0.0196 of the 0.3531 that the budget allows (--width-multiple)"
+        "rounding widths gave up 0.0196 of the 0.3531 that the budget allows (--width-multiple 1 uses it)"
     )
     assert humanize.rounding_in_words(layouts, shapes, keep=0.3335, unrounded=0.3339) is None
     assert humanize.rounding_in_words(layouts, shapes, keep=0.3335, unrounded=0.3334) is None
