@@ -72,7 +72,7 @@ docs: venv ## Generate docs/manifest.schema.json, docs/models.md (from the last 
 .PHONY: bench-speed
 bench-speed: venv ## Time compressed models against other tools, into benchmarks/speed_<hardware>.md
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .bench torchao==0.18.0 \
-		compressed-tensors==0.19.0 loguru
+		compressed-tensors==0.19.0 loguru openvino==2026.4.1 openvino-telemetry==2025.2.0 nncf==3.4.0 tabulate
 	PYTHONPATH=.:.bench $(BIN)/python benchmarks/speed.py
 
 .PHONY: bench-scaling

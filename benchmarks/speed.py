@@ -6,6 +6,9 @@ Models have random weights: speed depends on shapes alone, and BERT-base is not 
 candidates of a table take turns in one process; figures are medians. With --only, the other tables of the
 page stay as they are. On a GPU, where models are compiled, it needs torch, transformers and this package's
 folder, nothing else.
+
+A CPU's page is made only if the load average is below 1 when it is started, and states it. --quick runs at
+any load, and prints the page unless --out is given.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from speed_load import Others, quiet_load
 from speed_models import BERTS
 from speed_tables import causal_table, encoder_table, load_table
 
@@ -44,12 +48,14 @@ def sections_of(page: Path) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="few rounds, to see that it runs, at any load")
     parser.add_argument("--only", nargs="+", choices=(*BERTS, "decode", "load"), default=[])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, help="default: as torch chooses")
     parser.add_argument("--out", type=Path, help="default: benchmarks/speed_<hardware>.md")
     given = parser.parse_args()
+    is_timed_here = given.device == "cpu" and not given.quick  # a GPU's host may have compiled before
+    load = quiet_load() if is_timed_here else os.getloadavg()[0]
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
     if given.threads:
@@ -64,8 +70,12 @@ def main() -> None:
     for title, table in tables.items():
         if given.only and title not in given.only:
             continue
-        start, load = time.perf_counter(), os.getloadavg()[0]
-        lines = [*table(), "", f"Threads: {torch.get_num_threads()}; load average {load:.1f} when it began."]
+        start, others = time.perf_counter(), Others()
+        lines = [*table(), ""]
+        lines += [
+            f"Threads: {torch.get_num_threads()}; load average before the start: {load:.1f}; meanwhile, "
+            f"other processes used {others.mean_cpus():.2f} CPUs."
+        ]
         sections[title] = "\n".join(lines)
         print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
         gc.collect()
@@ -86,6 +96,9 @@ def main() -> None:
     for title in order:
         if title in sections:
             lines += ["", f"## {title}", "", sections[title]]
+    if given.quick and given.out is None:
+        print("\n".join(lines))
+        return
     out.write_text("\n".join(lines) + "\n", "utf-8")
     print(out)
 

@@ -14,7 +14,7 @@ from ffsplit.runtime.attention_int8 import linears_config
 from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, FFNRun
 from ffsplit.runtime.plugin import install_split_ffns
 from ffsplit.runtime.quantized_linear import QuantizedLinear
-from ffsplit.splitting.solver import uniform_layouts
+from ffsplit.splitting.layer import uniform_layouts
 
 KEEP = 0.3535
 INT8, INT4 = Integer(num_bits=8), Integer(num_bits=4, group_size=64)

@@ -46,6 +46,7 @@ class JobFields(TypedDict, total=False):
     max_bytes: int | str
     max_parameters: int
     max_latency_ms: float
+    width_multiple: int
     latency_table: Where
     stats: Where
     calibration: Where | Sequence[str] | Any

@@ -134,6 +134,12 @@ class JobConfig(Record):
         gt=0,
         description="instead of --keep: milliseconds of a forward pass, at most (experimental)",
     )
+    width_multiple: Annotated[int | None, Flag("N", compress_only=True)] = Field(
+        default=None,
+        ge=1,
+        description="widths and ranks are multiples of N, such as 128 per GPU of tensor parallelism, or 256 "
+        "for llama.cpp; default: the recipe's, or 64 where that costs little",
+    )
     latency_table: Annotated[Text | None, Flag("FILE", compress_only=True)] = Field(
         default=None, description="for --max-latency-ms: the file that ffsplit latency-table wrote"
     )

@@ -30,7 +30,7 @@ from ffsplit.splitting.scores import (
     num_energetic,
     plan_split,
 )
-from ffsplit.splitting.solver import Solver
+from ffsplit.splitting.solver import Solver, checked_multiple
 from ffsplit.store.artifact import open_statistics
 from ffsplit.store.manifest import LeftOutFFNs
 
@@ -77,10 +77,12 @@ class Inspection(Record):
     budgets: tuple[BudgetPreview, ...]
 
 
-def inspect(model: str | os.PathLike[str], *, recipe: str = "fast") -> Inspection:
+def inspect(
+    model: str | os.PathLike[str], *, recipe: str = "fast", width_multiple: int | None = None
+) -> Inspection:
     """Inspect a model without loading weights. Raises ConfigError if it cannot be compressed."""
     checkpoint = open_checkpoint(locate_model(os.fspath(model)).directory)
-    chosen = load_recipe(recipe).searching(may_search(checkpoint))
+    chosen = load_recipe(recipe).in_multiples_of(width_multiple).searching(may_search(checkpoint))
     drops_experts = chosen.expert_share > 0
     if drops_experts:
         check_has_experts(checkpoint, recipe=chosen)
@@ -128,6 +130,7 @@ def _solver(model: ModelShape, recipe: Recipe, **more: Any) -> Solver:
         steps=recipe.steps,
         finish=recipe.after_healing,
         expert_share=recipe.expert_share,
+        multiple=checked_multiple(recipe.width_multiple, model=model),
         **more,
     )
 
@@ -186,6 +189,7 @@ class BudgetForecast(Record):
 
     budget: Budget
     keep: float = Field(description="FFN elements stored, as a fraction of the original's")
+    keep_unrounded: float = Field(description="the same, if widths and ranks were not rounded")
     plain: bool
     num_parameters: int
     num_parameters_without_embeddings: int
@@ -239,6 +243,7 @@ def plan(
     budgets: Sequence[Budget] = (),
     recipe: str | None = None,
     latency_table: str | None = None,
+    width_multiple: int | None = None,
 ) -> Plans:
     """Forecast every budget; by default some usual fractions that the recipe can meet.
 
@@ -250,6 +255,7 @@ def plan(
     manifest, model = published.manifest, published.manifest.model.shape
     statistics = read_statistics(published.path)
     chosen = load_recipe(recipe) if recipe is not None else recipe_of(manifest.recipe, where=uri)
+    chosen = chosen.in_multiples_of(width_multiple)
     table = None
     if latency_table is not None:
         compute = manifest.compute
@@ -319,11 +325,13 @@ def _forecast(
             )
         )
     elements = model.elements_of(layouts) + left_out
+    unrounded = model.elements_of(solver.unrounded.solve(budget)) + left_out
     timed = solver.latency is not None and all(layout.is_dense for layout in stored)
     in_latency = Budget(kind="max_latency_ms", limit=1)
     return BudgetForecast(
         budget=budget,
         keep=elements / (model.ffn_elements + left_out),
+        keep_unrounded=unrounded / (model.ffn_elements + left_out),
         plain=is_stock_form(stored, model.shapes, groups=model.width_groups),
         num_parameters=model.parameters_of(layouts),
         num_parameters_without_embeddings=model.parameters_in_blocks_of(layouts),

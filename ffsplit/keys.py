@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 """Part of every key, so that results of another algorithm are never taken for this one's.
 
 Raise it with any change that gives the same configuration other bytes of statistics or weights: another

@@ -100,6 +100,25 @@ def test_another_recipe_and_the_usual_budgets(small_job: SmallJob, tmp_path: Pat
     assert [each.budget.limit for each in plans.budgets] == [0.75, 0.5, 0.3535, 0.25, 0.2, 0.125]
 
 
+def test_a_multiple_of_widths_is_forecast_and_what_it_gives_up(
+    small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """96 neurons: half are 47, for the output bias counts, and 32 are a multiple of 16."""
+    api.calibrate(small_job.config(tmp_path / "out"))
+    command = ["plan", str(tmp_path / "out"), "--keep", "0.5"]
+    capsys.readouterr()
+    for multiple, width in (("16", 32), ("1", 47)):
+        assert main([*command, "--width-multiple", multiple, "--json"]) == 0
+        (forecast,) = Plans.model_validate_json(capsys.readouterr().out).budgets
+        assert {layer.layout.num_neurons for layer in forecast.layers} == {width}
+        assert forecast.keep_unrounded == pytest.approx((47 * 65 + 32) / (96 * 65 + 32))
+        assert forecast.keep == pytest.approx((width * 65 + 32) / (96 * 65 + 32))
+        assert main([*command, "--width-multiple", multiple]) == 0
+        printed = capsys.readouterr().out
+        assert (f"{forecast.keep:.4g} of {forecast.keep_unrounded:.4g}" in printed) == (multiple == "16")
+        assert ("not rounded" in printed) == (multiple == "16")
+
+
 def test_bad_input_is_one_line(
     small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,6 +132,8 @@ def test_bad_input_is_one_line(
         ([tmp_path / "out", "--max-latency-ms", "5"], "--latency-table"),
         ([tmp_path / "empty"], "holds no artifact"),
         ([tmp_path / "out", "--recipe", "fats"], "did you mean 'fast'"),
+        ([tmp_path / "out", "--width-multiple", "97"], "give at most its 96 neurons"),
+        ([tmp_path / "out", "--width-multiple", "0"], "--width-multiple should be greater than"),
     ):
         assert main(["plan", *map(str, arguments)]) == 2
         captured = capsys.readouterr()

@@ -60,6 +60,7 @@ def job_config(parsed: argparse.Namespace) -> JobConfig:
 def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> int:
     """Print what a run would need, then raise ConfigError if it cannot be done."""
     from ffsplit.run.checks import check_rows, default_text, far_from_evaluation
+    from ffsplit.run.documents import rounding_note
     from ffsplit.run.job import prepare
 
     run = prepare(config, kind=kind)
@@ -70,7 +71,7 @@ def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> in
         from ffsplit.cli.tables import print_needs
 
         print_needs(run.needs, asked=config.workers if config.runner == "ray" else None)
-        for note in (default_text(run), *far_from_evaluation(run)):
+        for note in (rounding_note(run), default_text(run), *far_from_evaluation(run)):
             if note is not None:
                 print(note)
     run.needs.check()
@@ -90,11 +91,19 @@ def _show(parsed: argparse.Namespace, manifest: Manifest, *, refused_report: str
     print_manifest(manifest, out=parsed.out, refused_report=refused_report)
 
 
+def checked_multiple_flag(parsed: argparse.Namespace) -> int | None:
+    """--width-multiple, checked like a job's."""
+    fields = {"model": "-", "out": "-", "width_multiple": parsed.width_multiple}
+    return JobConfig.of_flags(**fields).width_multiple
+
+
 def inspect(parsed: argparse.Namespace) -> int:
-    from ffsplit.cli.tables import print_inspection
+    from ffsplit.cli.inspection import print_inspection
     from ffsplit.forecasts import inspect as inspect_model
 
-    print_inspection(inspect_model(parsed.model, recipe=parsed.recipe or "fast"))
+    multiple = checked_multiple_flag(parsed)
+    recipe = parsed.recipe or "fast"
+    print_inspection(inspect_model(parsed.model, recipe=recipe, width_multiple=multiple))
     return DONE
 
 
@@ -108,7 +117,13 @@ def plan(parsed: argparse.Namespace) -> int:
         for kind in BUDGET_KINDS
         for limit in vars(parsed)[kind]
     ]
-    plans = plan_budgets(parsed.uri, budgets=budgets, recipe=parsed.recipe, latency_table=table)
+    plans = plan_budgets(
+        parsed.uri,
+        budgets=budgets,
+        recipe=parsed.recipe,
+        latency_table=table,
+        width_multiple=checked_multiple_flag(parsed),
+    )
     if parsed.json:
         print(plans.model_dump_json(indent=2))
     else:
@@ -200,8 +215,16 @@ def benchmark(parsed: argparse.Namespace) -> int:
 def export(parsed: argparse.Namespace) -> int:
     from ffsplit.runtime.export import export
 
-    out = user_path(parsed.out)
-    print(export(parsed.uri, format=parsed.format, out=out, scheme=parsed.scheme))
+    print(
+        export(
+            parsed.uri,
+            format=parsed.format,
+            out=user_path(parsed.out),
+            scheme=parsed.scheme,
+            optimize=parsed.optimize,
+            quantize=parsed.quantize,
+        )
+    )
     return DONE
 
 

@@ -203,7 +203,7 @@ def _add_job_commands(command: Command) -> None:
 def _add_planning_commands(command: Command) -> None:
     inspect = command("inspect", "show a model's FFNs and what each budget would give")
     inspect.add_argument("model")
-    _add_fields(inspect, "recipe", *LOADING)
+    _add_fields(inspect, "recipe", "width_multiple", *LOADING)
     plan = command("plan", "forecast budgets from an earlier run's statistics")
     add = plan.add_argument
     add("uri", help="an artifact, or a run of ffsplit calibrate")
@@ -213,6 +213,7 @@ def _add_planning_commands(command: Command) -> None:
     add("--max-latency-ms", nargs="+", default=[], metavar="F")
     add("--latency-table", metavar="FILE", help="for --max-latency-ms")
     add("--recipe", metavar="NAME|FILE.yaml", help="default: the earlier run's own")
+    _add_fields(plan, "width_multiple")
     add("--json", action="store_true", help="print only the plans, with the indices of heavy hitters")
     recipes = command("recipes", "list the shipped recipes, or print one as YAML")
     recipes.add_argument("name", nargs="?", metavar="NAME", help="print this recipe")
@@ -266,6 +267,8 @@ def _add_result_commands(command: Command) -> None:
         help="compressed-tensors: bits of weights and inputs; default: as stored. Rounds a plain result",
     )
     add("--out", required=True, metavar="DIR", help="a new or empty directory")
+    add("--optimize", action="store_true", help="onnx: fuse operators by onnxruntime's own optimizer")
+    add("--quantize", choices=("int8",), help="onnx: also write a graph with dynamic int8, by onnxruntime")
     _add_fields(export, *LOADING)
 
 

@@ -78,7 +78,7 @@ FLAG_GROUPS = {
         "only",
         "skip",
     ),
-    "budget": ("keep", "max_bytes", "max_parameters", "max_latency_ms", "latency_table"),
+    "budget": ("keep", "max_bytes", "max_parameters", "max_latency_ms", "latency_table", "width_multiple"),
     "recipe": ("recipe", "plain"),
     "where it runs": (
         "runner",

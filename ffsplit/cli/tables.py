@@ -30,7 +30,6 @@ from ffsplit.report.humanize import (
     size,
     spread_in_words,
     times,
-    unchanged_in_words,
     unit,
 )
 from ffsplit.store.benchmark_records import BenchmarkRecord, Timing
@@ -41,7 +40,7 @@ from ffsplit.store.manifest import REPORT_NAME, Latency, Manifest, Measurements
 from ffsplit.store.store import Store
 
 if TYPE_CHECKING:
-    from ffsplit.forecasts import FFNGroup, Inspection, LayerForecast, Plans
+    from ffsplit.forecasts import BudgetForecast, LayerForecast, Plans
     from ffsplit.run.needs import Needs
     from ffsplit.splitting.latency import LatencyTable
 
@@ -56,7 +55,7 @@ def print_manifest(manifest: Manifest, *, out: str, refused_report: str | None =
     """
     where = f"{out.rstrip('/')}/{manifest.run_key}/{manifest.attempt}"
     if manifest.measurements is not None:
-        _print(_before_after(manifest, manifest.measurements))
+        print_table(_before_after(manifest, manifest.measurements))
         if disturbed := noise(manifest.measurements.latency, manifest.measurements.load):
             print(f"warning: {disturbed}".replace("\u00a0", " "))
         for skipped in manifest.measurements.skipped:
@@ -91,7 +90,7 @@ def _place(manifest: Manifest, out: str) -> str:
 
 def _before_after(manifest: Manifest, measured: Measurements) -> Table:
     title = f"{manifest.model.id}, recipe {manifest.recipe['name']}, keep {manifest.keep:.4g}"
-    table = _table(title, "", "original", "compressed", "")
+    table = made_table(title, "", "original", "compressed", "")
     before, after = measured.original_size, measured.compressed_size
     pairs = (
         ("parameters", before.num_parameters, after.num_parameters),
@@ -132,7 +131,7 @@ def print_needs(needs: Needs, *, asked: int | None) -> None:
     from ffsplit.run.needs import in_one_line
 
     title = f"a model of {size(needs.model_bytes)}"
-    table = _table(title, "stage", "workers", "memory of one", "available", "about")
+    table = made_table(title, "stage", "workers", "memory of one", "available", "about")
     for stage in needs.stages:
         available = "not known" if stage.available_bytes is None else size(stage.available_bytes)
         about = "not known" if stage.seconds is None else duration(stage.seconds)
@@ -143,7 +142,7 @@ def print_needs(needs: Needs, *, asked: int | None) -> None:
     seconds = "not known" if totals.seconds is None else duration(totals.seconds)
     table.add_section()
     table.add_row("total", "", size(totals.memory_bytes), "", seconds)
-    _print(table)
+    print_table(table)
     for what, disk in needs.disks.items():
         free = "" if disk.free_bytes is None else f", {size(disk.free_bytes)} free"
         print(f"{what}: {size(disk.needed_bytes)} in {disk.place}{free}".replace("\u00a0", " "))
@@ -154,42 +153,8 @@ def print_needs(needs: Needs, *, asked: int | None) -> None:
     print(in_one_line(needs, asked=asked))
 
 
-def print_inspection(found: Inspection) -> None:
-    """The FFNs of a model, and what each budget would give."""
-    share = found.ffn_elements / found.num_parameters
-    print(f"{found.architecture} ({found.model_type}): {len(found.shapes)} FFNs")
-    print(f"parameters {found.num_parameters:,}, FFNs {found.ffn_elements:,} ({percent(share)})")
-    table = _table("FFNs", "", "number", "sizes", "activation", "biases", "of all parameters")
-    for group in found.groups:
-        shape = group.shape
-        sizes = f"{shape.hidden_size} -> {shape.num_neurons} -> {shape.hidden_size}"
-        has = [name for name, there in (("up", shape.up_bias), ("down", shape.down_bias)) if there]
-        count = f"{group.num_ffns}" if group.num_ffns == group.num_blocks else _in_blocks(group)
-        gated = ", gated" if shape.gated else ""
-        part = percent(group.num_elements / found.num_parameters)
-        table.add_row(group.what, count, sizes, group.activation + gated, ", ".join(has) or "none", part)
-    _print(table)
-    about = found.ffn_elements - sum(each.num_elements for each in found.left_out_ffns)
-    if unchanged := unchanged_in_words(found.left_out_ffns, ffn_elements=about):
-        print(unchanged)
-    table = _table(
-        f"recipe {found.recipe}", "--keep", "an FFN becomes", "parameters", "in the blocks", "plain"
-    )
-    for each in found.budgets:
-        blocks = each.num_parameters_without_embeddings / found.num_parameters_without_embeddings - 1
-        plain = "yes" if each.plain else "no"
-        layouts = " / ".join(dict.fromkeys(map(layout, each.layouts))) + _experts(each.experts_per_block)
-        row = (f"{each.keep:g}", layouts, f"{each.num_parameters:,}", f"{blocks:+.1%}", plain)
-        table.add_row(*row)
-    _print(table)
-
-
-def _experts(left: int | None) -> str:
+def experts_in_words(left: int | None) -> str:
     return "" if left is None else f", {left} experts per block"
-
-
-def _in_blocks(group: FFNGroup) -> str:
-    return f"{group.num_ffns} in {group.num_blocks} blocks"
 
 
 def _add_latency(table: Table, each: Latency) -> None:
@@ -202,7 +167,7 @@ def _change(before: int, after: int) -> str:
     return f"{after / before - 1:+.1%}" if before else ""
 
 
-def _table(title: str, first: str, *others: str) -> Table:
+def made_table(title: str, first: str, *others: str) -> Table:
     table = Table(title=title, title_justify="left")
     table.add_column(first)
     for name in others:
@@ -210,7 +175,7 @@ def _table(title: str, first: str, *others: str) -> Table:
     return table
 
 
-def _print(table: Table) -> None:
+def print_table(table: Table) -> None:
     console = Console()
     Console(width=max(console.width, WIDTH)).print(table)
 
@@ -220,48 +185,57 @@ def print_latency_table(measured: LatencyTable) -> None:
     where = f"{measured.hardware['processor']}, {measured.num_threads} threads, {measured.dtype}"
     shape = f"{measured.batch_size} x {measured.num_tokens} tokens"
     columns = ("FFN width", "measured", "fitted", "of the original's")
-    table = _table(f"{measured.model}, {shape}\n{where}", *columns)
+    table = made_table(f"{measured.model}, {shape}\n{where}", *columns)
     dense = measured.ms(measured.points[-1].width)
     for point in measured.points:
         fitted = measured.ms(point.width)
         table.add_row(
             f"{point.width:,}", milliseconds(point.ms), milliseconds(fitted), percent(fitted / dense)
         )
-    _print(table)
+    print_table(table)
 
 
 def print_plans(plans: Plans) -> None:
     """Budgets side by side, then each layer, then what the predicted error means."""
     print(f"{plans.model}, recipe {plans.recipe}, every layer alike; from {plans.statistics}")
-    table = _table("budgets", "", "keep", "parameters", "FFN bytes", "forward", "plain", "predicted error")
+    columns = ("", "keep", "parameters", "FFN bytes", "forward", "plain", "predicted error")
+    table = made_table("budgets", *columns)
     before = (f"{plans.num_parameters:,}", size(plans.ffn_bytes), "", "", "")
     table.add_row("original", "1", *before)
     for each in plans.budgets:
         change = each.num_parameters / plans.num_parameters - 1
         table.add_row(
             str(each.budget),
-            f"{each.keep:.4g}{_experts(each.experts_per_block)}",
+            f"{each.keep:.4g}{_lost(each)}{experts_in_words(each.experts_per_block)}",
             f"{each.num_parameters:,} ({change:+.1%})",
             size(each.ffn_bytes),
             "" if each.latency_ms is None else milliseconds(each.latency_ms),
             "yes" if each.plain else "no",
             percent(each.energy_outside),
         )
-    _print(table)
+    print_table(table)
+    if any(map(_lost, plans.budgets)):
+        print("of: what the budget allows if widths and ranks are not rounded, as with --width-multiple 1")
     budgets = [str(each.budget) for each in plans.budgets]
     units = unit((spread.name, spread.layer) for spread in plans.concentration)
-    table = _table(
+    table = made_table(
         f"{units}s: layout, heavy hitters, predicted error", "", "neurons for 50 / 90 / 99 %", *budgets
     )
     for spread in plans.concentration:
         counts = " / ".join(f"{count:,}" for count in spread.neurons_for_energy.values())
         cells = [_forecast(each.layers[spread.layer]) for each in plans.budgets]
         table.add_row(spread.name, f"{counts} of {spread.num_neurons:,}", *cells)
-    _print(table)
+    print_table(table)
     print(
         "predicted error: fraction of an FFN's output energy (the sum over its neurons) outside the heavy\n"
         "hitters; it ignores what refits, low-rank parts and later layers recover"
     )
+
+
+def _lost(each: BudgetForecast) -> str:
+    """What the budget allows, if rounding to multiples gave some of it up."""
+    whole = f"{each.keep_unrounded:.4g}"
+    return "" if whole == f"{each.keep:.4g}" else f" of {whole}"
 
 
 def _forecast(layer: LayerForecast) -> str:

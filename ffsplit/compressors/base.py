@@ -115,8 +115,13 @@ class Compressor(Protocol):
         """Whether the output gets a bias even if the architecture has none."""
         ...
 
-    def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
-        """The layout that `compress` will return, of at most `budget` elements; None if nothing fits."""
+    def plan(
+        self, layout: LayerLayout, *, shape: FFNShape, budget: int, multiple: int | None = None
+    ) -> LayerLayout | None:
+        """The layout that `compress` will return, of at most `budget` elements; None if nothing fits.
+
+        A rank or width that it chooses is rounded as `rounded_down` says for `multiple`.
+        """
         ...
 
     def memory_bytes(self, work: LayerWork) -> int:

@@ -21,7 +21,7 @@ from ffsplit.compressors.least_squares import refit_down
 from ffsplit.compressors.replayed import repeat
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError
-from ffsplit.ffn.shapes import FFNShape, LayerLayout, PartLayout
+from ffsplit.ffn.shapes import FFNShape, LayerLayout, PartLayout, rounded_down
 from ffsplit.ffn.weights import FFNPart, FFNWeights, LinearMap
 from ffsplit.machine import multiplies_bfloat16
 
@@ -71,13 +71,22 @@ class DistillCompressor(Record):
             )
         return able
 
-    def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
-        """The same layout; for `light`, with as many light neurons as the budget allows."""
+    def plan(
+        self, layout: LayerLayout, *, shape: FFNShape, budget: int, multiple: int | None = None
+    ) -> LayerLayout | None:
+        """The same layout; for `light`, with as many light neurons as the budget allows.
+
+        It is the sum of both widths that is rounded, since a checkpoint stores both parts as one.
+        """
         if self.part == "whole" or layout.light is None:
             fits = layout.num_elements(shape) <= budget
             return layout if fits and all(part.is_dense for part in layout.parts) else None
         without_light = layout.model_copy(update={"light": None}).num_elements(shape)
-        width = min(layout.light.num_neurons, (budget - without_light) // shape.elements_per_neuron)
+        cost, num_heavy = shape.elements_per_neuron, layout.num_neurons - layout.light.num_neurons
+        width = min(layout.light.num_neurons, (budget - without_light) // cost)
+        sum_of_both = rounded_down(num_heavy + width, multiple=multiple, cost=cost, whole=shape.num_elements)
+        if sum_of_both > num_heavy or multiple is not None:
+            width = sum_of_both - num_heavy
         if width < 1:
             return None
         return layout.model_copy(update={"light": PartLayout.dense(shape, width)})

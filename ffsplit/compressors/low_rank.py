@@ -18,7 +18,6 @@ from ffsplit.compressors.least_squares import ridged_root, second_moment
 from ffsplit.config import Record
 from ffsplit.errors import CalibrationError, explained
 from ffsplit.ffn.shapes import (
-    MAX_LOSS_TO_ROUNDING,
     Dense,
     FFNShape,
     Format,
@@ -47,8 +46,10 @@ class LowRankCompressor(Record):
     def adds_down_bias(self) -> bool:
         return False
 
-    def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
-        """The largest common rank that fits, or the multiple just below it at which kernels are faster.
+    def plan(
+        self, layout: LayerLayout, *, shape: FFNShape, budget: int, multiple: int | None = None
+    ) -> LayerLayout | None:
+        """The largest common rank that fits, rounded down.
 
         Matrices stay dense if their factors would be no smaller.
         """
@@ -58,10 +59,10 @@ class LowRankCompressor(Record):
         without_light = layout.model_copy(update={"light": None})
         left_over = budget - without_light.num_elements(shape) - layout.light.num_biases(shape)
         num_matrices = 3 if shape.gated else 2
-        rank = left_over // (num_matrices * (num_neurons + shape.hidden_size))
+        cost = num_matrices * (num_neurons + shape.hidden_size)
+        rank = rounded_down(left_over // cost, multiple=multiple, cost=cost, whole=shape.num_elements)
         if rank < 1:
             return None
-        rank = rounded_down(rank, most_lost=MAX_LOSS_TO_ROUNDING * rank)
         smaller = rank * (num_neurons + shape.hidden_size) < num_neurons * shape.hidden_size
         format: Format = LowRank(rank=rank) if smaller else Dense()
         light = PartLayout(

@@ -40,7 +40,9 @@ class PruneCompressor(Record):
         """Whether it needs no inputs, because it takes the plan's neurons and refits nothing."""
         return self.order == "score" and self.compensation == "none"
 
-    def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
+    def plan(
+        self, layout: LayerLayout, *, shape: FFNShape, budget: int, multiple: int | None = None
+    ) -> LayerLayout | None:
         """The layout without its light part; None if nothing would be left."""
         down_bias = layout.down_bias or self.adds_down_bias
         pruned = layout.model_copy(update={"light": None, "down_bias": down_bias})

@@ -56,9 +56,11 @@ class QuantizeCompressor(Record):
     def format(self) -> Integer:
         return Integer(num_bits=self.num_bits, group_size=self.group_size)
 
-    def plan(self, layout: LayerLayout, *, shape: FFNShape, budget: int) -> LayerLayout | None:
+    def plan(
+        self, layout: LayerLayout, *, shape: FFNShape, budget: int, multiple: int | None = None
+    ) -> LayerLayout | None:
         """The same elements in fewer bytes."""
-        if num_heavy := self._num_heavy(layout):
+        if num_heavy := self._num_heavy(layout, unit=multiple or 1):
             (part,) = layout.folded.parts
             light = part.model_copy(update={"num_neurons": part.num_neurons - num_heavy})
             heavy = part.model_copy(update={"num_neurons": num_heavy})
@@ -71,13 +73,16 @@ class QuantizeCompressor(Record):
         planned = layout.model_copy(update=parts)
         return planned if planned.num_elements(shape) <= budget else None
 
-    def _num_heavy(self, layout: LayerLayout) -> int:
-        """How many heavy hitters to split off, so that the rest fills whole groups; 0 for an FFN in parts."""
-        if not self.heavy_fraction or not layout.folded.is_dense or layout.num_neurons < 2:
+    def _num_heavy(self, layout: LayerLayout, *, unit: int) -> int:
+        """How many heavy hitters to split off, so that the rest fills whole groups; 0 for an FFN in parts.
+
+        Both are multiples of `unit`, if the whole is: none are split off from an FFN of one unit.
+        """
+        if not self.heavy_fraction or not layout.folded.is_dense or layout.num_neurons < 2 * unit:
             return 0
-        num_neurons, group = layout.num_neurons, self.group_size or 1
+        num_neurons, group = layout.num_neurons, math.lcm(self.group_size or 1, unit)
         num_heavy = num_neurons - math.ceil(num_neurons * (1 - self.heavy_fraction) / group) * group
-        return num_heavy if num_heavy > 0 else max(1, int(num_neurons * self.heavy_fraction))
+        return num_heavy if num_heavy > 0 else max(1, int(num_neurons * self.heavy_fraction) // unit) * unit
 
     def memory_bytes(self, work: LayerWork) -> int:
         """The matrices in float64; with gptq also the second moment of the widest inputs, and its roots."""

@@ -17,7 +17,9 @@ from pydantic import Field
 from ffsplit.config import Record
 
 FAST_MULTIPLES = (64, 32, 16, 8)
-MAX_LOSS_TO_ROUNDING = 0.02
+"""Widths and ranks that kernels like, the best first: 64 and its multiples fill every tile."""
+MOST_OF_FFN, MOST_OF_SIZE = 50, 12
+"""Rounding to one of these gives up less than 1/50 of the FFN's elements, and 1/12 of the width or rank."""
 
 
 class Dense(Record):
@@ -216,16 +218,20 @@ class LayerLayout(Record):
         return parts + shape.hidden_size * self.down_bias * itemsize
 
 
-def rounded_down(size: int, *, most_lost: float) -> int:
-    """Round a width or rank down to a multiple of 64, 32, 16 or 8, by less than `most_lost`.
+def rounded_down(size: int, *, multiple: int | None, cost: int, whole: int) -> int:
+    """Round a width or rank down to a multiple of `multiple`; None: of the largest fast one that is near.
 
-    Kernels are faster at such sizes. The largest multiple that is close enough wins; if none is, the size
-    stays as it is.
+    Fast ones are 64, 32, 16 and 8. An FFN has `whole` elements, of which each unit of the size takes `cost`.
+    A multiple is near if rounding gives up less than 2 % of the FFN's elements and less than a twelfth of
+    the size. If none is near, the size stays as it is. A `multiple` is binding: the result is 0 if the size
+    is below it.
     """
-    for multiple in FAST_MULTIPLES:
-        rounded = size // multiple * multiple
-        if rounded > 0 and size - rounded < most_lost:
-            return rounded
+    if multiple is not None:
+        return size - size % multiple
+    for each in FAST_MULTIPLES:
+        lost = size % each
+        if MOST_OF_FFN * lost * cost < whole and MOST_OF_SIZE * lost < size:
+            return size - lost
     return size
 
 

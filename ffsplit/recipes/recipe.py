@@ -16,8 +16,8 @@ from ffsplit.errors import ConfigError, did_you_mean, explained, reason_of
 from ffsplit.ffn.shapes import FFNShape, LayerLayout
 from ffsplit.healing.settings import HealingSettings
 from ffsplit.recipes import shipped_recipes
+from ffsplit.splitting.layer import HeavyRule
 from ffsplit.splitting.scores import ScoreName
-from ffsplit.splitting.solver import HeavyRule
 
 
 class MeasurementSettings(Record):
@@ -47,6 +47,11 @@ class Recipe(Record):
     description: str
     source: str | None = Field(default=None, description="the paper's address")
     keep: float = Field(default=0.3535, gt=0, le=1, description="used if --keep is not given")
+    width_multiple: int | None = Field(
+        default=None,
+        ge=1,
+        description="of widths and ranks; None: the largest of 64, 32, 16 and 8 that costs little",
+    )
     score: ScoreName = "rms"
     heavy_share: float | None = Field(default=None, ge=0, le=1, description="of the budget")
     heavy_fraction: float | None = Field(default=None, ge=0, le=1, description="of the neurons")
@@ -138,6 +143,10 @@ class Recipe(Record):
         """This recipe, with the given numbers of calibration rows and tokens per row."""
         calibration = self.calibration.reading(samples=samples, max_length=max_length)
         return self.model_copy(update={"calibration": calibration})
+
+    def in_multiples_of(self, width_multiple: int | None) -> Recipe:
+        """This recipe, with the given multiple of widths and ranks; None: its own."""
+        return self if width_multiple is None else self.model_copy(update={"width_multiple": width_multiple})
 
     def settled(self, *, windows: bool, max_positions: int | None, on_gpu: bool = False) -> Recipe:
         """This recipe, with calibration defaults for rows that are windows of running text, or not.

@@ -14,6 +14,7 @@ from ffsplit.measurement.gates import HEADLINES, verdict
 from ffsplit.report import humanize
 from ffsplit.report.humanize import (
     dropped_in_words,
+    given_up_in_words,
     load_in_words,
     noise,
     spread_in_words,
@@ -93,6 +94,7 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
         unchanged=unchanged_in_words(
             manifest.model.left_out_ffns, ffn_elements=manifest.model.shape.ffn_elements
         ),
+        given_up=given_up_in_words(manifest.keep, unrounded=manifest.keep_unrounded),
         tiles=_tiles(manifest),
         energy=energy_figure(curves) if curves else None,
         error_rows=error_rows(manifest.layers),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
-from ffsplit.ffn.shapes import Dense, Integer, LayerLayout, LowRank, PartLayout
+from ffsplit.ffn.shapes import Dense, FFNShape, Integer, LayerLayout, LowRank, PartLayout
 from ffsplit.store.manifest import ExpertsRecord, Latency, LeftOutFFNs, LoadAverage, Spread
 
 SPACE: Final = "\u00a0"
@@ -113,6 +113,29 @@ def layout(layer: LayerLayout) -> str:
     if layer.is_dense:
         return f"width {layer.num_neurons:,}"
     return " + ".join(_part(part) for part in layer.parts) or "dropped"
+
+
+LEAST_GIVEN_UP: Final = 0.0005
+"""Of all elements of FFNs. Less is not reported."""
+
+
+def given_up_in_words(keep: float | None, *, unrounded: float | None) -> str:
+    """What a budget gave up to rounding widths and ranks; empty if it is nothing."""
+    if keep is None or unrounded is None or unrounded - keep < LEAST_GIVEN_UP:
+        return ""
+    return f"rounding widths gave up {unrounded - keep:.4f} of the {unrounded:.4f} that the budget allows"
+
+
+def rounding_in_words(
+    layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape], *, keep: float, unrounded: float
+) -> str | None:
+    """One line on the widths of FFNs that were rounded to multiples; None if nothing was given up."""
+    if not (given_up := given_up_in_words(keep, unrounded=unrounded)):
+        return None
+    pairs = dict.fromkeys(zip(layouts, shapes, strict=True))
+    widths = [f"{layout(each)} of {shape.num_neurons:,}" for each, shape in pairs if not each.is_dropped]
+    more = f" and {len(widths) - 3} more" if len(widths) > 3 else ""
+    return f"{', '.join(widths[:3])}{more} neurons: keep {keep:.4f}; {given_up} (--width-multiple 1 uses it)"
 
 
 def _part(part: PartLayout) -> str:

@@ -22,6 +22,7 @@ from ffsplit.models.source_card import CARD_NAME, read_card
 from ffsplit.redaction import redacted, without_credentials
 from ffsplit.report.card import model_card
 from ffsplit.report.html import render_report
+from ffsplit.report.humanize import rounding_in_words
 from ffsplit.report.plots import energy_curve
 from ffsplit.run.job import Run
 from ffsplit.run.reused_statistics import calibration_record
@@ -122,7 +123,8 @@ def _draft(run: Run, outcome: Outcome, *, attempt: str) -> Manifest:
         seed=run.config.seed,
         compute=_compute(run),
         recipe=run.recipe.model_dump(mode="json"),
-        keep=_kept(run, outcome) if is_model else None,
+        keep=run.kept([plan.layout for plan in outcome.plans]) if is_model else None,
+        keep_unrounded=run.kept_unrounded(outcome.statistics) if is_model else None,
         budget=run.budget if is_model else None,
         nonce=keys.nonce,
         model=SourceModel(
@@ -190,11 +192,15 @@ def _calibration(run: Run, outcome: Outcome) -> CalibrationRecord:
     )
 
 
-def _kept(run: Run, outcome: Outcome) -> float:
-    """The elements of all FFNs, those that are left out included, as a fraction of the original's."""
-    left_out = sum(each.num_elements for each in left_out_ffns(run.checkpoint))
-    elements = run.solver.model.elements_of([plan.layout for plan in outcome.plans])
-    return (elements + left_out) / (run.solver.model.ffn_elements + left_out)
+def rounding_note(run: Run) -> str | None:
+    """One line on the widths of a run's uniform layers, and what the budget gives up to rounding.
+
+    None if it gives up nothing, or the statistics decide.
+    """
+    if run.kind != "model" or run.solver.heavy.by == "energy":
+        return None
+    shapes = run.solver.model.shapes
+    return rounding_in_words(run.layouts, shapes, keep=run.kept(run.layouts), unrounded=run.kept_unrounded())
 
 
 def experts_record(run: Run, layouts: Sequence[LayerLayout]) -> ExpertsRecord | None:

@@ -23,7 +23,7 @@ from ffsplit.run.disk import Disk
 from ffsplit.run.healing_memory import bytes_of_a_gpu
 from ffsplit.run.needs import GENERATE, PEAK_MEMORY, DiskNeeds, Machine, Needs, StageNeeds, find_problems
 from ffsplit.run.workload import ITEM_SIZES, Workload, rows_at_once
-from ffsplit.splitting.knapsack import KL_ROWS, TABLE_TOKENS, measured_widths
+from ffsplit.splitting.knapsack import KL_ROWS, TABLE_TOKENS
 from ffsplit.store.cache import Cache, is_remote
 from ffsplit.store.scratch import SCRATCH_PREFIX
 from ffsplit.store.store import open_store
@@ -157,7 +157,7 @@ def search_seconds(work: Workload, *, workers: int, single: float, speed: float)
 
 def tables_seconds(work: Workload, *, num_tokens: int, workers: int, single: float, speed: float) -> float:
     """Every FFN is fitted at some widths, and each is measured twice."""
-    num_widths = sum(len(measured_widths(shape, kept=work.kept)) for shape in work.checkpoint.shapes)
+    num_widths = sum(map(len, work.table_widths))
     tokens = min(num_tokens, work.tokens_of(work.text.validation))
     evaluation = 2 * work.num_elements * tokens / speed * (REUSED if work.checkpoint.can_stream else 1)
     (step,) = closed_form(work.recipe.steps)

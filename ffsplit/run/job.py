@@ -29,7 +29,7 @@ from ffsplit.models.family import TEXT
 from ffsplit.models.fetch import LocatedModel, locate_model
 from ffsplit.models.load import may_search
 from ffsplit.models.load_options import attending, trusting
-from ffsplit.models.selection import chosen
+from ffsplit.models.selection import chosen, left_out_ffns
 from ffsplit.recipes.recipe import MeasurementSettings, Recipe, load_recipe
 from ffsplit.run.checks import (
     check_calibrates,
@@ -47,7 +47,7 @@ from ffsplit.run.reused_statistics import check_origin, check_weighs_experts, in
 from ffsplit.runtime.attention_int8 import attention_linears
 from ffsplit.splitting.latency import read_latency_table
 from ffsplit.splitting.scores import choose_dropped, num_energetic
-from ffsplit.splitting.solver import Solver
+from ffsplit.splitting.solver import Solver, checked_multiple
 from ffsplit.store.artifact import PublishedStatistics, open_statistics
 from ffsplit.store.commits import Kind
 from ffsplit.store.entries import LeftOut, check_outside_attempts
@@ -170,6 +170,17 @@ class Run:
             return solver, choose_dropped(self.layouts, statistics, mixture=solver.model.mixture)
         return solver, self.layouts if solver.num_energetic is None else solver.solve(self.budget)
 
+    def kept(self, layouts: Sequence[LayerLayout]) -> float:
+        """The elements of all FFNs, those that are left out included, as a fraction of the original's."""
+        left_out = sum(each.num_elements for each in left_out_ffns(self.checkpoint))
+        elements = self.solver.model.elements_of(layouts)
+        return (elements + left_out) / (self.solver.model.ffn_elements + left_out)
+
+    def kept_unrounded(self, statistics: Sequence[NeuronStats] | None = None) -> float:
+        """The same of the layouts that the budget allows if no width or rank is rounded."""
+        solver = self.solver if statistics is None else self.settled(statistics)[0]
+        return self.kept(solver.unrounded.solve(self.budget))
+
 
 @explained("the job cannot be checked")
 def prepare(config: JobConfig, *, kind: Kind = "model") -> Run:
@@ -269,6 +280,7 @@ def _reads_windows(checkpoint: Checkpoint) -> bool:
 def _recipe_of(config: JobConfig) -> Recipe:
     """The recipe with the flags that override it."""
     recipe = load_recipe(config.recipe)
+    recipe = recipe.in_multiples_of(config.width_multiple)
     return recipe.reading(samples=config.samples, max_length=config.max_length)
 
 
@@ -287,6 +299,7 @@ def _make_solver(
         finish=recipe.after_healing,
         latency=table,
         expert_share=recipe.expert_share,
+        multiple=checked_multiple(recipe.width_multiple, model=model),
     )
 
 

@@ -23,7 +23,7 @@ from ffsplit.progress import Progress, StageLog
 from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.report.humanize import dropped_in_words, unchanged_in_words
 from ffsplit.run.checks import default_text, far_from_evaluation
-from ffsplit.run.documents import Outcome, experts_record, write_documents
+from ffsplit.run.documents import Outcome, experts_record, rounding_note, write_documents
 from ffsplit.run.execution import Execution, start
 from ffsplit.run.job import Run, would_search
 from ffsplit.run.needs import in_one_line
@@ -103,7 +103,7 @@ def _announce(run: Run, shown: Progress) -> None:
     shown.note(in_one_line(run.needs, asked=config.workers if config.runner == "ray" else None))
     key = run.keys.published(run.kind)
     shown.note(f"run {key}: {run.model} with recipe {run.recipe.name}, {run.budget}")
-    for note in (default_text(run), *far_from_evaluation(run)):
+    for note in (rounding_note(run), default_text(run), *far_from_evaluation(run)):
         if note is not None:
             shown.note(note)
     if run.kind == "model" and (left_out := left_out_in_one_line(run.left_out)):
@@ -223,7 +223,9 @@ def _quantization_plans(checkpoint: Checkpoint, recipe: Recipe) -> tuple[LayerPl
     plans = []
     for layer, shape in enumerate(checkpoint.shapes):
         dense = LayerLayout.dense(shape)
-        layout = recipe.after_healing.plan(dense, shape=shape, budget=shape.num_elements)
+        layout = recipe.after_healing.plan(
+            dense, shape=shape, budget=shape.num_elements, multiple=recipe.width_multiple
+        )
         assert layout is not None, "quantization keeps every element"
         neurons = tuple(range(shape.num_neurons))
         plans.append(LayerPlan(layer=layer, layout=layout, heavy_neurons=neurons))

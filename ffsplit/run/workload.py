@@ -119,10 +119,17 @@ class Workload:
         return measures_widths(self.checkpoint, self.layouts, self.recipe.steps)
 
     @property
+    def table_widths(self) -> list[tuple[int, ...]]:
+        """The widths of every FFN that tables measure."""
+        multiple = self.recipe.width_multiple
+        return [measured_widths(shape, kept=self.kept, multiple=multiple) for shape in self.checkpoint.shapes]
+
+    @property
     def width_bytes(self) -> int:
         """Bytes of the down projections of all FFNs at all measured widths, and the numbers of neurons."""
         widths = (
-            (shape, sum(measured_widths(shape, kept=self.kept)[:-1])) for shape in self.checkpoint.shapes
+            (shape, sum(widths[:-1]))
+            for shape, widths in zip(self.checkpoint.shapes, self.table_widths, strict=True)
         )
         return sum(width * (shape.hidden_size * self.itemsize + INDEX_BYTES) for shape, width in widths)
 
@@ -139,8 +146,9 @@ class Workload:
     @cached_property
     def artifact_bytes(self) -> int:
         """Bytes of the published weights. Attention counts in full, although it may be quantized too."""
-        finish = self.recipe.after_healing
-        return self._bytes_with(stored_layouts(self.layouts, self.checkpoint.shapes, finish=finish))
+        finish, multiple = self.recipe.after_healing, self.recipe.width_multiple
+        stored = stored_layouts(self.layouts, self.checkpoint.shapes, finish=finish, multiple=multiple)
+        return self._bytes_with(stored)
 
     def _bytes_with(self, layouts: Sequence[LayerLayout]) -> int:
         shapes, itemsize = self.checkpoint.shapes, self.checkpoint.itemsize

@@ -30,6 +30,7 @@ from ffsplit.models.names import main_inputs
 from ffsplit.models.source_card import CARD_NAME
 from ffsplit.runtime.export_compressed_tensors import Scheme, export_compressed_tensors
 from ffsplit.runtime.kernels.int8 import SMALLEST_STEP
+from ffsplit.runtime.onnx_tools import Quantization, check_tools, optimize_graph, quantize_graph
 from ffsplit.runtime.quantized_linear import QuantizedLinear
 from ffsplit.store.entries import MANIFEST_NAME, check_outside_attempts
 from ffsplit.store.pull import materialize
@@ -37,29 +38,40 @@ from ffsplit.store.pull import materialize
 ExportFormat = Literal["onnx", "compressed-tensors"]
 
 ONNX_FOLDER = "onnx"
-"""The subfolder of a model in which sentence-transformers looks for graphs."""
-SENTENCE_MODULES = "modules.json"
+"""The subfolder of a model in which sentence-transformers, optimum and transformers.js look for graphs."""
 
 
-def export(uri: str, *, format: ExportFormat, out: Path, scheme: Scheme | None = None) -> Path:
+def export(
+    uri: str,
+    *,
+    format: ExportFormat,
+    out: Path,
+    scheme: Scheme | None = None,
+    optimize: bool = False,
+    quantize: Quantization | None = None,
+) -> Path:
     """Write the artifact, or the dense model, at `uri` into the new directory `out`.
 
-    Returns its graph, or the directory if it is a checkpoint. `scheme` is for compressed-tensors.
+    Returns its main file, or the directory if it is a checkpoint. `scheme` is for compressed-tensors.
 
     The config, the tokenizer and the modules of sentence-transformers are copied beside it, so that the new
-    directory is read like the old. Raises ConfigError, with nothing written, if `out` is not empty, the extra
-    is missing, or the format cannot hold the model.
+    directory is read like the old. With `optimize`, onnxruntime fuses the graph's operators; with `quantize`,
+    it writes a quantized graph beside it, which is then the main file. Raises ConfigError, with nothing
+    written, if `out` is not empty, the extra is missing, or the format cannot hold the model.
     """
     if scheme is not None and format != "compressed-tensors":
         raise ConfigError(f"--scheme goes with --format compressed-tensors, not with {format}")
+    if (optimize or quantize is not None) and format != "onnx":
+        flag = "--optimize" if optimize else "--quantize"
+        raise ConfigError(f"{flag} goes with --format onnx, not with {format}")
+    check_tools(optimize=optimize, quantize=quantize, install=INSTALL)
     check_outside_attempts(out.resolve().as_posix(), flag="--out")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} exists already and is not an empty directory")
     local = user_path(uri)
     is_checkpoint = (local / "config.json").is_file() and not (local / MANIFEST_NAME).is_file()
     directory = local if is_checkpoint else materialize(uri)
-    graph = Path(ONNX_FOLDER if (directory / SENTENCE_MODULES).is_file() else "", FILE_NAME)
-    graph = graph if format == "onnx" else Path()
+    graph = Path(ONNX_FOLDER, FILE_NAME) if format == "onnx" else Path()
     with ExitStack() as stack:
         with explained(f"--out {out} cannot be written"):
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +83,10 @@ def export(uri: str, *, format: ExportFormat, out: Path, scheme: Scheme | None =
             export_compressed_tensors(directory, whole, scheme=scheme)
         else:
             export_onnx(directory, whole / graph)
+            if optimize:
+                optimize_graph(whole / graph, config=json.loads((directory / CONFIG_NAME).read_text("utf-8")))
+            if quantize is not None:
+                graph = quantize_graph(whole / graph).relative_to(whole)
             _copy_companions(directory, whole)
         whole.rename(out)  # also replaces an empty directory
     return out / graph

@@ -7,6 +7,7 @@ solution end to end with uniform layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ from ffsplit.calibration.statistics import Floats
 from ffsplit.config import Budget
 from ffsplit.errors import BudgetError
 from ffsplit.ffn.shapes import FAST_MULTIPLES, FFNShape, LayerLayout
-from ffsplit.splitting.solver import Layouts, Solver, last_true
+from ffsplit.splitting.layer import last_true
+from ffsplit.splitting.solver import Layouts, Solver
 
 TABLE_TOKENS = {"cuda": 8192, "cpu": 2048}
 """How many tokens the tables are measured on, about. A CPU takes minutes for these few."""
@@ -25,8 +27,6 @@ KL_ROWS = 1024
 
 BELOW, ABOVE = (0.25, 0.5, 0.75, 1.0), (0.25, 0.6)
 """Measured widths: these parts of the uniform width, and these parts of the way from it to the whole FFN."""
-TABLE_TOKENS = {"cuda": 8192, "cpu": 2048}
-"""How many tokens the tables are measured on, about. A CPU takes minutes for these few."""
 KL_ROWS = 1024
 """Tokens whose log-probabilities are held at a time, in float32."""
 FEWEST_STEPS = 16
@@ -40,28 +40,33 @@ class WidthTable(NamedTuple):
     errors: tuple[float, ...]
 
 
-def width_step(shape: FFNShape) -> int:
-    """The number of neurons that widths are multiples of."""
+def width_step(shape: FFNShape, *, multiple: int | None = None) -> int:
+    """The number of neurons that widths are multiples of: a recipe's `multiple`, if it has one."""
+    if multiple is not None:
+        return math.lcm(multiple, shape.width_multiple)
     fast = [each for each in FAST_MULTIPLES if shape.num_neurons >= each * FEWEST_STEPS]
     return max((*fast[:1], shape.width_multiple))
 
 
-def measured_widths(shape: FFNShape, *, kept: float) -> tuple[int, ...]:
+def measured_widths(shape: FFNShape, *, kept: float, multiple: int | None = None) -> tuple[int, ...]:
     """The widths to measure where `kept` of an FFN's elements are kept on average: the whole FFN is last."""
-    step, whole = width_step(shape), shape.num_neurons
+    step, whole = width_step(shape, multiple=multiple), shape.num_neurons
     parts = [*(kept * part for part in BELOW), *(kept + (1 - kept) * part for part in ABOVE)]
     widths = {max(step, round(part * whole / step) * step) for part in parts}
     return (*sorted(width for width in widths if width < whole), whole)
 
 
 class Curve(NamedTuple):
-    """The errors of one FFN at the widths that it may get: convex, and 0 for the whole FFN."""
+    """The errors of one FFN at the widths that it may get: convex, and 0 for the whole FFN.
+
+    The whole FFN is left out if the recipe's multiple does not divide its width.
+    """
 
     widths: tuple[int, ...]
     errors: Floats
 
 
-def curve_of(table: WidthTable, *, step: int) -> Curve:
+def curve_of(table: WidthTable, *, step: int, multiple: int | None = None) -> Curve:
     """The largest convex curve below a table, at all multiples of `step` from its narrowest width on.
 
     A wider FFN counts as no worse than a narrower one. In between, the root of the error changes evenly: the
@@ -71,7 +76,9 @@ def curve_of(table: WidthTable, *, step: int) -> Curve:
     widths = np.array(sorted({*table.widths[:1], *range(first + step - first % step, whole, step), whole}))
     errors = np.minimum.accumulate(np.array(table.errors))
     roots = np.interp(widths, np.array(table.widths), np.sqrt(errors - errors[-1]))
-    return Curve(tuple(widths.tolist()), _lower_hull(widths.astype(np.float64), roots**2))
+    errors = _lower_hull(widths.astype(np.float64), roots**2)
+    allowed = slice(None if whole % (multiple or 1) == 0 else -1)
+    return Curve(tuple(widths.tolist()[allowed]), errors[allowed])
 
 
 def _lower_hull(x: Floats, y: Floats) -> Floats:

@@ -11,7 +11,7 @@ from ffsplit.calibration.statistics import Floats, Ints, NeuronStats, experts_to
 from ffsplit.config import Record
 from ffsplit.errors import CalibrationError
 from ffsplit.ffn.shapes import LayerLayout, Mixture
-from ffsplit.splitting.solver import HeavyRule
+from ffsplit.splitting.layer import HeavyRule
 
 ScoreName = Literal["mean", "rms", "centred"]
 

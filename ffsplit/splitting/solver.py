@@ -3,165 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from decimal import ROUND_CEILING, Decimal
-from typing import TYPE_CHECKING, Literal
+from functools import partial
+from typing import TYPE_CHECKING
 
-from pydantic import Field
-
-from ffsplit.config import Budget, Record
-from ffsplit.errors import BudgetError
-from ffsplit.ffn.shapes import (
-    MAX_LOSS_TO_ROUNDING,
-    FFNShape,
-    LayerLayout,
-    ModelShape,
-    PartLayout,
-    is_narrowed_form,
-    rounded_down,
-)
+from ffsplit.config import Budget
+from ffsplit.errors import BudgetError, ConfigError
+from ffsplit.ffn.shapes import FFNShape, LayerLayout, ModelShape, is_narrowed_form
 from ffsplit.splitting.latency import LatencyTable
+from ffsplit.splitting.layer import (
+    HeavyRule,
+    element_budget,
+    fit_layer,
+    last_true,
+    least_in_words,
+    uniform_layouts,
+)
 
 if TYPE_CHECKING:
     from ffsplit.compressors.base import Compressor
-
-
-class HeavyRule(Record):
-    """How many heavy hitters: a share of the layer's budget, a fraction of its neurons, or as many as hold a
-    share of its output energy."""
-
-    by: Literal["share", "fraction", "energy"]
-    value: float = Field(ge=0, le=1)
-
-    def num_wanted(self, shape: FFNShape, *, budget: int, num_energetic: int) -> int:
-        """How many neurons the rule asks for, whether or not the budget has room for them.
-
-        `num_energetic` is how many hold `value` of the energy, according to the statistics; only an energy
-        rule uses it.
-        """
-        if self.value == 0:
-            return 0
-        if self.by == "energy":
-            return num_energetic
-        if self.by == "fraction":
-            width = max(1, int(self.value * shape.num_neurons + 1e-9))
-        else:
-            for_neurons = budget - shape.hidden_size * shape.down_bias
-            width = max(0, int(self.value * for_neurons)) // shape.elements_per_neuron
-        return rounded_down(width, most_lost=MAX_LOSS_TO_ROUNDING * budget / shape.elements_per_neuron)
-
-
-def fit_layer(
-    shape: FFNShape,
-    *,
-    budget: int,
-    heavy: HeavyRule,
-    steps: Sequence[Compressor],
-    num_energetic: int = 1,
-) -> LayerLayout | None:
-    """The layout of one layer in at most `budget` elements, or None if none fits.
-
-    There are as many heavy hitters as `heavy` asks for, or fewer if the rest would not fit beside them. They
-    are kept dense; the steps shrink the rest.
-    """
-    if budget >= shape.num_elements:
-        return LayerLayout.dense(shape)
-    adds_bias = not shape.down_bias and any(step.adds_down_bias for step in steps)
-    for_ffn = budget - shape.hidden_size * adds_bias
-    wanted = min(
-        heavy.num_wanted(shape, budget=for_ffn, num_energetic=num_energetic),
-        (for_ffn - shape.hidden_size * shape.down_bias) // shape.elements_per_neuron,
-    )
-
-    def planned(width: int) -> LayerLayout | None:
-        return _planned(shape, width=width, budget=budget, steps=steps)
-
-    narrowest = planned(shape.width_multiple) if shape.width_multiple < shape.num_neurons else None
-    multiple = shape.width_multiple if narrowest is not None and narrowest.is_dense else 1
-    wanted -= wanted % multiple
-    fewest = multiple if heavy.value > 0 else 0
-    if wanted < fewest:
-        return None
-    layout = planned(wanted)
-    if layout is not None or planned(fewest) is None:
-        return layout
-    return planned(last_true(lambda width: planned(width) is not None, first=fewest, last=wanted))
-
-
-def _planned(shape: FFNShape, *, width: int, budget: int, steps: Sequence[Compressor]) -> LayerLayout | None:
-    """The layout with `width` heavy hitters; None if the steps cannot fit the rest."""
-    assert width < shape.num_neurons, "a budget below the whole FFN leaves a neuron out"
-    layout = LayerLayout(
-        heavy=PartLayout.dense(shape, width) if width else None,
-        light=PartLayout.dense(shape, shape.num_neurons - width),
-        down_bias=shape.down_bias,
-    )
-    for step in steps:
-        planned = step.plan(layout, shape=shape, budget=budget)
-        if planned is None:
-            return None
-        layout = planned
-    return layout if layout.num_elements(shape) <= budget else None
-
-
-def uniform_layouts(
-    shapes: Sequence[FFNShape],
-    *,
-    keep: float,
-    heavy: HeavyRule,
-    steps: Sequence[Compressor],
-    num_energetic: Sequence[int] | None = None,
-) -> tuple[LayerLayout, ...]:
-    """Keep the same fraction of every layer: one common width if all layers have one shape.
-
-    `num_energetic`, one number per layer, is for an energy rule. Raises BudgetError, with the smallest
-    `keep` that works, when a layer cannot be made so small.
-    """
-    counts = num_energetic or [1] * len(shapes)
-    layouts = []
-    for shape, count in zip(shapes, counts, strict=True):
-        budget = element_budget(shape, keep)
-        layout = fit_layer(shape, budget=budget, heavy=heavy, steps=steps, num_energetic=count)
-        if layout is None:
-            smallest = max(smallest_keep(each, heavy=heavy, steps=steps) for each in set_of(shapes))
-            if smallest >= 1:
-                raise BudgetError(f"--keep {keep:g} cannot be met: the recipe's steps make no FFN smaller")
-            raise BudgetError(
-                f"--keep {keep:g} is too small for one neuron per FFN: the smallest is {smallest:.6f}"
-            )
-        layouts.append(layout)
-    return tuple(layouts)
-
-
-def element_budget(shape: FFNShape, keep: float) -> int:
-    """The number of elements in a fraction of a layer."""
-    return int(keep * shape.num_elements + 1e-9)
-
-
-def set_of(shapes: Sequence[FFNShape]) -> list[FFNShape]:
-    """Each shape once."""
-    return list(dict.fromkeys(shapes))
-
-
-def smallest_keep(shape: FFNShape, *, heavy: HeavyRule, steps: Sequence[Compressor]) -> float:
-    """The smallest fraction at which `fit_layer` succeeds, rounded up to six decimals."""
-
-    def too_small(budget: int) -> bool:
-        return fit_layer(shape, budget=budget, heavy=heavy, steps=steps) is None
-
-    high = last_true(too_small, first=0, last=shape.num_elements) + 1
-    return -(-high * 1_000_000 // shape.num_elements) / 1_000_000
-
-
-def last_true(holds: Callable[[int], bool], *, first: int, last: int) -> int:
-    """The largest number below `last` for which `holds` is true; from `first` on, it turns false once."""
-    low, high = first, last
-    while low + 1 < high:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
-
 
 Layouts = tuple[LayerLayout, ...]
 OF_THE_WHOLE_MODEL = ("max_parameters", "max_latency_ms")
@@ -176,6 +38,7 @@ class Solver:
     `latency` is for budgets in milliseconds. `num_energetic`, one number per layer, is for an energy rule;
     without it, that rule counts as one neuron per layer, the least it can ask for. `expert_share` of the
     saving is made by dropping whole experts, if it is not 0; FFNs that see every token then stay whole.
+    Widths and ranks are multiples of `multiple`, or as `rounded_down` says for None.
     """
 
     model: ModelShape
@@ -185,6 +48,7 @@ class Solver:
     latency: LatencyTable | None = None
     num_energetic: tuple[int, ...] | None = None
     expert_share: float = 0.0
+    multiple: int | None = None
 
     def cost(self, budget: Budget, layouts: Sequence[LayerLayout]) -> float:
         """The cost of these layouts, in the budget's units."""
@@ -198,7 +62,7 @@ class Solver:
 
     def stored(self, layouts: Sequence[LayerLayout]) -> Layouts:
         """The layouts as the final checkpoint stores them."""
-        return stored_layouts(layouts, self.model.shapes, finish=self.finish)
+        return stored_layouts(layouts, self.model.shapes, finish=self.finish, multiple=self.multiple)
 
     def _latency_ms(self, layouts: Sequence[LayerLayout]) -> float:
         assert self.latency is not None, "a latency budget comes with its table"
@@ -222,9 +86,43 @@ class Solver:
                 heavy=self.heavy,
                 steps=self.steps,
                 num_energetic=self.num_energetic,
+                multiple=self.multiple,
             )
             return self._in_equal_shares(layouts)
-        weights = profile or [1.0] * len(self.model.shapes)
+        found = self._largest(budget, profile or [1.0] * len(self.model.shapes))
+        return found if profile is not None else self._in_equal_shares(found)
+
+    @property
+    def unrounded(self) -> Solver:
+        """The solver that uses the whole budget, whatever the widths."""
+        return replace(self, multiple=1)
+
+    def _largest(self, budget: Budget, weights: Sequence[float]) -> Layouts:
+        """The largest layouts within a budget, of which each layer gets a share in proportion to its weight.
+
+        Widths are rounded to near multiples last. Otherwise the search would rather take a worse multiple
+        that uses more of the budget.
+        """
+        exact = self if self.multiple is not None else self.unrounded
+        size, smallest, found = exact._largest_size(budget, weights)
+        if exact is self:
+            return found
+        rounded = self._within(budget, size, weights)
+        if rounded is None:  # another division into parts may take more bytes
+            size = last_true(partial(self._holds, budget, weights), first=smallest, last=size)
+            rounded = self._within(budget, size, weights)
+        return rounded or found
+
+    def _holds(self, budget: Budget, weights: Sequence[float], num_elements: int) -> bool:
+        return self._within(budget, num_elements, weights) is not None
+
+    def _within(self, budget: Budget, num_elements: int, weights: Sequence[float]) -> Layouts | None:
+        """The layouts of `_scaled`, if there are any and they are within the budget."""
+        layouts = self._scaled(num_elements, weights)
+        return layouts if layouts is not None and self.meets(budget, layouts) else None
+
+    def _largest_size(self, budget: Budget, weights: Sequence[float]) -> tuple[int, int, Layouts]:
+        """The largest and the smallest size that the budget allows `_scaled`, and the largest's layouts."""
         most = math.ceil(self.model.ffn_elements / min(weights)) + 1
         smallest = last_true(lambda size: self._scaled(size, weights) is None, first=0, last=most) + 1
         narrowest = self._scaled(smallest, weights)
@@ -234,24 +132,23 @@ class Solver:
             rest += self._narrowest(budget)
             raise BudgetError(f"{budget} is too small for {self._least}{rest}: the smallest is {least}")
 
-        def holds(size: int) -> bool:
-            scaled = self._scaled(size, weights)
-            return scaled is not None and self.meets(budget, scaled)
-
-        found = self._scaled(last_true(holds, first=smallest, last=most), weights)
+        size = last_true(partial(self._holds, budget, weights), first=smallest, last=most)
+        found = self._scaled(size, weights)
         assert found is not None
-        return found if profile is not None else self._in_equal_shares(found)
+        return size, smallest, found
 
     def _in_equal_shares(self, layouts: Layouts) -> Layouts:
         """The same layouts without the differences of rounding. An energy rule's differences are meant."""
-        return layouts if self.heavy.by == "energy" else in_equal_shares(layouts, self.model)
+        if self.heavy.by == "energy":
+            return layouts
+        return in_equal_shares(layouts, self.model, multiple=self.multiple)
 
     @property
     def _least(self) -> str:
         """What no budget can go below, in words."""
         mixture = self.model.mixture
         if not self.expert_share or mixture is None:
-            return "one neuron per FFN"
+            return least_in_words(self.multiple)
         return f"the {mixture.fewest} of {mixture.num_experts} experts per block that the router needs"
 
     def _narrowest(self, budget: Budget) -> str:
@@ -283,6 +180,7 @@ class Solver:
                 heavy=self.heavy,
                 steps=self.steps,
                 num_energetic=count,
+                multiple=self.multiple,
             )
         layouts = [made[each] for each in zip(self.model.shapes, weights, counts, strict=True)]
         return tuple(each for each in layouts if each is not None) if all(layouts) else None
@@ -319,8 +217,13 @@ class Solver:
         stays = in_group - num_dropped // mixture.num_groups
         layouts = [LayerLayout.dense(shape) for shape in shapes]
         for first in mixture.firsts:
-            budget = element_budget(shapes[first], kept)
-            layout = fit_layer(shapes[first], budget=budget, heavy=self.heavy, steps=self.steps)
+            shape = shapes[first]
+            layout: LayerLayout | None = LayerLayout.dense(shape)
+            if kept < 1:
+                budget = element_budget(shape, kept)
+                layout = fit_layer(
+                    shape, budget=budget, heavy=self.heavy, steps=self.steps, multiple=self.multiple
+                )
             if layout is None:
                 return None
             for position, index in enumerate(mixture.experts_of(first)):
@@ -338,11 +241,22 @@ class Solver:
         return -1 not in experts and not experts & others
 
 
-def in_equal_shares(layouts: Layouts, model: ModelShape) -> Layouts:
+def checked_multiple(multiple: int | None, *, model: ModelShape) -> int | None:
+    """The multiple of widths and ranks. Raises ConfigError if an FFN has fewer neurons."""
+    smallest = min(shape.num_neurons for shape in model.shapes)
+    if multiple is not None and multiple > smallest:
+        raise ConfigError(
+            f"--width-multiple {multiple} is more than an FFN has: give at most its {smallest:,} neurons"
+        )
+    return multiple
+
+
+def in_equal_shares(layouts: Layouts, model: ModelShape, *, multiple: int | None = None) -> Layouts:
     """The layouts with FFNs narrowed, where one field of the config states their widths, by one fraction.
 
     Rounding gives FFNs of different widths slightly different fractions, and the field can state only one:
-    the smallest. Layouts that are not merely narrower stay as they are.
+    the smallest, of which all widths are multiples of `multiple`. Layouts that are not merely narrower stay
+    as they are.
     """
     if not is_narrowed_form(layouts, model.shapes):
         return layouts
@@ -352,9 +266,12 @@ def in_equal_shares(layouts: Layouts, model: ModelShape) -> Layouts:
         members = [index for index, each in enumerate(groups) if each == group]
         unit = min(model.shapes[index].num_neurons for index in members)  # the field's own value
         value = min(layouts[index].num_neurons * unit // model.shapes[index].num_neurons for index in members)
-        multiple = max(model.shapes[index].width_multiple for index in members)
-        value -= value % multiple if value < unit else 0
-        for index in members if value else ():
+        kernels = max(model.shapes[index].width_multiple for index in members)
+        value -= value % kernels if value < unit else 0
+        widths = {model.shapes[index].num_neurons for index in members}
+        while value > 0 and any(value * width // unit % (multiple or 1) for width in widths):
+            value -= kernels
+        for index in members if value > 0 else ():
             equal[index] = _narrowed(layouts[index], value * model.shapes[index].num_neurons // unit)
     return tuple(equal)
 
@@ -371,7 +288,11 @@ def _narrowed(layout: LayerLayout, width: int) -> LayerLayout:
 
 
 def stored_layouts(
-    layouts: Sequence[LayerLayout], shapes: Sequence[FFNShape], *, finish: Compressor | None
+    layouts: Sequence[LayerLayout],
+    shapes: Sequence[FFNShape],
+    *,
+    finish: Compressor | None,
+    multiple: int | None = None,
 ) -> Layouts:
     """The layouts in the recipe's final checkpoint, from those that the steps leave."""
     if finish is None:
@@ -382,7 +303,7 @@ def stored_layouts(
         if whole.is_dropped:
             stored.append(whole)
             continue
-        finished = finish.plan(whole, shape=shape, budget=whole.num_elements(shape))
+        finished = finish.plan(whole, shape=shape, budget=whole.num_elements(shape), multiple=multiple)
         assert finished is not None, "what a recipe ends with keeps every element"
         stored.append(finished)
     return tuple(stored)

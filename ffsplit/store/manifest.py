@@ -320,6 +320,10 @@ class Manifest(Versioned):
     compute: Compute
     recipe: dict[str, Any] = Field(description="the recipe as resolved")
     keep: float | None = Field(description="elements of all FFNs, as a fraction of the original's")
+    keep_unrounded: float | None = Field(
+        default=None,
+        description="what the budget allows uniform layers if widths and ranks are not rounded to multiples",
+    )
     budget: Budget | None = Field(default=None, description="as given, or the recipe's keep")
     nonce: str | None = Field(default=None, description="set by --fresh, part of the run key")
     model: SourceModel

@@ -228,6 +228,20 @@ def test_heavy_hitters_that_leave_no_room_have_no_plan(shape: FFNShape) -> None:
         assert (layout and layout.light and layout.light.num_neurons) == width
 
 
+@pytest.mark.parametrize(
+    ("num_heavy", "multiple", "num_light"), [(500, None, 12), (512, None, 30), (500, 1, 42), (256, 128, 256)]
+)
+def test_heavy_and_light_neurons_together_are_a_multiple(
+    num_heavy: int, multiple: int | None, num_light: int
+) -> None:
+    """A checkpoint stores both as one: 542 fit, and 512 are near, unless no light neuron would be left."""
+    shape = FFNShape(num_neurons=1536, hidden_size=8, gated=False, up_bias=False, down_bias=False)
+    step, budget = DistillCompressor(part="light"), LayerLayout.dense(shape, 542).num_elements(shape)
+    layout = step.plan(with_light_part(shape, num_heavy), shape=shape, budget=budget, multiple=multiple)
+    assert layout is not None and layout.light is not None and layout.light.num_neurons == num_light
+    assert step.plan(with_light_part(shape, 512), shape=shape, budget=budget, multiple=64) is None
+
+
 @forms
 def test_light_neurons_that_all_fit_are_left_as_they_are(shape: FFNShape) -> None:
     ffn = random_ffn(shape)

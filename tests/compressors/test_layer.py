@@ -8,7 +8,7 @@ import torch
 from ffsplit.compressors.layer import CompressedLayer, compress_layer
 from ffsplit.ffn.shapes import FFNShape, LayerLayout, LowRank, PartLayout
 from ffsplit.recipes import shipped_recipes
-from ffsplit.splitting.solver import uniform_layouts
+from ffsplit.splitting.layer import uniform_layouts
 from tests.compressors.random_ffn import FORMS, all_tensors, direct_output, random_ffn, random_inputs
 from tests.short_recipes import short_recipe
 

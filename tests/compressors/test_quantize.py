@@ -12,7 +12,7 @@ from ffsplit.compressors.layer import CompressedLayer, compress_layer
 from ffsplit.ffn.quantization import dequantize, fake_quantize, quantize_rows, scales_of
 from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout, LowRank, PartLayout
 from ffsplit.recipes.recipe import load_recipe
-from ffsplit.splitting.solver import HeavyRule, uniform_layouts
+from ffsplit.splitting.layer import HeavyRule, uniform_layouts
 from tests.compressors.random_ffn import FORMS, random_ffn, random_inputs
 
 forms = pytest.mark.parametrize("shape", FORMS.values(), ids=FORMS)
@@ -183,6 +183,17 @@ def test_few_neurons_are_split_or_stay_in_one_part(num_neurons: int) -> None:
     assert layout is not None and layout.num_neurons == num_neurons
     sizes = [part.num_neurons for part in layout.parts]
     assert sizes == {1: [1], 2: [1, 1], 7: [1, 6], 16: [1, 15], 100: [4, 96]}[num_neurons]
+
+
+@pytest.mark.parametrize(
+    ("num_neurons", "sizes"), [(1536, [128, 1408]), (256, [128, 128]), (128, [128]), (640, [128, 512])]
+)
+def test_both_parts_of_a_split_are_multiples(num_neurons: int, sizes: list[int]) -> None:
+    shape = FFNShape(num_neurons=num_neurons, hidden_size=8, gated=False, up_bias=False, down_bias=False)
+    step = load_recipe("split").after_healing
+    assert step is not None
+    layout = step.plan(LayerLayout.dense(shape), shape=shape, budget=shape.num_elements, multiple=128)
+    assert layout is not None and [part.num_neurons for part in layout.parts] == sizes
 
 
 def test_an_ffn_in_parts_of_other_formats_is_not_split_again() -> None:

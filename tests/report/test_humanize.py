@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from ffsplit.ffn.shapes import Integer, LayerLayout, LowRank, PartLayout
+from ffsplit.ffn.shapes import FFNShape, Integer, LayerLayout, LowRank, PartLayout
 from ffsplit.report import humanize
 from ffsplit.store.manifest import DroppedExperts, ExpertsRecord
 
@@ -115,6 +115,24 @@ def test_layouts_in_words():
         quantized = PartLayout(num_neurons=1536, up=integer, gate=integer, down=integer)
         layer = LayerLayout(heavy=quantized, light=None, down_bias=False)
         assert humanize.layout(layer) == f"1,536 at {shown}"
+
+
+def test_what_rounding_gave_up_is_one_line() -> None:
+    shape = FFNShape(num_neurons=1536, hidden_size=384, gated=False, up_bias=True, down_bias=True)
+    layouts, shapes = (LayerLayout.dense(shape, 512),) * 6, (shape,) * 6
+    line = humanize.rounding_in_words(layouts, shapes, keep=0.3335, unrounded=0.3531)
+    assert line == (
+        "width 512 of 1,536 neurons: keep 0.3335; "
+        "rounding widths gave up 0.0196 of the 0.3531 that the budget allows (--width-multiple 1 uses it)"
+    )
+    assert humanize.rounding_in_words(layouts, shapes, keep=0.3335, unrounded=0.3339) is None
+    assert humanize.rounding_in_words(layouts, shapes, keep=0.3335, unrounded=0.3334) is None
+    several = [LayerLayout.dense(shape, 64 * count) for count in (1, 2, 3, 4, 5)]
+    line = humanize.rounding_in_words([*several, LayerLayout.dropped()], shapes, keep=0.1, unrounded=0.2)
+    assert line is not None and line.startswith(
+        "width 64 of 1,536, width 128 of 1,536, width 192 of 1,536 and 2 more"
+    )
+    assert humanize.given_up_in_words(None, unrounded=None) == ""
 
 
 def test_ffns_are_layers_where_each_is_a_layers_only_one() -> None:

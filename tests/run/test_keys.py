@@ -20,6 +20,7 @@ def test_the_run_key_names_what_is_computed(small_job: SmallJob, tmp_path: Path)
     assert key(workers=7, out=tmp_path / "elsewhere") == base
     changes: list[dict[str, Any]] = [
         {"keep": 0.4},
+        {"width_multiple": 4},
         {"samples": 39},
         {"max_length": 15},
         {"seed": 1},

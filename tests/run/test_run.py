@@ -78,6 +78,29 @@ def test_keep_one_changes_nothing(small_job: SmallJob, tmp_path: Path) -> None:
     assert manifest.measurements.fidelity["token_cosine"] == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize(("multiple", "width"), [(16, 32), (None, 47)])
+def test_what_a_budget_gives_up_to_rounding_is_said_everywhere(
+    small_job: SmallJob,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    multiple: int | None,
+    width: int,
+) -> None:
+    """In the run's log, the manifest and the report; a result of a multiple loads as any other."""
+    manifest = ffsplit.compress(small_job.config(tmp_path / "out", width_multiple=multiple))
+    assert {layer.layout.num_neurons for layer in manifest.layers} == {width}
+    assert manifest.recipe["width_multiple"] == multiple and manifest.plain
+    whole = 96 * 65 + 32
+    assert manifest.keep == pytest.approx((width * 65 + 32) / whole)
+    assert manifest.keep_unrounded == pytest.approx((47 * 65 + 32) / whole)
+    said = "rounding widths gave up 0.1555 of the 0.4922 that the budget allows"
+    attempt = tmp_path / "out" / manifest.run_key / manifest.attempt
+    report, log = (attempt / "report.html").read_text("utf-8"), capsys.readouterr().err
+    assert (said in report) == (multiple is not None)
+    assert (f"width 32 of 96 neurons: keep 0.3367; {said}" in log) == (multiple is not None)
+    assert AutoModel.from_pretrained(attempt).config.intermediate_size == width
+
+
 def test_a_second_call_does_nothing(
     small_job: SmallJob, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

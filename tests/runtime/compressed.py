@@ -22,8 +22,8 @@ from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.load import load_base_model, load_whole_model
 from ffsplit.runtime.assemble import MAX_SHARD_BYTES, assemble, is_plain, keeps_names
 from ffsplit.runtime.ffn_tensors import layer_tensors, load_ffn
+from ffsplit.splitting.layer import uniform_layouts
 from ffsplit.splitting.scores import plan_split
-from ffsplit.splitting.solver import uniform_layouts
 from tests.short_recipes import short_recipe
 from tests.tiny_models import CAUSAL, random_rows
 

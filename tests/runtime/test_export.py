@@ -100,7 +100,7 @@ def test_floating_point_models(
     assert main(["export", str(compressed.directory), "--format", "onnx", "--out", str(tmp_path / "o")]) == 0
     outputs = generated if family in CAUSAL else compared
     for found, expected in outputs(
-        tmp_path / "o" / "model.onnx", compressed.directory, compressed.source.class_name
+        tmp_path / "o" / "onnx" / "model.onnx", compressed.directory, compressed.source.class_name
     ):
         np.testing.assert_allclose(found, expected, atol=1e-4, rtol=1e-3)
     assert (tmp_path / "o" / "tokenizer.json").is_file()
@@ -113,17 +113,17 @@ def test_int8_stays_int8(int8_artifact: Any, tmp_path: Path, family: str) -> Non
 
     directory, class_name = int8_artifact(family)
     assert main(["export", str(directory), "--format", "onnx", "--out", str(tmp_path / "o")]) == 0
-    graph = onnx.load(str(tmp_path / "o" / "model.onnx")).graph
+    graph = onnx.load(str(tmp_path / "o" / "onnx" / "model.onnx")).graph
     model = load_whole_model(directory, class_name)
     num_linears = sum(isinstance(module, QuantizedLinear) for module in model.modules())
     assert sum(node.op_type == "MatMulInteger" for node in graph.node) == num_linears > 0
     stored = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
     assert len([tensor for tensor in stored if len(tensor.dims) == 2]) == num_linears
     outputs = generated if family in CAUSAL else compared
-    for found, expected in outputs(tmp_path / "o" / "model.onnx", directory, class_name):
+    for found, expected in outputs(tmp_path / "o" / "onnx" / "model.onnx", directory, class_name):
         assert np.linalg.norm(found - expected) <= 0.05 * np.linalg.norm(expected)
     if family not in CAUSAL:
-        assert_alone_as_in_company(tmp_path / "o" / "model.onnx", model)
+        assert_alone_as_in_company(tmp_path / "o" / "onnx" / "model.onnx", model)
 
 
 def assert_alone_as_in_company(file: Path, model: Any) -> None:

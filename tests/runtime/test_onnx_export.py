@@ -92,7 +92,10 @@ def test_pairs_give_what_torch_gives(tmp_path: Path, prefix: str, head: str, fie
     model = save_pair_model(tmp_path / "model", prefix, head, **fields)
     out = tmp_path / "onnx"
     assert main(["export", str(tmp_path / "model"), "--format", "onnx", "--out", str(out)]) == 0
-    session, tokenizer = session_of(out / "model.onnx"), transformers.AutoTokenizer.from_pretrained(out)
+    session, tokenizer = (
+        session_of(out / "onnx" / "model.onnx"),
+        transformers.AutoTokenizer.from_pretrained(out),
+    )
     names = [each.name for each in session.get_outputs()]
     assert names == (
         ["start_logits", "end_logits"]
@@ -135,7 +138,7 @@ def test_an_input_that_the_model_does_not_take_is_none_of_the_graph(
     save_tokenizer(directory)
     tell_pairs_apart(directory)
     assert main(["export", str(directory), "--format", "onnx", "--out", str(tmp_path / "onnx")]) == 0
-    inputs = session_of(tmp_path / "onnx" / "model.onnx").get_inputs()
+    inputs = session_of(tmp_path / "onnx" / "onnx" / "model.onnx").get_inputs()
     assert {each.name for each in inputs} == {"input_ids", "attention_mask"}
 
 
@@ -145,7 +148,10 @@ def test_a_cache_takes_token_types_too(tmp_path: Path) -> None:
     model = save_pair_model(tmp_path / "model", "GPT2", "LMHeadModel", **GPT2)
     out = tmp_path / "onnx"
     assert main(["export", str(tmp_path / "model"), "--format", "onnx", "--out", str(out)]) == 0
-    session, tokenizer = session_of(out / "model.onnx"), transformers.AutoTokenizer.from_pretrained(out)
+    session, tokenizer = (
+        session_of(out / "onnx" / "model.onnx"),
+        transformers.AutoTokenizer.from_pretrained(out),
+    )
     given = tokenizer("the time", "people like to work", return_tensors="np")
     with torch.no_grad():
         expected = model(**tokenizer("the time", "people like to work", return_tensors="pt")).logits
@@ -182,7 +188,9 @@ def test_a_decoder_that_takes_no_positions(tmp_path: Path) -> None:
     """Bloom goes by the mask alone."""
     directory = save_family(tmp_path / "model", "bloom", "ForCausalLM")
     assert main(["export", str(directory), "--format", "onnx", "--out", str(tmp_path / "onnx")]) == 0
-    for found, expected in generated(tmp_path / "onnx" / "model.onnx", directory, "BloomForCausalLM"):
+    for found, expected in generated(
+        tmp_path / "onnx" / "onnx" / "model.onnx", directory, "BloomForCausalLM"
+    ):
         np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -15,8 +15,9 @@ from ffsplit.compressors import PruneCompressor
 from ffsplit.config import Budget
 from ffsplit.errors import BudgetError, CalibrationError
 from ffsplit.ffn.shapes import FFNShape, LayerLayout, Mixture, ModelShape
+from ffsplit.splitting.layer import HeavyRule
 from ffsplit.splitting.scores import choose_dropped, router_weighted_norm
-from ffsplit.splitting.solver import HeavyRule, Solver
+from ffsplit.splitting.solver import Solver
 from tests.calibration.random_statistics import random_statistics
 
 SHARED = FFNShape(num_neurons=128, hidden_size=32, gated=True, up_bias=False, down_bias=False)
@@ -73,6 +74,17 @@ def test_whole_experts_are_dropped_before_any_is_narrowed() -> None:
     assert (MIXTURE.num_dropped(layouts), layouts[1].num_neurons) == (2, 40)
     layouts = FIXED.solve(keep(1 - 3.5 * whole))
     assert (MIXTURE.num_dropped(layouts), layouts[1].num_neurons) == (4, 64), "no config states a width"
+
+
+@pytest.mark.parametrize("multiple", [16, 24])
+def test_narrower_experts_are_multiples_and_whole_ones_stay_whole(multiple: int) -> None:
+    """Also where the multiple does not divide their width: a whole expert needs no config to state it."""
+    for limit in (0.9, 0.7, 0.5, 0.35):
+        widths = {each.num_neurons for each in replace(HALF, multiple=multiple).solve(keep(limit))[1:]} - {0}
+        assert len(widths) == 1 and all(width % multiple == 0 or width == 64 for width in widths)
+        fixed = replace(FIXED, multiple=multiple).solve(keep(limit))
+        assert {each.num_neurons for each in fixed[1:]} == {0, 64}
+        assert fixed == FIXED.solve(keep(limit))
 
 
 def test_a_budget_in_parameters_counts_the_rows_of_routers() -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ffsplit.compressors import LowRankCompressor, PruneCompressor
 from ffsplit.ffn.shapes import FFNShape, LayerLayout
-from ffsplit.splitting.solver import HeavyRule, fit_layer, smallest_keep, uniform_layouts
+from ffsplit.splitting.layer import HeavyRule, fit_layer, smallest_keep, uniform_layouts
 
 MINILM = FFNShape(num_neurons=1536, hidden_size=384, gated=False, up_bias=True, down_bias=True)
 LOW_RANK, PRUNE = (LowRankCompressor(),), (PruneCompressor(),)
@@ -28,17 +28,20 @@ def test_a_fraction_of_the_neurons(value: float, width: int) -> None:
     assert layout is not None and layout.num_neurons == 1536
 
 
-@pytest.mark.parametrize("count", [1, 30, 200])
-def test_as_many_as_hold_the_energy(count: int) -> None:
+@pytest.mark.parametrize(("count", "rounded"), [(1, 1), (30, 30), (200, 192)])
+def test_as_many_as_hold_the_energy(count: int, rounded: int) -> None:
     rule = HeavyRule(by="energy", value=0.9)
-    layout = fit_layer(MINILM, budget=BUDGET, heavy=rule, steps=LOW_RANK, num_energetic=count)
-    assert heavy_hitters(layout) == count
+    for multiple, width in ((1, count), (None, rounded), (64, max(64, count // 64 * 64))):
+        layout = fit_layer(
+            MINILM, budget=BUDGET, heavy=rule, steps=LOW_RANK, num_energetic=count, multiple=multiple
+        )
+        assert heavy_hitters(layout) == width
 
 
 def test_each_layer_has_its_own_number_by_energy() -> None:
     rule = HeavyRule(by="energy", value=0.9)
     layouts = uniform_layouts([MINILM] * 3, keep=0.3, heavy=rule, steps=LOW_RANK, num_energetic=[3, 1, 90])
-    assert [heavy_hitters(layout) for layout in layouts] == [3, 1, 90]
+    assert [heavy_hitters(layout) for layout in layouts] == [3, 1, 88]  # 90 is rounded
 
 
 @settings(deadline=None)
@@ -47,12 +50,20 @@ def test_a_budget_without_room_cuts_the_heavy_hitters_down(
     count: int, keep: float, steps: tuple[LowRankCompressor | PruneCompressor, ...]
 ) -> None:
     rule, budget = HeavyRule(by="energy", value=0.9), int(keep * MINILM.num_elements)
-    layout = fit_layer(MINILM, budget=budget, heavy=rule, steps=steps, num_energetic=count)
+
+    def fitted(count: int, multiple: int | None) -> LayerLayout | None:
+        return fit_layer(
+            MINILM, budget=budget, heavy=rule, steps=steps, num_energetic=count, multiple=multiple
+        )
+
+    layout, rounded = fitted(count, 1), fitted(count, None)
     assume(layout is not None)
     assert layout is not None and layout.num_elements(MINILM) <= budget
+    assert rounded is not None and rounded.num_elements(MINILM) <= budget
     width = heavy_hitters(layout)
+    assert 0 <= width - heavy_hitters(rounded) < min(0.02 * 1536, max(width / 12, 1))
     if width < count:
-        assert fit_layer(MINILM, budget=budget, heavy=rule, steps=steps, num_energetic=width + 1) == layout
+        assert fitted(width + 1, 1) == layout
 
 
 @pytest.mark.parametrize("by", ["share", "fraction", "energy"])

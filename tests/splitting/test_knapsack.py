@@ -22,8 +22,9 @@ from ffsplit.splitting.knapsack import (
     nearest_measured,
     width_step,
 )
+from ffsplit.splitting.layer import HeavyRule
 from ffsplit.splitting.proposal import TABLES, propose_widths
-from ffsplit.splitting.solver import HeavyRule, Solver
+from ffsplit.splitting.solver import Solver
 
 
 def shape_of(num_neurons: int = 64, hidden_size: int = 16) -> FFNShape:
@@ -135,6 +136,18 @@ def test_between_measured_widths_the_root_changes_evenly() -> None:
     assert curve.errors == pytest.approx([0.64, 0.16, 0.0])
 
 
+def test_a_whole_ffn_is_no_choice_if_the_multiple_does_not_divide_it() -> None:
+    table = WidthTable((20, 40, 64), (0.5, 0.1, 0.0))
+    assert curve_of(table, step=20, multiple=20).widths == (20, 40, 60)
+    assert curve_of(table, step=20).widths == (20, 40, 60, 64)
+    whole = WidthTable((16, 32, 64), (0.5, 0.1, 0.0))
+    assert curve_of(whole, step=16, multiple=16).widths == (16, 32, 48, 64)
+    for given, multiple in ((table, 20), (whole, 16)):
+        curve = curve_of(given, step=multiple, multiple=multiple)
+        assert len(curve.errors) == len(curve.widths)
+        assert curve.errors[:2] == pytest.approx(list(given.errors[:2]))
+
+
 def test_steps_of_one_layer_keep_their_order() -> None:
     curves = [random_curve(random.Random(seed)) for seed in range(3)]
     order = best_order(curves, costs=[1, 1, 1])
@@ -153,6 +166,9 @@ def test_widths_are_multiples_that_kernels_like(num_neurons: int, step: int) -> 
         widths = measured_widths(shape, kept=kept)
         assert widths == tuple(sorted(set(widths))) and widths[-1] == num_neurons
         assert all(width % step == 0 for width in widths[:-1]) and widths[0] >= step
+        (coarse,) = [measured_widths(shape, kept=kept, multiple=24)]
+        assert width_step(shape, multiple=24) == 24 and coarse[-1] == num_neurons
+        assert all(width % 24 == 0 for width in coarse[:-1])
     assert len(measured_widths(shape_of(1536), kept=0.5)) == 7
     assert min(abs(width - 768) for width in measured_widths(shape_of(1536), kept=0.5)) == 0
 

@@ -17,7 +17,8 @@ from ffsplit.config import Budget
 from ffsplit.errors import BudgetError, ConfigError
 from ffsplit.ffn.shapes import FFNShape, ModelShape
 from ffsplit.splitting.latency import LatencyPoint, LatencyTable, read_latency_table
-from ffsplit.splitting.solver import HeavyRule, Solver
+from ffsplit.splitting.layer import HeavyRule
+from ffsplit.splitting.solver import Solver
 
 SHAPE = FFNShape(num_neurons=16, hidden_size=32, gated=False, up_bias=True, down_bias=True)
 

@@ -9,6 +9,7 @@ import pytest
 from ffsplit.compressors import PruneCompressor
 from ffsplit.config import Budget
 from ffsplit.ffn.shapes import FFNShape, ModelShape
+from ffsplit.splitting.layer import HeavyRule
 from ffsplit.splitting.proposal import (
     HALVING,
     SENSITIVITY,
@@ -16,7 +17,7 @@ from ffsplit.splitting.proposal import (
     least_error_fractions,
     propose,
 )
-from ffsplit.splitting.solver import HeavyRule, Solver
+from ffsplit.splitting.solver import Solver
 
 SHAPE = FFNShape(num_neurons=400, hidden_size=32, gated=False, up_bias=True, down_bias=True)
 MODEL = ModelShape(

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.errors import CalibrationError
+from ffsplit.splitting.layer import HeavyRule
 from ffsplit.splitting.scores import (
     FEWEST_TOKENS,
     centred_output_norm,
@@ -25,7 +26,6 @@ from ffsplit.splitting.scores import (
     top_neurons,
     well_sampled,
 )
-from ffsplit.splitting.solver import HeavyRule
 
 TOKENS, NEURONS, HIDDEN = 50, 40, 8
 GENERATOR = np.random.default_rng(0)

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from ffsplit.compressors import DistillCompressor, LowRankCompressor, PruneCompressor, QuantizeCompressor
 from ffsplit.config import Budget, BudgetKind
-from ffsplit.errors import BudgetError
-from ffsplit.ffn.shapes import FFNShape, LayerLayout, ModelShape, is_stock_form
+from ffsplit.errors import BudgetError, ConfigError
+from ffsplit.ffn.shapes import FFNShape, LayerLayout, LowRank, ModelShape, is_stock_form
 from ffsplit.splitting.latency import LatencyPoint, LatencyTable
-from ffsplit.splitting.solver import HeavyRule, Solver, uniform_layouts
+from ffsplit.splitting.layer import HeavyRule, uniform_layouts
+from ffsplit.splitting.solver import Solver, checked_multiple
 
 MINILM = FFNShape(num_neurons=1536, hidden_size=384, gated=False, up_bias=True, down_bias=True)
 MODEL = ModelShape(
@@ -36,23 +37,35 @@ PAPER = Solver(model=MODEL, heavy=HALF, steps=(LowRankCompressor(),))
 INT8 = Solver(model=MODEL, heavy=ALL, steps=(PruneCompressor(),), finish=QuantizeCompressor())
 
 
+KEEP = Budget(kind="keep", limit=1)
+
+
+def dense(width: int) -> tuple[LayerLayout, ...]:
+    return (LayerLayout.dense(MINILM, width),) * 6
+
+
 def widths(layouts: tuple[LayerLayout, ...]) -> list[int]:
     return [layout.num_neurons for layout in layouts]
 
 
 def wider(layouts: tuple[LayerLayout, ...]) -> tuple[LayerLayout, ...]:
-    """The next width that the rule may give: the next multiple of 8."""
-    return tuple(LayerLayout.dense(MINILM, (each.num_neurons // 8 + 1) * 8) for each in layouts)
+    """With one more neuron in each layer."""
+    return tuple(LayerLayout.dense(MINILM, each.num_neurons + 1) for each in layouts)
 
 
 @settings(deadline=None, max_examples=60)
-@given(limit=st.integers(200_000, 28_000_000), solver=st.sampled_from([PRUNE, PAPER]))
+@given(limit=st.integers(300_000, 28_000_000), solver=st.sampled_from([PRUNE, PAPER]))
 def test_bytes_are_never_exceeded(limit: int, solver: Solver) -> None:
-    layouts = solver.solve(Budget(kind="max_bytes", limit=limit))
-    assert MODEL.bytes_of(layouts) <= limit
-    one_step = 6 * 4 * (MINILM.elements_per_neuron + 2 * (1536 + 384))
-    assert limit - MODEL.bytes_of(layouts) < 0.02 * limit + one_step
-    assert len(set(layouts)) == 1
+    budget, one_step = Budget(kind="max_bytes", limit=limit), 6 * 4 * 2 * (1536 + 384)
+    for each, given_up in (
+        (solver.unrounded, 0.0),
+        (solver, min(0.02 * MODEL.ffn_bytes, limit / 12)),
+        (replace(solver, multiple=2), one_step),
+    ):
+        layouts = each.solve(budget)
+        assert MODEL.bytes_of(layouts) <= limit
+        assert limit - MODEL.bytes_of(layouts) < given_up + one_step or layouts == dense(1536)
+        assert len(set(layouts)) == 1
 
 
 LIMITS: list[tuple[BudgetKind, float]] = [
@@ -65,23 +78,78 @@ LIMITS: list[tuple[BudgetKind, float]] = [
 @pytest.mark.parametrize(("kind", "limit"), LIMITS)
 def test_the_next_width_would_exceed(kind: BudgetKind, limit: float) -> None:
     budget = Budget(kind=kind, limit=limit)
-    layouts = PRUNE.solve(budget)
+    layouts = PRUNE.unrounded.solve(budget)
     assert PRUNE.cost(budget, layouts) <= limit
     assert PRUNE.cost(budget, wider(layouts)) > limit
+
+
+@pytest.mark.parametrize("multiple", [64, 96, 256, 1])
+@pytest.mark.parametrize(("kind", "limit"), [("keep", 0.3535), *LIMITS])
+def test_a_multiple_is_binding_for_every_kind_of_budget(
+    kind: BudgetKind, limit: float, multiple: int
+) -> None:
+    budget, solver = Budget(kind=kind, limit=limit), replace(PRUNE, multiple=multiple)
+    most = widths(PRUNE.unrounded.solve(budget))[0]
+    assert solver.solve(budget) == dense(most // multiple * multiple)
+
+
+@pytest.mark.parametrize("kind", ["max_bytes", "max_parameters"])
+@pytest.mark.parametrize(
+    ("most", "width"), [(542, 512), (543, 528), (767, 752), (542 + 64, 576), (1535, 1520), (30, 30)]
+)
+def test_every_kind_of_budget_is_rounded_alike(kind: BudgetKind, most: int, width: int) -> None:
+    """A search over rounded widths would find 528 for 542: 543 is rounded to that, and it fits."""
+    limit = PRUNE.cost(Budget(kind=kind, limit=1), dense(most))
+    assert PRUNE.solve(Budget(kind=kind, limit=limit)) == dense(width)
+    assert PRUNE.solve(Budget(kind="keep", limit=PRUNE.cost(KEEP, dense(most)))) == dense(width)
+
+
+def test_a_multiple_holds_for_ranks_too() -> None:
+    for multiple, heavy, rank in ((None, 256, 64), (1, 271, 62), (48, 240, 48), (17, 255, 51)):
+        (layout, *_) = replace(PAPER, multiple=multiple).solve(Budget(kind="keep", limit=0.3535))
+        assert layout.heavy is not None and layout.heavy.num_neurons == heavy
+        assert layout.light is not None and layout.light.up == LowRank(rank=rank)
+        assert layout.num_neurons == 1536
+
+
+def test_a_whole_ffn_is_narrowed_if_the_multiple_does_not_divide_it() -> None:
+    budget = Budget(kind="keep", limit=1)
+    assert replace(PRUNE, multiple=512).solve(budget) == dense(1536)
+    assert replace(PRUNE, multiple=1000).solve(budget) == dense(1000)
+    assert replace(PRUNE, multiple=1000).solve(Budget(kind="max_bytes", limit=10**9)) == dense(1000)
+
+
+@pytest.mark.parametrize("solver", [PRUNE, PAPER, replace(PRUNE, expert_share=0.0, heavy=HALF)])
+def test_the_smallest_budget_with_a_multiple_is_named(solver: Solver) -> None:
+    solver = replace(solver, multiple=256)
+    for kind, limit in (("keep", 1e-6), ("max_bytes", 1), ("max_parameters", 1)):
+        with pytest.raises(BudgetError, match="too small for widths and ranks in multiples of 256") as caught:
+            solver.solve(Budget(kind=kind, limit=limit))  # type: ignore[arg-type]
+        smallest = float(str(caught.value).rpartition(" ")[2])
+        found = solver.solve(Budget(kind=kind, limit=smallest))  # type: ignore[arg-type]
+        assert all(layout.heavy and layout.heavy.num_neurons == 256 for layout in found)
+
+
+def test_a_multiple_that_no_budget_meets_is_one_line() -> None:
+    with pytest.raises(BudgetError, match="make no FFN smaller in multiples of 1,536"):
+        replace(PRUNE, multiple=1536).solve(Budget(kind="keep", limit=0.5))
+    with pytest.raises(ConfigError, match=r"multiple 1537 .*give at most its 1,536 neurons"):
+        checked_multiple(1537, model=MODEL)
+    assert checked_multiple(1536, model=MODEL) == 1536 and checked_multiple(None, model=MODEL) is None
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.3535, 0.2, 0.05, 1.0])
 @pytest.mark.parametrize("kind", ["max_bytes", "max_parameters"])
 def test_what_a_fraction_comes_to_resolves_to_the_same_layouts(keep: float, kind: BudgetKind) -> None:
-    layouts = PRUNE.solve(Budget(kind="keep", limit=keep))
+    layouts = PRUNE.unrounded.solve(Budget(kind="keep", limit=keep))
     limit = PRUNE.cost(Budget(kind=kind, limit=1), layouts)
-    assert PRUNE.solve(Budget(kind=kind, limit=limit)) == layouts
+    assert PRUNE.unrounded.solve(Budget(kind=kind, limit=limit)) == layouts
+    assert PRUNE.solve(Budget(kind=kind, limit=limit)) == PRUNE.solve(Budget(kind="keep", limit=keep))
 
 
 def test_a_budget_beyond_the_original_is_the_original() -> None:
-    dense = (LayerLayout.dense(MINILM),) * 6
     for kind, limit in (("max_bytes", 10**9), ("max_parameters", 10**9), ("max_latency_ms", 1e6)):
-        assert PRUNE.solve(Budget(kind=kind, limit=limit)) == dense
+        assert PRUNE.solve(Budget(kind=kind, limit=limit)) == dense(1536)
 
 
 @pytest.mark.parametrize("kind", ["max_bytes", "max_parameters", "max_latency_ms"])
@@ -156,7 +224,9 @@ def test_heavy_hitters_by_energy_meet_budgets_in_bytes() -> None:
     layouts = solver.solve(budget)
     assert MODEL.bytes_of(layouts) <= 8_000_000
     heavy = [layout.heavy.num_neurons for layout in layouts if layout.heavy]
-    assert heavy[:4] == [5, 1, 40, 90] and heavy[5] < 1400
+    assert heavy[:4] == [5, 1, 40, 88] and heavy[5] < 1400  # 90 is rounded
+    exact = [layout.heavy.num_neurons for layout in solver.unrounded.solve(budget) if layout.heavy]
+    assert exact[:4] == [5, 1, 40, 90] and exact[5] < 1400
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.5, 0.31, 0.07])

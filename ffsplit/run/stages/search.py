@@ -264,7 +264,8 @@ def search(
             proposed = propose(solver, run.budget, errors, uniform=layouts)
         else:
             errors = tables.errors_near(layouts)
-            proposed = propose_widths(solver, run.budget, tables.curves(solver.model), uniform=layouts)
+            curves = tables.curves(solver.model, multiple=solver.multiple)
+            proposed = propose_widths(solver, run.budget, curves, uniform=layouts)
         if proposed is not None:
             sources.append(built(proposed))
             candidates.append(proposed)

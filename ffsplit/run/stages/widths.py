@@ -291,12 +291,13 @@ class Tables(NamedTuple):
     alone: tuple[WidthTable, ...]
     around: tuple[WidthTable, ...] = ()
 
-    def curves(self, model: ModelShape) -> list[Curve]:
+    def curves(self, model: ModelShape, *, multiple: int | None) -> list[Curve]:
         """The curves of all FFNs: the sum over the tables."""
         curves = []
         for layer, shape in enumerate(model.shapes):
             tables = [each[layer] for each in (self.alone, self.around) if each]
-            found = [curve_of(table, step=width_step(shape)) for table in tables]
+            step = width_step(shape, multiple=multiple)
+            found = [curve_of(table, step=step, multiple=multiple) for table in tables]
             curves.append(Curve(found[0].widths, np.sum([each.errors for each in found], axis=0)))
         return curves
 
@@ -323,7 +324,8 @@ def measure_tables(
     """
     run = execution.run
     kept = solver.model.elements_of(layouts) / solver.model.ffn_elements
-    widths = tuple(measured_widths(shape, kept=kept) for shape in solver.model.shapes)
+    multiple = solver.multiple
+    widths = tuple(measured_widths(shape, kept=kept, multiple=multiple) for shape in solver.model.shapes)
     job = TableJob(
         original=execution.model,
         fitted=_fit_widths(execution, widths, statistics, shards),
@@ -338,7 +340,7 @@ def measure_tables(
     alone = [(*errors, 0.0) for errors in _measured(execution, "tables", job)]
     first = Tables(tuple(map(WidthTable, widths, alone)))
     try:
-        solution = best_layouts(solver, run.budget, first.curves(solver.model))
+        solution = best_layouts(solver, run.budget, first.curves(solver.model, multiple=multiple))
     except BudgetError:
         return first
     scratch = execution.scratch.part("tables/around")

@@ -20,6 +20,7 @@ from ffsplit.models.names import base_of
 from ffsplit.run.checks import measures_widths
 from ffsplit.run.execution import Execution
 from ffsplit.run.job import prepare
+from ffsplit.run.stages import search
 from ffsplit.run.stages import widths as stage
 from ffsplit.run.stages.widths import TableJob, sum_of_kl
 from ffsplit.runtime.modules import narrow_ffn
@@ -153,11 +154,27 @@ def test_a_budget_below_the_narrowest_widths_stays_uniform(
     small_job: SmallJob, tmp_path: Path, checkpoint_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        stage, "measured_widths", lambda shape, kept: (shape.num_neurons // 2, shape.num_neurons)
+        stage, "measured_widths", lambda shape, **_: (shape.num_neurons // 2, shape.num_neurons)
     )
     manifest = searched(small_job, tmp_path / "out", checkpoint_of("llama", head="ForCausalLM"))
     assert manifest.plain and manifest.allocation is not None
     assert [each.name for each in manifest.allocation.candidates] == ["uniform"]
+
+
+def test_widths_of_all_layers_are_multiples(
+    small_job: SmallJob, tmp_path: Path, checkpoint_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No whole FFN either: 20 does not divide its 64 neurons."""
+    monkeypatch.setattr(search, "LEAST_GAIN", -1e9)
+    seen = Seen(monkeypatch)
+    model = checkpoint_of("llama", head="ForCausalLM")
+    manifest = searched(small_job, tmp_path / "out", model, keep=0.7, width_multiple=20)
+    assert set(seen.jobs[0].widths) == {(20, 40, 60)}
+    assert set(seen.jobs[1].widths) == {(20, 40, 60, 64)}
+    assert manifest.allocation is not None and manifest.allocation.chosen == "tables"
+    widths = {layer.layout.num_neurons for layer in manifest.layers}
+    assert widths <= {20, 40, 60} and len(widths) > 1
+    assert manifest.keep is not None and manifest.keep <= 0.7
 
 
 def test_tables_are_for_language_models_that_a_closed_form_narrows(
