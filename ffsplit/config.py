@@ -279,6 +279,7 @@ class JobConfig(Record):
 
 
 FLAG_PREFIX = "--"
+_NUMBER = re.compile(r"[-+]?[\d.]+%?")
 
 
 def _prefix_of(info: ValidationInfo) -> str:
@@ -301,7 +302,9 @@ def describe_validation_error(
     if first["type"] == "extra_forbidden":
         names = [_as_written(name, prefix) for name in (path, *known)]
         return f"unknown field {names[0]}{did_you_mean(names[0], names[1:])}"
-    given = "" if first["type"] == "missing" else f", not {first['input']!r}"
+    written = first["input"]
+    is_number = isinstance(written, str) and _NUMBER.fullmatch(written)  # from the command line
+    given = "" if first["type"] == "missing" else f", not {written if is_number else repr(written)}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if not path:
         return message

@@ -72,7 +72,7 @@ def test_a_model_object(checkpoint_of: CheckpointFactory, tmp_path: Path) -> Non
         ({"kep": 0.5}, "unknown field kep, did you mean 'keep'?"),
         ({"keep": "a third"}, "keep should be a valid number, unable to parse string as a number"),
         ({"keep": "half%"}, "keep must be a number such as 0.35 or 35%, not 'half%'"),
-        ({"keep": "350%"}, "keep should be less than or equal to 1, not '350%'"),
+        ({"keep": "350%"}, "keep should be less than or equal to 1, not 350%"),
         ({"max_bytes": "5XB"}, "max_bytes must be a size such as 500MB or 50GB, not '5XB'"),
         ({"keep": 0.5, "max_bytes": 10}, "keep and max_bytes are 2 budgets: give one"),
         ({"model": 7}, "model must be a path, a hub id or a transformers model with its tokenizer, not int"),

@@ -69,7 +69,10 @@ def test_parts_of_a_split_are_all_named(model: str, capsys: pytest.CaptureFixtur
         ("1537", r"--width-multiple 1537 is more than an FFN has: give at most its 1,536 neurons"),
         ("0", r"--width-multiple should be greater than or equal to 1, not 0"),
         ("-64", r"--width-multiple should be greater than or equal to 1, not -64"),
-        ("many", r"argument --width-multiple: invalid int value: 'many'"),
+        (
+            "many",
+            r"--width-multiple should be a valid integer, unable to parse string as an integer, not 'many'",
+        ),
     ],
 )
 def test_an_impossible_multiple_is_one_line(
