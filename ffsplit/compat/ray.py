@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
@@ -18,7 +19,7 @@ from ray._raylet import (  # type: ignore[attr-defined]
     AuthenticationTokenLoader,
     InnerGcsClient,
 )
-from ray.exceptions import RpcError
+from ray.exceptions import AuthenticationError, RpcError
 
 EVERY_NODE_HAS = str(IMPLICIT_RESOURCE_PREFIX)
 """Every node has 1 of each resource whose name has this prefix, without declaring it."""
@@ -33,8 +34,12 @@ def find_token() -> bool:
 
     That is what `ray.init(address="auto")` does.
     """
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
-    return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
+    logging.getLogger(maybe_enable_token_auth_if_token_available.__module__).setLevel(logging.ERROR)
+    try:
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        return bool(AuthenticationTokenLoader.instance().has_token(ignore_auth_mode=True))
+    except AuthenticationError:  # RAY_AUTH_TOKEN_PATH names no file, or an empty one
+        return False
 
 
 def whole_address(address: str) -> str:

@@ -82,7 +82,10 @@ class QuantizeCompressor(Record):
             return 0
         num_neurons, group = layout.num_neurons, math.lcm(self.group_size or 1, unit)
         num_heavy = num_neurons - math.ceil(num_neurons * (1 - self.heavy_fraction) / group) * group
-        return num_heavy if num_heavy > 0 else max(1, int(num_neurons * self.heavy_fraction) // unit) * unit
+        if num_heavy > 0:
+            return num_heavy
+        few = num_neurons * self.heavy_fraction
+        return group if group <= 2 * few else max(1, int(few) // unit) * unit
 
     def memory_bytes(self, work: LayerWork) -> int:
         """The matrices in float64; with gptq also the second moment of the widest inputs, and its roots."""

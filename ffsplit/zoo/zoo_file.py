@@ -19,7 +19,6 @@ from ffsplit.measurement.gates import parse_gates
 PLACES = ("out", "address", "runner", "fresh")
 """Fields of a job that the batch sets, not the file."""
 JOB_FIELDS = tuple(name for name in JobConfig.model_fields if name not in PLACES)
-"""Fields that take one value or a list of them."""
 RESERVED_NAMES = ("batches", "index.html")
 """Names that a batch itself writes to the destination."""
 

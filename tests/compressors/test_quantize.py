@@ -171,8 +171,9 @@ def test_the_shipped_split_takes_two_sevenths_of_bfloat16(
     )
     layout = step.plan(LayerLayout.dense(shape), shape=shape, budget=shape.num_elements)
     assert layout is not None and layout.light is not None and layout.num_neurons == num_neurons
-    assert layout.light.num_neurons % 64 == 0
-    assert 3.5 <= 2 * shape.num_elements / layout.size_bytes(shape, 2) < 3.53
+    assert layout.light.num_neurons % 32 == 0
+    least = 3.5 if num_neurons > 1600 else 3.495  # of so few neurons one group of 32 is 2.1 %
+    assert least <= 2 * shape.num_elements / layout.size_bytes(shape, 2) < 3.53
 
 
 @pytest.mark.parametrize("num_neurons", [1, 2, 7, 16, 100])

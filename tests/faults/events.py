@@ -17,6 +17,7 @@ class Event(NamedTuple):
     stage: str
     item: str
     pid: int
+    run: str
 
 
 @dataclass
@@ -58,15 +59,15 @@ def _parse(line: bytes) -> Event | None:
         return None
     fields = json.loads(line)
     stage, item = fields.get("stage") or "", fields.get("item") or ""
-    return Event(fields["time"], fields["event"], stage, item, int(fields["pid"]))
+    return Event(fields["time"], fields["event"], stage, item, int(fields["pid"]), fields.get("run") or "")
 
 
 def recomputed(events: Sequence[Event]) -> list[str]:
     """The items that were begun once more after they had been finished."""
-    finished: set[tuple[str, str]] = set()
+    finished: set[tuple[str, str, str]] = set()
     again = []
     for event in events:
-        key = (event.stage, event.item)
+        key = (event.run, event.stage, event.item)
         if event.name == "finished":
             finished.add(key)
         elif event.name == "started" and key in finished:

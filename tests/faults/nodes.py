@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,13 @@ class Nodes:
     """A head without CPUs, where the drivers are, and nodes of one CPU, of which dead ones are replaced."""
 
     cluster: Cluster
+    number: int = NUM_NODES
 
     @classmethod
-    def start(cls) -> Nodes:
+    def start(cls, number: int = NUM_NODES) -> Nodes:
         head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE_BYTES}
-        nodes = cls(Cluster(initialize_head=True, head_node_args=head | {"_system_config": QUICK}))
+        cluster = Cluster(initialize_head=True, head_node_args=head | {"_system_config": QUICK})
+        nodes = cls(cluster, number)
         nodes.replace_dead()
         return nodes
 
@@ -41,8 +44,14 @@ class Nodes:
         for node in list(self.cluster.worker_nodes):
             if not self._raylets(node):
                 self.cluster.remove_node(node, allow_graceful=False)
-        while len(self.cluster.worker_nodes) < NUM_NODES:
+        while len(self.cluster.worker_nodes) < self.number:
             self.cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+
+    def take_away(self, generator: random.Random) -> None:
+        """Kill the raylet of a node, and with it all that runs there."""
+        alive = [each for node in list(self.cluster.worker_nodes) for each in self._raylets(node)]
+        if alive:
+            generator.choice(alive).kill()
 
     def raylet_of(self, pid: int | None) -> int:
         """The raylet that a worker belongs to, any node's when there is no worker, or no longer."""

@@ -33,3 +33,21 @@ def test_kills_cost_at_most_the_work_in_hand(tmp_path: Path) -> None:
             check=False,
         )
     assert done.returncode == 0, (done.stdout or "") + done.stderr[-2000:]
+
+
+@pytest.mark.subprocess
+def test_a_batch_outlives_the_nodes_it_runs_on(tmp_path: Path) -> None:
+    models = os.environ.get("FFSPLIT_TEST_MODELS", "3")
+    command = [sys.executable, "-m", "tests.faults.spot", "--models", models, "--folder", str(tmp_path)]
+    with environment_of_ray(tmp_path) as environment:
+        done = subprocess.run(
+            isolated(command),
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600 + 120 * int(models),
+            check=False,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert f"{models} models in" in done.stdout and ", 0 problems" in done.stdout

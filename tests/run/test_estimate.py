@@ -342,7 +342,7 @@ def test_the_artifact_is_as_large_as_foreseen(
 def test_a_size_that_is_none(checkpoint_of: CheckpointFactory, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(checkpoint_of("bert")), "--out", "out", "--memory-per-worker", "lots"]
     assert main(["compress", *arguments]) == 2
-    assert "--memory-per-worker lots: give a size such as" in capsys.readouterr().err
+    assert "--memory-per-worker must be a size such as 500MB or 50GB, not 'lots'" in capsys.readouterr().err
 
 
 def test_statistics_of_many_shards_are_counted_at_every_level(small_job: SmallJob) -> None:
