@@ -21,9 +21,9 @@ class Scale(NamedTuple):
     fair: float
     close: float
     best: float
-    unit: str
-    lost: tuple[float, float]
-    """The most that any model lost with a `close` and with a `fair` value, in `unit`."""
+    lost: str
+    most: tuple[float, float]
+    """The most that any model lost with a `close` and with at least a `fair` value."""
 
     def band(self, value: float) -> Band:
         rising = self.best > self.worst
@@ -41,14 +41,14 @@ class Scale(NamedTuple):
         """What the bands of a measure meant, in one sentence."""
         limit = "at least" if self.best > self.worst else "at most"
         return (
-            f"models with a {name} of {limit} {self.close:g} (close) lost {self.lost[0]:g} {self.unit} "
-            f"or less, those with {limit} {self.fair:g} (fair) {self.lost[1]:g} or less"
+            f"models with a {name} of {limit} {self.close:g} (close) {self.lost.format(self.most[0])}, "
+            f"those with {limit} {self.fair:g} (fair) at most {self.most[1]:g}"
         )
 
 
-_POINTS: Final = "points on STS-B or SST-2"
-_ACCURACY: Final = "points of accuracy on SST-2"
-_PERPLEXITY: Final = "% of perplexity"
+_POINTS: Final = "lost at most {:g} points on STS-B or SST-2"
+_ACCURACY: Final = "lost at most {:g} points of accuracy on SST-2"
+_PERPLEXITY: Final = "had at most {:g} % more perplexity"
 _COSINE: Final = Scale(0.5, 0.9, 0.95, 1.0, _POINTS, (2.5, 3.8))
 SCALES: Final = {
     "pooled_cosine": _COSINE,

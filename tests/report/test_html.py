@@ -170,7 +170,8 @@ def test_a_language_model_is_judged_by_its_agreement(make_manifest):
     text = read(render_report(make_manifest(measurements=measurements | {"fidelity": values}), curves=[]))
     assert "Fidelity 0.9999 close: top-1 agreement, held\u2011out text" in text
     assert "KL divergence, nats per token 0.0521 fair" in text and "my score 0.500" in text
-    assert "models with a KL divergence of at most 0.05 (close) lost 8 % of perplexity or less" in text
+    assert "models with a KL divergence of at most 0.05 (close) had at most 8 % more perplexity" in text
+    assert "those with at most 0.2 (fair) at most 39" in text
 
 
 def task_fields(**changes):
