@@ -35,6 +35,13 @@ class Expected(NamedTuple):
     seconds: float | None
 
 
+class _Count(MofNCompleteColumn):
+    """How many items are done; nothing for work without parts."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None else super().render(task)
+
+
 class _Times(ProgressColumn):
     """The time that is left, or that a finished stage took."""
 
@@ -67,7 +74,7 @@ class Progress:
                 SpinnerColumn(finished_text=" "),
                 TextColumn("{task.description:<12}", markup=False),
                 BarColumn(bar_width=24),
-                MofNCompleteColumn(),
+                _Count(),
                 _Times(self._left_in_words),
             )
             self._bars = RichProgress(*columns, console=Console(file=cast(TextIO, self._stream)))
@@ -110,9 +117,7 @@ class Progress:
     @contextmanager
     def working(self, what: str) -> Iterator[None]:
         """Something without parts, such as reading a model: a spinner on a terminal."""
-        self.start(what, 1)
-        if self._bars is not None:
-            self._bars.update(self._task, total=None)
+        self.start(what, None)
         try:
             yield
         finally:
@@ -121,11 +126,11 @@ class Progress:
                 if self._bars is not None:
                     self._bars.remove_task(self._task)
 
-    def start(self, stage: str, total: int, *, beacon: Beacon | None = None) -> None:
-        """A stage of `total` items begins. A `beacon` tells how far its only task is."""
+    def start(self, stage: str, total: int | None, *, beacon: Beacon | None = None) -> None:
+        """A stage of `total` items begins; None for work without parts. A `beacon` tells how far it is."""
         with self._lock:
             self._count_stage(stage)
-            self._stage, self._total, self._done = stage, total, 0
+            self._stage, self._total, self._done = stage, 1 if total is None else total, 0
             self._beacon, self._position = beacon, None
             self._started = self._last_line = self._looked = time.monotonic()
             if self._bars is not None:
