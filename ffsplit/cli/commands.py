@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,19 +63,31 @@ def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> in
     from ffsplit.run.checks import check_rows, default_text, far_from_evaluation
     from ffsplit.run.job import prepare
 
-    run = prepare(config, kind=kind)
-    check_rows(run)
+    with _working("reading the model"):
+        run = prepare(config, kind=kind)
+        check_rows(run)
+        needs = run.needs
     if parsed.json:
-        print(run.needs.model_dump_json(indent=2))
+        print(needs.model_dump_json(indent=2))
     else:
+        from ffsplit.cli.columns import print_sentence
         from ffsplit.cli.tables import print_needs
 
-        print_needs(run.needs, asked=config.workers if config.runner == "ray" else None)
+        print_needs(needs, asked=config.workers if config.runner == "ray" else None)
         for note in (default_text(run), *far_from_evaluation(run)):
             if note is not None:
-                print(note)
-    run.needs.check()
+                print_sentence(note)
+    needs.check()
     return DONE
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    """A spinner on a terminal's stderr."""
+    from ffsplit.progress import Progress
+
+    with Progress.to_stderr() as shown, shown.working(what):
+        yield
 
 
 def _sign_key(parsed: argparse.Namespace) -> Path | None:
@@ -94,7 +107,9 @@ def inspect(parsed: argparse.Namespace) -> int:
     from ffsplit.cli.tables import print_inspection
     from ffsplit.forecasts import inspect as inspect_model
 
-    print_inspection(inspect_model(parsed.model, recipe=parsed.recipe or "fast"))
+    with _working("reading the model"):
+        found = inspect_model(parsed.model, recipe=parsed.recipe or "fast")
+    print_inspection(found)
     return DONE
 
 
@@ -108,7 +123,8 @@ def plan(parsed: argparse.Namespace) -> int:
         for kind in BUDGET_KINDS
         for limit in vars(parsed)[kind]
     ]
-    plans = plan_budgets(parsed.uri, budgets=budgets, recipe=parsed.recipe, latency_table=table)
+    with _working("reading the statistics"):
+        plans = plan_budgets(parsed.uri, budgets=budgets, recipe=parsed.recipe, latency_table=table)
     if parsed.json:
         print(plans.model_dump_json(indent=2))
     else:
@@ -201,7 +217,9 @@ def export(parsed: argparse.Namespace) -> int:
     from ffsplit.runtime.export import export
 
     out = user_path(parsed.out)
-    print(export(parsed.uri, format=parsed.format, out=out, scheme=parsed.scheme))
+    with _working("exporting"):
+        written = export(parsed.uri, format=parsed.format, out=out, scheme=parsed.scheme)
+    print(written)
     return DONE
 
 
