@@ -162,6 +162,17 @@ def test_nothing_is_told_in_all_where_an_estimate_is_missing() -> None:
     assert stream.getvalue() == "stage 1 of 2, calibrate: 1/1, 0 s elapsed, about 0 s left\n"
 
 
+def test_programs_have_the_number_and_both_times(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.ask_for("json")
+    shown = Progress(io.StringIO())
+    shown.expect([Expected("calibrate", 5), Expected("measure", 5)])
+    shown.start("calibrate", 1)
+    shown.advance()
+    (line,) = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert (line["number"], line["num_stages"]) == (1, 2)
+    assert line["seconds_left"] == 0 and line["seconds_left_in_all"] >= 0
+
+
 def test_a_terminal_has_the_number_and_both_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
