@@ -111,7 +111,7 @@ class Table:
         """The width of the longest word, or of a shortened path. Short labels of rows do not wrap."""
         if column == 0 and self._natural(0) <= LONGEST_LABEL:
             return self._natural(0)
-        longest = max(cell_len(word) for cell in self._cells(column) for word in _words(cell) or [""])
+        longest = max(cell_len(word) for cell in self._cells(column) for word in _words(cell))
         return min(longest, SHORTEST_PATH) if self.names[column] in self.paths else longest
 
     def _widths(self, part: Sequence[int], width: int | None) -> dict[int, int]:
@@ -124,7 +124,10 @@ class Table:
                 break
             widest = max(able, key=lambda column: widths[column])
             folded = (self._folded(cell, widest, widths[widest] - 1) for cell in self._cells(widest))
-            widths[widest] = max(cell_len(line) for cell in folded for line in cell)
+            needed = max(cell_len(line) for cell in folded for line in cell)
+            widths[widest] = min(
+                needed, widths[widest] - 1
+            )  # wrapping counts letters, some of which are wide
         return widths
 
     def _drawn(self, part: Sequence[int], widths: dict[int, int]) -> Iterator[str]:

@@ -68,6 +68,13 @@ def test_an_empty_column_takes_no_room_on_a_terminal() -> None:
     assert "empty" not in "".join(made.lines(80)) and "empty" in "".join(made.lines(None))
 
 
+@pytest.mark.parametrize("width", [1, 20, 40])
+def test_letters_of_double_width_and_tiny_terminals_end(width: int) -> None:
+    made = Table("\u6a21\u578b", ("a", "\u6a21\u578b"))
+    made.add("1", "\u4e00\u4e8c\u4e09 " * 12)
+    assert "\u4e00\u4e8c\u4e09" in "".join(made.lines(width))
+
+
 def test_sentences_wrap_and_paths_in_them_stay_whole(
     monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
