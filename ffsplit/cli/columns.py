@@ -127,7 +127,7 @@ class Table:
             needed = max(cell_len(line) for cell in folded for line in cell)
             widths[widest] = min(
                 needed, widths[widest] - 1
-            )  # wrapping counts letters, some of which are wide
+            )  # some letters are wider than one
         return widths
 
     def _drawn(self, part: Sequence[int], widths: dict[int, int]) -> Iterator[str]:
