@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from ffsplit import logs, progress
-from ffsplit.api import compress
+from ffsplit.api import calibrate, compress
 from ffsplit.cli import main
 from ffsplit.progress import Expected, Progress
 from ffsplit.run.job import prepare
@@ -230,6 +230,15 @@ def test_the_stages_of_a_run_are_known_before_it(
     assert [each.stage for each in expected] == names
     assert all(each.seconds is not None for each in expected)
     assert [stage.name for stage in compress(config).stages] == names
+
+
+def test_a_run_with_statistics_samples_instead_of_calibrating(small_job: SmallJob, tmp_path: Path) -> None:
+    statistics = small_job.config(tmp_path / "statistics")
+    assert [each.stage for each in expected_stages(prepare(statistics, kind="statistics"))] == ["calibrate"]
+    assert [stage.name for stage in calibrate(statistics).stages] == ["calibrate"]
+    config = small_job.config(tmp_path / "out", stats=str(tmp_path / "statistics"))
+    names = [each.stage for each in expected_stages(prepare(config))]
+    assert [stage.name for stage in compress(config).stages] == names == ["sample", "compress", "measure"]
 
 
 def seen_within(seconds: float, condition: Callable[[], bool]) -> bool:

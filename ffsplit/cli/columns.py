@@ -125,9 +125,7 @@ class Table:
             widest = max(able, key=lambda column: widths[column])
             folded = (self._folded(cell, widest, widths[widest] - 1) for cell in self._cells(widest))
             needed = max(cell_len(line) for cell in folded for line in cell)
-            widths[widest] = min(
-                needed, widths[widest] - 1
-            )  # some letters are wider than one
+            widths[widest] = min(needed, widths[widest] - 1)  # some letters are wider than one
         return widths
 
     def _drawn(self, part: Sequence[int], widths: dict[int, int]) -> Iterator[str]:
