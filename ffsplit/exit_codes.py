@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -17,6 +19,14 @@ from ffsplit.redaction import guarded_streams
 
 DONE, FAILED, MISTAKE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
 DEBUG_VARIABLE = "FFSPLIT_DEBUG"
+QUIET = {
+    "PYTHONWARNINGS": "ignore",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+"""Variables by which libraries log errors alone, in this process and its children."""
 COMPLETE_INSTALL = "this command needs ffsplit with its dependencies: pip install ffsplit, without --no-deps"
 DESCRIPTION = """\
 exit codes:
@@ -62,6 +72,33 @@ def exit_code_of(run: Callable[[], int]) -> int:
 def show_tracebacks() -> None:
     """Make this process and its children print the traceback of an error before its line."""
     os.environ[DEBUG_VARIABLE] = "1"
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep warnings of other libraries off stderr, unless --debug asks for them.
+
+    Variables that are set stay as they are.
+    """
+    if os.environ.get(DEBUG_VARIABLE):
+        yield
+        return
+    added = {name: value for name, value in QUIET.items() if name not in os.environ}
+    last, level = logging.lastResort, logging.WARNING
+    os.environ.update(added)
+    try:
+        with warnings.catch_warnings():
+            if "PYTHONWARNINGS" in added:
+                warnings.simplefilter("ignore")
+            if last is not None:  # prints what a logger without a handler gets
+                level = last.level
+                last.setLevel(logging.ERROR)
+            yield
+    finally:
+        if last is not None:
+            last.setLevel(level)
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _report(error: FFSplitError, *, cause: Exception | None = None) -> None:

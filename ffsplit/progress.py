@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO, cast
+from typing import NamedTuple, TextIO, cast
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from ffsplit import logs, streams
 from ffsplit.store.beacon import Beacon, Position
@@ -27,6 +28,32 @@ LOOK_EVERY_S = 5.0
 BEAT_S = 1.0
 
 
+class Expected(NamedTuple):
+    """A stage that a run will probably have, and its estimated seconds; None if not known."""
+
+    stage: str
+    seconds: float | None
+
+
+class _Count(MofNCompleteColumn):
+    """How many items are done; nothing for work without parts."""
+
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None else super().render(task)
+
+
+class _Times(ProgressColumn):
+    """The time that is left, or that a finished stage took."""
+
+    def __init__(self, left: Callable[[], str]) -> None:
+        self._left = left
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        elapsed = _clock(task.finished_time or task.elapsed or 0.0)
+        return Text(elapsed if task.finished or task.total is None else f"{elapsed}{self._left()}")
+
+
 class Progress:
     """Shows the user what a job is doing. Use as a context manager."""
 
@@ -34,6 +61,9 @@ class Progress:
         self._stream = Stream(stream)
         self._bars: RichProgress | None = None
         self._stage, self._total, self._done = "", 0, 0
+        self._expected: Sequence[Expected] = ()
+        self._number, self._is_planned = 0, False
+        self._spent = self._estimated = 0.0
         self._started = self._last_line = self._looked = 0.0
         self._beacon: Beacon | None = None
         self._position: Position | None = None
@@ -41,12 +71,11 @@ class Progress:
         self._json = logs.asked_for() == "json"
         if self._stream.isatty() and not self._json:
             columns = (
-                TextColumn("{task.description:<12}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                SpinnerColumn(finished_text=" "),
+                TextColumn("{task.description:<12}", markup=False),
+                BarColumn(bar_width=24),
+                _Count(),
+                _Times(self._left_in_words),
             )
             self._bars = RichProgress(*columns, console=Console(file=cast(TextIO, self._stream)))
 
@@ -80,14 +109,46 @@ class Progress:
                 self._stream.write(f"{message}\n")
                 self._stream.flush()
 
-    def start(self, stage: str, total: int, *, beacon: Beacon | None = None) -> None:
-        """A stage of `total` items begins. A `beacon` tells how far its only task is."""
+    def expect(self, stages: Sequence[Expected]) -> None:
+        """The stages of a run, in their order. Some may be left out, and others may come between them."""
         with self._lock:
-            self._stage, self._total, self._done = stage, total, 0
+            self._expected, self._number, self._spent, self._estimated = tuple(stages), 0, 0.0, 0.0
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[None]:
+        """Something without parts, such as reading a model: a spinner on a terminal."""
+        self.start(what, None)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._total = 0
+                if self._bars is not None:
+                    self._bars.remove_task(self._task)
+
+    def start(self, stage: str, total: int | None, *, beacon: Beacon | None = None) -> None:
+        """A stage of `total` items begins; None for work without parts. A `beacon` tells how far it is."""
+        with self._lock:
+            self._count_stage(stage)
+            self._stage, self._total, self._done = stage, 1 if total is None else total, 0
             self._beacon, self._position = beacon, None
             self._started = self._last_line = self._looked = time.monotonic()
             if self._bars is not None:
-                self._task = self._bars.add_task(stage, total=total)
+                self._task = self._bars.add_task(self._title(), total=total)
+
+    def _count_stage(self, stage: str) -> None:
+        """Find the stage among those that are expected, and remember what the last one took."""
+        if self._number and self._is_planned:
+            self._spent += time.monotonic() - self._started
+            self._estimated += self._expected[self._number - 1].seconds or 0.0
+        names = [each.stage for each in self._expected[self._number :]]
+        self._is_planned = stage in names
+        if self._is_planned:
+            self._number += names.index(stage) + 1
+
+    def _title(self, doing: str = "") -> str:
+        number = f"{self._number}/{len(self._expected)} " if self._number else ""
+        return f"{number}{self._stage}{f': {doing}' if doing else ''}"
 
     def advance(self) -> None:
         """One more item of the stage is done."""
@@ -96,7 +157,7 @@ class Progress:
             self._beacon = self._position = None
             if self._bars is not None:
                 self._bars.update(
-                    self._task, description=self._stage, total=self._total, completed=self._done
+                    self._task, description=self._title(), total=self._total, completed=self._done
                 )
             elif self._done == self._total or time.monotonic() - self._last_line >= LINE_EVERY_S:
                 self._write_line()
@@ -118,26 +179,64 @@ class Progress:
     def _show(self, position: Position) -> None:
         self._position = position
         if self._bars is not None:
-            title = f"{self._stage}: {position.doing}"
+            title = self._title(position.doing)
             self._bars.update(self._task, description=title, total=position.total, completed=position.done)
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._write_line()
 
+    def _at(self) -> Position:
+        return self._position or Position(done=self._done, total=self._total, doing="")
+
+    def _seconds_left(self) -> tuple[float | None, float | None]:
+        """Of this stage, and of all. None where there is nothing yet to tell it by.
+
+        The estimates of later stages are scaled by what earlier ones took of theirs.
+        """
+        at, elapsed = self._at(), time.monotonic() - self._started
+        left = elapsed / at.done * (at.total - at.done) if at.done else None
+        ahead = [each.seconds for each in self._expected[self._number :]]
+        own = self._expected[self._number - 1].seconds if self._number and self._is_planned else None
+        if left is None or not self._number or own is None or None in ahead:
+            return left, None
+        spent, estimated = self._spent + elapsed + left, self._estimated + own
+        later = sum(seconds for seconds in ahead if seconds is not None)
+        return left, left + (later * spent / estimated if estimated else later)
+
+    def _left_in_words(self) -> str:
+        """For a bar: the time left of the stage and of all."""
+        with self._lock:
+            left, in_all = self._seconds_left()
+        parts = [f", {_clock(left)} left"] if left is not None else []
+        return "".join([*parts, f", {_clock(in_all)} in all"] if in_all is not None else parts)
+
     def _write_line(self) -> None:
         now = time.monotonic()
         self._last_line = now
-        elapsed = now - self._started
-        at = self._position or Position(done=self._done, total=self._total, doing="")
-        left = elapsed / at.done * (at.total - at.done) if at.done else None
+        elapsed, at = now - self._started, self._at()
+        left, in_all = self._seconds_left()
         if self._json:
-            seconds_left = None if left is None else round(left, 1)
-            with logs.fields(stage=self._stage, **({"doing": at.doing} if at.doing else {})):
-                logs.log("progress", done=at.done, total=at.total, seconds_left=seconds_left)
+            seconds = {"seconds_left": left, "seconds_left_in_all": in_all}
+            more: dict[str, logs.Field] = {
+                name: None if value is None else round(value, 1) for name, value in seconds.items()
+            }
+            if self._number:
+                more |= {"number": self._number, "num_stages": len(self._expected)}
+            with logs.fields(stage=self._stage, **more, **({"doing": at.doing} if at.doing else {})):
+                logs.log("progress", done=at.done, total=at.total)
             return
         parts = [at.doing] if at.doing else []
         parts += [f"{at.done}/{at.total}", f"{elapsed:.0f} s elapsed"]
         parts += [] if left is None else [f"about {left:.0f} s left"]
-        self.note(f"{self._stage}: {', '.join(parts)}")
+        parts += [] if in_all is None else [f"{in_all:.0f} s in all"]
+        of_all = f"stage {self._number} of {len(self._expected)}, " if self._number else ""
+        self.note(f"{of_all}{self._stage}: {', '.join(parts)}")
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as 0:07, 4:12 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class StageLog:
@@ -150,6 +249,10 @@ class StageLog:
     def note(self, message: str) -> None:
         """One line about something that happened."""
         self._progress.note(message)
+
+    def expect(self, stages: Sequence[Expected]) -> None:
+        """The stages of the run, in their order."""
+        self._progress.expect(stages)
 
     def collect(self, name: str, key: str, total: int, answers: Iterator[tuple[int, Result]]) -> list[Result]:
         """All results of a stage, in the order of its items."""

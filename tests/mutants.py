@@ -82,6 +82,25 @@ MUTANTS = (
         "if True:",
         "tests/report/test_card.py::test_a_folder_is_no_base_model_whatever_its_name",
     ),
+    Mutant(
+        "report/scales.py",
+        "rising = self.best > self.worst",
+        "rising = True",
+        "tests/report/test_scales.py::test_a_place_is_a_third_per_band_and_ends_are_ends",
+    ),
+    # command line
+    Mutant(
+        "cli/columns.py",
+        "if width is not None and len(part) > 1 and _total(map(self._least, wider)) > width:",
+        "if False:",
+        "tests/cli/test_columns.py::test_what_does_not_fit_side_by_side_is_printed_in_parts",
+    ),
+    Mutant(
+        "progress.py",
+        "later * spent / estimated",
+        "later",
+        "tests/test_progress.py::test_stages_are_numbered_and_the_time_left_in_all_is_told",
+    ),
     # run
     Mutant(
         "run/job.py",

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,15 @@ import pytest
 
 from ffsplit.cli import main
 from ffsplit.errors import ConfigError, StoreError
-from ffsplit.exit_codes import DEBUG_VARIABLE, DONE, FAILED, MISTAKE, exit_code_of
+from ffsplit.exit_codes import (
+    DEBUG_VARIABLE,
+    DONE,
+    FAILED,
+    MISTAKE,
+    QUIET,
+    exit_code_of,
+    quiet_libraries,
+)
 from ffsplit.models import checkpoint
 from tests.small_jobs import SmallJob
 
@@ -141,3 +153,50 @@ def test_a_process_of_its_own_prints_no_traceback(newer_tokenizer: SmallJob, tmp
     done = subprocess.run([*command, "--runner", "serial"], capture_output=True, text=True)
     assert done.returncode == MISTAKE and done.stdout == ""
     assert "Traceback" not in done.stderr and done.stderr.splitlines()[-1].startswith("ffsplit: ")
+
+
+WARNING_LIBRARY = """\
+import logging, subprocess, sys, warnings
+from ffsplit.cli.commands import COMMANDS
+from ffsplit.cli import main
+
+def warn(parsed):
+    warnings.warn("a warning of a library")
+    logging.getLogger("library").warning("a logged warning")
+    logging.getLogger("library").error("a logged error")
+    child = "import warnings; warnings.warn('a warning of a child')"
+    return subprocess.run([sys.executable, "-c", child]).returncode
+
+COMMANDS["recipes"] = warn
+sys.exit(main([*sys.argv[1:], "recipes"]))
+"""
+
+
+@pytest.mark.subprocess
+def test_warnings_of_other_libraries_are_for_debugging() -> None:
+    def printed(*flags: str, **variables: str) -> list[str]:
+        command = [sys.executable, "-c", WARNING_LIBRARY, *flags]
+        hidden = (DEBUG_VARIABLE, *QUIET)
+        environment = {name: value for name, value in os.environ.items() if name not in hidden}
+        found = subprocess.run(command, capture_output=True, text=True, env=environment | variables)
+        assert found.returncode == DONE, found.stderr
+        said = re.findall(r"a warning of a library|a logged \w+|a warning of a child", found.stderr)
+        return sorted(set(said))
+
+    everything = ["a logged error", "a logged warning", "a warning of a child", "a warning of a library"]
+    assert printed() == ["a logged error"]
+    assert printed("--debug") == everything
+    assert "a warning of a library" in printed(PYTHONWARNINGS="default")
+
+
+def test_what_is_quiet_in_a_command_is_as_before_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(DEBUG_VARIABLE, raising=False)
+    for name in QUIET:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HUB_VERBOSITY", "info")
+    before, filters = dict(os.environ), list(warnings.filters)
+    with quiet_libraries():
+        assert os.environ["TRANSFORMERS_VERBOSITY"] == "error" and os.environ["HF_HUB_VERBOSITY"] == "info"
+        assert logging.lastResort is not None and logging.lastResort.level == logging.ERROR
+    assert dict(os.environ) == before and warnings.filters == filters
+    assert logging.lastResort.level == logging.WARNING

@@ -5,15 +5,20 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ffsplit import logs, progress
+from ffsplit.api import calibrate, compress
 from ffsplit.cli import main
-from ffsplit.progress import Progress
+from ffsplit.progress import Expected, Progress
+from ffsplit.run.job import prepare
+from ffsplit.run.pipeline import expected_stages
 from ffsplit.store.beacon import Beacon
 from ffsplit.store.scratch import Scratch
 from tests.small_jobs import SmallJob
@@ -115,6 +120,125 @@ def test_a_log_is_never_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None
     with Progress(stream) as shown:
         shown.start("calibrate", 3)
         assert seen_within(5.0, lambda: stream.getvalue().count("calibrate: 0/3, 0 s elapsed\n") >= 2)
+
+
+def test_stages_are_numbered_and_the_time_left_in_all_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later stages are scaled by what earlier ones took of their estimates: here twice as long."""
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    stages = [Expected("calibrate", 5), Expected("skipped", 100), Expected("fit", 10), Expected("measure", 7)]
+    stream, shown = io.StringIO(), None
+    shown = Progress(stream)
+    shown.expect(stages)
+    shown.start("calibrate", 1)
+    now += 10
+    shown.advance()
+    shown.start("fit", 4)
+    now += 10
+    shown.advance()
+    shown.advance()
+    shown.start("unforeseen", 1)
+    now += 1
+    shown.advance()
+    shown.start("measure", 1)
+    now += 1
+    shown.advance()
+    assert stream.getvalue().splitlines() == [
+        "stage 1 of 4, calibrate: 1/1, 10 s elapsed, about 0 s left, 234 s in all",
+        "stage 3 of 4, fit: 1/4, 10 s elapsed, about 30 s left, 53 s in all",
+        "stage 3 of 4, fit: 2/4, 10 s elapsed, about 10 s left, 24 s in all",
+        "stage 3 of 4, unforeseen: 1/1, 1 s elapsed, about 0 s left",
+        "stage 4 of 4, measure: 1/1, 1 s elapsed, about 0 s left, 0 s in all",
+    ]
+
+
+def test_nothing_is_told_in_all_where_an_estimate_is_missing() -> None:
+    stream = io.StringIO()
+    shown = Progress(stream)
+    shown.expect([Expected("calibrate", 5), Expected("measure", None)])
+    shown.start("calibrate", 1)
+    shown.advance()
+    assert stream.getvalue() == "stage 1 of 2, calibrate: 1/1, 0 s elapsed, about 0 s left\n"
+
+
+def test_programs_have_the_number_and_both_times(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.ask_for("json")
+    shown = Progress(io.StringIO())
+    shown.expect([Expected("calibrate", 5), Expected("measure", 5)])
+    shown.start("calibrate", 1)
+    shown.advance()
+    (line,) = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert (line["number"], line["num_stages"]) == (1, 2)
+    assert line["seconds_left"] == 0 and line["seconds_left_in_all"] >= 0
+
+
+def test_a_terminal_has_the_number_and_both_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    with Progress(stream) as shown:
+        shown.expect([Expected("calibrate", 5), Expected("measure", 5)])
+        shown.start("calibrate", 2)
+        shown.advance()
+        assert seen_within(5.0, lambda: "left," in stream.getvalue())
+        shown.advance()
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue()).replace("\r", "\n").splitlines()
+    assert any("1/2 calibrate" in line and "left," in line and "in all" in line for line in lines)
+    assert max(map(len, lines)) <= 80
+    assert "1/2 calibrate" in lines[-1] and "left" not in lines[-1]
+
+
+def test_work_without_parts_spins_on_a_terminal_and_leaves_no_trace_in_a_log(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    stream, log = Terminal(), io.StringIO()
+    with Progress(stream) as shown, shown.working("reading the model"):
+        assert seen_within(5.0, lambda: len(set(re.findall("[\u2800-\u28ff]", stream.getvalue()))) >= 2)
+    assert "reading the model" in stream.getvalue()
+    with Progress(log) as shown:
+        with shown.working("reading the model"):
+            pass
+        shown.start("calibrate", 1)
+        shown.advance()
+    assert log.getvalue() == "calibrate: 1/1, 0 s elapsed, about 0 s left\n"
+
+
+HEAL = "healing: {epochs: 1, batch_rows: 8, learning_rate: .002, evaluations: 1, checkpoint_minutes: 0}"
+LAST = "after_healing: {kind: quantize, num_bits: 8, group_size: null}"
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, ["calibrate", "compress", "measure"]),
+        ({"shard_size": 1}, ["calibrate", "reduce", "compress", "measure"]),
+        ({"allocation": "search"}, ["calibrate", "allocate", "compress", "measure"]),
+        (
+            {"more": f"refits: [{{num_steps: 2}}]\n{HEAL}\n{LAST}"},
+            ["calibrate", "compress", "sample", "refit", "heal", "quantize", "measure"],
+        ),
+    ],
+    ids=["fast", "many shards", "search", "every stage"],
+)
+def test_the_stages_of_a_run_are_known_before_it(
+    options: dict[str, Any], names: list[str], small_job: SmallJob, tmp_path: Path
+) -> None:
+    config = small_job.config(tmp_path / "out", recipe=small_job.recipe(**options))
+    expected = expected_stages(prepare(config))
+    assert [each.stage for each in expected] == names
+    assert all(each.seconds is not None for each in expected)
+    assert [stage.name for stage in compress(config).stages] == names
+
+
+def test_a_run_with_statistics_samples_instead_of_calibrating(small_job: SmallJob, tmp_path: Path) -> None:
+    statistics = small_job.config(tmp_path / "statistics")
+    assert [each.stage for each in expected_stages(prepare(statistics, kind="statistics"))] == ["calibrate"]
+    assert [stage.name for stage in calibrate(statistics).stages] == ["calibrate"]
+    config = small_job.config(tmp_path / "out", stats=str(tmp_path / "statistics"))
+    names = [each.stage for each in expected_stages(prepare(config))]
+    assert [stage.name for stage in compress(config).stages] == names == ["sample", "compress", "measure"]
 
 
 def seen_within(seconds: float, condition: Callable[[], bool]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ffsplit.cli.columns import print_sentence
 from ffsplit.measurement.gates import describe_result
 from ffsplit.report.humanize import change, number, size, spread_in_words, times
 from ffsplit.zoo.batch import INDEX_NAME, STATES, Batch, BatchModel, Figures, batch_key, headline, slowest
@@ -10,13 +11,13 @@ from ffsplit.zoo.batch import INDEX_NAME, STATES, Batch, BatchModel, Figures, ba
 def print_batch(batch: Batch, *, destination: str) -> None:
     """One line per model and per failed gate, and where the batch's documents are."""
     for model in batch.models:
-        print(f"{model.name}: {STATES[model.state]}{_facts(model)}")
+        print_sentence(f"{model.name}: {STATES[model.state]}{_facts(model)}")
         for result in model.result.gates if model.result else ():
             if not result.met:
-                print(f"  {describe_result(result)}")
+                print_sentence(f"  {describe_result(result)}")
     published = batch.count("published", "committed already")
     interrupted = batch.count("interrupted")
-    print(
+    print_sentence(
         f"{published} of {len(batch.models)} published ({batch.count('published')} now), "
         f"{batch.count('refused')} refused by gates, {batch.count('failed')} failed"
         + (f", {interrupted} interrupted" if interrupted else "")

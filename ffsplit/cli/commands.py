@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,19 +64,31 @@ def _dry_run(parsed: argparse.Namespace, config: JobConfig, *, kind: Kind) -> in
     from ffsplit.run.documents import rounding_note
     from ffsplit.run.job import prepare
 
-    run = prepare(config, kind=kind)
-    check_rows(run)
+    with _working("reading the model"):
+        run = prepare(config, kind=kind)
+        check_rows(run)
+        needs = run.needs
     if parsed.json:
-        print(run.needs.model_dump_json(indent=2))
+        print(needs.model_dump_json(indent=2))
     else:
+        from ffsplit.cli.columns import print_sentence
         from ffsplit.cli.tables import print_needs
 
-        print_needs(run.needs, asked=config.workers if config.runner == "ray" else None)
+        print_needs(needs, asked=config.workers if config.runner == "ray" else None)
         for note in (rounding_note(run), default_text(run), *far_from_evaluation(run)):
             if note is not None:
-                print(note)
-    run.needs.check()
+                print_sentence(note)
+    needs.check()
     return DONE
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    """A spinner on a terminal's stderr."""
+    from ffsplit.progress import Progress
+
+    with Progress.to_stderr() as shown, shown.working(what):
+        yield
 
 
 def _sign_key(parsed: argparse.Namespace) -> Path | None:
@@ -102,8 +115,9 @@ def inspect(parsed: argparse.Namespace) -> int:
     from ffsplit.forecasts import inspect as inspect_model
 
     multiple = checked_multiple_flag(parsed)
-    recipe = parsed.recipe or "fast"
-    print_inspection(inspect_model(parsed.model, recipe=recipe, width_multiple=multiple))
+    with _working("reading the model"):
+        found = inspect_model(parsed.model, recipe=parsed.recipe or "fast", width_multiple=multiple)
+    print_inspection(found)
     return DONE
 
 
@@ -117,13 +131,15 @@ def plan(parsed: argparse.Namespace) -> int:
         for kind in BUDGET_KINDS
         for limit in vars(parsed)[kind]
     ]
-    plans = plan_budgets(
-        parsed.uri,
-        budgets=budgets,
-        recipe=parsed.recipe,
-        latency_table=table,
-        width_multiple=checked_multiple_flag(parsed),
-    )
+    multiple = checked_multiple_flag(parsed)
+    with _working("reading the statistics"):
+        plans = plan_budgets(
+            parsed.uri,
+            budgets=budgets,
+            recipe=parsed.recipe,
+            latency_table=table,
+            width_multiple=multiple,
+        )
     if parsed.json:
         print(plans.model_dump_json(indent=2))
     else:
@@ -215,16 +231,17 @@ def benchmark(parsed: argparse.Namespace) -> int:
 def export(parsed: argparse.Namespace) -> int:
     from ffsplit.runtime.export import export
 
-    print(
-        export(
+    out = user_path(parsed.out)
+    with _working("exporting"):
+        written = export(
             parsed.uri,
             format=parsed.format,
-            out=user_path(parsed.out),
+            out=out,
             scheme=parsed.scheme,
             optimize=parsed.optimize,
             quantize=parsed.quantize,
         )
-    )
+    print(written)
     return DONE
 
 

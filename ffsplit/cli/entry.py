@@ -14,7 +14,15 @@ from ffsplit import __version__, logs
 from ffsplit.cli.overview import FLAG_GROUPS, overview, with_examples
 from ffsplit.config import Flag, JobConfig, flag_of
 from ffsplit.errors import ConfigError, did_you_mean
-from ffsplit.exit_codes import DESCRIPTION, DONE, MISTAKE, checked_output, exit_code_of, show_tracebacks
+from ffsplit.exit_codes import (
+    DESCRIPTION,
+    DONE,
+    MISTAKE,
+    checked_output,
+    exit_code_of,
+    quiet_libraries,
+    show_tracebacks,
+)
 from ffsplit.models.load_options import attending, trusting
 from ffsplit.recipes import shipped_recipes
 from ffsplit.store.entries import check_absolute
@@ -94,7 +102,11 @@ def main(arguments: Sequence[str] | None = None, *, in_job: bool = False) -> int
         if in_job and target:
             check_absolute(target)
         attention = getattr(parsed, "attn_implementation", None)
-        with trusting(bool(getattr(parsed, "trust_remote_code", False))), attending(attention):
+        with (
+            quiet_libraries(),
+            trusting(bool(getattr(parsed, "trust_remote_code", False))),
+            attending(attention),
+        ):
             from ffsplit.cli.commands import COMMANDS
 
             code = COMMANDS[parsed.title](parsed)
@@ -146,7 +158,7 @@ def _add_debug_flag(parser: argparse.ArgumentParser) -> None:
         "--debug",
         action="store_true",
         default=argparse.SUPPRESS,
-        help="print the traceback of an error",
+        help="print the traceback of an error, and warnings of other libraries",
     )
 
 

@@ -9,9 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
+from ffsplit.cli.columns import Table, print_sentence, whole
 from ffsplit.errors import ConfigError
 from ffsplit.measurement.gates import describe_result
 from ffsplit.report.card import loading_line
@@ -45,9 +43,6 @@ if TYPE_CHECKING:
     from ffsplit.splitting.latency import LatencyTable
 
 
-WIDTH = 100
-
-
 def print_manifest(manifest: Manifest, *, out: str, refused_report: str | None = None) -> None:
     """Before and after, the gates, where the artifact and its report are, and the line that loads it.
 
@@ -55,17 +50,19 @@ def print_manifest(manifest: Manifest, *, out: str, refused_report: str | None =
     """
     where = f"{out.rstrip('/')}/{manifest.run_key}/{manifest.attempt}"
     if manifest.measurements is not None:
-        print_table(_before_after(manifest, manifest.measurements))
+        _before_after(manifest, manifest.measurements).print()
         if disturbed := noise(manifest.measurements.latency, manifest.measurements.load):
-            print(f"warning: {disturbed}".replace("\u00a0", " "))
+            print_sentence(f"warning: {disturbed}")
         for skipped in manifest.measurements.skipped:
-            print(f"not measured: {skipped}")
+            print_sentence(f"not measured: {skipped}")
         overlaps = {task.spec: task.overlap_with_calibration for task in manifest.measurements.tasks}
         for spec, count in overlaps.items():
             if count:
-                print(f"warning: {count:,} evaluation sentences of {spec} are in the calibration text too")
+                print_sentence(
+                    f"warning: {count:,} evaluation sentences of {spec} are in the calibration text too"
+                )
     for result in manifest.gates:
-        print(describe_result(result))
+        print_sentence(describe_result(result))
     if refused_report is not None:
         print(f"report:   {out.rstrip('/')}/{refused_report}")
         return
@@ -90,7 +87,7 @@ def _place(manifest: Manifest, out: str) -> str:
 
 def _before_after(manifest: Manifest, measured: Measurements) -> Table:
     title = f"{manifest.model.id}, recipe {manifest.recipe['name']}, keep {manifest.keep:.4g}"
-    table = made_table(title, "", "original", "compressed", "")
+    table = Table(title, ("", "original", "compressed", "change"))
     before, after = measured.original_size, measured.compressed_size
     pairs = (
         ("parameters", before.num_parameters, after.num_parameters),
@@ -101,8 +98,8 @@ def _before_after(manifest: Manifest, measured: Measurements) -> Table:
         ),
     )
     for name, a, b in pairs:
-        table.add_row(name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}")
-    table.add_row(
+        table.add(name, f"{a:,}", f"{b:,}", f"{b / a - 1:+.1%}")
+    table.add(
         "weights",
         size(before.file_bytes),
         size(after.file_bytes),
@@ -110,13 +107,13 @@ def _before_after(manifest: Manifest, measured: Measurements) -> Table:
     )
     peaks = (measured.original_peak_memory_bytes, measured.compressed_peak_memory_bytes)
     if peaks[0] is not None and peaks[1] is not None:
-        table.add_row("peak memory", size(peaks[0]), size(peaks[1]), _change(peaks[0], peaks[1]))
+        table.add("peak memory", size(peaks[0]), size(peaks[1]), _change(peaks[0], peaks[1]))
     for each in measured.latency:
         _add_latency(table, each)
     for name, value in measured.fidelity.items():
-        table.add_row(name.replace("_", " "), "", f"{value:.5f}", "")
+        table.add(name.replace("_", " "), "", f"{value:.5f}", "")
     for task in measured.tasks:
-        table.add_row(
+        table.add(
             f"{task.name}, {task.metric.replace('_', ' ')}",
             score(task.original),
             score(task.compressed),
@@ -131,26 +128,26 @@ def print_needs(needs: Needs, *, asked: int | None) -> None:
     from ffsplit.run.needs import in_one_line
 
     title = f"a model of {size(needs.model_bytes)}"
-    table = made_table(title, "stage", "workers", "memory of one", "available", "about")
+    table = Table(title, ("stage", "workers", "memory of one", "available", "about"))
     for stage in needs.stages:
         available = "not known" if stage.available_bytes is None else size(stage.available_bytes)
         about = "not known" if stage.seconds is None else duration(stage.seconds)
         streamed = {"calibrate": needs.block_by_block, "measure": needs.measured_block_by_block}
         name = f"{stage.name}, block by block" if streamed.get(stage.name) else stage.name
-        table.add_row(name, str(stage.num_workers), size(stage.memory_bytes), available, about)
+        table.add(name, str(stage.num_workers), size(stage.memory_bytes), available, about)
     totals = needs.totals
     seconds = "not known" if totals.seconds is None else duration(totals.seconds)
-    table.add_section()
-    table.add_row("total", "", size(totals.memory_bytes), "", seconds)
-    print_table(table)
+    table.add_rule()
+    table.add("total", "", size(totals.memory_bytes), "", seconds)
+    table.print()
     for what, disk in needs.disks.items():
         free = "" if disk.free_bytes is None else f", {size(disk.free_bytes)} free"
-        print(f"{what}: {size(disk.needed_bytes)} in {disk.place}{free}".replace("\u00a0", " "))
+        print_sentence(f"{what}: {size(disk.needed_bytes)} in {disk.place}{free}")
     if needs.artifact_bytes:
-        print(f"the artifact: {size(needs.artifact_bytes)} of weights".replace("\u00a0", " "))
+        print_sentence(f"the artifact: {size(needs.artifact_bytes)} of weights")
     if line := left_out_in_one_line(needs.left_out):
-        print(line)
-    print(in_one_line(needs, asked=asked))
+        print_sentence(line)
+    print_sentence(in_one_line(needs, asked=asked))
 
 
 def experts_in_words(left: int | None) -> str:
@@ -160,24 +157,11 @@ def experts_in_words(left: int | None) -> str:
 def _add_latency(table: Table, each: Latency) -> None:
     name = f"{each.batch_size} x {each.num_tokens} tokens, p50"
     ratio = times(each.speedup) + (f" ({spread_in_words(each.spread)})" if each.spread else "")
-    table.add_row(name, milliseconds(each.original_p50_ms), milliseconds(each.compressed_p50_ms), ratio)
+    table.add(name, milliseconds(each.original_p50_ms), milliseconds(each.compressed_p50_ms), ratio)
 
 
 def _change(before: int, after: int) -> str:
     return f"{after / before - 1:+.1%}" if before else ""
-
-
-def made_table(title: str, first: str, *others: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first)
-    for name in others:
-        table.add_column(name, justify="right")
-    return table
-
-
-def print_table(table: Table) -> None:
-    console = Console()
-    Console(width=max(console.width, WIDTH)).print(table)
 
 
 def print_latency_table(measured: LatencyTable) -> None:
@@ -185,26 +169,23 @@ def print_latency_table(measured: LatencyTable) -> None:
     where = f"{measured.hardware['processor']}, {measured.num_threads} threads, {measured.dtype}"
     shape = f"{measured.batch_size} x {measured.num_tokens} tokens"
     columns = ("FFN width", "measured", "fitted", "of the original's")
-    table = made_table(f"{measured.model}, {shape}\n{where}", *columns)
+    table = Table(f"{measured.model}, {shape}; {where}", columns)
     dense = measured.ms(measured.points[-1].width)
     for point in measured.points:
         fitted = measured.ms(point.width)
-        table.add_row(
-            f"{point.width:,}", milliseconds(point.ms), milliseconds(fitted), percent(fitted / dense)
-        )
-    print_table(table)
+        table.add(f"{point.width:,}", milliseconds(point.ms), milliseconds(fitted), percent(fitted / dense))
+    table.print()
 
 
 def print_plans(plans: Plans) -> None:
     """Budgets side by side, then each layer, then what the predicted error means."""
-    print(f"{plans.model}, recipe {plans.recipe}, every layer alike; from {plans.statistics}")
-    columns = ("", "keep", "parameters", "FFN bytes", "forward", "plain", "predicted error")
-    table = made_table("budgets", *columns)
-    before = (f"{plans.num_parameters:,}", size(plans.ffn_bytes), "", "", "")
-    table.add_row("original", "1", *before)
+    print_sentence(f"{plans.model}, recipe {plans.recipe}, every layer alike; from {plans.statistics}")
+    print()
+    table = Table("", ("budget", "keep", "parameters", "FFN bytes", "forward", "plain", "predicted error"))
+    table.add("original", "1", f"{plans.num_parameters:,}", size(plans.ffn_bytes))
     for each in plans.budgets:
         change = each.num_parameters / plans.num_parameters - 1
-        table.add_row(
+        table.add(
             str(each.budget),
             f"{each.keep:.4g}{_lost(each)}{experts_in_words(each.experts_per_block)}",
             f"{each.num_parameters:,} ({change:+.1%})",
@@ -213,34 +194,39 @@ def print_plans(plans: Plans) -> None:
             "yes" if each.plain else "no",
             percent(each.energy_outside),
         )
-    print_table(table)
+    table.print()
     if any(map(_lost, plans.budgets)):
-        print("of: what the budget allows if widths and ranks are not rounded, as with --width-multiple 1")
-    budgets = [str(each.budget) for each in plans.budgets]
+        print_sentence(
+            "of: what the budget allows if widths and ranks are not rounded, as with --width-multiple 1"
+        )
+    budgets = [whole(str(each.budget)) for each in plans.budgets]
     units = unit((spread.name, spread.layer) for spread in plans.concentration)
-    table = made_table(
-        f"{units}s: layout, heavy hitters, predicted error", "", "neurons for 50 / 90 / 99 %", *budgets
+    print()
+    table = Table(
+        "layout, heavy hitters and predicted error of each budget",
+        (units, "neurons for 50 / 90 / 99\u00a0%", *budgets),
     )
     for spread in plans.concentration:
-        counts = " / ".join(f"{count:,}" for count in spread.neurons_for_energy.values())
+        counts = whole(" / ".join(f"{count:,}" for count in spread.neurons_for_energy.values()))
         cells = [_forecast(each.layers[spread.layer]) for each in plans.budgets]
-        table.add_row(spread.name, f"{counts} of {spread.num_neurons:,}", *cells)
-    print_table(table)
-    print(
-        "predicted error: fraction of an FFN's output energy (the sum over its neurons) outside the heavy\n"
+        table.add(spread.name, f"{counts} of\u00a0{spread.num_neurons:,}", *cells)
+    table.print()
+    print()
+    print_sentence(
+        "predicted error: fraction of an FFN's output energy (the sum over its neurons) outside the heavy "
         "hitters; it ignores what refits, low-rank parts and later layers recover"
     )
 
 
 def _lost(each: BudgetForecast) -> str:
     """What the budget allows, if rounding to multiples gave some of it up."""
-    whole = f"{each.keep_unrounded:.4g}"
-    return "" if whole == f"{each.keep:.4g}" else f" of {whole}"
+    allowed = f"{each.keep_unrounded:.4g}"
+    return "" if allowed == f"{each.keep:.4g}" else f" of {allowed}"
 
 
 def _forecast(layer: LayerForecast) -> str:
     """Layout, number of heavy hitters (unless they are all neurons) and predicted error, one per line."""
-    lines = [layout(layer.layout), percent(layer.energy_outside)]
+    lines = [whole(layout(layer.layout)).replace(whole(" + "), " + "), percent(layer.energy_outside)]
     if len(layer.heavy_neurons) < layer.layout.num_neurons:
         lines.insert(1, f"{len(layer.heavy_neurons):,} heavy")
     return "\n".join(lines)
@@ -275,9 +261,11 @@ def list_to_json(store: Store) -> str:
 
 
 def print_list(store: Store) -> None:
-    """One row per run, newest first: plain columns, whatever the width of the terminal."""
-    rows = [COLUMNS, *(_row(run, names) for run, names in _runs(store))]
-    _print_columns(rows)
+    """One row per run, newest first."""
+    table = Table("", COLUMNS, left=COLUMNS, paths=("model",))
+    for run, names in _runs(store):
+        table.add(*_row(run, names))
+    table.print()
 
 
 def _row(run: RunSummary, names: list[str]) -> tuple[str, ...]:
@@ -301,48 +289,38 @@ def print_plan(planned: Plan, *, removed: Sequence[Removal] | None) -> None:
     """What would be removed, or what was."""
     done = planned.removals if removed is None else removed
     verb = "would remove" if removed is None else "removed"
-    rows = [
-        (verb, each.prefix, each.reason, f"{each.num_files} files", size(each.size_bytes)) for each in done
-    ]
-    if rows:
-        _print_columns(rows)
+    table = Table("", (verb, "why", "files", "size"), left=("why",))
+    for each in done:
+        table.add(each.prefix, each.reason, str(each.num_files), size(each.size_bytes))
+    if done:
+        table.print()
     if planned.num_leftovers:
         print(f"{verb} the leftovers of {planned.num_leftovers} broken uploads")
     total = size(sum(each.size_bytes for each in done))
-    print(f"{verb} {len(rows)} attempts, {total}; {len(planned.kept)} runs are kept")
+    print(f"{verb} {len(done)} attempts, {total}; {len(planned.kept)} runs are kept")
     if removed is None:
         print("dry run, nothing was removed: --delete removes it")
 
 
-def _print_columns(rows: Sequence[tuple[str, ...]]) -> None:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
 # The table of `ffsplit benchmark`.
-
-BENCHMARK_WIDTH = 110
 
 
 def print_benchmark(record: BenchmarkRecord) -> None:
     """Both models at each shape, beside the largest speed-up that the removed work allows."""
     title = f"{record.device}, {record.dtype}, {record.num_threads} threads, timed alternately"
-    table = Table("", "original", "compressed", "speed-up", "limit", "share", title=title)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table(title, ("", "original", "compressed", "speed-up", "limit", "share"))
     for timing in record.timings:
         _add(table, timing)
     before, after = record.original, record.compressed
     loads = [milliseconds(1e3 * each.load_s) for each in (before, after)]
-    table.add_row("load", *loads, times(before.load_s / after.load_s))
+    table.add("load", *loads, times(before.load_s / after.load_s))
     if before.peak_memory_bytes is not None and after.peak_memory_bytes is not None:
-        table.add_row("peak memory", size(before.peak_memory_bytes), size(after.peak_memory_bytes))
-    Console(width=BENCHMARK_WIDTH).print(table)
+        table.add("peak memory", size(before.peak_memory_bytes), size(after.peak_memory_bytes))
+    table.print()
     if record.load is not None:
-        print(load_in_words(record.load))
+        print_sentence(load_in_words(record.load))
     if disturbed := described(_tails(record), record.load):
-        print(f"warning: {disturbed}".replace("\u00a0", " "))
+        print_sentence(f"warning: {disturbed}")
 
 
 def _tails(record: BenchmarkRecord) -> dict[str, float]:
@@ -358,7 +336,7 @@ def _tails(record: BenchmarkRecord) -> dict[str, float]:
 
 def _add(table: Table, timing: Timing) -> None:
     first, second = timing.original, timing.compressed
-    table.add_row(
+    table.add(
         f"{timing.phase} {timing.batch_size} x {timing.num_tokens}, p50",
         milliseconds(first.p50_ms),
         milliseconds(second.p50_ms),
@@ -369,5 +347,5 @@ def _add(table: Table, timing: Timing) -> None:
     notes = {"p95": spread_in_words(timing.spread), "p99": ""}
     for name, note in notes.items():
         figures = (getattr(each, f"{name}_ms") for each in (first, second))
-        table.add_row(f"  {name}", *map(milliseconds, figures), note)
-    table.add_row("  tokens/s", number(first.tokens_per_s), number(second.tokens_per_s))
+        table.add(f"  {name}", *map(milliseconds, figures), note)
+    table.add("  tokens/s", number(first.tokens_per_s), number(second.tokens_per_s))

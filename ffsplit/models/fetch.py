@@ -18,6 +18,7 @@ from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.family import Media
 from ffsplit.models.folder import CONFIG_NAME, MOST_NAMES, FolderFiles, Listing, local_listing, sort_files
 from ffsplit.models.not_a_model import check_is_model, check_modules
+from ffsplit.models.source_card import titled
 from ffsplit.store.artifact import locate
 from ffsplit.store.cache import StoredFiles, is_remote, stored_files
 from ffsplit.store.entries import MANIFEST_NAME, RUN_KEY, FileEntry, LeftOut, sha256_file
@@ -100,6 +101,7 @@ ALMOST_HUB_ID = re.compile(
     r"(?P<id>[\w.\-]+(?:/[\w.\-]+)?)(?:@(?P<at>[\w./\-]+)|/(?:tree|resolve|blob)/(?P<tree>[\w.\-]+).*)?/?"
 )
 """A hub id with a revision after it or a scheme before it."""
+HUB_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/[0-9a-f]{40}$")
 GENERIC_NAMES = ("model", "checkpoint", "final", "best")
 
 
@@ -236,11 +238,16 @@ def _hub_names(model: str, revision: str | None) -> tuple[str, ...] | None:
 def model_name(model: str) -> str:
     """The name of a model in reports: its hub id, or the name of its local directory.
 
-    A generic name is preceded by its parent's. An artifact has its original's name.
+    In the place of a generic name stands the title of the model's card, or the name with its parent's before
+    it. A snapshot in the hub's cache has its hub id, and an artifact its original's name.
     """
     path = user_path(model).resolve()
     if not path.is_dir():
         return model
     with suppress(OSError, ArtifactError):
         return Manifest.from_json((path / MANIFEST_NAME).read_bytes()).model.id
-    return f"{path.parent.name}/{path.name}" if path.name in GENERIC_NAMES else path.name
+    if (cached := HUB_SNAPSHOT.search(path.as_posix())) is not None:
+        return cached["id"].replace("--", "/")
+    if path.name not in GENERIC_NAMES:
+        return path.name
+    return titled(path) or f"{path.parent.name}/{path.name}"

@@ -14,6 +14,8 @@ ORIGINAL_CARD = "README.original.md"
 """The original's model card in an artifact, whose README.md is its own card."""
 
 _FRONT = re.compile(r"---\n(.*?\n)---\s*$", re.DOTALL | re.MULTILINE)
+_TITLE = re.compile(r"^# +(.*?)[ #]*$", re.MULTILINE)
+_NAME = re.compile(r"[\w.\-]+(/[\w.\-]+)?")
 _HEADING = re.compile(r"(#{1,6})\s+(.*?)[\s#]*")
 _TELLS_USE = re.compile(
     r"\b(uses?|misuse|out-of-scope|limits?|limitations?|bias(es)?|risks?|ethic\w*)\b", re.IGNORECASE
@@ -41,6 +43,15 @@ def read_card(directory: Path) -> SourceCard:
         if (directory / name).is_file():
             return parse_card((directory / name).read_text("utf-8", "replace"))
     return SourceCard({})
+
+
+def titled(directory: Path) -> str | None:
+    """The model's name, if it is the title of the card in its folder: one word, or a hub id."""
+    card = directory / CARD_NAME
+    if not card.is_file():
+        return None
+    found = _TITLE.search(card.read_text("utf-8", "replace"))
+    return found[1] if found is not None and _NAME.fullmatch(found[1]) else None
 
 
 def parse_card(text: str) -> SourceCard:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from ffsplit.measurement.gates import HEADLINES, verdict
 from ffsplit.report import humanize
+from ffsplit.report.card import loading_line
 from ffsplit.report.humanize import (
     dropped_in_words,
     given_up_in_words,
@@ -21,6 +22,7 @@ from ffsplit.report.humanize import (
     unchanged_in_words,
 )
 from ffsplit.report.plots import EnergyCurve, change_rows, energy_figure, error_columns, error_rows
+from ffsplit.report.scales import SCALES, ScaleRow
 from ffsplit.store.manifest import LayerRecord, Manifest, Measurements, TaskScore
 
 # Templates of self-contained pages. They share one style and escape all text that users wrote.
@@ -66,6 +68,13 @@ _METRIC_NAMES: Final = {
 }
 
 
+_EXAMPLE_TASKS: Final = {
+    "AutoModelForSequenceClassification": "classification:FILE.tsv",
+    "AutoModelForCausalLM": "perplexity:FILE.txt",
+}
+"""By the class that loads the model; encoders are scored on pairs of sentences."""
+
+
 @dataclass(frozen=True)
 class Tile:
     """One headline number: its label, its value, and a note with figures to compare it with."""
@@ -87,6 +96,10 @@ def render_report(manifest: Manifest, *, curves: Sequence[EnergyCurve]) -> str:
     return template.render(
         manifest=manifest,
         measured=measured,
+        loading="" if manifest.kind == "statistics" else loading_line(manifest, "."),
+        scale_rows=[] if measured is None else _scale_rows(measured),
+        meanings=[] if measured is None else _meanings(measured),
+        example_task=_EXAMPLE_TASKS.get(manifest.model.loading_class, "sts:FILE.csv"),
         noise=None if measured is None else noise(measured.latency, measured.load),
         spread=spread_in_words,
         load=load_in_words,
@@ -124,6 +137,29 @@ def _metric_name(name: str) -> str:
     return _METRIC_NAMES.get(name, name.replace("_", " "))
 
 
+def _scale_rows(measured: Measurements) -> list[ScaleRow]:
+    """Each measure of fidelity on its scale. A perplexity has its change instead."""
+    rows = []
+    for name, value in measured.fidelity.items():
+        scale, text = SCALES.get(name), humanize.number(value)
+        before = measured.fidelity.get("original_perplexity")
+        if name == "compressed_perplexity" and before is not None:
+            text += f" ({humanize.change(before, after=value)})"
+        if scale is None:
+            rows.append(ScaleRow(_metric_name(name), text, None, 0.0, ("", "")))
+        else:
+            ticks = f"{scale.fair:g}", f"{scale.close:g}"
+            rows.append(ScaleRow(_metric_name(name), text, scale.band(value), scale.place(value), ticks))
+    return rows
+
+
+def _meanings(measured: Measurements) -> list[str]:
+    """What the scales say, once per scale."""
+    scales = {SCALES[name]: name for name in reversed(measured.fidelity) if name in SCALES}
+    named = {"pooled_cosine": "cosine", "token_cosine": "cosine", "kl_divergence": "KL divergence"}
+    return [scale.meaning(named.get(name, _metric_name(name))) for scale, name in scales.items()]
+
+
 def _tiles(manifest: Manifest) -> list[Tile]:
     if manifest.measurements is None:
         return _statistics_tiles(manifest)
@@ -155,11 +191,15 @@ def _measured_tiles(manifest: Manifest, measured: Measurements) -> list[Tile]:
         disjoint = manifest.calibration.held_out_is_disjoint
         where = "held\u2011out text" if disjoint else "on calibration text"
         value = humanize.number(measured.fidelity[name])
-        tiles.append(Tile("Fidelity", value, f"{_metric_name(name)}, {where}", is_warning=not disjoint))
+        band = f"{SCALES[name].band(measured.fidelity[name])}: " if name in SCALES else ""
+        note = f"{band}{_metric_name(name)}, {where}"
+        tiles.append(Tile("Fidelity", value, note, is_warning=not disjoint))
     else:
         tiles.append(Tile("Fidelity", "\u2013", "not measured"))
     if len({task.spec for task in measured.tasks}) == 1:
         tiles.append(_task_tile(measured.tasks[0]))
+    elif not measured.tasks:
+        tiles.append(Tile("Tasks", "\u2013", "not scored on a task"))
     return tiles
 
 

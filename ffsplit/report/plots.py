@@ -22,28 +22,11 @@ HEAVY_SHARE: Final = 0.05
 
 _MOST_LABELS: Final = 14
 _MOST_ROWS: Final = 24
-_DEPTH: Final = (
-    (46, 125, 209),
-    (107, 104, 214),
-    (168, 86, 196),
-    (207, 77, 138),
-    (214, 90, 72),
-    (190, 117, 24),
-)
-"""First to last layer. All have medium lightness, so that each stands out on white and on black."""
 
 
-def depth_colors(num_layers: int) -> list[str]:
-    """One colour per layer, evenly spaced along the ramp."""
-    last = len(_DEPTH) - 1
-    colors = []
-    for layer in range(num_layers):
-        position = layer / max(1, num_layers - 1) * last
-        start = min(int(position), last - 1)
-        mix = position - start
-        pairs = zip(_DEPTH[start], _DEPTH[start + 1], strict=True)
-        colors.append("#" + "".join(f"{round(low + (high - low) * mix):02x}" for low, high in pairs))
-    return colors
+def depth_shades(num_layers: int) -> list[float]:
+    """One shade of one colour per layer, from 0 (the first, faint) to 100 (the last, strong)."""
+    return [100 * layer / max(1, num_layers - 1) for layer in range(num_layers)]
 
 
 @dataclass(frozen=True)
@@ -99,7 +82,7 @@ class Line(NamedTuple):
 
     points: tuple[tuple[float, float], ...]
     height: float
-    color: str
+    shade: float
     label: str
     value: str
 
@@ -161,11 +144,11 @@ def energy_figure(curves: Sequence[EnergyCurve]) -> Lines:
                 for fraction in sorted({max(each, start) for each in curve.fractions if each > 0})
             ),
             height=100 * curve.at(HEAVY_SHARE),
-            color=color,
+            shade=shade,
             label=curve.name,
             value=humanize.percent(curve.at(HEAVY_SHARE)),
         )
-        for curve, color in zip(ordered, depth_colors(len(ordered)), strict=True)
+        for curve, shade in zip(ordered, depth_shades(len(ordered)), strict=True)
     )
     shares = [curve.at(HEAVY_SHARE) for curve in ordered]
     unit = humanize.unit((curve.name, curve.layer) for curve in ordered)
@@ -203,9 +186,9 @@ def error_rows(layers: Sequence[LayerRecord]) -> list[BarRow]:
         BarRow(
             layer.name,
             humanize.layout(layer.layout),
-            (Bar(100 * error / largest, humanize.percent(error), color),),
+            (Bar(100 * error / largest, humanize.percent(error), "var(--after)"),),
         )
-        for (layer, error), color in zip(errors, depth_colors(len(errors)), strict=True)
+        for layer, error in errors
     ]
 
 
@@ -233,8 +216,8 @@ def _columns(layers: Sequence[LayerRecord], heights: Sequence[float], title: str
     return Columns(
         title,
         tuple(
-            Bar(100 * height / largest, f"{layer.name}: {height:.3g}", color)
-            for layer, height, color in zip(layers, heights, depth_colors(len(layers)), strict=True)
+            Bar(100 * height / largest, f"{layer.name}: {height:.3g}", "var(--after)")
+            for layer, height in zip(layers, heights, strict=True)
         ),
         tuple(Tick(100 * step * n / largest, f"{step * n:g}") for n in range(int(largest / step) + 1)),
         tuple(
@@ -254,7 +237,10 @@ def change_rows(measurements: Measurements) -> list[BarRow]:
     ]
     for latency in measurements.latency:
         label = "p50, " + humanize.shape(latency.batch_size, num_tokens=latency.num_tokens)
-        rows.append(_pair(label, latency.original_p50_ms, latency.compressed_p50_ms, humanize.milliseconds))
+        pair = _pair(label, latency.original_p50_ms, latency.compressed_p50_ms, humanize.milliseconds)
+        spread = humanize.spread_in_words(latency.spread)
+        speedup = humanize.times(latency.speedup)
+        rows.append(pair._replace(note=f"{speedup} ({spread})" if spread else speedup))
     memory = measurements.original_peak_memory_bytes, measurements.compressed_peak_memory_bytes
     if memory[0] is not None and memory[1] is not None:
         rows.append(_pair("Peak memory", memory[0], memory[1], humanize.size))

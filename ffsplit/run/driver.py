@@ -55,14 +55,16 @@ def run_to_end(
     ):
         if sign_key is not None:
             sign_manifest(b"{}", key=sign_key)  # fail early if the key cannot sign
-        run = prepare(config, kind=kind)
-        run.needs.check()
-        store, key = open_store(config.out), run.keys.published(kind)
+        with shown.working("reading the model"):
+            run = prepare(config, kind=kind)
+            run.needs.check()
+            store, key = open_store(config.out), run.keys.published(kind)
         if _is_committed(store, key):
             shown.note(f"{store.uri}/{key} is committed already: nothing to do (--fresh runs it again)")
             finished = _standing(store, key)
         else:
-            check_inputs(run)
+            with shown.working("reading the text"):
+                check_inputs(run)
             finished = _compute(run, store, shown, sign_key=sign_key)
         if finished.state != "refused":
             try:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ffsplit import logs
+from ffsplit.calibration.sampling import FAN_IN
 from ffsplit.calibration.statistics import NeuronStats
 from ffsplit.directories import full_disk_explained, temporary_folder
 from ffsplit.distributed import make_runner
@@ -19,14 +20,14 @@ from ffsplit.measurement.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.folder import left_out_in_one_line
 from ffsplit.models.selection import left_out_ffns
-from ffsplit.progress import Progress, StageLog
+from ffsplit.progress import Expected, Progress, StageLog
 from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.report.humanize import dropped_in_words, unchanged_in_words
-from ffsplit.run.checks import default_text, far_from_evaluation
+from ffsplit.run.checks import can_refit, default_text, far_from_evaluation, measures_widths
 from ffsplit.run.documents import Outcome, experts_record, rounding_note, write_documents
 from ffsplit.run.execution import Execution, start
 from ffsplit.run.job import Run, would_search
-from ffsplit.run.needs import in_one_line
+from ffsplit.run.needs import PEAK_MEMORY, in_one_line
 from ffsplit.run.stages.calibrate import calibrate, sample_inputs
 from ffsplit.run.stages.fit import Layers, compress_layers, refit_layers
 from ffsplit.run.stages.generate import with_own_text
@@ -76,6 +77,7 @@ def make_attempt(
     failures are never reported as mistakes in the configuration.
     """
     log = StageLog(shown)
+    log.expect(expected_stages(run))
     with full_disk_explained(), temporary_folder() as folder:
         _announce(run, shown)
         execution = start(run, runner, log, scratch)
@@ -138,6 +140,48 @@ def _publish(run: Run, outcome: Outcome, staging: Path, *, store: Store, sign_ke
     if standing.attempt != attempt:  # another run of the same key committed first
         return read_manifest(locate(f"{store.uri}/{key}"))
     return manifest.at(f"{store.uri}/{key}/{attempt}")
+
+
+def expected_stages(run: Run) -> tuple[Expected, ...]:
+    """The stages that a run will have, by the names that the functions below give them.
+
+    What an estimate covers together counts for the stage that takes most of it.
+    """
+    seconds = {each.name: each.seconds for each in run.needs.stages}
+    stages = [Expected(name, seconds.get(name, 0.0)) for name in _stage_names(run)]
+    names = [each.stage for each in stages]
+    measured = (seconds.get("measure"), seconds.get(PEAK_MEMORY, 0.0))
+    together = {
+        "measure": None if None in measured else sum(each or 0.0 for each in measured),
+        "refit": None if (refits := seconds.get("refit")) is None else refits / max(1, names.count("refit")),
+    }
+    return tuple(each._replace(seconds=together.get(each.stage, each.seconds)) for each in stages)
+
+
+def _stage_names(run: Run) -> Iterator[str]:
+    recipe, layouts = run.recipe, run.layouts
+    if run.own.total:
+        yield "generate"
+    yield "calibrate" if run.origin is None else "sample"
+    num_rows = len(run.text.calibration) + run.own.calibration
+    if run.origin is None and num_rows > FAN_IN * recipe.calibration.rows_per_shard:
+        yield "reduce"
+    if run.kind == "statistics":
+        return
+    if recipe.allocation == "search":
+        if measures_widths(run.checkpoint, layouts, recipe.steps):
+            yield from ("widths", "tables", "tables again")
+        yield "allocate"
+    yield "compress"
+    if can_refit(run.checkpoint, layouts):
+        yield from ("sample", "refit") * len(recipe.refits)
+    if recipe.healing is not None:
+        yield "heal"
+    if recipe.after_healing is not None:
+        if recipe.samples_again(layouts, run.checkpoint.shapes):
+            yield "sample"
+        yield "quantize"
+    yield "measure"
 
 
 def compute_statistics(execution: Execution, staging: Path) -> Outcome:

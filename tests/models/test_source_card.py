@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ffsplit.models.fetch import model_name
 from ffsplit.models.source_card import parse_card, read_card
 
 
@@ -56,3 +57,31 @@ def test_an_artifacts_own_card_is_not_its_originals(tmp_path: Path) -> None:
     assert read_card(tmp_path).strings("license") == ("mit",)
     (tmp_path / "README.original.md").write_text("---\nlicense: [apache-2.0, mit]\n---\n")
     assert read_card(tmp_path).strings("license") == ("apache-2.0", "mit")
+
+
+@pytest.mark.parametrize(
+    ("card", "name"),
+    [
+        ("---\nlicense: mit\n---\n\n# all-MiniLM-L6-v2\nThis is a model\n# Usage\n", "all-MiniLM-L6-v2"),
+        ("# org/name #\n", "org/name"),
+        ("# A model of many words\n\n# single\n", "model-of-mine/model"),
+        ("no title", "model-of-mine/model"),
+        (None, "model-of-mine/model"),
+    ],
+)
+def test_a_folder_with_a_generic_name_is_called_as_its_card_is_titled(
+    card: str | None, name: str, tmp_path: Path
+) -> None:
+    directory = tmp_path / "model-of-mine" / "model"
+    directory.mkdir(parents=True)
+    if card is not None:
+        (directory / "README.md").write_text(card)
+    assert model_name(str(directory)) == name
+    named = directory.rename(directory.with_name("my-encoder"))
+    assert model_name(str(named)) == "my-encoder"
+
+
+def test_a_snapshot_of_the_hub_has_its_id(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    assert model_name(str(snapshot)) == "org/name"

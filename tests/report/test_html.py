@@ -56,7 +56,7 @@ def test_the_headline_numbers_are_there(make_manifest, make_curves):
         "72.0 MB from 90.9 MB, \u221220.7 %",
         "18.0 M from 22.7 M, \u221220.8 %; \u221243.7 % without embeddings",
         "1.45\u00d7 at 32 \u00d7 128 tokens, cpu; 1.18\u00d7 to 1.45\u00d7 over all shapes",
-        "0.988 cosine of mean-pooled states, held\u2011out text",
+        "0.988 close: cosine of mean-pooled states, held\u2011out text",
     ):
         assert (
             expected in text
@@ -168,8 +168,10 @@ def test_a_language_model_is_judged_by_its_agreement(make_manifest):
         "my_score": 0.5,
     }
     text = read(render_report(make_manifest(measurements=measurements | {"fidelity": values}), curves=[]))
-    assert "Fidelity 0.9999 top-1 agreement, held\u2011out text" in text
-    assert "KL divergence, nats per token 0.0521" in text and "my score 0.500" in text
+    assert "Fidelity 0.9999 close: top-1 agreement, held\u2011out text" in text
+    assert "KL divergence, nats per token 0.0521 fair" in text and "my score 0.500" in text
+    assert "models with a KL divergence of at most 0.05 (close) had at most 8 % more perplexity" in text
+    assert "those with at most 0.2 (fair) at most 39" in text
 
 
 def task_fields(**changes):
@@ -184,7 +186,9 @@ def test_the_only_task_is_in_the_headline(make_manifest):
     assert "sts dev.csv 86.20 spearman, from 86.72, \u22120.52" in text
     assert "sts dev.csv spearman 86.72 86.20 \u22120.52 1,500" in text
     assert "in the calibration text too" not in text
-    assert "Task scores" not in read(render_report(make_manifest(), curves=[]))
+    assert "Not scored" not in text
+    without = read(render_report(make_manifest(), curves=[]))
+    assert "Tasks \u2013 not scored on a task" in without and "such as sts:FILE.csv" in without
 
 
 def test_several_tasks_are_a_table_alone(make_manifest):
@@ -208,7 +212,7 @@ def test_missing_memory_fidelity_and_latency(make_manifest):
     measurements = make_manifest().measurements.model_dump()
     measurements |= {"fidelity": {}, "latency": (), "compressed_peak_memory_bytes": None}
     text = read(render_report(make_manifest(measurements=measurements), curves=[]))
-    assert text.count("not measured") == 2
+    assert text.count("not measured") == 2 and "benchmarks" not in text
     assert "Peak memory" not in text and "Latency and throughput" not in text
 
 
@@ -256,3 +260,37 @@ def test_an_undecided_gate_has_its_interval(make_manifest):
     gate = {"gate": "speedup >= 1.4", "figure": 1.4, "met": False, "undecided": True}
     page = render_report(make_manifest(gates=(gate | {"low": 1.3, "high": 1.52},)), curves=[])
     assert "1.3 to 1.52" in page and "UNDECIDED" in page
+
+
+def test_the_result_comes_before_the_mechanism(make_manifest, make_curves):
+    page = Page(render_report(make_manifest(), curves=make_curves(6)))
+    sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
+    results = ["change", "fidelity", "tasks", "latency"]
+    assert sections == [*results, "layers", "heavy-hitters", "lineage", "run"]
+
+
+def test_the_page_has_the_line_that_loads_the_model(make_manifest):
+    html = render_report(make_manifest(), curves=[])
+    assert "AutoModel.from_pretrained(&#34;.&#34;)" in html
+    statistics = make_manifest(kind="statistics", keep=None, plain=None, measurements=None)
+    assert "Load it" not in render_report(statistics, curves=[])
+
+
+def test_every_cell_of_a_stacked_row_has_its_columns_name(make_manifest, make_curves):
+    """On a narrow page a row is a list of its cells: no number is reached by scrolling sideways."""
+    measurements = make_manifest().measurements.model_dump() | {"tasks": (task_fields(),)}
+    html = render_report(make_manifest(measurements=measurements), curves=make_curves(6))
+    tables = re.findall(r"<table.*?</table>", html, re.DOTALL)
+    assert len(tables) == 5  # tasks, latency, layers, stages, files
+    for table in tables:
+        assert 'class="stack"' in table
+        body = table.partition("<tbody>")[2]
+        cells = re.findall(r"<td([^>]*)>(.*?)</td>", body, re.DOTALL)
+        assert cells and [text for names, text in cells if text and "data-label=" not in names] == []
+
+
+def test_a_perplexity_stands_with_its_change(make_manifest):
+    values = {"original_perplexity": 20.0, "compressed_perplexity": 21.0}
+    measurements = make_manifest().measurements.model_dump() | {"fidelity": values}
+    text = read(render_report(make_manifest(measurements=measurements), curves=[]))
+    assert "perplexity, compressed 21.0 (+5.00 %)" in text

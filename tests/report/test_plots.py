@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import re
+from importlib import resources
+
 import numpy as np
 import pytest
 
 from ffsplit.errors import CalibrationError
 from ffsplit.report.plots import (
     change_rows,
-    depth_colors,
+    depth_shades,
     energy_curve,
     energy_figure,
     error_columns,
@@ -125,10 +128,38 @@ def test_a_quantity_is_shown_against_its_own_original(make_manifest):
     assert [round(bar.length, 1) for bar in first.bars] == [100.0, 79.2]
 
 
-def test_depth_colors_are_distinct_and_stand_out_from_white_and_from_black():
-    for color in depth_colors(80):
-        channels = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-        assert 1.05 / (luminance + 0.05) > 3 and (luminance + 0.05) / (0.0103 + 0.05) > 3
-    assert len(set(depth_colors(80))) == 80 and len(depth_colors(1)) == 1
+def test_depth_is_one_colour_from_faint_to_strong():
+    """Its ends stand out from the card, in light and in dark."""
+    shades = depth_shades(80)
+    assert shades == sorted(set(shades)) and len(shades) == 80 and depth_shades(1) == [0]
+    assert (shades[0], shades[-1]) == (0, 100)
+    css = resources.files("ffsplit.report").joinpath("page.css").read_text()
+    named = [re.findall(rf"--{name}: (#\w+)", css) for name in ("card", "first", "last")]
+    schemes = list(zip(*named, strict=True))
+    assert len(schemes) == 2
+    for card, first, last in schemes:
+        assert 3 < contrast(card, first) < contrast(card, last) / 2
+
+
+def test_errors_have_one_colour(make_manifest):
+    """The number of a layer is its place in the figure, and needs no colour."""
+    bars = [bar for row in error_rows(make_manifest().layers) for bar in row.bars]
+    bars += [bar for figure in error_columns(make_manifest(80).layers) for bar in figure.bars]
+    assert {bar.color for bar in bars} == {"var(--after)"}
+
+
+def test_a_latency_stands_with_its_speed_up_and_spread(make_manifest):
+    notes = {row.label: row.note for row in change_rows(make_manifest().measurements)}
+    assert notes["p50, 8\u00a0\u00d7\u00a0128"] == "1.41\u00d7 (1.34 to 1.52\u00d7)"
+
+
+def contrast(first: str, second: str) -> float:
+    """Source: WCAG 2, of two colours as #rrggbb."""
+    low, high = sorted(map(luminance, (first, second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(color: str) -> float:
+    channels = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
