@@ -232,14 +232,36 @@ def share(parsed: argparse.Namespace) -> int:
 
 
 def list_runs(parsed: argparse.Namespace) -> int:
+    from ffsplit.cli.alias_lines import history_to_json, print_history
     from ffsplit.cli.tables import list_to_json, print_list
+    from ffsplit.store.artifact import names_alias
     from ffsplit.store.store import open_store
 
+    if named := names_alias(parsed.uri):
+        print(history_to_json(*named)) if parsed.json else print_history(*named)
+        return DONE
     store = open_store(parsed.uri)
     if parsed.json:
         print(list_to_json(store))
     else:
         print_list(store)
+    return DONE
+
+
+def promote(parsed: argparse.Namespace) -> int:
+    from ffsplit.cli.alias_lines import describe_change
+    from ffsplit.store.aliases import check_alias, promote, remove_alias
+    from ffsplit.store.artifact import locate, split_run
+
+    alias = check_alias(parsed.alias)
+    if parsed.remove:
+        store, run_key = split_run(parsed.uri)
+        print(describe_change(store, remove_alias(store, alias, run_key=run_key)))
+        return DONE
+    location = locate(parsed.uri)
+    if location.commit is None:
+        raise ConfigError(f"{location.uri} is not committed: only a committed run can be promoted")
+    print(describe_change(location.store, promote(location.store, location.commit, alias=alias)))
     return DONE
 
 
@@ -347,6 +369,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "push": push,
     "share": share,
     "list": list_runs,
+    "promote": promote,
     "pin": pin,
     "gc": gc,
     "zoo": zoo,

@@ -18,7 +18,7 @@ from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.family import Media
 from ffsplit.models.folder import CONFIG_NAME, MOST_NAMES, FolderFiles, Listing, local_listing, sort_files
 from ffsplit.models.not_a_model import check_is_model, check_modules
-from ffsplit.store.artifact import locate
+from ffsplit.store.artifact import locate, names_alias
 from ffsplit.store.cache import StoredFiles, is_remote, stored_files
 from ffsplit.store.entries import MANIFEST_NAME, RUN_KEY, FileEntry, LeftOut, sha256_file
 from ffsplit.store.manifest import Manifest
@@ -136,6 +136,8 @@ def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
             return LocatedModel(directory.resolve(), None)
         artifact = _artifact_in(str(directory))
         return LocatedModel(Path(artifact or directory).resolve(), None)
+    if (named := names_alias(model)) and Path(named[0].uri).is_dir():
+        return LocatedModel(Path(locate(model).uri).resolve(), None)
     if directory.exists():
         raise ConfigError(f"model {model} is a file; give the directory that holds config.json")
     if not HUB_ID.match(model) or model.startswith("."):
@@ -167,7 +169,9 @@ def _no_such_directory(model: str) -> str:
 
 def _fetch(model: str) -> LocatedModel:
     """A model in a store, or the artifact published at a location in a store."""
-    if not open_store(model).exists(CONFIG_NAME):
+    if names_alias(model):
+        model = locate(model).uri
+    elif not open_store(model).exists(CONFIG_NAME):
         model = _artifact_in(model) or model
     store, left_out = open_store(model), list[LeftOut]()
     if not store.exists(CONFIG_NAME):
