@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from ffsplit.measurement.gates import describe_result
 from ffsplit.report.humanize import change, number, size, spread_in_words, times
-from ffsplit.zoo.batch import INDEX_NAME, STATES, Batch, BatchModel, Figures, batch_key, headline, slowest
+from ffsplit.zoo.batch import (
+    INDEX_NAME,
+    STATES,
+    Batch,
+    BatchModel,
+    Figures,
+    batch_key,
+    describe_promotion,
+    headline,
+    slowest,
+)
 
 
 def print_batch(batch: Batch, *, destination: str) -> None:
@@ -14,13 +24,21 @@ def print_batch(batch: Batch, *, destination: str) -> None:
         for result in model.result.gates if model.result else ():
             if not result.met:
                 print(f"  {describe_result(result)}")
+        if model.promotion is not None:
+            print(f"  {describe_promotion(model.promotion)}")
+            for result in model.promotion.gates:
+                if not result.met:
+                    print(f"  {describe_result(result)}")
     published = batch.count("published", "committed already")
     interrupted = batch.count("interrupted")
     print(
         f"{published} of {len(batch.models)} published ({batch.count('published')} now), "
         f"{batch.count('refused')} refused by gates, {batch.count('failed')} failed"
         + (f", {interrupted} interrupted" if interrupted else "")
+        + (f", {promoted} now in use" if (promoted := batch.moved("promoted")) else "")
     )
+    if batch.price is not None:
+        print(f"cost: {batch.price:.4g}, by the zoo file's prices")
     print(f"batch: {destination}/{batch_key(batch.id)}")
     print(f"index: {destination}/{INDEX_NAME}")
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from ffsplit.config import Record
 from ffsplit.directories import user_path
-from ffsplit.errors import ArtifactError, ConfigError
+from ffsplit.errors import ArtifactError, ConfigError, StoreError, reason_of
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.family import Media
 from ffsplit.models.folder import CONFIG_NAME, MOST_NAMES, FolderFiles, Listing, local_listing, sort_files
@@ -100,6 +100,7 @@ ALMOST_HUB_ID = re.compile(
     r"(?P<id>[\w.\-]+(?:/[\w.\-]+)?)(?:@(?P<at>[\w./\-]+)|/(?:tree|resolve|blob)/(?P<tree>[\w.\-]+).*)?/?"
 )
 """A hub id with a revision after it or a scheme before it."""
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 GENERIC_NAMES = ("model", "checkpoint", "final", "best")
 
 
@@ -220,6 +221,26 @@ def _download(model: str, revision: str | None) -> LocatedModel:
         raise ConfigError(
             f"model {model}: no such directory, and not fetched from the hub ({reason})"
         ) from None
+
+
+def hub_commit(model: str, *, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a hub model names now; None for other models, and offline.
+
+    Raises StoreError if the hub does not answer or does not know it.
+    """
+    is_id = HUB_ID.match(model) and not model.startswith(".") and not is_remote(model)
+    if not is_id or user_path(model).exists():
+        return None
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    import huggingface_hub
+
+    if huggingface_hub.constants.is_offline_mode():
+        return None
+    try:
+        return huggingface_hub.HfApi().model_info(model, revision=revision).sha
+    except Exception as error:  # the hub client raises many types, requests' and its own
+        raise StoreError(f"model {model}: the hub gave no commit ({reason_of(error)})") from error
 
 
 def _hub_names(model: str, revision: str | None) -> tuple[str, ...] | None:

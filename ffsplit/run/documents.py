@@ -125,6 +125,7 @@ def _draft(run: Run, outcome: Outcome, *, attempt: str) -> Manifest:
         keep=_kept(run, outcome) if is_model else None,
         budget=run.budget if is_model else None,
         nonce=keys.nonce,
+        inputs=keys.inputs,
         model=SourceModel(
             id=model_name(run.model),
             revision=run.located.revision,

@@ -158,7 +158,7 @@ def _change(
             attempt=None if commit is None else commit.attempt,
             from_run=None if before is None else before.run_key,
             changed_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
-            changed_by=by or _user(),
+            changed_by=by or this_user(),
             id=secrets.token_hex(8),
         )
         store.put_if_absent(_key(alias, change.number), record_bytes(change))
@@ -194,7 +194,8 @@ def _read(store: Store, alias: str, number: int) -> AliasChange:
     return change
 
 
-def _user() -> str:
+def this_user() -> str:
+    """Who this process runs as: user@host."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError, ImportError):  # a container's user may have no name
