@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ffsplit.measurement.gates import describe_result
-from ffsplit.report.humanize import change, number, size, spread_in_words, times
+from ffsplit.report.humanize import change, duration, number, size, spread_in_words, times
 from ffsplit.zoo.batch import (
     INDEX_NAME,
     STATES,
@@ -15,6 +15,7 @@ from ffsplit.zoo.batch import (
     headline,
     slowest,
 )
+from ffsplit.zoo.forecast import BatchForecast
 
 
 def print_batch(batch: Batch, *, destination: str) -> None:
@@ -41,6 +42,22 @@ def print_batch(batch: Batch, *, destination: str) -> None:
         print(f"cost: {batch.price:.4g}, by the zoo file's prices")
     print(f"batch: {destination}/{batch_key(batch.id)}")
     print(f"index: {destination}/{INDEX_NAME}")
+
+
+def print_forecast(found: BatchForecast) -> None:
+    """One line per model: what a batch would do with it, why, and what that would cost."""
+    for model in found.models:
+        line = f"{model.name}: {model.action}: {', '.join(model.reasons)}"
+        print(f"{line}{_cost(model.seconds, model.cost.price if model.cost else None)}")
+    running = found.count("run")
+    print(f"would run {running} of {len(found.models)}{_cost(found.seconds, found.price)}")
+    print("dry run, nothing was written")
+
+
+def _cost(seconds: float | None, price: float | None) -> str:
+    parts = [] if seconds is None else [f"about {duration(seconds)} here".replace("\u00a0", " ")]
+    parts += [] if price is None else [f"cost about {price:.3g}"]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _facts(model: BatchModel) -> str:

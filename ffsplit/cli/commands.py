@@ -14,13 +14,14 @@ from ffsplit.cli.overview import listed_recipes
 from ffsplit.config import BUDGET_KINDS, JobConfig, flag_of, parse_span
 from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, did_you_mean
-from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, REFUSED
+from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, REFUSED
 from ffsplit.recipes import shipped_recipes
 from ffsplit.store.entries import check_absolute
 
 if TYPE_CHECKING:
     from ffsplit.store.commits import Kind
     from ffsplit.store.manifest import Manifest
+    from ffsplit.zoo.zoo_file import Zoo
 
 
 def compress(parsed: argparse.Namespace) -> int:
@@ -315,6 +316,9 @@ def zoo(parsed: argparse.Namespace) -> int:
     if parsed.in_job:
         check_absolute(zoo.destination)
 
+    if parsed.dry_run:
+        return _zoo_dry_run(parsed, zoo)
+
     from ffsplit.zoo.run import run_zoo
 
     try:
@@ -329,6 +333,24 @@ def zoo(parsed: argparse.Namespace) -> int:
 
         print_batch(batch, destination=zoo.destination)
     return batch.exit_code
+
+
+def _zoo_dry_run(parsed: argparse.Namespace, zoo: Zoo) -> int:
+    from ffsplit.zoo.forecast import forecast
+    from ffsplit.zoo.revisions import at_commits
+
+    if parsed.runner:
+        jobs = [each.job.model_copy(update={"runner": parsed.runner}) for each in zoo.models]
+        models = [each.model_copy(update={"job": job}) for each, job in zip(zoo.models, jobs, strict=True)]
+        zoo = zoo.model_copy(update={"models": tuple(models)})
+    found = forecast(*at_commits(zoo, streams.note), workers=parsed.workers)
+    if parsed.json:
+        print(found.model_dump_json(indent=2))
+    else:
+        from ffsplit.cli.batch_lines import print_forecast
+
+        print_forecast(found)
+    return MISTAKE if found.count("cannot run") else DONE
 
 
 def recipes(parsed: argparse.Namespace) -> int:

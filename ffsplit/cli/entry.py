@@ -314,7 +314,8 @@ def _add_batch_commands(command: Command) -> None:
     add("file", metavar="ZOO.yaml", help="models, recipes, budgets, gates and the destination")
     add("--workers", type=int, metavar="N", help="per model; default: an equal share of the cluster")
     _add_fields(zoo, "address", "runner")
-    add("--json", action="store_true", help="print only the batch's manifest on stdout")
+    add("--dry-run", action="store_true", help="print what would run, why and at what cost, and stop")
+    add("--json", action="store_true", help="print only the batch's manifest, or the forecast, on stdout")
     submit = command("submit", "run a command as a job on a cluster and return its exit code")
     add = submit.add_argument
     add(

@@ -24,7 +24,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "ffsplit calibrate path/to/model --out out/statistics",
         "ffsplit calibrate path/to/model --out out --calibration mine.jsonl#text",
     ),
-    "zoo": ("ffsplit zoo zoo.yaml", "ffsplit zoo zoo.yaml --runner serial --json"),
+    "zoo": ("ffsplit zoo zoo.yaml", "ffsplit zoo zoo.yaml --dry-run"),
     "submit": (
         "ffsplit submit compress org/name --out s3://models/name",
         "ffsplit submit --working-dir . zoo zoo.yaml",

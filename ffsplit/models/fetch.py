@@ -233,12 +233,13 @@ def hub_commit(model: str, *, revision: str | None) -> str | None:
         return None
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
-    import huggingface_hub
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
-    if huggingface_hub.constants.is_offline_mode():
+    if HF_HUB_OFFLINE:
         return None
     try:
-        return huggingface_hub.HfApi().model_info(model, revision=revision).sha
+        return HfApi().model_info(model, revision=revision).sha
     except Exception as error:  # the hub client raises many types, requests' and its own
         raise StoreError(f"model {model}: the hub gave no commit ({reason_of(error)})") from error
 

@@ -158,6 +158,8 @@ def _post(hook: Hook, data: bytes) -> str | None:
             )
             status = reply.status
             reply.close()  # the body does not matter, and may never end
+        except urllib3.exceptions.NewConnectionError:  # which counts as a timeout
+            return "the webhook could not be reached: nobody listens there"
         except urllib3.exceptions.TimeoutError:
             return f"the webhook did not answer within {hook.timeout_s:g} s"
         except urllib3.exceptions.HTTPError as error:

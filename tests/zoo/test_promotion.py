@@ -111,7 +111,7 @@ def test_a_batch_promotes(small_job: SmallJob) -> None:
     (change,) = history(store, "production")
     assert change.run_key == tiny.result.run_key and change.changed_by.endswith(f", batch {done.id}")
     assert read_commit(store, tiny.result.run_key) is not None
-    assert {"calibrate", "reduce", "compress", "measure"} <= {each.name for each in tiny.result.stages}
+    assert {"calibrate", "compress", "measure"} <= {each.name for each in tiny.result.stages}
     assert tiny.cost is not None and tiny.cost.gpu_s == 0
     assert tiny.cost.cpu_s == pytest.approx(sum(each.wall_s for each in tiny.result.stages), abs=0.01)
     assert tiny.cost.price == pytest.approx(tiny.cost.cpu_s * 0.36 / 3600, abs=1e-6)
