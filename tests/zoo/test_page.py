@@ -5,7 +5,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -246,3 +249,45 @@ def test_what_is_in_use_and_what_it_cost() -> None:
     assert "Cost 1.25 by the zoo file" in text and "2 min 0 s of cores, 1 min 0 s of GPUs" in text
     assert 'data-cost="1.25"' in page and 'data-size="3000"' in page
     assert "by the zoo file" not in render_index([batch(1, *ALL)])
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.subprocess
+@pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed")
+def test_the_models_are_sorted_and_filtered(tmp_path: Path) -> None:
+    """In a browser, by what a person does: choose and type."""
+    names = {"slow": 0.91, "best": 0.99, "mid": 0.95}
+    page = render_index(
+        [batch(1, *(model(name, "published", fidelity=f) for name, f in names.items()), ALL[3])]
+    )
+    acts = {
+        "": (["slow", "best", "mid", "bad"], []),
+        'put("sort", "-fidelity")': (["best", "mid", "slow", "bad"], []),
+        'put("sort", "fidelity")': (["slow", "mid", "best", "bad"], []),
+        'put("sort", "name")': (["bad", "best", "mid", "slow"], []),
+        'put("find", "MI")': (["slow", "best", "mid", "bad"], ["slow", "best", "bad"]),
+        'put("state", "failed")': (["slow", "best", "mid", "bad"], ["slow", "best", "mid"]),
+    }
+    put = (
+        'const put = (id, value) => { control(id).value = value; tools.dispatchEvent(new Event("input")); };'
+    )
+    for act, (order, hidden) in acts.items():
+        file = tmp_path / "index.html"
+        acted = re.sub(r"; script-src [^;\"]*", "; script-src 'unsafe-inline'", page)
+        file.write_text(acted.replace("</body>", f"<script>{put}{act}</script></body>"))
+        command = [
+            str(BROWSER),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path}/user",
+        ]
+        shown = subprocess.run(
+            [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, check=True
+        ).stdout
+        rows = re.findall(r'<tr data-name="(\w+) fast"([^>]*)>', shown)
+        assert [name for name, _ in rows] == order, act
+        assert [name for name, rest in rows if "hidden" in rest] == hidden, act
+        assert re.search(r'<p class="tools" id="tools">', shown)
