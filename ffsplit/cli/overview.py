@@ -97,7 +97,7 @@ FLAG_GROUPS = {
         "dtype",
         "block_by_block",
     ),
-    "output": ("out", "eval", "gate", "require_speedup", "fresh"),
+    "output": ("out", "eval", "gate", "require_speedup", "mlflow", "fresh"),
 }
 """The flags of a run by the names of JobConfig's fields."""
 
