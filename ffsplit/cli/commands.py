@@ -339,6 +339,8 @@ def _zoo_dry_run(parsed: argparse.Namespace, zoo: Zoo) -> int:
     from ffsplit.zoo.forecast import forecast
     from ffsplit.zoo.revisions import at_commits
 
+    if zoo.on_event is not None:
+        zoo.on_event.check()
     if parsed.runner:
         jobs = [each.job.model_copy(update={"runner": parsed.runner}) for each in zoo.models]
         models = [each.model_copy(update={"job": job}) for each, job in zip(zoo.models, jobs, strict=True)]

@@ -14,11 +14,11 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from ffsplit.config import Record
+from ffsplit.config import Record, Texts
 from ffsplit.errors import ConfigError
 from ffsplit.redaction import redacted, without_credentials
 from ffsplit.store.schema import UtcTime, Versioned
@@ -28,6 +28,8 @@ Name = Literal["started", "published", "refused", "failed", "finished"]
 LEAVE_WITHIN_S = 30.0
 """How long a batch that has ended waits for its hook."""
 
+NEEDED = "needs either a command, as in {command: [./tell.sh]}, or {webhook: https://host/path}"
+
 _VARIABLE = re.compile(r"\$([A-Za-z_][A-Za-z0-9_]*)")
 _URL = re.compile(r"https?://[^\s/]+(/\S*)?")
 
@@ -35,17 +37,22 @@ _URL = re.compile(r"https?://[^\s/]+(/\S*)?")
 class Hook(Record):
     """Where events go. `$NAME` stands for an environment variable, so that the file holds no secret."""
 
-    command: tuple[str, ...] = Field(default=(), description="gets the event's JSON on stdin")
+    command: Texts = Field(default=(), description="gets the event's JSON on stdin")
     webhook: str | None = Field(default=None, description="a URL, or $NAME; gets the event's JSON by POST")
     headers: dict[str, str] = Field(default={}, description="of the webhook: each value is $NAME")
     timeout_s: float = Field(default=30.0, gt=0, le=600)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_a_mapping(cls, given: Any) -> Any:
+        if not isinstance(given, dict | Hook):
+            raise ValueError(NEEDED)
+        return given
+
     @model_validator(mode="after")
     def _calls_something(self) -> Hook:
         if bool(self.command) == bool(self.webhook):
-            raise ValueError(
-                "needs either a command, as in [./tell.sh], or a webhook, as in https://host/path"
-            )
+            raise ValueError(NEEDED)
         if self.webhook and not _URL.fullmatch(self.webhook) and not _VARIABLE.fullmatch(self.webhook):
             raise ValueError("webhook must be an http(s) URL, or $NAME of an environment variable with one")
         if self.headers and not self.webhook:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from ffsplit.errors import FFSplitError, StoreError
 from ffsplit.measurement.gates import refusal
 from ffsplit.measurement.regressions import judge_regressions
-from ffsplit.store.aliases import AliasChange, history, promote, read_alias
+from ffsplit.store.aliases import AliasChange, AliasMoved, history, promote, read_alias
 from ffsplit.store.artifact import locate, read_manifest
 from ffsplit.store.commits import read_commit
 from ffsplit.store.manifest import Manifest
-from ffsplit.store.store import Store, open_store
+from ffsplit.store.store import MAX_ATTEMPTS, Store, open_store
 from ffsplit.zoo.batch import Figures, Promotion
 from ffsplit.zoo.comparison import differences
 from ffsplit.zoo.zoo_file import ZooModel
@@ -18,13 +18,17 @@ from ffsplit.zoo.zoo_file import ZooModel
 def promote_result(model: ZooModel, run_key: str, *, alias: str, by: str) -> Promotion:
     """Compare a published run with the one that the alias names, and move the alias if no gate fails.
 
+    If someone else moves the alias meanwhile, the run is compared with what it names then.
     A run that the alias has named before is left alone: someone moved the alias away from it. Never raises
     FFSplitError: what went wrong is in the record.
     """
-    try:
-        return _promote(open_store(model.job.out), model, run_key, alias=alias, by=by)
-    except FFSplitError as error:
-        return Promotion(alias=alias, outcome="failed", error=str(error))
+    for attempt in range(1, MAX_ATTEMPTS + 1):
+        try:
+            return _promote(open_store(model.job.out), model, run_key, alias=alias, by=by)
+        except FFSplitError as error:
+            if not isinstance(error, AliasMoved) or attempt == MAX_ATTEMPTS:
+                return Promotion(alias=alias, outcome="failed", error=str(error))
+    raise AssertionError("unreachable")
 
 
 def _promote(store: Store, model: ZooModel, run_key: str, *, alias: str, by: str) -> Promotion:

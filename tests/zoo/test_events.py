@@ -116,6 +116,7 @@ def test_a_hook_that_fails_or_hangs_is_told_and_no_more(
     ("hook", "message"),
     [
         ({}, "needs either a command, as in"),
+        ("x", "needs either a command, as in"),
         ({"command": ["a"], "webhook": "https://h/p"}, "needs either a command, as in"),
         ({"webhook": "ftp://h/p"}, r"webhook must be an http\(s\) URL, or \$NAME"),
         (
@@ -126,7 +127,7 @@ def test_a_hook_that_fails_or_hangs_is_told_and_no_more(
         ({"command": ["a"], "timeout_s": 0}, "on_event.timeout_s"),
     ],
 )
-def test_mistakes_in_the_file(hook: dict[str, Any], message: str) -> None:
+def test_mistakes_in_the_file(hook: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=f"^zoo.yaml: .*{message}"):
         zoo(on_event=hook)
 

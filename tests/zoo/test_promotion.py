@@ -16,6 +16,7 @@ from ffsplit.store.aliases import aliased_runs, history, promote, remove_alias
 from ffsplit.store.commits import Commit, read_commit
 from ffsplit.store.entries import file_entries
 from ffsplit.store.store import open_store
+from ffsplit.zoo import promotion
 from ffsplit.zoo.batch import Promotion
 from ffsplit.zoo.promotion import promote_result
 from ffsplit.zoo.run import run_zoo
@@ -83,6 +84,26 @@ def test_an_alias_that_cannot_be_moved_is_told(tmp_path: Path) -> None:
     assert "was removed meanwhile" in (promoted(tmp_path, "d" * 16).error or "")
 
 
+def test_an_alias_that_moves_meanwhile_is_compared_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the run that it names by then, which here is better than the new one."""
+    store = open_store(str(tmp_path / "store"))
+    promote(store, publish(tmp_path, GOOD, score=84.0), alias="production")
+    better = publish(tmp_path, NEXT, score=87.0)
+    publish(tmp_path, BAD, score=85.0)
+    judge = promotion.judge_regressions
+
+    def moved_as_it_compares(*arguments: Any) -> Any:
+        promote(store, better, alias="production", by="anna@build")
+        return judge(*arguments)
+
+    monkeypatch.setattr(promotion, "judge_regressions", moved_as_it_compares)
+    found = promoted(tmp_path, BAD, "sts drop <= 0.2 of current")
+    assert (found.outcome, found.current) == ("refused", NEXT)
+    assert [change.run_key for change in history(store, "production")] == [GOOD, NEXT]
+
+
 def test_the_batch_says_what_became_of_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     publish(tmp_path, GOOD, score=86.0)
     publish(tmp_path, BAD, score=85.0)
@@ -97,8 +118,8 @@ def test_the_batch_says_what_became_of_it(capsys: pytest.CaptureFixture[str], tm
     ]
     assert worse.exit_code == 3
     for outcome, code in (("promoted", 0), ("in use", 0), ("held", 0), ("failed", 1)):
-        promotion = refused.model_copy(update={"outcome": outcome})
-        each = batch(1, model("tiny", "published").model_copy(update={"promotion": promotion}))
+        ended = refused.model_copy(update={"outcome": outcome})
+        each = batch(1, model("tiny", "published").model_copy(update={"promotion": ended}))
         assert each.exit_code == code
 
 
