@@ -131,7 +131,7 @@ Outcome = Literal["promoted", "in use", "refused", "held", "failed"]
 OUTCOMES: dict[Outcome, str] = {
     "promoted": "now in use",
     "in use": "in use",
-    "refused": "not in use: worse than the current one",
+    "refused": "not in use: a regression gate failed",
     "held": "not in use: it was before, and was replaced",
     "failed": "not in use: the alias could not be moved",
 }
@@ -155,7 +155,7 @@ def describe_promotion(promotion: Promotion) -> str:
     return {
         "promoted": f"{promotion.alias} names it now{before}",
         "in use": f"{promotion.alias} names it already",
-        "refused": f"{promotion.alias} stays at {current}, which is better",
+        "refused": f"{promotion.alias} stays at {current}: a regression gate failed",
         "held": f"{promotion.alias} stays at {current}: it was moved away from this run by hand",
         "failed": f"{promotion.alias} could not be moved: {promotion.error}",
     }[promotion.outcome]

@@ -244,7 +244,7 @@ def test_what_is_in_use_and_what_it_cost() -> None:
     shown = model("tiny", "published").model_copy(update={"promotion": promotion, "cost": cost})
     page = render_index([batch(1, shown)])
     text = " ".join(re.sub(r"<[^>]+>", " ", page).replace("\u00a0", " ").split())
-    assert "production: not in use: worse than the current one" in text
+    assert "production: not in use: a regression gate failed" in text
     assert "sts drop &lt;= 0.2 of current: 1.5, NOT met" in text and "size 2.00 kB 3.00 kB" in text
     assert "Cost 1.25 by the zoo file" in text and "2 min 0 s of cores, 1 min 0 s of GPUs" in text
     assert 'data-cost="1.25"' in page and 'data-size="3000"' in page

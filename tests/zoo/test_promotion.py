@@ -113,7 +113,7 @@ def test_the_batch_says_what_became_of_it(capsys: pytest.CaptureFixture[str], tm
     print_batch(worse, destination="out")
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:3] == [
-        f"  production stays at {GOOD}, which is better",
+        f"  production stays at {GOOD}: a regression gate failed",
         "  gate sts drop <= 0.2 of current: 1, NOT met",
     ]
     assert worse.exit_code == 3
