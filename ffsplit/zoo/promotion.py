@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ffsplit.errors import FFSplitError, StoreError
+from ffsplit.errors import FFSplitError, StoreError, explained
 from ffsplit.measurement.gates import refusal
 from ffsplit.measurement.regressions import judge_regressions
 from ffsplit.store.aliases import AliasChange, AliasMoved, history, promote, read_alias
@@ -24,7 +24,8 @@ def promote_result(model: ZooModel, run_key: str, *, alias: str, by: str) -> Pro
     """
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
-            return _promote(open_store(model.job.out), model, run_key, alias=alias, by=by)
+            with explained("the comparison failed"):  # whatever it is, other models go on
+                return _promote(open_store(model.job.out), model, run_key, alias=alias, by=by)
         except FFSplitError as error:
             if not isinstance(error, AliasMoved) or attempt == MAX_ATTEMPTS:
                 return Promotion(alias=alias, outcome="failed", error=str(error))

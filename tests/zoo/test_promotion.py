@@ -84,6 +84,18 @@ def test_an_alias_that_cannot_be_moved_is_told(tmp_path: Path) -> None:
     assert "was removed meanwhile" in (promoted(tmp_path, "d" * 16).error or "")
 
 
+def test_an_unforeseen_error_stays_with_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    promote(open_store(str(tmp_path / "store")), publish(tmp_path, GOOD), alias="production")
+    publish(tmp_path, BAD)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr(promotion, "judge_regressions", fail)
+    found = promoted(tmp_path, BAD)
+    assert (found.outcome, found.error) == ("failed", "the comparison failed: division by zero")
+
+
 def test_an_alias_that_moves_meanwhile_is_compared_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
