@@ -48,6 +48,13 @@ mutants: venv ## Break the package in many places, one at a time: a fast test mu
 test-s3: venv ## Run the store's tests against OpenStack Swift and Ceph, started on loopback
 	FFSPLIT_TEST_SERVERS=1 $(BIN)/python -m pytest tests/s3
 
+.PHONY: test-mlflow
+test-mlflow: venv ## Test `--mlflow` against a real tracking server, which gets an environment of its own in .mlflow
+	$(PYTHON) -m venv .mlflow
+	.mlflow/bin/python -m pip install --quiet --disable-pip-version-check mlflow==3.17.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[mlflow]'
+	FFSPLIT_TEST_MLFLOW=$(CURDIR)/.mlflow/bin/mlflow $(BIN)/python -m pytest tests/run/test_tracking.py
+
 .PHONY: apt
 apt: ## Refresh the package lists from which `make test-s3` downloads Ceph (Debian, as root; no-op elsewhere)
 	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then apt-get update --quiet; \

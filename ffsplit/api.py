@@ -53,6 +53,7 @@ class JobFields(TypedDict, total=False):
     eval: str | Sequence[str]
     gate: str | Sequence[str]
     require_speedup: float
+    mlflow: str
     plain: bool
     only: str | Sequence[str]
     skip: str | Sequence[str]

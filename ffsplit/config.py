@@ -223,6 +223,9 @@ class JobConfig(Record):
     trust_remote_code: Annotated[bool, Flag()] = Field(
         default=False, description="run code that comes with the model; read it first"
     )
+    mlflow: Annotated[str | None, Flag("URI", compress_only=True)] = Field(
+        default=None, description="log the run to this MLflow tracking server too, as in http://host:5000"
+    )
     fresh: Annotated[bool, Flag()] = Field(
         default=False, description="run again even if this run is committed already"
     )

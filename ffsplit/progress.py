@@ -239,11 +239,22 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-class StageLog:
-    """Shows the stages of a run, and records them for the manifest."""
+class Share(NamedTuple):
+    """What one worker reserves, and how many can run at once at the moment."""
 
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
+    cpus: float
+    gpus: float
+    num_workers: Callable[[], int]
+
+
+class StageLog:
+    """Shows the stages of a run, and records them for the manifest.
+
+    A stage reserves a share per worker while it runs, for as many workers as it has items.
+    """
+
+    def __init__(self, progress: Progress, share: Share) -> None:
+        self._progress, self._share = progress, share
         self.stages: list[Stage] = []
 
     def note(self, message: str) -> None:
@@ -257,28 +268,57 @@ class StageLog:
     def collect(self, name: str, key: str, total: int, answers: Iterator[tuple[int, Result]]) -> list[Result]:
         """All results of a stage, in the order of its items."""
         results: dict[int, Result] = {}
-        started = time.monotonic()
+        started, workers = time.monotonic(), self._share.num_workers()
         self._progress.start(name, total)
         for index, result in answers:
             results[index] = result
             self._progress.advance()
         num_reused = sum(result.reused for result in results.values())
-        self._remember(name, key, total, num_reused, started)
+        at_once = min(total, max(workers, self._share.num_workers()))  # a cluster may have grown
+        reserved = (at_once * self._share.cpus, at_once * self._share.gpus)
+        self._remember(name, key, total, num_reused, started, reserved)
         return [results[index] for index in range(total)]
 
     @contextmanager
-    def stage(self, name: str, key: str, *, num_items: int, beacon: Beacon | None = None) -> Iterator[None]:
-        """A stage that is one task. A `beacon` tells how far it is."""
+    def stage(
+        self,
+        name: str,
+        key: str,
+        *,
+        num_items: int,
+        beacon: Beacon | None = None,
+        workers: int = 1,
+        threads: int | None = None,
+    ) -> Iterator[None]:
+        """A stage that is one task, in one or several processes. A `beacon` tells how far it is."""
         started = time.monotonic()
         self._progress.start(name, num_items, beacon=beacon)
         yield
         for _ in range(num_items):
             self._progress.advance()
-        self._remember(name, key, num_items, 0, started)
+        reserved = (workers * (threads or self._share.cpus), workers * self._share.gpus)
+        self._remember(name, key, num_items, 0, started, reserved)
 
-    def _remember(self, name: str, key: str, num_items: int, num_reused: int, started: float) -> None:
+    def _remember(
+        self,
+        name: str,
+        key: str,
+        num_items: int,
+        num_reused: int,
+        started: float,
+        reserved: tuple[float, float],
+    ) -> None:
         wall_s = round(time.monotonic() - started, 3)
-        stage = Stage(name=name, key=key, num_items=num_items, num_reused=num_reused, wall_s=wall_s)
+        cpu_s, gpu_s = (round(wall_s * number, 3) for number in reserved)
+        stage = Stage(
+            name=name,
+            key=key,
+            num_items=num_items,
+            num_reused=num_reused,
+            wall_s=wall_s,
+            cpu_s=cpu_s,
+            gpu_s=gpu_s,
+        )
         self.stages.append(stage)
         logs.log("stage done", stage=name, num_items=num_items, num_reused=num_reused, seconds=wall_s)
 

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from ffsplit.cli.columns import print_sentence
 from ffsplit.measurement.gates import describe_result
-from ffsplit.report.humanize import change, number, size, spread_in_words, times
-from ffsplit.zoo.batch import INDEX_NAME, STATES, Batch, BatchModel, Figures, batch_key, headline, slowest
+from ffsplit.report.humanize import change, duration, number, size, spread_in_words, times
+from ffsplit.zoo.batch import (
+    INDEX_NAME,
+    STATES,
+    Batch,
+    BatchModel,
+    Figures,
+    batch_key,
+    describe_promotion,
+    headline,
+    slowest,
+)
+from ffsplit.zoo.forecast import BatchForecast
 
 
 def print_batch(batch: Batch, *, destination: str) -> None:
@@ -15,15 +26,39 @@ def print_batch(batch: Batch, *, destination: str) -> None:
         for result in model.result.gates if model.result else ():
             if not result.met:
                 print_sentence(f"  {describe_result(result)}")
+        if model.promotion is not None:
+            print_sentence(f"  {describe_promotion(model.promotion)}")
+            for result in model.promotion.gates:
+                if not result.met:
+                    print_sentence(f"  {describe_result(result)}")
     published = batch.count("published", "committed already")
     interrupted = batch.count("interrupted")
     print_sentence(
         f"{published} of {len(batch.models)} published ({batch.count('published')} now), "
         f"{batch.count('refused')} refused by gates, {batch.count('failed')} failed"
         + (f", {interrupted} interrupted" if interrupted else "")
+        + (f", {promoted} now in use" if (promoted := batch.moved("promoted")) else "")
     )
+    if batch.price is not None:
+        print(f"cost: {batch.price:.4g}, by the zoo file's prices")
     print(f"batch: {destination}/{batch_key(batch.id)}")
     print(f"index: {destination}/{INDEX_NAME}")
+
+
+def print_forecast(found: BatchForecast) -> None:
+    """One line per model: what a batch would do with it, why, and what that would cost."""
+    for model in found.models:
+        line = f"{model.name}: {model.action}: {', '.join(model.reasons)}"
+        print(f"{line}{_cost(model.seconds, model.cost.price if model.cost else None)}")
+    running = found.count("run")
+    print(f"would run {running} of {len(found.models)}{_cost(found.seconds, found.price)}")
+    print("dry run, nothing was written")
+
+
+def _cost(seconds: float | None, price: float | None) -> str:
+    parts = [] if seconds is None else [f"about {duration(seconds)} here".replace("\u00a0", " ")]
+    parts += [] if price is None else [f"cost about {price:.3g}"]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def _facts(model: BatchModel) -> str:

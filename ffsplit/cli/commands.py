@@ -15,13 +15,14 @@ from ffsplit.cli.overview import listed_recipes
 from ffsplit.config import BUDGET_KINDS, JobConfig, flag_of, parse_span
 from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, did_you_mean
-from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, REFUSED
+from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, REFUSED
 from ffsplit.recipes import shipped_recipes
 from ffsplit.store.entries import check_absolute
 
 if TYPE_CHECKING:
     from ffsplit.store.commits import Kind
     from ffsplit.store.manifest import Manifest
+    from ffsplit.zoo.zoo_file import Zoo
 
 
 def compress(parsed: argparse.Namespace) -> int:
@@ -272,14 +273,36 @@ def share(parsed: argparse.Namespace) -> int:
 
 
 def list_runs(parsed: argparse.Namespace) -> int:
+    from ffsplit.cli.alias_lines import history_to_json, print_history
     from ffsplit.cli.tables import list_to_json, print_list
+    from ffsplit.store.artifact import names_alias
     from ffsplit.store.store import open_store
 
+    if named := names_alias(parsed.uri):
+        print(history_to_json(*named)) if parsed.json else print_history(*named)
+        return DONE
     store = open_store(parsed.uri)
     if parsed.json:
         print(list_to_json(store))
     else:
         print_list(store)
+    return DONE
+
+
+def promote(parsed: argparse.Namespace) -> int:
+    from ffsplit.cli.alias_lines import describe_change
+    from ffsplit.store.aliases import check_alias, promote, remove_alias
+    from ffsplit.store.artifact import locate, split_run
+
+    alias = check_alias(parsed.alias)
+    if parsed.remove:
+        store, run_key = split_run(parsed.uri)
+        print(describe_change(store, remove_alias(store, alias, run_key=run_key)))
+        return DONE
+    location = locate(parsed.uri)
+    if location.commit is None:
+        raise ConfigError(f"{location.uri} is not committed: only a committed run can be promoted")
+    print(describe_change(location.store, promote(location.store, location.commit, alias=alias)))
     return DONE
 
 
@@ -333,6 +356,9 @@ def zoo(parsed: argparse.Namespace) -> int:
     if parsed.in_job:
         check_absolute(zoo.destination)
 
+    if parsed.dry_run:
+        return _zoo_dry_run(parsed, zoo)
+
     from ffsplit.zoo.run import run_zoo
 
     try:
@@ -347,6 +373,26 @@ def zoo(parsed: argparse.Namespace) -> int:
 
         print_batch(batch, destination=zoo.destination)
     return batch.exit_code
+
+
+def _zoo_dry_run(parsed: argparse.Namespace, zoo: Zoo) -> int:
+    from ffsplit.zoo.forecast import forecast
+    from ffsplit.zoo.revisions import at_commits
+
+    if zoo.on_event is not None:
+        zoo.on_event.check()
+    if parsed.runner:
+        jobs = [each.job.model_copy(update={"runner": parsed.runner}) for each in zoo.models]
+        models = [each.model_copy(update={"job": job}) for each, job in zip(zoo.models, jobs, strict=True)]
+        zoo = zoo.model_copy(update={"models": tuple(models)})
+    found = forecast(*at_commits(zoo, streams.note), workers=parsed.workers)
+    if parsed.json:
+        print(found.model_dump_json(indent=2))
+    else:
+        from ffsplit.cli.batch_lines import print_forecast
+
+        print_forecast(found)
+    return MISTAKE if found.count("cannot run") else DONE
 
 
 def recipes(parsed: argparse.Namespace) -> int:
@@ -387,6 +433,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "push": push,
     "share": share,
     "list": list_runs,
+    "promote": promote,
     "pin": pin,
     "gc": gc,
     "zoo": zoo,

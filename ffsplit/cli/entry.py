@@ -287,7 +287,7 @@ def _add_result_commands(command: Command) -> None:
 def _add_store_commands(command: Command) -> None:
     pull = command("pull", "download an artifact and verify every byte")
     add = pull.add_argument
-    add("uri", help="where runs were published, a run, an attempt, or a link of `share`")
+    add("uri", help="where runs were published, URI@ALIAS, a run, an attempt, or a link of `share`")
     add("directory", nargs="?", metavar="DIR", help="default: the cache; its directory is printed")
     add(
         "--verify-key", metavar="KEY", help="refuse an artifact that is not signed by this public key's owner"
@@ -301,8 +301,12 @@ def _add_store_commands(command: Command) -> None:
     share.add_argument("uri", help="where runs were published, a run or an attempt, in s3://")
     share.add_argument("--expires", default="1h", metavar="T", help="90s, 30m, 12h or 7d; default: 1h")
     listing = command("list", "list the committed runs of a store")
-    listing.add_argument("uri", help="where runs were published")
+    listing.add_argument("uri", help="where runs were published; URI@ALIAS lists the history of an alias")
     listing.add_argument("--json", action="store_true", help="one JSON array on stdout")
+    promote = command("promote", "let an alias, such as production, name a run")
+    promote.add_argument("uri", help="a run, URI@ALIAS, or where runs were published: then the newest model")
+    promote.add_argument("--as", dest="alias", required=True, metavar="ALIAS", help="such as production")
+    promote.add_argument("--remove", action="store_true", help="remove the alias; its history stays")
     pin = command("pin", "protect a run from gc")
     pin.add_argument("uri", help="a run, or where runs were published: then the newest model")
     pin.add_argument("--remove", action="store_true", help="unpin it")
@@ -325,7 +329,8 @@ def _add_batch_commands(command: Command) -> None:
     add("file", metavar="ZOO.yaml", help="models, recipes, budgets, gates and the destination")
     add("--workers", type=int, metavar="N", help="per model; default: an equal share of the cluster")
     _add_fields(zoo, "address", "runner")
-    add("--json", action="store_true", help="print only the batch's manifest on stdout")
+    add("--dry-run", action="store_true", help="print what would run, why and at what cost, and stop")
+    add("--json", action="store_true", help="print only the batch's manifest, or the forecast, on stdout")
     submit = command("submit", "run a command as a job on a cluster and return its exit code")
     add = submit.add_argument
     add(

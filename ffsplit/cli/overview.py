@@ -11,7 +11,7 @@ COMMAND_GROUPS = {
     "Compress": ("compress", "calibrate", "zoo", "submit"),
     "Look ahead": ("inspect", "plan", "recipes", "latency-table"),
     "Use a result": ("list", "pull", "verify", "report", "benchmark", "export", "push", "share"),
-    "Keep a store small": ("pin", "gc"),
+    "Keep a store in order": ("promote", "pin", "gc"),
     "Shell": ("completion",),
 }
 
@@ -24,7 +24,7 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
         "ffsplit calibrate path/to/model --out out/statistics",
         "ffsplit calibrate path/to/model --out out --calibration mine.jsonl#text",
     ),
-    "zoo": ("ffsplit zoo zoo.yaml", "ffsplit zoo zoo.yaml --runner serial --json"),
+    "zoo": ("ffsplit zoo zoo.yaml", "ffsplit zoo zoo.yaml --dry-run"),
     "submit": (
         "ffsplit submit compress org/name --out s3://models/name",
         "ffsplit submit --working-dir . zoo zoo.yaml",
@@ -59,6 +59,10 @@ EXAMPLES: dict[str, tuple[str, ...]] = {
     ),
     "push": ("ffsplit push out/small org/small", "ffsplit push s3://models/name org/small --public"),
     "share": ("ffsplit share s3://models/name", "ffsplit share s3://models/name --expires 7d"),
+    "promote": (
+        "ffsplit promote out/0123456789abcdef --as production",
+        "ffsplit promote s3://models/name --as production --remove",
+    ),
     "pin": ("ffsplit pin s3://models/name", "ffsplit pin s3://models/name --remove"),
     "gc": ("ffsplit gc s3://models/name --keep-last 3", "ffsplit gc out/small --keep-last 1 --delete"),
     "completion": ('eval "$(ffsplit completion bash)"', "ffsplit completion fish | source"),
@@ -93,7 +97,7 @@ FLAG_GROUPS = {
         "dtype",
         "block_by_block",
     ),
-    "output": ("out", "eval", "gate", "require_speedup", "fresh"),
+    "output": ("out", "eval", "gate", "require_speedup", "mlflow", "fresh"),
 }
 """The flags of a run by the names of JobConfig's fields."""
 

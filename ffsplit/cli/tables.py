@@ -30,6 +30,7 @@ from ffsplit.report.humanize import (
     times,
     unit,
 )
+from ffsplit.store.aliases import aliases
 from ffsplit.store.benchmark_records import BenchmarkRecord, Timing
 from ffsplit.store.commits import RunSummary, latest_commit, list_runs
 from ffsplit.store.entries import LATEST_LINK, MANIFEST_NAME
@@ -238,14 +239,15 @@ COLUMNS = ("run", "committed", "kind", "model", "recipe", "keep", "size", "score
 
 
 def _runs(store: Store) -> list[tuple[RunSummary, list[str]]]:
-    """Every run, newest first, with its labels `latest` and `pinned`. Raises ConfigError if there is none."""
+    """Every run, newest first, with its labels: `latest`, aliases, `pinned`. Raises ConfigError if none."""
     runs = list_runs(store)
     if not runs:
         raise ConfigError(f"{store.uri} holds no committed run: give the --out that runs were published to")
-    pinned, latest = pinned_runs(store), latest_commit(store)
+    pinned, latest, in_use = pinned_runs(store), latest_commit(store), aliases(store)
     named = []
     for run in reversed(runs):
         names = ["latest"] if run.commit == latest else []
+        names += [f"@{alias}" for alias, change in in_use.items() if change.run_key == run.commit.run_key]
         names += ["pinned"] if run.commit.run_key in pinned else []
         named.append((run, names))
     return named
@@ -256,7 +258,8 @@ def list_to_json(store: Store) -> str:
     rows = []
     for run, names in _runs(store):
         fields = run.commit.model_dump(exclude={"schema_version"}) | run.model_dump(exclude={"commit"})
-        rows.append(fields | {"latest": "latest" in names, "pinned": "pinned" in names})
+        named = [name.removeprefix("@") for name in names if name.startswith("@")]
+        rows.append(fields | {"latest": "latest" in names, "pinned": "pinned" in names, "aliases": named})
     return json.dumps(rows, indent=2)
 
 

@@ -96,6 +96,8 @@ def publish(uri: str, record: BenchmarkRecord) -> str | None:
         return None
     with begun():  # from here on a failure loses the timings, so it is not the user's mistake
         location = locate(uri)
+        if location.run_key != record.run_key:  # another run may be the newest, or the one in use, by now
+            location = locate(f"{location.store.uri}/{record.run_key}")
         return append_benchmark(location, record) if location.commit is not None else None
 
 
@@ -105,7 +107,7 @@ def _find(uri: str, against: str | None) -> Pair:
     except ConfigError:
         directory = open_checkpoint(locate_model(uri).directory).directory
         return Pair(locate_model(against or uri).directory, directory, None)
-    compressed = materialize(uri)
+    compressed = materialize(location.uri)
     manifest = read_manifest(location)
     if manifest.kind != "model":
         raise ConfigError(f"{uri} holds statistics, not a model")

@@ -96,6 +96,8 @@ class Gate(Record):
 
 def parse_gate(spec: str) -> Gate:
     """The gate of a SPEC. Raises ConfigError with the problem in one line."""
+    if " ".join(spec.split()).endswith(" of current"):
+        raise _error(spec, "only a zoo file with `promote` compares with the current result")
     match = _SPEC.fullmatch(spec.strip())
     if match is None:
         raise _error(spec, f"the forms are {FORMS}")
@@ -278,7 +280,8 @@ def _names_spec(task: str, spec: str) -> bool:
     return task in (scheme, spec, file_name) or (scheme == "lm-eval" and task in rest.split(","))
 
 
-def _names_score(task: str, score: TaskScore) -> bool:
+def names_score(task: str, score: TaskScore) -> bool:
+    """Whether a score is one of what a gate calls `task`."""
     return task == score.name.partition(" ")[2] or _names_spec(task, score.spec)
 
 
@@ -286,7 +289,7 @@ def _figure(gate: Gate, measured: Measurements) -> float | None:
     metric = gate.metric
     if gate.task is not None:
         task, name = gate.task
-        named = [score for score in measured.tasks if _names_score(task, score)]
+        named = [score for score in measured.tasks if names_score(task, score)]
         by_name = [score for score in named if score.name.partition(" ")[2] == task] or named
         return max((_drop(score) for score in by_name if name in ("", score.metric)), default=None)
     if metric == "fidelity":

@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 from ffsplit.config import Record
 from ffsplit.directories import user_path
-from ffsplit.errors import ArtifactError, ConfigError
+from ffsplit.errors import ArtifactError, ConfigError, StoreError, reason_of
 from ffsplit.models.checkpoint import Checkpoint, open_checkpoint
 from ffsplit.models.family import Media
 from ffsplit.models.folder import CONFIG_NAME, MOST_NAMES, FolderFiles, Listing, local_listing, sort_files
 from ffsplit.models.not_a_model import check_is_model, check_modules
 from ffsplit.models.source_card import titled
-from ffsplit.store.artifact import locate
+from ffsplit.store.artifact import locate, names_alias
 from ffsplit.store.cache import StoredFiles, is_remote, stored_files
 from ffsplit.store.entries import MANIFEST_NAME, RUN_KEY, FileEntry, LeftOut, sha256_file
 from ffsplit.store.manifest import Manifest
@@ -102,6 +102,7 @@ ALMOST_HUB_ID = re.compile(
 )
 """A hub id with a revision after it or a scheme before it."""
 HUB_SNAPSHOT = re.compile(r"/models--(?P<id>[^/]+)/snapshots/[0-9a-f]{40}$")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 GENERIC_NAMES = ("model", "checkpoint", "final", "best")
 
 
@@ -138,6 +139,8 @@ def locate_model(model: str, *, revision: str | None = None) -> LocatedModel:
             return LocatedModel(directory.resolve(), None)
         artifact = _artifact_in(str(directory))
         return LocatedModel(Path(artifact or directory).resolve(), None)
+    if (named := names_alias(model)) and Path(named[0].uri).is_dir():
+        return LocatedModel(Path(locate(model).uri).resolve(), None)
     if directory.exists():
         raise ConfigError(f"model {model} is a file; give the directory that holds config.json")
     if not HUB_ID.match(model) or model.startswith("."):
@@ -169,7 +172,9 @@ def _no_such_directory(model: str) -> str:
 
 def _fetch(model: str) -> LocatedModel:
     """A model in a store, or the artifact published at a location in a store."""
-    if not open_store(model).exists(CONFIG_NAME):
+    if names_alias(model):
+        model = locate(model).uri
+    elif not open_store(model).exists(CONFIG_NAME):
         model = _artifact_in(model) or model
     store, left_out = open_store(model), list[LeftOut]()
     if not store.exists(CONFIG_NAME):
@@ -218,6 +223,27 @@ def _download(model: str, revision: str | None) -> LocatedModel:
         raise ConfigError(
             f"model {model}: no such directory, and not fetched from the hub ({reason})"
         ) from None
+
+
+def hub_commit(model: str, *, revision: str | None) -> str | None:
+    """The commit that a branch or tag of a hub model names now; None for other models, and offline.
+
+    Raises StoreError if the hub does not answer or does not know it.
+    """
+    is_id = HUB_ID.match(model) and not model.startswith(".") and not is_remote(model)
+    if not is_id or user_path(model).exists():
+        return None
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE:
+        return None
+    try:
+        return HfApi().model_info(model, revision=revision).sha
+    except Exception as error:  # the hub client raises many types, requests' and its own
+        raise StoreError(f"model {model}: the hub gave no commit ({reason_of(error)})") from error
 
 
 def _hub_names(model: str, revision: str | None) -> tuple[str, ...] | None:

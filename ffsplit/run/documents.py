@@ -127,6 +127,7 @@ def _draft(run: Run, outcome: Outcome, *, attempt: str) -> Manifest:
         keep_unrounded=run.kept_unrounded(outcome.statistics) if is_model else None,
         budget=run.budget if is_model else None,
         nonce=keys.nonce,
+        inputs=keys.inputs,
         model=SourceModel(
             id=model_name(run.model),
             revision=run.located.revision,
@@ -251,8 +252,8 @@ def _layers(run: Run, outcome: Outcome) -> list[LayerRecord]:
 
 def render_published(uri: str, *, out: str) -> Path:
     """Write the report of a published artifact to a file, from its manifest and statistics."""
-    directory = materialize(uri)
-    manifest = read_manifest(locate(uri))
+    location = locate(uri)
+    directory, manifest = materialize(location.uri), read_manifest(location)
     target = user_path(out)
     check_outside_attempts(target.resolve().as_posix(), flag="--out")
     page = redacted(report_of(manifest, read_statistics(directory / STATISTICS_PATH)))

@@ -13,6 +13,7 @@ from ffsplit.models.load_options import attending, trusting
 from ffsplit.progress import Progress
 from ffsplit.run.checks import check_inputs
 from ffsplit.run.job import Run, prepare
+from ffsplit.run.tracking import Tracker
 from ffsplit.store.artifact import locate, read_manifest
 from ffsplit.store.cache import is_remote
 from ffsplit.store.commits import LATEST_NAME, Kind, latest_commit, read_commit
@@ -56,6 +57,7 @@ def run_to_end(
         if sign_key is not None:
             sign_manifest(b"{}", key=sign_key)  # fail early if the key cannot sign
         with shown.working("reading the model"):
+            tracker = None if config.mlflow is None else Tracker(config.mlflow)
             run = prepare(config, kind=kind)
             run.needs.check()
             store, key = open_store(config.out), run.keys.published(kind)
@@ -71,7 +73,18 @@ def run_to_end(
                 latest_commit(store)
             except FFSplitError as error:  # the artifact is committed anyway
                 shown.note(f"warning: {LATEST_NAME} may be out of date until it is next read: {error}")
+        if tracker is not None:
+            _log_run(tracker, finished, store, shown)
         return finished
+
+
+def _log_run(tracker: Tracker, finished: Finished, store: Store, shown: Progress) -> None:
+    """Log to MLflow. A failure is only a warning, since the result is published anyway."""
+    try:
+        logged = tracker.log(finished.manifest, state=finished.state, store=store, report=finished.report)
+        shown.note("MLflow has this run already" if logged is None else f"logged to MLflow as run {logged}")
+    except FFSplitError as error:
+        shown.note(f"warning: the run was not logged, the same command logs it later: {error}")
 
 
 def _compute(run: Run, store: Store, shown: Progress, *, sign_key: Path | None) -> Finished:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -18,7 +18,7 @@ from ffsplit.config import Budget, JobConfig
 from ffsplit.errors import explained
 from ffsplit.ffn.activations import check_activation
 from ffsplit.ffn.shapes import LayerLayout
-from ffsplit.keys import digest_of, stage_key
+from ffsplit.keys import ALGORITHM_VERSION, digest_of, stage_key
 from ffsplit.machine import check_device, hardware_fingerprint, usable_cores
 from ffsplit.measurement.gates import Gate, check_gates, gated_key, parse_gates
 from ffsplit.measurement.size import model_shape
@@ -61,11 +61,13 @@ CHARACTERS_PER_TOKEN = 6
 class Keys:
     """The names of a run's results, and the digests that they are made from.
 
+    `inputs` are digests too: of everything that the published key depends on, by its name for people.
     `work` names what is computed, and so its scratch. `run` names what is published: it is `work`, or with
     gates a hash of `work` and the gates. `statistics` names the neuron statistics.
     """
 
     digests: dict[str, str]
+    inputs: dict[str, str]
     statistics: str
     work: str
     run: str
@@ -364,11 +366,32 @@ def _keys(run: Run) -> Keys:
     work = stage_key("run", run_inputs)
     return Keys(
         digests=digests,
+        inputs=_named_inputs(run, run_inputs),
         statistics=stage_key("calibrate", inputs),
         work=work,
         run=gated_key(work, run.gates),
         nonce=nonce,
     )
+
+
+def _named_inputs(run: Run, run_inputs: Mapping[str, Any]) -> dict[str, str]:
+    """A digest of each thing that a run's key depends on, by its name for people."""
+    named: dict[str, dict[str, Any]] = {
+        "model": {"model": run_inputs["digests"]["model"]},
+        "tokenizer": {"tokenizer": run_inputs["digests"]["tokenizer"]},
+        "calibration data": {
+            **{name: run_inputs["digests"].get(name) for name in ("text", "statistics")},
+            **{name: run_inputs.get(name) for name in ("own_rows", "seed")},
+        },
+        "recipe": {name: run_inputs.get(name) for name in ("recipe", "calibration", "left_out")},
+        "budget": {"budget": str(run.budget), "latency_table": run_inputs.get("latency_table")},
+        "evaluation data": {"evaluations": run_inputs["evaluations"]},
+        "gates": {"gates": [str(gate) for gate in run.gates]},
+        "device, dtype or threads": {name: run_inputs.get(name) for name in ("profile", "healing")},
+        "version of the algorithm": {"algorithm": ALGORITHM_VERSION},
+        "--fresh": {"nonce": run_inputs["nonce"]},
+    }
+    return {name: digest_of(value)[:16] for name, value in named.items()}
 
 
 def _healing_inputs(run: Run) -> dict[str, int]:

@@ -20,7 +20,7 @@ from ffsplit.measurement.gates import judge, refusal
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.models.folder import left_out_in_one_line
 from ffsplit.models.selection import left_out_ffns
-from ffsplit.progress import Expected, Progress, StageLog
+from ffsplit.progress import Expected, Progress, Share, StageLog
 from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.report.humanize import dropped_in_words, unchanged_in_words
 from ffsplit.run.checks import can_refit, default_text, far_from_evaluation, measures_widths
@@ -76,7 +76,8 @@ def make_attempt(
     Raises ConfigError if the hosts of the cluster are incompatible; nothing is left behind then. Later
     failures are never reported as mistakes in the configuration.
     """
-    log = StageLog(shown)
+    gpus = run.config.gpus_per_worker if run.profile.device == "cuda" else 0
+    log = StageLog(shown, Share(run.profile.threads, gpus, lambda: runner.num_workers))
     log.expect(expected_stages(run))
     with full_disk_explained(), temporary_folder() as folder:
         _announce(run, shown)

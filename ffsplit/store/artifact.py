@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ffsplit.directories import process_folder
 from ffsplit.errors import ArtifactError, ConfigError
+from ffsplit.store.aliases import read_alias, split_alias, unknown_alias
 from ffsplit.store.commits import Commit, latest_commit, list_commits, read_commit
 from ffsplit.store.entries import ATTEMPT_ID, LATEST_LINK, MANIFEST_NAME, RUN_KEY, FileEntry
 from ffsplit.store.manifest import MAX_MANIFEST_BYTES, Manifest
@@ -47,11 +48,13 @@ class Location:
 def locate(uri: str) -> Location:
     """The artifact that a URI names.
 
-    The URI may be where runs were published (gives the newest model), URI/<run key> (gives its committed
-    attempt), or the directory of one attempt, which `latest` in a directory of runs is too. Raises
-    ConfigError, in one line, if it names none of these or the run is not committed; ArtifactError if a
-    commit is invalid.
+    The URI may be where runs were published (gives the newest model), URI@<alias> (gives the run in use),
+    URI/<run key> (gives its committed attempt), or the directory of one attempt, which `latest` in a
+    directory of runs is too. Raises ConfigError, in one line, if it names none of these or the run is not
+    committed; ArtifactError if a commit is invalid.
     """
+    if named := names_alias(uri):
+        return _locate_alias(*named)
     root = _followed(root_uri(uri))
     match = _RUN_URI.fullmatch(root)
     if match and (location := _locate_run(match)):
@@ -65,6 +68,36 @@ def locate(uri: str) -> Location:
     if commit:
         return _committed(store, commit)
     raise ConfigError(_why_not(store, uri))
+
+
+def names_alias(uri: str) -> tuple[Store, str] | None:
+    """The store and the alias of PLACE@ALIAS; None for any other place, and for a path that exists."""
+    named = split_alias(uri)
+    if named is None:
+        return None
+    if not uri.lower().startswith("s3://") and os.path.lexists(root_uri(uri)):
+        return None
+    return open_store(named[0]), named[1]
+
+
+def split_run(uri: str) -> tuple[Store, str | None]:
+    """The store in which a place lies, and the run that the place names, if it names one."""
+    if named := names_alias(uri):
+        return named[0], None
+    match = _RUN_URI.fullmatch(root_uri(uri))
+    return (open_store(match["base"]), match["run_key"]) if match else (open_store(uri), None)
+
+
+def _locate_alias(store: Store, alias: str) -> Location:
+    change = read_alias(store, alias)
+    if change is None or change.run_key is None:
+        raise ConfigError(unknown_alias(store, alias))
+    commit = read_commit(store, change.run_key)
+    if commit is None:
+        raise ArtifactError(
+            f"{store.uri}@{alias} names run {change.run_key}, which is gone: promote another run"
+        )
+    return _committed(store, commit)
 
 
 def _followed(root: str) -> str:

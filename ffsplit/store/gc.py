@@ -1,7 +1,7 @@
 """Garbage collection: old runs, attempts that were never committed, and leftovers of broken runs.
 
-Never removed: the newest model, which `latest` names; pinned runs; a scratch in use; and uncommitted files
-written to within `min_age`, since a run may still be working on them.
+Never removed: the newest model, which `latest` names; runs that aliases name; pinned runs; a scratch in use;
+and uncommitted files written to within `min_age`, since a run may still be working on them.
 
     pins/<run key>.json      keeps that run
 """
@@ -15,6 +15,7 @@ from datetime import datetime, timedelta, timezone
 from ffsplit import logs
 from ffsplit.config import Record
 from ffsplit.errors import ConfigError, FFSplitError, begun
+from ffsplit.store.aliases import aliased_runs
 from ffsplit.store.artifact import Location
 from ffsplit.store.benchmark_records import BENCHMARKS_FOLDER
 from ffsplit.store.commits import (
@@ -92,7 +93,7 @@ def plan(store: Store, *, keep_last: int, min_age: timedelta = DEFAULT_MIN_AGE) 
     before = datetime.now(timezone.utc) - min_age
     commits = [run.commit for run in list_runs(store)]
     latest = latest_commit(store)
-    kept = pinned_runs(store) | ({latest.run_key} if latest else set())
+    kept = pinned_runs(store) | aliased_runs(store) | ({latest.run_key} if latest else set())
     for kind in ("model", "statistics"):
         newest = [commit.run_key for commit in commits if commit.kind == kind]
         kept |= set(newest[len(newest) - keep_last :] if keep_last < len(newest) else newest)
@@ -124,8 +125,8 @@ def plan(store: Store, *, keep_last: int, min_age: timedelta = DEFAULT_MIN_AGE) 
 def collect(store: Store, planned: Plan) -> list[Removal]:
     """Remove what was planned, and return what was removed.
 
-    Kept after all: a run that was pinned, committed or became the newest since the plan was made, and a
-    scratch that a run uses now.
+    Kept after all: a run that was pinned or promoted, was committed or became the newest since the plan was
+    made, and a scratch that a run uses now.
     """
     with begun():
         return _collect(store, planned)
@@ -137,9 +138,12 @@ def _collect(store: Store, planned: Plan) -> list[Removal]:
         run_key, _, attempt = removal.prefix.partition("/")
         if removal.commit:
             latest = latest_commit(store)
-            if store.exists(_pin_key(run_key)) or (latest and latest.run_key == run_key):
+            if _is_named(store, run_key) or (latest and latest.run_key == run_key):
                 continue
             store.delete(f"{run_key}/{COMMIT_NAME}")
+            if _is_named(store, run_key):  # since the look above; from here on a promotion sees it gone
+                store.put_if_absent(f"{run_key}/{COMMIT_NAME}", record_bytes(removal.commit))
+                continue
             store.delete_prefix(f"{run_key}/{BENCHMARKS_FOLDER}")
         elif _is_held(removal.prefix, store.list_details(removal.prefix)):
             continue
@@ -156,6 +160,10 @@ def _collect(store: Store, planned: Plan) -> list[Removal]:
     except FFSplitError as error:
         logs.log(f"warning: {store.uri}: the list of runs is not up to date: {error}", level=logging.WARNING)
     return removed
+
+
+def _is_named(store: Store, run_key: str) -> bool:
+    return store.exists(_pin_key(run_key)) or run_key in aliased_runs(store)
 
 
 def _by_prefix(entries: Iterable[Stored]) -> dict[str, list[Stored]]:

@@ -284,6 +284,8 @@ class Stage(Record):
     num_items: int
     num_reused: int
     wall_s: float
+    cpu_s: float = Field(default=0.0, description="seconds of reserved CPU cores")
+    gpu_s: float = Field(default=0.0, description="seconds of reserved GPUs")
 
 
 class Environment(Record):
@@ -326,6 +328,9 @@ class Manifest(Versioned):
     )
     budget: Budget | None = Field(default=None, description="as given, or the recipe's keep")
     nonce: str | None = Field(default=None, description="set by --fresh, part of the run key")
+    inputs: dict[str, str] = Field(
+        default={}, description="digests of what the run key depends on: two runs differ where these do"
+    )
     model: SourceModel
     calibration: CalibrationRecord
     layers: tuple[LayerRecord, ...]

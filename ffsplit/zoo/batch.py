@@ -65,6 +65,15 @@ def _shape(each: Latency) -> str:
     return f"{each.batch_size}x{each.num_tokens}"
 
 
+class StageUse(Record):
+    """What one stage of a run reserved, in seconds of CPU cores and of GPUs."""
+
+    name: str
+    wall_s: float
+    cpu_s: float
+    gpu_s: float
+
+
 class ModelResult(Record):
     """The result that one model's process writes at its end: published or refused."""
 
@@ -75,6 +84,12 @@ class ModelResult(Record):
     keep: float | None
     figures: Figures | None
     gates: tuple[GateResult, ...]
+    commit: str | None = Field(default=None, description="of a model on the hub")
+    inputs: dict[str, str] = Field(
+        default={}, description="digests of what the run key depends on: two runs differ where these do"
+    )
+    stages: tuple[StageUse, ...] = Field(default=(), description="of the attempt that finished")
+    gpu: str | None = Field(default=None, description="the name of the driver's GPU")
 
     @classmethod
     def of(
@@ -93,7 +108,66 @@ class ModelResult(Record):
             keep=manifest.keep,
             figures=None if measured is None else Figures.of(measured),
             gates=manifest.gates,
+            commit=manifest.model.revision,
+            inputs=manifest.inputs,
+            stages=tuple(
+                StageUse(name=each.name, wall_s=each.wall_s, cpu_s=each.cpu_s, gpu_s=each.gpu_s)
+                for each in manifest.stages
+            ),
+            gpu=None if (gpu := manifest.environment.hardware.get("gpu")) is None else str(gpu),
         )
+
+
+class Difference(Record):
+    """One figure of the result in use, and of the new one."""
+
+    what: str = Field(description="size, speed-up at 8x128, a measure of fidelity, or a task and metric")
+    unit: Literal["bytes", "times", "fidelity", "score"]
+    before: float
+    after: float
+
+
+Outcome = Literal["promoted", "in use", "refused", "held", "failed"]
+OUTCOMES: dict[Outcome, str] = {
+    "promoted": "now in use",
+    "in use": "in use",
+    "refused": "not in use: a regression gate failed",
+    "held": "not in use: it was before, and was replaced",
+    "failed": "not in use: the alias could not be moved",
+}
+
+
+class Promotion(Record):
+    """Whether a result replaced the one in use."""
+
+    alias: str
+    outcome: Outcome
+    current: str | None = Field(default=None, description="the run that was in use, if another was")
+    gates: tuple[GateResult, ...] = Field(default=(), description="compared with the current run")
+    differences: tuple[Difference, ...] = Field(default=(), description="from the current run")
+    error: str | None = None
+
+
+def describe_promotion(promotion: Promotion) -> str:
+    """One line: what the alias names now, and why."""
+    current = promotion.current or "nothing"
+    before = "" if promotion.current is None else f" (before: {current})"
+    return {
+        "promoted": f"{promotion.alias} names it now{before}",
+        "in use": f"{promotion.alias} names it already",
+        "refused": f"{promotion.alias} stays at {current}: a regression gate failed",
+        "held": f"{promotion.alias} stays at {current}: it was moved away from this run by hand",
+        "failed": f"{promotion.alias} could not be moved: {promotion.error}",
+    }[promotion.outcome]
+
+
+class Cost(Record):
+    """What a model used in this batch. `price` is None without prices for all of it."""
+
+    stages: tuple[StageUse, ...]
+    cpu_s: float
+    gpu_s: float
+    price: float | None = Field(description="in the unit of the zoo file's prices")
 
 
 class BatchModel(Record):
@@ -107,6 +181,10 @@ class BatchModel(Record):
     error: str | None
     num_attempts: int
     wall_s: float = Field(description="of all attempts, without the waits between them")
+    revision: str | None = Field(default=None, description="of a model on the hub: branch, tag or commit")
+    commit: str | None = Field(default=None, description="what the revision named when the batch began")
+    promotion: Promotion | None = Field(default=None, description="None without `promote`")
+    cost: Cost | None = Field(default=None, description="None if nothing was computed, or it failed")
 
 
 class Batch(Versioned):
@@ -122,18 +200,30 @@ class Batch(Versioned):
     max_models_in_flight: int
     models: tuple[BatchModel, ...]
 
+    @property
+    def price(self) -> float | None:
+        """The price of all models that were computed, None if that of one is not known."""
+        costs = [model.cost.price for model in self.models if model.cost is not None]
+        return None if None in costs or not costs else sum(price for price in costs if price is not None)
+
+    def moved(self, *outcomes: Outcome) -> int:
+        """How many models' promotions ended so."""
+        return sum(
+            model.promotion is not None and model.promotion.outcome in outcomes for model in self.models
+        )
+
     def count(self, *states: State) -> int:
         return sum(model.state in states for model in self.models)
 
     @property
     def exit_code(self) -> int:
-        """130 if the batch was interrupted, else 1 if a model failed, 3 if gates refused one, 0 if all are
-        published."""
+        """130 if the batch was interrupted, else 1 if a model or its promotion failed, 3 if gates refused
+        one, 0 if all are published."""
         if self.count("interrupted"):
             return INTERRUPTED
-        if self.count("failed"):
+        if self.count("failed") or self.moved("failed"):
             return FAILED
-        return REFUSED if self.count("refused") else DONE
+        return REFUSED if self.count("refused") or self.moved("refused") else DONE
 
 
 def new_batch_id(now: datetime) -> str:

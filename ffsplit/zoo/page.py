@@ -1,10 +1,13 @@
-"""The page for a zoo's batches: every model of the newest batch, and its trend over earlier ones."""
+"""The page for a zoo's batches: every model of the newest batch, what changed, and the trend over batches."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from statistics import median
 from urllib.parse import quote
 
@@ -14,9 +17,20 @@ from ffsplit.measurement.gates import verdict
 from ffsplit.report import humanize
 from ffsplit.report.html import Tile, page_template
 from ffsplit.report.humanize import spread_in_words
-from ffsplit.zoo.batch import STATES, Batch, BatchModel, State, batch_key, headline, slowest
+from ffsplit.zoo.batch import (
+    OUTCOMES,
+    STATES,
+    Batch,
+    BatchModel,
+    Difference,
+    State,
+    batch_key,
+    headline,
+    slowest,
+)
+from ffsplit.zoo.comparison import differences, short, what_changed
 
-TEMPLATE_NAME = "zoo.html"
+TEMPLATE_NAME, SCRIPT_NAME = "zoo.html", "zoo.js"
 SPARK_WIDTH, SPARK_HEIGHT, SPARK_MARGIN = 120, 26, 3
 
 
@@ -31,11 +45,25 @@ class Trend:
     size_bytes: tuple[float | None, ...]
 
 
+@dataclass(frozen=True)
+class Change:
+    """What is new about one model: since its last result, and against what is in use."""
+
+    model: BatchModel
+    reasons: tuple[str, ...]
+    before: BatchModel | None
+    differences: tuple[Difference, ...]
+
+
 def render_index(batches: Sequence[Batch]) -> str:
     """The page as HTML: the newest batch, which is the last one, and the trend over all batches."""
-    newest = batches[-1]
+    newest, changes = batches[-1], _changes(batches)
+    script = (Path(__file__).parent.parent / "report" / SCRIPT_NAME).read_text("utf-8")
     template = page_template(
         TEMPLATE_NAME,
+        shown=_shown,
+        outcome=lambda outcome: OUTCOMES[outcome],
+        short=short,
         spark=sparkline,
         headline=headline,
         slowest=slowest,
@@ -49,6 +77,11 @@ def render_index(batches: Sequence[Batch]) -> str:
         batches=list(reversed(batches)),
         tiles=_tiles(newest),
         trends=_trends(batches) if len(batches) > 1 else [],
+        changes=changes,
+        changed={change.model.name for change in changes},
+        script=Markup(f"\n{script}"),
+        script_digest=base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode(),
+        has_costs=any(model.cost is not None for model in newest.models),
         wall_s=_wall_s,
         report_link=_report_link,
         batch_link=lambda batch: batch_key(batch.id),
@@ -81,6 +114,32 @@ def sparkline(values: Sequence[float | None]) -> Markup:
     )
 
 
+def _shown(value: float, unit: str) -> str:
+    """A figure of a difference, in its unit."""
+    shown = {"bytes": humanize.size, "times": humanize.times, "score": humanize.score}
+    return shown.get(unit, humanize.number)(value)
+
+
+def _changes(batches: Sequence[Batch]) -> list[Change]:
+    """The models with another run than before, or whose run was compared with the one in use."""
+    earlier: dict[str, BatchModel] = {}
+    for batch in batches[:-1]:
+        earlier |= {model.name: model for model in batch.models if model.result is not None}
+    found = []
+    for model in batches[-1].models:
+        before, result = earlier.get(model.name), model.result
+        reasons: tuple[str, ...] = ()
+        figures: tuple[Difference, ...] = ()
+        if before is not None and before.result is not None and result is not None:
+            reasons = what_changed(before.result, result)
+            if reasons and before.result.figures is not None and result.figures is not None:
+                figures = differences(before.result.figures, result.figures)
+        compared = model.promotion is not None and bool(model.promotion.differences)
+        if reasons or compared:
+            found.append(Change(model, reasons, before if reasons else None, figures))
+    return found
+
+
 def _last(values: Sequence[float | None]) -> float | None:
     return next((value for value in reversed(values) if value is not None), None)
 
@@ -109,8 +168,15 @@ def _tiles(batch: Batch) -> list[Tile]:
         tiles.append(Tile("Published size", humanize.size(after_bytes), smaller))
         speedups = [speedup for figures in standing if (speedup := slowest(figures)) is not None]
         if speedups:
-            note = f"median model; {humanize.times(min(speedups))} to {humanize.times(max(speedups))}"
-            tiles.append(Tile("Lowest speed-up", humanize.times(median(speedups)), note, min(speedups) < 1))
+            note = (
+                "the median model, at the batch and length where it gains least; the models range from "
+                f"{humanize.times(min(speedups))} to {humanize.times(max(speedups))}"
+            )
+            tiles.append(Tile("Speed-up", humanize.times(median(speedups)), note, min(speedups) < 1))
+    if moved := batch.moved("promoted"):
+        tiles.append(Tile("Now in use", str(moved), "replaced what was in use before"))
+    if batch.price is not None:
+        tiles.append(Tile("Cost", humanize.number(batch.price), "by the zoo file's prices"))
     return tiles
 
 

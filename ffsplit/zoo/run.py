@@ -17,10 +17,23 @@ from ffsplit.distributed.ray_cluster import share_cluster
 from ffsplit.errors import FFSplitError, begun
 from ffsplit.exit_codes import DONE, FAILED, MISTAKE, REFUSED
 from ffsplit.redaction import without_credentials
+from ffsplit.store.aliases import this_user
 from ffsplit.store.store import Store, open_store
-from ffsplit.zoo.batch import INDEX_NAME, Batch, BatchModel, new_batch_id, past_batches, save_batch
+from ffsplit.zoo.batch import (
+    INDEX_NAME,
+    Batch,
+    BatchModel,
+    describe_promotion,
+    new_batch_id,
+    past_batches,
+    save_batch,
+)
+from ffsplit.zoo.costs import cost_of
+from ffsplit.zoo.events import Events, Name
 from ffsplit.zoo.page import render_index
 from ffsplit.zoo.process import Ended, run_process
+from ffsplit.zoo.promotion import promote_result
+from ffsplit.zoo.revisions import at_commits
 from ffsplit.zoo.zoo_file import Zoo, ZooModel
 
 Say = Callable[[str], None]
@@ -36,21 +49,39 @@ class _Pass:
     started: datetime
     ended: dict[int, BatchModel] = field(default_factory=dict)
     """By the model's index in the file."""
+    commits: dict[int, str] = field(default_factory=dict)
+    """Of models on the hub, by the same index."""
 
     def __post_init__(self) -> None:
         self._id = new_batch_id(self.started)
+        self._events = Events(self.zoo.on_event, self.say)
+
+    @property
+    def mover(self) -> str:
+        """Who moves an alias."""
+        return f"{this_user()}, batch {self._id}"
+
+    def tell(self, name: Name, *, model: str | None = None) -> None:
+        """Tell the hook of an event, with the models that have ended."""
+        self._events.tell(name, self._clean(self._as_it_stands(all_models=False)), model=model)
+
+    def close(self) -> None:
+        self._events.close()
 
     def record(self) -> Batch:
         """Write the batch's manifest, with local paths reduced to names, and the page for all batches."""
-        batch = without_credentials(self._as_it_stands())
-        given = [text for model in self.zoo.models for text in (model.job.model, model.job.recipe)]
-        stored = by_name(batch, given=(batch.destination, *given))
+        stored = self._clean(self._as_it_stands())
         save_batch(self.store, stored)
-        page = render_index([*past_batches(self.store, before=batch.id), stored])
+        page = render_index([*past_batches(self.store, before=stored.id), stored])
         self.store.put_bytes(INDEX_NAME, page.encode())
         return stored
 
-    def _as_it_stands(self) -> Batch:
+    def _clean(self, batch: Batch) -> Batch:
+        batch = without_credentials(batch)
+        given = [text for model in self.zoo.models for text in (model.job.model, model.job.recipe)]
+        return by_name(batch, given=(batch.destination, *given))
+
+    def _as_it_stands(self, *, all_models: bool = True) -> Batch:
         return Batch(
             id=self._id,
             zoo=self.zoo.name,
@@ -61,7 +92,9 @@ class _Pass:
             ffsplit_version=__version__,
             max_models_in_flight=self.zoo.max_models_in_flight,
             models=tuple(
-                self.ended.get(index) or _interrupted(model) for index, model in enumerate(self.zoo.models)
+                self.ended.get(index) or _interrupted(model)
+                for index, model in enumerate(self.zoo.models)
+                if all_models or index in self.ended
             ),
         )
 
@@ -80,21 +113,30 @@ def run_zoo(
     SIGTERM, is recorded at once: models that have ended with their outcome, the others as interrupted. Raises
     ConfigError, before anything is run, if the cluster or the destination cannot be used.
     """
-    store = open_store(zoo.destination)
+    if zoo.on_event is not None:
+        zoo.on_event.check()
+    store, say = open_store(zoo.destination), say or streams.note
     store.check_writable()
-    this = _Pass(zoo, store, say or streams.note, datetime.now(timezone.utc))
     with share_cluster(address, runner=runner) as cluster:
+        at, commits = at_commits(zoo, say)
+        this = _Pass(zoo, store, say, datetime.now(timezone.utc), commits=commits)
         share = workers or max(1, cluster.num_cpus // zoo.max_models_in_flight)
         jobs = [
             model.job.model_copy(
                 update={"address": cluster.address, "runner": runner, "workers": model.job.workers or share}
             )
-            for model in zoo.models
+            for model in at.models
         ]
         with begun():
-            with suppress(KeyboardInterrupt):  # _run_all has recorded the batch and ended its processes
-                asyncio.run(_run_all(this, jobs))
-            return this.record()
+            try:
+                this.tell("started")
+                with suppress(KeyboardInterrupt):  # _run_all has recorded the batch and ended its processes
+                    asyncio.run(_run_all(this, jobs))
+                batch = this.record()
+                this.tell("finished")
+                return batch
+            finally:
+                this.close()
 
 
 async def _run_all(this: _Pass, jobs: list[JobConfig]) -> None:
@@ -139,22 +181,42 @@ async def _run_model(this: _Pass, index: int, job: JobConfig, running: asyncio.S
         wait_s = this.zoo.backoff_s * 2 ** (num_attempts - 1)
         this.say(f"{model.name} | failed, retry in {wait_s:g} s: {ended.last_words}")
         await asyncio.sleep(wait_s)
-    recorded = _describe(model, ended, num_attempts=num_attempts, wall_s=round(wall_s, 3))
+    recorded = _describe(this, index, ended, num_attempts=num_attempts, wall_s=round(wall_s, 3))
+    if recorded.state in ("published", "committed already"):
+        recorded = await asyncio.to_thread(_promoted, this, model, recorded)
     this.ended[index] = recorded
     this.say(f"{model.name} | {recorded.state}{f': {recorded.error}' if recorded.error else ''}")
+    if recorded.promotion is not None:
+        this.say(f"{model.name} | {describe_promotion(recorded.promotion)}")
+    if recorded.state in ("published", "refused", "failed"):
+        this.tell(recorded.state, model=model.name)
 
 
-def _describe(model: ZooModel, ended: Ended, *, num_attempts: int, wall_s: float) -> BatchModel:
-    finished = ended.result is not None and ended.exit_code in (DONE, REFUSED)
+def _promoted(this: _Pass, model: ZooModel, recorded: BatchModel) -> BatchModel:
+    """The record of a published model, with what became of its promotion."""
+    alias, result = this.zoo.promote, recorded.result
+    if alias is None or result is None:
+        return recorded
+    promotion = promote_result(model, result.run_key, alias=alias, by=this.mover)
+    return recorded.model_copy(update={"promotion": promotion})
+
+
+def _describe(this: _Pass, index: int, ended: Ended, *, num_attempts: int, wall_s: float) -> BatchModel:
+    model = this.zoo.models[index]
+    result = ended.result if ended.exit_code in (DONE, REFUSED) else None
+    commit = this.commits.get(index)
     return BatchModel(
         name=model.name,
         model=model.job.model,
         recipe=model.job.recipe,
-        state=ended.result.state if ended.result is not None and finished else "failed",
-        result=ended.result if finished else None,
-        error=None if finished else ended.last_words,
+        state="failed" if result is None else result.state,
+        result=result,
+        error=ended.last_words if result is None else None,
         num_attempts=num_attempts,
         wall_s=wall_s,
+        revision=None if commit is None else model.job.revision or "main",
+        commit=commit,
+        cost=None if result is None else cost_of(result, this.zoo.prices),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field, ValidationError
@@ -15,6 +15,9 @@ from ffsplit.directories import user_path
 from ffsplit.errors import ConfigError, did_you_mean, reason_of
 from ffsplit.keys import digest_of
 from ffsplit.measurement.gates import parse_gates
+from ffsplit.measurement.regressions import RegressionGate, is_regression, parse_regression
+from ffsplit.store.aliases import check_alias
+from ffsplit.zoo.events import Hook
 
 PLACES = ("out", "address", "runner", "fresh")
 """Fields of a job that the batch sets, not the file."""
@@ -30,12 +33,18 @@ class ZooModel(Record):
 
     name: str
     job: JobConfig
+    regressions: tuple[RegressionGate, ...] = ()
 
 
 class ZooFile(Record):
     """A zoo file's own fields. The fields of `defaults` and of each model are flags of `ffsplit compress`."""
 
     destination: str = Field(min_length=1, description="a directory or s3://bucket/prefix")
+    promote: str | None = Field(default=None, description="the alias of what is in use, such as production")
+    prices: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={}, description="per hour: of a GPU, by a part of its name, and of a core, as CPU"
+    )
+    on_event: Hook | None = Field(default=None, description="what to call when something happens")
     max_models_in_flight: int = Field(default=2, ge=1, le=1000)
     retries: int = Field(default=2, ge=0, le=20, description="of a model that fails while running")
     backoff_s: float = Field(
@@ -51,6 +60,9 @@ class Zoo(Record):
 
     name: str
     destination: str
+    promote: str | None
+    prices: dict[str, float]
+    on_event: Hook | None
     max_models_in_flight: int
     retries: int
     backoff_s: float
@@ -59,8 +71,8 @@ class Zoo(Record):
 
     @property
     def digest(self) -> str:
-        """sha256 of the file's content, independent of its formatting."""
-        return digest_of(self.model_dump(mode="json", exclude={"name"}))
+        """sha256 of what the file asks for, independent of its formatting, of prices and of hooks."""
+        return digest_of(self.model_dump(mode="json", exclude={"name", "prices", "on_event"}))
 
 
 def load_zoo(path: str) -> Zoo:
@@ -86,9 +98,16 @@ def parse_zoo(text: str, *, where: str, name: str) -> Zoo:
     _check_names(file.defaults, known=JOB_FIELDS, where=f"{where}: defaults")
     models = tuple(_model(file, index, where=where) for index in range(len(file.models)))
     _check_apart(models, where=where)
+    try:
+        alias = None if file.promote is None else check_alias(file.promote)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: promote: {error}") from None
     return Zoo(
         name=name,
         destination=file.destination.rstrip("/"),
+        promote=alias,
+        prices=file.prices,
+        on_event=file.on_event,
         max_models_in_flight=file.max_models_in_flight,
         retries=file.retries,
         backoff_s=file.backoff_s,
@@ -127,6 +146,7 @@ def _model(file: ZooFile, index: int, *, where: str) -> ZooModel:
             f"{' or '.join(RESERVED_NAMES)}"
         )
     entry_name = f"{entry_name} ({name})"
+    regressions = _regressions(fields, where=entry_name, promotes=file.promote is not None)
     try:
         job = JobConfig(out=f"{file.destination.rstrip('/')}/{name}", **fields)
     except ConfigError as error:
@@ -135,7 +155,27 @@ def _model(file: ZooFile, index: int, *, where: str) -> ZooModel:
         parse_gates(job.gate, require_speedup=job.require_speedup)
     except ConfigError as error:
         raise ConfigError(f"{entry_name}: {str(error).removeprefix('--')}") from None
-    return ZooModel(name=name, job=job)
+    return ZooModel(name=name, job=job, regressions=regressions)
+
+
+def _regressions(fields: dict[str, Any], *, where: str, promotes: bool) -> tuple[RegressionGate, ...]:
+    """The gates that compare with the current result. They are taken out of the job's fields."""
+    given = fields.get("gate", ())
+    gates = [given] if isinstance(given, str) else given
+    if not isinstance(gates, list | tuple):
+        return ()  # JobConfig reports it
+    found = [gate for gate in gates if isinstance(gate, str) and is_regression(gate)]
+    if not found:
+        return ()
+    if not promotes:
+        raise ConfigError(
+            f"{where}: gate {found[0]!r} needs `promote: production`, which names the current result"
+        )
+    fields["gate"] = [gate for gate in gates if gate not in found]
+    try:
+        return tuple(parse_regression(gate) for gate in found)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _without_other_budgets(defaults: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def model(tmp_path: Path) -> str:
 
 def rows(printed: str) -> dict[str, list[str]]:
     """The cells of the table of engines, by the budget."""
-    lines = printed.partition(TITLE)[2].splitlines()
-    cells = [[cell.strip() for cell in line.strip("│").split("│")] for line in lines if line.startswith("│")]
+    lines = printed.partition(TITLE)[2].strip().splitlines()[2:]
+    cells = [re.split(r"\s{2,}", line.strip()) for line in lines]
     return {budget: others for budget, *others in cells}
 
 

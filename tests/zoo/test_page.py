@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +18,11 @@ from ffsplit.store.manifest import GateResult, Spread
 from ffsplit.zoo.batch import (
     Batch,
     BatchModel,
+    Cost,
+    Difference,
     Figures,
     ModelResult,
+    Promotion,
     State,
     batch_key,
     past_batches,
@@ -95,17 +103,22 @@ def test_every_model_is_there_with_its_figures_and_gates() -> None:
 
 
 def test_the_page_loads_nothing() -> None:
+    """Its one script is in the page, and no other may run."""
     found: list[str] = []
 
     class Reader(HTMLParser):
         def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-            if tag in ("script", "link", "img", "iframe"):
+            if tag in ("link", "img", "iframe"):
                 found.append(tag)
             found.extend(value for name, value in attrs if name == "src" and value)
 
     page = render_index([batch(1, *ALL), batch(2, *ALL)])
     Reader().feed(page)
     assert not found and "url(" not in page
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in page.replace("&#39;", "'")
+    assert len(script.splitlines()) < 30
 
 
 def test_the_trend_has_a_line_for_every_model_and_gaps_where_it_failed() -> None:
@@ -187,5 +200,94 @@ def test_a_batch_without_timings_has_no_speed_up_tile() -> None:
     figures = timed.result.figures.model_copy(update={"speedups": {}, "spreads": {}, "noise": None})
     result = timed.result.model_copy(update={"figures": figures})
     page = render_index([batch(1, timed.model_copy(update={"result": result}))])
-    assert '<p class="label">Lowest speed-up</p>' in render_index([batch(1, timed)])
-    assert '<p class="label">Lowest speed-up</p>' not in page
+    assert '<p class="label">Speed-up</p>' in render_index([batch(1, timed)])
+    assert '<p class="label">Speed-up</p>' not in page
+
+
+def changed(each: BatchModel, **fields: object) -> BatchModel:
+    assert each.result is not None
+    return each.model_copy(update={"result": each.result.model_copy(update=fields)})
+
+
+def test_a_new_run_links_to_what_changed() -> None:
+    """And names both revisions, and both runs' figures."""
+    inputs = {"model": "1", "recipe": "1"}
+    old = changed(model("tiny", "published", fidelity=0.95), commit="0" * 40, inputs=inputs)
+    new = changed(
+        model("tiny", "published"),
+        run_key="l",
+        commit="f" * 40,
+        report="l/b/report.html",
+        inputs=inputs | {"model": "2", "recipe": "2"},
+    )
+    new = new.model_copy(update={"revision": "main", "commit": "f" * 40})
+    page = render_index([batch(1, old), batch(2, model("other", "failed")), batch(3, new, *ALL[:1])])
+    assert '<a href="#change-tiny">what changed</a>' in page and 'id="change-tiny"' in page
+    assert "<li>new revision ffffffff (before: 00000000)</li><li>new recipe</li>" in page
+    assert 'href="tiny/k/a/report.html">the run before' in page and "tiny/l/b/report.html" in page
+    text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
+    assert "pooled cosine 0.950 0.970" in text and "main: ffffffff" in text
+    assert 'id="change-new"' not in page
+    assert "What changed" not in render_index([batch(1, old), batch(2, old)])
+
+
+def test_what_is_in_use_and_what_it_cost() -> None:
+    worse = GateResult(gate="sts drop <= 0.2 of current", figure=1.5, met=False)
+    promotion = Promotion(
+        alias="production",
+        outcome="refused",
+        current="a" * 16,
+        gates=(worse,),
+        differences=(Difference(what="size", unit="bytes", before=2000, after=3000),),
+    )
+    cost = Cost(stages=(), cpu_s=120, gpu_s=60, price=1.25)
+    shown = model("tiny", "published").model_copy(update={"promotion": promotion, "cost": cost})
+    page = render_index([batch(1, shown)])
+    text = " ".join(re.sub(r"<[^>]+>", " ", page).replace("\u00a0", " ").split())
+    assert "production: not in use: a regression gate failed" in text
+    assert "sts drop &lt;= 0.2 of current: 1.5, NOT met" in text and "size 2.00 kB 3.00 kB" in text
+    assert "Cost 1.25 by the zoo file" in text and "2 min 0 s of cores, 1 min 0 s of GPUs" in text
+    assert 'data-cost="1.25"' in page and 'data-size="3000"' in page
+    assert "by the zoo file" not in render_index([batch(1, *ALL)])
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.subprocess
+@pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed")
+def test_the_models_are_sorted_and_filtered(tmp_path: Path) -> None:
+    """In a browser, by what a person does: choose and type."""
+    names = {"slow": 0.91, "best": 0.99, "mid": 0.95}
+    page = render_index(
+        [batch(1, *(model(name, "published", fidelity=f) for name, f in names.items()), ALL[3])]
+    )
+    acts = {
+        "": (["slow", "best", "mid", "bad"], []),
+        'put("sort", "-fidelity")': (["best", "mid", "slow", "bad"], []),
+        'put("sort", "fidelity")': (["slow", "mid", "best", "bad"], []),
+        'put("sort", "name")': (["bad", "best", "mid", "slow"], []),
+        'put("find", "MI")': (["slow", "best", "mid", "bad"], ["slow", "best", "bad"]),
+        'put("state", "failed")': (["slow", "best", "mid", "bad"], ["slow", "best", "mid"]),
+    }
+    put = (
+        'const put = (id, value) => { control(id).value = value; tools.dispatchEvent(new Event("input")); };'
+    )
+    for act, (order, hidden) in acts.items():
+        file = tmp_path / "index.html"
+        acted = re.sub(r"; script-src [^;\"]*", "; script-src 'unsafe-inline'", page)
+        file.write_text(acted.replace("</body>", f"<script>{put}{act}</script></body>"))
+        command = [
+            str(BROWSER),
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            f"--user-data-dir={tmp_path}/user",
+        ]
+        shown = subprocess.run(
+            [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, check=True
+        ).stdout
+        rows = re.findall(r'<tr data-name="(\w+) fast"([^>]*)>', shown)
+        assert [name for name, _ in rows] == order, act
+        assert [name for name, rest in rows if "hidden" in rest] == hidden, act
+        assert re.search(r'<p class="tools" id="tools">', shown)

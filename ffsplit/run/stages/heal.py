@@ -381,7 +381,12 @@ def heal_checkpoint(execution: Execution, settings: HealingSettings, compressed:
         workers=run.config.healing_workers,
     )
     with execution.log.stage(
-        "heal", stage_key("heal", {"run": run.keys.run}), num_items=1, beacon=job.beacon
+        "heal",
+        stage_key("heal", {"run": run.keys.run}),
+        num_items=1,
+        beacon=job.beacon,
+        workers=job.workers,
+        threads=threads,
     ):
         healed = execution.runner.run_together("heal", heal_job, job, size=job.workers, threads=threads)
     assert healed is not None, "the first worker returns the result"
