@@ -6,6 +6,7 @@ import os
 import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers or huggingface_hub
+os.environ.pop("COLUMNS", None)  # set in workers of pytest-xdist: what is printed would wrap
 os.environ.setdefault("RAY_worker_niceness", "0")  # at Ray's own 15, workers starve on a busy machine
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models are slower on more, the more so on a busy machine
 

@@ -212,7 +212,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         f"{uri}@production names run {RUNS[1]} (before: {RUNS[0]})\n"
     )
     lines = said("list", uri).splitlines()
-    assert lines[1].endswith("latest,@production") and lines[2].endswith("@staging,pinned")
+    assert lines[2].endswith("latest,@production") and lines[3].endswith("@staging,pinned")
     rows = json.loads(said("list", uri, "--json"))
     assert [row["aliases"] for row in rows] == [["production"], ["staging"]]
     lines = said("list", f"{uri}@production").splitlines()

@@ -161,5 +161,5 @@ def test_the_command(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert main(["list", store.uri]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 3 and printed[1].startswith(OTHER_RUN) and printed[1].endswith("latest")
-    assert "7.01" in printed[2] and printed[2].endswith("pinned")
+    assert len(printed) == 4 and printed[2].startswith(OTHER_RUN) and printed[2].endswith("latest")
+    assert "7.01" in printed[3] and printed[3].endswith("pinned")

@@ -194,7 +194,7 @@ def test_it_names_a_committed_artifact_to_every_command(
         assert main(["pin", place]) == 0 and (root / "pins" / f"{RUN_KEY}.json").is_file()
     capsys.readouterr()
     assert main(["list", str(root)]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 2, "one run, not two"
+    assert len(capsys.readouterr().out.splitlines()) == 3, "a head, a rule and one run, not two"
 
 
 def test_collecting_leaves_it(root: Path, tmp_path: Path, links: bool) -> None:
