@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -62,6 +62,16 @@ def raylets_started_here() -> list[int]:
     """Process ids of the raylets of a cluster that this process started."""
     node = ray._private.worker._global_node
     return [raylet.process.pid for raylet in node.all_processes.get("raylet", [])] if node else []
+
+
+def redirect_messages(tell: Callable[[str], object]) -> None:
+    """Give what Ray reports, such as the loss of a node, to a function. Ray prints it on stdout."""
+
+    def told(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+        for message in data["lines"]:
+            tell(str(message))
+
+    ray._private.worker.print_to_stdstream = told
 
 
 def autoscaler_limit() -> Mapping[str, float]:

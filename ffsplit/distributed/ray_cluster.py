@@ -17,12 +17,14 @@ import psutil
 import ray
 from ray.exceptions import RpcError
 
+from ffsplit import logs, streams
 from ffsplit.compat.ray import (
     NotAHead,
     ask_head,
     autoscaler_limit,
     find_token,
     raylets_started_here,
+    redirect_messages,
     whole_address,
 )
 from ffsplit.directories import lend_ray_token
@@ -89,12 +91,22 @@ def connect(address: str | None, *, num_cpus: int) -> None:
         }
     else:
         options["address"] = address
+    redirect_messages(_report)
     try:
         _probe(options["address"])
         with _own_signals():
             ray.init(**options)
     except Exception as error:  # Ray raises about 20 types, plain Exception among them
         raise ConfigError(refusal(options["address"], str(error).strip() or type(error).__name__)) from None
+
+
+def _report(message: str) -> None:
+    """One line on stderr: stdout is for a command's result. Ray's message has twenty lines of its logs."""
+    line = message.strip().partition("\n")[0].partition(" Possible reasons")[0]
+    if logs.asked_for() == "json":
+        logs.log("ray", message=line)
+    else:
+        streams.note(f"ray: {line}")
 
 
 def disconnect() -> None:

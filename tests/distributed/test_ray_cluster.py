@@ -15,6 +15,7 @@ from socket import create_server
 import grpc
 import psutil
 import pytest
+import ray
 
 from ffsplit.cli import main
 from ffsplit.distributed import jobs, ray_cluster
@@ -190,3 +191,19 @@ def test_what_is_no_job_server_is_given_up(listener: Listener, told: str) -> Non
     with listener() as port, pytest.raises(ConfigError, match=r"^Ray at http://127") as caught:
         JobServer(f"http://127.0.0.1:{port}")
     assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_ray_reports_is_one_line_on_stderr(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray prints the loss of a node on stdout, with its logs, where `--json` has a document."""
+    monkeypatch.setattr(ray._private.worker, "print_to_stdstream", None)
+    with pytest.raises(ConfigError):
+        connect(f"127.0.0.1:{closed_port()}", num_cpus=1)
+    said = (
+        "Raylet is terminated. Termination is unexpected. Possible reasons include: (1) SIGKILL\n    [state]"
+    )
+    ray._private.worker.print_to_stdstream({"lines": [said]}, ignore_prefix=False)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "ray: Raylet is terminated. Termination is unexpected.\n"

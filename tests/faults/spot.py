@@ -78,10 +78,11 @@ def batch(zoo: Path, nodes: Nodes, log: Path) -> tuple[int, dict[str, Any]]:
     """Run the batch. Returns its exit code and its document."""
     command = [sys.executable, "-m", "ffsplit.cli", "zoo", str(zoo), "--json"]
     command += ["--address", nodes.cluster.address]
-    with log.open("w") as file:
+    printed = log.with_suffix(".json")
+    with log.open("w") as error, printed.open("w") as file:
         environment = os.environ | {"FFSPLIT_LOG": "json"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=file, env=environment, check=False)
-    return done.returncode, json.loads(done.stdout or b"{}")
+        done = subprocess.run(command, stdout=file, stderr=error, env=environment, check=False)
+    return done.returncode, json.loads(printed.read_text() or "{}")
 
 
 def drill(num_models: int, *, seed: int, folder: Path) -> list[str]:
