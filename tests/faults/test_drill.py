@@ -37,7 +37,7 @@ def test_kills_cost_at_most_the_work_in_hand(tmp_path: Path) -> None:
 
 @pytest.mark.subprocess
 def test_a_batch_outlives_the_nodes_it_runs_on(tmp_path: Path) -> None:
-    models = os.environ.get("FFSPLIT_TEST_MODELS", "3")
+    models = os.environ.get("FFSPLIT_TEST_MODELS", "2")
     command = [sys.executable, "-m", "tests.faults.spot", "--models", models, "--folder", str(tmp_path)]
     with environment_of_ray(tmp_path) as environment:
         done = subprocess.run(
