@@ -213,8 +213,8 @@ def _save_model(model: Any, tokenizer: Any, folder: Path) -> Path:
             "a model object needs its tokenizer: compress(model=model, tokenizer=tokenizer, ...)"
         )
     config = getattr(model, "config", None)
-    name = Path(getattr(config, "_name_or_path", "") or getattr(config, "model_type", "") or "model").name
-    target = folder / name
+    name = Path(getattr(config, "_name_or_path", "") or "").name or getattr(config, "model_type", "model")
+    target = folder / "model" / name  # apart from the texts, which must not be published with it
     with explained("the model cannot be saved"):
         model.save_pretrained(target)
         if tokenizer is not None:

@@ -54,6 +54,7 @@ def test_a_column_of_a_dataset(checkpoint_of: CheckpointFactory, tmp_path: Path)
 def test_a_model_object(checkpoint_of: CheckpointFactory, tmp_path: Path) -> None:
     folder = checkpoint_of("llama", head="ForCausalLM")
     model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config._name_or_path = "./"  # whose last part is empty
     tokenizer = AutoTokenizer.from_pretrained(folder)
     manifest = ffsplit.compress(
         model=model, tokenizer=tokenizer, out=tmp_path / "out", calibration=TEXTS, plain=True, **QUICK
@@ -62,6 +63,7 @@ def test_a_model_object(checkpoint_of: CheckpointFactory, tmp_path: Path) -> Non
     assert type(compressed) is type(model) and manifest.plain
     ids = tokenizer(TEXTS[:1], return_tensors="pt").input_ids
     assert torch.isfinite(compressed(ids).logits).all()
+    assert not [each.path for each in manifest.files if "texts" in each.path]
     with pytest.raises(ConfigError, match=r"needs its tokenizer: compress\(model=model"):
         ffsplit.compress(model=AutoModel.from_pretrained(folder), out=tmp_path / "out")
 
