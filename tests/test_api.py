@@ -133,3 +133,14 @@ def test_a_manifest_prints_and_loads(checkpoint_of: CheckpointFactory, tmp_path:
     assert "not published" in str(unpublished)
     with pytest.raises(ConfigError, match="was not published"):
         unpublished.load()
+
+
+def test_a_sentence_transformer_in_memory(checkpoint_of: CheckpointFactory, tmp_path: Path) -> None:
+    """It has its tokenizer and modules: the result is such a folder too."""
+    from sentence_transformers import SentenceTransformer
+
+    encoder = SentenceTransformer(str(checkpoint_of("bert")), device="cpu")
+    manifest = ffsplit.compress(model=encoder, out=tmp_path / "out", calibration=TEXTS, **QUICK)
+    assert manifest.calibration.sources[0].startswith("texts-")
+    compressed = SentenceTransformer(str(tmp_path / "out" / "latest"), device="cpu")
+    assert compressed.encode(TEXTS[:2]).shape == encoder.encode(TEXTS[:2]).shape
