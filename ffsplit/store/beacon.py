@@ -1,6 +1,6 @@
-"""How far a long task is: its worker writes it to the scratch, and the driver reads it there.
+"""Progress within a long task: its worker writes it to the scratch, and the driver reads it there.
 
-So it works for every runner, and a cluster needs no other connection between the two.
+This works with every runner and needs no other connection between the two.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TELL_EVERY_S = 5.0
 
 
 class Position(Record):
-    """How far a task is."""
+    """Progress of a task."""
 
     done: int
     total: int
@@ -29,7 +29,7 @@ class Position(Record):
 
 
 class Beacon(Record):
-    """Where one task's position is. Small and picklable, for a job's record."""
+    """Where a task reports its progress. Small and picklable, for a job's record."""
 
     scratch: Scratch
     name: str
@@ -55,11 +55,11 @@ class Beacon(Record):
         return tell
 
     def read(self) -> Position | None:
-        """For the driver. None if the worker has told nothing, or the store does not answer."""
+        """For the driver. None if nothing was reported, or the store does not answer."""
         with suppress(FFSplitError):
             return read_record(Position, open_store(self.scratch.uri).get_bytes(self._key), name=self._key)
         return None
 
 
 def tell_nobody(done: int, total: int, doing: str) -> None:
-    """For a task that nobody waits for."""
+    """For a task whose progress is not shown."""
