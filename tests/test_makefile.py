@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,8 +22,13 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def planned(checkout: Path, target: str) -> list[str]:
-    """The commands of a target, which are not run."""
-    found = subprocess.run(["make", "-n", target], cwd=checkout, capture_output=True, text=True, check=True)
+    """The commands of a target, which are not run. Another make may run this test: its flags are not ours."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))
+    }
+    found = subprocess.run(
+        ["make", "-n", target], cwd=checkout, env=environment, capture_output=True, text=True, check=True
+    )
     return found.stdout.splitlines()
 
 

@@ -232,8 +232,8 @@ def fetch_file(uri: str) -> Path:
 def _described(store: Store, entries: Sequence[Stored]) -> StoredFiles:
     """The files of a listing with their digests; fetched unless the same listing was described before."""
     cache = Cache.open()
-    stamps = [f"{each.key}\0{each.size_bytes}\0{each.modified_at.isoformat()}" for each in entries]
-    digest = hashlib.sha256("\n".join([store.uri, *stamps]).encode()).hexdigest()
+    stamps = [(each.key, str(each.size_bytes), each.modified_at.isoformat(), each.etag) for each in entries]
+    digest = hashlib.sha256("\n".join([store.uri, *map("\0".join, stamps)]).encode()).hexdigest()
 
     def is_whole(directory: Path) -> bool:
         found = _read_record(directory)

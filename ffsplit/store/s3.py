@@ -174,7 +174,12 @@ class S3Store:
 
     def list_details(self, prefix: str) -> Iterator[Stored]:
         entries = [
-            Stored(entry["Key"].removeprefix(self._base), entry["Size"], entry["LastModified"])
+            Stored(
+                entry["Key"].removeprefix(self._base),
+                entry["Size"],
+                entry["LastModified"],
+                entry.get("ETag", ""),
+            )
             for entry in self._objects(prefix)
             if not entry["Key"].endswith("/")
         ]

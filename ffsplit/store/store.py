@@ -36,6 +36,8 @@ class Stored(NamedTuple):
     key: str
     size_bytes: int
     modified_at: datetime
+    etag: str = ""
+    """What an S3 server calls these bytes: its times have whole seconds."""
 
 
 class Source(Protocol):
