@@ -25,6 +25,7 @@ from ffsplit.models.checkpoint import NARROWED
 from ffsplit.models.family import activation_name
 from ffsplit.models.ffns import FFNPlace, ffns_of
 from ffsplit.runtime.attention_int8 import install_linears
+from ffsplit.runtime.cuda_graphs import use_cuda_graphs
 from ffsplit.runtime.ffn_tensors import FORMAT_VERSION, FFNRun, guarded
 from ffsplit.runtime.modules import SplitExperts, SplitFFN, install_split_ffn, narrow_experts, narrow_ffn
 from ffsplit.store.pull import materialize
@@ -184,15 +185,17 @@ def paired(
 # Loading a published artifact as a model of the original's class.
 
 
-def load(uri: str | os.PathLike[str], **options: Any) -> Any:
+def load(uri: str | os.PathLike[str], *, cuda_graphs: bool = False, **options: Any) -> Any:
     """The compressed model, of the original's class, in eval mode.
 
     `uri` is an output URI (its newest run), a run or an attempt, local or s3://. `options` go to
-    `from_pretrained`, such as `dtype` and `device_map`. Raises ConfigError if there is no artifact and
-    ArtifactError if it is invalid.
+    `from_pretrained`, such as `dtype` and `device_map`. With `cuda_graphs` the model replays its forward
+    passes on a GPU, as `use_cuda_graphs` says. Raises ConfigError if there is no artifact, or no GPU for the
+    graphs, and ArtifactError if the artifact is invalid.
     """
     from ffsplit.models.load import load_whole_model
 
     directory = materialize(os.fspath(uri))
     config = json.loads((directory / "config.json").read_text("utf-8"))
-    return load_whole_model(directory, (config.get("architectures") or [""])[0], **options)
+    model = load_whole_model(directory, (config.get("architectures") or [""])[0], **options)
+    return use_cuda_graphs(model) if cuda_graphs else model
