@@ -11,7 +11,7 @@ from ffsplit.calibration.mixture import Mixture
 from ffsplit.calibration.model_inputs import TextReader, num_rows_within, ordinary_ids, tokenize_rows
 from ffsplit.calibration.readers import Reader, make_reader
 from ffsplit.calibration.sampling import CalibrationSettings, TextSample
-from ffsplit.compressors import AnyCompressor, PruneCompressor
+from ffsplit.compressors import AnyCompressor, LowRankCompressor, PruneCompressor
 from ffsplit.compressors.base import Compressor
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import JobConfig
@@ -72,6 +72,21 @@ def default_text(run: Run) -> str | None:
     return (
         f"no --calibration: the run reads {text}, general English that comes with Python and ffsplit; "
         "text like what the model will read gives a better result"
+    )
+
+
+def slow_on_a_gpu(run: Run) -> str | None:
+    """One line on what low-rank parts cost on a GPU. None on a CPU, or if the recipe has none.
+
+    Source: benchmarks/speed-notes.md.
+    """
+    if run.profile.device != "cuda" or not any(
+        isinstance(step, LowRankCompressor) for step in run.recipe.steps
+    ):
+        return None
+    return (
+        f"recipe {run.recipe.name} on a GPU: its low-rank parts are slower than the original below about "
+        "4,000 tokens per batch, and slower than narrower FFNs of the same size at any (docs/recipes.md)"
     )
 
 

@@ -23,7 +23,7 @@ from ffsplit.models.selection import left_out_ffns
 from ffsplit.progress import Expected, Progress, Share, StageLog
 from ffsplit.recipes.recipe import Recipe, load_recipe
 from ffsplit.report.humanize import dropped_in_words, unchanged_in_words
-from ffsplit.run.checks import can_refit, default_text, far_from_evaluation, measures_widths
+from ffsplit.run.checks import can_refit, default_text, far_from_evaluation, measures_widths, slow_on_a_gpu
 from ffsplit.run.documents import Outcome, experts_record, rounding_note, write_documents
 from ffsplit.run.execution import Execution, start
 from ffsplit.run.job import Run, would_search
@@ -106,7 +106,7 @@ def _announce(run: Run, shown: Progress) -> None:
     shown.note(in_one_line(run.needs, asked=config.workers if config.runner == "ray" else None))
     key = run.keys.published(run.kind)
     shown.note(f"run {key}: {run.model} with recipe {run.recipe.name}, {run.budget}")
-    for note in (rounding_note(run), default_text(run), *far_from_evaluation(run)):
+    for note in (rounding_note(run), default_text(run), slow_on_a_gpu(run), *far_from_evaluation(run)):
         if note is not None:
             shown.note(note)
     if run.kind == "model" and (left_out := left_out_in_one_line(run.left_out)):
