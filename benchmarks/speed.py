@@ -21,13 +21,14 @@ import re
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from speed_load import Others, quiet_load
 from speed_models import BERTS
-from speed_tables import causal_table, encoder_table, load_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -46,6 +47,21 @@ def sections_of(page: Path) -> dict[str, str]:
     return {part.splitlines()[0]: part.partition("\n")[2].strip() for part in parts}
 
 
+def tables_of(device: str, *, quick: bool) -> dict[str, Callable[[], list[str]]]:
+    """The page's tables by title. What the other device's need is not imported."""
+    if device == "cuda":
+        import speed_gpu as here
+    else:
+        import speed_tables as here  # type: ignore[no-redef]
+    tables: dict[str, Callable[[], list[str]]] = {
+        name: partial(here.encoder_table, name, quick=quick) for name in BERTS
+    }
+    tables["decode"] = partial(here.causal_table, quick=quick)
+    if device == "cpu":
+        tables["load"] = partial(here.load_table, quick=quick)
+    return tables
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few rounds, to see that it runs, at any load")
@@ -60,9 +76,7 @@ def main() -> None:
     torch.manual_seed(0)
     if given.threads:
         torch.set_num_threads(given.threads)
-    tables = {name: lambda name=name: encoder_table(name, given.device, quick=given.quick) for name in BERTS}
-    tables["decode"] = lambda: causal_table(given.device, quick=given.quick)
-    tables["load"] = lambda: load_table(quick=given.quick)
+    tables = tables_of(given.device, quick=given.quick)
     name = hardware_name(given.device)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     out = given.out or ROOT / "benchmarks" / f"speed_{slug}.md"

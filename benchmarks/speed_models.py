@@ -31,12 +31,12 @@ LLAMAS = {
         "num_hidden_layers": 8,
         "vocab_size": 32000,
     },
-    "cuda": {  # half of a Llama 2 of 7 billion parameters
+    "cuda": {  # a quarter of the layers of a Llama 2 of 7 billion parameters
         "hidden_size": 4096,
         "intermediate_size": 11008,
         "num_attention_heads": 32,
         "num_key_value_heads": 32,
-        "num_hidden_layers": 16,
+        "num_hidden_layers": 8,
         "vocab_size": 32000,
     },
 }
@@ -77,11 +77,31 @@ def bert_int8(name: str, **options: Any) -> Any:
     return split(model, layout, shape, linears=_paths(model, "encoder.layer", BERT_ATTENTION))
 
 
-def llama(device: str, *, num_layers: int | None = None) -> Any:
-    """A dense causal model."""
+def llama(device: str, *, width: int | None = None, num_layers: int | None = None) -> Any:
+    """A dense causal model, of another FFN width where one is given."""
     fields = LLAMAS[device] | ({} if num_layers is None else {"num_hidden_layers": num_layers})
+    fields |= {} if width is None else {"intermediate_size": width}
     with torch.device(device):
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
+
+
+def llama_kept(device: str, *, keep: float, **options: Any) -> Any:
+    """What the fast recipe leaves: an ordinary Llama whose FFNs are narrower."""
+    return llama(device, width=_kept_width(device, keep), **options)
+
+
+def llama_int8(device: str, *, keep: float, **options: Any) -> Any:
+    """The same with every linear layer of the blocks in int8."""
+    model = llama(device, **options)
+    shape = _shape(model.config, gated=True)
+    heavy = _integer_part(_kept_width(device, keep), INT8, gated=True)
+    layout = LayerLayout(heavy=heavy, light=None, down_bias=False)
+    with torch.device(device):
+        return split(model, layout, shape, linears=_paths(model, "layers", LLAMA_ATTENTION))
+
+
+def _kept_width(device: str, keep: float) -> int:
+    return int(LLAMAS[device]["intermediate_size"] * keep) // 128 * 128
 
 
 def llama_split(device: str, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The tables of the speed page: encoders, a causal model's prefill and decode, loading."""
+"""The CPU's tables of the speed page: encoders, a causal model's prefill and decode, loading."""
 
 from __future__ import annotations
 
@@ -13,74 +13,42 @@ from typing import Any
 
 import torch
 import transformers
-from speed_gpu import compiled, compiled_decode
 from speed_models import bert, bert_int8, bert_kept, bert_paper, llama, llama_split
 from speed_peers import Forward, causal_peers, encoder_peers, runs
+from speed_turns import in_turn, ratio
 
 from ffsplit.measurement.latency import work_of
 from ffsplit.models.load import quiet_transformers
 
-SHAPES = {"cpu": ((8, 128), (1, 128), (1, 16)), "cuda": ((32, 512),)}
+SHAPES = ((8, 128), (1, 128), (1, 16))
 REACH = {
     ("keep .3535", "8 x 128"): "1.65",
-    ("keep .3535", "32 x 512"): "1.6",
     ("recipe int8", "8 x 128"): "4.5",
     ("recipe int8", "1 x 128"): "3",
     ("recipe int8", "1 x 16"): "3",
 }
 INT8_PEERS = ("torch dynamic int8", "onnxruntime int8", "OpenVINO int8")
 PROMPT_TOKENS = 128
-WARM_UP_ROUNDS, FEWEST_ROUNDS = 1, 3
-SECONDS = 80
-"""After which no round begins, once there have been enough."""
 
 
-@torch.inference_mode()
-def in_turn(calls: dict[str, Callable[[], Any]], num_rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each, round by round, each round beginning with another one."""
-    names, begin = list(calls), time.perf_counter()
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(num_rounds + WARM_UP_ROUNDS):
-        enough = number >= FEWEST_ROUNDS + WARM_UP_ROUNDS
-        if enough and time.perf_counter() - begin > SECONDS:
-            break
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            start = time.perf_counter()
-            calls[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if number >= WARM_UP_ROUNDS:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def ratio(times: dict[str, list[float]], first: str, second: str) -> float:
-    """How many times faster the second is: the ratio of the medians that are shown."""
-    return statistics.median(times[first]) / statistics.median(times[second])
-
-
-def encoder_table(name: str, device: str, *, quick: bool) -> list[str]:
+def encoder_table(name: str, *, quick: bool) -> list[str]:
     """Forward passes of one BERT shape, as fast as each candidate makes them."""
     notes: list[str] = []
     models = {
         "dense": bert(name),
         "keep .3535": bert_kept(name),
         "recipe paper": bert_paper(name),
+        "recipe int8": bert_int8(name),
     }
-    if device == "cpu":  # its products need integers, which a GPU makes by a dozen kernels
-        models["recipe int8"] = bert_int8(name)
     limits = {key: work_of(models["dense"]).multiplications / work_of(models[key]).multiplications
               for key in ("keep .3535", "recipe paper")}  # fmt: skip
     forwards = {key: runs(model) for key, model in models.items()}
-    if device == "cuda":
-        forwards = {key: compiled(model.to(device, torch.bfloat16)) for key, model in models.items()}
-    else:
-        forwards |= encoder_peers(models["dense"], notes, slow_ones=name == "bert-base")
+    forwards |= encoder_peers(models["dense"], notes, slow_ones=name == "bert-base")
     columns: dict[str, dict[str, list[float]]] = {}
-    for rows, tokens in SHAPES[device]:
-        ids = torch.randint(1000, 20000, (rows, tokens)).to(device)
+    for rows, tokens in SHAPES:
+        ids = torch.randint(1000, 20000, (rows, tokens))
         calls = {key: _call(forward, ids) for key, forward in forwards.items()}
-        num_rounds = 2 if quick else 12 if rows * tokens > 512 and device == "cpu" else 40
+        num_rounds = 2 if quick else 12 if rows * tokens > 512 else 40
         columns[f"{rows} x {tokens}"] = in_turn(calls, num_rounds)
     titles = [f"{title}, {len(times['dense'])} rounds" for title, times in columns.items()]
     lines = ["| | " + " | ".join(titles) + " |", "|---|" + "---|" * len(columns)]
@@ -109,24 +77,20 @@ def _call(forward: Forward, ids: torch.Tensor) -> Callable[[], Any]:
     return lambda: forward(ids)
 
 
-def causal_table(device: str, *, quick: bool) -> list[str]:
+def causal_table(*, quick: bool) -> list[str]:
     """A causal model at batch 1: int8 heavy hitters, int4 for the rest, int8 attention."""
     notes: list[str] = []
     num_layers = 2 if quick else None
     with quiet_transformers():
         models = {
-            "dense": llama(device, num_layers=num_layers),
-            "split": llama_split(device, num_layers=num_layers),
+            "dense": llama("cpu", num_layers=num_layers),
+            "split": llama_split("cpu", num_layers=num_layers),
         }
-    if device == "cuda":
-        models = {key: model.bfloat16() for key, model in models.items()}
     limit = work_of(models["dense"]).weight_bytes / work_of(models["split"]).weight_bytes
-    if device == "cpu":
-        models |= causal_peers(models["dense"], notes)
-    ids = torch.randint(1000, 20000, (1, PROMPT_TOKENS)).to(device)
+    models |= causal_peers(models["dense"], notes)
+    ids = torch.randint(1000, 20000, (1, PROMPT_TOKENS))
     prefill = in_turn({key: _prefill(model, ids) for key, model in models.items()}, 2 if quick else 8)
-    start_decoding = compiled_decode if device == "cuda" else _decode
-    decode = in_turn({key: start_decoding(model, ids) for key, model in models.items()}, 4 if quick else 48)
+    decode = in_turn({key: _decode(model, ids) for key, model in models.items()}, 4 if quick else 48)
     lines = [f"| | prefill of {PROMPT_TOKENS} tokens | decode, a token |", "|---|---|---|"]
     for key in models:
         cells = [
