@@ -67,14 +67,16 @@ class ReplayedForward:
         on_gpu = tensors and all(tensor.is_cuda for tensor in tensors.values())
         if not on_gpu or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return type(self._model).forward(self._model, *positional, **named)
-        if MASK in tensors and tensors[MASK].dim() == 2 and bool(tensors[MASK].all()):
-            del tensors[MASK], arguments[MASK]
         constants = {name: value for name, value in arguments.items() if name not in tensors}
+        if MASK in tensors and tensors[MASK].dim() == 2 and bool(tensors[MASK].all()):
+            del tensors[MASK]
         with self._lock, torch.inference_mode(False), torch.no_grad():
             return self._capture(tensors, constants).replay(tensors)
 
     def _arguments(self, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name."""
+        if not positional:
+            return named
         bound = self._signature.bind_partial(self._model, *positional, **named)
         arguments: dict[str, Any] = {}
         for name, value in list(bound.arguments.items())[1:]:
@@ -95,10 +97,10 @@ class ReplayedForward:
 
     def _key(self, tensors: dict[str, Tensor], constants: dict[str, Any]) -> Hashable:
         """What a graph depends on: shapes, other arguments, the model's state, and where its weights are."""
-        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(tensors.items()))
+        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
         attention = getattr(getattr(self._model, "config", None), "_attn_implementation", None)
         first = next(self._model.parameters()).data_ptr()
-        return shapes, repr(sorted(constants.items())), attention, self._model.training, first
+        return shapes, repr(constants), attention, self._model.training, first
 
     def _captured(self, tensors: dict[str, Tensor], constants: dict[str, Any]) -> Capture:
         inputs = {name: torch.empty_like(tensor).copy_(tensor) for name, tensor in tensors.items()}
