@@ -100,7 +100,8 @@ class ReplayedForward:
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
         attention = getattr(getattr(self._model, "config", None), "_attn_implementation", None)
         first = next(self._model.parameters()).data_ptr()
-        return shapes, repr(constants), attention, self._model.training, first
+        autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        return shapes, repr(constants), attention, self._model.training, first, autocast
 
     def _captured(self, tensors: dict[str, Tensor], constants: dict[str, Any]) -> Capture:
         inputs = {name: torch.empty_like(tensor).copy_(tensor) for name, tensor in tensors.items()}
