@@ -77,6 +77,24 @@ def _memory_limits() -> Iterator[int]:
                 yield int(text)
 
 
+def oom_kills() -> int:
+    """How many processes the kernel has killed for memory: in this process's control group, or here at all.
+
+    0 if the kernel does not tell. Only an increase means something.
+    """
+    for folder in _control_groups("memory"):
+        for name in ("memory.events", "memory.oom_control"):
+            if (number := _counter(folder / name, "oom_kill")) is not None:
+                return number
+    return _counter(Path("/proc/vmstat"), "oom_kill") or 0
+
+
+def _counter(path: Path, name: str) -> int | None:
+    """A number in a file of lines with a name and a number."""
+    found = [line.split() for line in _read(path).splitlines()]
+    return next((int(parts[1]) for parts in found if parts[:1] == [name] and parts[1:]), None)
+
+
 def _cpu_quotas() -> Iterator[float]:
     """Quotas in cores: `cpu.max` of cgroup v2, `cpu.cfs_quota_us` and `cpu.cfs_period_us` of v1."""
     for folder in _control_groups("cpu"):

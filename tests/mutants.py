@@ -289,7 +289,7 @@ MUTANTS = (
     # distributed
     Mutant(
         "distributed/dispatch.py",
-        "stage_items.put_back(lost, reason=event.reason)",
+        "stage_items.put_back(lost, event)",
         "stage_items.num_left -= 1",
         "tests/distributed/test_dispatch.py::test_a_lost_worker_costs_the_item_in_hand",
     ),
@@ -307,6 +307,12 @@ MUTANTS = (
         "tests/report/test_humanize.py::test_number",
     ),
     # zoo
+    Mutant(
+        "zoo/attempts.py",
+        "if self._ran_out is None and ended.is_out_of_memory:",
+        "if False:",
+        "tests/zoo/test_attempts.py::test_it_is_tried_once_more_whatever_retries_are",
+    ),
     Mutant(
         "zoo/batch.py",
         'return REFUSED if self.count("refused") or self.moved("refused") else DONE',

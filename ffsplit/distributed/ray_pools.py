@@ -16,22 +16,22 @@ from ray.exceptions import (
     ActorUnschedulableError,
     NodeDiedError,
     ObjectLostError,
-    OutOfMemoryError,
     RayTaskError,
     TaskUnschedulableError,
     WorkerCrashedError,
 )
+from ray.exceptions import OutOfMemoryError as HostOutOfMemoryError
 
 from ffsplit.distributed.dispatch import Done, Event, Failed, Lost, Ready
 from ffsplit.distributed.observing import Observed
 from ffsplit.distributed.runner import Worker, stage_explained
-from ffsplit.errors import FFSplitError, reason_of
+from ffsplit.errors import FFSplitError, OutOfMemoryError, reason_of
 from ffsplit.machine import where_it_runs
 from ffsplit.redaction import guarded
 
 OUT_OF_MEMORY = "its host was out of memory: give fewer --workers or a larger host"
 LOSSES: dict[type[Exception], str] = {
-    OutOfMemoryError: OUT_OF_MEMORY,
+    HostOutOfMemoryError: OUT_OF_MEMORY,
     NodeDiedError: "its host left",
     WorkerCrashedError: "its process died",
     ActorDiedError: "its process died",
@@ -198,7 +198,7 @@ def _event_of(slot: int, future: Any, *, ready: bool) -> Event:
     if isinstance(error, RayTaskError):
         return Failed(slot, error_of(error))
     reason = reason_of_loss(error)
-    return Failed(slot, _unforeseen(error)) if reason is None else Lost(slot, reason)
+    return Failed(slot, _unforeseen(error)) if reason is None else Lost(slot, reason, kind_of_loss(reason))
 
 
 def reason_of_loss(error: BaseException) -> str | None:
@@ -210,6 +210,11 @@ def reason_of_loss(error: BaseException) -> str | None:
     if any(text in str(error) for text in _KILLED_FOR_MEMORY):
         return OUT_OF_MEMORY
     return next((reason for loss, reason in LOSSES.items() if isinstance(error, loss)), None)
+
+
+def kind_of_loss(reason: str) -> type[FFSplitError]:
+    """The error to raise for a worker that was lost for a reason too often."""
+    return OutOfMemoryError if reason == OUT_OF_MEMORY else FFSplitError
 
 
 def error_of(error: RayTaskError) -> FFSplitError:

@@ -15,7 +15,7 @@ import ray
 
 from ffsplit.compat.ray import causes_of
 from ffsplit.directories import temporary_folder
-from ffsplit.distributed.ray_pools import reason_of_loss
+from ffsplit.distributed.ray_pools import kind_of_loss, reason_of_loss
 from ffsplit.distributed.runner import Worker
 from ffsplit.errors import ConfigError, FFSplitError, reason_of
 from ffsplit.redaction import guarded
@@ -54,7 +54,7 @@ class Together:
                 if not attempts_left:
                     reasons = [reason for each in _causes(error) if (reason := reason_of_loss(each))]
                     if reasons:
-                        raise FFSplitError(
+                        raise kind_of_loss(reasons[0])(
                             f"{self.size} processes that work together were lost {1 + MAX_RETRIES} times, "
                             f"the last because {reasons[0]}; finished work is kept, and the same command "
                             "resumes from it"

@@ -183,6 +183,9 @@ class BatchModel(Record):
     wall_s: float = Field(description="of all attempts, without the waits between them")
     revision: str | None = Field(default=None, description="of a model on the hub: branch, tag or commit")
     commit: str | None = Field(default=None, description="what the revision named when the batch began")
+    less_memory: str | None = Field(
+        default=None, description="how it was tried once more after it ran out of memory; None if it did not"
+    )
     promotion: Promotion | None = Field(default=None, description="None without `promote`")
     cost: Cost | None = Field(default=None, description="None if nothing was computed, or it failed")
 

@@ -6,6 +6,7 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
@@ -16,8 +17,8 @@ from ray.exceptions import (
 
 from ffsplit.distributed.dispatch import Done, Event, Failed, Lost, Ready
 from ffsplit.distributed.observing import Observed
-from ffsplit.distributed.ray_pools import ActorPool, TaskPool
-from ffsplit.errors import CalibrationError, FFSplitError
+from ffsplit.distributed.ray_pools import OUT_OF_MEMORY, ActorPool, TaskPool
+from ffsplit.errors import CalibrationError, FFSplitError, OutOfMemoryError
 
 
 class Reference:
@@ -71,6 +72,11 @@ def test_a_call_that_ends_frees_its_slot(pool: TaskPool) -> None:
 def test_a_slot_is_lost_with_its_process_or_host(pool: TaskPool, error: Exception, reason: str) -> None:
     assert event_of(pool, error=error) == Lost(0, reason)
     assert lost == [reason]
+
+
+def test_a_slot_that_is_lost_for_memory_says_so(pool: TaskPool) -> None:
+    error = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory")
+    assert event_of(pool, error=error) == Lost(0, OUT_OF_MEMORY, OutOfMemoryError)
 
 
 @pytest.mark.parametrize(
