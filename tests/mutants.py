@@ -314,6 +314,24 @@ MUTANTS = (
         "tests/zoo/test_attempts.py::test_it_is_tried_once_more_whatever_retries_are",
     ),
     Mutant(
+        "zoo/turns.py",
+        "has_ended = number == 0 or",
+        "has_ended = True or",
+        "tests/zoo/test_turns.py::test_who_waits_says_for_whom",
+    ),
+    Mutant(
+        "zoo/batch.py",
+        "now = max(now, before + timedelta(seconds=1))",
+        "pass",
+        "tests/zoo/test_turns.py::test_names_of_one_second_are_in_order",
+    ),
+    Mutant(
+        "store/scratch.py",
+        "return abs(now - entry.modified_at) <= LEASE",
+        "return now - entry.modified_at <= LEASE",
+        "tests/store/test_leases.py::test_a_clock_that_went_back_makes_no_hold_last",
+    ),
+    Mutant(
         "zoo/batch.py",
         'return REFUSED if self.count("refused") or self.moved("refused") else DONE',
         "return DONE",

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Literal
 
 from ffsplit import __version__, streams
@@ -24,6 +24,7 @@ from ffsplit.zoo.batch import (
     INDEX_NAME,
     Batch,
     BatchModel,
+    batch_ids,
     describe_promotion,
     new_batch_id,
     past_batches,
@@ -35,6 +36,7 @@ from ffsplit.zoo.page import render_index
 from ffsplit.zoo.process import Ended, run_process
 from ffsplit.zoo.promotion import promote_result
 from ffsplit.zoo.revisions import at_commits
+from ffsplit.zoo.turns import own_turn
 from ffsplit.zoo.zoo_file import Zoo, ZooModel
 
 Say = Callable[[str], None]
@@ -54,7 +56,8 @@ class _Pass:
     """Of models on the hub, by the same index."""
 
     def __post_init__(self) -> None:
-        self._id = new_batch_id(self.started)
+        self._began = time.monotonic()
+        self._id = new_batch_id(self.started, after=next(reversed(batch_ids(self.store)), None))
         self._events = Events(self.zoo.on_event, self.say)
 
     @property
@@ -83,13 +86,14 @@ class _Pass:
         return by_name(batch, given=(batch.destination, *given))
 
     def _as_it_stands(self, *, all_models: bool = True) -> Batch:
+        elapsed = timedelta(seconds=time.monotonic() - self._began)  # the clock may go back meanwhile
         return Batch(
             id=self._id,
             zoo=self.zoo.name,
             zoo_digest=self.zoo.digest,
             destination=self.store.uri,
             started_at=self.started.isoformat(timespec="seconds"),
-            finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            finished_at=(self.started + elapsed).isoformat(timespec="seconds"),
             ffsplit_version=__version__,
             max_models_in_flight=self.zoo.max_models_in_flight,
             models=tuple(
@@ -110,7 +114,8 @@ def run_zoo(
 ) -> Batch:
     """Compress every model of a zoo, and publish what passes its gates. Returns the batch as recorded.
 
-    A model that fails is retried, and never stops the others. A batch that is interrupted, by SIGINT or
+    A batch that runs in this destination already is waited for. A model that fails is retried, and never
+    stops the others. A batch that is interrupted, by SIGINT or
     SIGTERM, is recorded at once: models that have ended with their outcome, the others as interrupted. Raises
     ConfigError, before anything is run, if the cluster or the destination cannot be used.
     """
@@ -118,7 +123,7 @@ def run_zoo(
         zoo.on_event.check()
     store, say = open_store(zoo.destination), say or streams.note
     store.check_writable()
-    with share_cluster(address, runner=runner) as cluster:
+    with share_cluster(address, runner=runner) as cluster, own_turn(store, say):
         at, commits = at_commits(zoo, say)
         this = _Pass(zoo, store, say, datetime.now(timezone.utc), commits=commits)
         share = workers or max(1, cluster.num_cpus // zoo.max_models_in_flight)
