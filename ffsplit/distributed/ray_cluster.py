@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import psutil
 import ray
@@ -23,12 +24,13 @@ from ffsplit.compat.ray import (
     ask_head,
     autoscaler_limit,
     find_token,
+    raylet_socket,
     raylets_started_here,
     redirect_messages,
     whole_address,
 )
 from ffsplit.directories import lend_ray_token
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, reason_of
 from ffsplit.machine import usable_cores
 
 LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
@@ -40,9 +42,13 @@ ANSWER_WITHIN_S = 30.0
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """The start of a gRPC connection and empty settings. The other side answers with its own settings."""
 SETTINGS = 4
+NODE_WITHIN_S = 20.0
+"""How long a node of the cluster on this machine, which may be starting, may take to appear."""
 NOT_A_HEAD = "the server there is not a Ray head (its default port is 6379)"
 LEAVE_WITHIN_S = 3.0
 """How long the workers of a stopped local cluster may take to end by themselves."""
+CLIENT_SCHEME = "ray://"
+_ADDRESS = re.compile(r"(ray://)?[^/\s]+:\d+")
 _VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
 
 
@@ -92,10 +98,13 @@ def connect(address: str | None, *, num_cpus: int) -> None:
     else:
         options["address"] = address
     redirect_messages(_report)
+    logging.getLogger("ray.util.client").setLevel(logging.CRITICAL)
     try:
         _probe(options["address"])
         with _own_signals():
             ray.init(**options)
+    except ConfigError:
+        raise
     except Exception as error:  # Ray raises about 20 types, plain Exception among them
         raise ConfigError(refusal(options["address"], str(error).strip() or type(error).__name__)) from None
 
@@ -149,6 +158,8 @@ def refusal(address: str, reason: str) -> str:
         if len(found) == 2:
             theirs, ours = (f"Ray {version} on Python {python}" for version, python in found)
             return f"the cluster at {address} runs {theirs}, this is {ours}: install the same here"
+    if address.startswith(CLIENT_SCHEME) and "Ray client has already been disconnected" in reason:
+        return f"Ray Client answers at {address}, but not its cluster: see `ray status` on the head"
     what = "Ray could not be started here" if address == "local" else f"Ray at {address} cannot be reached"
     return f"{what}: {reason.splitlines()[0]}"
 
@@ -161,12 +172,49 @@ def _probe(address: str) -> None:
     """
     if address == "local":
         return
-    addresses = [] if address == "auto" else [address]
+    _check_form(address)
     find_token()
-    if "://" not in address:
-        addresses.append(whole_address(address))
+    if address == "auto":
+        _probe_auto()
+        return
+    addresses = [address] if "://" in address else [address, whole_address(address)]
     for each in dict.fromkeys(addresses):
         _probe_one(each)
+
+
+def _check_form(address: str) -> None:
+    """Raise ConfigError for what is not the address of a cluster."""
+    scheme, separator, host = address.rpartition("://")
+    if scheme in ("http", "https"):
+        raise ConfigError(
+            f"{address} is the address of a job server: run `ffsplit submit --address {address} ...`, or "
+            f"give that of its cluster, such as {urlsplit(address).hostname}:6379"
+        )
+    if scheme == "ray" and ":" not in host.rpartition("]")[2]:
+        raise ConfigError(f"{address} has no port: give {CLIENT_SCHEME}{host or 'HOST'}:10001")
+    if not separator and address != "auto" and not _ADDRESS.fullmatch(address):
+        raise ConfigError(
+            f"{address!r} is not the address of a Ray cluster: give HOST:PORT, such as 127.0.0.1:6379, "
+            "ray://HOST:10001, or auto for the Ray on this machine"
+        )
+
+
+def _probe_auto() -> None:
+    """Probe the cluster of this machine, which Ray finds by its processes or by a file that it left."""
+    try:
+        found = whole_address("auto")
+    except ConnectionError:
+        raise ConfigError(
+            "address auto: no Ray runs on this machine: start it with `ray start --head`, give the address "
+            "of a cluster, or unset RAY_ADDRESS for a Ray of this command's own"
+        ) from None
+    try:
+        _probe_one(found)
+    except OSError as error:
+        raise ConfigError(
+            f"address auto: the Ray of this machine at {found} cannot be reached ({reason_of(error)}): run "
+            "`ray stop`, which removes what a Ray that was killed has left, then `ray start --head`"
+        ) from None
 
 
 def _probe_one(address: str) -> None:
@@ -177,8 +225,8 @@ def _probe_one(address: str) -> None:
     with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_WITHIN_S) as connection:
         if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
             _check_speaks_grpc(connection)
-    if not scheme:
-        _check_answers(host_port)
+    if not scheme and _check_answers(host_port):
+        _check_node_here(host_port)
 
 
 def _check_speaks_grpc(connection: socket.socket) -> None:
@@ -194,15 +242,37 @@ def _check_speaks_grpc(connection: socket.socket) -> None:
         raise OSError(NOT_A_HEAD)
 
 
-def _check_answers(address: str) -> None:
-    """Check that a head answers. If it refuses this process, ray.init explains why."""
+def _check_answers(address: str) -> bool:
+    """Check that a head answers. Returns False if it refuses this process: ray.init explains why."""
     try:
         ask_head(address, within_s=ANSWER_WITHIN_S)
+        return True
     except NotAHead:
         raise OSError(NOT_A_HEAD) from None
     except RpcError as error:
         if any(sign in str(error) for sign in ("Deadline Exceeded", "Timed out")):
             raise OSError(f"its head did not answer in {ANSWER_WITHIN_S:g} s") from None
+        return False
+
+
+def _check_node_here(address: str) -> None:
+    """Check that the cluster has a working node on this machine. Without one, Ray's own code would abort."""
+    path = raylet_socket(address, within_s=NODE_WITHIN_S)
+    if path is None:
+        host = address.rpartition(":")[0]
+        raise ConfigError(
+            f"Ray at {address} has no node on this machine: run `ray start --address={address}` here, or use "
+            f"--address ray://{host}:10001, or `ffsplit submit`"
+        )
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(CONNECT_WITHIN_S)
+            connection.connect(path.removeprefix("unix://"))
+    except OSError as error:
+        raise ConfigError(
+            f"Ray at {address}: its node on this machine cannot be reached, {path}: {reason_of(error)}; if "
+            "its session directory was cleaned away, run `ray stop` and `ray start` here again"
+        ) from None
 
 
 @contextmanager
@@ -269,9 +339,7 @@ def share_cluster(address: str | None, *, runner: Literal["ray", "serial"]) -> I
     if runner == "serial":
         yield Cluster(None, usable_cores())
         return
-    import ray
-
     from ffsplit.distributed.ray_runner import RayRunner
 
     with RayRunner(address=address, num_workers=None) as connected:
-        yield Cluster(ray.get_runtime_context().gcs_address, connected.num_workers)
+        yield Cluster(connected.address, connected.num_workers)

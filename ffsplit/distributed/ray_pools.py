@@ -22,6 +22,7 @@ from ray.exceptions import (
 )
 from ray.exceptions import OutOfMemoryError as HostOutOfMemoryError
 
+from ffsplit.distributed.alike import check_alike, install, missing_package
 from ffsplit.distributed.dispatch import Done, Event, Failed, Lost, Ready
 from ffsplit.distributed.observing import Observed
 from ffsplit.distributed.runner import Worker, stage_explained
@@ -57,6 +58,7 @@ class _Host:
         with self._lock:
             if self._worker is not None:
                 return None
+            check_alike(self._observed.versions)
             with stage_explained(self._observed.stage, None):
                 self._worker = guarded(lambda _: self._factory(), None)
             return where_it_runs() if ray.get_gpu_ids() else None
@@ -195,18 +197,23 @@ def _event_of(slot: int, future: Any, *, ready: bool) -> Event:
     error = future.exception()
     if error is None:
         return Ready(slot) if ready else Done(slot, future.result())
-    if isinstance(error, RayTaskError):
-        return Failed(slot, error_of(error))
     reason = reason_of_loss(error)
+    if reason is None and isinstance(error, RayTaskError):
+        return Failed(slot, error_of(error))
     return Failed(slot, _unforeseen(error)) if reason is None else Lost(slot, reason, kind_of_loss(reason))
 
 
 def reason_of_loss(error: BaseException) -> str | None:
     """Why a worker was lost; None for an error that is not the loss of a worker.
 
-    Only the message shows that Ray's memory monitor killed an actor. Ray also lists memory among the possible
+    A host without this package counts as lost: others may have it. Only the message shows that, and that
+    Ray's memory monitor killed an actor. Ray also lists memory among the possible
     causes of any death; that does not count.
     """
+    if (package := missing_package(error)) is not None:
+        return f"its host {install(package)}"
+    if isinstance(error, RayTaskError):
+        return None
     if any(text in str(error) for text in _KILLED_FOR_MEMORY):
         return OUT_OF_MEMORY
     return next((reason for loss, reason in LOSSES.items() if isinstance(error, loss)), None)

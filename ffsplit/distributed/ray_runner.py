@@ -15,13 +15,23 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ffsplit.compat.ray import EVERY_NODE_HAS
 from ffsplit.directories import remove_abandoned
+from ffsplit.distributed.alike import check_host, install, missing_package, versions_here
 from ffsplit.distributed.dispatch import Pool, dispatch
 from ffsplit.distributed.observing import Observed
-from ffsplit.distributed.ray_cluster import Host, Share, check_room, connect, disconnect, hosts, room
+from ffsplit.distributed.ray_cluster import (
+    CLIENT_SCHEME,
+    Host,
+    Share,
+    check_room,
+    connect,
+    disconnect,
+    hosts,
+    room,
+)
 from ffsplit.distributed.ray_pools import ActorPool, TaskPool, error_of, reason_of_loss, run_task
 from ffsplit.distributed.ray_train import place, run_together
 from ffsplit.distributed.runner import ANSWER_WITHIN_S, Answer, Item, Worker
-from ffsplit.errors import FFSplitError
+from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.machine import num_workers_here
 
 PRESENCE, A_LITTLE = f"{EVERY_NODE_HAS}ffsplit", 0.0001
@@ -61,7 +71,19 @@ class RayRunner:
         return found if self._requested is None else min(self._requested, found)
 
     @property
+    def address(self) -> str:
+        """For other processes of this machine, to connect to the same cluster."""
+        return str(self._address if self._is_client else ray.get_runtime_context().gcs_address)
+
+    @property
+    def _is_client(self) -> bool:
+        """Whether this process is no part of the cluster."""
+        return bool(self._address and self._address.startswith(CLIENT_SCHEME))
+
+    @property
     def is_spread(self) -> bool:
+        if self._is_client:
+            return True
         here = ray.get_runtime_context().get_node_id()
         return any(host.id != here for host in hosts(self._share))
 
@@ -76,6 +98,8 @@ class RayRunner:
             self._connected = True
         try:
             check_room(self._share)
+            if self._connected and self._address not in (None, "local"):
+                self.on_every_host("hosts", check_host, versions_here())
             if self._together > 1:
                 place(lambda item: item, size=self._together, threads=1, use_gpus=self._share.gpus > 0)
         except BaseException:
@@ -156,6 +180,8 @@ class RayRunner:
             try:
                 answers[host.name] = ray.get(reference, timeout=within_s)
             except RayTaskError as error:
+                if (package := missing_package(error)) is not None:
+                    raise ConfigError(f"host {host.name} {install(package)}") from error
                 raise error_of(error) from error
             except RayError as error:
                 if _is_there(host):
