@@ -227,7 +227,12 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_environment() -> Environment:
-    """Versions, and the processor, cores, memory in bytes and GPU that this process may use."""
+    """Versions and hardware of this process."""
+    return Environment(versions=package_versions(), hardware=describe_hardware())
+
+
+def describe_hardware() -> dict[str, str | int]:
+    """The system, processor, cores, memory in bytes and GPU that this process may use."""
     import torch
 
     hardware: dict[str, str | int] = {
@@ -238,7 +243,7 @@ def describe_environment() -> Environment:
     }
     if torch.cuda.is_available():
         hardware["gpu"] = torch.cuda.get_device_name()
-    return Environment(versions=package_versions(), hardware=hardware)
+    return hardware
 
 
 def where_it_runs() -> str:

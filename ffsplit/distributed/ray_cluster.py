@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -47,25 +48,32 @@ NODE_WITHIN_S = 20.0
 NOT_A_HEAD = "the server there is not a Ray head (its default port is 6379)"
 LEAVE_WITHIN_S = 3.0
 """How long the workers of a stopped local cluster may take to end by themselves."""
+ACCELERATOR_LABEL = "ray.io/accelerator-type"
+"""The label that Ray gives a node with GPUs, such as H100."""
 CLIENT_SCHEME = "ray://"
 _ADDRESS = re.compile(r"(ray://)?[^/\s]+:\d+")
 _VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
 
 
 class Host(NamedTuple):
-    """A live node of the cluster, and its total resources."""
+    """A live node of the cluster, its total resources, and its kind of GPU, by its label."""
 
     id: str
     name: str
     resources: Mapping[str, float]
+    accelerator: str | None = None
 
 
 @dataclass(frozen=True)
 class Share:
-    """The resources of one worker. `gpus` below 1 shares one GPU; above 1 it must be a whole number."""
+    """The resources of one worker. `gpus` below 1 shares one GPU; above 1 it must be a whole number.
+
+    With `accelerator`, only nodes with this label count.
+    """
 
     cpus: int
     gpus: float
+    accelerator: str | None = None
 
     def __post_init__(self) -> None:
         if self.gpus > 1 and self.gpus != int(self.gpus):
@@ -290,11 +298,34 @@ def _own_signals() -> Iterator[None]:
 def hosts(share: Share) -> list[Host]:
     """The nodes that are large enough for at least one worker, in a fixed order."""
     alive = [
-        Host(node["NodeID"], f"{node['NodeManagerHostname']}/{node['NodeID'][:6]}", node["Resources"])
+        Host(
+            node["NodeID"],
+            f"{node['NodeManagerHostname']}/{node['NodeID'][:6]}",
+            node["Resources"],
+            node.get("Labels", {}).get(ACCELERATOR_LABEL),
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return sorted(host for host in alive if share.fits(host.resources))
+    found = [each for each in alive if share.accelerator in (None, each.accelerator)]
+    return sorted((each for each in found if share.fits(each.resources)), key=lambda each: each.id)
+
+
+def one_kind(share: Share) -> str | None:
+    """The kind of GPU to time on where the cluster has several: that of most workers. None for one kind.
+
+    It depends on nothing but the nodes, so that all timings in a cluster are on the same kind.
+    """
+    rooms: Counter[str | None] = Counter()
+    for host in hosts(share):
+        rooms[host.accelerator] += share.fits(host.resources)
+    kinds = [kind for kind in rooms if kind is not None]
+    return max(kinds, key=lambda kind: (rooms[kind], kind)) if len(rooms) > 1 and kinds else None
+
+
+def selector(accelerator: str | None) -> dict[str, Any]:
+    """The options of a task or an actor that keep it on nodes with one kind of GPU."""
+    return {} if accelerator is None else {"label_selector": {ACCELERATOR_LABEL: accelerator}}
 
 
 def room(share: Share) -> int:
@@ -306,6 +337,13 @@ def room(share: Share) -> int:
 
 def check_room(share: Share) -> None:
     """Raise ConfigError if not even one worker fits: it would wait for ever."""
+    if share.accelerator is not None and not hosts(share) and not autoscaler_limit():
+        known = sorted({host.accelerator for host in hosts(Share(1, 0)) if host.accelerator})
+        raise ConfigError(
+            f"--accelerator-type {share.accelerator}: no node of the cluster with room for a worker has the "
+            f"label {ACCELERATOR_LABEL}={share.accelerator} ({'its nodes have ' if known else 'none has one'}"
+            f"{', '.join(known)})"
+        )
     if room(share):
         return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

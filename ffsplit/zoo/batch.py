@@ -93,7 +93,7 @@ class ModelResult(Record):
         default={}, description="digests of what the run key depends on: two runs differ where these do"
     )
     stages: tuple[StageUse, ...] = Field(default=(), description="of the attempt that finished")
-    gpu: str | None = Field(default=None, description="the name of the driver's GPU")
+    gpu: str | None = Field(default=None, description="the name of the GPU that measured, or the driver's")
 
     @classmethod
     def of(
@@ -104,6 +104,8 @@ class ModelResult(Record):
         report: str,
     ) -> ModelResult:
         measured = manifest.measurements
+        hardware = manifest.environment.hardware | (measured.hardware if measured else {})
+        gpu = hardware.get("gpu")
         return cls(
             state=state,
             run_key=manifest.run_key,
@@ -118,7 +120,7 @@ class ModelResult(Record):
                 StageUse(name=each.name, wall_s=each.wall_s, cpu_s=each.cpu_s, gpu_s=each.gpu_s)
                 for each in manifest.stages
             ),
-            gpu=None if (gpu := manifest.environment.hardware.get("gpu")) is None else str(gpu),
+            gpu=None if gpu is None else str(gpu),
         )
 
 
