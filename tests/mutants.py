@@ -314,6 +314,18 @@ MUTANTS = (
         "tests/zoo/test_attempts.py::test_it_is_tried_once_more_whatever_retries_are",
     ),
     Mutant(
+        "measurement/regressions.py",
+        "_timed_on(new) != _timed_on(current)",
+        "False",
+        "tests/measurement/test_regressions.py::test_speed_on_two_kinds_of_hardware_is_not_compared",
+    ),
+    Mutant(
+        "distributed/observing.py",
+        "                check_alike(self.versions)\n",
+        "",
+        "tests/distributed/test_alike.py::test_a_worker_that_joins_with_another_version_does_nothing",
+    ),
+    Mutant(
         "zoo/turns.py",
         "has_ended = number == 0 or",
         "has_ended = True or",
