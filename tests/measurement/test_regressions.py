@@ -100,7 +100,7 @@ def test_a_single_run_has_no_current_result() -> None:
 
 def test_speed_on_two_kinds_of_hardware_is_not_compared() -> None:
     """A result that is timed on another GPU is neither faster nor slower by that."""
-    gate = parse_regression("speedup drop <= 5% of current")
+    gate = parse_regression("speedup drop <= 20% of current")
     card, other = (
         measured().model_copy(update={"device": "cuda", "hardware": {"gpu": gpu, "processor": "p"}})
         for gpu in ("NVIDIA H100", "NVIDIA A10G")
