@@ -61,6 +61,7 @@ class JobFields(TypedDict, total=False):
     max_length: int
     workers: int
     gpus_per_worker: float
+    accelerator_type: str
     threads_per_worker: int
     healing_threads: int
     healing_workers: int

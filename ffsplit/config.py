@@ -191,6 +191,12 @@ class JobConfig(Record):
     gpus_per_worker: Annotated[float, Flag("F")] = Field(
         default=0.0, ge=0, description="below 1, workers share a GPU; above 1 it must be a whole number"
     )
+    accelerator_type: Annotated[str | None, Flag("NAME")] = Field(
+        default=None,
+        min_length=1,
+        description="use only nodes whose label ray.io/accelerator-type is NAME, such as H100; default: all "
+        "nodes, but those with one kind of GPU alone for timings",
+    )
     threads_per_worker: Annotated[int, Flag("N")] = Field(
         default=1, ge=1, description="CPU threads of each worker; default: 1"
     )

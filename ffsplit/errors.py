@@ -13,6 +13,9 @@ from ffsplit.redaction import redacted
 
 LONGEST_REASON = 500
 """The most characters of a library's message that are quoted."""
+LESS_MEMORY = "give fewer --workers, or --block-by-block"
+_NO_MEMORY = ("can't allocate memory", "out of memory", "cannot allocate memory", "bad_alloc", "ALLOC_FAILED")
+"""What libraries without a type for it say: torch on CPUs and in CUDA's libraries, C++, the system."""
 
 
 class FFSplitError(Exception):
@@ -31,6 +34,10 @@ class ConfigError(FFSplitError):
 
 class RunError(FFSplitError):
     """A run that had begun could not be finished. The command is right, and a retry may help."""
+
+
+class OutOfMemoryError(FFSplitError):
+    """A process, its host or a GPU ran out of memory. The command is right, and may need less of it."""
 
 
 class UnsupportedModelError(ConfigError):
@@ -61,7 +68,8 @@ class GateError(FFSplitError):
 def explained(what: str, *, kind: type[FFSplitError] = ConfigError, advice: str = "") -> Iterator[None]:
     """Turn any error of a library into one line: `what` failed, the first line of the error, and `advice`.
 
-    FFSplit's own errors pass unchanged. The library's error stays the cause, which --debug shows.
+    FFSplit's own errors pass unchanged. A lack of memory becomes OutOfMemoryError, whatever `kind` is. The
+    library's error stays the cause, which --debug shows.
     """
     try:
         yield
@@ -71,6 +79,8 @@ def explained(what: str, *, kind: type[FFSplitError] = ConfigError, advice: str 
         if not isinstance(error, Exception) and not _is_panic(error):
             raise
         reason = reason_of(error, besides=what)
+        if is_out_of_memory(error):
+            kind, advice = OutOfMemoryError, LESS_MEMORY
         raise kind(f"{what}: {reason.rstrip('.')}; {advice}" if advice else f"{what}: {reason}") from error
 
 
@@ -87,6 +97,21 @@ def reason_of(error: BaseException, *, besides: str = "") -> str:
     if isinstance(error, LookupError | AssertionError):  # "'text'" alone tells little
         line = f"{type(error).__name__}: {line}"
     return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether a process, its host or a GPU ran out of memory, by an error and its causes."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(error, RuntimeError | OSError) and any(
+            sign.lower() in str(error).lower() for sign in _NO_MEMORY
+        ):
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from ffsplit import logs, streams
 from ffsplit.directories import settle_home
-from ffsplit.errors import ConfigError, FFSplitError, reason_of
+from ffsplit.errors import LESS_MEMORY, ConfigError, FFSplitError, is_out_of_memory, reason_of
 from ffsplit.redaction import guarded_streams
 
 DONE, FAILED, MISTAKE, REFUSED, INTERRUPTED = 0, 1, 2, 3, 130
@@ -65,6 +65,9 @@ def exit_code_of(run: Callable[[], int]) -> int:
                 _report(ConfigError(f"{error.name} is not installed: {COMPLETE_INSTALL}"), cause=error)
                 return MISTAKE
             what = f"{type(error).__name__}: {reason_of(error)}"
+            if is_out_of_memory(error):
+                _report(FFSplitError(f"out of memory, {what}; {LESS_MEMORY}"), cause=error)
+                return FAILED
             _report(FFSplitError(f"unexpected error, {what} (--debug shows where)"), cause=error)
             return FAILED
 

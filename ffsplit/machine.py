@@ -77,6 +77,24 @@ def _memory_limits() -> Iterator[int]:
                 yield int(text)
 
 
+def oom_kills() -> int:
+    """How many processes the kernel has killed for memory: in this process's control group, or here at all.
+
+    0 if the kernel does not tell. Only an increase means something.
+    """
+    for folder in _control_groups("memory"):
+        for name in ("memory.events", "memory.oom_control"):
+            if (number := _counter(folder / name, "oom_kill")) is not None:
+                return number
+    return _counter(Path("/proc/vmstat"), "oom_kill") or 0
+
+
+def _counter(path: Path, name: str) -> int | None:
+    """A number in a file of lines with a name and a number."""
+    found = [line.split() for line in _read(path).splitlines()]
+    return next((int(parts[1]) for parts in found if parts[:1] == [name] and parts[1:]), None)
+
+
 def _cpu_quotas() -> Iterator[float]:
     """Quotas in cores: `cpu.max` of cgroup v2, `cpu.cfs_quota_us` and `cpu.cfs_period_us` of v1."""
     for folder in _control_groups("cpu"):
@@ -209,7 +227,12 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_environment() -> Environment:
-    """Versions, and the processor, cores, memory in bytes and GPU that this process may use."""
+    """Versions and hardware of this process."""
+    return Environment(versions=package_versions(), hardware=describe_hardware())
+
+
+def describe_hardware() -> dict[str, str | int]:
+    """The system, processor, cores, memory in bytes and GPU that this process may use."""
     import torch
 
     hardware: dict[str, str | int] = {
@@ -220,7 +243,7 @@ def describe_environment() -> Environment:
     }
     if torch.cuda.is_available():
         hardware["gpu"] = torch.cuda.get_device_name()
-    return Environment(versions=package_versions(), hardware=hardware)
+    return hardware
 
 
 def where_it_runs() -> str:

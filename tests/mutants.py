@@ -289,7 +289,7 @@ MUTANTS = (
     # distributed
     Mutant(
         "distributed/dispatch.py",
-        "stage_items.put_back(lost, reason=event.reason)",
+        "stage_items.put_back(lost, event)",
         "stage_items.num_left -= 1",
         "tests/distributed/test_dispatch.py::test_a_lost_worker_costs_the_item_in_hand",
     ),
@@ -307,6 +307,42 @@ MUTANTS = (
         "tests/report/test_humanize.py::test_number",
     ),
     # zoo
+    Mutant(
+        "zoo/attempts.py",
+        "if self._ran_out is None and ended.is_out_of_memory:",
+        "if False:",
+        "tests/zoo/test_attempts.py::test_it_is_tried_once_more_whatever_retries_are",
+    ),
+    Mutant(
+        "measurement/regressions.py",
+        "_timed_on(new) != _timed_on(current)",
+        "False",
+        "tests/measurement/test_regressions.py::test_speed_on_two_kinds_of_hardware_is_not_compared",
+    ),
+    Mutant(
+        "distributed/observing.py",
+        "check_alike(self.versions)",
+        "pass",
+        "tests/distributed/test_alike.py::test_a_worker_that_joins_with_another_version_does_nothing",
+    ),
+    Mutant(
+        "zoo/turns.py",
+        "has_ended = number == 0 or",
+        "has_ended = True or",
+        "tests/zoo/test_turns.py::test_who_waits_says_for_whom",
+    ),
+    Mutant(
+        "zoo/batch.py",
+        "now = max(now, before + timedelta(seconds=1))",
+        "pass",
+        "tests/zoo/test_turns.py::test_names_of_one_second_are_in_order",
+    ),
+    Mutant(
+        "store/scratch.py",
+        "return abs(now - entry.modified_at) <= LEASE",
+        "return now - entry.modified_at <= LEASE",
+        "tests/store/test_leases.py::test_a_clock_that_went_back_makes_no_hold_last",
+    ),
     Mutant(
         "zoo/batch.py",
         'return REFUSED if self.count("refused") or self.moved("refused") else DONE',

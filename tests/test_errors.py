@@ -5,8 +5,18 @@ from __future__ import annotations
 import pickle
 
 import pytest
+import torch
 
-from ffsplit.errors import LONGEST_REASON, ConfigError, FFSplitError, StoreError, explained, reason_of
+from ffsplit.errors import (
+    LONGEST_REASON,
+    ConfigError,
+    FFSplitError,
+    OutOfMemoryError,
+    StoreError,
+    explained,
+    is_out_of_memory,
+    reason_of,
+)
 
 
 class OddError(Exception):
@@ -33,7 +43,6 @@ REASONS: dict[str, tuple[BaseException, str]] = {
     "the file that is named already": (PermissionError(13, "Permission denied", "/the/file"), "denied"),
     "a panic": (PanicException("index out of bounds"), "index out of bounds"),
     "recursion": (RecursionError("maximum recursion depth exceeded"), "maximum recursion depth exceeded"),
-    "no memory": (MemoryError(), "MemoryError"),
 }
 
 
@@ -47,6 +56,33 @@ def test_every_error_is_one_line_with_its_cause(name: str) -> None:
     assert "\n" not in message and message.count("/the/file") == 1
     assert caught.value.__cause__ is error
     assert str(pickle.loads(pickle.dumps(caught.value))) == message
+
+
+NO_MEMORY: dict[str, tuple[BaseException, str]] = {
+    "Python": (MemoryError(), "MemoryError"),
+    "torch, on a CPU": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "tried"),
+    "torch, on a GPU": (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), "to allocate"),
+    "a library of CUDA": (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "calling"),
+    "the system": (OSError(12, "Cannot allocate memory"), "Cannot allocate memory"),
+}
+
+
+@pytest.mark.parametrize("name", NO_MEMORY)
+def test_a_lack_of_memory_is_told_from_other_errors(name: str) -> None:
+    error, reason = NO_MEMORY[name]
+    with pytest.raises(OutOfMemoryError) as caught, explained("loading a"):
+        raise error
+    assert str(caught.value) == f"loading a: {reason_of(error)}; give fewer --workers, or --block-by-block"
+    assert reason in str(caught.value) and is_out_of_memory(error)
+    assert is_out_of_memory(pickle.loads(pickle.dumps(caught.value))), "as it comes from a worker"
+    wrapped = FFSplitError("Ray: RayTaskError")
+    wrapped.__cause__ = error
+    assert is_out_of_memory(wrapped)
+
+
+def test_other_errors_have_enough_memory() -> None:
+    assert not any(is_out_of_memory(error) for error, _ in REASONS.values())
+    assert not is_out_of_memory(None) and not is_out_of_memory(OSError(28, "No space left on device"))
 
 
 def test_what_to_do_stands_at_the_end() -> None:

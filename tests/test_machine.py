@@ -100,6 +100,29 @@ def test_where_no_affinity_is_known_every_core_counts(
     assert usable_cores() == 6
 
 
+KILLS = {
+    "of version 2": ("0::/pod", {"pod/memory.events": "low 0\noom 3\noom_kill 2\n", "memory.events": ""}, 2),
+    "of version 1": ("4:memory:/pod", {"memory/pod/memory.oom_control": "under_oom 0\noom_kill 5"}, 5),
+    "damaged": ("0::/pod", {"pod/memory.events": "oom_kill", "memory.events": "oom_kill 1"}, 1),
+}
+
+
+@pytest.mark.parametrize("case", KILLS)
+def test_processes_that_were_killed_for_memory_are_counted(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, files, expected = KILLS[case]
+    (tmp_path / "self").write_text(f"9:name=systemd:/\n{line}\n")
+    for name, text in files.items():
+        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / name).write_text(text)
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "self")
+    assert machine.oom_kills() == expected
+    monkeypatch.setattr(machine, "OWN_CGROUPS", tmp_path / "none")
+    assert machine.oom_kills() >= 0, "of the whole machine"
+
+
 @pytest.mark.parametrize("below", ["not/there", "x" * 300])
 def test_a_place_that_is_not_there_is_on_the_disk_above_it(tmp_path: Path, below: str) -> None:
     assert device_of(tmp_path / below) == tmp_path.stat().st_dev

@@ -23,6 +23,8 @@ def print_batch(batch: Batch, *, destination: str) -> None:
     """One line per model and per failed gate, and where the batch's documents are."""
     for model in batch.models:
         print_sentence(f"{model.name}: {STATES[model.state]}{_facts(model)}")
+        if model.less_memory is not None:
+            print_sentence(f"  it ran out of memory, then ran {model.less_memory}")
         for result in model.result.gates if model.result else ():
             if not result.met:
                 print_sentence(f"  {describe_result(result)}")

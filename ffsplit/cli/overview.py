@@ -89,6 +89,7 @@ FLAG_GROUPS = {
         "address",
         "workers",
         "gpus_per_worker",
+        "accelerator_type",
         "threads_per_worker",
         "memory_per_worker",
         "healing_workers",

@@ -12,11 +12,12 @@ from ray._private.authentication.authentication_token_setup import (
     ensure_token_if_auth_enabled,
     maybe_enable_token_auth_if_token_available,
 )
-from ray._private.services import canonicalize_bootstrap_address
+from ray._private.services import canonicalize_bootstrap_address, get_node_to_connect_for_driver
 from ray._raylet import (  # type: ignore[attr-defined]
     GRPC_STATUS_CODE_UNIMPLEMENTED,
     IMPLICIT_RESOURCE_PREFIX,
     AuthenticationTokenLoader,
+    GcsClient,
     InnerGcsClient,
 )
 from ray.exceptions import AuthenticationError, RpcError
@@ -56,6 +57,15 @@ def ask_head(address: str, *, within_s: float) -> None:
         if error.rpc_code == GRPC_STATUS_CODE_UNIMPLEMENTED:
             raise NotAHead(address) from None
         raise
+
+
+def raylet_socket(address: str, *, within_s: float) -> str | None:
+    """The socket of the node that a driver on this machine would connect to; None without such a node."""
+    try:
+        node = get_node_to_connect_for_driver(GcsClient(address=address), timeout_seconds=int(within_s))
+    except RuntimeError:  # no raylet of this cluster runs here
+        return None
+    return str(node.raylet_socket_name)
 
 
 def raylets_started_here() -> list[int]:

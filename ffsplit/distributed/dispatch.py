@@ -50,10 +50,11 @@ class Done(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """A slot is lost, with its item if it had one."""
+    """A slot is lost, with its item if it had one. `kind` is the error of an item that loses too many."""
 
     slot: Any
     reason: str
+    kind: type[FFSplitError] = FFSplitError
 
 
 class Failed(NamedTuple):
@@ -105,9 +106,9 @@ def dispatch(pool: Pool[Any], items: Sequence[Any], *, stage: str) -> Iterator[t
                 stage_items.num_left -= 1
                 yield index, event.answer
             elif isinstance(event, Lost):
-                lost = slots.lose(event.slot, reason=event.reason, stage=stage)
+                lost = slots.lose(event, stage=stage)
                 if lost is not None:
-                    stage_items.put_back(lost, reason=event.reason)
+                    stage_items.put_back(lost, event)
             elif isinstance(event, Failed):
                 raise event.error
     finally:
@@ -131,11 +132,11 @@ class _Items:
             return heapq.heappop(self._later)[1]
         return self._waiting.popleft() if self._waiting else None
 
-    def put_back(self, index: int, *, reason: str) -> None:
+    def put_back(self, index: int, event: Lost) -> None:
         losses = self.losses[index] = self.losses.get(index, 0) + 1
         if losses >= MAX_LOSSES:
-            raise FFSplitError(
-                f"{self.stage}: item {index} lost {losses} workers, the last because {reason}; "
+            raise event.kind(
+                f"{self.stage}: item {index} lost {losses} workers, the last because {event.reason}; "
                 "finished work is kept, and the same command resumes from it"
             )
         heapq.heappush(self._later, (time.monotonic() + FIRST_PAUSE_S * 2 ** (losses - 1), index))
@@ -210,14 +211,15 @@ class _Slots(Generic[Slot]):
         self.idle.append(slot)
         return self.in_hand.pop(slot)
 
-    def lose(self, slot: Slot, *, reason: str, stage: str) -> int | None:
+    def lose(self, event: Lost, *, stage: str) -> int | None:
         """Close a lost slot, since its item may still run. Returns the index of that item."""
+        slot: Slot = event.slot
         self._pool.close(slot)
         if slot in self._opening:
             self._opening.remove(slot)
             self._failed_openings += 1
             if self._failed_openings >= MAX_FAILED_OPENINGS:
-                raise FFSplitError(f"{stage}: no worker starts, the last because {reason}")
+                raise event.kind(f"{stage}: no worker starts, the last because {event.reason}")
         elif slot in self.idle:
             self.idle.remove(slot)
         self._looked_at = float("-inf")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from ray.util.metrics import Counter
 
 from ffsplit import logs, streams
+from ffsplit.distributed.alike import check_alike, versions_here
 from ffsplit.distributed.runner import Worker, stage_explained
 from ffsplit.redaction import guarded
 from ffsplit.store.scratch import Result
@@ -29,11 +31,13 @@ class Observed:
     stage: str
     log_format: logs.LogFormat
     fields: dict[str, logs.Field]
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of the driver's packages. A process with others does no work."""
 
     @classmethod
     def here(cls, stage: str) -> Observed:
-        """With this process's log settings and fields."""
-        return cls(stage, logs.asked_for(), logs.current())
+        """With this process's log settings, fields and versions."""
+        return cls(stage, logs.asked_for(), logs.current(), versions_here())
 
     def __call__(self, worker: Worker[Any, Any], item: Any) -> Any:
         logs.set_up(self.log_format)
@@ -41,6 +45,7 @@ class Observed:
         with logs.fields(**self.fields, stage=self.stage, item=name if isinstance(name, str) else None):
             logs.log("taken")
             try:
+                check_alike(self.versions)
                 with stage_explained(self.stage, item):
                     answer = guarded(worker, item)
             except Exception as error:

@@ -8,10 +8,12 @@ import re
 import signal
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import psutil
 import ray
@@ -23,12 +25,13 @@ from ffsplit.compat.ray import (
     ask_head,
     autoscaler_limit,
     find_token,
+    raylet_socket,
     raylets_started_here,
     redirect_messages,
     whole_address,
 )
 from ffsplit.directories import lend_ray_token
-from ffsplit.errors import ConfigError
+from ffsplit.errors import ConfigError, reason_of
 from ffsplit.machine import usable_cores
 
 LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
@@ -40,26 +43,37 @@ ANSWER_WITHIN_S = 30.0
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """The start of a gRPC connection and empty settings. The other side answers with its own settings."""
 SETTINGS = 4
+NODE_WITHIN_S = 20.0
+"""How long a node of the cluster on this machine, which may be starting, may take to appear."""
 NOT_A_HEAD = "the server there is not a Ray head (its default port is 6379)"
 LEAVE_WITHIN_S = 3.0
 """How long the workers of a stopped local cluster may take to end by themselves."""
+ACCELERATOR_LABEL = "ray.io/accelerator-type"
+"""The label that Ray gives a node with GPUs, such as H100."""
+CLIENT_SCHEME = "ray://"
+_ADDRESS = re.compile(r"(ray://)?[^/\s]+:\d+")
 _VERSIONS = re.compile(r"Ray: (\S+)\s+Python: (\S+)")
 
 
 class Host(NamedTuple):
-    """A live node of the cluster, and its total resources."""
+    """A live node of the cluster, its total resources, and its kind of GPU, by its label."""
 
     id: str
     name: str
     resources: Mapping[str, float]
+    accelerator: str | None = None
 
 
 @dataclass(frozen=True)
 class Share:
-    """The resources of one worker. `gpus` below 1 shares one GPU; above 1 it must be a whole number."""
+    """The resources of one worker. `gpus` below 1 shares one GPU; above 1 it must be a whole number.
+
+    With `accelerator`, only nodes with this label count.
+    """
 
     cpus: int
     gpus: float
+    accelerator: str | None = None
 
     def __post_init__(self) -> None:
         if self.gpus > 1 and self.gpus != int(self.gpus):
@@ -92,10 +106,13 @@ def connect(address: str | None, *, num_cpus: int) -> None:
     else:
         options["address"] = address
     redirect_messages(_report)
+    logging.getLogger("ray.util.client").setLevel(logging.CRITICAL)
     try:
         _probe(options["address"])
         with _own_signals():
             ray.init(**options)
+    except ConfigError:
+        raise
     except Exception as error:  # Ray raises about 20 types, plain Exception among them
         raise ConfigError(refusal(options["address"], str(error).strip() or type(error).__name__)) from None
 
@@ -149,6 +166,8 @@ def refusal(address: str, reason: str) -> str:
         if len(found) == 2:
             theirs, ours = (f"Ray {version} on Python {python}" for version, python in found)
             return f"the cluster at {address} runs {theirs}, this is {ours}: install the same here"
+    if address.startswith(CLIENT_SCHEME) and "Ray client has already been disconnected" in reason:
+        return f"Ray Client answers at {address}, but not its cluster: see `ray status` on the head"
     what = "Ray could not be started here" if address == "local" else f"Ray at {address} cannot be reached"
     return f"{what}: {reason.splitlines()[0]}"
 
@@ -161,12 +180,49 @@ def _probe(address: str) -> None:
     """
     if address == "local":
         return
-    addresses = [] if address == "auto" else [address]
+    _check_form(address)
     find_token()
-    if "://" not in address:
-        addresses.append(whole_address(address))
+    if address == "auto":
+        _probe_auto()
+        return
+    addresses = [address] if "://" in address else [address, whole_address(address)]
     for each in dict.fromkeys(addresses):
         _probe_one(each)
+
+
+def _check_form(address: str) -> None:
+    """Raise ConfigError for what is not the address of a cluster."""
+    scheme, separator, host = address.rpartition("://")
+    if scheme in ("http", "https"):
+        raise ConfigError(
+            f"{address} is the address of a job server: run `ffsplit submit --address {address} ...`, or "
+            f"give that of its cluster, such as {urlsplit(address).hostname}:6379"
+        )
+    if scheme == "ray" and ":" not in host.rpartition("]")[2]:
+        raise ConfigError(f"{address} has no port: give {CLIENT_SCHEME}{host or 'HOST'}:10001")
+    if not separator and address != "auto" and not _ADDRESS.fullmatch(address):
+        raise ConfigError(
+            f"{address!r} is not the address of a Ray cluster: give HOST:PORT, such as 127.0.0.1:6379, "
+            "ray://HOST:10001, or auto for the Ray on this machine"
+        )
+
+
+def _probe_auto() -> None:
+    """Probe the cluster of this machine, which Ray finds by its processes or by a file that it left."""
+    try:
+        found = whole_address("auto")
+    except ConnectionError:
+        raise ConfigError(
+            "address auto: no Ray runs on this machine: start it with `ray start --head`, give the address "
+            "of a cluster, or unset RAY_ADDRESS for a Ray of this command's own"
+        ) from None
+    try:
+        _probe_one(found)
+    except OSError as error:
+        raise ConfigError(
+            f"address auto: the Ray of this machine at {found} cannot be reached ({reason_of(error)}): run "
+            "`ray stop`, which removes what a Ray that was killed has left, then `ray start --head`"
+        ) from None
 
 
 def _probe_one(address: str) -> None:
@@ -177,8 +233,8 @@ def _probe_one(address: str) -> None:
     with socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_WITHIN_S) as connection:
         if os.environ.get("RAY_USE_TLS", "0") in ("0", ""):
             _check_speaks_grpc(connection)
-    if not scheme:
-        _check_answers(host_port)
+    if not scheme and _check_answers(host_port):
+        _check_node_here(host_port)
 
 
 def _check_speaks_grpc(connection: socket.socket) -> None:
@@ -194,15 +250,37 @@ def _check_speaks_grpc(connection: socket.socket) -> None:
         raise OSError(NOT_A_HEAD)
 
 
-def _check_answers(address: str) -> None:
-    """Check that a head answers. If it refuses this process, ray.init explains why."""
+def _check_answers(address: str) -> bool:
+    """Check that a head answers. Returns False if it refuses this process: ray.init explains why."""
     try:
         ask_head(address, within_s=ANSWER_WITHIN_S)
+        return True
     except NotAHead:
         raise OSError(NOT_A_HEAD) from None
     except RpcError as error:
         if any(sign in str(error) for sign in ("Deadline Exceeded", "Timed out")):
             raise OSError(f"its head did not answer in {ANSWER_WITHIN_S:g} s") from None
+        return False
+
+
+def _check_node_here(address: str) -> None:
+    """Check that the cluster has a working node on this machine. Without one, Ray's own code would abort."""
+    path = raylet_socket(address, within_s=NODE_WITHIN_S)
+    if path is None:
+        host = address.rpartition(":")[0]
+        raise ConfigError(
+            f"Ray at {address} has no node on this machine: run `ray start --address={address}` here, or use "
+            f"--address ray://{host}:10001, or `ffsplit submit`"
+        )
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(CONNECT_WITHIN_S)
+            connection.connect(path.removeprefix("unix://"))
+    except OSError as error:
+        raise ConfigError(
+            f"Ray at {address}: its node on this machine cannot be reached, {path}: {reason_of(error)}; if "
+            "its session directory was cleaned away, run `ray stop` and `ray start` here again"
+        ) from None
 
 
 @contextmanager
@@ -220,11 +298,34 @@ def _own_signals() -> Iterator[None]:
 def hosts(share: Share) -> list[Host]:
     """The nodes that are large enough for at least one worker, in a fixed order."""
     alive = [
-        Host(node["NodeID"], f"{node['NodeManagerHostname']}/{node['NodeID'][:6]}", node["Resources"])
+        Host(
+            node["NodeID"],
+            f"{node['NodeManagerHostname']}/{node['NodeID'][:6]}",
+            node["Resources"],
+            node.get("Labels", {}).get(ACCELERATOR_LABEL),
+        )
         for node in ray.nodes()
         if node["Alive"]
     ]
-    return sorted(host for host in alive if share.fits(host.resources))
+    found = [each for each in alive if share.accelerator in (None, each.accelerator)]
+    return sorted((each for each in found if share.fits(each.resources)), key=lambda each: each.id)
+
+
+def one_kind(share: Share) -> str | None:
+    """The kind of GPU to time on where the cluster has several: that of most workers. None for one kind.
+
+    It depends on nothing but the nodes, so that all timings in a cluster are on the same kind.
+    """
+    rooms: Counter[str | None] = Counter()
+    for host in hosts(share):
+        rooms[host.accelerator] += share.fits(host.resources)
+    kinds = [kind for kind in rooms if kind is not None]
+    return max(kinds, key=lambda kind: (rooms[kind], kind)) if len(rooms) > 1 and kinds else None
+
+
+def selector(accelerator: str | None) -> dict[str, Any]:
+    """The options of a task or an actor that keep it on nodes with one kind of GPU."""
+    return {} if accelerator is None else {"label_selector": {ACCELERATOR_LABEL: accelerator}}
 
 
 def room(share: Share) -> int:
@@ -236,6 +337,13 @@ def room(share: Share) -> int:
 
 def check_room(share: Share) -> None:
     """Raise ConfigError if not even one worker fits: it would wait for ever."""
+    if share.accelerator is not None and not hosts(share) and not autoscaler_limit():
+        known = sorted({host.accelerator for host in hosts(Share(1, 0)) if host.accelerator})
+        raise ConfigError(
+            f"--accelerator-type {share.accelerator}: no node of the cluster with room for a worker has the "
+            f"label {ACCELERATOR_LABEL}={share.accelerator} ({'its nodes have ' if known else 'none has one'}"
+            f"{', '.join(known)})"
+        )
     if room(share):
         return
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -269,9 +377,7 @@ def share_cluster(address: str | None, *, runner: Literal["ray", "serial"]) -> I
     if runner == "serial":
         yield Cluster(None, usable_cores())
         return
-    import ray
-
     from ffsplit.distributed.ray_runner import RayRunner
 
     with RayRunner(address=address, num_workers=None) as connected:
-        yield Cluster(ray.get_runtime_context().gcs_address, connected.num_workers)
+        yield Cluster(connected.address, connected.num_workers)

@@ -16,22 +16,23 @@ from ray.exceptions import (
     ActorUnschedulableError,
     NodeDiedError,
     ObjectLostError,
-    OutOfMemoryError,
     RayTaskError,
     TaskUnschedulableError,
     WorkerCrashedError,
 )
+from ray.exceptions import OutOfMemoryError as HostOutOfMemoryError
 
+from ffsplit.distributed.alike import check_alike, install, missing_package
 from ffsplit.distributed.dispatch import Done, Event, Failed, Lost, Ready
 from ffsplit.distributed.observing import Observed
 from ffsplit.distributed.runner import Worker, stage_explained
-from ffsplit.errors import FFSplitError, reason_of
+from ffsplit.errors import FFSplitError, OutOfMemoryError, reason_of
 from ffsplit.machine import where_it_runs
 from ffsplit.redaction import guarded
 
 OUT_OF_MEMORY = "its host was out of memory: give fewer --workers or a larger host"
 LOSSES: dict[type[Exception], str] = {
-    OutOfMemoryError: OUT_OF_MEMORY,
+    HostOutOfMemoryError: OUT_OF_MEMORY,
     NodeDiedError: "its host left",
     WorkerCrashedError: "its process died",
     ActorDiedError: "its process died",
@@ -57,6 +58,7 @@ class _Host:
         with self._lock:
             if self._worker is not None:
                 return None
+            check_alike(self._observed.versions)
             with stage_explained(self._observed.stage, None):
                 self._worker = guarded(lambda _: self._factory(), None)
             return where_it_runs() if ray.get_gpu_ids() else None
@@ -195,21 +197,31 @@ def _event_of(slot: int, future: Any, *, ready: bool) -> Event:
     error = future.exception()
     if error is None:
         return Ready(slot) if ready else Done(slot, future.result())
-    if isinstance(error, RayTaskError):
-        return Failed(slot, error_of(error))
     reason = reason_of_loss(error)
-    return Failed(slot, _unforeseen(error)) if reason is None else Lost(slot, reason)
+    if reason is None and isinstance(error, RayTaskError):
+        return Failed(slot, error_of(error))
+    return Failed(slot, _unforeseen(error)) if reason is None else Lost(slot, reason, kind_of_loss(reason))
 
 
 def reason_of_loss(error: BaseException) -> str | None:
     """Why a worker was lost; None for an error that is not the loss of a worker.
 
-    Only the message shows that Ray's memory monitor killed an actor. Ray also lists memory among the possible
+    A host without this package counts as lost: others may have it. Only the message shows that, and that
+    Ray's memory monitor killed an actor. Ray also lists memory among the possible
     causes of any death; that does not count.
     """
+    if (package := missing_package(error)) is not None:
+        return f"its host {install(package)}"
+    if isinstance(error, RayTaskError):
+        return None
     if any(text in str(error) for text in _KILLED_FOR_MEMORY):
         return OUT_OF_MEMORY
     return next((reason for loss, reason in LOSSES.items() if isinstance(error, loss)), None)
+
+
+def kind_of_loss(reason: str) -> type[FFSplitError]:
+    """The error to raise for a worker that was lost for a reason too often."""
+    return OutOfMemoryError if reason == OUT_OF_MEMORY else FFSplitError
 
 
 def error_of(error: RayTaskError) -> FFSplitError:

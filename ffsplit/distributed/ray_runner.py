@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -15,13 +16,25 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from ffsplit.compat.ray import EVERY_NODE_HAS
 from ffsplit.directories import remove_abandoned
+from ffsplit.distributed.alike import check_host, install, missing_package, versions_here
 from ffsplit.distributed.dispatch import Pool, dispatch
 from ffsplit.distributed.observing import Observed
-from ffsplit.distributed.ray_cluster import Host, Share, check_room, connect, disconnect, hosts, room
+from ffsplit.distributed.ray_cluster import (
+    CLIENT_SCHEME,
+    Host,
+    Share,
+    check_room,
+    connect,
+    disconnect,
+    hosts,
+    one_kind,
+    room,
+    selector,
+)
 from ffsplit.distributed.ray_pools import ActorPool, TaskPool, error_of, reason_of_loss, run_task
-from ffsplit.distributed.ray_train import place, run_together
+from ffsplit.distributed.ray_train import Together, place, run_together
 from ffsplit.distributed.runner import ANSWER_WITHIN_S, Answer, Item, Worker
-from ffsplit.errors import FFSplitError
+from ffsplit.errors import ConfigError, FFSplitError
 from ffsplit.machine import num_workers_here
 
 PRESENCE, A_LITTLE = f"{EVERY_NODE_HAS}ffsplit", 0.0001
@@ -46,12 +59,13 @@ class RayRunner:
         workers_here: int | None = None,
         threads_per_worker: int = 1,
         gpus_per_worker: float = 0.0,
+        accelerator_type: str | None = None,
         processes_together: int = 1,
     ) -> None:
         self._together = processes_together
         self._address = address or os.environ.get("RAY_ADDRESS")
         self._requested, self._workers_here = num_workers, workers_here
-        self._share = Share(threads_per_worker, gpus_per_worker)
+        self._share = Share(threads_per_worker, gpus_per_worker, accelerator_type)
         self._connected = False
         self._streams: list[Generator[tuple[int, Any], None, None]] = []
 
@@ -61,7 +75,19 @@ class RayRunner:
         return found if self._requested is None else min(self._requested, found)
 
     @property
+    def address(self) -> str:
+        """For other processes of this machine, to connect to the same cluster."""
+        return str(self._address if self._is_client else ray.get_runtime_context().gcs_address)
+
+    @property
+    def _is_client(self) -> bool:
+        """Whether this process is no part of the cluster."""
+        return bool(self._address and self._address.startswith(CLIENT_SCHEME))
+
+    @property
     def is_spread(self) -> bool:
+        if self._is_client:
+            return True
         here = ray.get_runtime_context().get_node_id()
         return any(host.id != here for host in hosts(self._share))
 
@@ -76,8 +102,10 @@ class RayRunner:
             self._connected = True
         try:
             check_room(self._share)
+            if self._connected and self._address not in (None, "local"):
+                self.on_every_host("hosts", check_host, versions_here())
             if self._together > 1:
-                place(lambda item: item, size=self._together, threads=1, use_gpus=self._share.gpus > 0)
+                self._place(lambda item: item, size=self._together, threads=1)
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -156,6 +184,8 @@ class RayRunner:
             try:
                 answers[host.name] = ray.get(reference, timeout=within_s)
             except RayTaskError as error:
+                if (package := missing_package(error)) is not None:
+                    raise ConfigError(f"host {host.name} {install(package)}") from error
                 raise error_of(error) from error
             except RayError as error:
                 if _is_there(host):
@@ -173,7 +203,7 @@ class RayRunner:
     ) -> Answer:
         if size == 1:
             return self.run_alone(stage, function, item, threads=threads)
-        together = place(function, size=size, threads=threads, use_gpus=self._share.gpus > 0)
+        together = self._place(function, size=size, threads=threads)
         pool = TaskPool(
             partial(run_together, together),
             stage=stage,
@@ -198,14 +228,27 @@ class RayRunner:
             "num_cpus": self._share.cpus,
             "num_gpus": self._share.gpus,
             "resources": {PRESENCE: A_LITTLE},
+            **selector(self._share.accelerator),
         }
 
+    def _place(self, function: Worker[Any, Any], *, size: int, threads: int) -> Together:
+        use_gpus = self._share.gpus > 0
+        accelerator = self._share.accelerator
+        return place(function, size=size, threads=threads, use_gpus=use_gpus, accelerator=accelerator)
+
     def _options_alone(self, *, threads: int, reserved: bool) -> dict[str, Any]:
-        """Reserve `threads` CPUs, fewer if no host has that many."""
-        largest = max((int(host.resources["CPU"]) for host in hosts(self._share)), default=0)
-        cpus = max(self._share.cpus, min(threads, largest))
+        """Reserve `threads` CPUs, fewer if no host has that many.
+
+        A host is reserved for timings. So if the cluster has several kinds of GPU, it is always of the same.
+        """
+        share = self._share
+        if reserved and share.gpus and share.accelerator is None:
+            share = replace(share, accelerator=one_kind(share))
+        largest = max((int(host.resources["CPU"]) for host in hosts(share)), default=0)
+        cpus = max(share.cpus, min(threads, largest))
         presence = 1.0 if reserved else A_LITTLE
-        return self._options() | {"num_cpus": cpus, "resources": {PRESENCE: presence}}
+        alone = {"num_cpus": cpus, "resources": {PRESENCE: presence}}
+        return self._options() | alone | selector(share.accelerator)
 
 
 def _is_there(host: Host) -> bool:

@@ -15,7 +15,8 @@ import ray
 
 from ffsplit.compat.ray import causes_of
 from ffsplit.directories import temporary_folder
-from ffsplit.distributed.ray_pools import reason_of_loss
+from ffsplit.distributed.ray_cluster import Share, hosts, selector
+from ffsplit.distributed.ray_pools import kind_of_loss, reason_of_loss
 from ffsplit.distributed.runner import Worker
 from ffsplit.errors import ConfigError, FFSplitError, reason_of
 from ffsplit.redaction import guarded
@@ -40,6 +41,7 @@ class Together:
     size: int
     cpus: int
     gpus: float
+    accelerator: str | None = None
 
     def run(self, item: Any) -> Any:
         from ray.train.v2.api.exceptions import TrainingFailedError
@@ -54,7 +56,7 @@ class Together:
                 if not attempts_left:
                     reasons = [reason for each in _causes(error) if (reason := reason_of_loss(each))]
                     if reasons:
-                        raise FFSplitError(
+                        raise kind_of_loss(reasons[0])(
                             f"{self.size} processes that work together were lost {1 + MAX_RETRIES} times, "
                             f"the last because {reasons[0]}; finished work is kept, and the same command "
                             "resumes from it"
@@ -81,14 +83,24 @@ class Together:
                 train_loop_config={"item": item},
                 torch_config=TorchConfig(backend="nccl" if self.gpus else "gloo"),
                 scaling_config=ScalingConfig(
-                    num_workers=self.size, use_gpu=bool(self.gpus), resources_per_worker=each
+                    num_workers=self.size,
+                    use_gpu=bool(self.gpus),
+                    resources_per_worker=each,
+                    **selector(self.accelerator),
                 ),
                 run_config=RunConfig(storage_path=str(folder), name="together"),
             )
             return trainer.fit().return_value
 
 
-def place(function: Worker[Any, Any], *, size: int, threads: int, use_gpus: bool) -> Together:
+def place(
+    function: Worker[Any, Any],
+    *,
+    size: int,
+    threads: int,
+    use_gpus: bool,
+    accelerator: str | None = None,
+) -> Together:
     """Reserve `threads` CPUs per process (fewer if the cluster is smaller), and a GPU each if asked.
 
     Raises ConfigError if the cluster has no room for `size` processes at once, or its Ray is too old.
@@ -98,8 +110,8 @@ def place(function: Worker[Any, Any], *, size: int, threads: int, use_gpus: bool
         raise ConfigError(
             f"--healing-workers {size} needs Ray {oldest} or newer: pip install 'ray[default]>={oldest}'"
         )
-    resources = ray.cluster_resources()
-    cpus, gpus = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    found = [host.resources for host in hosts(Share(1, 0, accelerator))]
+    cpus, gpus = (int(sum(each.get(kind, 0) for each in found)) for kind in ("CPU", "GPU"))
     if size > cpus or (use_gpus and size > gpus):
         has = f"{cpus} CPUs and {gpus} GPUs" if use_gpus else f"{cpus} CPUs"
         fitting = max(1, min(cpus, gpus) if use_gpus else cpus)
@@ -107,10 +119,9 @@ def place(function: Worker[Any, Any], *, size: int, threads: int, use_gpus: bool
             f"--healing-workers {size}: the cluster has {has}: give --healing-workers {fitting}, or a larger "
             "cluster"
         )
-    largest = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    return Together(
-        function, size=size, cpus=max(1, min(threads, largest, cpus // size)), gpus=float(use_gpus)
-    )
+    largest = max(int(each["CPU"]) for each in found)
+    share = max(1, min(threads, largest, cpus // size))
+    return Together(function, size=size, cpus=share, gpus=float(use_gpus), accelerator=accelerator)
 
 
 def run_together(together: Together, item: Any) -> Any:

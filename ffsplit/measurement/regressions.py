@@ -77,11 +77,18 @@ def judge_regressions(
 def _judge(gate: RegressionGate, new: Measurements, current: Measurements | None) -> GateResult:
     if current is None:
         return GateResult(gate=str(gate), figure=None, met=False)
+    if gate.metric == "speedup drop" and _timed_on(new) != _timed_on(current):
+        return GateResult(gate=str(gate), figure=None, met=False)
     if gate.metric == "speedup drop":
         return _speed_result(gate, new.latency, current.latency)
     figure = _figure(gate.metric, new, current)
     figure = None if figure is None or not math.isfinite(figure) else float(f"{figure:.12g}")
     return GateResult(gate=str(gate), figure=figure, met=figure is not None and figure <= gate.limit)
+
+
+def _timed_on(measured: Measurements) -> object:
+    """The kind of GPU or processor, since speed-ups on two kinds cannot be compared."""
+    return measured.hardware.get("gpu" if measured.device.startswith("cuda") else "processor")
 
 
 def _figure(metric: str, new: Measurements, current: Measurements) -> float | None:

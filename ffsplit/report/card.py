@@ -254,7 +254,8 @@ def _fidelity_rows(fidelity: dict[str, float]) -> Iterator[str]:
 
 def _hardware(manifest: Manifest, measured: Measurements) -> str:
     """The machine, the device and the versions that the figures were measured with, in one sentence."""
-    found, versions = manifest.environment.hardware, manifest.environment.versions
+    found = measured.hardware or manifest.environment.hardware
+    versions = manifest.environment.versions
     names = ("gpu", "processor") if measured.device.startswith("cuda") else ("processor",)
     machine = [str(found[name]) for name in names if name in found]
     machine += [f"{found['num_cpus']} CPUs"] if "num_cpus" in found else []

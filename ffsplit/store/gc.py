@@ -90,7 +90,8 @@ def plan(store: Store, *, keep_last: int, min_age: timedelta = DEFAULT_MIN_AGE) 
     """
     if keep_last < 0:
         raise ConfigError(f"--keep-last {keep_last}: give 0 or more")
-    before = datetime.now(timezone.utc) - min_age
+    now = datetime.now(timezone.utc)
+    before = now - min_age
     commits = [run.commit for run in list_runs(store)]
     latest = latest_commit(store)
     kept = pinned_runs(store) | aliased_runs(store) | ({latest.run_key} if latest else set())
@@ -109,7 +110,7 @@ def plan(store: Store, *, keep_last: int, min_age: timedelta = DEFAULT_MIN_AGE) 
             if has_expired(prefix.partition("/")[2], datetime.now(timezone.utc)):
                 removals.append(_removal(prefix, entries, commit=None))
             continue
-        in_use = max(entry.modified_at for entry in entries) >= before
+        in_use = any(abs(now - entry.modified_at) <= min_age for entry in entries)  # clocks may go back
         if (is_winner and commit and commit.run_key not in kept) or (not is_winner and not in_use):
             removals.append(_removal(prefix, entries, commit=commit if is_winner else None))
     leftovers = store.remove_leftovers(before, dry_run=True)

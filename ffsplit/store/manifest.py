@@ -262,6 +262,9 @@ class Measurements(Record):
     device: str
     dtype: str
     num_threads: int
+    hardware: dict[str, str | int] = Field(
+        default={}, description="of the host that measured: processor, num_cpus, memory_bytes and gpu"
+    )
     seconds: dict[str, float] = Field(default={}, description="how long each part of the measurement took")
 
 

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import TracebackType
 
@@ -32,6 +32,7 @@ from ffsplit.store.commits import (
     add_to_index,
     move_hint,
     read_commit,
+    read_hint,
     record_bytes,
 )
 from ffsplit.store.entries import MANIFEST_NAME, UNLISTED, FileEntry, file_entry, list_files
@@ -112,7 +113,7 @@ class Upload:
                 attempt=self._attempt,
                 manifest_sha256=manifest_sha256,
                 kind=kind,
-                committed_at=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+                committed_at=_next_time(self._store).isoformat(timespec="microseconds"),
             )
             for sent in self._sent.values():
                 sent.result()
@@ -170,6 +171,15 @@ class Upload:
             names = ", ".join(sorted({entry.path for entry in differing}))
             raise ArtifactError(f"{directory} does not match its manifest: {names}")
         return manifest, hashlib.sha256(data).hexdigest()
+
+
+def _next_time(store: Store) -> datetime:
+    """The present, but later than the newest model: `latest` follows these times, and clocks may go back."""
+    now = datetime.now(timezone.utc)
+    with suppress(FFSplitError):  # the hint may be missing or of a newer version
+        if (hint := read_hint(store)) is not None:
+            now = max(now, hint.order[0] + timedelta(microseconds=1))
+    return now
 
 
 def _commit(store: Store, commit: Commit) -> Commit:

@@ -260,7 +260,8 @@ def _store(uri: str) -> Store:
 # Runs that differ only in their gates share a scratch. A committed run removes it unless another run key
 # holds it. If a run ends in any other way, its scratch stays for the next run, and `ffsplit gc` finally
 # collects it. An owner record older than LEASE is void: its run was killed, or lost its store. Times are the
-# store's own, so the clocks of hosts do not matter.
+# store's own, so the clocks of hosts do not matter. If the store's clock goes back, a record from the future
+# is void too, or it would be held until the clock is there again.
 #
 # A run that removes a scratch first announces it, then looks for owners; a run that starts first registers,
 # then looks for announcements. So of two concurrent runs at least one sees the other, and gives way.
@@ -329,9 +330,9 @@ class Lease:
             owners = self._owners()
             closing = [each for each in owners if _name(each).startswith(CLOSING)]
             for each in closing:
-                if now - each.modified_at > LEASE:  # it was killed while removing
+                if not _is_held(each, now=now):  # it was killed while removing
                     self._store.delete(each.key)
-            is_closing = any(now - each.modified_at <= LEASE for each in closing)
+            is_closing = any(_is_held(each, now=now) for each in closing)
             if not is_closing and any(each.key == self._key for each in owners):
                 return  # else the removal that has just ended took this record with it
             if is_closing and not told:
@@ -384,8 +385,13 @@ def holders(entries: Iterable[Stored], *, now: datetime) -> set[str]:
     return {
         "" if _name(each).startswith(CLOSING) else _name(each).partition("-")[0]
         for each in entries
-        if each.key.split("/")[2:3] == [OWNERS] and now - each.modified_at <= LEASE
+        if each.key.split("/")[2:3] == [OWNERS] and _is_held(each, now=now)
     }
+
+
+def _is_held(entry: Stored, *, now: datetime) -> bool:
+    """Whether an owner's record is renewed. One from the future is not: the store's clock went back since."""
+    return abs(now - entry.modified_at) <= LEASE
 
 
 def _name(entry: Stored) -> str:

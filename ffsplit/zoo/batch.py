@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Literal
 
 from pydantic import Field
@@ -20,8 +21,11 @@ from ffsplit.store.store import MissingKey, Store, read_at_most
 
 BATCHES_PREFIX, INDEX_NAME = "batches", "index.html"
 MAX_BATCH_BYTES = 256 << 20
+BATCH_ID = r"^\d{8}T\d{6}Z-[0-9a-f]{6}$"
 NUM_PAST_BATCHES = 20
 """How many earlier batches the index shows."""
+
+_STAMP = "%Y%m%dT%H%M%SZ"
 
 State = Literal["published", "committed already", "refused", "failed", "interrupted"]
 """The outcome of a model. `interrupted`: the batch stopped before this model finished, or started."""
@@ -89,7 +93,7 @@ class ModelResult(Record):
         default={}, description="digests of what the run key depends on: two runs differ where these do"
     )
     stages: tuple[StageUse, ...] = Field(default=(), description="of the attempt that finished")
-    gpu: str | None = Field(default=None, description="the name of the driver's GPU")
+    gpu: str | None = Field(default=None, description="the name of the GPU that measured, or the driver's")
 
     @classmethod
     def of(
@@ -100,6 +104,8 @@ class ModelResult(Record):
         report: str,
     ) -> ModelResult:
         measured = manifest.measurements
+        hardware = manifest.environment.hardware | (measured.hardware if measured else {})
+        gpu = hardware.get("gpu")
         return cls(
             state=state,
             run_key=manifest.run_key,
@@ -114,7 +120,7 @@ class ModelResult(Record):
                 StageUse(name=each.name, wall_s=each.wall_s, cpu_s=each.cpu_s, gpu_s=each.gpu_s)
                 for each in manifest.stages
             ),
-            gpu=None if (gpu := manifest.environment.hardware.get("gpu")) is None else str(gpu),
+            gpu=None if gpu is None else str(gpu),
         )
 
 
@@ -183,6 +189,9 @@ class BatchModel(Record):
     wall_s: float = Field(description="of all attempts, without the waits between them")
     revision: str | None = Field(default=None, description="of a model on the hub: branch, tag or commit")
     commit: str | None = Field(default=None, description="what the revision named when the batch began")
+    less_memory: str | None = Field(
+        default=None, description="how it was tried once more after it ran out of memory; None if it did not"
+    )
     promotion: Promotion | None = Field(default=None, description="None without `promote`")
     cost: Cost | None = Field(default=None, description="None if nothing was computed, or it failed")
 
@@ -190,7 +199,7 @@ class BatchModel(Record):
 class Batch(Versioned):
     """One pass over a zoo."""
 
-    id: str = Field(pattern=r"^\d{8}T\d{6}Z-[0-9a-f]{6}$", description="sorts by the time it began")
+    id: str = Field(pattern=BATCH_ID, description="sorts by the time it began")
     zoo: str
     zoo_digest: str
     destination: str
@@ -226,8 +235,13 @@ class Batch(Versioned):
         return REFUSED if self.count("refused") or self.moved("refused") else DONE
 
 
-def new_batch_id(now: datetime) -> str:
-    return f"{now.astimezone(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+def new_batch_id(now: datetime, *, after: str | None = None) -> str:
+    """A name that sorts after the one of an earlier batch, whatever the clock says."""
+    now = now.astimezone(timezone.utc)
+    if after is not None:
+        before = datetime.strptime(after.partition("-")[0], _STAMP).replace(tzinfo=timezone.utc)
+        now = max(now, before + timedelta(seconds=1))
+    return f"{now:{_STAMP}}-{secrets.token_hex(3)}"
 
 
 def batch_key(batch_id: str) -> str:
@@ -238,11 +252,19 @@ def save_batch(store: Store, batch: Batch) -> None:
     store.put_bytes(batch_key(batch.id), (batch.model_dump_json(indent=2) + "\n").encode())
 
 
-def past_batches(store: Store, *, before: str) -> list[Batch]:
-    """The newest batches that began before a given one, oldest first. Unreadable ones are left out."""
-    keys = [key for key in store.list(BATCHES_PREFIX) if key.endswith(".json") and key < batch_key(before)]
+def batch_ids(store: Store) -> list[str]:
+    """The names of all batches, in the order in which they began."""
+    names = (
+        key.removeprefix(f"{BATCHES_PREFIX}/").removesuffix(".json") for key in store.list(BATCHES_PREFIX)
+    )
+    return sorted(name for name in names if re.fullmatch(BATCH_ID, name))
+
+
+def past_batches(store: Store, *, before: str | None = None) -> list[Batch]:
+    """The newest batches (that began before a given one), oldest first. Unreadable ones are left out."""
+    ids = [each for each in batch_ids(store) if before is None or each < before]
     batches = []
-    for key in sorted(keys)[-NUM_PAST_BATCHES:]:
+    for key in map(batch_key, ids[-NUM_PAST_BATCHES:]):
         with suppress(MissingKey, ArtifactError):
             batches.append(read_record(Batch, read_at_most(store, key, MAX_BATCH_BYTES), name=key))
     return batches

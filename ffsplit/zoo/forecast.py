@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from typing import Literal
 
 from pydantic import Field
@@ -18,7 +17,7 @@ from ffsplit.store.artifact import locate, read_manifest
 from ffsplit.store.commits import list_commits
 from ffsplit.store.manifest import Manifest
 from ffsplit.store.store import Store, open_store
-from ffsplit.zoo.batch import BatchModel, Cost, StageUse, new_batch_id, past_batches
+from ffsplit.zoo.batch import BatchModel, Cost, StageUse, past_batches
 from ffsplit.zoo.comparison import reasons, short
 from ffsplit.zoo.costs import cost_of_stages
 from ffsplit.zoo.zoo_file import Zoo, ZooModel
@@ -79,7 +78,7 @@ def forecast(zoo: Zoo, commits: Mapping[int, str], *, workers: int | None = None
 
 def _last_results(zoo: Zoo) -> dict[str, BatchModel]:
     """Each model's entry in the newest batch that has it."""
-    batches = past_batches(open_store(zoo.destination), before=new_batch_id(datetime.now(timezone.utc)))
+    batches = past_batches(open_store(zoo.destination))
     return {model.name: model for batch in batches for model in batch.models}
 
 

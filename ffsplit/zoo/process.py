@@ -18,7 +18,9 @@ from pydantic import ValidationError
 
 from ffsplit.config import JobConfig, Record
 from ffsplit.directories import temporary_folder
-from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, REFUSED, exit_code_of
+from ffsplit.errors import is_out_of_memory
+from ffsplit.exit_codes import DONE, FAILED, INTERRUPTED, MISTAKE, REFUSED, exit_code_of
+from ffsplit.machine import oom_kills
 from ffsplit.zoo.batch import ModelResult
 
 # One model of a batch, in its own process: whatever happens to it, the batch continues.
@@ -31,10 +33,11 @@ LEAVE_WITHIN_S = 60.0
 
 
 class Request(Record):
-    """The job to run, and the file to write its result to."""
+    """The job to run, the file to write its result to, and one that tells that memory ran out."""
 
     job: JobConfig
     result_file: str
+    memory_file: str
 
 
 def main() -> int:
@@ -57,7 +60,12 @@ def _run(request: Request) -> int:
     from ffsplit.run.driver import run_to_end
     from ffsplit.zoo.batch import ModelResult
 
-    finished = run_to_end(request.job)
+    try:
+        finished = run_to_end(request.job)
+    except Exception as error:
+        if is_out_of_memory(error):
+            Path(request.memory_file).touch()
+        raise
     result = ModelResult.of(finished.manifest, state=finished.state, report=finished.report)
     Path(request.result_file).write_text(result.model_dump_json(), "utf-8")
     return REFUSED if finished.state == "refused" else DONE
@@ -79,6 +87,7 @@ class Ended(NamedTuple):
     exit_code: int
     last_words: str
     result: ModelResult | None
+    is_out_of_memory: bool = False
 
 
 async def run_process(job: JobConfig, say: Say, *, within_s: float) -> Ended:
@@ -103,11 +112,12 @@ async def run_process(job: JobConfig, say: Say, *, within_s: float) -> Ended:
 
 async def _see_through(process: Process, job: JobConfig, heard: _Heard, *, within_s: float) -> Ended:
     """Send a process its request, and wait for it."""
+    kills = oom_kills()
     with temporary_folder() as folder:
-        result_file = folder / "result.json"
+        result_file, memory_file = folder / "result.json", folder / "out-of-memory"
         try:
             assert process.stdin is not None
-            request = Request(job=job, result_file=str(result_file))
+            request = Request(job=job, result_file=str(result_file), memory_file=str(memory_file))
             with suppress(ConnectionError):  # it died before it read the request: its exit code is reported
                 process.stdin.write(request.model_dump_json().encode() + b"\n")
                 await process.stdin.drain()
@@ -121,7 +131,12 @@ async def _see_through(process: Process, job: JobConfig, heard: _Heard, *, withi
         result = _read(result_file)
         if exit_code in (DONE, REFUSED) and result is None:
             last_words = f"its process ended with exit code {exit_code}, but wrote no result"
-        return Ended(exit_code, _explain(exit_code, last_words), result)
+        has_failed = exit_code not in (DONE, MISTAKE, REFUSED, INTERRUPTED)
+        was_killed = has_failed and oom_kills() > kills  # this process, or a worker of it on this machine
+        words = _explain(exit_code, last_words)
+        if was_killed and exit_code == -signal.SIGKILL:
+            words = f"the system ran out of memory and killed its process; last output: {last_words}"
+        return Ended(exit_code, words, result, was_killed or (has_failed and memory_file.exists()))
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import Literal
 
 from ffsplit import __version__, streams
@@ -15,14 +15,16 @@ from ffsplit.config import JobConfig
 from ffsplit.directories import by_name
 from ffsplit.distributed.ray_cluster import share_cluster
 from ffsplit.errors import FFSplitError, begun
-from ffsplit.exit_codes import DONE, FAILED, MISTAKE, REFUSED
+from ffsplit.exit_codes import DONE, FAILED, REFUSED
 from ffsplit.redaction import without_credentials
 from ffsplit.store.aliases import this_user
 from ffsplit.store.store import Store, open_store
+from ffsplit.zoo.attempts import Attempts
 from ffsplit.zoo.batch import (
     INDEX_NAME,
     Batch,
     BatchModel,
+    batch_ids,
     describe_promotion,
     new_batch_id,
     past_batches,
@@ -34,6 +36,7 @@ from ffsplit.zoo.page import render_index
 from ffsplit.zoo.process import Ended, run_process
 from ffsplit.zoo.promotion import promote_result
 from ffsplit.zoo.revisions import at_commits
+from ffsplit.zoo.turns import own_turn
 from ffsplit.zoo.zoo_file import Zoo, ZooModel
 
 Say = Callable[[str], None]
@@ -53,7 +56,8 @@ class _Pass:
     """Of models on the hub, by the same index."""
 
     def __post_init__(self) -> None:
-        self._id = new_batch_id(self.started)
+        self._began = time.monotonic()
+        self._id = new_batch_id(self.started, after=next(reversed(batch_ids(self.store)), None))
         self._events = Events(self.zoo.on_event, self.say)
 
     @property
@@ -82,13 +86,14 @@ class _Pass:
         return by_name(batch, given=(batch.destination, *given))
 
     def _as_it_stands(self, *, all_models: bool = True) -> Batch:
+        elapsed = timedelta(seconds=time.monotonic() - self._began)  # the clock may go back meanwhile
         return Batch(
             id=self._id,
             zoo=self.zoo.name,
             zoo_digest=self.zoo.digest,
             destination=self.store.uri,
             started_at=self.started.isoformat(timespec="seconds"),
-            finished_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            finished_at=(self.started + elapsed).isoformat(timespec="seconds"),
             ffsplit_version=__version__,
             max_models_in_flight=self.zoo.max_models_in_flight,
             models=tuple(
@@ -109,7 +114,8 @@ def run_zoo(
 ) -> Batch:
     """Compress every model of a zoo, and publish what passes its gates. Returns the batch as recorded.
 
-    A model that fails is retried, and never stops the others. A batch that is interrupted, by SIGINT or
+    A batch that runs in this destination already is waited for. A model that fails is retried, and never
+    stops the others. A batch that is interrupted, by SIGINT or
     SIGTERM, is recorded at once: models that have ended with their outcome, the others as interrupted. Raises
     ConfigError, before anything is run, if the cluster or the destination cannot be used.
     """
@@ -117,7 +123,7 @@ def run_zoo(
         zoo.on_event.check()
     store, say = open_store(zoo.destination), say or streams.note
     store.check_writable()
-    with share_cluster(address, runner=runner) as cluster:
+    with share_cluster(address, runner=runner) as cluster, own_turn(store, say):
         at, commits = at_commits(zoo, say)
         this = _Pass(zoo, store, say, datetime.now(timezone.utc), commits=commits)
         share = workers or max(1, cluster.num_cpus // zoo.max_models_in_flight)
@@ -158,30 +164,27 @@ async def _run_all(this: _Pass, jobs: list[JobConfig]) -> None:
 
 
 async def _run_model(this: _Pass, index: int, job: JobConfig, running: asyncio.Semaphore) -> None:
-    """Run one model, with retries unless the failure is the user's mistake.
-
-    A model that waits for its next attempt does not count as running.
-    """
-    model, wall_s, num_attempts = this.zoo.models[index], 0.0, 0
+    """Run one model, with retries. While it waits for its next attempt, it does not count as running."""
+    model, wall_s = this.zoo.models[index], 0.0
+    attempts = Attempts(job, retries=this.zoo.retries, backoff_s=this.zoo.backoff_s)
     while True:
-        num_attempts += 1
         async with running:
             started = time.monotonic()
             try:
                 ended = await run_process(
-                    job,
+                    attempts.job,
                     lambda line: this.say(f"{model.name} | {line}"),
                     within_s=3600 * this.zoo.attempt_hours,
                 )
             except OSError as error:  # out of processes, descriptors or disk: other models may still run
                 ended = Ended(FAILED, f"its process could not be run: {error}", None)
             wall_s += time.monotonic() - started
-        if ended.exit_code in (DONE, REFUSED, MISTAKE) or num_attempts > this.zoo.retries:
+        another = attempts.follow(ended)
+        if another is None:
             break
-        wait_s = this.zoo.backoff_s * 2 ** (num_attempts - 1)
-        this.say(f"{model.name} | failed, retry in {wait_s:g} s: {ended.last_words}")
-        await asyncio.sleep(wait_s)
-    recorded = _describe(this, index, ended, num_attempts=num_attempts, wall_s=round(wall_s, 3))
+        this.say(f"{model.name} | {another.told}")
+        await asyncio.sleep(another.wait_s)
+    recorded = _describe(this, index, attempts, wall_s=round(wall_s, 3))
     if recorded.state in ("published", "committed already"):
         recorded = await asyncio.to_thread(_promoted, this, model, recorded)
     this.ended[index] = recorded
@@ -201,8 +204,9 @@ def _promoted(this: _Pass, model: ZooModel, recorded: BatchModel) -> BatchModel:
     return recorded.model_copy(update={"promotion": promotion})
 
 
-def _describe(this: _Pass, index: int, ended: Ended, *, num_attempts: int, wall_s: float) -> BatchModel:
-    model = this.zoo.models[index]
+def _describe(this: _Pass, index: int, attempts: Attempts, *, wall_s: float) -> BatchModel:
+    model, ended = this.zoo.models[index], attempts.outcome
+    assert ended is not None, "there was an attempt"
     result = ended.result if ended.exit_code in (DONE, REFUSED) else None
     commit = this.commits.get(index)
     return BatchModel(
@@ -212,8 +216,9 @@ def _describe(this: _Pass, index: int, ended: Ended, *, num_attempts: int, wall_
         state="failed" if result is None else result.state,
         result=result,
         error=ended.last_words if result is None else None,
-        num_attempts=num_attempts,
+        num_attempts=attempts.number,
         wall_s=wall_s,
+        less_memory=attempts.less_memory,
         revision=None if commit is None else model.job.revision or "main",
         commit=commit,
         cost=None if result is None else cost_of(result, this.zoo.prices),

@@ -34,18 +34,39 @@ def lifetime(spec: dict[str, Any]) -> Iterator[str]:
     """The cluster goes when the job is done, and no failure costs without end."""
     if spec.get("submissionMode") not in SUBMISSION_MODES:
         yield f"submissionMode {spec.get('submissionMode')}: KubeRay knows {', '.join(SUBMISSION_MODES)}"
-    if not spec.get("shutdownAfterJobFinishes"):
-        yield "shutdownAfterJobFinishes: the cluster would stay, and cost"
-    if spec.get("ttlSecondsAfterFinished", 0) > 0 and not spec.get("shutdownAfterJobFinishes"):
-        yield "ttlSecondsAfterFinished counts only with shutdownAfterJobFinishes"
-    if not 0 < spec.get("ttlSecondsAfterFinished", 0) <= 3600:
-        yield "ttlSecondsAfterFinished: some time to look, an hour at most"
+    yield from deletion(spec)
     if spec.get("backoffLimit") not in (1, 2):
         yield "backoffLimit: a lost head must cost one more cluster, a user's mistake not many"
     if not spec.get("activeDeadlineSeconds"):
         yield "activeDeadlineSeconds: a batch that hangs would cost for ever"
     if spec.get("suspend"):
         yield "suspend: it would not run"
+
+
+def deletion(spec: dict[str, Any]) -> Iterator[str]:
+    """Whatever the job's end, the cluster goes soon, and the RayJob stays: the schedule's pod reads it.
+
+    The operator refuses rules beside shutdownAfterJobFinishes, two rules of one policy and condition, and
+    workers that go before an autoscaled cluster does. It does so when the RayJob exists already.
+    """
+    rules = spec.get("deletionStrategy", {}).get("deletionRules", [])
+    for field in ("shutdownAfterJobFinishes", "ttlSecondsAfterFinished"):
+        if rules and field in spec:
+            yield f"{field}: deletionRules take its place"
+    ends: dict[str, int] = {}
+    for rule in rules:
+        condition = rule["condition"]
+        end = str(condition.get("jobStatus") or f"deployment {condition.get('jobDeploymentStatus')}")
+        if rule["policy"] != "DeleteCluster":
+            yield f"policy {rule['policy']}: the whole cluster goes, and nothing else"
+        elif end in ends:
+            yield f"{end}: two rules"
+        ends[end] = condition.get("ttlSeconds", 0)
+    for end in ("SUCCEEDED", "FAILED", "deployment Failed"):
+        if end not in ends:
+            yield f"deletionRules: after {end} the cluster would stay, and cost"
+        elif not 0 < ends[end] <= 3600:
+            yield f"ttlSeconds after {end}: some time to look, an hour at most"
 
 
 def authentication(spec: dict[str, Any]) -> Iterator[str]:

@@ -24,6 +24,15 @@ def pod(spec: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def rules(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = spec["deletionStrategy"]["deletionRules"]
+    return found
+
+
+def rule(spec: dict[str, Any]) -> dict[str, Any]:
+    return rules(spec)[0]
+
+
 def head(spec: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = spec["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     return found
@@ -37,7 +46,11 @@ def test_the_crd_accepts_it(kind: str) -> None:
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        (lambda spec: spec.update(ttlSecondsAfterFinish=5), "ttlSecondsAfterFinish"),
+        (lambda spec: spec.update(deletionPolicy="DeleteCluster"), "deletionPolicy"),
+        (lambda spec: spec["deletionStrategy"].update(deletionRules=[]), "deletionRules"),
+        (lambda spec: rule(spec).update(policy="DeleteAll"), "DeleteAll"),
+        (lambda spec: rule(spec)["condition"].update(jobStatus="STOPPED"), "STOPPED"),
+        (lambda spec: rule(spec)["condition"].update(ttlSeconds=-1), "ttlSeconds"),
         (lambda spec: spec.update(backoffLimit="2"), "backoffLimit"),
         (lambda spec: spec["rayClusterSpec"].update(authOptions={"mode": "on"}), "mode"),
         (lambda spec: spec["rayClusterSpec"].update(authOption={}), "authOption"),
@@ -63,8 +76,16 @@ def test_no_rule_is_broken() -> None:
     ("change", "said"),
     [
         (lambda spec: spec.update(submissionMode="K8SJobMode"), "submissionMode"),
-        (lambda spec: spec.pop("shutdownAfterJobFinishes"), "shutdownAfterJobFinishes"),
-        (lambda spec: spec.update(ttlSecondsAfterFinished=86400), "ttlSecondsAfterFinished"),
+        (lambda spec: spec.pop("deletionStrategy"), "the cluster would stay"),
+        (lambda spec: rules(spec).pop(), "after deployment Failed the cluster would stay"),
+        (lambda spec: spec.update(shutdownAfterJobFinishes=True), "shutdownAfterJobFinishes"),
+        (lambda spec: spec.update(ttlSecondsAfterFinished=600), "ttlSecondsAfterFinished"),
+        (lambda spec: rule(spec)["condition"].update(ttlSeconds=86400), "ttlSeconds"),
+        (lambda spec: rules(spec).append(rule(spec)), "two rules"),
+        (
+            lambda spec: rules(spec).append({"policy": "DeleteSelf", "condition": {"jobStatus": "STOPPED"}}),
+            "policy DeleteSelf",
+        ),
         (lambda spec: spec.update(backoffLimit=0), "backoffLimit"),
         (lambda spec: spec.update(backoffLimit=9), "backoffLimit"),
         (lambda spec: spec.pop("activeDeadlineSeconds"), "activeDeadlineSeconds"),

@@ -56,6 +56,17 @@ def test_two_batches_never_meet() -> None:
     )
 
 
+def test_no_batch_is_lost() -> None:
+    """One that is due while another runs starts when that one has ended, but before the next is due."""
+    cron = of_kind("CronJob")["spec"]
+    minute, hour, *rest = cron["schedule"].split()
+    assert minute.isdecimal() and hour.isdecimal() and rest == ["*"] * 3, "every day at one time"
+    longest = cron["jobTemplate"]["spec"]["activeDeadlineSeconds"]
+    assert longest < cron["startingDeadlineSeconds"] < 24 * 3600
+    assert cron["timeZone"] == "Etc/UTC", "elsewhere a night may have the hour twice, or not at all"
+    assert not cron.get("suspend")
+
+
 def test_the_schedule_may_create_rayjobs_and_no_more() -> None:
     role, binding = of_kind("Role"), of_kind("RoleBinding")
     assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create", "get"]}]

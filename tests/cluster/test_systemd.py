@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import configparser
+import os
+import re
 import shlex
 import shutil
 import subprocess
+from datetime import datetime, timedelta
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,6 +81,34 @@ def test_the_token_is_a_credential(name: str) -> None:
     assert service["User"] == "ffsplit"
     assert service["NoNewPrivileges"] == "true"
     assert service["ProtectSystem"] == "strict"
+
+
+@pytest.mark.subprocess
+@pytest.mark.parametrize("changes", ["2026-03-29", "2026-10-25"])
+def test_summer_time_neither_skips_a_batch_nor_repeats_it(changes: str) -> None:
+    """systemd's own calendar, on a machine in Berlin: there is a batch every 24 hours."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("no systemd-analyze here")
+    calendar = unit("ffsplit-zoo.timer")["Timer"]["OnCalendar"]
+    begins = datetime.fromisoformat(changes) - timedelta(days=2)
+    done = subprocess.run(
+        ["systemd-analyze", "calendar", "--iterations=5", f"--base-time={begins}", calendar],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TZ": "Europe/Berlin", "LC_ALL": "C"},
+        check=True,
+    )
+    found = re.findall(r"\(in UTC\): \w+ (\S+ \S+) UTC", done.stdout)
+    times = [datetime.fromisoformat(text) for text in found]
+    assert [later - time for time, later in pairwise(times)] == [timedelta(days=1)] * 4
+
+
+def test_the_timer_does_not_start_a_batch_that_runs() -> None:
+    """systemd leaves a service alone that is active; of type oneshot it is, until its command has ended."""
+    service = unit("ffsplit-zoo.service")["Service"]
+    assert service["Type"] == "oneshot" and "RemainAfterExit" not in service
+    assert "--no-wait" not in service["ExecStart"]
+    assert service["TimeoutStartSec"] == "6h", "less than a day: the next batch finds it ended"
 
 
 def test_the_timer_starts_the_batch() -> None:

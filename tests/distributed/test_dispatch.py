@@ -11,7 +11,7 @@ import pytest
 
 from ffsplit.distributed import dispatch as module
 from ffsplit.distributed.dispatch import Done, Event, Failed, Lost, Ready, dispatch
-from ffsplit.errors import CalibrationError, FFSplitError
+from ffsplit.errors import CalibrationError, FFSplitError, OutOfMemoryError
 
 
 @dataclass
@@ -123,6 +123,17 @@ def test_an_item_that_takes_its_workers_with_it_ends_the_stage() -> None:
     assert not pool.open_now
 
 
+def test_an_item_whose_workers_run_out_of_memory_says_so_by_its_error() -> None:
+    def outcome(slot: int, item: Any) -> Event:
+        return Lost(slot, "out of memory", OutOfMemoryError) if item == 3 else Done(slot, item)
+
+    with pytest.raises(OutOfMemoryError, match="item 3 lost 4 workers, the last because out of memory"):
+        list(dispatch(Pool([2], outcome), range(9), stage="calibrate"))
+    pool = Pool([2], starts=lambda slot: Lost(slot, "out of memory", OutOfMemoryError))
+    with pytest.raises(OutOfMemoryError, match="no worker starts, the last because out of memory"):
+        list(dispatch(pool, range(5), stage="s"))
+
+
 def test_a_worker_that_waits_for_room_holds_no_item_up() -> None:
     pool = Pool([3], starts=lambda slot: Ready(slot) if slot == 1 else None)
     assert len(list(dispatch(pool, range(20), stage="s"))) == 20
@@ -157,9 +168,9 @@ def test_an_idle_slot_that_is_lost_gets_no_item() -> None:
         slots.ready(slot)
     slots.start(7, 3)
     assert slots.in_hand == {1: 7} and slots.idle == [0]
-    assert slots.lose(0, reason="its host left", stage="s") is None
+    assert slots.lose(Lost(0, "its host left"), stage="s") is None
     assert (slots.idle, slots.in_hand, pool.open_now) == ([], {1: 7}, {1})
-    assert slots.lose(1, reason="its host left", stage="s") == 7
+    assert slots.lose(Lost(1, "its host left"), stage="s") == 7
 
 
 def test_an_error_ends_the_stage_as_itself_and_leaves_no_slot() -> None:

@@ -83,17 +83,38 @@ def test_an_encrypted_connection_begins_otherwise(monkeypatch: pytest.MonkeyPatc
         ray_cluster._probe(f"ray://127.0.0.1:{port}")
 
 
-def test_an_address_without_a_port_is_left_to_ray() -> None:
-    ray_cluster._probe("ray://no-such-host.invalid")
-    with pytest.raises(OSError):  # with one, the host is looked up
-        ray_cluster._probe("ray://no-such-host.invalid:10001")
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        (
+            "http://head:8265",
+            "run `ffsplit submit --address http://head:8265 ...`, or give that of its cluster",
+        ),
+        ("ray://head", "ray://head has no port: give ray://head:10001"),
+        ("ray://[::1]", "has no port: give ray://[::1]:10001"),
+        ("head", "'head' is not the address of a Ray cluster: give HOST:PORT, such as 127.0.0.1:6379"),
+        ("head:port", "is not the address of a Ray cluster"),
+        ("ray:", "is not the address of a Ray cluster"),
+        ("ray://no-such-host.invalid:10001", "Ray at ray://no-such-host.invalid:10001 cannot be reached: "),
+    ],
+)
+def test_what_is_no_address_is_told_with_what_is_one(address: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        connect(address, num_cpus=1)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_client_whose_cluster_is_gone_is_told_briefly() -> None:
+    reason = "Request can't be sent because the Ray client has already been disconnected due to an error"
+    said = ray_cluster.refusal("ray://head:10001", reason)
+    assert said == "Ray Client answers at ray://head:10001, but not its cluster: see `ray status` on the head"
 
 
 def test_the_cluster_of_this_machine_is_probed_where_ray_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_cluster, "find_token", lambda: False)
     with silent() as port:
         monkeypatch.setattr(ray_cluster, "whole_address", {"auto": f"127.0.0.1:{port}"}.__getitem__)
-        with pytest.raises(ConfigError, match="Ray at auto cannot be reached: it accepts connections"):
+        with pytest.raises(ConfigError, match=r"of this machine at .* cannot be reached \(it accepts"):
             connect("auto", num_cpus=1)
 
 

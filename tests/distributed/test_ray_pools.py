@@ -6,18 +6,22 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+import ray
 from ray.exceptions import (
+    ActorDiedError,
     NodeDiedError,
     ObjectLostError,
+    RaySystemError,
     RayTaskError,
     TaskCancelledError,
     WorkerCrashedError,
 )
 
+from ffsplit import __version__
 from ffsplit.distributed.dispatch import Done, Event, Failed, Lost, Ready
 from ffsplit.distributed.observing import Observed
-from ffsplit.distributed.ray_pools import ActorPool, TaskPool
-from ffsplit.errors import CalibrationError, FFSplitError
+from ffsplit.distributed.ray_pools import OUT_OF_MEMORY, ActorPool, TaskPool
+from ffsplit.errors import CalibrationError, FFSplitError, OutOfMemoryError
 
 
 class Reference:
@@ -71,6 +75,23 @@ def test_a_call_that_ends_frees_its_slot(pool: TaskPool) -> None:
 def test_a_slot_is_lost_with_its_process_or_host(pool: TaskPool, error: Exception, reason: str) -> None:
     assert event_of(pool, error=error) == Lost(0, reason)
     assert lost == [reason]
+
+
+@pytest.mark.parametrize("is_actor", [True, False])
+def test_a_host_without_this_package_counts_as_lost(pool: TaskPool, is_actor: bool) -> None:
+    """Others may have it. Its last words are those of Ray, in an actor as in a task."""
+    said = "ray.exceptions.RaySystemError: System error: No module named 'ffsplit'\ntraceback: ..."
+    task = RayTaskError("f", said, RaySystemError("No module named 'ffsplit'"))
+    event = event_of(pool, error=ActorDiedError(task) if is_actor else task)
+    assert isinstance(event, Lost)
+    assert event.reason == f"its host has no ffsplit: install ffsplit {__version__} on every node"
+    other = RayTaskError("f", "No module named 'a'", CalibrationError("No module named 'a'"))
+    assert isinstance(event_of(pool, error=other), Failed), "what a model's own code lacks"
+
+
+def test_a_slot_that_is_lost_for_memory_says_so(pool: TaskPool) -> None:
+    error = ray.exceptions.OutOfMemoryError("Task was killed due to the node running low on memory")
+    assert event_of(pool, error=error) == Lost(0, OUT_OF_MEMORY, OutOfMemoryError)
 
 
 @pytest.mark.parametrize(

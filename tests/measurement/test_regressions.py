@@ -96,3 +96,17 @@ def test_a_wrong_gate_is_one_line(spec: str, message: str) -> None:
 def test_a_single_run_has_no_current_result() -> None:
     with pytest.raises(ConfigError, match="only a zoo file with `promote` compares with the current result"):
         parse_gate("sts drop <= 0.2  of current")
+
+
+def test_speed_on_two_kinds_of_hardware_is_not_compared() -> None:
+    """A result that is timed on another GPU is neither faster nor slower by that."""
+    gate = parse_regression("speedup drop <= 20% of current")
+    card, other = (
+        measured().model_copy(update={"device": "cuda", "hardware": {"gpu": gpu, "processor": "p"}})
+        for gpu in ("NVIDIA H100", "NVIDIA A10G")
+    )
+    (same,), (result,) = judge_regressions([gate], card, card), judge_regressions([gate], card, other)
+    assert same.met and same.figure == 0
+    assert (result.met, result.figure) == (False, None)
+    on_cpus = [each.model_copy(update={"device": "cpu"}) for each in (card, other)]
+    assert judge_regressions([gate], *on_cpus)[0].met, "their processor is the same"

@@ -323,6 +323,7 @@ def test_the_card_names_text_hardware_and_figures(small_job: SmallJob, tmp_path:
     processor = str(manifest.environment.hardware["processor"])
     assert f"Measured on {processor}, " in body and "; cpu, float32, 1 thread, torch " in body
     assert manifest.measurements is not None
+    assert manifest.measurements.hardware == manifest.environment.hardware, "the driver measured itself"
     cosine = manifest.measurements.fidelity["pooled_cosine"]
     assert f"| pooled cosine, between the two | | {cosine:.5f} | |" in body
     assert "| forward 1 x 8, p50 ms |" in body

@@ -85,6 +85,15 @@ def test_what_is_arriving_stays_whatever_the_limit(tmp_path: Path) -> None:
     assert [path.is_dir() for path in paths] == [True, False]
 
 
+def test_what_was_used_in_the_future_goes_too(tmp_path: Path) -> None:
+    """The clock went back since."""
+    path = bring(cache := Cache(tmp_path, 0), "a", size_bytes=100_000)
+    end_reading()
+    os.utime(path, (4e9, 4e9))
+    cache.shrink()
+    assert not path.exists()
+
+
 READER = """
 import sys
 from pathlib import Path

@@ -151,6 +151,30 @@ def test_who_was_killed_holds_nothing_once_the_lease_is_over(tmp_path: Path, nam
     assert list(store.list(".scratch")) == []
 
 
+@pytest.mark.parametrize("name", [f"{TWO}-00", "closing-00"])
+def test_a_clock_that_went_back_makes_no_hold_last(tmp_path: Path, name: str) -> None:
+    """Its record is from the future: it would be held until the clock is there again."""
+    store = open_store(str(tmp_path))
+    store.put_bytes(f"{PREFIX}/calibrate/shard-00000.json", b"{}")
+    key = f"{PREFIX}/owners/{name}.json"
+    store.put_bytes(key, b"{}")
+    ahead = (tmp_path / key).stat().st_mtime + 3600
+    os.utime(tmp_path / key, (ahead, ahead))
+    with lease(store, ONE) as held:
+        held.remove_scratch()
+    assert list(store.list(".scratch")) == []
+
+
+def test_gc_takes_what_is_from_the_future(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    for key in (f"{PREFIX}/calibrate/shard-00000.json", f"{PREFIX}/owners/{TWO}-00.json"):
+        store.put_bytes(key, b"{}")
+        os.utime(tmp_path / key, (2e9, 2e9))
+    planned = plan(store, keep_last=1)
+    assert [removal.prefix for removal in planned.removals] == [PREFIX]
+    assert collect(store, planned) == list(planned.removals) and list(store.list("")) == []
+
+
 @pytest.mark.parametrize("error", [StoreError("away"), KeyboardInterrupt()], ids=repr)
 def test_a_run_that_cannot_begin_holds_nothing(
     filled: Store, monkeypatch: pytest.MonkeyPatch, error: BaseException

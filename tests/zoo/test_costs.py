@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 
 from ffsplit.progress import Progress, Share, StageLog
+from ffsplit.store.manifest import Environment
 from ffsplit.store.scratch import Result
-from ffsplit.zoo.batch import StageUse
+from ffsplit.zoo.batch import ModelResult, StageUse
 from ffsplit.zoo.costs import cost_of, cost_of_stages
+from tests.measurement.test_regressions import measured
+from tests.store.attempts import ATTEMPT, RUN_KEY, make_manifest
 from tests.zoo.test_page import model
 
 STAGES = (
@@ -61,3 +64,18 @@ def test_a_stage_reserves_its_workers_shares() -> None:
     for stage, (cpus, gpus) in zip(log.stages, ((6, 1.5), (16, 1.0), (2, 0.5)), strict=True):
         assert stage.cpu_s == pytest.approx(cpus * stage.wall_s, abs=0.01)
         assert stage.gpu_s == pytest.approx(gpus * stage.wall_s, abs=0.01)
+
+
+def test_the_gpu_is_that_of_the_host_that_measured() -> None:
+    """The driver may have none, or another."""
+    manifest = make_manifest(run_key=RUN_KEY, attempt=ATTEMPT)
+    on_gpu = measured().model_copy(update={"hardware": {"gpu": "NVIDIA H100 80GB HBM3"}})
+    manifest = manifest.model_copy(
+        update={
+            "measurements": on_gpu,
+            "environment": Environment(versions={}, hardware={"gpu": "NVIDIA A10G"}),
+        }
+    )
+    assert ModelResult.of(manifest, state="published", report="r").gpu == "NVIDIA H100 80GB HBM3"
+    manifest = manifest.model_copy(update={"measurements": None})
+    assert ModelResult.of(manifest, state="published", report="r").gpu == "NVIDIA A10G"

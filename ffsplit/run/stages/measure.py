@@ -18,6 +18,7 @@ from ffsplit.config import Record
 from ffsplit.errors import UnsupportedModelError
 from ffsplit.ffn.shapes import LayerLayout
 from ffsplit.keys import stage_key
+from ffsplit.machine import describe_hardware
 from ffsplit.measurement.fidelity import fidelity, streamed_fidelity
 from ffsplit.measurement.gates import speed_limits
 from ffsplit.measurement.latency import load_average, load_since, paired_latency
@@ -83,6 +84,7 @@ def _measure(job: MeasureJob) -> Measurements:
         device=job.profile.device,
         dtype=job.profile.dtype,
         num_threads=job.profile.threads,
+        hardware=describe_hardware(),
     )
     measure = _block_by_block if job.block_by_block else _side_by_side
     return empty.model_copy(update=measure(job, checkpoint, compressed))
