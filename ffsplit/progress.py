@@ -1,4 +1,7 @@
-"""Progress of a run, stage by stage: bars on a terminal, plain lines in a log. Always on stderr."""
+"""Progress of a run, stage by stage: bars on a terminal or in a notebook, plain lines in a log.
+
+Bars on a terminal and lines go to stderr.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from ffsplit import logs, streams
+from ffsplit.notebook_bars import NotebookBars, is_in_notebook
 from ffsplit.store.beacon import Beacon, Position
 from ffsplit.store.manifest import Stage
 from ffsplit.store.scratch import Result
@@ -26,6 +30,8 @@ SILENT_S = 30.0
 LOOK_EVERY_S = 5.0
 """Seconds between two looks at how far a task of one item is."""
 BEAT_S = 1.0
+SETTLED_S = 5.0
+"""Estimates far below this are mostly overhead: what such stages took scales later estimates little."""
 
 
 class Expected(NamedTuple):
@@ -45,19 +51,16 @@ class _Count(MofNCompleteColumn):
 class _Times(ProgressColumn):
     """The time that is left, or that a finished stage took."""
 
-    def __init__(self, left: Callable[[], str]) -> None:
-        self._left = left
-        super().__init__()
-
     def render(self, task: Task) -> Text:
         elapsed = _clock(task.finished_time or task.elapsed or 0.0)
-        return Text(elapsed if task.finished or task.total is None else f"{elapsed}{self._left()}")
+        left = "" if task.finished or task.total is None else task.fields.get("left", "")
+        return Text(f"{elapsed}{left}")
 
 
 class Progress:
     """Shows the user what a job is doing. Use as a context manager."""
 
-    def __init__(self, stream: TextIO | Stream | None) -> None:
+    def __init__(self, stream: TextIO | Stream | None, *, in_notebook: bool = False) -> None:
         self._stream = Stream(stream)
         self._bars: RichProgress | None = None
         self._stage, self._total, self._done = "", 0, 0
@@ -69,34 +72,43 @@ class Progress:
         self._position: Position | None = None
         self._lock, self._ended = threading.RLock(), threading.Event()
         self._json = logs.asked_for() == "json"
-        if self._stream.isatty() and not self._json:
+        if (in_notebook or self._stream.isatty()) and not self._json:
             columns = (
                 SpinnerColumn(finished_text=" "),
                 TextColumn("{task.description:<12}", markup=False),
                 BarColumn(bar_width=24),
                 _Count(),
-                _Times(self._left_in_words),
+                _Times(),
             )
-            self._bars = RichProgress(*columns, console=Console(file=cast(TextIO, self._stream)))
+            console = Console(file=cast(TextIO, self._stream))
+            self._bars = NotebookBars(*columns) if in_notebook else RichProgress(*columns, console=console)
 
     @classmethod
-    def to_stderr(cls) -> Progress:
+    def to_user(cls) -> Progress:
+        """On stderr, or as an output of the notebook's cell."""
         logs.set_up(logs.asked_for())
-        return cls(stderr())
+        return cls(stderr(), in_notebook=is_in_notebook())
 
     def __enter__(self) -> Progress:
-        if self._bars is not None:
-            self._bars.start()
         self._ended.clear()
         self._beats = threading.Thread(target=self._beat, name="ffsplit-progress", daemon=True)
-        self._beats.start()
+        try:
+            if self._bars is not None:
+                self._bars.start()
+            self._beats.start()
+        except BaseException:  # an interrupt: nothing may go on drawing in an interactive session
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._beats.join()
-        if self._bars is not None:
-            self._bars.stop()
+        try:
+            if self._beats.is_alive():
+                self._beats.join()
+        finally:
+            if self._bars is not None:
+                self._bars.stop()
 
     def note(self, message: str) -> None:
         """One line about something that happened."""
@@ -156,9 +168,7 @@ class Progress:
             self._done += 1
             self._beacon = self._position = None
             if self._bars is not None:
-                self._bars.update(
-                    self._task, description=self._title(), total=self._total, completed=self._done
-                )
+                self._move_bar()
             elif self._done == self._total or time.monotonic() - self._last_line >= LINE_EVERY_S:
                 self._write_line()
 
@@ -173,16 +183,26 @@ class Progress:
                     if self._beacon is beacon and found is not None and found != self._position:
                         self._show(found)
             with self._lock:
-                if self._bars is None and self._done < self._total and now - self._last_line >= SILENT_S:
+                if self._bars is not None and self._done < self._total:
+                    self._bars.update(self._task, left=self._left_in_words())
+                elif self._done < self._total and now - self._last_line >= SILENT_S:
                     self._write_line()
+            if self._bars is not None:
+                self._bars.refresh()
 
     def _show(self, position: Position) -> None:
         self._position = position
         if self._bars is not None:
-            title = self._title(position.doing)
-            self._bars.update(self._task, description=title, total=position.total, completed=position.done)
+            self._move_bar()
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._write_line()
+
+    def _move_bar(self) -> None:
+        """Tell the bars where the stage is. Threads that draw them never wait for this lock."""
+        assert self._bars is not None
+        at, left = self._at(), self._left_in_words()
+        title = self._title(at.doing)
+        self._bars.update(self._task, description=title, total=at.total, completed=at.done, left=left)
 
     def _at(self) -> Position:
         return self._position or Position(done=self._done, total=self._total, doing="")
@@ -200,12 +220,11 @@ class Progress:
             return left, None
         spent, estimated = self._spent + elapsed + left, self._estimated + own
         later = sum(seconds for seconds in ahead if seconds is not None)
-        return left, left + (later * spent / estimated if estimated else later)
+        return left, left + later * (spent + SETTLED_S) / (estimated + SETTLED_S)
 
     def _left_in_words(self) -> str:
         """For a bar: the time left of the stage and of all."""
-        with self._lock:
-            left, in_all = self._seconds_left()
+        left, in_all = self._seconds_left()
         parts = [f", {_clock(left)} left"] if left is not None else []
         return "".join([*parts, f", {_clock(in_all)} in all"] if in_all is not None else parts)
 

@@ -123,7 +123,7 @@ def test_a_log_is_never_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_stages_are_numbered_and_the_time_left_in_all_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later stages are scaled by what earlier ones took of their estimates: here twice as long."""
+    """Later stages are scaled by what earlier ones took of their estimates."""
     now = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
@@ -145,12 +145,25 @@ def test_stages_are_numbered_and_the_time_left_in_all_is_told(monkeypatch: pytes
     now += 1
     shown.advance()
     assert stream.getvalue().splitlines() == [
-        "stage 1 of 4, calibrate: 1/1, 10 s elapsed, about 0 s left, 234 s in all",
-        "stage 3 of 4, fit: 1/4, 10 s elapsed, about 30 s left, 53 s in all",
-        "stage 3 of 4, fit: 2/4, 10 s elapsed, about 10 s left, 24 s in all",
+        "stage 1 of 4, calibrate: 1/1, 10 s elapsed, about 0 s left, 176 s in all",
+        "stage 3 of 4, fit: 1/4, 10 s elapsed, about 30 s left, 49 s in all",
+        "stage 3 of 4, fit: 2/4, 10 s elapsed, about 10 s left, 22 s in all",
         "stage 3 of 4, unforeseen: 1/1, 1 s elapsed, about 0 s left",
         "stage 4 of 4, measure: 1/1, 1 s elapsed, about 0 s left, 0 s in all",
     ]
+
+
+def test_the_overhead_of_a_tiny_stage_does_not_scale_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that took 5 s instead of 30 ms does not turn the next from 1.6 s into minutes."""
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    shown = Progress(stream)
+    shown.expect([Expected("calibrate", 0.03), Expected("measure", 1.6)])
+    shown.start("calibrate", 1)
+    now += 5
+    shown.advance()
+    assert stream.getvalue() == "stage 1 of 2, calibrate: 1/1, 5 s elapsed, about 0 s left, 3 s in all\n"
 
 
 def test_nothing_is_told_in_all_where_an_estimate_is_missing() -> None:

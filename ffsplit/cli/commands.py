@@ -89,7 +89,7 @@ def _working(what: str) -> Iterator[None]:
     """A spinner on a terminal's stderr."""
     from ffsplit.progress import Progress
 
-    with Progress.to_stderr() as shown, shown.working(what):
+    with Progress.to_user() as shown, shown.working(what):
         yield
 
 
@@ -168,7 +168,7 @@ def latency_table(parsed: argparse.Namespace) -> int:
         threads_per_worker=parsed.threads,
     )
     check_target(parsed.out)
-    with Progress.to_stderr() as shown:
+    with Progress.to_user() as shown:
 
         def progress(done: int, total: int) -> None:
             if done == 1:

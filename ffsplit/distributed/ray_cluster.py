@@ -29,6 +29,7 @@ from ffsplit.compat.ray import (
 )
 from ffsplit.directories import lend_ray_token
 from ffsplit.errors import ConfigError
+from ffsplit.interrupts import uninterrupted
 from ffsplit.machine import usable_cores
 
 LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
@@ -94,7 +95,7 @@ def connect(address: str | None, *, num_cpus: int) -> None:
     redirect_messages(_report)
     try:
         _probe(options["address"])
-        with _own_signals():
+        with _own_signals(), _whole_or_ended():
             ray.init(**options)
     except Exception as error:  # Ray raises about 20 types, plain Exception among them
         raise ConfigError(refusal(options["address"], str(error).strip() or type(error).__name__)) from None
@@ -109,16 +110,42 @@ def _report(message: str) -> None:
         streams.note(f"ray: {line}")
 
 
+@contextmanager
+def _whole_or_ended() -> Iterator[None]:
+    """End the processes of a Ray that does not start.
+
+    An interrupt may come when the first of them run, and Ray does not know them yet.
+    """
+    here, others = psutil.Process(), set(psutil.Process().children())
+    try:
+        yield
+    except BaseException:
+        disconnect()
+        _end([each for each in here.children(recursive=True) if each not in others and _is_of_ray(each)])
+        raise
+
+
+def _is_of_ray(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return any(os.path.dirname(ray.__file__) in argument for argument in process.cmdline())
+    return False
+
+
 def disconnect() -> None:
     """Leave the cluster. A local cluster has ended, with all its processes, on return."""
-    started_here = _processes_started_here()
-    with suppress(Exception):  # the run's own outcome matters more
-        ray.shutdown()
-    _, late = psutil.wait_procs(started_here, timeout=LEAVE_WITHIN_S)
-    for process in late:
+    with uninterrupted():
+        started_here = _processes_started_here()
+        with suppress(Exception):  # the run's own outcome matters more
+            ray.shutdown()
+        _, late = psutil.wait_procs(started_here, timeout=LEAVE_WITHIN_S)
+        _end(late)
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(late, timeout=LEAVE_WITHIN_S)
+    psutil.wait_procs(processes, timeout=LEAVE_WITHIN_S)
 
 
 def _processes_started_here() -> list[psutil.Process]:
