@@ -43,17 +43,32 @@ _WRONG_NAME = re.compile(r"unrecognized arguments: (?P<flag>-[^\s=]+)|: invalid 
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a usage error in one line, with the closest flag or choice."""
+    """Reports a usage error in one line, with the closest flag or choice. Flags cannot be abbreviated."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, allow_abbrev=False, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        known = {name for parser in (self, *self._commands()) for name in parser._option_string_actions}
+        flags = [given.partition("=")[0] for given in self._given if given.startswith("--") and given != "--"]
+        wrong_flags = [flag for flag in flags if flag not in known]
         wrong = _WRONG_NAME.search(message)
+        if wrong is None and wrong_flags:  # the reason why a required argument is missing
+            message = f"unrecognized arguments: {wrong_flags[0]}"
+            wrong = _WRONG_NAME.search(message)
         if wrong is None:
             raise ConfigError(message)
         if wrong["flag"]:
-            known = {name for parser in (self, *self._commands()) for name in parser._option_string_actions}
             raise ConfigError(message + did_you_mean(wrong["flag"], sorted(known)))
         choices = [name for action in self._actions for name in action.choices or ()]
-        raise ConfigError(message + did_you_mean(wrong["choice"], choices))
+        near = did_you_mean(wrong["choice"], choices)
+        if self._commands():
+            raise ConfigError(f"unknown command {wrong['choice']!r}{near or ': ffsplit alone lists them'}")
+        raise ConfigError(message + near)
 
     def _commands(self) -> list[argparse.ArgumentParser]:
         return [
