@@ -30,7 +30,7 @@ SILENT_S = 30.0
 LOOK_EVERY_S = 5.0
 """Seconds between two looks at how far a task of one item is."""
 BEAT_S = 1.0
-SETTLED_S = 5.0
+SETTLED_S = 30.0
 """Estimates far below this are mostly overhead: what such stages took scales later estimates little."""
 
 

@@ -145,9 +145,9 @@ def test_stages_are_numbered_and_the_time_left_in_all_is_told(monkeypatch: pytes
     now += 1
     shown.advance()
     assert stream.getvalue().splitlines() == [
-        "stage 1 of 4, calibrate: 1/1, 10 s elapsed, about 0 s left, 176 s in all",
-        "stage 3 of 4, fit: 1/4, 10 s elapsed, about 30 s left, 49 s in all",
-        "stage 3 of 4, fit: 2/4, 10 s elapsed, about 10 s left, 22 s in all",
+        "stage 1 of 4, calibrate: 1/1, 10 s elapsed, about 0 s left, 134 s in all",
+        "stage 3 of 4, fit: 1/4, 10 s elapsed, about 30 s left, 42 s in all",
+        "stage 3 of 4, fit: 2/4, 10 s elapsed, about 10 s left, 19 s in all",
         "stage 3 of 4, unforeseen: 1/1, 1 s elapsed, about 0 s left",
         "stage 4 of 4, measure: 1/1, 1 s elapsed, about 0 s left, 0 s in all",
     ]
@@ -163,7 +163,7 @@ def test_the_overhead_of_a_tiny_stage_does_not_scale_the_others(monkeypatch: pyt
     shown.start("calibrate", 1)
     now += 5
     shown.advance()
-    assert stream.getvalue() == "stage 1 of 2, calibrate: 1/1, 5 s elapsed, about 0 s left, 3 s in all\n"
+    assert stream.getvalue() == "stage 1 of 2, calibrate: 1/1, 5 s elapsed, about 0 s left, 2 s in all\n"
 
 
 def test_nothing_is_told_in_all_where_an_estimate_is_missing() -> None:
