@@ -15,6 +15,7 @@ from typing import NamedTuple, TextIO, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 
 from ffsplit import logs, streams
@@ -64,6 +65,7 @@ class Progress:
         self._stream = Stream(stream)
         self._bars: RichProgress | None = None
         self._stage, self._total, self._done = "", 0, 0
+        self._amount, self._unit = 0, ""
         self._expected: Sequence[Expected] = ()
         self._number, self._is_planned = 0, False
         self._spent = self._estimated = 0.0
@@ -76,9 +78,9 @@ class Progress:
             columns = (
                 SpinnerColumn(finished_text=" "),
                 TextColumn("{task.description:<12}", markup=False),
-                BarColumn(bar_width=24),
-                _Count(),
-                _Times(),
+                BarColumn(bar_width=None, table_column=Column(min_width=4, max_width=24)),
+                _Count(table_column=Column(no_wrap=True)),
+                _Times(table_column=Column(no_wrap=True)),
             )
             console = Console(file=cast(TextIO, self._stream))
             self._bars = NotebookBars(*columns) if in_notebook else RichProgress(*columns, console=console)
@@ -143,6 +145,7 @@ class Progress:
         with self._lock:
             self._count_stage(stage)
             self._stage, self._total, self._done = stage, 1 if total is None else total, 0
+            self._amount, self._unit = 0, ""
             self._beacon, self._position = beacon, None
             self._started = self._last_line = self._looked = time.monotonic()
             if self._bars is not None:
@@ -162,10 +165,11 @@ class Progress:
         number = f"{self._number}/{len(self._expected)} " if self._number else ""
         return f"{number}{self._stage}{f': {doing}' if doing else ''}"
 
-    def advance(self) -> None:
-        """One more item of the stage is done."""
+    def advance(self, amount: int = 0, unit: str = "") -> None:
+        """One more item of the stage is done, in which this much was computed, such as 4,000 tokens."""
         with self._lock:
             self._done += 1
+            self._amount, self._unit = self._amount + amount, unit
             self._beacon = self._position = None
             if self._bars is not None:
                 self._move_bar()
@@ -225,8 +229,17 @@ class Progress:
     def _left_in_words(self) -> str:
         """For a bar: the time left of the stage and of all."""
         left, in_all = self._seconds_left()
-        parts = [f", {_clock(left)} left"] if left is not None else []
-        return "".join([*parts, f", {_clock(in_all)} in all"] if in_all is not None else parts)
+        parts = [f"{_clock(left)} left"] if left is not None else []
+        parts += [f"{_clock(in_all)} in all"] if in_all is not None else []
+        return "".join(f", {part}" for part in (*parts, *self._rate()))
+
+    def _rate(self) -> list[str]:
+        """What is computed per second, such as `1,650 tokens/s`, or nothing."""
+        elapsed = time.monotonic() - self._started
+        if not self._amount or elapsed < BEAT_S:
+            return []
+        rate = self._amount / elapsed
+        return [f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s"]
 
     def _write_line(self) -> None:
         now = time.monotonic()
@@ -247,6 +260,7 @@ class Progress:
         parts += [f"{at.done}/{at.total}", f"{elapsed:.0f} s elapsed"]
         parts += [] if left is None else [f"about {left:.0f} s left"]
         parts += [] if in_all is None else [f"{in_all:.0f} s in all"]
+        parts += self._rate()
         of_all = f"stage {self._number} of {len(self._expected)}, " if self._number else ""
         self.note(f"{of_all}{self._stage}: {', '.join(parts)}")
 
@@ -284,14 +298,18 @@ class StageLog:
         """The stages of the run, in their order."""
         self._progress.expect(stages)
 
-    def collect(self, name: str, key: str, total: int, answers: Iterator[tuple[int, Result]]) -> list[Result]:
-        """All results of a stage, in the order of its items."""
+    def collect(
+        self, name: str, key: str, total: int, answers: Iterator[tuple[int, Result]], *, unit: str = "items"
+    ) -> list[Result]:
+        """All results of a stage, in the order of its items, which are of this `unit`."""
         results: dict[int, Result] = {}
         started, workers = time.monotonic(), self._share.num_workers()
         self._progress.start(name, total)
         for index, result in answers:
             results[index] = result
-            self._progress.advance()
+            tokens = result.facts.get("num_tokens")
+            amount, counted = (1, unit) if tokens is None else (int(str(tokens)), "tokens")
+            self._progress.advance(0 if result.reused else amount, counted)
         num_reused = sum(result.reused for result in results.values())
         at_once = min(total, max(workers, self._share.num_workers()))  # a cluster may have grown
         reserved = (at_once * self._share.cpus, at_once * self._share.gpus)
@@ -355,9 +373,17 @@ def bytes_to_stderr(name: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(name, total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        bar.start()  # with the first bytes, not before what may go wrong earlier
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 def _lines(name: str) -> Callable[[int, int], None]:

@@ -46,8 +46,8 @@ _WRONG_NAME = re.compile(r"unrecognized arguments: (?P<flag>-[^\s=]+)|: invalid 
 class _Parser(argparse.ArgumentParser):
     """Reports a usage error in one line, with the closest flag or choice. Flags cannot be abbreviated."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, allow_abbrev=False, **options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         self._given = list(sys.argv[1:] if args is None else args)

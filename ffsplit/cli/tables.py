@@ -320,7 +320,8 @@ def print_plan(planned: Plan, *, removed: Sequence[Removal] | None) -> None:
 
 def print_benchmark(record: BenchmarkRecord) -> None:
     """Both models at each shape, beside the largest speed-up that the removed work allows."""
-    title = f"{record.device}, {record.dtype}, {record.num_threads} threads, timed alternately"
+    threads = "1 thread" if record.num_threads == 1 else f"{record.num_threads} threads"
+    title = f"{record.device}, {record.dtype}, {threads}, timed alternately"
     table = Table(title, ("", "original", "compressed", "speed-up", "limit", "share"))
     for timing in record.timings:
         _add(table, timing)
