@@ -181,7 +181,7 @@ def test_without_the_token_that_is_asked_for(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "asks for a token, and there is none here: set RAY_AUTH_TOKEN, or the file" in done.stderr
+    assert "requires a token, and none is set here: set RAY_AUTH_TOKEN, or the file" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["compress", "zoo"])

@@ -148,9 +148,9 @@ def test_overlap_with_calibration_is_said_in_the_headline_and_by_the_numbers(mak
     overlapping = make_manifest(calibration=calibration | {"held_out_is_disjoint": False})
     text = read(render_report(overlapping, curves=make_curves(6)))
     assert "cosine of mean-pooled states, on calibration text" in text
-    assert "The held-out text was not disjoint from the calibration text." in text
+    assert "The held-out text overlaps with the calibration text." in text
     assert "NOT disjoint from calibration" in text
-    assert "none of which was used for calibration" in read(render_report(make_manifest(), curves=[]))
+    assert "which calibration did not use" in read(render_report(make_manifest(), curves=[]))
 
 
 def test_a_model_that_became_slower_is_not_praised(make_manifest):
