@@ -311,9 +311,13 @@ def describe_validation_error(
     if first["type"] == "extra_forbidden":
         names = [_as_written(name, prefix) for name in (path, *known)]
         return f"unknown field {names[0]}{did_you_mean(names[0], names[1:])}"
+    if first["type"] == "missing":
+        return f"{_as_written(path, prefix)} is missing"
+    if first["type"] in ("too_short", "string_too_short") and not first["input"]:
+        return f"{_as_written(path, prefix)} must not be empty"
     written = first["input"]
     is_number = isinstance(written, str) and _NUMBER.fullmatch(written)  # from the command line
-    given = "" if first["type"] == "missing" else f", not {written if is_number else repr(written)}"
+    given = f", not {written if is_number else repr(written)}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if not path:
         return message
