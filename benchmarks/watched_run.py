@@ -90,7 +90,7 @@ def drive(config: JobConfig) -> None:
     """What the watched process does."""
     import ffsplit
 
-    ffsplit.compress(config, progress=ToldProgress.to_stderr())
+    ffsplit.compress(config, progress=ToldProgress.to_user())
 
 
 def watch(

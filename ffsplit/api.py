@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypedDict
 from ffsplit.config import Attention, Device, DType, JobConfig
 from ffsplit.directories import temporary_root
 from ffsplit.errors import ConfigError, GateError, explained
+from ffsplit.interrupts import whole_imports
 from ffsplit.keys import digest_of
 
 if TYPE_CHECKING:
@@ -110,10 +111,10 @@ def compress(
     while running. Finished work then stays in the scratch, and the next call for the same result resumes
     from it. `sign_key` is a private key to sign the manifest with; it is not recorded anywhere.
     """
-    from ffsplit.measurement.gates import refusal
-    from ffsplit.run.driver import run_to_end
+    with whole_imports(), _job(config, tokenizer, dict(fields)) as job:
+        from ffsplit.measurement.gates import refusal
+        from ffsplit.run.driver import run_to_end
 
-    with _job(config, tokenizer, dict(fields)) as job:
         finished = run_to_end(job, progress=progress, sign_key=sign_key)
     if finished.state == "refused":
         raise GateError(refusal(finished.manifest.gates) or "refused")
@@ -133,9 +134,9 @@ def calibrate(
 
     Arguments are those of `compress`.
     """
-    from ffsplit.run.driver import run_to_end
+    with whole_imports(), _job(config, tokenizer, dict(fields)) as job:
+        from ffsplit.run.driver import run_to_end
 
-    with _job(config, tokenizer, dict(fields)) as job:
         return run_to_end(job, kind="statistics", progress=progress, sign_key=sign_key).manifest
 
 

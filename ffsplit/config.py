@@ -121,7 +121,11 @@ class JobConfig(Record):
         default="fast", description="a shipped recipe or a file; default: fast"
     )
     keep: Annotated[Share | None, Flag("F")] = Field(
-        default=None, gt=0, le=1, description="fraction of the FFN elements to keep, such as 0.35 or 35%"
+        default=None,
+        gt=0,
+        le=1,
+        description="fraction of the FFN elements to keep, such as 0.5 or 50%; default: the recipe's, "
+        "which is 0.3535 unless it sets another",
     )
     max_bytes: Annotated[Size | None, Flag("SIZE", compress_only=True)] = Field(
         default=None, ge=1, description="instead of --keep: bytes of all FFNs, at most, such as 5MB"
@@ -180,10 +184,10 @@ class JobConfig(Record):
         default=(), description="leave FFNs as they are whose name matches; may be repeated"
     )
     samples: Annotated[int | None, Flag("N")] = Field(
-        default=None, ge=1, description="rows of calibration text"
+        default=None, ge=1, description="rows of calibration text; default: the recipe's"
     )
     max_length: Annotated[int | None, Flag("N")] = Field(
-        default=None, ge=1, description="tokens per row; longer rows are cut"
+        default=None, ge=1, description="tokens per row; longer rows are cut; default: the recipe's"
     )
     workers: Annotated[int | None, Flag("N")] = Field(
         default=None, ge=1, description="default: one per CPU core of the cluster"
@@ -214,7 +218,9 @@ class JobConfig(Record):
         default=None, description="a Ray cluster; default: RAY_ADDRESS, or a new local cluster"
     )
     runner: Annotated[Literal["ray", "serial"], Flag()] = Field(default="ray", description="default: ray")
-    revision: Annotated[str | None, Flag("R")] = Field(default=None, description="of a hub id")
+    revision: Annotated[str | None, Flag("R")] = Field(
+        default=None, description="branch, tag or commit of a hub id; default: main"
+    )
     seed: Annotated[int, Flag("N")] = Field(default=0, ge=0, lt=2**32, description="default: 0")
     block_by_block: Annotated[bool, Flag()] = Field(
         default=False,
@@ -311,9 +317,13 @@ def describe_validation_error(
     if first["type"] == "extra_forbidden":
         names = [_as_written(name, prefix) for name in (path, *known)]
         return f"unknown field {names[0]}{did_you_mean(names[0], names[1:])}"
+    if first["type"] == "missing":
+        return f"{_as_written(path, prefix)} is missing"
+    if first["type"] in ("too_short", "string_too_short") and not first["input"]:
+        return f"{_as_written(path, prefix)} must not be empty"
     written = first["input"]
     is_number = isinstance(written, str) and _NUMBER.fullmatch(written)  # from the command line
-    given = "" if first["type"] == "missing" else f", not {written if is_number else repr(written)}"
+    given = f", not {written if is_number else repr(written)}"
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if not path:
         return message

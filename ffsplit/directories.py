@@ -1,4 +1,4 @@
-"""Directories of this machine: the user's home, temporary ones, and how documents name local paths."""
+"""Local directories: the user's home, temporary folders, and local paths in documents."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from typing import Any, Protocol, TypeVar, cast
 
 from ffsplit.errors import ConfigError, FFSplitError
 
-# The user's home directory, and what to do if there is none, as in a container with an arbitrary uid.
+# The user's home directory. It may be missing, as in a container with an arbitrary uid.
 
 LENT = "ffsplit-no-home"
-"""The name of the folder that libraries get as HOME if there is none. It is removed at exit."""
+"""The folder that libraries get as HOME if the user has no home. It is removed at exit."""
 
 
 def home_directory() -> Path | None:
@@ -90,12 +90,12 @@ def temporary_folder() -> Iterator[Path]:
 
 
 def process_folder() -> Path:
-    """The folder of this process, for files that it needs until it ends."""
+    """This process's folder, for files that it needs until it exits."""
     return _folder_of(os.getpid())
 
 
 def temporary_root() -> Path:
-    """The directory of all temporary files. Raises ConfigError when none can be written."""
+    """The directory of all temporary files. Raises ConfigError if no directory is writable."""
     settle_temporary()
     root = Path(tempfile.gettempdir())
     if not os.access(root, os.W_OK | os.X_OK):
@@ -107,7 +107,7 @@ def temporary_root() -> Path:
 
 
 def settle_temporary() -> None:
-    """Make `gettempdir` work if no directory is writable: some libraries call it on import."""
+    """Make `gettempdir` return a path even if no directory is writable: some libraries call it on import."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError:
@@ -115,7 +115,7 @@ def settle_temporary() -> None:
 
 
 def remove_abandoned() -> None:
-    """Remove what killed processes of this user left behind."""
+    """Remove leftovers of this user's killed processes."""
     for folder in temporary_root().glob(f"{PREFIX}*"):
         with suppress(OSError):
             if folder.lstat().st_uid == os.getuid() and (held := _lock(folder)) is not None:
@@ -141,7 +141,7 @@ def full_disk_explained() -> Iterator[None]:
 
 @cache
 def _folder_of(pid: int) -> Path:
-    """Made on first use. The pid is an argument so that a forked child gets its own."""
+    """Created on first use. The pid is an argument so that a forked child gets its own."""
     remove_abandoned()
     while True:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=temporary_root()))
@@ -156,7 +156,7 @@ def _remove(folder: Path, pid: int) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the lock on a folder; None if another process has it or the folder is gone."""
+    """A descriptor that holds the lock on a folder; None if it is held elsewhere or missing."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -1,4 +1,7 @@
-"""Progress of a run, stage by stage: bars on a terminal, plain lines in a log. Always on stderr."""
+"""Progress of a run, stage by stage: bars on a terminal or in a notebook, plain lines in a log.
+
+Bars on a terminal and lines go to stderr.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +15,11 @@ from typing import NamedTuple, TextIO, cast
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 from rich.text import Text
 
 from ffsplit import logs, streams
+from ffsplit.notebook_bars import NotebookBars, is_in_notebook
 from ffsplit.store.beacon import Beacon, Position
 from ffsplit.store.manifest import Stage
 from ffsplit.store.scratch import Result
@@ -26,6 +31,8 @@ SILENT_S = 30.0
 LOOK_EVERY_S = 5.0
 """Seconds between two looks at how far a task of one item is."""
 BEAT_S = 1.0
+SETTLED_S = 30.0
+"""Estimates far below this are mostly overhead: what such stages took scales later estimates little."""
 
 
 class Expected(NamedTuple):
@@ -45,22 +52,20 @@ class _Count(MofNCompleteColumn):
 class _Times(ProgressColumn):
     """The time that is left, or that a finished stage took."""
 
-    def __init__(self, left: Callable[[], str]) -> None:
-        self._left = left
-        super().__init__()
-
     def render(self, task: Task) -> Text:
         elapsed = _clock(task.finished_time or task.elapsed or 0.0)
-        return Text(elapsed if task.finished or task.total is None else f"{elapsed}{self._left()}")
+        left = "" if task.finished or task.total is None else task.fields.get("left", "")
+        return Text(f"{elapsed}{left}")
 
 
 class Progress:
     """Shows the user what a job is doing. Use as a context manager."""
 
-    def __init__(self, stream: TextIO | Stream | None) -> None:
+    def __init__(self, stream: TextIO | Stream | None, *, in_notebook: bool = False) -> None:
         self._stream = Stream(stream)
         self._bars: RichProgress | None = None
         self._stage, self._total, self._done = "", 0, 0
+        self._amount, self._unit = 0, ""
         self._expected: Sequence[Expected] = ()
         self._number, self._is_planned = 0, False
         self._spent = self._estimated = 0.0
@@ -69,34 +74,43 @@ class Progress:
         self._position: Position | None = None
         self._lock, self._ended = threading.RLock(), threading.Event()
         self._json = logs.asked_for() == "json"
-        if self._stream.isatty() and not self._json:
+        if (in_notebook or self._stream.isatty()) and not self._json:
             columns = (
                 SpinnerColumn(finished_text=" "),
                 TextColumn("{task.description:<12}", markup=False),
-                BarColumn(bar_width=24),
-                _Count(),
-                _Times(self._left_in_words),
+                BarColumn(bar_width=None, table_column=Column(min_width=4, max_width=24)),
+                _Count(table_column=Column(no_wrap=True)),
+                _Times(table_column=Column(no_wrap=True)),
             )
-            self._bars = RichProgress(*columns, console=Console(file=cast(TextIO, self._stream)))
+            console = Console(file=cast(TextIO, self._stream))
+            self._bars = NotebookBars(*columns) if in_notebook else RichProgress(*columns, console=console)
 
     @classmethod
-    def to_stderr(cls) -> Progress:
+    def to_user(cls) -> Progress:
+        """On stderr, or as an output of the notebook's cell."""
         logs.set_up(logs.asked_for())
-        return cls(stderr())
+        return cls(stderr(), in_notebook=is_in_notebook())
 
     def __enter__(self) -> Progress:
-        if self._bars is not None:
-            self._bars.start()
         self._ended.clear()
         self._beats = threading.Thread(target=self._beat, name="ffsplit-progress", daemon=True)
-        self._beats.start()
+        try:
+            if self._bars is not None:
+                self._bars.start()
+            self._beats.start()
+        except BaseException:  # an interrupt: nothing may go on drawing in an interactive session
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._beats.join()
-        if self._bars is not None:
-            self._bars.stop()
+        try:
+            if self._beats.is_alive():
+                self._beats.join()
+        finally:
+            if self._bars is not None:
+                self._bars.stop()
 
     def note(self, message: str) -> None:
         """One line about something that happened."""
@@ -131,6 +145,7 @@ class Progress:
         with self._lock:
             self._count_stage(stage)
             self._stage, self._total, self._done = stage, 1 if total is None else total, 0
+            self._amount, self._unit = 0, ""
             self._beacon, self._position = beacon, None
             self._started = self._last_line = self._looked = time.monotonic()
             if self._bars is not None:
@@ -150,15 +165,14 @@ class Progress:
         number = f"{self._number}/{len(self._expected)} " if self._number else ""
         return f"{number}{self._stage}{f': {doing}' if doing else ''}"
 
-    def advance(self) -> None:
-        """One more item of the stage is done."""
+    def advance(self, amount: int = 0, unit: str = "") -> None:
+        """One more item of the stage is done, in which this much was computed, such as 4,000 tokens."""
         with self._lock:
             self._done += 1
+            self._amount, self._unit = self._amount + amount, unit
             self._beacon = self._position = None
             if self._bars is not None:
-                self._bars.update(
-                    self._task, description=self._title(), total=self._total, completed=self._done
-                )
+                self._move_bar()
             elif self._done == self._total or time.monotonic() - self._last_line >= LINE_EVERY_S:
                 self._write_line()
 
@@ -173,16 +187,26 @@ class Progress:
                     if self._beacon is beacon and found is not None and found != self._position:
                         self._show(found)
             with self._lock:
-                if self._bars is None and self._done < self._total and now - self._last_line >= SILENT_S:
+                if self._bars is not None and self._done < self._total:
+                    self._bars.update(self._task, left=self._left_in_words())
+                elif self._done < self._total and now - self._last_line >= SILENT_S:
                     self._write_line()
+            if self._bars is not None:
+                self._bars.refresh()
 
     def _show(self, position: Position) -> None:
         self._position = position
         if self._bars is not None:
-            title = self._title(position.doing)
-            self._bars.update(self._task, description=title, total=position.total, completed=position.done)
+            self._move_bar()
         elif time.monotonic() - self._last_line >= LINE_EVERY_S:
             self._write_line()
+
+    def _move_bar(self) -> None:
+        """Tell the bars where the stage is. Threads that draw them never wait for this lock."""
+        assert self._bars is not None
+        at, left = self._at(), self._left_in_words()
+        title = self._title(at.doing)
+        self._bars.update(self._task, description=title, total=at.total, completed=at.done, left=left)
 
     def _at(self) -> Position:
         return self._position or Position(done=self._done, total=self._total, doing="")
@@ -200,14 +224,22 @@ class Progress:
             return left, None
         spent, estimated = self._spent + elapsed + left, self._estimated + own
         later = sum(seconds for seconds in ahead if seconds is not None)
-        return left, left + (later * spent / estimated if estimated else later)
+        return left, left + later * (spent + SETTLED_S) / (estimated + SETTLED_S)
 
     def _left_in_words(self) -> str:
         """For a bar: the time left of the stage and of all."""
-        with self._lock:
-            left, in_all = self._seconds_left()
-        parts = [f", {_clock(left)} left"] if left is not None else []
-        return "".join([*parts, f", {_clock(in_all)} in all"] if in_all is not None else parts)
+        left, in_all = self._seconds_left()
+        parts = [f"{_clock(left)} left"] if left is not None else []
+        parts += [f"{_clock(in_all)} in all"] if in_all is not None else []
+        return "".join(f", {part}" for part in (*parts, *self._rate()))
+
+    def _rate(self) -> list[str]:
+        """What is computed per second, such as `1,650 tokens/s`, or nothing."""
+        elapsed = time.monotonic() - self._started
+        if not self._amount or elapsed < BEAT_S:
+            return []
+        rate = self._amount / elapsed
+        return [f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s"]
 
     def _write_line(self) -> None:
         now = time.monotonic()
@@ -228,6 +260,7 @@ class Progress:
         parts += [f"{at.done}/{at.total}", f"{elapsed:.0f} s elapsed"]
         parts += [] if left is None else [f"about {left:.0f} s left"]
         parts += [] if in_all is None else [f"{in_all:.0f} s in all"]
+        parts += self._rate()
         of_all = f"stage {self._number} of {len(self._expected)}, " if self._number else ""
         self.note(f"{of_all}{self._stage}: {', '.join(parts)}")
 
@@ -265,14 +298,18 @@ class StageLog:
         """The stages of the run, in their order."""
         self._progress.expect(stages)
 
-    def collect(self, name: str, key: str, total: int, answers: Iterator[tuple[int, Result]]) -> list[Result]:
-        """All results of a stage, in the order of its items."""
+    def collect(
+        self, name: str, key: str, total: int, answers: Iterator[tuple[int, Result]], *, unit: str = "items"
+    ) -> list[Result]:
+        """All results of a stage, in the order of its items, which are of this `unit`."""
         results: dict[int, Result] = {}
         started, workers = time.monotonic(), self._share.num_workers()
         self._progress.start(name, total)
         for index, result in answers:
             results[index] = result
-            self._progress.advance()
+            tokens = result.facts.get("num_tokens")
+            amount, counted = (1, unit) if tokens is None else (int(str(tokens)), "tokens")
+            self._progress.advance(0 if result.reused else amount, counted)
         num_reused = sum(result.reused for result in results.values())
         at_once = min(total, max(workers, self._share.num_workers()))  # a cluster may have grown
         reserved = (at_once * self._share.cpus, at_once * self._share.gpus)
@@ -336,9 +373,17 @@ def bytes_to_stderr(name: str) -> Iterator[Callable[[int, int], None]]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(name, total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        bar.start()  # with the first bytes, not before what may go wrong earlier
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 def _lines(name: str) -> Callable[[int, int], None]:

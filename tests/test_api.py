@@ -97,7 +97,7 @@ def test_a_config_or_fields() -> None:
         ffsplit.compress(config, keep=0.5)
     with pytest.raises(ConfigError, match=r"fields by name such as model=\.\.\., not str"):
         ffsplit.compress("m")  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"^out Field required$"):
+    with pytest.raises(ConfigError, match=r"^out is missing$"):
         ffsplit.compress(model="m")
 
 

@@ -109,7 +109,7 @@ def test_a_wrong_setting_is_one_line_that_names_its_flag(fields: dict[str, objec
 
 
 def test_a_missing_setting_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"^--out Field required$"):
+    with pytest.raises(ConfigError, match=r"^--out is missing$"):
         JobConfig.of_flags(model="m")
 
 

@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import pytest
 from ffsplit import logs, progress
 from ffsplit.api import calibrate, compress
 from ffsplit.cli import main
-from ffsplit.progress import Expected, Progress
+from ffsplit.progress import Expected, Progress, Share, StageLog
 from ffsplit.run.job import prepare
 from ffsplit.run.pipeline import expected_stages
 from ffsplit.store.beacon import Beacon
-from ffsplit.store.scratch import Scratch
+from ffsplit.store.scratch import Result, Scratch
 from tests.small_jobs import SmallJob
 
 
@@ -123,7 +123,7 @@ def test_a_log_is_never_silent_for_long(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_stages_are_numbered_and_the_time_left_in_all_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later stages are scaled by what earlier ones took of their estimates: here twice as long."""
+    """Later stages are scaled by what earlier ones took of their estimates."""
     now = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
@@ -145,12 +145,75 @@ def test_stages_are_numbered_and_the_time_left_in_all_is_told(monkeypatch: pytes
     now += 1
     shown.advance()
     assert stream.getvalue().splitlines() == [
-        "stage 1 of 4, calibrate: 1/1, 10 s elapsed, about 0 s left, 234 s in all",
-        "stage 3 of 4, fit: 1/4, 10 s elapsed, about 30 s left, 53 s in all",
-        "stage 3 of 4, fit: 2/4, 10 s elapsed, about 10 s left, 24 s in all",
+        "stage 1 of 4, calibrate: 1/1, 10 s elapsed, about 0 s left, 134 s in all",
+        "stage 3 of 4, fit: 1/4, 10 s elapsed, about 30 s left, 42 s in all",
+        "stage 3 of 4, fit: 2/4, 10 s elapsed, about 10 s left, 19 s in all",
         "stage 3 of 4, unforeseen: 1/1, 1 s elapsed, about 0 s left",
         "stage 4 of 4, measure: 1/1, 1 s elapsed, about 0 s left, 0 s in all",
     ]
+
+
+def result(name: str, *, reused: bool = False, **facts: int) -> Result:
+    return Result(name=name, files=(), facts=dict(facts), reused=reused)
+
+
+def test_what_is_computed_per_second_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens where a result counts them, else items by their name. What was reused does not count."""
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 3.0)
+    shards = [result("a", num_tokens=9000, reused=True), *(result(each, num_tokens=6000) for each in "bc")]
+
+    def answers(results: list[Result]) -> Iterator[tuple[int, Result]]:
+        nonlocal now
+        for index, each in enumerate(results):
+            now += 2
+            yield index, each
+
+    stream = io.StringIO()
+    log = StageLog(Progress(stream), Share(cpus=1, gpus=0, num_workers=lambda: 1))
+    log.collect("calibrate", "key", 3, answers(shards))
+    log.collect("compress", "key", 4, answers([result(each) for each in "abcd"]), unit="layers")
+    assert stream.getvalue().splitlines() == [
+        "calibrate: 2/3, 4 s elapsed, about 2 s left, 1,500 tokens/s",
+        "calibrate: 3/3, 6 s elapsed, about 0 s left, 2,000 tokens/s",
+        "compress: 2/4, 4 s elapsed, about 4 s left, 0.5 layers/s",
+        "compress: 4/4, 8 s elapsed, about 0 s left, 0.5 layers/s",
+    ]
+
+
+def test_a_bar_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With everything that it may show, down to the rate; the bar itself gives way."""
+    for name, value in {"TERM": "xterm", "COLUMNS": "80"}.items():
+        monkeypatch.setenv(name, value)
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    terminal = Terminal()
+    shown = Progress(terminal)
+    shown.expect([Expected("calibrate", 10), Expected("heal", 2000)])
+    shown.start("calibrate", 900)
+    now += 100
+    for _ in range(120):
+        shown.advance(40_000, "tokens")
+    assert shown._bars is not None
+    shown._bars.console.print(shown._bars)
+    line = terminal.getvalue().splitlines()[-1]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip()
+    assert len(text) <= 80 and "120/900" in text
+    assert re.search(r"calibrate .*━.*, \d+:\d\d left, [\d:]+ in all, 48,000 tokens/s$", text), text
+
+
+def test_the_overhead_of_a_tiny_stage_does_not_scale_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that took 5 s instead of 30 ms does not turn the next from 1.6 s into minutes."""
+    now = 100.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    shown = Progress(stream)
+    shown.expect([Expected("calibrate", 0.03), Expected("measure", 1.6)])
+    shown.start("calibrate", 1)
+    now += 5
+    shown.advance()
+    assert stream.getvalue() == "stage 1 of 2, calibrate: 1/1, 5 s elapsed, about 0 s left, 2 s in all\n"
 
 
 def test_nothing_is_told_in_all_where_an_estimate_is_missing() -> None:

@@ -160,7 +160,7 @@ def test_progress_and_logs_of_a_library_call_end_nothing(kind: str, monkeypatch:
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr(sys, "stderr", {"closed": closed, "unread": broken_pipe()}.get(kind))
-    with Progress.to_stderr() as shown:
+    with Progress.to_user() as shown:
         shown.start("calibrate", 2)
         shown.advance()
         shown.advance()

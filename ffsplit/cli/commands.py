@@ -89,7 +89,7 @@ def _working(what: str) -> Iterator[None]:
     """A spinner on a terminal's stderr."""
     from ffsplit.progress import Progress
 
-    with Progress.to_stderr() as shown, shown.working(what):
+    with Progress.to_user() as shown, shown.working(what):
         yield
 
 
@@ -168,7 +168,7 @@ def latency_table(parsed: argparse.Namespace) -> int:
         threads_per_worker=parsed.threads,
     )
     check_target(parsed.out)
-    with Progress.to_stderr() as shown:
+    with Progress.to_user() as shown:
 
         def progress(done: int, total: int) -> None:
             if done == 1:
@@ -189,13 +189,14 @@ def latency_table(parsed: argparse.Namespace) -> int:
 
 
 def verify(parsed: argparse.Namespace) -> int:
+    from ffsplit.cli.columns import print_sentence
     from ffsplit.store.pull import verify
 
     report = verify(parsed.uri)
     for problem in report.problems:
         print(problem)
-    verdict = "verified" if report.ok else f"INVALID, {len(report.problems)} problems"
-    print(f"{report.location}: {report.num_files} files, {report.total_bytes:,} bytes, {verdict}")
+    verdict = "verified" if report.ok else f"INVALID, problems: {len(report.problems)}"
+    print_sentence(f"{report.location}: {report.num_files} files, {report.total_bytes:,} bytes, {verdict}")
     return DONE if report.ok else FAILED
 
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import re
 import sys
+import textwrap
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
@@ -43,17 +44,32 @@ _WRONG_NAME = re.compile(r"unrecognized arguments: (?P<flag>-[^\s=]+)|: invalid 
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a usage error in one line, with the closest flag or choice."""
+    """Reports a usage error in one line, with the closest flag or choice. Flags cannot be abbreviated."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
+        known = {name for parser in (self, *self._commands()) for name in parser._option_string_actions}
+        flags = [given.partition("=")[0] for given in self._given if given.startswith("--") and given != "--"]
+        wrong_flags = [flag for flag in flags if flag not in known]
         wrong = _WRONG_NAME.search(message)
+        if wrong is None and wrong_flags:  # the reason why a required argument is missing
+            message = f"unrecognized arguments: {wrong_flags[0]}"
+            wrong = _WRONG_NAME.search(message)
         if wrong is None:
             raise ConfigError(message)
         if wrong["flag"]:
-            known = {name for parser in (self, *self._commands()) for name in parser._option_string_actions}
             raise ConfigError(message + did_you_mean(wrong["flag"], sorted(known)))
         choices = [name for action in self._actions for name in action.choices or ()]
-        raise ConfigError(message + did_you_mean(wrong["choice"], choices))
+        near = did_you_mean(wrong["choice"], choices)
+        if self._commands():
+            raise ConfigError(f"unknown command {wrong['choice']!r}{near or ': ffsplit alone lists them'}")
+        raise ConfigError(message + near)
 
     def _commands(self) -> list[argparse.ArgumentParser]:
         return [
@@ -62,6 +78,13 @@ class _Parser(argparse.ArgumentParser):
             if isinstance(action.choices, dict)
             for each in action.choices.values()
         ]
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Wraps between words alone: a flag or a command's name stays whole."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
 
 
 class _Root(_Parser):
@@ -137,7 +160,7 @@ def build_parser() -> argparse.ArgumentParser:
             help=about,
             description=about,
             epilog=with_examples(name, DESCRIPTION),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
         )
         added.set_defaults(title=name)
         _add_debug_flag(added)
@@ -214,7 +237,7 @@ def _add_job_commands(command: Command) -> None:
 
 def _add_planning_commands(command: Command) -> None:
     inspect = command("inspect", "show a model's FFNs and what each budget would give")
-    inspect.add_argument("model")
+    inspect.add_argument("model", help=JobConfig.model_fields["model"].description)
     _add_fields(inspect, "recipe", "width_multiple", *LOADING)
     plan = command("plan", "forecast budgets from an earlier run's statistics")
     add = plan.add_argument
@@ -222,8 +245,14 @@ def _add_planning_commands(command: Command) -> None:
     add("--keep", nargs="+", default=[], metavar="F", help="such as 0.35 or 35%%")
     add("--max-bytes", nargs="+", default=[], metavar="SIZE", help="maximum for all FFNs, such as 5MB")
     add("--max-parameters", nargs="+", default=[], metavar="N", help="maximum for the whole model")
-    add("--max-latency-ms", nargs="+", default=[], metavar="F")
-    add("--latency-table", metavar="FILE", help="for --max-latency-ms")
+    add(
+        "--max-latency-ms",
+        nargs="+",
+        default=[],
+        metavar="F",
+        help="maximum for a forward pass (experimental)",
+    )
+    add("--latency-table", metavar="FILE", help="for --max-latency-ms: what ffsplit latency-table wrote")
     add("--recipe", metavar="NAME|FILE.yaml", help="default: the earlier run's own")
     _add_fields(plan, "width_multiple")
     add("--json", action="store_true", help="print only the plans, with the indices of heavy hitters")
@@ -232,7 +261,7 @@ def _add_planning_commands(command: Command) -> None:
     table = command("latency-table", "time a model at a dozen FFN widths here (experimental)")
     add = table.add_argument
     add("model", help="a local directory or a hub id")
-    add("--out", required=True, metavar="FILE.json")
+    add("--out", required=True, metavar="FILE.json", help="the table to write")
     add("--batch-size", type=int, default=8, metavar="N", help="rows per forward pass; default: 8")
     add("--num-tokens", type=int, default=128, metavar="N", help="tokens per row; default: 128")
     add("--threads", type=int, default=1, metavar="N", help="default: 1, as in runs")
@@ -241,19 +270,21 @@ def _add_planning_commands(command: Command) -> None:
 
 def _add_result_commands(command: Command) -> None:
     verify = command("verify", "recompute every digest of an artifact")
-    verify.add_argument("uri")
+    verify.add_argument(
+        "uri", help="where runs were published, URI@ALIAS, a run, an attempt or a copy of one"
+    )
     report = command("report", "write the HTML report of an artifact")
-    report.add_argument("uri")
-    report.add_argument("--out", required=True, metavar="FILE")
+    report.add_argument("uri", help="where runs were published, URI@ALIAS, a run or an attempt")
+    report.add_argument("--out", required=True, metavar="FILE", help="the page to write")
     benchmark = command("benchmark", "time an artifact and its original alternately")
     add = benchmark.add_argument
-    add("uri", metavar="URI_OR_MODEL")
+    add("uri", metavar="URI_OR_MODEL", help="an artifact, or a model's directory")
     add(
         "--against",
         metavar="MODEL",
         help="default: the model the artifact was made from, if it is a hub id or s3://",
     )
-    add("--batch-sizes", type=int, nargs="+", default=[1, 8], metavar="N", help="default: 1 8")
+    add("--batch-sizes", type=int, nargs="+", default=[1, 8], metavar="N", help="rows; default: 1 8")
     add(
         "--lengths",
         type=int,
@@ -272,7 +303,7 @@ def _add_result_commands(command: Command) -> None:
     export = command("export", "write an artifact in another format")
     add = export.add_argument
     add("uri", help="an artifact, or a model's directory")
-    add("--format", required=True, choices=("onnx", "compressed-tensors"))
+    add("--format", required=True, choices=("onnx", "compressed-tensors"), help="what to write")
     add(
         "--scheme",
         choices=("W8A8", "W8A16", "W4A16"),

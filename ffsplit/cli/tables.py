@@ -37,6 +37,7 @@ from ffsplit.store.entries import LATEST_LINK, MANIFEST_NAME
 from ffsplit.store.gc import Plan, Removal, pinned_runs
 from ffsplit.store.manifest import REPORT_NAME, Latency, Manifest, Measurements
 from ffsplit.store.store import Store
+from ffsplit.zoo.batch import BATCHES_PREFIX, INDEX_NAME
 
 if TYPE_CHECKING:
     from ffsplit.forecasts import BudgetForecast, LayerForecast, Plans
@@ -242,6 +243,13 @@ def _runs(store: Store) -> list[tuple[RunSummary, list[str]]]:
     """Every run, newest first, with its labels: `latest`, aliases, `pinned`. Raises ConfigError if none."""
     runs = list_runs(store)
     if not runs:
+        names = store.list_directories("")
+        models = [name for name in names if name != BATCHES_PREFIX and not name.startswith(".")]
+        if models and BATCHES_PREFIX in names:
+            raise ConfigError(
+                f"{store.uri} is where a zoo publishes: list one of its models, such as "
+                f"{store.uri}/{models[0]} ({INDEX_NAME} shows them all)"
+            )
         raise ConfigError(f"{store.uri} holds no committed run: give the --out that runs were published to")
     pinned, latest, in_use = pinned_runs(store), latest_commit(store), aliases(store)
     named = []
@@ -300,7 +308,9 @@ def print_plan(planned: Plan, *, removed: Sequence[Removal] | None) -> None:
     if planned.num_leftovers:
         print(f"{verb} the leftovers of {planned.num_leftovers} broken uploads")
     total = size(sum(each.size_bytes for each in done))
-    print(f"{verb} {len(done)} attempts, {total}; {len(planned.kept)} runs are kept")
+    attempts = "1 attempt" if len(done) == 1 else f"{len(done)} attempts"
+    kept = "1 run is kept" if len(planned.kept) == 1 else f"{len(planned.kept)} runs are kept"
+    print(f"{verb} {attempts}, {total}; {kept}")
     if removed is None:
         print("dry run, nothing was removed: --delete removes it")
 
@@ -310,7 +320,8 @@ def print_plan(planned: Plan, *, removed: Sequence[Removal] | None) -> None:
 
 def print_benchmark(record: BenchmarkRecord) -> None:
     """Both models at each shape, beside the largest speed-up that the removed work allows."""
-    title = f"{record.device}, {record.dtype}, {record.num_threads} threads, timed alternately"
+    threads = "1 thread" if record.num_threads == 1 else f"{record.num_threads} threads"
+    title = f"{record.device}, {record.dtype}, {threads}, timed alternately"
     table = Table(title, ("", "original", "compressed", "speed-up", "limit", "share"))
     for timing in record.timings:
         _add(table, timing)

@@ -1,4 +1,4 @@
-"""Connecting to a Ray cluster, and what it has room for."""
+"""Connects to a Ray cluster, and counts the workers that fit."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ from ffsplit.compat.ray import (
 )
 from ffsplit.directories import lend_ray_token
 from ffsplit.errors import ConfigError, reason_of
+from ffsplit.interrupts import uninterrupted
 from ffsplit.machine import usable_cores
 
 LOCAL_OBJECT_STORE_BYTES = 200 * 2**20
 """Enough for a local cluster: tensors never pass through the object store."""
 CONNECT_WITHIN_S = 10.0
-"""How long a host may take to accept a connection."""
+"""Timeout for a host to accept a connection."""
 ANSWER_WITHIN_S = 30.0
-"""How long a head node may take to answer."""
+"""Timeout for a head node to answer."""
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """The start of a gRPC connection and empty settings. The other side answers with its own settings."""
 SETTINGS = 4
@@ -47,7 +48,7 @@ NODE_WITHIN_S = 20.0
 """How long a node of the cluster on this machine, which may be starting, may take to appear."""
 NOT_A_HEAD = "the server there is not a Ray head (its default port is 6379)"
 LEAVE_WITHIN_S = 3.0
-"""How long the workers of a stopped local cluster may take to end by themselves."""
+"""Timeout for the workers of a stopped local cluster to exit by themselves."""
 ACCELERATOR_LABEL = "ray.io/accelerator-type"
 """The label that Ray gives a node with GPUs, such as H100."""
 CLIENT_SCHEME = "ray://"
@@ -80,7 +81,7 @@ class Share:
             raise ConfigError(f"--gpus-per-worker {self.gpus:g}: give a fraction of one GPU, or whole GPUs")
 
     def fits(self, resources: Mapping[str, float]) -> int:
-        """How many workers fit in the resources of one host."""
+        """Number of workers that fit on one host."""
         room = int(resources.get("CPU", 0)) // self.cpus
         if self.gpus == 0:
             return room
@@ -109,7 +110,7 @@ def connect(address: str | None, *, num_cpus: int) -> None:
     logging.getLogger("ray.util.client").setLevel(logging.CRITICAL)
     try:
         _probe(options["address"])
-        with _own_signals():
+        with _own_signals(), _whole_or_ended():
             ray.init(**options)
     except ConfigError:
         raise
@@ -126,16 +127,42 @@ def _report(message: str) -> None:
         streams.note(f"ray: {line}")
 
 
+@contextmanager
+def _whole_or_ended() -> Iterator[None]:
+    """End the processes of a Ray that does not start.
+
+    An interrupt may come when the first of them run, and Ray does not know them yet.
+    """
+    here, others = psutil.Process(), set(psutil.Process().children())
+    try:
+        yield
+    except BaseException:
+        disconnect()
+        _end([each for each in here.children(recursive=True) if each not in others and _is_of_ray(each)])
+        raise
+
+
+def _is_of_ray(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return any(os.path.dirname(ray.__file__) in argument for argument in process.cmdline())
+    return False
+
+
 def disconnect() -> None:
-    """Leave the cluster. A local cluster has ended, with all its processes, on return."""
-    started_here = _processes_started_here()
-    with suppress(Exception):  # the run's own outcome matters more
-        ray.shutdown()
-    _, late = psutil.wait_procs(started_here, timeout=LEAVE_WITHIN_S)
-    for process in late:
+    """Disconnect. On return, all processes of a local cluster have exited."""
+    with uninterrupted():
+        started_here = _processes_started_here()
+        with suppress(Exception):  # the run's own outcome matters more
+            ray.shutdown()
+        _, late = psutil.wait_procs(started_here, timeout=LEAVE_WITHIN_S)
+        _end(late)
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(late, timeout=LEAVE_WITHIN_S)
+    psutil.wait_procs(processes, timeout=LEAVE_WITHIN_S)
 
 
 def _processes_started_here() -> list[psutil.Process]:
@@ -151,10 +178,10 @@ def token_problem(address: str) -> str:
     """Why a cluster that requires a token cannot be used, and the two ways to provide one."""
     ways = "set RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names (default: ~/.ray/auth_token)"
     if not find_token():
-        return f"Ray at {address} asks for a token, and there is none here: {ways}"
+        return f"Ray at {address} requires a token, and none is set here: {ways}"
     if (mode := os.environ.get("RAY_AUTH_MODE", "token")) != "token":
-        return f"Ray at {address} asks for a token, and RAY_AUTH_MODE={mode} sends none: unset it"
-    return f"Ray at {address} refuses the token that is set here: {ways}"
+        return f"Ray at {address} requires a token, but RAY_AUTH_MODE={mode} disables it: unset it"
+    return f"Ray at {address} rejects the token that is set here: {ways}"
 
 
 def refusal(address: str, reason: str) -> str:
@@ -165,7 +192,9 @@ def refusal(address: str, reason: str) -> str:
         found = _VERSIONS.findall(reason)
         if len(found) == 2:
             theirs, ours = (f"Ray {version} on Python {python}" for version, python in found)
-            return f"the cluster at {address} runs {theirs}, this is {ours}: install the same here"
+            return (
+                f"the cluster at {address} runs {theirs}, this machine {ours}: install the same versions here"
+            )
     if address.startswith(CLIENT_SCHEME) and "Ray client has already been disconnected" in reason:
         return f"Ray Client answers at {address}, but not its cluster: see `ray status` on the head"
     what = "Ray could not be started here" if address == "local" else f"Ray at {address} cannot be reached"
@@ -329,14 +358,14 @@ def selector(accelerator: str | None) -> dict[str, Any]:
 
 
 def room(share: Share) -> int:
-    """How many workers the cluster can place, counting the nodes that its autoscaler may add."""
+    """Number of workers that the cluster can run, including nodes that its autoscaler may add."""
     placed = sum(share.fits(host.resources) for host in hosts(share))
     scaled = autoscaler_limit()
     return max(placed, share.fits(scaled)) if scaled else placed
 
 
 def check_room(share: Share) -> None:
-    """Raise ConfigError if not even one worker fits: it would wait for ever."""
+    """Raise ConfigError if no worker fits: the run would wait for ever."""
     if share.accelerator is not None and not hosts(share) and not autoscaler_limit():
         known = sorted({host.accelerator for host in hosts(Share(1, 0)) if host.accelerator})
         raise ConfigError(
@@ -353,7 +382,7 @@ def check_room(share: Share) -> None:
     else:
         asked = f"a worker of {share.cpus} CPUs"
     raise ConfigError(
-        f"{asked}: the cluster has no node with that much; "
+        f"{asked}: no node of the cluster has that much; "
         f"its largest nodes have {largest['CPU']:g} CPUs and {largest['GPU']:g} GPUs"
     )
 

@@ -204,7 +204,7 @@ class Pace:
     def count(self, rows: Sequence[Sequence[int]], step: int) -> None:
         """Count a step's tokens, and tell how far the run is."""
         self._num_tokens += sum(map(len, rows))
-        self._tell(step, self._num_steps, f"{self._tokens_per_s:,.0f} tokens per second")
+        self._tell(step, self._num_steps, f"{self._tokens_per_s:,.0f} tokens/s")
 
     @property
     def _tokens_per_s(self) -> float:

@@ -52,7 +52,7 @@ def run_to_end(
     with (
         trusting(config.trust_remote_code),
         attending(config.attn_implementation),
-        progress or Progress.to_stderr() as shown,
+        progress or Progress.to_user() as shown,
     ):
         if sign_key is not None:
             sign_manifest(b"{}", key=sign_key)  # fail early if the key cannot sign
@@ -103,6 +103,10 @@ def _compute(run: Run, store: Store, shown: Progress, *, sign_key: Path | None) 
             if refusal(manifest.gates) is not None:
                 return Finished(manifest, "refused", report)
             finished = Finished(manifest, "published", report)
+        except KeyboardInterrupt:
+            if not run.config.fresh:
+                shown.note("finished work is kept, and the same command resumes from it")
+            raise
         except Exception:
             if not _was_committed_meanwhile(store, key):
                 raise

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ffsplit.calibration.mixture import OwnRows
 from ffsplit.calibration.sampling import TextSample
-from ffsplit.compressors.base import CHUNK_TOKENS, FLOAT32_BYTES
 from ffsplit.compute_profile import ComputeProfile
 from ffsplit.config import JobConfig
 from ffsplit.directories import temporary_root
 from ffsplit.errors import explained
 from ffsplit.ffn.shapes import LayerLayout
+from ffsplit.healing.settings import HealingSettings
 from ffsplit.machine import bytes_below, device_of, free_bytes, operations_per_second
 from ffsplit.models.checkpoint import Checkpoint
 from ffsplit.recipes.recipe import Recipe
@@ -22,8 +23,18 @@ from ffsplit.run.checks import can_refit, closed_form
 from ffsplit.run.disk import Disk
 from ffsplit.run.healing_memory import bytes_of_a_gpu
 from ffsplit.run.needs import GENERATE, PEAK_MEMORY, DiskNeeds, Machine, Needs, StageNeeds, find_problems
+from ffsplit.run.stage_memory import (
+    PROCESS_BYTES,
+    calibration_bytes,
+    compression_bytes,
+    generation_bytes,
+    healing_bytes,
+    measurement_bytes,
+    peak_memory_bytes,
+    tables_bytes,
+)
 from ffsplit.run.workload import ITEM_SIZES, Workload, rows_at_once
-from ffsplit.splitting.knapsack import KL_ROWS, TABLE_TOKENS
+from ffsplit.splitting.knapsack import TABLE_TOKENS
 from ffsplit.store.cache import Cache, is_remote
 from ffsplit.store.scratch import SCRATCH_PREFIX
 from ffsplit.store.store import open_store
@@ -31,84 +42,10 @@ from ffsplit.store.store import open_store
 if TYPE_CHECKING:
     from ffsplit.run.job import Run
 
-# Rough memory use of each stage in bytes. The estimates err on the high side.
-
-PROCESS_BYTES = 600_000_000
-"""An idle worker with its libraries loaded."""
-LOGIT_COPIES = 6
-"""Copies of both models' logits: raw, as log-probabilities, and intermediate results."""
-
-
-def process_bytes(work: Workload) -> int:
-    """A process that runs every stage needs a third more: more libraries, and memory the allocator keeps."""
-    return PROCESS_BYTES * 4 // 3 if work.is_one_process else PROCESS_BYTES
-
-
-def calibration_bytes(work: Workload, *, block_by_block: bool) -> int:
-    """One worker with the whole model, or one block and what lies outside the blocks."""
-    held = work.outside_elements + work.block_elements if block_by_block else work.num_elements
-    layers_sampled = 1 if block_by_block else work.num_blocks
-    sampled = min(work.sampled_tokens, work.shard_tokens) * work.shape.hidden_size * layers_sampled
-    return process_bytes(work) + (held + sampled) * work.itemsize + _batch_bytes(work)
-
-
-def generation_bytes(work: Workload, *, rows: int) -> int:
-    """One worker with the whole model, the keys and values of its rows, and two copies of their logits."""
-    keys = rows * work.recipe.calibration.row_length * work.num_blocks * 2 * work.shape.hidden_size
-    logits = 3 * rows * work.num_logits * FLOAT32_BYTES
-    return process_bytes(work) + (work.num_elements + keys) * work.itemsize + logits
-
-
-def _batch_bytes(work: Workload) -> int:
-    """One batch in a block whose FFN is observed."""
-    hidden, neurons = work.shape.hidden_size, work.shape.num_neurons
-    of_token = hidden * (10 * work.itemsize + 2 * FLOAT32_BYTES) + neurons * (
-        3 * work.itemsize + 2 * FLOAT32_BYTES + 1
-    )
-    return work.batch_tokens * of_token
-
-
-def compression_bytes(work: Workload) -> int:
-    """One layer's FFN in float32 (original, split and compressed), and the inputs it is fitted to."""
-    shape, tokens = work.shape, work.sampled_tokens
-    weights = int(shape.num_elements * FLOAT32_BYTES * (2 + 2 * work.kept))
-    num_copies = 4 if work.recipe.refits else 2  # inputs and outputs; refits need the compressed model's too
-    inputs = tokens * shape.hidden_size * FLOAT32_BYTES * num_copies
-    chunk = min(tokens, CHUNK_TOKENS) * (4 * shape.num_neurons + 4 * shape.hidden_size) * FLOAT32_BYTES
-    steps = (*work.recipe.steps, *work.recipe.refits)
-    most = max((step.memory_bytes(work.of_layer) for step in steps), default=0)
-    if (last := work.recipe.after_healing) is not None:
-        most = max(most, last.memory_bytes(work.of_layer))
-    return process_bytes(work) + weights + inputs + chunk + most
-
-
-def measurement_bytes(work: Workload, *, block_by_block: bool) -> int:
-    """Both models whole, or one block and what lies outside the blocks of both."""
-    if block_by_block:
-        held = 2 * work.outside_elements + work.block_elements
-    else:
-        held = int(work.num_elements * (1 + work.compressed_bytes / work.file_bytes))
-    logits = work.compared_tokens * work.num_logits * FLOAT32_BYTES * LOGIT_COPIES
-    return process_bytes(work) + held * work.itemsize + _batch_bytes(work) + logits
-
-
-def peak_memory_bytes(work: Workload) -> int:
-    """The process that waits, and the one that loads the model and runs it once."""
-    rows = max(rows * length for rows, length in work.recipe.measurement.latency_shapes)
-    model = work.num_elements * work.itemsize + rows * work.num_logits * FLOAT32_BYTES
-    return process_bytes(work) + PROCESS_BYTES + model
-
-
-def healing_bytes(work: Workload) -> int:
-    """Teacher, student, gradients and the optimizer's two moments, in float32."""
-    student = work.num_elements * work.compressed_bytes / work.file_bytes
-    return (
-        process_bytes(work) + int((work.num_elements + 5 * student) * FLOAT32_BYTES) + 3 * _batch_bytes(work)
-    )
-
-
 # Rough duration of each stage, from its floating-point operations and the bytes it reads.
 
+PROCESS_START_S = 3.0
+"""A worker starts and imports its libraries."""
 READ_BYTES_PER_S = 1e9
 WRITE_BYTES_PER_S = 5e8
 REUSED = 0.5
@@ -168,14 +105,6 @@ def tables_seconds(work: Workload, *, num_tokens: int, workers: int, single: flo
 def measures_tables(work: Workload) -> bool:
     """Whether the run searches for widths by tables."""
     return work.recipe.allocation == "search" and work.measures_widths
-
-
-def tables_bytes(work: Workload, *, device: str) -> int:
-    """The original, the logits of both models, and what every block gave."""
-    tokens = max(TABLE_TOKENS[device], work.recipe.calibration.row_length)
-    states = tokens * work.shape.hidden_size * work.num_blocks
-    logits = 2 * tokens * work.num_logits * work.itemsize + 2 * KL_ROWS * work.num_logits * FLOAT32_BYTES
-    return process_bytes(work) + (work.num_elements + states) * work.itemsize + logits + _batch_bytes(work)
 
 
 def refit_seconds(work: Workload, *, workers: int, speed: float, block_by_block: bool) -> float:
@@ -265,15 +194,10 @@ def estimate(run: Run) -> Needs:
     machine = Machine.of(config, profile, fits=fits)
     calibrates_so = streamed(calibration_bytes(work, block_by_block=False), machine.worker_bytes)
     measures_so = streamed(measurement_bytes(work, block_by_block=False), machine.alone_bytes)
-    stages = tuple(
-        _stages(
-            work,
-            machine,
-            profile,
-            streamed=(calibrates_so, measures_so),
-            statistics_only=statistics_only,
-        )
-    )
+    planned = _Stages.of(work, machine, profile, calibrates_so=calibrates_so, measures_so=measures_so)
+    stages = tuple(planned.reading())
+    if not statistics_only:
+        stages += (*planned.compressing(), *planned.publishing())
     store = open_store(config.out).uri
     disk = Disk(
         work=work,
@@ -317,104 +241,122 @@ def _disk(place: str, needed_bytes: int, *, there: int = 0, is_here: bool = True
     return DiskNeeds(place=place, needed_bytes=needed_bytes, free_bytes=free, device=device_of(Path(place)))
 
 
-def _healing(work: Workload, machine: Machine, profile: ComputeProfile) -> StageNeeds:
-    """Several workers divide the models on GPUs, and hold them whole on CPUs."""
-    settings = work.recipe.healing
-    assert settings is not None, "only for recipes that heal"
-    on_gpu = profile.device == "cuda"
-    dtype = "bfloat16" if on_gpu and settings.mixed_precision == "bf16" else "float32"
-    workers = 1 if work.is_one_process or not on_gpu else machine.healing_workers
-    with profile.pinned():
-        seconds = healing_seconds(work, speed=workers * operations_per_second(profile.device, dtype))
+@dataclass(frozen=True)
+class _Stages:
+    """What each stage of a run needs, in their order."""
+
+    work: Workload
+    machine: Machine
+    profile: ComputeProfile
+    calibrates_so: bool
+    """Whether the calibration holds one block of the model at a time."""
+    measures_so: bool
+    speed: float
+    """Floating-point operations per second in the dtype of the model."""
+    single: float
+    """The same in float32."""
+
+    @classmethod
+    def of(
+        cls,
+        work: Workload,
+        machine: Machine,
+        profile: ComputeProfile,
+        *,
+        calibrates_so: bool,
+        measures_so: bool,
+    ) -> _Stages:
+        with profile.pinned():
+            speed, single = (
+                operations_per_second(profile.device, dtype) for dtype in (profile.dtype, "float32")
+            )
+        return cls(work, machine, profile, calibrates_so, measures_so, speed, single)
+
+    def reading(self) -> Iterator[StageNeeds]:
+        """From the model's files to the statistics."""
+        work, workers = self.work, self.machine.num_workers
+        yield self._alone("digests", PROCESS_BYTES, digest_seconds(work))
+        if work.own_tokens:
+            length = work.recipe.calibration.row_length
+            rows = rows_at_once(work.checkpoint, device=self.profile.device, row_length=length)
+            yield self._shared(
+                GENERATE,
+                generation_bytes(work, rows=min(rows, work.own.total)),
+                generation_seconds(work, rows=rows, workers=workers, speed=self.speed),
+            )
+        seconds = calibration_seconds(
+            work, workers=workers, speed=self.speed, block_by_block=self.calibrates_so
+        )
+        yield self._shared("calibrate", self._calibration_bytes, self._start_s + seconds)
+
+    def compressing(self) -> Iterator[StageNeeds]:
+        """From the statistics to the compressed layers."""
+        work, workers, memory = self.work, self.machine.num_workers, compression_bytes(self.work)
+        if measures_tables(work):
+            few, device = TABLE_TOKENS[self.profile.device], self.profile.device
+            seconds = tables_seconds(
+                work, num_tokens=few, workers=workers, single=self.single, speed=self.speed
+            )
+            yield self._shared("tables", max(memory, tables_bytes(work, device=device)), seconds)
+        if work.recipe.allocation == "search":
+            both = max(memory, measurement_bytes(work, block_by_block=False))
+            seconds = search_seconds(work, workers=workers, single=self.single, speed=self.speed)
+            yield self._alone("allocate", both, seconds)
+        seconds = compression_seconds(work, workers=workers, speed=self.single)
+        yield self._shared("compress", memory, self._start_s + seconds)
+        if work.recipe.refits and can_refit(work.checkpoint, work.layouts):
+            seconds = refit_seconds(
+                work, workers=workers, speed=self.single, block_by_block=self.calibrates_so
+            )
+            yield self._shared("refit", max(memory, self._calibration_bytes), 2 * self._start_s + seconds)
+        if work.recipe.healing is not None:
+            yield self._healing(work.recipe.healing)
+
+    def publishing(self) -> Iterator[StageNeeds]:
+        """From the compressed layers to the published artifact."""
+        work = self.work
+        yield self._alone("assemble", PROCESS_BYTES, assembly_seconds(work))
+        memory = measurement_bytes(work, block_by_block=self.measures_so)
+        seconds = measurement_seconds(work, speed=self.speed, block_by_block=self.measures_so)
+        yield self._alone("measure", memory, self._start_s + seconds)
+        if work.recipe.measurement.peak_memory and not self.measures_so:
+            seconds = 2 * PROCESS_START_S + loading_seconds(work)  # a process per model
+            yield self._alone(PEAK_MEMORY, peak_memory_bytes(work), seconds)
+        yield self._alone("publish", PROCESS_BYTES, assembly_seconds(work))
+
+    @property
+    def _calibration_bytes(self) -> int:
+        return calibration_bytes(self.work, block_by_block=self.calibrates_so)
+
+    @property
+    def _start_s(self) -> float:
+        return 0.0 if self.work.is_one_process else PROCESS_START_S
+
+    def _alone(self, name: str, memory: int, seconds: float) -> StageNeeds:
+        return _needs(name, 1, memory, available=self.machine.alone_bytes, seconds=seconds)
+
+    def _shared(self, name: str, memory: int, seconds: float) -> StageNeeds:
+        machine = self.machine
+        return _needs(name, machine.num_workers, memory, available=machine.worker_bytes, seconds=seconds)
+
+    def _healing(self, settings: HealingSettings) -> StageNeeds:
+        """Several workers divide the models on GPUs, and hold them whole on CPUs."""
+        work, machine, profile = self.work, self.machine, self.profile
+        on_gpu = profile.device == "cuda"
+        dtype = "bfloat16" if on_gpu and settings.mixed_precision == "bf16" else "float32"
+        workers = 1 if work.is_one_process or not on_gpu else machine.healing_workers
+        with profile.pinned():
+            seconds = healing_seconds(work, speed=workers * operations_per_second(profile.device, dtype))
+        memory = bytes_of_a_gpu(work, workers=workers) if on_gpu else healing_bytes(work)
+        available = machine.gpu_bytes if on_gpu else machine.alone_bytes
+        return _needs("heal", workers, memory, available=available, seconds=seconds)
+
+
+def _needs(name: str, workers: int, memory: int, *, available: int | None, seconds: float) -> StageNeeds:
     return StageNeeds(
-        name="heal",
+        name=name,
         num_workers=workers,
-        memory_bytes=bytes_of_a_gpu(work, workers=workers) if on_gpu else healing_bytes(work),
-        available_bytes=machine.gpu_bytes if on_gpu else machine.alone_bytes,
+        memory_bytes=memory,
+        available_bytes=available,
         seconds=seconds if math.isfinite(seconds) else None,
     )
-
-
-def _stages(
-    work: Workload,
-    machine: Machine,
-    profile: ComputeProfile,
-    *,
-    streamed: tuple[bool, bool],
-    statistics_only: bool,
-) -> Iterator[StageNeeds]:
-    workers = machine.num_workers
-    with profile.pinned():
-        speed, single = (operations_per_second(profile.device, dtype) for dtype in (profile.dtype, "float32"))
-
-    def stage(name: str, memory: int, seconds: float, *, alone: bool = True) -> StageNeeds:
-        return StageNeeds(
-            name=name,
-            num_workers=1 if alone else workers,
-            memory_bytes=memory,
-            available_bytes=machine.alone_bytes if alone else machine.worker_bytes,
-            seconds=seconds if math.isfinite(seconds) else None,
-        )
-
-    yield stage("digests", PROCESS_BYTES, digest_seconds(work))
-    if work.own_tokens:
-        length = work.recipe.calibration.row_length
-        rows = rows_at_once(work.checkpoint, device=profile.device, row_length=length)
-        yield stage(
-            GENERATE,
-            generation_bytes(work, rows=min(rows, work.own.total)),
-            generation_seconds(work, rows=rows, workers=workers, speed=speed),
-            alone=False,
-        )
-    yield stage(
-        "calibrate",
-        calibration_bytes(work, block_by_block=streamed[0]),
-        calibration_seconds(work, workers=workers, speed=speed, block_by_block=streamed[0]),
-        alone=False,
-    )
-    if statistics_only:
-        return
-    if measures_tables(work):
-        few = TABLE_TOKENS[profile.device]
-        yield stage(
-            "tables",
-            max(compression_bytes(work), tables_bytes(work, device=profile.device)),
-            tables_seconds(work, num_tokens=few, workers=workers, single=single, speed=speed),
-            alone=False,
-        )
-    if work.recipe.allocation == "search":
-        yield stage(
-            "allocate",
-            max(
-                compression_bytes(work),
-                measurement_bytes(work, block_by_block=False),
-            ),
-            search_seconds(work, workers=workers, single=single, speed=speed),
-        )
-    yield stage(
-        "compress",
-        compression_bytes(work),
-        compression_seconds(work, workers=workers, speed=single),
-        alone=False,
-    )
-    if work.recipe.refits and can_refit(work.checkpoint, work.layouts):
-        yield stage(
-            "refit",
-            max(
-                compression_bytes(work),
-                calibration_bytes(work, block_by_block=streamed[0]),
-            ),
-            refit_seconds(work, workers=workers, speed=single, block_by_block=streamed[0]),
-            alone=False,
-        )
-    if work.recipe.healing is not None:
-        yield _healing(work, machine, profile)
-    yield stage("assemble", PROCESS_BYTES, assembly_seconds(work))
-    yield stage(
-        "measure",
-        measurement_bytes(work, block_by_block=streamed[1]),
-        measurement_seconds(work, speed=speed, block_by_block=streamed[1]),
-    )
-    if work.recipe.measurement.peak_memory and not streamed[1]:
-        yield stage(PEAK_MEMORY, peak_memory_bytes(work), loading_seconds(work))
-    yield stage("publish", PROCESS_BYTES, assembly_seconds(work))

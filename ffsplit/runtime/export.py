@@ -37,6 +37,7 @@ from ffsplit.store.pull import materialize
 
 ExportFormat = Literal["onnx", "compressed-tensors"]
 
+COMPRESSED_TENSORS = "compressed-tensors"
 ONNX_FOLDER = "onnx"
 """The subfolder of a model in which sentence-transformers, optimum and transformers.js look for graphs."""
 
@@ -59,15 +60,14 @@ def export(
     it writes a quantized graph beside it, which is then the main file. Raises ConfigError, with nothing
     written, if `out` is not empty, the extra is missing, or the format cannot hold the model.
     """
-    if scheme is not None and format != "compressed-tensors":
+    if scheme is not None and format != COMPRESSED_TENSORS:
         raise ConfigError(f"--scheme goes with --format compressed-tensors, not with {format}")
     if (optimize or quantize is not None) and format != "onnx":
         flag = "--optimize" if optimize else "--quantize"
         raise ConfigError(f"{flag} goes with --format onnx, not with {format}")
     check_tools(optimize=optimize, quantize=quantize, install=INSTALL)
     check_outside_attempts(out.resolve().as_posix(), flag="--out")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} exists already and is not an empty directory")
+    _check_is_free(out)
     local = user_path(uri)
     is_checkpoint = (local / "config.json").is_file() and not (local / MANIFEST_NAME).is_file()
     directory = local if is_checkpoint else materialize(uri)
@@ -78,7 +78,7 @@ def export(
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-"))
         whole = Path(folder) / "out"
         (whole / graph.parent).mkdir(parents=True)
-        if format == "compressed-tensors":
+        if format == COMPRESSED_TENSORS:
             _copy_companions(directory, whole)
             export_compressed_tensors(directory, whole, scheme=scheme)
         else:
@@ -88,8 +88,37 @@ def export(
             if quantize is not None:
                 graph = quantize_graph(whole / graph).relative_to(whole)
             _copy_companions(directory, whole)
-        whole.rename(out)  # also replaces an empty directory
+        try:
+            whole.rename(out)  # also replaces an empty directory
+        except OSError:
+            _check_is_free(out)  # another export may have been faster
+            raise
     return out / graph
+
+
+def _check_is_free(out: Path) -> None:
+    """Raise ConfigError, which tells what is there, unless `out` is a new or an empty directory."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"--out {out} is a file: give a new or empty directory")
+    if names := sorted(each.name for each in out.iterdir()):
+        raise ConfigError(
+            f"--out {out} holds {_what_is_in(out, names)} already: give a directory per export, or delete "
+            "this one first"
+        )
+
+
+def _what_is_in(directory: Path, names: Sequence[str]) -> str:
+    if MANIFEST_NAME in names:
+        return "an artifact"
+    graphs = sorted(each.name for each in directory.glob(f"{ONNX_FOLDER}/*.onnx"))
+    if graphs:
+        return f"an ONNX export ({', '.join(graphs)})"
+    if CONFIG_NAME in names:
+        is_export = f'"{COMPRESSED_TENSORS}"' in (directory / CONFIG_NAME).read_text("utf-8", "replace")
+        return "a compressed-tensors export" if is_export else "a checkpoint"
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def _copy_companions(source: Path, target: Path) -> None:

@@ -111,7 +111,7 @@ class Events:
     def _deliver(self) -> None:
         assert self._hook is not None
         while (event := self._waiting.get()) is not None:
-            data = without_credentials(event).model_dump_json().encode()
+            data = without_credentials(event).model_dump_json().encode() + b"\n"  # a line of a file
             try:
                 problem = self._run(self._hook, data) if self._hook.command else _post(self._hook, data)
             except Exception as error:  # whatever it is, the batch goes on

@@ -62,6 +62,7 @@ def render_index(batches: Sequence[Batch]) -> str:
     template = page_template(
         TEMPLATE_NAME,
         shown=_shown,
+        difference=_difference,
         outcome=lambda outcome: OUTCOMES[outcome],
         short=short,
         spark=sparkline,
@@ -120,6 +121,13 @@ def _shown(value: float, unit: str) -> str:
     return shown.get(unit, humanize.number)(value)
 
 
+def _difference(each: Difference) -> str:
+    """The change of a figure: a share of sizes and speed-ups, else the difference itself."""
+    if each.unit in ("bytes", "times"):
+        return humanize.change(each.before, after=each.after)
+    return humanize.score_change(each.before, after=each.after)
+
+
 def _changes(batches: Sequence[Batch]) -> list[Change]:
     """The models with another run than before, or whose run was compared with the one in use."""
     earlier: dict[str, BatchModel] = {}
@@ -174,7 +182,7 @@ def _tiles(batch: Batch) -> list[Tile]:
             )
             tiles.append(Tile("Speed-up", humanize.times(median(speedups)), note, min(speedups) < 1))
     if moved := batch.moved("promoted"):
-        tiles.append(Tile("Now in use", str(moved), "replaced what was in use before"))
+        tiles.append(Tile("Now in use", str(moved), "promoted by this batch"))
     if batch.price is not None:
         tiles.append(Tile("Cost", humanize.number(batch.price), "by the zoo file's prices"))
     return tiles

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -16,8 +16,10 @@ from ffsplit.directories import by_name
 from ffsplit.distributed.ray_cluster import share_cluster
 from ffsplit.errors import FFSplitError, begun
 from ffsplit.exit_codes import DONE, FAILED, REFUSED
+from ffsplit.measurement.gates import describe_result
 from ffsplit.redaction import without_credentials
 from ffsplit.store.aliases import this_user
+from ffsplit.store.manifest import GateResult
 from ffsplit.store.store import Store, open_store
 from ffsplit.zoo.attempts import Attempts
 from ffsplit.zoo.batch import (
@@ -188,11 +190,17 @@ async def _run_model(this: _Pass, index: int, job: JobConfig, running: asyncio.S
     if recorded.state in ("published", "committed already"):
         recorded = await asyncio.to_thread(_promoted, this, model, recorded)
     this.ended[index] = recorded
-    this.say(f"{model.name} | {recorded.state}{f': {recorded.error}' if recorded.error else ''}")
-    if recorded.promotion is not None:
-        this.say(f"{model.name} | {describe_promotion(recorded.promotion)}")
+    why = [recorded.error] if recorded.error else _unmet(recorded.result.gates if recorded.result else ())
+    this.say(f"{model.name} | {recorded.state}{': ' if why else ''}{'; '.join(why)}")
+    if (promotion := recorded.promotion) is not None:
+        this.say(f"{model.name} | {'; '.join([describe_promotion(promotion), *_unmet(promotion.gates)])}")
     if recorded.state in ("published", "refused", "failed"):
         this.tell(recorded.state, model=model.name)
+
+
+def _unmet(results: Sequence[GateResult]) -> list[str]:
+    """Gates that are not met, one text each."""
+    return [describe_result(result) for result in results if not result.met]
 
 
 def _promoted(this: _Pass, model: ZooModel, recorded: BatchModel) -> BatchModel:

@@ -409,7 +409,12 @@ def test_padding_alone_is_refused(small_job: SmallJob, tmp_path: Path, capsys: C
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compres", "m"], "did you mean 'compress'?"),
+        (["compres", "m"], "unknown command 'compres', did you mean 'compress'?"),
+        (["xyzzy"], "unknown command 'xyzzy': ffsplit alone lists them"),
+        (
+            ["gc", "o", "--keep", "0", "--delete"],
+            "unrecognized arguments: --keep, did you mean '--keep-last'?",
+        ),
         (
             ["compress", "m", "--out", "o", "--kep", "0.5"],
             "unrecognized arguments: --kep 0.5, did you mean '--keep'?",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -41,6 +42,12 @@ def test_every_example_parses(example: str) -> None:
     assert words[0] == "ffsplit" and build_parser().parse_args(words[1:]).title == words[1]
 
 
+def test_every_flag_and_argument_has_a_help() -> None:
+    for command in build_parser()._commands():  # type: ignore[attr-defined]
+        unexplained = [action.dest for action in command._actions if not action.help and not action.choices]
+        assert unexplained == [], command.prog
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
 def test_no_command_shows_all_of_them(arguments: list[str], capsys: Captured) -> None:
     assert main(arguments) == (0 if arguments else 2)
@@ -59,6 +66,7 @@ def test_help_has_groups_and_examples_in_80_columns(
     printed = capsys.readouterr().out
     assert all(f"  {example}\n" in printed for example in EXAMPLES[command])
     assert max(map(len, printed.splitlines())) <= 80
+    assert not re.search(r"\w-$", printed, re.MULTILINE), "a name is torn at its hyphen"
     if command == "compress":
         assert all(f"\n{title}:\n" in printed for title in FLAG_GROUPS)
         assert all(name in printed for name in shipped_recipes())
@@ -72,8 +80,11 @@ def test_recipes_are_listed_and_shown(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines if not line.startswith(" ")] == list(shipped_recipes())
     assert max(map(len, lines)) <= 80
-    assert main(["recipes", "fast"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["name"] == "fast"
+    for name in shipped_recipes():
+        assert main(["recipes", name]) == 0
+        printed = capsys.readouterr().out
+        assert yaml.safe_load(printed)["name"] == name
+        assert max(map(len, printed.splitlines())) <= 80
     assert main(["recipes", "fats"]) == 2
     assert capsys.readouterr().err == "ffsplit: no shipped recipe is named 'fats', did you mean 'fast'?\n"
 

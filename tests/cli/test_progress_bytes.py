@@ -26,6 +26,18 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert capsys.readouterr().out == ""
 
 
+def test_what_fails_before_the_first_byte_has_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with suppress(ValueError), bytes_to_stderr("pull"):
+            raise ValueError
+        shown = _read_all(ours)
+    os.close(ours)
+    assert shown == ""
+
+
 def _read_all(terminal: int) -> str:
     """What was written to a terminal, which gives it in pieces."""
     os.set_blocking(terminal, False)

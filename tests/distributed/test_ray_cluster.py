@@ -132,6 +132,26 @@ def test_a_process_that_does_not_leave_is_ended(monkeypatch: pytest.MonkeyPatch)
     assert stuck.wait(10) == -signal.SIGKILL
 
 
+def test_a_ray_that_is_interrupted_while_it_starts_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it end processes that are not its own."""
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    started = []
+
+    def interrupted(**_: object) -> None:
+        started.append(psutil.Popen([*sleep, f"{Path(ray.__file__).parent}/core/src/ray/gcs/gcs_server"]))
+        started.append(psutil.Popen(sleep))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ray_cluster.ray, "init", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        connect("local", num_cpus=1)
+    server, other = started
+    assert not server.is_running()
+    assert other.is_running()
+    other.kill()
+    other.wait(10)
+
+
 def test_the_answer_to_sigterm_is_kept_in_the_main_thread_and_left_alone_in_others() -> None:
     def ours(*_: object) -> None:
         raise AssertionError
@@ -182,7 +202,7 @@ def test_without_the_token_that_is_asked_for(tmp_path: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "asks for a token, and there is none here: set RAY_AUTH_TOKEN, or the file" in done.stderr
+    assert "requires a token, and none is set here: set RAY_AUTH_TOKEN, or the file" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["compress", "zoo"])

@@ -141,7 +141,7 @@ def test_more_gpus_than_there_are_are_refused_at_once(local_ray: None) -> None:
 
 def test_more_threads_than_any_node_has_cores_are_refused_at_once(local_ray: None) -> None:
     with (
-        pytest.raises(ConfigError, match="a worker of 64 CPUs: the cluster has no node with that much"),
+        pytest.raises(ConfigError, match="a worker of 64 CPUs: no node of the cluster has that much"),
         RayRunner(address=None, num_workers=1, threads_per_worker=64),
     ):
         pass
@@ -159,7 +159,7 @@ def test_another_version_of_ray_or_python_is_one_line() -> None:
     with pytest.raises(RuntimeError) as mismatch:
         check_version_info({"ray_version": "1.2.3", "python_version": "3.8.1"}, "node 10.0.0.1")
     line = refusal("10.0.0.1:6379", str(mismatch.value))
-    assert "10.0.0.1:6379 runs Ray 1.2.3 on Python 3.8.1, this is Ray" in line
+    assert "10.0.0.1:6379 runs Ray 1.2.3 on Python 3.8.1, this machine Ray" in line
     assert "\n" not in line
 
 

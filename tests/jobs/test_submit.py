@@ -112,11 +112,11 @@ def test_a_wrong_token_is_one_line(small_job: SmallJob, tmp_path: Path, cluster:
     command = submit(cluster, "compress", *small_job.arguments(tmp_path / "out"))
     done = cluster.run(*command, RAY_AUTH_TOKEN_PATH=str(wrong))
     assert done.returncode == 2, done.stderr
-    assert "refuses the token that is set here" in done.stderr.splitlines()[-1]
+    assert "rejects the token that is set here" in done.stderr.splitlines()[-1]
     without = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(tmp_path / "none"), "HOME": str(tmp_path)}
     done = cluster.run(*command, **without)
     assert done.returncode == 2, done.stderr
-    assert "asks for a token, and there is none here" in done.stderr.splitlines()[-1]
+    assert "requires a token, and none is set here" in done.stderr.splitlines()[-1]
 
 
 class OtherVersion(http.server.BaseHTTPRequestHandler):

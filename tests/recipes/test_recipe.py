@@ -145,7 +145,7 @@ def test_an_unknown_field_like_no_other() -> None:
         (GOOD.replace("low_rank", "quantise"), "quantise"),
         (GOOD.replace("kind: low_rank", "rank: 3"), "kind"),
         (GOOD.replace("low_rank", "prune\n    compensation: some"), "'some'"),
-        (GOOD.replace("name: mine\n", ""), "name Field required"),
+        (GOOD.replace("name: mine\n", ""), "name is missing"),
         (
             GOOD.replace("heavy_share: 0.5\n", ""),
             "exactly one of heavy_share, heavy_fraction and heavy_energy",

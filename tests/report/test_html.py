@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from ffsplit.report.html import render_report
+from tests.browser import needs_browser, sideways
 from tests.report.conftest import measurement_fields
 
 HOSTILE = '<script>alert("x")</script><img src=//evil.example/x onerror=alert(1)>'
@@ -147,9 +148,9 @@ def test_overlap_with_calibration_is_said_in_the_headline_and_by_the_numbers(mak
     overlapping = make_manifest(calibration=calibration | {"held_out_is_disjoint": False})
     text = read(render_report(overlapping, curves=make_curves(6)))
     assert "cosine of mean-pooled states, on calibration text" in text
-    assert "The held-out text was not disjoint from the calibration text." in text
+    assert "The held-out text overlaps with the calibration text." in text
     assert "NOT disjoint from calibration" in text
-    assert "none of which was used for calibration" in read(render_report(make_manifest(), curves=[]))
+    assert "which calibration did not use" in read(render_report(make_manifest(), curves=[]))
 
 
 def test_a_model_that_became_slower_is_not_praised(make_manifest):
@@ -294,3 +295,12 @@ def test_a_perplexity_stands_with_its_change(make_manifest):
     measurements = make_manifest().measurements.model_dump() | {"fidelity": values}
     text = read(render_report(make_manifest(measurements=measurements), curves=[]))
     assert "perplexity, compressed 21.0 (+5.00 %)" in text
+
+
+@pytest.mark.subprocess
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("num_layers", [6, 32])
+def test_nothing_is_scrolled_sideways(make_manifest, make_curves, tmp_path, num_layers, width):
+    page = render_report(make_manifest(num_layers=num_layers), curves=make_curves(num_layers))
+    assert sideways(page, tmp_path, width=width) == ""

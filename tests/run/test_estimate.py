@@ -457,3 +457,11 @@ def test_half_precision_heals_on_one_gpu_alone(small_job: SmallJob) -> None:
     needs_of(small_job.config("out", **options))
     with pytest.raises(ConfigError, match=r"healing\.mixed_precision may be auto, bf16 or no"):
         needs_of(small_job.config("out", healing_workers=2, **options))
+
+
+def test_a_tiny_run_takes_as_long_as_its_processes_take_to_start(small_job: SmallJob, tmp_path: Path) -> None:
+    for runner, least in (("ray", estimate.PROCESS_START_S), ("serial", 0.0)):
+        needs = needs_of(small_job.config(tmp_path / "out", runner=runner))
+        seconds = {each.name: each.seconds or 0.0 for each in needs.stages}
+        for stage in ("calibrate", "compress", "measure"):
+            assert least <= seconds[stage] < least + 1, (runner, stage)

@@ -17,6 +17,7 @@ import torch
 import ffsplit
 from ffsplit.cli import main
 from ffsplit.models.load import load_whole_model
+from ffsplit.runtime import export
 from ffsplit.runtime.quantized_linear import QuantizedLinear
 from tests.conftest import CheckpointFactory
 from tests.runtime.compressed import head_of
@@ -156,7 +157,8 @@ def test_mistakes_are_one_line(
     (tmp_path / "full" / "file").write_text("")
     onnx = ("--format", "onnx", "--out")
     cases = [
-        ((model, *onnx, str(tmp_path / "full")), "exists already and is not an empty directory"),
+        ((model, *onnx, str(tmp_path / "full")), "full holds file already: give a directory per export"),
+        ((model, *onnx, str(tmp_path / "full/file")), "full/file is a file: give a new or empty directory"),
         ((str(tmp_path / "full"), *onnx, str(tmp_path / "new")), "holds no artifact"),
         ((model, "--format", "gguf", "--out", str(tmp_path / "new")), "invalid choice: 'gguf'"),
     ]
@@ -169,6 +171,31 @@ def test_mistakes_are_one_line(
     assert main(["export", model, *onnx, str(tmp_path / "new")]) == 2
     assert "pip install 'ffsplit[onnx]'" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_a_second_export_tells_which_is_there(
+    checkpoint_of: CheckpointFactory, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """Also where another export was faster."""
+    model, out = str(checkpoint_of("bert")), tmp_path / "out"
+    capsys.readouterr()
+    for format, scheme, found in (
+        ("onnx", [], "an ONNX export (model.onnx)"),
+        ("compressed-tensors", ["--scheme", "W8A8"], "a compressed-tensors export"),
+    ):
+        arguments = ["export", model, "--format", format, *scheme, "--out", str(out)]
+        assert main(arguments) == 0
+        capsys.readouterr()
+        line = f"--out {out} holds {found} already: give a directory per export, or delete this one first"
+        assert main(arguments) == 2
+        assert capsys.readouterr().err == f"ffsplit: {line}\n"
+        checks = iter([lambda _: None, export._check_is_free])
+        monkeypatch.setattr(export, "_check_is_free", lambda out, checks=checks: next(checks)(out))
+        assert main(arguments) == 2
+        assert capsys.readouterr().err.endswith(f"{line}\n")
+        monkeypatch.undo()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+        shutil.rmtree(out)
 
 
 def test_four_bits_are_refused(checkpoint_of: CheckpointFactory, tmp_path: Path, capsys: Any) -> None:

@@ -54,7 +54,7 @@ def test_what_an_earlier_batch_published_costs_nothing_now() -> None:
 
 def test_a_stage_reserves_its_workers_shares() -> None:
     """No more than it has items, and healing the threads of all its processes."""
-    log = StageLog(Progress.to_stderr(), Share(cpus=2, gpus=0.5, num_workers=lambda: 4))
+    log = StageLog(Progress.to_user(), Share(cpus=2, gpus=0.5, num_workers=lambda: 4))
     answers = [(index, Result(name="shard", files=(), facts={}, reused=False)) for index in range(3)]
     log.collect("calibrate", "k", 3, iter(answers))
     with log.stage("heal", "k", num_items=1, workers=2, threads=8):

@@ -65,7 +65,7 @@ def told(hook: Hook) -> list[str]:
 def test_a_batch_tells_how_it_goes(tmp_path: Path) -> None:
     """To a command, one event after the other, each with the models that have ended."""
     script = tmp_path / "hook.py"
-    script.write_text(f"import sys; open({str(tmp_path / 'heard')!r}, 'a').write(sys.stdin.read() + '\\n')")
+    script.write_text(f"import sys; open({str(tmp_path / 'heard')!r}, 'a').write(sys.stdin.read())")
     asked = zoo(destination=str(tmp_path / "zoo"), on_event={"command": [sys.executable, str(script)]})
     done = run_zoo(asked, runner="serial", say=lambda line: None)
     heard = [json.loads(line) for line in (tmp_path / "heard").read_text().splitlines()]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from ffsplit.zoo.batch import (
     save_batch,
 )
 from ffsplit.zoo.page import render_index, sparkline
+from tests.browser import dom_of, needs_browser, sideways
 
 GATE = GateResult(gate="fidelity >= 0.98", figure=0.97, met=False)
 
@@ -226,9 +225,21 @@ def test_a_new_run_links_to_what_changed() -> None:
     assert "<li>new revision ffffffff (before: 00000000)</li><li>new recipe</li>" in page
     assert 'href="tiny/k/a/report.html">the run before' in page and "tiny/l/b/report.html" in page
     text = " ".join(re.sub(r"<[^>]+>", " ", page).split())
-    assert "pooled cosine 0.950 0.970" in text and "main: ffffffff" in text
+    assert "pooled cosine 0.950 0.970 +0.0200" in text and "main: ffffffff" in text
     assert 'id="change-new"' not in page
     assert "What changed" not in render_index([batch(1, old), batch(2, old)])
+
+
+def test_the_run_before_and_the_one_in_use_are_compared_once_if_they_are_one() -> None:
+    old = changed(model("tiny", "published", fidelity=0.95), inputs={"model": "1"})
+    new = changed(model("tiny", "published"), run_key="l", inputs={"model": "2"})
+    size = Difference(what="size", unit="bytes", before=2000, after=3000)
+    assert old.result is not None
+    for current, headings in ((old.result.run_key, ["Before, in use"]), ("other", ["Before", "In use then"])):
+        promotion = Promotion(alias="production", outcome="promoted", current=current, differences=(size,))
+        page = render_index([batch(1, old), batch(2, new.model_copy(update={"promotion": promotion}))])
+        found = re.findall(r'class="num">(Before, in use|Before|In use then)</th>', page)
+        assert found == headings
 
 
 def test_what_is_in_use_and_what_it_cost() -> None:
@@ -245,17 +256,34 @@ def test_what_is_in_use_and_what_it_cost() -> None:
     page = render_index([batch(1, shown)])
     text = " ".join(re.sub(r"<[^>]+>", " ", page).replace("\u00a0", " ").split())
     assert "production: not in use: a regression gate failed" in text
-    assert "sts drop &lt;= 0.2 of current: 1.5, NOT met" in text and "size 2.00 kB 3.00 kB" in text
+    assert "sts drop &lt;= 0.2 of current: 1.5, NOT met" in text and "size 2.00 kB 3.00 kB +50.0 %" in text
     assert "Cost 1.25 by the zoo file" in text and "2 min 0 s of cores, 1 min 0 s of GPUs" in text
     assert 'data-cost="1.25"' in page and 'data-size="3000"' in page
     assert "by the zoo file" not in render_index([batch(1, *ALL)])
 
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+@pytest.mark.subprocess
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_nothing_is_scrolled_sideways(tmp_path: Path, width: int) -> None:
+    """With every kind of tile, all columns, and a model that replaced another."""
+    inputs = {"model": "1"}
+    old = changed(model("tiny", "published", fidelity=0.95), inputs=inputs)
+    new = changed(model("tiny", "published"), run_key="l", inputs={"model": "2"})
+    figures = tuple(
+        Difference(what=what, unit="fidelity", before=0.95123, after=0.97123)
+        for what in ("compressed perplexity", "speed-up at 8x128")
+    )
+    promotion = Promotion(alias="production", outcome="promoted", current="c" * 16, differences=figures)
+    cost = Cost(stages=(), cpu_s=1234567, gpu_s=2345, price=0.000626)
+    new = new.model_copy(update={"promotion": promotion, "cost": cost})
+    page = render_index([batch(1, old, *ALL), batch(2, new, *ALL)])
+    assert len(re.findall(r"class=\"tile\b(?!s)", page)) == 7
+    assert sideways(page, tmp_path, width=width) == ""
 
 
 @pytest.mark.subprocess
-@pytest.mark.skipif(BROWSER is None, reason="no headless browser is installed")
+@needs_browser
 def test_the_models_are_sorted_and_filtered(tmp_path: Path) -> None:
     """In a browser, by what a person does: choose and type."""
     names = {"slow": 0.91, "best": 0.99, "mid": 0.95}
@@ -274,19 +302,8 @@ def test_the_models_are_sorted_and_filtered(tmp_path: Path) -> None:
         'const put = (id, value) => { control(id).value = value; tools.dispatchEvent(new Event("input")); };'
     )
     for act, (order, hidden) in acts.items():
-        file = tmp_path / "index.html"
         acted = re.sub(r"; script-src [^;\"]*", "; script-src 'unsafe-inline'", page)
-        file.write_text(acted.replace("</body>", f"<script>{put}{act}</script></body>"))
-        command = [
-            str(BROWSER),
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            f"--user-data-dir={tmp_path}/user",
-        ]
-        shown = subprocess.run(
-            [*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, check=True
-        ).stdout
+        shown = dom_of(acted.replace("</body>", f"<script>{put}{act}</script></body>"), tmp_path)
         rows = re.findall(r'<tr data-name="(\w+) fast"([^>]*)>', shown)
         assert [name for name, _ in rows] == order, act
         assert [name for name, rest in rows if "hidden" in rest] == hidden, act

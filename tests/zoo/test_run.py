@@ -17,8 +17,10 @@ import pytest
 import yaml
 
 from ffsplit.cli import main
+from ffsplit.cli.tables import print_list
 from ffsplit.errors import ConfigError
 from ffsplit.store.pull import verify
+from ffsplit.store.store import open_store
 from ffsplit.zoo import process
 from ffsplit.zoo.run import run_zoo
 from ffsplit.zoo.zoo_file import Zoo, load_zoo
@@ -95,6 +97,9 @@ def test_two_models_share_one_ray_and_only_what_passes_is_published(
     assert "NO" in (folder / "strict" / report).read_text()
     assert f'href="strict/{report}"' in (folder / "index.html").read_text()
     lines = captured.err.splitlines()
+    assert "strict | refused: gate fidelity >= 0.99999: " in captured.err and "NOT met" in captured.err
+    with pytest.raises(ConfigError, match=r"zoo publishes: list one of its models, such as .*/open "):
+        print_list(open_store(str(folder)))
 
     def first(start: str) -> int:
         return next(index for index, line in enumerate(lines) if line.startswith(start))

@@ -185,7 +185,7 @@ def compress_layers(
     planned = [plan.model_dump(mode="json") for plan in plans]
     key = stage_key(stage, {"run": execution.run.keys.run, "plans": planned})
     answers = execution.runner.map_tasks(stage, compress_layer_job, jobs)
-    found = _layers(execution, execution.log.collect(stage, key, len(jobs), answers))
+    found = _layers(execution, execution.log.collect(stage, key, len(jobs), answers, unit="layers"))
     return _among_dropped(found, plans)
 
 
@@ -284,7 +284,7 @@ def _refit_once(
         for layer, ffn in enumerate(run.checkpoint.ffns)
     ]
     answers = execution.runner.map_tasks("refit", refit_layer_job, jobs)
-    return _layers(execution, execution.log.collect("refit", key, len(jobs), answers))
+    return _layers(execution, execution.log.collect("refit", key, len(jobs), answers, unit="layers"))
 
 
 def _layers(execution: Execution, results: Sequence[Result]) -> Layers:

@@ -379,12 +379,14 @@ def _fit_widths(
     ]
     answers = execution.runner.map_tasks("widths", fit_widths_job, jobs)
     key = stage_key("widths", {"run": run.keys.run})
-    return tuple(each.files[0] for each in execution.log.collect("widths", key, len(jobs), answers))
+    return tuple(
+        each.files[0] for each in execution.log.collect("widths", key, len(jobs), answers, unit="layers")
+    )
 
 
 def _measured(execution: Execution, stage: str, job: TableJob) -> list[tuple[float, ...]]:
     items = [TableItem(layer=layer) for layer in range(len(job.widths))]
     answers = execution.runner.map_workers(stage, partial(TableWorker, job), items)
     key = stage_key(stage, {"run": execution.run.keys.run})
-    results = execution.log.collect(stage, key, len(items), answers)
+    results = execution.log.collect(stage, key, len(items), answers, unit="layers")
     return [tuple(map(float, result.facts["errors"])) for result in results]  # type: ignore[arg-type]
