@@ -35,7 +35,6 @@ ERRORS = [
     RuntimeError("a\nb"),
     Exception(),
     KeyError("k"),
-    MemoryError(),
     RecursionError("deep"),
     OSError(5, "x"),
 ]
@@ -55,6 +54,12 @@ def test_what_nobody_foresaw_is_one_line(error: Exception, capsys: Any) -> None:
     assert captured.out == "" and captured.err.count("\n") == 1
     assert captured.err.startswith(f"ffsplit: unexpected error, {type(error).__name__}: ")
     assert "--debug" in captured.err
+
+
+def test_a_lack_of_memory_is_told_with_what_needs_less(capsys: Any) -> None:
+    assert exit_code_of(raising(MemoryError("no room"))) == FAILED
+    told = "ffsplit: out of memory, MemoryError: no room; give fewer --workers, or --block-by-block\n"
+    assert capsys.readouterr().err == told
 
 
 def test_a_missing_dependency_is_a_mistake_in_the_installation(capsys: Any) -> None:
