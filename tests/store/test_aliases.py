@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone, tzinfo
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ import pytest
 from ffsplit.cli import main
 from ffsplit.errors import ArtifactError, ConfigError, StoreError
 from ffsplit.models.fetch import locate_model
+from ffsplit.store import aliases as module
+from ffsplit.store import publish as publishing
 from ffsplit.store.aliases import (
     AliasMoved,
     aliased_runs,
@@ -227,3 +229,38 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "1" in said("list", f"{uri}@production")
     assert "has no alias 'other'; it has staging" in said("list", f"{uri}@other", code=2)
     assert "names nothing" not in said("promote", f"{tmp_path}/none", "--as", "production", code=2)
+
+
+def test_a_clock_that_goes_back_changes_no_history(filled: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the changes is that of their numbers, whatever their times are."""
+    move(filled, RUNS[0])
+    monkeypatch.setattr(module, "datetime", clock_at(datetime(2001, 1, 1, tzinfo=timezone.utc)))
+    move(filled, RUNS[1])
+    found = history(filled, "production")
+    assert [change.run_key for change in found] == RUNS[:2] and found[1].from_run == RUNS[0]
+    assert found[1].changed_at < found[0].changed_at
+    assert locate(f"{filled.uri}@production").run_key == RUNS[1]
+
+
+def test_a_clock_that_goes_back_makes_no_new_model_old(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`latest` names the model that was committed last."""
+    first = publish(store, tmp_path / "first", run_key=RUNS[1])
+    monkeypatch.setattr(publishing, "datetime", clock_at(datetime(2001, 1, 1, tzinfo=timezone.utc)))
+    second = publish(store, tmp_path / "second", run_key=RUNS[0])
+    assert first.order < second.order
+    assert locate(store.uri).run_key == RUNS[0]
+    assert [run.commit.run_key for run in list_runs(store)] == [RUNS[1], RUNS[0]]
+    assert open_store(store.uri).get_bytes("latest.json").count(RUNS[0].encode()) == 1
+
+
+def clock_at(moment: datetime) -> type[datetime]:
+    """A clock that stands still."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+            return moment.astimezone(tz)
+
+    return Clock
