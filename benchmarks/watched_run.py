@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import psutil
 
@@ -74,12 +74,12 @@ class Event(NamedTuple):
 class ToldProgress(Progress):
     """Progress that also says on stdout, a line each, what `watch` reads there."""
 
-    def start(self, stage: str, total: int) -> None:
-        super().start(stage, total)
+    def start(self, stage: str, total: int | None, **more: Any) -> None:
+        super().start(stage, total, **more)
         self._tell()
 
-    def advance(self) -> None:
-        super().advance()
+    def advance(self, *amount: Any) -> None:
+        super().advance(*amount)
         self._tell()
 
     def _tell(self) -> None:

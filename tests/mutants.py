@@ -97,7 +97,7 @@ MUTANTS = (
     ),
     Mutant(
         "progress.py",
-        "later * spent / estimated",
+        "later * (spent + SETTLED_S) / (estimated + SETTLED_S)",
         "later",
         "tests/test_progress.py::test_stages_are_numbered_and_the_time_left_in_all_is_told",
     ),

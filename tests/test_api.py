@@ -121,6 +121,7 @@ def test_a_manifest_prints_and_loads(checkpoint_of: CheckpointFactory, tmp_path:
     manifest = ffsplit.compress(model=checkpoint_of("bert"), out=out, calibration=TEXTS, **QUICK)
     text = str(manifest)
     assert text == repr(manifest) and 8 <= len(text.splitlines()) <= 12
+    assert "75.3 kB -> 37.0 kB" in text and "44,576 -> 35,021" in text
     for part in ("norm-prune, --keep 0.5", "not scored on a task", "transformers alone", manifest.run_key):
         assert part in text and part in manifest._repr_html_()
     assert manifest.uri is not None and manifest.uri in text

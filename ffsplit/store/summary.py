@@ -26,8 +26,8 @@ def facts(manifest: Manifest) -> list[tuple[str, str]]:
 def _measured(measured: Measurements) -> list[tuple[str, str]]:
     before, after = measured.original_size, measured.compressed_size
     found = [
-        ("FFNs", f"{_megabytes(before.ffn_bytes)} -> {_megabytes(after.ffn_bytes)}"),
-        ("parameters", f"{before.num_parameters / 1e6:,.1f} M -> {after.num_parameters / 1e6:,.1f} M"),
+        ("FFNs", f"{_size(before.ffn_bytes)} -> {_size(after.ffn_bytes)}"),
+        ("parameters", f"{before.num_parameters:,} -> {after.num_parameters:,}"),
     ]
     if measured.latency:
         largest = max(measured.latency, key=lambda each: each.batch_size * each.num_tokens)
@@ -73,5 +73,5 @@ def _what(manifest: Manifest) -> str:
     return "a compressed model" if manifest.kind == "model" else "neuron statistics"
 
 
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e6 else f"{num_bytes / 1e3:,.1f} kB"

@@ -167,7 +167,7 @@ def test_bad_names_and_records_are_told(filled: Store, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds statistics: an alias names a model"):
         promote(filled, statistics, alias="production")
     filled.put_bytes("aliases/production/00000001.json", b"{}")
-    with pytest.raises(ArtifactError, match=r"aliases/production/00000001.json: alias: is missing"):
+    with pytest.raises(ArtifactError, match=r"aliases/production/00000001.json: alias: Field required"):
         locate(f"{filled.uri}@production")
 
 
