@@ -207,8 +207,8 @@ def reason_of_loss(error: BaseException) -> str | None:
     """Why a worker was lost; None for an error that is not the loss of a worker.
 
     A host without this package counts as lost: others may have it. Only the message shows that, and that
-    Ray's memory monitor killed an actor. Ray also lists memory among the possible
-    causes of any death; that does not count.
+    Ray's memory monitor killed an actor. Ray also lists memory among the possible causes of any death; that
+    does not count.
     """
     if (package := missing_package(error)) is not None:
         return f"its host {install(package)}"

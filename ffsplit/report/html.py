@@ -262,8 +262,10 @@ def _layouts(layers: Sequence[LayerRecord]) -> str:
 
 
 def _hardware(manifest: Manifest) -> dict[str, str]:
-    facts = {}
-    for name, value in manifest.environment.hardware.items():
+    """The host that measured; what is unknown of it, of the driver's."""
+    facts, measured = {}, manifest.measurements
+    known = manifest.environment.hardware | (measured.hardware if measured is not None else {})
+    for name, value in known.items():
         is_size = isinstance(value, int) and name.endswith("_bytes")
         label = name.removesuffix("_bytes") if is_size else name
         facts[label.replace("_", " ")] = (

@@ -80,6 +80,14 @@ def test_every_fact_of_the_manifest_is_there(make_manifest, make_curves):
     assert [fact for fact in facts if fact not in text] == []
 
 
+def test_the_hardware_is_that_of_the_host_that_measured(make_manifest):
+    manifest = make_manifest()
+    measured = manifest.measurements.model_copy(update={"hardware": {"cpu": "Xeon", "gpu": "NVIDIA H200"}})
+    text = read(render_report(manifest.model_copy(update={"measurements": measured}), curves=[]))
+    assert all(fact in text for fact in ("Xeon", "NVIDIA H200", "8.32 GB"))
+    assert "AMD EPYC 7763" not in text
+
+
 def test_the_page_is_well_formed_and_its_ids_are_unique(make_manifest, make_curves):
     page = Page(render_report(make_manifest(), curves=make_curves(6)))
     assert page.stack == []
