@@ -275,6 +275,8 @@ def read_spans(path: Path) -> dict[str, TensorSpan]:
     with explained(f"{path} is not a whole safetensors file"):
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError("its header would be longer than the file")
             header: dict[str, Any] = json.loads(file.read(length))
         base = 8 + length
         return {
