@@ -14,8 +14,8 @@ import os
 import random
 import subprocess
 import sys
-import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,39 +50,32 @@ def write_zoo(folder: Path, num_models: int) -> Path:
     return path
 
 
-class Taker:
-    """Takes nodes away until it is told to stop."""
+def batch(zoo: Path, nodes: Nodes, log: Path, generator: random.Random) -> tuple[int, dict[str, Any], int]:
+    """Run the batch and take nodes away meanwhile. Returns its exit code, its document, and how many.
 
-    def __init__(self, nodes: Nodes, *, seed: int) -> None:
-        self.num_taken = 0
-        self._nodes, self._generator, self._over = nodes, random.Random(seed), threading.Event()
-        self._thread = threading.Thread(target=self._take, daemon=True)
-
-    def __enter__(self) -> Taker:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def _take(self) -> None:
-        while not self._over.wait(self._generator.uniform(*BETWEEN_S)):
-            self._nodes.take_away(self._generator)
-            self.num_taken += 1
-            self._over.wait(ABSENT_S)
-            self._nodes.replace_dead()
-
-
-def batch(zoo: Path, nodes: Nodes, log: Path) -> tuple[int, dict[str, Any]]:
-    """Run the batch. Returns its exit code and its document."""
+    Ray adds nodes in the main thread alone, so the batch is the one that is in the background.
+    """
     command = [sys.executable, "-m", "ffsplit.cli", "zoo", str(zoo), "--json"]
     command += ["--address", nodes.cluster.address]
-    printed = log.with_suffix(".json")
-    with log.open("w") as error, printed.open("w") as file:
-        environment = os.environ | {"FFSPLIT_LOG": "json"}
-        done = subprocess.run(command, stdout=file, stderr=error, env=environment, check=False)
-    return done.returncode, json.loads(printed.read_text() or "{}")
+    printed, num_taken = log.with_suffix(".json"), 0
+    environment = os.environ | {"FFSPLIT_LOG": "json"}
+    with (
+        log.open("w") as error,
+        printed.open("w") as file,
+        subprocess.Popen(command, stdout=file, stderr=error, env=environment) as process,
+    ):
+        while not _ends_within(process, generator.uniform(*BETWEEN_S)):
+            nodes.take_away(generator)
+            num_taken += 1
+            time.sleep(ABSENT_S)
+            nodes.replace_dead()
+    return process.returncode, json.loads(printed.read_text() or "{}"), num_taken
+
+
+def _ends_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    return process.returncode is not None
 
 
 def drill(num_models: int, *, seed: int, folder: Path) -> list[str]:
@@ -90,8 +83,7 @@ def drill(num_models: int, *, seed: int, folder: Path) -> list[str]:
     zoo, log = write_zoo(folder, num_models), folder / "batch.err"
     nodes = Nodes.start(NUM_NODES)
     events, started = Events(nodes.logs, (log,)), time.monotonic()
-    with Taker(nodes, seed=seed) as taker:
-        code, document = batch(zoo, nodes, log)
+    code, document, num_taken = batch(zoo, nodes, log, random.Random(seed))
     seconds = time.monotonic() - started
     read = events.read()
     nodes.cluster.shutdown()
@@ -104,7 +96,7 @@ def drill(num_models: int, *, seed: int, folder: Path) -> list[str]:
     begun, ended = (sum(event.name == name for event in read) for name in ("started", "finished"))
     again = sum(each["num_attempts"] > 1 for each in document.get("models", ()))
     print(
-        f"{num_models} models in {seconds:.0f} s, {taker.num_taken} nodes taken away, {ended} items "
+        f"{num_models} models in {seconds:.0f} s, {num_taken} nodes taken away, {ended} items "
         f"finished, {begun - ended} begun in vain, {again} models tried again, {len(problems)} problems"
     )
     return problems
