@@ -37,7 +37,8 @@ class Events:
                 self._read_to[found.st_ino] = found.st_size
 
     def _files(self) -> list[Path]:
-        return [*self.session.glob("worker*.err"), *self.drivers]
+        """Ray moves the files of dead workers to `old` once there are a thousand."""
+        return [*self.session.glob("worker*.err"), *self.session.glob("old/worker*.err"), *self.drivers]
 
     def read(self) -> list[Event]:
         """All events so far, in the order of their times."""
