@@ -61,8 +61,9 @@ apt: ## Refresh the package lists from which `make test-s3` downloads Ceph (Debi
 	else echo "no apt-get, or not root: the package lists stay as they are"; fi
 
 .PHONY: test-faults
-test-faults: venv ## Kill workers, nodes and drivers at every stage of real runs, 60 times (KILLS=n, SEED=n)
-	FFSPLIT_TEST_KILLS=$(or $(KILLS),60) FFSPLIT_TEST_SEED=$(or $(SEED),0) $(BIN)/python -m pytest -s tests/faults
+test-faults: venv ## Kill workers, nodes and drivers 60 times, and 20 models' spot nodes (KILLS=n, MODELS=n, SEED=n)
+	FFSPLIT_TEST_KILLS=$(or $(KILLS),60) FFSPLIT_TEST_SEED=$(or $(SEED),0) FFSPLIT_TEST_MODELS=$(or $(MODELS),20) \
+		$(BIN)/python -m pytest -s tests/faults
 
 .PHONY: lint
 lint: venv ## Check style and types

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from torch import nn
 
 Forward = Callable[[torch.Tensor], Any]
 SLOW_ONES = ("torchao int8", "llm-compressor W8A8")
+"""They take longer than the dense model."""
+ENGINES = ("onnxruntime int8", "OpenVINO int8")
+"""They run exported models, compressed ones too."""
+ENCODER_PEERS = ("torch dynamic int8", "torchao int8", *ENGINES, "OpenVINO", "llm-compressor W8A8")
 
 
-def encoder_peers(dense: Any, notes: list[str], *, slow_ones: bool) -> dict[str, Forward]:
-    """Forward passes of what runs here; what does not is said in `notes`.
-
-    `slow_ones` are those that take longer than the dense model.
-    """
+def encoder_peers(dense: Any, notes: list[str], *, names: Collection[str]) -> dict[str, Forward]:
+    """Forward passes of what runs here of `names`; what does not is said in `notes`."""
     made: dict[str, Forward] = {}
     with tempfile.TemporaryDirectory() as folder:
         graph = cache(lambda: exported(dense, Path(folder)))
@@ -34,7 +35,7 @@ def encoder_peers(dense: Any, notes: list[str], *, slow_ones: bool) -> dict[str,
             ("OpenVINO int8", lambda: openvino_forward(graph(), notes, int8=True)),
             ("llm-compressor W8A8", lambda: runs(llm_compressor(dense))),
         ):
-            if slow_ones or name not in SLOW_ONES:
+            if name in names:
                 _try(name, make, made, notes)
     return made
 

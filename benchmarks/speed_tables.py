@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from speed_models import bert, bert_int8, bert_kept, bert_paper, llama, llama_split
-from speed_peers import Forward, causal_peers, encoder_peers, runs
+from speed_peers import ENCODER_PEERS, ENGINES, SLOW_ONES, Forward, causal_peers, encoder_peers, runs
 from speed_turns import in_turn, ratio
 
 from ffsplit.measurement.latency import work_of
@@ -27,7 +27,7 @@ REACH = {
     ("recipe int8", "1 x 128"): "3",
     ("recipe int8", "1 x 16"): "3",
 }
-INT8_PEERS = ("torch dynamic int8", "onnxruntime int8", "OpenVINO int8")
+INT8_PEERS = ("torch dynamic int8", *ENGINES)
 PROMPT_TOKENS = 128
 
 
@@ -43,7 +43,10 @@ def encoder_table(name: str, *, quick: bool) -> list[str]:
     limits = {key: work_of(models["dense"]).multiplications / work_of(models[key]).multiplications
               for key in ("keep .3535", "recipe paper")}  # fmt: skip
     forwards = {key: runs(model) for key, model in models.items()}
-    forwards |= encoder_peers(models["dense"], notes, slow_ones=name == "bert-base")
+    peers = [each for each in ENCODER_PEERS if name == "bert-base" or each not in SLOW_ONES]
+    forwards |= encoder_peers(models["dense"], notes, names=peers)
+    served = encoder_peers(models["keep .3535"], [], names=ENGINES)
+    forwards |= {f"keep .3535 by {engine}": forward for engine, forward in served.items()}
     columns: dict[str, dict[str, list[float]]] = {}
     for rows, tokens in SHAPES:
         ids = torch.randint(1000, 20000, (rows, tokens))
@@ -66,6 +69,10 @@ def encoder_table(name: str, *, quick: bool) -> list[str]:
             f"- {key}: {limit:.3f}x at most, of which {share:.2f} is reached"
             + " (reach 0.80)" * (key == "recipe paper")
         )
+    for engine in served:
+        ours = f"keep .3535 by {engine}"
+        gains = [f"{ratio(times, engine, ours):.2f}x at {title}" for title, times in columns.items()]
+        lines.append(f"- {ours} over the dense model by {engine}: {', '.join(gains)}")
     for peer in (each for each in INT8_PEERS if each in forwards):
         gains = [f"{ratio(times, peer, 'recipe int8'):.2f}x at {title}" for title, times in columns.items()]
         reach = f"reach {limits['keep .3535']:.2f}, which the neurons left give, at 8 and 1 x 128"

@@ -168,6 +168,7 @@ class RayRunner:
             task.options(
                 name=stage,
                 num_cpus=0,
+                max_retries=0,  # a node that is lost does not come back
                 scheduling_strategy=NodeAffinitySchedulingStrategy(host.id, soft=False),
             ).remote(observed, function, item)
             for host in asked

@@ -38,8 +38,9 @@ def test_kills_cost_at_most_the_work_in_hand(tmp_path: Path) -> None:
 @pytest.mark.skipif("FFSPLIT_TEST_MODELS" not in os.environ, reason="minutes on an idle machine")
 @pytest.mark.subprocess
 def test_a_batch_outlives_the_nodes_it_runs_on(tmp_path: Path) -> None:
-    models = os.environ["FFSPLIT_TEST_MODELS"]
-    command = [sys.executable, "-m", "tests.faults.spot", "--models", models, "--folder", str(tmp_path)]
+    models, seed = os.environ["FFSPLIT_TEST_MODELS"], os.environ.get("FFSPLIT_TEST_SEED", "0")
+    command = [sys.executable, "-m", "tests.faults.spot", "--models", models, "--seed", seed]
+    command += ["--folder", str(tmp_path)]
     with environment_of_ray(tmp_path) as environment:
         done = subprocess.run(
             isolated(command),
@@ -51,4 +52,5 @@ def test_a_batch_outlives_the_nodes_it_runs_on(tmp_path: Path) -> None:
             check=False,
         )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    print(done.stdout)
     assert f"{models} models in" in done.stdout and ", 0 problems" in done.stdout
