@@ -31,7 +31,14 @@ from ffsplit.distributed.ray_cluster import (
     room,
     selector,
 )
-from ffsplit.distributed.ray_pools import ActorPool, TaskPool, error_of, reason_of_loss, run_task
+from ffsplit.distributed.ray_pools import (
+    ActorPool,
+    TaskPool,
+    error_of,
+    kind_of_loss,
+    reason_of_loss,
+    run_task,
+)
 from ffsplit.distributed.ray_train import Together, place, run_together
 from ffsplit.distributed.runner import ANSWER_WITHIN_S, Answer, Item, Worker
 from ffsplit.errors import ConfigError, FFSplitError
@@ -168,7 +175,7 @@ class RayRunner:
             task.options(
                 name=stage,
                 num_cpus=0,
-                max_retries=0,  # a node that is lost does not come back
+                max_retries=0,  # a lost node does not come back, and one without memory may kill it for ever
                 scheduling_strategy=NodeAffinitySchedulingStrategy(host.id, soft=False),
             ).remote(observed, function, item)
             for host in asked
@@ -191,7 +198,7 @@ class RayRunner:
             except RayError as error:
                 if _is_there(host):
                     why = reason_of_loss(error) or str(error).splitlines()[0]
-                    raise FFSplitError(f"{stage}: host {host.name} did not answer: {why}") from None
+                    raise kind_of_loss(why)(f"{stage}: host {host.name} did not answer: {why}") from None
         if there := [host.name for host in silent if _is_there(host)]:
             raise FFSplitError(
                 f"{stage}: {len(there)} of {len(asked)} hosts did not answer in {within_s:g} s ({there[0]}): "

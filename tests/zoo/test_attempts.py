@@ -197,5 +197,5 @@ def test_a_worker_that_ray_kills_for_memory(small_job: SmallJob, tmp_path: Path)
     assert (large["state"], large["num_attempts"]) == ("failed", 2)
     assert large["less_memory"] == "with 1 worker instead of 2"
     (told,) = (line for line in done.stderr.splitlines() if "retry" in line)
-    assert told.startswith("large | out of memory, retry in 0 s with 1 worker instead of 2: calibrate: ")
+    assert told.startswith("large | out of memory, retry in 0 s with 1 worker instead of 2: ")
     assert "its host was out of memory" in told
