@@ -117,9 +117,9 @@ def run_zoo(
     """Compress every model of a zoo, and publish what passes its gates. Returns the batch as recorded.
 
     A batch that runs in this destination already is waited for. A model that fails is retried, and never
-    stops the others. A batch that is interrupted, by SIGINT or
-    SIGTERM, is recorded at once: models that have ended with their outcome, the others as interrupted. Raises
-    ConfigError, before anything is run, if the cluster or the destination cannot be used.
+    stops the others. A batch that is interrupted, by SIGINT or SIGTERM, is recorded at once: models that have
+    ended with their outcome, the others as interrupted. Raises ConfigError, before anything is run, if the
+    cluster or the destination cannot be used.
     """
     if zoo.on_event is not None:
         zoo.on_event.check()

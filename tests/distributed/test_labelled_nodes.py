@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ffsplit.distributed import make_runner
 from ffsplit.errors import ConfigError
-from tests.faults.isolation import EVERYTHING, can, environment_of_ray, isolated
+from tests.faults.isolation import EVERYTHING, answer_of, can
 from tests.small_jobs import SmallJob
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.subprocess
@@ -22,17 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.ray
 @pytest.mark.skipif(not can(*EVERYTHING), reason="needs processes of its own")
 def test_work_stays_on_one_kind_of_gpu(tmp_path: Path) -> None:
-    with environment_of_ray(tmp_path) as environment:
-        done = subprocess.run(
-            isolated([sys.executable, "-m", "tests.distributed.labelled_nodes"], flags=EVERYTHING),
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = answer_of("tests.distributed.labelled_nodes", folder=tmp_path, timeout_s=200)
     both = ["A10G", "H100"]
     assert found["any"] == {"tasks": both, "workers": both, "timed": ["H100"], "hosts": both}
     for kind in both:

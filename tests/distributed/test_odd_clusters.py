@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ffsplit import __version__
-from tests.faults.isolation import EVERYTHING, can, environment_of_ray, isolated
+from tests.faults.isolation import EVERYTHING, answer_of, can
 
-ROOT = Path(__file__).parents[2]
 TOLD = {
     "nothing runs": "address auto: no Ray runs on this machine: start it with `ray start --head`, give the "
     "address of a cluster, or unset RAY_ADDRESS",
@@ -34,19 +30,7 @@ TOLD = {
 @pytest.mark.skipif(not can(*EVERYTHING), reason="needs processes of its own")
 def test_each_is_told_in_one_line(tmp_path: Path) -> None:
     """Besides Ray's own: that there is no way to the internet, and which nodes have died."""
-    with environment_of_ray(tmp_path) as environment:
-        done = subprocess.run(
-            isolated(
-                [sys.executable, "-m", "tests.distributed.odd_clusters", str(tmp_path)], flags=EVERYTHING
-            ),
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=400,
-        )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = answer_of("tests.distributed.odd_clusters", str(tmp_path), folder=tmp_path, timeout_s=400)
     code, said = found.pop("client")
     assert code == 0 and "Traceback" not in said, said
     assert found.keys() == TOLD.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
@@ -11,6 +12,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
 
 
 @cache
@@ -52,3 +56,14 @@ def environment_of_ray(folder: Path, **more: str) -> Iterator[dict[str, str]]:
         }
     finally:
         shutil.rmtree(short, ignore_errors=True)
+
+
+def answer_of(module: str, *arguments: str, folder: Path, timeout_s: float) -> Any:
+    """The JSON that a module prints last, run with clusters of its own in namespaces of its own."""
+    command = isolated([sys.executable, "-m", module, *arguments], flags=EVERYTHING)
+    with environment_of_ray(folder) as environment:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
