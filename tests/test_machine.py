@@ -168,3 +168,22 @@ def test_a_real_control_group_is_followed(group: str, name: str, limit: str) -> 
         folder.rmdir()
     cores, memory = map(int, done.stdout.split())
     assert cores == 1 if group == "cpu" else memory == 2**30
+
+
+@pytest.mark.subprocess
+def test_what_an_item_of_a_stage_frees_goes_back_to_the_system() -> None:
+    code = """if True:
+        import psutil
+        from ffsplit.distributed.runner import SerialRunner
+
+        def work(number):
+            pieces = [bytes(100_000) for _ in range(2_000)]
+            return pieces[-1]  # lies behind the others, which are freed
+
+        process = psutil.Process()
+        before = process.memory_info().rss
+        answers = list(SerialRunner().map_tasks("stage", work, [0, 1]))
+        print(process.memory_info().rss - before)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert int(done.stdout) < 50e6, done.stderr

@@ -12,7 +12,7 @@ from ray.util.metrics import Counter
 
 from ffsplit import logs, streams
 from ffsplit.distributed.alike import check_alike, versions_here
-from ffsplit.distributed.runner import Worker, stage_explained
+from ffsplit.distributed.runner import Worker, working_on
 from ffsplit.redaction import guarded
 from ffsplit.store.scratch import Result
 
@@ -46,7 +46,7 @@ class Observed:
             logs.log("taken")
             try:
                 check_alike(self.versions)
-                with stage_explained(self.stage, item):
+                with working_on(self.stage, item):
                     answer = guarded(worker, item)
             except Exception as error:
                 count("ffsplit_failures", 1, stage=self.stage)

@@ -25,7 +25,7 @@ from ray.exceptions import OutOfMemoryError as HostOutOfMemoryError
 from ffsplit.distributed.alike import check_alike, install, missing_package
 from ffsplit.distributed.dispatch import Done, Event, Failed, Lost, Ready
 from ffsplit.distributed.observing import Observed
-from ffsplit.distributed.runner import Worker, stage_explained
+from ffsplit.distributed.runner import Worker, working_on
 from ffsplit.errors import FFSplitError, OutOfMemoryError, reason_of
 from ffsplit.machine import where_it_runs
 from ffsplit.redaction import guarded
@@ -59,7 +59,7 @@ class _Host:
             if self._worker is not None:
                 return None
             check_alike(self._observed.versions)
-            with stage_explained(self._observed.stage, None):
+            with working_on(self._observed.stage, None):
                 self._worker = guarded(lambda _: self._factory(), None)
             return where_it_runs() if ray.get_gpu_ids() else None
 

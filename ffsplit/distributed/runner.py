@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 from ffsplit.directories import full_disk_explained
 from ffsplit.errors import FFSplitError, explained
+from ffsplit.machine import return_freed_memory
 
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
@@ -23,12 +24,18 @@ ANSWER_WITHIN_S = 600.0
 
 
 @contextmanager
-def stage_explained(stage: str, item: object) -> Iterator[None]:
-    """Turn any error of a stage's item into one line, in the process that works on it."""
+def working_on(stage: str, item: object) -> Iterator[None]:
+    """Around a stage's work on one item, in the process that does it.
+
+    Turns any error into one line. Afterwards freed memory goes back to the system.
+    """
     name = getattr(item, "name", None)
     what = f"{stage} of {name} failed" if isinstance(name, str) else f"{stage} failed"
-    with explained(what, kind=FFSplitError), full_disk_explained():
-        yield
+    try:
+        with explained(what, kind=FFSplitError), full_disk_explained():
+            yield
+    finally:
+        return_freed_memory()
 
 
 class Runner(Protocol):
@@ -127,7 +134,7 @@ class SerialRunner:
         self, stage: str, function: Worker[Item, Answer], items: Sequence[Item]
     ) -> Iterator[tuple[int, Answer]]:
         for index, item in enumerate(items):
-            with stage_explained(stage, item):
+            with working_on(stage, item):
                 answer = function(item)
             yield index, answer
 
@@ -139,14 +146,14 @@ class SerialRunner:
         *,
         lanes: int = 1,
     ) -> Iterator[tuple[int, Answer]]:
-        with stage_explained(stage, None):
+        with working_on(stage, None):
             worker = factory()
         if lanes == 1:
             yield from self.map_tasks(stage, worker, items)
             return
 
         def answer(item: Item) -> Answer:
-            with stage_explained(stage, item):
+            with working_on(stage, item):
                 return worker(item)
 
         threads = ThreadPoolExecutor(lanes)
@@ -172,17 +179,17 @@ class SerialRunner:
         threads: int = 1,
         reserved: bool = False,
     ) -> Answer:
-        with stage_explained(stage, item):
+        with working_on(stage, item):
             return function(item)
 
     def on_every_host(
         self, stage: str, function: Worker[Item, Answer], item: Item, *, within_s: float = ANSWER_WITHIN_S
     ) -> dict[str, Answer]:
-        with stage_explained(stage, item):
+        with working_on(stage, item):
             return {socket.gethostname(): function(item)}
 
     def run_together(
         self, stage: str, function: Worker[Item, Answer], item: Item, *, size: int, threads: int = 1
     ) -> Answer:
-        with stage_explained(stage, item):
+        with working_on(stage, item):
             return function(item)
