@@ -80,6 +80,10 @@ def main() -> None:
     name = hardware_name(given.device)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     out = given.out or ROOT / "benchmarks" / f"speed_{slug}.md"
+    options = f" --threads {given.threads}" * bool(given.threads) + " --device cuda" * (
+        given.device == "cuda"
+    )
+    command = f"PYTHONPATH=.:.bench python benchmarks/speed.py{options}" if options else "make bench-speed"
     sections = sections_of(out)
     for title, table in tables.items():
         if given.only and title not in given.only:
@@ -92,29 +96,27 @@ def main() -> None:
         ]
         sections[title] = "\n".join(lines)
         print(f"{title}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        ordered = {each: sections[each] for each in dict.fromkeys((*tables, *sections)) if each in sections}
+        page = page_of(ordered, name=name, command=command)
+        if not given.quick or given.out is not None:
+            out.write_text(page, "utf-8")
         gc.collect()
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    options = f" --threads {given.threads}" * bool(given.threads) + " --device cuda" * (
-        given.device == "cuda"
-    )
-    command = f"PYTHONPATH=.:.bench python benchmarks/speed.py{options}" if options else "make bench-speed"
+    print(page if given.quick and given.out is None else out)
+
+
+def page_of(sections: dict[str, str], *, name: str, command: str) -> str:
+    """The whole page, as far as there are tables."""
     lines = [
         f"# Speed on {name}",
         "",
-        f"Made by `{command}`: {name}; {versions}.",
+        f"Made by `{command}`: {name}; torch {torch.__version__}, transformers {transformers.__version__}.",
         "Weights are random: speed depends on shapes alone. Candidates of a table take turns in one process;",
         "times are medians, speed-ups medians of the ratios to the dense model (float32 on the CPU, bfloat16",
         "on a GPU) within a round. `rows x tokens`; *reach* is what was asked for. Remarks: speed-notes.md.",
     ]
-    order = [*tables, *(title for title in sections if title not in tables)]
-    for title in order:
-        if title in sections:
-            lines += ["", f"## {title}", "", sections[title]]
-    if given.quick and given.out is None:
-        print("\n".join(lines))
-        return
-    out.write_text("\n".join(lines) + "\n", "utf-8")
-    print(out)
+    for title, section in sections.items():
+        lines += ["", f"## {title}", "", section]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def encoder_peers(dense: Any, notes: list[str], *, names: Collection[str]) -> di
             ("llm-compressor W8A8", lambda: runs(llm_compressor(dense))),
         ):
             if name in names:
-                _try(name, make, made, notes)
+                made_where_it_runs(name, make, made, notes)
     return made
 
 
@@ -49,12 +49,13 @@ def causal_peers(dense: Any, notes: list[str]) -> dict[str, Any]:
         ("torchao int8", lambda: torchao(dense, "Int8DynamicActivationInt8WeightConfig")),
         ("torchao int4, in bfloat16", lambda: torchao(dense.bfloat16(), "Int4WeightOnlyConfig", **int4)),
     ):
-        _try(name, make, made, notes)
+        made_where_it_runs(name, make, made, notes)
         dense.float()
     return made
 
 
-def _try(name: str, make: Callable[[], Any], made: dict[str, Any], notes: list[str]) -> None:
+def made_where_it_runs(name: str, make: Callable[[], Any], made: dict[str, Any], notes: list[str]) -> None:
+    """Make one more; where that fails, say why in `notes`."""
     try:
         made[name] = make()
     except Exception as error:  # of whatever kind a tool raises where it cannot run

@@ -8,15 +8,28 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from speed_models import bert, bert_int8, bert_kept, bert_paper, llama, llama_split
-from speed_peers import ENCODER_PEERS, ENGINES, SLOW_ONES, Forward, causal_peers, encoder_peers, runs
+from speed_peers import (
+    ENCODER_PEERS,
+    ENGINES,
+    SLOW_ONES,
+    Forward,
+    causal_peers,
+    encoder_peers,
+    made_where_it_runs,
+    runs,
+)
 from speed_turns import in_turn, ratio
+from torch._dynamo import config as dynamo
+from torch._inductor import config as inductor
 
+from ffsplit.machine import multiplies_bfloat16
 from ffsplit.measurement.latency import work_of
 from ffsplit.models.load import quiet_transformers
 
@@ -28,21 +41,18 @@ REACH = {
     ("recipe int8", "1 x 16"): "3",
 }
 INT8_PEERS = ("torch dynamic int8", *ENGINES)
+MAKERS = {"dense": bert, "keep .3535": bert_kept, "recipe paper": bert_paper, "recipe int8": bert_int8}
+COMPILED = ("dense", "keep .3535", "recipe int8")
 PROMPT_TOKENS = 128
 
 
 def encoder_table(name: str, *, quick: bool) -> list[str]:
     """Forward passes of one BERT shape, as fast as each candidate makes them."""
     notes: list[str] = []
-    models = {
-        "dense": bert(name),
-        "keep .3535": bert_kept(name),
-        "recipe paper": bert_paper(name),
-        "recipe int8": bert_int8(name),
-    }
+    models = {key: make(name) for key, make in MAKERS.items()}
     limits = {key: work_of(models["dense"]).multiplications / work_of(models[key]).multiplications
               for key in ("keep .3535", "recipe paper")}  # fmt: skip
-    forwards = {key: runs(model) for key, model in models.items()}
+    forwards = {key: runs(model) for key, model in models.items()} | _in_bfloat16(name, notes)
     peers = [each for each in ENCODER_PEERS if name == "bert-base" or each not in SLOW_ONES]
     forwards |= encoder_peers(models["dense"], notes, names=peers)
     served = encoder_peers(models["keep .3535"], [], names=ENGINES)
@@ -73,11 +83,38 @@ def encoder_table(name: str, *, quick: bool) -> list[str]:
         ours = f"keep .3535 by {engine}"
         gains = [f"{ratio(times, engine, ours):.2f}x at {title}" for title, times in columns.items()]
         lines.append(f"- {ours} over the dense model by {engine}: {', '.join(gains)}")
-    for peer in (each for each in INT8_PEERS if each in forwards):
-        gains = [f"{ratio(times, peer, 'recipe int8'):.2f}x at {title}" for title, times in columns.items()]
-        reach = f"reach {limits['keep .3535']:.2f}, which the neurons left give, at 8 and 1 x 128"
-        lines.append(f"- recipe int8 over the dense model by {peer}: {', '.join(gains)} ({reach})")
+    reach = f"reach {limits['keep .3535']:.2f}, which the neurons left give, at 8 and 1 x 128"
+    for ours in (each for each in ("recipe int8", _compiled("recipe int8")) if each in forwards):
+        for peer in (each for each in INT8_PEERS if each in forwards):
+            gains = [f"{ratio(times, peer, ours):.2f}x at {title}" for title, times in columns.items()]
+            lines.append(f"- {ours} over the dense model by {peer}: {', '.join(gains)} ({reach})")
     return lines + [f"- {note}" for note in notes]
+
+
+def _in_bfloat16(name: str, notes: list[str]) -> dict[str, Forward]:
+    """The same models in bfloat16 where the processor multiplies it, and compiled, for any shape at once."""
+    made: dict[str, Forward] = {}
+    dtype = torch.bfloat16 if multiplies_bfloat16("cpu") else torch.float32
+    if dtype == torch.bfloat16:
+        made |= {f"{key}, bfloat16": runs(MAKERS[key](name).to(dtype)) for key in COMPILED}
+    notes.append(f"compiled: torch.compile(model, dynamic=True) with TORCHINDUCTOR_FREEZING=1, in {dtype}")
+    inductor.freezing, dynamo.recompile_limit = True, 64  # several models of one class
+    for key in COMPILED:
+        made_where_it_runs(_compiled(key), partial(_compile, MAKERS[key](name).to(dtype)), made, notes)
+    return made
+
+
+def _compiled(key: str) -> str:
+    return f"{key}, compiled"
+
+
+def _compile(model: Any) -> Forward:
+    forward = runs(torch.compile(model, dynamic=True))
+    batches = [torch.ones(shape, dtype=torch.long) for shape in SHAPES]
+    with torch.inference_mode():
+        for batch in batches:
+            forward(batch)
+    return forward
 
 
 def _call(forward: Forward, ids: torch.Tensor) -> Callable[[], Any]:

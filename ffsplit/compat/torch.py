@@ -57,6 +57,6 @@ def int8_product(
     return y
 
 
-def int8_product_cuda(integers: Tensor, weight: Tensor) -> Tensor:
-    """int8 [T, columns] times int8 [columns, rows] on CUDA, summed in int32; T above 16."""
+def int8_product_plain(integers: Tensor, weight: Tensor) -> Tensor:
+    """int8 [T, columns] times int8 [columns, rows], summed in int32; on CUDA for T above 16."""
     return torch._int_mm(integers, weight)

@@ -94,6 +94,24 @@ def test_what_a_token_gives_does_not_depend_on_its_neighbours(
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("activation", [None, "gelu", "relu"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 300])
+def test_other_dtypes_are_converted_on_the_way(
+    num_tokens: int, activation: str | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In blocks of tokens. The arithmetic is that of float32."""
+    linear, x = made(8, 48, 64), inputs(num_tokens, 64).to(dtype)
+    linear.activation = None if activation is None else ACT2FN[activation]
+    expected = linear(x.float()).to(dtype)
+    for block in (1 << 20, 5 * 64):
+        monkeypatch.setattr(int8_kernels, "INPUT_BLOCK", block)
+        monkeypatch.setattr(int8_kernels, "OUTPUT_BLOCK", block)
+        found = linear(x.clone())
+        torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@torch.no_grad()
 def test_a_large_token_costs_the_others_nothing() -> None:
     x = inputs(6, 64)
     linear = made(8, 48, 64)
@@ -214,6 +232,26 @@ def test_compiles_without_a_break(num_bits: int) -> None:
     with torch.no_grad():
         for x in (inputs(4, 64), inputs(2, 9, 64)):
             assert_within_rounding(compiled(x), x, linear)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+@torch._inductor.config.patch(freezing=True)
+def test_frozen_graphs_multiply_integers_by_the_same_kernel() -> None:
+    """One graph for all numbers of tokens; the weights are packed in it, for oneDNN."""
+    torch.compiler.reset()
+    linear = made(8, 48, 64).to(torch.bfloat16)
+    linear.activation = ACT2FN["gelu"]
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True)
+    compiled(inputs(40, 64).to(torch.bfloat16))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for num_tokens in (3, 17, 300):
+            x = inputs(num_tokens, 64).to(torch.bfloat16)
+            with torch.profiler.profile() as profile:
+                found = compiled(x)
+            assert "onednn::qlinear_pointwise" in {event.key for event in profile.key_averages()}
+            expected = linear._activated(linear._plain(x, linear.bias))
+            torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
 
 
 @torch.no_grad()

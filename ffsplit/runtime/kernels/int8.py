@@ -19,7 +19,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ffsplit.compat.torch import int8_pack, int8_product, int8_product_cuda
+from ffsplit.compat.torch import int8_pack, int8_product, int8_product_plain
 from ffsplit.ffn.quantization import SCALE_DTYPE
 
 SMALLEST_CUDA_ROWS = 17
@@ -105,8 +105,7 @@ class SharedInputs:
     def of(self, x: Tensor) -> Inputs:
         inputs = self._last.get(x)
         if inputs is None:
-            rows = x.reshape(-1, x.shape[-1])
-            inputs = self._last.keep(x, _as_bytes(rows if rows.dtype == torch.float32 else rows.float()))
+            inputs = self._last.keep(x, _as_bytes(x.reshape(-1, x.shape[-1])))
         return inputs
 
     def __reduce__(self) -> Any:
@@ -130,29 +129,37 @@ class Packed:
         if len(inputs.integers) == 1:
             applied = name in POST_OPS
             y = self._product(inputs.integers, inputs.step, bias, post_op=POST_OPS.get(name, NO_OP))
+            y = y.to(x.dtype)
         else:
             applied = name in IN_PLACE
-            y = self._products(inputs, bias, IN_PLACE.get(name))
-        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+            y = self._products(inputs, bias, IN_PLACE.get(name), x.dtype)
+        y = y.view(*x.shape[:-1], -1)
         return y if activation is None or applied else activation(y)
 
     def _products(
-        self, inputs: Inputs, bias: Tensor | None, activation: Callable[[Tensor], Tensor] | None
+        self,
+        inputs: Inputs,
+        bias: Tensor | None,
+        activation: Callable[[Tensor], Tensor] | None,
+        dtype: torch.dtype,
     ) -> Tensor:
         """The products of many tokens, each times its step."""
         (num_tokens, _), num_rows = inputs.integers.shape, len(self.scale)
-        size = min(num_tokens, _block(OUTPUT_BLOCK, num_rows))
-        y = self.scale.new_empty(num_tokens, num_rows) if size < num_tokens else None
+        size, is_float = min(num_tokens, _block(OUTPUT_BLOCK, num_rows)), dtype == torch.float32
+        whole = size == num_tokens and is_float
+        y = None if whole else self.scale.new_empty(num_tokens, num_rows, dtype=dtype)
         for start in range(0, num_tokens, size):
             block = slice(start, start + size)
             product = self._product(inputs.integers[block], 1.0, None)
-            target = product if y is None else y[block]
+            target = y[block] if y is not None and is_float else product
             if bias is None:
                 torch.mul(product, inputs.step[block], out=target)
             else:
                 torch.addcmul(bias, product, inputs.step[block], out=target)
             if activation is not None:
                 activation(target)
+            if y is not None and not is_float:
+                y[block] = target
         return product if y is None else y
 
     def _product(
@@ -231,17 +238,19 @@ def _as_bytes(rows: Tensor) -> Inputs:
     """A matrix [T, columns] as bytes, with one step per token. Rounds by adding a half and truncating."""
     num_tokens, num_columns = rows.shape
     if num_tokens == 1:
-        return _token_as_bytes(rows)
+        return _token_as_bytes(rows.float())
     size = min(num_tokens, _block(INPUT_BLOCK, num_columns))
     integers = torch.empty(num_tokens, num_columns, dtype=torch.uint8)
-    step_T1 = rows.new_empty(num_tokens, 1)
-    half, scratch = rows.new_full((num_columns,), ZERO + 0.5), rows.new_empty(size, num_columns)
-    narrow = rows.new_empty(size, num_columns, dtype=torch.int16)
+    step_T1 = torch.empty(num_tokens, 1)
+    half, scratch = torch.full((num_columns,), ZERO + 0.5), torch.empty(size, num_columns)
+    narrow = torch.empty(size, num_columns, dtype=torch.int16)
     for start in range(0, num_tokens, size):
         x, target, step = (each[start : start + size] for each in (rows, integers, step_T1))
+        values = scratch[: len(x)]
+        x = x if x.dtype == torch.float32 else values.copy_(x)
         torch.maximum(x.amax(1, keepdim=True), x.amin(1, keepdim=True).neg_(), out=step)
         inverse = step.div_(LARGEST).clamp_(min=SMALLEST_STEP).reciprocal()
-        values = torch.addcmul(half, x, inverse, out=scratch[: len(x)])
+        torch.addcmul(half, x, inverse, out=values)
         if values.numel() >= MANY:  # torch vectorizes conversions to and from 16 bits
             values = narrow[: len(x)].copy_(values)
         target.copy_(values)
@@ -284,14 +293,16 @@ def multiplies(x: Tensor, weight: Tensor) -> bool:
 def matmul(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """The product by plain operations, which torch.compile fuses around one integer GEMM.
 
-    Rows of zeros are added up to the number that cuBLAS needs.
+    On CUDA rows of zeros are added up to the number that cuBLAS needs.
     """
     rows = x.reshape(-1, x.shape[-1]).float()
     num_tokens = rows.shape[0]
     step_T1 = (rows.abs().amax(1, True) / LARGEST).clamp(min=SMALLEST_STEP)  # as in `_as_bytes`
     integers = (rows * (1 / step_T1) + 0.5).floor().to(torch.int8)
-    zeros = integers.new_zeros(max(0, SMALLEST_CUDA_ROWS - num_tokens), rows.shape[1])
-    product = int8_product_cuda(torch.cat([integers, zeros]), weight.t())[:num_tokens].float()
+    if x.is_cuda:
+        zeros = integers.new_zeros(max(0, SMALLEST_CUDA_ROWS - num_tokens), rows.shape[1])
+        integers = torch.cat([integers, zeros])
+    product = int8_product_plain(integers, weight.t())[:num_tokens].float()
     y = product * step_T1 * scale.float()
     y = y if bias is None else y + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
