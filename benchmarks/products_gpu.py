@@ -91,6 +91,33 @@ def ours(weight: Tensor, *, num_bits: Literal[4, 8], group_size: int | None) -> 
     return layer.to(weight.device)
 
 
+def triton_few(weight: Tensor, *, num_bits: Literal[4, 8], group_size: int | None, **options: Any) -> Product:
+    from products_triton import few_rows
+
+    return partial(few_rows, **_stored(weight, num_bits, group_size), **options)
+
+
+def triton_int8(weight: Tensor, *, tile: tuple[int, int, int]) -> Product:
+    from products_triton import many_rows
+
+    return partial(many_rows, **_stored(weight, 8, None), tile=tile)
+
+
+def stored_by_fp8(weight: Tensor, *, num_bits: Literal[4, 8], group_size: int | None) -> Product:
+    """Integers that become fp8 for every product, then torch._scaled_mm."""
+    from products_triton import by_fp8
+
+    return partial(by_fp8, **_stored(weight, num_bits, group_size))
+
+
+def _stored(weight: Tensor, num_bits: Literal[4, 8], group_size: int | None) -> dict[str, Tensor]:
+    from ffsplit.ffn.quantization import quantize_rows, scales_of
+
+    scale = scales_of(weight, num_bits=num_bits, group_size=group_size)
+    tensors = quantize_rows(weight, scale, num_bits=num_bits, group_size=group_size)
+    return {"weight": tensors["weight"], "scale": tensors["weight_scale"]}
+
+
 def int4pack(weight: Tensor, *, group_size: int) -> Product:
     """torch._weight_int4pack_mm, which has a zero point per group."""
     groups = weight.float().view(len(weight), -1, group_size)
@@ -160,6 +187,13 @@ ENGINES: dict[str, Callable[[Tensor], Product]] = {
     "torch._int_mm, compiled": partial(int_mm, compiled=True),
     "this package, int8": partial(ours, num_bits=8, group_size=None),
     "this package, int4, groups of 32": partial(ours, num_bits=4, group_size=32),
+    "Triton int8, few rows": partial(triton_few, num_bits=8, group_size=None, tile=(32, 256, 1)),
+    "Triton int8, few rows, split": partial(triton_few, num_bits=8, group_size=None, tile=(64, 128, 4)),
+    "Triton int4, few rows": partial(triton_few, num_bits=4, group_size=64, tile=(32, 128, 1)),
+    "Triton int4, few rows, split": partial(triton_few, num_bits=4, group_size=64, tile=(64, 64, 4)),
+    "Triton int8, integers": partial(triton_int8, tile=(128, 256, 128)),
+    "int8 as fp8": partial(stored_by_fp8, num_bits=8, group_size=None),
+    "int4 as fp8": partial(stored_by_fp8, num_bits=4, group_size=64),
     "torch._weight_int4pack_mm, groups of 32": partial(int4pack, group_size=32),
     "humming W8A16": partial(humming, bits="int8", group_size=0),
     "humming W8A8, int8": partial(humming, bits="int8", group_size=0, inputs="int8"),
