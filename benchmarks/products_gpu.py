@@ -81,13 +81,11 @@ def int_mm(weight: Tensor, *, compiled: bool) -> Product:
 
 
 def ours(weight: Tensor, *, num_bits: Literal[4, 8], group_size: int | None) -> Product:
-    from ffsplit.ffn.quantization import quantize_rows, scales_of
     from ffsplit.ffn.shapes import Integer
     from ffsplit.runtime.quantized_linear import QuantizedLinear
 
-    scale = scales_of(weight, num_bits=num_bits, group_size=group_size)
     layer = QuantizedLinear(Integer(num_bits=num_bits, group_size=group_size), *weight.shape, bias=False)
-    layer.hold(quantize_rows(weight, scale, num_bits=num_bits, group_size=group_size))
+    layer.hold(_stored(weight, num_bits, group_size))
     return layer.to(weight.device)
 
 
@@ -114,8 +112,7 @@ def _stored(weight: Tensor, num_bits: Literal[4, 8], group_size: int | None) -> 
     from ffsplit.ffn.quantization import quantize_rows, scales_of
 
     scale = scales_of(weight, num_bits=num_bits, group_size=group_size)
-    tensors = quantize_rows(weight, scale, num_bits=num_bits, group_size=group_size)
-    return {"weight": tensors["weight"], "scale": tensors["weight_scale"]}
+    return quantize_rows(weight, scale, num_bits=num_bits, group_size=group_size)
 
 
 def int4pack(weight: Tensor, *, group_size: int) -> Product:

@@ -60,17 +60,24 @@ def _few_rows(  # type: ignore[no-untyped-def]
 
 
 def few_rows(
-    x: Tensor, weight: Tensor, scale: Tensor, *, tile: tuple[int, int, int], warps: int = 4, stages: int = 4
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    *,
+    tile: tuple[int, int, int],
+    warps: int = 4,
+    stages: int = 4,
 ) -> Tensor:
     """x [T <= 32, columns] times int8 [rows, columns] or nibbles [rows, columns / 2]: [T, rows].
 
-    `scale` is [rows, groups]. `tile`: rows of weights, bytes of columns, parts that columns are split into.
+    `weight_scale` is [rows, groups]. `tile`: rows of weights, bytes of columns, parts of the columns.
     """
     (num_tokens, columns), num_rows, (n, k, splits) = x.shape, len(weight), tile
     shape = (num_tokens, num_rows) if splits == 1 else (splits, num_tokens, num_rows)
     parts = x.new_empty(shape, dtype=x.dtype if splits == 1 else torch.float32)
     _few_rows[(triton.cdiv(num_rows, n), splits)](
-        x, weight, scale, parts, num_tokens, num_rows, COLUMNS=columns, GROUP=columns // scale.shape[1],
+        x, weight, weight_scale, parts, num_tokens, num_rows,
+        COLUMNS=columns, GROUP=columns // weight_scale.shape[1],
         NIBBLES=weight.dtype == torch.uint8, SPLITS=splits, T=16 if num_tokens <= 16 else 32, N=n, K=k,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -95,10 +102,8 @@ def _rounded_rows(  # type: ignore[no-untyped-def]
 
 def rounded_rows(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Inputs [T, columns] as int8 or float8_e4m3fn, and a step per token [T, 1], in one pass."""
-    values, steps = (
-        torch.empty(x.shape, dtype=dtype, device=x.device),
-        x.new_empty(len(x), 1, dtype=torch.float32),
-    )
+    values = x.new_empty(x.shape, dtype=dtype)
+    steps = x.new_empty(len(x), 1, dtype=torch.float32)
     is_int = dtype == torch.int8
     _rounded_rows[(len(x),)](
         x, values, steps, COLUMNS=x.shape[1], MOST=INT8_MAX if is_int else FP8_MAX, ROUNDS=is_int,
@@ -137,20 +142,20 @@ def _many_rows(  # type: ignore[no-untyped-def]
     factor = tl.load(scale + rows, mask=rows < num_rows, other=0).to(tl.float32)
     product = sums.to(tl.float32) * step[:, None] * factor[None, :]
     at = y + tokens[:, None].to(tl.int64) * num_rows + rows[None, :]
-    tl.store(
-        at, product.to(y.dtype.element_ty), mask=(tokens < num_tokens)[:, None] & (rows < num_rows)[None, :]
-    )
+    is_in = (tokens < num_tokens)[:, None] & (rows < num_rows)[None, :]
+    tl.store(at, product.to(y.dtype.element_ty), mask=is_in)
 
 
 def many_rows(
-    x: Tensor, weight: Tensor, scale: Tensor, *, tile: tuple[int, int, int], warps: int = 8
+    x: Tensor, weight: Tensor, weight_scale: Tensor, *, tile: tuple[int, int, int], warps: int = 8
 ) -> Tensor:
     """x [T, columns] times int8 [rows, columns] with a scale per row, integer by integer: [T, rows]."""
     values, steps = rounded_rows(x, torch.int8)
     (num_tokens, columns), num_rows, (t, n, k) = x.shape, len(weight), tile
     y = x.new_empty(num_tokens, num_rows)
     _many_rows[(triton.cdiv(num_tokens, t) * triton.cdiv(num_rows, n),)](
-        values, steps, weight, scale, y, num_tokens, num_rows, COLUMNS=columns, T=t, N=n, K=k, TOGETHER=8,
+        values, steps, weight, weight_scale, y, num_tokens, num_rows,
+        COLUMNS=columns, T=t, N=n, K=k, TOGETHER=8,
         num_warps=warps, num_stages=3,
     )  # fmt: skip
     return y
@@ -186,22 +191,23 @@ def _as_fp8(  # type: ignore[no-untyped-def]
     tl.store(steps + row, step)
 
 
-def as_fp8(weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def as_fp8(weight: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
     """Integers or nibbles with scales [rows, groups] as float8_e4m3fn [rows, columns], and a step per row."""
     is_nibbles = weight.dtype == torch.uint8
     num_rows, columns = len(weight), weight.shape[1] * (2 if is_nibbles else 1)
     values = torch.empty(num_rows, columns, dtype=torch.float8_e4m3fn, device=weight.device)
     steps = torch.empty(num_rows, 1, device=weight.device)
     _as_fp8[(num_rows,)](
-        weight, scale, values, steps, COLUMNS=columns, GROUP=columns // scale.shape[1], NIBBLES=is_nibbles,
-        LARGEST=8 if is_nibbles else 127, GROUPS=triton.next_power_of_2(scale.shape[1]), BLOCK=1024,
+        weight, weight_scale, values, steps,
+        COLUMNS=columns, GROUP=columns // weight_scale.shape[1], NIBBLES=is_nibbles,
+        LARGEST=8 if is_nibbles else 127, GROUPS=triton.next_power_of_2(weight_scale.shape[1]), BLOCK=1024,
     )  # fmt: skip
     return values, steps
 
 
-def by_fp8(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+def by_fp8(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """x [T, columns] times integers that become fp8 for every product, by torch._scaled_mm."""
-    values, steps = as_fp8(weight, scale)
+    values, steps = as_fp8(weight, weight_scale)
     rows, row_steps = rounded_rows(x, torch.float8_e4m3fn)
     return torch._scaled_mm(rows, values.t(), row_steps, steps.t(), out_dtype=x.dtype)
 

@@ -46,6 +46,8 @@ COMPILED = ("dense", "keep .3535", "recipe int8")
 PROMPT_TOKENS = 128
 
 
+@inductor.patch(freezing=True)
+@dynamo.patch(recompile_limit=64)  # several models of one class
 def encoder_table(name: str, *, quick: bool) -> list[str]:
     """Forward passes of one BERT shape, as fast as each candidate makes them."""
     notes: list[str] = []
@@ -98,7 +100,6 @@ def _in_bfloat16(name: str, notes: list[str]) -> dict[str, Forward]:
     if dtype == torch.bfloat16:
         made |= {f"{key}, bfloat16": runs(MAKERS[key](name).to(dtype)) for key in COMPILED}
     notes.append(f"compiled: torch.compile(model, dynamic=True) with TORCHINDUCTOR_FREEZING=1, in {dtype}")
-    inductor.freezing, dynamo.recompile_limit = True, 64  # several models of one class
     for key in COMPILED:
         made_where_it_runs(_compiled(key), partial(_compile, MAKERS[key](name).to(dtype)), made, notes)
     return made

@@ -32,15 +32,15 @@ def in_turn(calls: dict[str, Callable[[], Any]], num_rounds: int) -> dict[str, l
             break
         for name in generator.sample(names, len(names)):
             time.sleep(PAUSE_S)
-            _call(calls[name])
+            _run(calls[name])
             start = time.perf_counter()
-            _call(calls[name])
+            _run(calls[name])
             if number >= WARM_UP_ROUNDS:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return times
 
 
-def _call(function: Callable[[], Any]) -> None:
+def _run(function: Callable[[], Any]) -> None:
     function()
     if torch.cuda.is_available():
         torch.cuda.synchronize()

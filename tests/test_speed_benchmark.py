@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,9 @@ def test_other_tools_are_timed_or_their_absence_is_told(monkeypatch: pytest.Monk
         "onnxruntime int8",
     ):
         assert f"\n| {name} | " in page
+    compiles = shutil.which("g++") is not None
+    assert ("\n| recipe int8, compiled | " in page) == compiles
+    assert ("- recipe int8, compiled: not run here" in page) != compiles
     for name in ("OpenVINO", "OpenVINO int8"):
         is_there = all(map(importlib.util.find_spec, ("openvino", "nncf")))
         assert (f"\n| {name} | " in page) == is_there
